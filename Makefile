@@ -1,0 +1,44 @@
+# setup: .venv with the tested versions   demo: the comparison on a laptop CPU
+# test: the test suite   check: lint, format, types   wheel: dist/*.whl, checked in an empty venv
+
+.DEFAULT_GOAL := setup
+.PHONY: setup demo test check wheel clean
+
+VENV := .venv
+STAMP := $(VENV)/.installed-alignlab
+
+setup: $(STAMP)
+
+$(VENV)/bin/python:
+	@for python in $(PYTHON) python3.12 python3.11 python3; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then \
+	    echo "using $$("$$python" --version), $$(command -v "$$python")"; \
+	    "$$python" -m venv $(VENV) && exit 0; \
+	    rm -rf $(VENV); \
+	    echo "error: $$python cannot make a virtual environment; on Debian or Ubuntu install python3-venv" >&2; \
+	    exit 1; \
+	  fi; \
+	done; \
+	echo "error: alignlab needs Python 3.11 or 3.12 and found neither; say where: make PYTHON=/path/to/python3.12" >&2; \
+	exit 1
+
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/alignlab demo
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+wheel: setup
+	VENV=$(VENV) .ci/wheel_check.sh
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

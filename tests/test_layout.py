@@ -1,0 +1,146 @@
+"""The layout holds: imports go one way, nothing shadows another package, every file is packaged."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("kernels", "losses", "alignlab", "experiments")
+# A file may import modules of its own rank and of lower ones.
+RANKS = {
+    "alignlab.kernels": 0,
+    "alignlab.losses": 1,
+    "alignlab": 2,
+    "alignlab.experiments": 3,
+    "alignlab.cli": 4,
+}
+SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+MAX_LINES = 350
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "alignlab" else ("alignlab", *parts))
+
+
+def rank(module: str) -> int:
+    parents = [module.rsplit(".", n)[0] for n in range(module.count(".") + 1)]
+    return next(RANKS[parent] for parent in parents if parent in RANKS)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module of this project that a file imports, at module level or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            # `from alignlab import experiments` imports the room, so the names count as well.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name for name in names if name.split(".")[0] == "alignlab")
+
+
+def wrong_way(module: str, source: str) -> list[str]:
+    return [name for name in imported(ast.parse(source)) if rank(name) > rank(module)]
+
+
+def broad_handlers(source: str) -> list[int]:
+    """Lines of `except:` and `except Exception` that do not raise the error again."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        and not (isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None)
+    ]
+
+
+def unsafe_loads(source: str) -> list[int]:
+    """Lines of `torch.load` calls that would run a pickle."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.load"
+        and not any(
+            k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords
+        )
+    ]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source_file(path: Path) -> None:
+    source = path.read_text()
+    assert wrong_way(module_of(path), source) == [], "imports a later room"
+    assert broad_handlers(source) == [], "catches everything"
+    assert unsafe_loads(source) == [], "torch.load without weights_only=True"
+    assert source.count("\n") <= MAX_LINES
+    assert path.name not in ("utils.py", "helpers.py")
+    if path.is_relative_to(ROOT / "losses"):
+        # jaxtyping would skip its checks of dataclasses
+        assert "from __future__ import annotations" not in source
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("alignlab.kernels.x", "from alignlab.losses import OBJECTIVES"),
+        ("alignlab.losses.x", "from alignlab.errors import UserError"),
+        ("alignlab.losses.x", "def f():\n    import alignlab.train"),
+        ("alignlab.train", "from alignlab import experiments"),
+        ("alignlab.train", "import alignlab.experiments.compare as c"),
+        ("alignlab.experiments.compare", "from alignlab.cli import app"),
+    ],
+)
+def test_a_wrong_way_import_is_seen(module: str, source: str) -> None:
+    assert len(wrong_way(module, source)) == 1
+    assert wrong_way("alignlab.cli", source) == []
+
+
+def test_bad_handlers_and_loads_are_seen() -> None:
+    assert broad_handlers("try: f()\nexcept Exception: pass") == [2]
+    assert broad_handlers("try: f()\nexcept: pass") == [2]
+    assert broad_handlers("try: f()\nexcept BaseException:\n    g()\n    raise") == []
+    assert unsafe_loads("torch.load(p)\ntorch.load(p, weights_only=True)") == [1]
+
+
+def test_kernels_is_a_namespace_folder() -> None:
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
+
+
+def test_tests_are_no_packages_and_have_unique_names() -> None:
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_hugging_face_works_from_the_repository_root() -> None:
+    # The root is first on sys.path there, where kernels/ could pass for Hugging Face's `kernels`.
+    code = "from diffusers import WanTransformer3DModel; from transformers import T5EncoderModel"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_package_is_listed() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {module_of(path.with_name("x.py")).removesuffix(".x") for path in SOURCES}
+    assert set(setuptools["packages"]) == folders
+    for package, folder in setuptools["package-dir"].items():
+        assert package == ("alignlab" if folder == "alignlab" else f"alignlab.{folder}")
+
+
+@pytest.mark.parametrize("room", ["kernels", "losses", "experiments"])
+def test_type_checkers_find_the_rooms(room: str) -> None:
+    link = ROOT / "typings" / "alignlab" / room
+    assert link.is_symlink() and link.resolve() == ROOT / room
+    assert not (link.parent / "__init__.py").exists()
