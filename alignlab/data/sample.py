@@ -1,0 +1,58 @@
+"""What every data set yields: one clip, its caption and its reference images.
+
+Shape letters: T frames, H height, W width, C channels (RGB), E entities.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A clean image of one subject, on white.
+
+    Args:
+        image_HWC: uint8, white (255) wherever `mask_HW` is false.
+        mask_HW: bool, true on the subject.
+        name: identity label; two references with the same name show the same subject.
+        phrase: what the caption calls the subject, e.g. "red striped circle".
+    """
+
+    image_HWC: Tensor
+    mask_HW: Tensor
+    name: str
+    phrase: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training or validation clip.
+
+    Args:
+        key: stable identifier of the clip inside its data set.
+        video_THWC: uint8 frames.
+        caption: text condition.
+        references: at most as many as the recipe asks for; may be empty.
+        entities: noun phrases of the subjects that have a mask, in mask order.
+        masks_ETHW: bool, visible pixels of each entity, or None when unknown.
+        flow_THWC: float32 `(T-1, H, W, 2)` forward optical flow in pixels per frame, x then y,
+            or None when unknown.
+    """
+
+    key: str
+    video_THWC: Tensor
+    caption: str
+    references: tuple[Reference, ...]
+    entities: tuple[str, ...] = ()
+    masks_ETHW: Tensor | None = None
+    flow_THWC: Tensor | None = None
+
+
+class ClipDataset(Protocol):
+    """Clips addressed by index; the same index always gives the same bits."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
