@@ -1,0 +1,111 @@
+"""All alignment objectives of a run: teachers run once, every term weighted per sample.
+
+Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.conditioning import Batch
+from alignlab.config import RunConfig
+from alignlab.losses import build_objective
+from alignlab.losses.gate import gate_weights
+from alignlab.losses.objective import Features, Grid, Objective, Terms
+from alignlab.losses.schedule import weight_at
+from alignlab.randomness import derive_seed
+from alignlab.taps import BlockTokens
+from alignlab.teachers import Teacher, load_teacher
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What the objectives add to a batch's loss.
+
+    Args:
+        loss_B: weighted, scheduled and gated sum over objectives.
+        terms: unweighted terms by alias, for the log.
+    """
+
+    loss_B: Tensor
+    terms: dict[str, Terms]
+
+
+class Alignment(nn.Module):
+    """The objectives of a run (its trainable projectors) and the teachers they read.
+
+    Args:
+        config: the run; `objectives` and `teachers` are read.
+        student_dim: width of the transformer's hidden tokens.
+        device: where projectors and teachers go.
+    """
+
+    def __init__(self, config: RunConfig, *, student_dim: int, device: torch.device) -> None:
+        super().__init__()
+        used = {name for o in config.objectives.values() for name in o.teachers}
+        self.teachers: dict[str, Teacher] = {
+            alias: load_teacher(row.family, path=row.path, feature=row.feature, device=device)
+            for alias, row in config.teachers.items()
+            if alias in used
+        }
+        dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
+        self.objectives: dict[str, Objective] = {}
+        for alias, objective in config.objectives.items():
+            self.objectives[alias] = build_objective(
+                objective,
+                student_dim=student_dim,
+                teacher_dims=dims,
+                seed=derive_seed(config.seed, f"projector-{alias}"),
+            )
+            self.add_module(alias, self.objectives[alias])
+        self.to(device)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Every block that an objective taps, ascending."""
+        return tuple(sorted({b for o in self.objectives.values() for b in o.config.blocks}))
+
+    def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
+        """Runs each teacher once and each objective on its tapped tokens."""
+        features: dict[tuple[str, str], Features] = {}
+        loss_B = torch.zeros_like(batch.sigma_B)
+        terms: dict[str, Terms] = {}
+        for alias, objective in self.objectives.items():
+            config, kind = objective.config, objective.tokens
+            grid = _grid(taps[config.blocks[0]], kind)
+            for name in config.teachers:
+                if (name, kind) not in features:
+                    features[name, kind] = teacher_features(
+                        self.teachers[name], batch, kind, grid
+                    )
+            student = {b: getattr(taps[b], kind) for b in config.blocks}
+            found = objective(student, {name: features[name, kind] for name in config.teachers})
+            scale = config.weight * weight_at(config.schedule, step)
+            loss_B = loss_B + scale * gate_weights(config.gate, batch.sigma_B) * found.loss_B
+            terms[alias] = found
+        return Aligned(loss_B, terms)
+
+
+def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:
+    """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
+
+    The teacher's patch grid is the student's; along time it sees every pixel frame. Reference
+    images of all samples go through in one call and are padded with zeros to `(B, K, P, D)`.
+    """
+    if kind == "video":
+        return teacher.encode(batch.video_BTHWC, grid[1:])
+    counts = [len(images) for images in batch.reference_images]
+    padded = torch.zeros(
+        len(counts), grid[0], grid[1] * grid[2], teacher.dim, device=batch.sigma_B.device
+    )
+    if sum(counts):
+        flat = teacher.encode(torch.cat(batch.reference_images)[None], grid[1:]).tokens_BTPD[0]
+        for row, rows in enumerate(flat.split(counts)):
+            padded[row, : len(rows)] = rows
+    return Features(padded, grid)
+
+
+def _grid(tokens: BlockTokens, kind: str) -> Grid:
+    return tokens.video.grid if kind == "video" else tokens.reference.grid

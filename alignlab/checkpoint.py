@@ -1,0 +1,139 @@
+"""Checkpoints: safetensors and JSON in a folder that is there whole or not at all.
+
+    checkpoints/step-000500/
+        transformer/                         all weights (full fine-tuning), or
+        pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
+        objectives.safetensors               projectors
+        optimizer.safetensors                AdamW moments, by parameter name
+        ema.safetensors                      the moving average, if there is one
+        state.json                           step
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignlab.errors import UserError
+from alignlab.optimizer_state import named_state, restore_state
+from alignlab.run_folder import remove_folder, whole_folder
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_PREFIX = "transformer."
+
+
+@dataclass
+class TrainState:
+    """All that changes during training.
+
+    Args:
+        transformer: the diffusers model itself, without wrappers.
+        objectives: projectors of all objectives; may have no parameter.
+        optimizer: over `names`.
+        ema: moving average of the trained transformer parameters by name, or None.
+        step: optimizer steps done.
+    """
+
+    transformer: WanTransformer3DModel
+    objectives: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: dict[str, Tensor] | None
+    step: int = 0
+    names: dict[nn.Parameter, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = {
+            p: f"{part}.{name}"
+            for part, module in (("transformer", self.transformer), ("objectives", self.objectives))
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    @property
+    def is_lora(self) -> bool:
+        return bool(getattr(self.transformer, "peft_config", None))
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint of a run, or None."""
+    found = sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    return found[-1] if found else None
+
+
+def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
+    """Writes `step-<step>` and removes all but the newest `keep` checkpoints."""
+    target = checkpoints / f"step-{state.step:06d}"
+    with whole_folder(target) as folder:
+        if state.is_lora:
+            save_lora(state.transformer, folder)
+        else:
+            state.transformer.save_pretrained(folder / "transformer")
+        save_file(_tensors(state.objectives), folder / "objectives.safetensors")
+        save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
+        if state.ema is not None:
+            save_file(state.ema, folder / "ema.safetensors")
+        (folder / "state.json").write_text(json.dumps({"step": state.step}))
+    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+        remove_folder(old)
+    return target
+
+
+def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
+    """Writes the adapter as diffusers' `load_lora_weights` expects it."""
+    WanPipeline.save_lora_weights(
+        folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
+    )
+
+
+def restore(state: TrainState, checkpoint: Path) -> None:
+    """Puts a checkpoint back into a freshly built state.
+
+    Raises:
+        UserError: the checkpoint belongs to another kind of training.
+    """
+    load_transformer(state.transformer, checkpoint)
+    state.objectives.load_state_dict(load_file(checkpoint / "objectives.safetensors"))
+    restore_state(state.optimizer, state.names, load_file(checkpoint / "optimizer.safetensors"))
+    if state.ema is not None:
+        for name, value in load_file(checkpoint / "ema.safetensors").items():
+            state.ema[name].copy_(value)
+    state.step = int(json.loads((checkpoint / "state.json").read_text())["step"])
+
+
+def load_transformer(
+    transformer: WanTransformer3DModel, checkpoint: Path, *, ema: bool = False
+) -> None:
+    """Puts the trained weights of a checkpoint into a transformer built from the same recipe.
+
+    Args:
+        transformer: with the adapter already added, for LoRA.
+        checkpoint: a `step-*` folder.
+        ema: take the moving average instead of the last weights.
+    """
+    if ema:
+        average = load_file(checkpoint / "ema.safetensors")
+        parameters = dict(transformer.named_parameters())
+        with torch.no_grad():
+            for name, value in average.items():
+                parameters[name].copy_(value)
+    elif (checkpoint / LORA_FILE).exists():
+        layers = load_file(checkpoint / LORA_FILE)
+        set_peft_model_state_dict(
+            transformer, {k.removeprefix(LORA_PREFIX): v for k, v in layers.items()}
+        )
+    elif (checkpoint / "transformer").is_dir():
+        weights = WanTransformer3DModel.from_pretrained(
+            checkpoint / "transformer", use_safetensors=True
+        ).state_dict()
+        transformer.load_state_dict(weights)
+    else:
+        raise UserError(f"{checkpoint}: no transformer and no LoRA weights there")
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}

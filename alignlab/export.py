@@ -1,0 +1,35 @@
+"""What inference needs of a run, and nothing else: no projector, no alignlab."""
+
+import json
+import shutil
+from pathlib import Path
+
+from alignlab import checkpoint
+from alignlab.errors import UserError
+from alignlab.run_folder import RunFolder, whole_folder
+from alignlab.sampling import load_trained
+
+
+def export(run_dir: Path, out: Path) -> Path:
+    """Writes the trained model of a run's newest checkpoint.
+
+    Full fine-tuning gives a diffusers pipeline folder, `WanPipeline.from_pretrained(out)`. LoRA
+    gives the adapter, `pipeline.load_lora_weights(out)`.
+
+    Raises:
+        UserError: no such run, no checkpoint in it, or `out` holds something else.
+    """
+    if out.exists() and out != run_dir / "export" and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another --out, or remove it")
+    wan = load_trained(run_dir)
+    with whole_folder(out) as folder:
+        if getattr(wan.transformer, "peft_config", None):
+            checkpoint.save_lora(wan.transformer, folder)
+            return out
+        shutil.copytree(wan.folder, folder, dirs_exist_ok=True)
+        shutil.rmtree(folder / "transformer")
+        wan.transformer.save_pretrained(folder / "transformer")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["_name_or_path"] = RunFolder.open(run_dir).config().name
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return out

@@ -1,0 +1,158 @@
+"""How well the tokens of a block agree with a teacher, and tell subjects apart.
+
+Shape letters: B batch, K references, P tokens per reference, N tokens, D student width, E teacher
+width, H, W height and width in tokens or pixels.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignlab.alignment import teacher_features
+from alignlab.conditioning import Batch, Encoded
+from alignlab.losses.grids import match_grid
+from alignlab.metrics import cknna, silhouette
+from alignlab.metrics.separability import cross_subject_cosine
+from alignlab.metrics.teacher_retrieval import teacher_retrieval
+from alignlab.taps import BlockTokens
+from alignlab.teachers import Teacher
+
+CKNNA_K = 10  # REPA's
+VIDEO_TOKENS = 2048  # rows that CKNNA compares: its cost grows with their square
+
+
+class ReferenceProbe:
+    """Foreground reference tokens of a block. Metrics, by block:
+
+    - `teacher_retrieval/block<i>`: share of tokens that, mapped linearly to the teacher's space, are
+      nearest to a teacher token of the same subject (map fitted on even clips, tested on odd ones)
+    - `silhouette/block<i>`: cosine silhouette of the subjects within a clip
+    - `cross_cos/block<i>`: mean positive cosine between tokens of different subjects of a clip
+
+    `<name>/mean` is the mean over blocks.
+    """
+
+    def __init__(self) -> None:
+        self._student: dict[int, list[Tensor]] = defaultdict(list)
+        self._teacher: list[Tensor] = []
+        self._subjects: list[Tensor] = []
+        self._clips: list[Tensor] = []
+        self._names: dict[str, int] = {}
+        self._within: dict[str, list[float]] = defaultdict(list)
+
+    def add(
+        self,
+        taps: Mapping[int, BlockTokens],
+        batch: Batch,
+        clips: list[Encoded],
+        numbers: list[int],
+        teacher: Teacher,
+    ) -> None:
+        """Collects a batch.
+
+        Args:
+            taps: captured blocks of the batch.
+            batch: its inputs.
+            clips: its clips, in order.
+            numbers: the clips' positions in the val split.
+            teacher: whose features the tokens are compared with.
+        """
+        grid = next(iter(taps.values())).reference.grid
+        if grid[0] == 0:
+            return
+        features = teacher_features(teacher, batch, "reference", grid).tokens_BTPD.flatten(1, 2)
+        for row, (clip, number) in enumerate(zip(clips, numbers, strict=True)):
+            if not clip.sample.references:
+                continue
+            chosen_N, subject_N = self._foreground(clip, (grid[1], grid[2]))
+            if not len(chosen_N):
+                continue
+            self._teacher.append(features[row, chosen_N].cpu())
+            self._subjects.append(subject_N)
+            self._clips.append(torch.full_like(subject_N, number))
+            for block, tokens in taps.items():
+                student_ND = tokens.reference.tokens_BND[row, chosen_N].float().cpu()
+                self._student[block].append(student_ND)
+                if len(subject_N.unique()) > 1:
+                    within = self._within
+                    within[f"silhouette/block{block}"].append(silhouette(student_ND, subject_N))
+                    within[f"cross_cos/block{block}"].append(
+                        cross_subject_cosine(student_ND, subject_N)
+                    )
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of everything added; empty when no clip had references."""
+        found = {key: sum(values) / len(values) for key, values in self._within.items()}
+        if not self._teacher:
+            return {}
+        teacher_NE, subject_N = torch.cat(self._teacher), torch.cat(self._subjects)
+        fit_N = torch.cat(self._clips) % 2 == 0
+        if fit_N.all() or not fit_N.any():
+            return with_means(found)
+        for block, tokens in self._student.items():
+            student_ND = torch.cat(tokens)
+            found[f"teacher_retrieval/block{block}"] = teacher_retrieval(
+                student_ND[fit_N],
+                teacher_NE[fit_N],
+                student_ND[~fit_N],
+                teacher_NE[~fit_N],
+                subject_N[~fit_N],
+            )
+        return with_means(found)
+
+    def _foreground(self, clip: Encoded, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Indices of tokens that lie mostly on a subject, and which subject that is, `(N,)` each."""
+        masks = torch.stack([r.mask_HW for r in clip.sample.references])
+        share_KP = F.adaptive_avg_pool2d(masks[:, None].float(), size).flatten(1)
+        on_KP = share_KP > 0.5
+        names = [r.name for r in clip.sample.references]
+        ids = torch.tensor([self._names.setdefault(n, len(self._names)) for n in names])
+        return on_KP.flatten().nonzero()[:, 0], ids[:, None].expand_as(on_KP)[on_KP]
+
+
+class VideoProbe:
+    """Video tokens of a block. Metric: `cknna/block<i>`, CKNNA (k = 10) against the teacher.
+
+    Rows are single tokens of all clips and noise levels, evenly thinned to about 2,048; teacher
+    features are averaged over the pixel frames of a latent frame.
+
+    Args:
+        clips: how many clips will be added in total, noise levels counted apart.
+    """
+
+    def __init__(self, clips: int) -> None:
+        self._per_clip = max(1, VIDEO_TOKENS // clips)
+        self._student: dict[int, list[Tensor]] = defaultdict(list)
+        self._teacher: list[Tensor] = []
+
+    def add(self, taps: Mapping[int, BlockTokens], batch: Batch, teacher: Teacher) -> None:
+        """Collects a batch."""
+        grid = next(iter(taps.values())).video.grid
+        features = teacher_features(teacher, batch, "video", grid)
+        matched_BNE = match_grid(features.tokens_BTPD, features.grid, grid).flatten(1, 2)
+        count = matched_BNE.shape[1]
+        rows = torch.linspace(0, count - 1, min(self._per_clip, count)).round().long()
+        self._teacher.append(matched_BNE[:, rows].flatten(0, 1).cpu())
+        for block, tokens in taps.items():
+            chosen = tokens.video.tokens_BND[:, rows]
+            self._student[block].append(chosen.flatten(0, 1).float().cpu())
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of everything added."""
+        teacher_NE = torch.cat(self._teacher)
+        found = {
+            f"cknna/block{block}": cknna(torch.cat(tokens), teacher_NE, k=CKNNA_K)
+            for block, tokens in self._student.items()
+        }
+        return with_means(found)
+
+
+def with_means(per_block: dict[str, float]) -> dict[str, float]:
+    """Adds `<name>/mean` over the blocks of every `<name>/block<i>`."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for key, value in per_block.items():
+        groups[f"{key.split('/')[0]}/mean"].append(value)
+    return per_block | {key: sum(values) / len(values) for key, values in groups.items()}

@@ -1,0 +1,50 @@
+"""Progress of a run on the terminal, and in a log file where there is no terminal."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 20.0
+
+Advance = Callable[[int, str], None]
+
+
+@contextmanager
+def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
+    """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(label, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, completed=done, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+def _lines(label: str, total: int, start: int) -> Advance:
+    begin = last = time.monotonic()
+
+    def advance(done: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LINE_EVERY_S and done < total:
+            return
+        last = now
+        left = (now - begin) / max(1, done - start) * (total - done)
+        log.info("%s: %d/%d, %.0f s left  %s", label, done, total, left, note)
+
+    return advance

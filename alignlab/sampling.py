@@ -1,0 +1,192 @@
+"""Generated clips: Euler steps with separate guidance on text and references.
+
+Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alignlab import checkpoint
+from alignlab.config import RunConfig
+from alignlab.data.resize import fit_reference
+from alignlab.data.video import read_image, write_mp4
+from alignlab.errors import UserError
+from alignlab.flow import euler_sample
+from alignlab.progress import Advance, step_progress
+from alignlab.randomness import generator
+from alignlab.reference_branch import ReferenceBranch
+from alignlab.run_folder import RunFolder
+from alignlab.wan import Wan, load_wan
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a clip is sampled.
+
+    Args:
+        steps: Euler steps (RefAlign: 50).
+        shift: shift of the noise levels (RefAlign: 5, as in training).
+        text: scale of the text's direction (RefAlign: 7.5).
+        reference: scale of the references' direction (RefAlign: 5.0).
+    """
+
+    steps: int
+    shift: float
+    text: float
+    reference: float
+
+
+def guidance_of(config: RunConfig) -> Guidance:
+    """The sampling settings of a recipe; the shift is the training's."""
+    shift = 1.0 if config.flow.sampler == "uniform" else config.flow.shift
+    chosen = config.eval
+    return Guidance(
+        chosen.sample_steps, shift, chosen.text_guidance, chosen.reference_guidance
+    )
+
+
+@torch.no_grad()
+def sample_latents(
+    branch: ReferenceBranch,
+    noise_CTHW: Tensor,
+    text_LD: Tensor,
+    empty_text_LD: Tensor,
+    references_KCHW: Tensor,
+    guidance: Guidance,
+    *,
+    advance: Advance | None = None,
+) -> Tensor:
+    """Latents `(C, T, H, W)` of one clip.
+
+    velocity = v(-, -) + reference (v(-, refs) - v(-, -)) + text (v(text, refs) - v(-, refs)),
+    where - is the empty prompt or no reference. The three run as one batch. `advance` is told the
+    number of finished steps.
+    """
+    done = 0
+    text_BLD = torch.stack([empty_text_LD, empty_text_LD, text_LD])
+    references = [references_KCHW[:0], references_KCHW, references_KCHW]
+
+    def velocity_at(latents_CTHW: Tensor, sigma: float) -> Tensor:
+        nonlocal done
+        timesteps_B = torch.full((3,), sigma * 1000, device=latents_CTHW.device)
+        out = branch(
+            latents_CTHW.expand(3, *latents_CTHW.shape),
+            timesteps_B,
+            text_BLD,
+            references,
+            capture=False,
+        )
+        nothing, with_references, with_all = out.velocity_BCTHW
+        done += 1
+        if advance is not None:
+            advance(done, "")
+        return (
+            nothing
+            + guidance.reference * (with_references - nothing)
+            + guidance.text * (with_all - with_references)
+        )
+
+    return euler_sample(velocity_at, noise_CTHW, steps=guidance.steps, shift=guidance.shift)
+
+
+def sample_to_file(
+    run_dir: Path,
+    prompt: str,
+    reference_paths: Sequence[Path],
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    text_guidance: float | None = None,
+    reference_guidance: float | None = None,
+) -> Path:
+    """Generates one clip with the newest checkpoint of a run and writes it as mp4.
+
+    Args:
+        run_dir: a run folder.
+        prompt: what the clip shows.
+        reference_paths: images of the subjects; a transparent background becomes white.
+        out: the mp4 to write.
+        seed: of the starting noise.
+        steps: Euler steps; None takes the recipe's, as do the two guidance scales.
+        text_guidance: see `Guidance`.
+        reference_guidance: see `Guidance`.
+
+    Raises:
+        UserError: no such run, no checkpoint, or an image that cannot be read.
+    """
+    config = RunFolder.open(run_dir).config()
+    recipe = guidance_of(config)
+    guidance = replace(
+        recipe,
+        steps=recipe.steps if steps is None else steps,
+        text=recipe.text if text_guidance is None else text_guidance,
+        reference=recipe.reference if reference_guidance is None else reference_guidance,
+    )
+    wan = load_trained(run_dir)
+    references = []
+    for path in reference_paths:
+        image_HWC, mask_HW = read_image(path)
+        image_HWC, _ = fit_reference(image_HWC, mask_HW, config.data.size)
+        references.append(wan.encode_image(image_HWC))
+    noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
+    empty_LD, text_LD = wan.encode_text(["", prompt])
+    stacked = torch.stack(references) if references else noise[None, :, 0][:0].to(wan.device)
+    with (
+        reference_branch_of(wan, config) as branch,
+        step_progress("sample", total=guidance.steps) as advance,
+    ):
+        latents = sample_latents(
+            branch, noise.to(wan.device), text_LD, empty_LD, stacked, guidance, advance=advance
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_mp4(out, wan.decode(latents).cpu(), config.data.fps)
+    return out
+
+
+def load_trained(run_dir: Path) -> Wan:
+    """The model of a run's newest checkpoint (its moving average, if the recipe keeps one).
+
+    Raises:
+        UserError: the run has no checkpoint yet.
+    """
+    folder = RunFolder.open(run_dir)
+    config = folder.config()
+    newest = checkpoint.latest(folder.checkpoints)
+    if newest is None:
+        raise UserError(f"{run_dir}: the run has no checkpoint yet")
+    wan = load_wan(
+        config.model.path,
+        train=config.model.train,
+        lora=config.model.lora,
+        attention=config.model.attention,
+        precision=config.model.precision,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    checkpoint.load_transformer(wan.transformer, newest, ema=config.optim.ema is not None)
+    wan.transformer.eval()
+    return wan
+
+
+def latent_shape(wan: Wan, config: RunConfig) -> tuple[int, int, int, int]:
+    """`(C, T, H, W)` of the latents of a clip of the recipe's size."""
+    frames, height, width = wan.latent_grid(config.data.frames, *config.data.size)
+    patch = wan.transformer.config.patch_size
+    return (
+        int(wan.vae.config.z_dim),
+        frames * patch[0],
+        height * patch[1],
+        width * patch[2],
+    )
+
+
+def reference_branch_of(wan: Wan, config: RunConfig) -> ReferenceBranch:
+    """The branch as the run trained it, without taps."""
+    return ReferenceBranch(
+        wan.transformer, text_to_references=config.model.text_to_references
+    )
+

@@ -1,0 +1,124 @@
+"""Scalars of a run: `metrics.jsonl` always, MLflow unless the recipe says `none`."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from alignlab.config import RunConfig
+from alignlab.recipe import recipe_hash
+from alignlab.run_folder import RunFolder, write_text
+
+MAX_PARAM = 6000  # MLflow refuses longer values
+
+
+class Tracker:
+    """Writes rows of scalars; a context manager around training.
+
+    A resumed run continues the same MLflow run, and rows of steps that will be trained again are
+    dropped from `metrics.jsonl`.
+
+    Args:
+        folder: the run folder.
+        config: its recipe; `tracking` is read.
+        start: the step that training goes on from.
+        environment: facts that become MLflow tags.
+    """
+
+    def __init__(
+        self, folder: RunFolder, config: RunConfig, *, start: int, environment: Mapping[str, str]
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._environment = environment
+        self._mlflow: Any = None
+        self._run_id = ""
+        _drop_rows_after(folder.metrics, start)
+
+    def __enter__(self) -> Self:
+        if self._config.tracking.mlflow != "none":
+            self._start_mlflow()
+        return self
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One row; `step` counts finished optimizer steps."""
+        row = {"step": step, "time": round(time.time(), 3), **scalars}
+        with self._folder.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._mlflow is not None:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000)
+            metrics = [Metric(key, value, now, step) for key, value in scalars.items()]
+            self._mlflow.log_batch(self._run_id, metrics=metrics)
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._mlflow is not None:
+            status = "FINISHED" if exc is None else "FAILED"
+            self._mlflow.set_terminated(self._run_id, status)
+
+    def _start_mlflow(self) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        from mlflow import MlflowClient
+
+        output = Path(self._config.output).resolve()
+        uri = self._config.tracking.mlflow
+        self._mlflow = MlflowClient(f"sqlite:///{output / 'mlflow.db'}" if uri == "sqlite" else uri)
+        id_file = self._folder.path / "mlflow_run_id"
+        if id_file.exists():
+            self._run_id = id_file.read_text().strip()
+            self._mlflow.update_run(self._run_id, status="RUNNING")
+            return
+        self._run_id = self._create_run(output)
+        write_text(id_file, self._run_id)
+
+    def _create_run(self, output: Path) -> str:
+        name = self._config.name.split("/")[0]
+        experiment = self._mlflow.get_experiment_by_name(name)
+        if experiment is None:
+            artifacts = (output / "mlartifacts").as_uri()
+            experiment_id = self._mlflow.create_experiment(name, artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        tags = {f"alignlab.{key}": value[:MAX_PARAM] for key, value in self._environment.items()}
+        tags["alignlab.recipe_hash"] = recipe_hash(self._config)
+        run = self._mlflow.create_run(experiment_id, run_name=self._config.name, tags=tags)
+        for key, value in flat_settings(self._config.model_dump(mode="json")).items():
+            self._mlflow.log_param(run.info.run_id, key, str(value)[:MAX_PARAM])
+        return str(run.info.run_id)
+
+
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted keys, as they are written on the command line."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_rows(metrics: Path) -> list[dict[str, float]]:
+    """Rows of `metrics.jsonl`; a last line cut off by a kill is left out."""
+    if not metrics.exists():
+        return []
+    lines = metrics.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def _drop_rows_after(metrics: Path, step: int) -> None:
+    if metrics.exists():
+        rows = [row for row in read_rows(metrics) if row["step"] <= step]
+        write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))

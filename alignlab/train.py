@@ -1,0 +1,171 @@
+"""One training run: read it from top to bottom in `train`.
+
+Shape letters: B batch.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from alignlab import checkpoint
+from alignlab.conditioning import Batch, training_batch
+from alignlab.config import RunConfig
+from alignlab.environment import describe_environment
+from alignlab.errors import UserError
+from alignlab.evaluate import evaluate
+from alignlab.finite import FiniteWatch
+from alignlab.flow import draw_sigma, flow_loss, interpolate
+from alignlab.memory import PeakMemory
+from alignlab.optim import average_over_processes, set_learning_rate, update_ema
+from alignlab.progress import step_progress
+from alignlab.randomness import generator
+from alignlab.run import Caches, Run, build_run
+from alignlab.run_folder import RunFolder, write_text
+from alignlab.tracking import Tracker, read_rows
+
+HISTOGRAM_DRAWS = 10_000
+
+
+def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
+    """Trains, or goes on with, the run `<output>/<name>`, evaluates it and returns its folder.
+
+    A finished run is returned as it is.
+
+    Raises:
+        UserError: the recipe cannot run here, or a loss stopped being finite.
+    """
+    folder = RunFolder.create(config)
+    if folder.read_result() is not None:
+        return folder.path
+    run = build_run(config, caches)
+    found = checkpoint.latest(folder.checkpoints)
+    if found is not None:
+        checkpoint.restore(run.state, found)
+    environment = describe_environment()
+    write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
+    with (
+        Tracker(folder, config, start=run.state.step, environment=environment) as tracker,
+        PeakMemory(run.accelerator.device) as memory,
+        run.branch,
+    ):
+        if run.state.step == 0:
+            tracker.log(0, timestep_histogram(config))
+        _train_steps(run, folder, tracker, memory, found)
+        finish(run, folder, tracker)
+    return folder.path
+
+
+def _train_steps(
+    run: Run, folder: RunFolder, tracker: Tracker, memory: PeakMemory, found: Path | None
+) -> None:
+    """Steps from where the run stands to its last; `found` is the checkpoint that it stands on."""
+    config = run.config
+    watch = FiniteWatch(run.accelerator.device)
+    with step_progress(config.name, total=config.steps, done=run.state.step) as advance:
+        note = ""
+        while run.state.step < config.steps:
+            begin = time.perf_counter()
+            scalars = train_step(run)
+            done = run.state.step
+            watch.check(done, scalars)
+            save = done == config.steps or done % config.checkpoint.every == 0
+            if save or done % config.tracking.log_every == 0:
+                watch.raise_if_broken(found)
+                values = {key: float(value) for key, value in scalars.items()}
+                values["time/step"] = time.perf_counter() - begin
+                values["memory/peak_mib"] = memory.peak_mib()
+                tracker.log(done, values)
+                note = f"loss {values['loss/total']:.4f}"
+            if save:
+                found = checkpoint.save(run.state, folder.checkpoints, keep=config.checkpoint.keep)
+            advance(done, note)
+
+
+def train_step(run: Run) -> dict[str, Tensor]:
+    """One optimizer step over the global batch; returns its scalars, still on the device."""
+    config, state, accelerator = run.config, run.state, run.accelerator
+    set_learning_rate(state.optimizer, config, state.step)
+    rows: list[dict[str, Tensor]] = []
+    rounds = _rounds(config, accelerator)
+    for samples in rounds:
+        batch = training_batch(
+            run.clips,
+            config.flow,
+            seed=config.seed,
+            step=state.step,
+            samples=samples,
+            device=accelerator.device,
+        )
+        loss, scalars = batch_loss(run, batch)
+        accelerator.backward(loss / len(rounds))
+        rows.append(scalars)
+    parameters = list(state.names)
+    average_over_processes(accelerator, state.objectives)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    update_ema(state, config.optim.ema)
+    state.step += 1
+    scalars = {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
+    return scalars | {"grad/norm": norm, "lr": torch.tensor(state.optimizer.param_groups[0]["lr"])}
+
+
+def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Flow loss plus alignment of one batch, and every term of it by its log name."""
+    noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
+    with run.accelerator.autocast():
+        out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
+    flow_B = flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW)
+    aligned = run.alignment(out.taps, batch, run.state.step)
+    total = (run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B).mean()
+    scalars = {"loss/total": total.detach(), "loss/flow": flow_B.detach().mean()}
+    for alias, terms in aligned.terms.items():
+        scalars[f"loss/{alias}"] = terms.loss_B.detach().mean()
+        scalars |= {f"loss/{alias}/{name}": part.mean() for name, part in terms.parts.items()}
+        if terms.similarity_B is not None:
+            scalars[f"sim/{alias}"] = terms.similarity_B.mean()
+    return total, scalars
+
+
+def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
+    """Evaluates the trained model and writes `result.json`, which marks the run as finished."""
+    metrics = evaluate(run, folder)
+    rows = read_rows(folder.metrics)
+    for key in ("time/step", "memory/peak_mib"):
+        values = [row[key] for row in rows if key in row]
+        metrics[key] = statistics.median(values) if key == "time/step" else max(values)
+    metrics["params/extra"] = float(sum(p.numel() for p in run.alignment.parameters()))
+    tracker.log(run.config.steps, metrics)
+    write_text(folder.result, json.dumps({"steps": run.config.steps, "metrics": metrics}, indent=1))
+
+
+def timestep_histogram(config: RunConfig) -> dict[str, float]:
+    """Share of the noise levels in each tenth of [0, 1], over the draws that the run will make."""
+    addresses = [
+        (step, sample)
+        for step in range(config.steps)
+        for sample in range(config.optim.batch_size)
+    ][:HISTOGRAM_DRAWS]
+    counts = [0] * 10
+    for step, sample in addresses:
+        sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample))
+        counts[min(9, int(sigma * 10))] += 1
+    return {f"timesteps/t{i}": count / len(addresses) for i, count in enumerate(counts)}
+
+
+def _rounds(config: RunConfig, accelerator: Accelerator) -> list[range]:
+    """Which samples of the global batch this process handles, round by round."""
+    rounds, processes = config.optim.accumulate, accelerator.num_processes
+    size, rest = divmod(config.optim.batch_size, rounds * processes)
+    if rest:
+        raise UserError(
+            f"optim.batch_size: {config.optim.batch_size} samples cannot be spread over "
+            f"{rounds} rounds on {processes} processes"
+        )
+    first = accelerator.process_index * rounds * size
+    return [range(first + i * size, first + (i + 1) * size) for i in range(rounds)]

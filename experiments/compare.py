@@ -1,0 +1,142 @@
+"""A comparison: every variant with every seed on the same harness, then one report.
+
+Variants of a seed share initial weights, clips, noise and noise levels, because all of these are
+functions of the seed (`alignlab.randomness`). A finished run is reused, a killed one goes on.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from alignlab.config import CompareConfig, RunConfig
+from alignlab.environment import describe_environment
+from alignlab.errors import UserError
+from alignlab.experiments.report import write_report
+from alignlab.experiments.result import Comparison, RunResult, SampleClip
+from alignlab.experiments.tables import print_summary
+from alignlab.recipe import differing_settings, dump
+from alignlab.run import Caches, new_caches
+from alignlab.run_folder import RunFolder, write_text
+from alignlab.tracking import read_rows
+from alignlab.train import train
+
+log = logging.getLogger(__name__)
+
+CURVES = ("loss/", "sim/", "grad/")
+
+
+def compare(config: CompareConfig) -> Path:
+    """Trains what is not trained yet, prints the summary table, returns the report's path.
+
+    Raises:
+        UserError: a run cannot be trained, or the folder holds a comparison of another recipe.
+    """
+    folder = Path(config.output) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {
+        (variant, seed): probed(config, variant, seed)
+        for seed in config.seeds
+        for variant in config.variants
+    }
+    begin = time.monotonic()
+    earlier = _seconds_so_far(folder)
+    caches: dict[str, Caches] = {}
+    for done, ((variant, seed), run) in enumerate(runs.items()):
+        _announce(done, len(runs), variant, seed, time.monotonic() - begin)
+        key = run.model_dump_json(include={"model": {"path", "precision"}, "data": True})
+        train(run, caches=caches.setdefault(key, new_caches(run)))
+        seconds = earlier + time.monotonic() - begin
+        write_text(folder / "progress.json", json.dumps({"seconds": seconds}))
+    results = tuple(
+        collect(RunFolder(Path(run.output) / run.name), variant, seed, folder)
+        for (variant, seed), run in runs.items()
+    )
+    environment = describe_environment()
+    comparison = Comparison(
+        name=config.name,
+        baseline=config.baseline,
+        seeds=config.seeds,
+        variants=tuple(config.variants),
+        recipe=dump(config),
+        differing=differing_settings(
+            {variant: runs[variant, config.seeds[0]] for variant in config.variants}
+        ),
+        environment=dict(environment),
+        duration_s=_seconds_so_far(folder),
+        command=" ".join(["alignlab", *sys.argv[1:]]),
+        commit=environment["commit"],
+        results=results,
+    )
+    comparison.save(folder / "comparison.json")
+    report = write_report(comparison, folder)
+    print_summary(comparison, Console())
+    return report
+
+
+def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
+    """The run of a variant, evaluated on every block that any variant aligns.
+
+    Without this, `none` taps nothing and there would be nothing to compare the others with.
+    """
+    run = config.run(variant, seed)
+    if run.eval.blocks is not None:
+        return run
+    blocks = {
+        block
+        for other in config.runs.values()
+        for objective in other.objectives.values()
+        for block in objective.blocks
+    }
+    chosen = run.eval.model_copy(update={"blocks": tuple(sorted(blocks))})
+    return run.model_copy(update={"eval": chosen})
+
+
+def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
+    """What a finished run left in its folder."""
+    result = run.read_result()
+    if result is None:
+        raise UserError(f"{run.path}: the run is not finished")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(run.metrics):
+        for key, value in row.items():
+            if key.startswith(CURVES):
+                curves.setdefault(key, []).append((int(row["step"]), value))
+    listing = run.samples / "samples.json"
+    rows = json.loads(listing.read_text()) if listing.exists() else []
+    return RunResult(
+        variant=variant,
+        seed=seed,
+        steps=result["steps"],
+        run_dir=str(run.path.relative_to(folder)),
+        metrics=result["metrics"],
+        curves={key: tuple(points) for key, points in curves.items()},
+        samples=tuple(_clip(row) for row in rows),
+    )
+
+
+def _clip(row: dict[str, str | list[str]]) -> SampleClip:
+    def under_samples(name: object) -> str:
+        return f"samples/{name}"
+
+    return SampleClip(
+        key=str(row["key"]),
+        caption=str(row["caption"]),
+        video=under_samples(row["video"]),
+        real=under_samples(row["real"]),
+        references=tuple(under_samples(name) for name in row["references"]),
+    )
+
+
+def _announce(done: int, total: int, variant: str, seed: int, seconds: float) -> None:
+    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
+    log.info("run %d of %d: %s, seed %d%s", done + 1, total, variant, seed, left)
+
+
+def _seconds_so_far(folder: Path) -> float:
+    """Training time that earlier sessions of a killed comparison already spent."""
+    progress = folder / "progress.json"
+    return float(json.loads(progress.read_text())["seconds"]) if progress.exists() else 0.0
