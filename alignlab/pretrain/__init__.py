@@ -1,0 +1,1 @@
+"""How the embedded tiny models are made: `alignlab assets build`."""

@@ -1,0 +1,80 @@
+"""Stage `vae`: a tiny `AutoencoderKLWan` for 64x64 shapes clips.
+
+The strides are Wan 2.1's (4 in time, 8 in space, 16 channels). Pixels are unshuffled 2x first, as
+in Wan 2.2's autoencoder, which makes it four times cheaper on a CPU.
+Shape letters: B batch, C channels, T frames, H height, W width.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from alignlab.pretrain.clips import ClipPool
+from alignlab.pretrain.stage import train_stage
+from alignlab.randomness import generator
+
+KL_WEIGHT = 2e-6
+VAE_CONFIG = {
+    "base_dim": 16,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
+
+
+def to_signed(frames: Tensor) -> Tensor:
+    """uint8 `(B, T, H, W, C)` to float `(B, C, T, H, W)` in [-1, 1], as Wan's VAE wants it."""
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+def train_vae(clips: ClipPool, *, steps: int, work: Path) -> AutoencoderKLWan:
+    """Trains the autoencoder and sets `latents_mean` / `latents_std` in its config."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**VAE_CONFIG)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rng = generator(0, "vae", step)
+        frames, count = (9, 3) if step % 4 == 0 else (5, 6)
+        video = to_signed(clips.videos(rng, count, frames))
+        images = to_signed(clips.reference_images(rng, 6))
+        pieces = [_reconstruction(vae, x_BCTHW, rng) for x_BCTHW in (video, images)]
+        return {
+            key: 0.75 * pieces[0][key] + 0.25 * pieces[1][key] for key in ("l1", "mse", "kl")
+        }
+
+    train_stage("vae", vae, loss_at, steps=steps, lr=2e-3, work=work)
+    _fit_latent_statistics(vae, clips)
+    return vae.eval().requires_grad_(False)
+
+
+def _reconstruction(
+    vae: AutoencoderKLWan, x_BCTHW: Tensor, rng: torch.Generator
+) -> dict[str, Tensor]:
+    posterior = vae.encode(x_BCTHW).latent_dist
+    z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
+    out = vae.decode(z).sample
+    return {
+        "l1": F.l1_loss(out, x_BCTHW),
+        "mse": F.mse_loss(out, x_BCTHW),
+        "kl": KL_WEIGHT * posterior.kl().mean(),
+    }
+
+
+@torch.no_grad()
+def _fit_latent_statistics(vae: AutoencoderKLWan, clips: ClipPool) -> None:
+    video = to_signed(clips.videos(generator(0, "latent-statistics"), 128, 9))
+    z = torch.cat([vae.encode(x[None]).latent_dist.mode() for x in video])
+    vae.register_to_config(
+        latents_mean=z.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=z.std(dim=(0, 2, 3, 4)).tolist()
+    )

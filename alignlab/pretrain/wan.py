@@ -1,0 +1,96 @@
+"""Stage `wan`: a tiny `WanTransformer3DModel`, pretrained text-to-video on `shapes`.
+
+As the released Wan, it never saw a reference image or an alignment loss.
+Shape letters: B batch, C channels, T latent frames, H, W latent height and width, L text tokens.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+from alignlab.pretrain.clips import ClipPool
+from alignlab.pretrain.stage import train_stage
+from alignlab.pretrain.text import TEXT_DIM, build_text_encoder
+from alignlab.pretrain.vae import to_signed
+from alignlab.randomness import generator
+
+BATCH = 32
+TEXT_DROPOUT = 0.1
+SHIFT = 2.0
+WAN_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 64,
+    "ffn_dim": 512,
+    "num_layers": 8,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
+
+
+class TextToVideo(nn.Module):
+    """Transformer and text encoder, trained together."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.transformer = WanTransformer3DModel(**WAN_CONFIG)
+        self.text_encoder: UMT5EncoderModel = build_text_encoder(vocabulary)
+
+    def encode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Text embeddings with zeros after the last token, as the Wan pipeline feeds them."""
+        states = self.text_encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
+        return states * mask_BL[..., None]
+
+
+@torch.no_grad()
+def encode_pool(vae: AutoencoderKLWan, clips: ClipPool) -> Tensor:
+    """Normalised latents of every clip of the pool, `(clips, C, T, H, W)`."""
+    mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
+    std = torch.tensor(vae.config.latents_std)[:, None, None, None]
+    latents = [
+        (vae.encode(to_signed(s.video_THWC[None])).latent_dist.mode()[0] - mean) / std
+        for s in clips.samples
+    ]
+    return torch.stack(latents)
+
+
+def train_wan(
+    latents_NCTHW: Tensor,
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    steps: int,
+    work: Path,
+) -> TextToVideo:
+    """Flow matching on cached latents: logit-normal times, shift 2, 10 % of the captions dropped."""
+    torch.manual_seed(2)
+    model = TextToVideo(len(tokenizer))
+    kwargs = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    text = tokenizer(captions, **kwargs)
+    empty = tokenizer([""], **kwargs)
+
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rng = generator(0, "wan", step)
+        pick = torch.randint(len(latents_NCTHW), (BATCH,), generator=rng)
+        drop = (torch.rand(BATCH, 1, generator=rng) < TEXT_DROPOUT).long()
+        ids = torch.where(drop == 1, empty.input_ids, text.input_ids[pick])
+        mask = torch.where(drop == 1, empty.attention_mask, text.attention_mask[pick])
+        x0 = latents_NCTHW[pick]
+        noise = torch.randn(x0.shape, generator=rng)
+        u = torch.sigmoid(torch.randn(BATCH, generator=rng))
+        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u))[:, None, None, None, None]
+        noisy = (1 - sigma) * x0 + sigma * noise
+        velocity = model.transformer(
+            noisy, sigma.flatten() * 1000, model.encode(ids, mask), return_dict=False
+        )[0]
+        return {"flow": (velocity - (noise - x0)).square().mean()}
+
+    train_stage("wan", model, loss_at, steps=steps, lr=1e-3, work=work)
+    return model.eval().requires_grad_(False)
