@@ -1,0 +1,155 @@
+"""The contract between the training harness and every alignment objective.
+
+Shape letters: B batch, T frames (or, of reference images, K subjects), P tokens per frame,
+N = T*P tokens, D width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+from alignlab.losses.gate import Gate, NoGate
+from alignlab.losses.schedule import Constant, Schedule
+
+Grid = tuple[int, int, int]
+"""(T, H, W) of a token set, in row-major order; for reference tokens (K, H, W)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Hidden tokens of the student, tapped at the output of one block.
+
+    Args:
+        tokens_BND: with N = T*H*W of `grid`.
+        grid: of reference tokens (K, H, W) with the largest K of the batch.
+        subject_ids_BN: int64, which reference a token belongs to, 0..K-1, and -1 for the padding
+            of samples with fewer references. None for video tokens.
+    """
+
+    tokens_BND: Tensor
+    grid: Grid
+    subject_ids_BN: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        frames, height, width = self.grid
+        if self.tokens_BND.ndim != 3 or self.tokens_BND.shape[1] != frames * height * width:
+            raise ValueError(
+                f"tokens {tuple(self.tokens_BND.shape)} do not fill the grid {self.grid}"
+            )
+        ids = self.subject_ids_BN
+        if ids is not None and ids.shape != self.tokens_BND.shape[:2]:
+            raise ValueError(
+                f"subject ids {tuple(ids.shape)} do not match tokens {tuple(self.tokens_BND.shape)}"
+            )
+
+
+@dataclass(frozen=True)
+class Features:
+    """Tokens of one teacher for the frames (or the reference images) of a batch.
+
+    Args:
+        tokens_BTPD: with P = H*W of `grid`.
+        grid: the teacher's own; `alignlab.losses.grids` matches it to the student's.
+    """
+
+    tokens_BTPD: Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        frames, height, width = self.grid
+        shape = tuple(self.tokens_BTPD.shape)
+        if len(shape) != 4 or shape[1:3] != (frames, height * width):
+            raise ValueError(f"teacher tokens {shape} do not fill the grid {self.grid}")
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an objective hands to the harness, one value per sample.
+
+    Args:
+        loss_B: what is minimised, before weight, schedule and gate; carries the gradient.
+        parts: named terms of `loss_B` for the log, each (B,), detached.
+        similarity_B: mean cosine of matching student and teacher tokens, detached; None where an
+            objective has no such pairs. 0 for a sample that has no token to align.
+    """
+
+    loss_B: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    similarity_B: Tensor | None = None
+
+
+class ObjectiveConfig(BaseModel):
+    """Settings that every objective has; each adds its own constants.
+
+    Args:
+        name: row of `OBJECTIVES`.
+        weight: factor on the loss, finite and >= 0.
+        schedule: how `weight` changes over training steps.
+        gate: how much each noise level counts.
+        blocks: 0-based transformer blocks whose output is aligned (the papers' depth d is d-1).
+        teacher: alias of a teacher in the recipe, or several where the objective takes several.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    schedule: Schedule = Constant()
+    gate: Gate = NoGate()
+    blocks: tuple[int, ...]
+    teacher: str | tuple[str, ...]
+
+    @field_validator("blocks")
+    @classmethod
+    def _blocks_are_indices(cls, blocks: tuple[int, ...]) -> tuple[int, ...]:
+        if not blocks:
+            raise ValueError("blocks is empty: name at least one block")
+        if min(blocks) < 0:
+            raise ValueError(f"blocks are counted from 0, got {min(blocks)}")
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"blocks names a block twice: {list(blocks)}")
+        return blocks
+
+    @field_validator("teacher")
+    @classmethod
+    def _teachers_are_named_once(cls, teacher: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        names = (teacher,) if isinstance(teacher, str) else teacher
+        if not names or not all(names):
+            raise ValueError("teacher is empty: give the alias of a teacher")
+        if len(set(names)) < len(names):
+            raise ValueError(f"teacher names an alias twice: {list(names)}")
+        return teacher
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Aliases of the teachers whose features `forward` needs."""
+        return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
+
+
+class Objective(nn.Module, ABC):
+    """An alignment loss with the projectors it trains. Concrete classes are final.
+
+    A concrete class is built as `Class(config, *, student_dim, teacher_dims, seed)`; use
+    `build_objective`. Its parameters are trained with the student, saved for resume, and never
+    exported. It draws no noise, reads no batch, logs nothing, and gives every sample the value
+    that the sample would have alone.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]]
+    tokens: ClassVar[Literal["video", "reference"]]
+    config: ObjectiveConfig
+
+    @abstractmethod
+    def forward(self, student: Mapping[int, Tokens], teacher: Mapping[str, Features]) -> Terms:
+        """Computes the loss of a batch.
+
+        Args:
+            student: tapped tokens of the kind `tokens`, keyed by block index; holds at least
+                `config.blocks`.
+            teacher: features keyed by alias; holds at least `config.teachers`. They are constants:
+                no gradient flows into them.
+        """

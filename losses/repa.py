@@ -1,0 +1,117 @@
+"""REPA (arXiv 2410.06940): video tokens point where a frozen vision model's tokens point.
+
+With iREPA's spatial z-score of the teacher (arXiv 2512.10794) as a function of its own.
+Shape letters: B batch, T frames, P tokens per frame, N tokens, D width.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from alignlab.kernels.cosine import accumulation_dtype, paired_cosine
+from alignlab.losses.grids import match_grid
+from alignlab.losses.objective import Features, Objective, ObjectiveConfig, Terms, Tokens
+from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
+
+ZSCORE_EPS = 1e-6
+
+
+def repa_loss(student_BND: Tensor, teacher_BND: Tensor) -> Tensor:
+    """Computes minus the mean cosine of matching tokens, (B,), in [-1, 1].
+
+    Computed in float32 (float64 from float64) whatever the input dtype. No gradient reaches the
+    teacher.
+
+    Args:
+        student_BND: student tokens, already projected to the teacher's width.
+        teacher_BND: teacher tokens at the same places.
+
+    Raises:
+        ValueError: the two shapes differ.
+    """
+    if student_BND.shape != teacher_BND.shape:
+        raise ValueError(
+            f"student {tuple(student_BND.shape)} and teacher {tuple(teacher_BND.shape)} differ"
+        )
+    return -paired_cosine(student_BND, teacher_BND.detach()).mean(-1)
+
+
+def spatial_zscore(teacher_BND: Tensor, gamma: float = 0.6) -> Tensor:
+    """Computes iREPA's `(y - gamma * mean_n y) / (std_n y + 1e-6)`, per sample and channel.
+
+    Mean and unbiased standard deviation run over the tokens of one image: flatten the frames of a
+    video into B first. `gamma` is 0.6 in the released code, 0.6 to 0.8 in the paper.
+
+    Returns:
+        (B, N, D) in float32 (float64 from float64).
+
+    Raises:
+        ValueError: there are fewer than two tokens, so there is no deviation.
+    """
+    if teacher_BND.shape[1] < 2:
+        raise ValueError(f"spatial_zscore needs at least 2 tokens, got {teacher_BND.shape[1]}")
+    teacher_BND = teacher_BND.to(accumulation_dtype(teacher_BND))
+    std_B1D, mean_B1D = torch.std_mean(teacher_BND, dim=1, keepdim=True)
+    return (teacher_BND - gamma * mean_B1D) / (std_B1D + ZSCORE_EPS)
+
+
+class RepaConfig(ObjectiveConfig):
+    """Settings of REPA.
+
+    Args:
+        blocks: (7,), the paper's depth 8; several blocks are averaged.
+        weight: 0.5 (paper and code).
+        teacher: one alias, or several, which are averaged (code).
+        projector_dim: hidden width of the projectors, 2048 (code).
+    """
+
+    name: Literal["repa"] = "repa"
+    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    blocks: tuple[int, ...] = (7,)
+    projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+
+
+@final
+class Repa(Objective):
+    """Mean of the REPA loss over blocks and teachers, with one projector for each pair."""
+
+    Config: ClassVar[type[ObjectiveConfig]] = RepaConfig
+    tokens: ClassVar[Literal["video", "reference"]] = "video"
+
+    def __init__(
+        self,
+        config: RepaConfig,
+        *,
+        student_dim: int,
+        teacher_dims: Mapping[str, int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config: RepaConfig = config
+        generator = torch.Generator().manual_seed(seed)
+        # Teachers are numbered, since an alias need not be a valid module name.
+        self.projectors = nn.ModuleDict(
+            {
+                f"block_{block}_teacher_{number}": repa_projector(
+                    student_dim, teacher_dims[alias], config.projector_dim, generator
+                )
+                for block in config.blocks
+                for number, alias in enumerate(config.teachers)
+            }
+        )
+
+    def forward(self, student: Mapping[int, Tokens], teacher: Mapping[str, Features]) -> Terms:
+        per_pair = []
+        for block in self.config.blocks:
+            tapped = student[block]
+            for number, alias in enumerate(self.config.teachers):
+                features = teacher[alias]
+                matched = match_grid(features.tokens_BTPD, features.grid, tapped.grid)
+                projector = self.projectors[f"block_{block}_teacher_{number}"]
+                projected_BND = project(projector, tapped.tokens_BND)
+                per_pair.append(repa_loss(projected_BND, matched.flatten(1, 2)))
+        loss_B = torch.stack(per_pair).mean(0)
+        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach())
