@@ -27,10 +27,12 @@ class Aligned:
     Args:
         loss_B: weighted, scheduled and gated sum over objectives.
         terms: unweighted terms by alias, for the log.
+        rows: by alias, the samples that had tokens to align (references may be dropped).
     """
 
     loss_B: Tensor
     terms: dict[str, Terms]
+    rows: dict[str, list[int]]
 
 
 class Alignment(nn.Module):
@@ -44,6 +46,7 @@ class Alignment(nn.Module):
 
     def __init__(self, config: RunConfig, *, student_dim: int, device: torch.device) -> None:
         super().__init__()
+        self._steps = config.steps
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
             alias: load_teacher(row.family, path=row.path, feature=row.feature, device=device)
@@ -72,6 +75,7 @@ class Alignment(nn.Module):
         features: dict[tuple[str, str], Features] = {}
         loss_B = torch.zeros_like(batch.sigma_B)
         terms: dict[str, Terms] = {}
+        rows: dict[str, list[int]] = {}
         for alias, objective in self.objectives.items():
             config, kind = objective.config, objective.tokens
             grid = _grid(taps[config.blocks[0]], kind)
@@ -82,10 +86,13 @@ class Alignment(nn.Module):
                     )
             student = {b: getattr(taps[b], kind) for b in config.blocks}
             found = objective(student, {name: features[name, kind] for name in config.teachers})
-            scale = config.weight * weight_at(config.schedule, step)
+            scale = config.weight * weight_at(config.schedule, step, self._steps)
             loss_B = loss_B + scale * gate_weights(config.gate, batch.sigma_B) * found.loss_B
             terms[alias] = found
-        return Aligned(loss_B, terms)
+            rows[alias] = [
+                i for i, r in enumerate(batch.references) if kind == "video" or len(r)
+            ]
+        return Aligned(loss_B, terms, rows)
 
 
 def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:

@@ -5,7 +5,6 @@ Shape letters: B batch.
 
 import json
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from alignlab.progress import step_progress
 from alignlab.randomness import generator
 from alignlab.run import Caches, Run, build_run
 from alignlab.run_folder import RunFolder, write_text
+from alignlab.step_clock import StepClock
 from alignlab.tracking import Tracker, read_rows
 
 HISTOGRAM_DRAWS = 10_000
@@ -65,44 +65,54 @@ def _train_steps(
 ) -> None:
     """Steps from where the run stands to its last; `found` is the checkpoint that it stands on."""
     config = run.config
-    watch = FiniteWatch(run.accelerator.device)
+    watch, clock = FiniteWatch(run.accelerator.device), StepClock()
     with step_progress(config.name, total=config.steps, done=run.state.step) as advance:
         note = ""
         while run.state.step < config.steps:
-            begin = time.perf_counter()
-            scalars = train_step(run)
+            clock.step_begins()
+            batches = step_batches(run)
+            clock.data_ready()
+            scalars = train_step(run, batches)
             done = run.state.step
             watch.check(done, scalars)
             save = done == config.steps or done % config.checkpoint.every == 0
             if save or done % config.tracking.log_every == 0:
                 watch.raise_if_broken(found)
                 values = {key: float(value) for key, value in scalars.items()}
-                values["time/step"] = time.perf_counter() - begin
-                values["memory/peak_mib"] = memory.peak_mib()
+                values |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
                 tracker.log(done, values)
                 note = f"loss {values['loss/total']:.4f}"
-            if save:
-                found = checkpoint.save(run.state, folder.checkpoints, keep=config.checkpoint.keep)
+                if save:
+                    found = checkpoint.save(
+                        run.state, folder.checkpoints, keep=config.checkpoint.keep
+                    )
+                clock.restart()
             advance(done, note)
 
 
-def train_step(run: Run) -> dict[str, Tensor]:
-    """One optimizer step over the global batch; returns its scalars, still on the device."""
+def step_batches(run: Run) -> list[Batch]:
+    """This process's share of the step's samples, one batch per accumulation round."""
+    return [
+        training_batch(
+            run.clips,
+            run.config.flow,
+            seed=run.config.seed,
+            step=run.state.step,
+            samples=samples,
+            device=run.accelerator.device,
+        )
+        for samples in _rounds(run.config, run.accelerator)
+    ]
+
+
+def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
+    """One optimizer step; returns its scalars, still on the device."""
     config, state, accelerator = run.config, run.state, run.accelerator
     set_learning_rate(state.optimizer, config, state.step)
     rows: list[dict[str, Tensor]] = []
-    rounds = _rounds(config, accelerator)
-    for samples in rounds:
-        batch = training_batch(
-            run.clips,
-            config.flow,
-            seed=config.seed,
-            step=state.step,
-            samples=samples,
-            device=accelerator.device,
-        )
+    for batch in batches:
         loss, scalars = batch_loss(run, batch)
-        accelerator.backward(loss / len(rounds))
+        accelerator.backward(loss / len(batches))
         rows.append(scalars)
     parameters = list(state.names)
     average_over_processes(accelerator, state.objectives)
@@ -111,8 +121,10 @@ def train_step(run: Run) -> dict[str, Tensor]:
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state, config.optim.ema)
     state.step += 1
-    scalars = {key: torch.stack([row[key] for row in rows]).mean() for key in rows[0]}
-    return scalars | {"grad/norm": norm, "lr": torch.tensor(state.optimizer.param_groups[0]["lr"])}
+    rate = state.optimizer.param_groups[0]["lr"]
+    keys = {key: None for row in rows for key in row}
+    scalars = {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}
+    return scalars | {"grad/norm": norm, "lr": torch.tensor(rate, dtype=torch.float64)}
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,8 +139,8 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     for alias, terms in aligned.terms.items():
         scalars[f"loss/{alias}"] = terms.loss_B.detach().mean()
         scalars |= {f"loss/{alias}/{name}": part.mean() for name, part in terms.parts.items()}
-        if terms.similarity_B is not None:
-            scalars[f"sim/{alias}"] = terms.similarity_B.mean()
+        if terms.similarity_B is not None and (rows := aligned.rows[alias]):
+            scalars[f"sim/{alias}"] = terms.similarity_B[rows].mean()
     return total, scalars
 
 

@@ -29,7 +29,7 @@ from alignlab.wan import load_wan
 
 log = logging.getLogger(__name__)
 
-CLIPS = 8000
+CLIPS = 5000
 VAE_CLIPS = 3000  # enough for a codec, and half the memory
 VAE_STEPS = 2000
 DINO_STEPS = 1500
@@ -46,7 +46,7 @@ def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:
     tokenizer = build_tokenizer([sample.caption for sample in clips.samples])
     vae = train_vae(ClipPool(VAE_CLIPS), steps=VAE_STEPS, work=work)
     dino = train_dino(clips, steps=DINO_STEPS, work=work)
-    latents = encode_pool(vae, clips)
+    latents = encode_pool(vae, clips, work=work)
     captions = [sample.caption for sample in clips.samples]
     model = train_wan(latents, captions, tokenizer, steps=WAN_STEPS, work=work)
     pipeline = WanPipeline(

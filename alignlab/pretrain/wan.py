@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
@@ -50,15 +51,20 @@ class TextToVideo(nn.Module):
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKLWan, clips: ClipPool) -> Tensor:
-    """Normalised latents of every clip of the pool, `(clips, C, T, H, W)`."""
+def encode_pool(vae: AutoencoderKLWan, clips: ClipPool, *, work: Path) -> Tensor:
+    """Normalised latents of every clip of the pool, `(clips, C, T, H, W)`; kept in `work`."""
+    kept = work / "latents.safetensors"
+    if kept.exists():
+        return load_file(kept)["latents"]
     mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
     std = torch.tensor(vae.config.latents_std)[:, None, None, None]
     latents = [
         (vae.encode(to_signed(s.video_THWC[None])).latent_dist.mode()[0] - mean) / std
         for s in clips.samples
     ]
-    return torch.stack(latents)
+    stacked = torch.stack(latents)
+    save_file({"latents": stacked}, kept)
+    return stacked
 
 
 def train_wan(

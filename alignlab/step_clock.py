@@ -1,0 +1,37 @@
+"""Seconds per training step, measured over the steps between two log rows."""
+
+import time
+
+
+class StepClock:
+    """Splits wall-clock time into data and compute.
+
+    A device may still be busy when a step returns, so single steps are not timed: read a lap only
+    after the step's scalars have been fetched.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts a lap; call it after anything that is no training (logging, a checkpoint)."""
+        self._begin = self._mark = time.perf_counter()
+        self._data = 0.0
+        self._steps = 0
+
+    def step_begins(self) -> None:
+        """Time from here to `data_ready` is the data's."""
+        self._mark = time.perf_counter()
+
+    def data_ready(self) -> None:
+        """The batches of a step are in memory."""
+        self._data += time.perf_counter() - self._mark
+        self._steps += 1
+
+    def lap(self) -> dict[str, float]:
+        """`time/step` and `time/data`, in seconds per step since the lap began."""
+        total = time.perf_counter() - self._begin
+        return {
+            "time/step": (total - self._data) / self._steps,
+            "time/data": self._data / self._steps,
+        }

@@ -1,0 +1,128 @@
+"""What the harness costs: one training step of plain fine-tuning against a bare loop.
+
+Both sides run in one process, interleaved, on equal models and the same clips; the order within a
+pair alternates. Reported: medians and the median of the paired ratios.
+"""
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignlab.config import RunConfig
+from alignlab.environment import describe_environment
+from alignlab.errors import UserError
+from alignlab.progress import step_progress
+from alignlab.run import Run, build_run
+from alignlab.run_folder import write_text
+from alignlab.train import step_batches, train_step
+
+WARMUP_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds per step, and the ratio harness / bare."""
+
+    harness_s: float
+    bare_s: float
+    ratio: float
+    pairs: int
+
+
+def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
+    """Times `train_step` against a bare forward + backward + AdamW step.
+
+    The bare side gets its batch for nothing (latents, noise and references ready in memory); the
+    harness draws and assembles it from cached clips, which is part of what it costs.
+
+    Args:
+        config: a run without objectives, with equally many references in all clips and no
+            condition dropout, so that both sides make one forward call.
+        pairs: timed pairs, after three that are not counted.
+
+    Raises:
+        UserError: the recipe does not make both sides comparable.
+    """
+    low, high = config.data.references
+    dropout = config.flow.text_dropout + config.flow.reference_dropout + config.flow.both_dropout
+    if config.objectives or low != high or dropout:
+        raise UserError(
+            "the overhead is measured without objectives, with data.references [k, k] and "
+            "flow.text_dropout, reference_dropout and both_dropout 0"
+        )
+    run = build_run(config)
+    bare = bare_step(run)
+    times: list[tuple[float, float]] = []
+    with run.branch, step_progress("overhead", total=pairs + WARMUP_PAIRS) as advance:
+        for pair in range(pairs + WARMUP_PAIRS):
+            (batch,) = step_batches(run)  # also fills the cache, so that neither side encodes
+            noise, sigma = batch.noise_BCTHW, batch.sigma_B.view(-1, 1, 1, 1, 1)
+            noisy = (1 - sigma) * batch.latents_BCTHW + sigma * noise
+            references = torch.stack(batch.references).transpose(1, 2)
+            inputs = (torch.cat([noisy, references], dim=2), batch.sigma_B * 1000, batch.text_BLD)
+            target = noise - batch.latents_BCTHW
+            sides: list[Callable[[], object]] = [
+                lambda: train_step(run, step_batches(run)),
+                lambda inputs=inputs, target=target: bare(inputs, target),
+            ]
+            seconds = [0.0, 0.0]
+            for side in (0, 1) if pair % 2 else (1, 0):
+                seconds[side] = _timed(sides[side], run.accelerator.device)
+            times.append((seconds[0], seconds[1]))
+            advance(pair + 1, "")
+    kept = times[WARMUP_PAIRS:]
+    return Overhead(
+        harness_s=statistics.median(h for h, _ in kept),
+        bare_s=statistics.median(b for _, b in kept),
+        ratio=statistics.median(h / b for h, b in kept),
+        pairs=pairs,
+    )
+
+
+def bare_step(run: Run) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor], None]:
+    """The loop that anyone would write: a copy of the model, mean squared error, AdamW."""
+    model = copy.deepcopy(run.wan.transformer)
+    optim = run.config.optim
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+    )
+
+    def step(inputs: tuple[Tensor, Tensor, Tensor], target: Tensor) -> None:
+        latents, timesteps, text = inputs
+        with run.accelerator.autocast():
+            out = model(latents, timesteps, text, return_dict=False)[0]
+        F.mse_loss(out[:, :, : target.shape[2]].float(), target).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def write_overhead(found: Overhead, out: Path) -> None:
+    """Keeps the figures with the environment that they belong to."""
+    facts = describe_environment()
+    row = {**found.__dict__, "environment": facts}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(row, indent=1) + "\n")
+
+
+def _timed(side: Callable[[], object], device: torch.device) -> float:
+    _synchronise(device)
+    begin = time.perf_counter()
+    side()
+    _synchronise(device)
+    return time.perf_counter() - begin
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
