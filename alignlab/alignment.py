@@ -81,17 +81,13 @@ class Alignment(nn.Module):
             grid = _grid(taps[config.blocks[0]], kind)
             for name in config.teachers:
                 if (name, kind) not in features:
-                    features[name, kind] = teacher_features(
-                        self.teachers[name], batch, kind, grid
-                    )
+                    features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
             student = {b: getattr(taps[b], kind) for b in config.blocks}
             found = objective(student, {name: features[name, kind] for name in config.teachers})
             scale = config.weight * weight_at(config.schedule, step, self._steps)
             loss_B = loss_B + scale * gate_weights(config.gate, batch.sigma_B) * found.loss_B
             terms[alias] = found
-            rows[alias] = [
-                i for i, r in enumerate(batch.references) if kind == "video" or len(r)
-            ]
+            rows[alias] = [i for i, r in enumerate(batch.references) if kind == "video" or len(r)]
         return Aligned(loss_B, terms, rows)
 
 

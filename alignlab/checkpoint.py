@@ -1,12 +1,12 @@
 """Checkpoints: safetensors and JSON in a folder that is there whole or not at all.
 
-    checkpoints/step-000500/
-        transformer/                         all weights (full fine-tuning), or
-        pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
-        objectives.safetensors               projectors
-        optimizer.safetensors                AdamW moments, by parameter name
-        ema.safetensors                      the moving average, if there is one
-        state.json                           step
+checkpoints/step-000500/
+    transformer/                         all weights (full fine-tuning), or
+    pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
+    objectives.safetensors               projectors
+    optimizer.safetensors                AdamW moments, by parameter name
+    ema.safetensors                      the moving average, if there is one
+    state.json                           step
 """
 
 import json
@@ -61,7 +61,7 @@ class TrainState:
 
 def latest(checkpoints: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
-    found = sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    found = _by_step(checkpoints)
     return found[-1] if found else None
 
 
@@ -78,7 +78,7 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
         if state.ema is not None:
             save_file(state.ema, folder / "ema.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": state.step}))
-    for old in sorted(checkpoints.glob("step-*"))[:-keep]:
+    for old in _by_step(checkpoints)[:-keep]:
         remove_folder(old)
     return target
 
@@ -133,6 +133,11 @@ def load_transformer(
         transformer.load_state_dict(weights)
     else:
         raise UserError(f"{checkpoint}: no transformer and no LoRA weights there")
+
+
+def _by_step(checkpoints: Path) -> list[Path]:
+    """Oldest first; by number, since names of more than six digits do not sort."""
+    return sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

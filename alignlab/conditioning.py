@@ -145,7 +145,9 @@ def collate(
     """Stacks encoded clips; `keep` says of each whether its text and its references stay."""
     rows = list(zip(encoded, keep, strict=True))
     references = [e.references_KCHW if refs else e.references_KCHW[:0] for e, (_, refs) in rows]
-    images = [reference_images(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)]
+    images = [
+        reference_images(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)
+    ]
     names = [[r.name for r in e.sample.references] if refs else [] for e, (_, refs) in rows]
     return Batch(
         latents_BCTHW=torch.stack([e.latents_CTHW for e in encoded]).to(device),

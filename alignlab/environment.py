@@ -1,6 +1,7 @@
 """Where a run happened: versions, commit, hardware."""
 
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -39,7 +40,7 @@ def package_version(name: str) -> str | None:
 def git_commit() -> str | None:
     """Short commit of the alignlab checkout, with `-dirty` for uncommitted changes; else None."""
     folder = Path(alignlab.__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
+    if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
     shown = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=9"],

@@ -4,6 +4,8 @@ Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, 
 """
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from alignlab.conditioning import Batch, Encoded, collate, reference_images
 from alignlab.data.video import write_mp4
+from alignlab.errors import UserError
 from alignlab.flow import flow_loss, interpolate
 from alignlab.optim import averaged_weights
 from alignlab.probe import ReferenceProbe, VideoProbe
-from alignlab.progress import step_progress
+from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.reference_branch import Output, ReferenceBranch
 from alignlab.run import Run
@@ -48,6 +51,11 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
     )
     with averaged_weights(run.state), branch:
         metrics = validation_flow(run, branch, clips)
+        if not math.isfinite(metrics["val/flow"]):
+            raise UserError(
+                f"val/flow is not finite after step {run.state.step}: lower optim.lr, "
+                f"and remove {folder.path} or choose another name"
+            )
         if teacher is not None and blocks:
             metrics |= probe(run, branch, clips, teacher)
         write_samples(run, branch, folder)
@@ -118,11 +126,9 @@ def write_samples(run: Run, branch: ReferenceBranch, folder: RunFolder) -> None:
                 run.val_clips.empty_text_LD.to(device),
                 clip.references_KCHW.to(device),
                 guidance,
-                advance=lambda done, note, i=i: advance(i * guidance.steps + done, note),
+                advance=partial(_advance_from, advance, i * guidance.steps),
             )
-            rows.append(
-                _write_sample(folder.samples, i, run.wan.decode(latents).cpu(), clip, fps)
-            )
+            rows.append(_write_sample(folder.samples, i, run.wan.decode(latents).cpu(), clip, fps))
     write_text(folder.samples / "samples.json", json.dumps(rows, indent=1))
 
 
@@ -161,6 +167,10 @@ def _teacher(run: Run) -> Teacher | None:
     return load_teacher(
         row.family, path=row.path, feature=row.feature, device=run.accelerator.device
     )
+
+
+def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:
+    advance(start + done, note)
 
 
 def _write_sample(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from alignlab import checkpoint
@@ -19,6 +20,8 @@ def export(run_dir: Path, out: Path) -> Path:
     Raises:
         UserError: no such run, no checkpoint in it, or `out` holds something else.
     """
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose another --out")
     if out.exists() and out != run_dir / "export" and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     wan = load_trained(run_dir)
@@ -26,10 +29,18 @@ def export(run_dir: Path, out: Path) -> Path:
         if getattr(wan.transformer, "peft_config", None):
             checkpoint.save_lora(wan.transformer, folder)
             return out
-        shutil.copytree(wan.folder, folder, dirs_exist_ok=True)
-        shutil.rmtree(folder / "transformer")
+        shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=_base_weights(wan.folder))
         wan.transformer.save_pretrained(folder / "transformer")
         index = json.loads((folder / "model_index.json").read_text())
         index["_name_or_path"] = RunFolder.open(run_dir).config().name
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return out
+
+
+def _base_weights(pipeline: Path) -> Callable[[str, list[str]], set[str]]:
+    """For copytree: leaves out the transformer that the run started from."""
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return {"transformer"} & set(names) if Path(folder) == pipeline else set()
+
+    return ignored

@@ -5,6 +5,7 @@ sigma in (0, 1] is the noise level after the shift, 1 is pure noise; the model's
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,6 +90,6 @@ def euler_sample(
     """
     levels = shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
     latents = noise
-    for now, then in zip(levels[:-1], levels[1:], strict=True):
+    for now, then in pairwise(levels):
         latents = latents + (then - now) * velocity_at(latents, now)
     return latents

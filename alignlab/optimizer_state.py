@@ -1,12 +1,14 @@
 """Optimizer state as named tensors, so that it can live in safetensors instead of a pickle."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SEPARATOR = "|"
 
 
-def named_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+def named_state(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict[str, Tensor]:
     """Every state tensor under `<parameter name>|<state name>`.
 
     Args:
@@ -21,7 +23,7 @@ def named_state(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]
 
 
 def restore_state(
-    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[Any, str], tensors: dict[str, Tensor]
 ) -> None:
     """Puts back what `named_state` gave. `step` counters stay on the CPU, as torch keeps them.
 

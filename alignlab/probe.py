@@ -27,8 +27,8 @@ VIDEO_TOKENS = 2048  # rows that CKNNA compares: its cost grows with their squar
 class ReferenceProbe:
     """Foreground reference tokens of a block. Metrics, by block:
 
-    - `teacher_retrieval/block<i>`: share of tokens that, mapped linearly to the teacher's space, are
-      nearest to a teacher token of the same subject (map fitted on even clips, tested on odd ones)
+    - `teacher_retrieval/block<i>`: share of tokens that, mapped linearly to the teacher's space,
+      are nearest to a teacher token of the same subject (map fitted on even clips, tested on odd)
     - `silhouette/block<i>`: cosine silhouette of the subjects within a clip
     - `cross_cos/block<i>`: mean positive cosine between tokens of different subjects of a clip
 
@@ -104,7 +104,7 @@ class ReferenceProbe:
         return with_means(found)
 
     def _foreground(self, clip: Encoded, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Indices of tokens that lie mostly on a subject, and which subject that is, `(N,)` each."""
+        """Tokens that lie mostly on a subject, and which subject that is, `(N,)` each."""
         masks = torch.stack([r.mask_HW for r in clip.sample.references])
         share_KP = F.adaptive_avg_pool2d(masks[:, None].float(), size).flatten(1)
         on_KP = share_KP > 0.5

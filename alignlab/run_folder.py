@@ -1,11 +1,11 @@
 """What lies where in a run folder, and how files get there whole.
 
-    recipe.yaml        the resolved recipe
-    environment.json   versions, commit, hardware
-    metrics.jsonl      one row of scalars per logged step
-    checkpoints/step-000500/
-    samples/           generated clips
-    result.json        final metrics; its presence says that the run is finished
+recipe.yaml        the resolved recipe
+environment.json   versions, commit, hardware
+metrics.jsonl      one row of scalars per logged step
+checkpoints/step-000500/
+samples/           generated clips
+result.json        final metrics; its presence says that the run is finished
 """
 
 import json
@@ -46,7 +46,8 @@ class RunFolder:
                 "choose another name, or remove the folder"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.recipe, dump(config))
+        if not folder.recipe.exists() or folder.recipe.read_text() != dump(config):
+            write_text(folder.recipe, dump(config))
         return folder
 
     @classmethod
@@ -99,6 +100,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Removes folders that a killed process left half written or half removed in `parent`."""
+    for ending in ("tmp", "removed"):
+        for leftover in parent.glob(f".*.{ending}"):
+            shutil.rmtree(leftover)
 
 
 def remove_folder(path: Path) -> None:

@@ -17,6 +17,7 @@ from alignlab.data.video import read_image, write_mp4
 from alignlab.errors import UserError
 from alignlab.flow import euler_sample
 from alignlab.progress import Advance, step_progress
+from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
 from alignlab.reference_branch import ReferenceBranch
 from alignlab.run_folder import RunFolder
@@ -44,9 +45,7 @@ def guidance_of(config: RunConfig) -> Guidance:
     """The sampling settings of a recipe; the shift is the training's."""
     shift = 1.0 if config.flow.sampler == "uniform" else config.flow.shift
     chosen = config.eval
-    return Guidance(
-        chosen.sample_steps, shift, chosen.text_guidance, chosen.reference_guidance
-    )
+    return Guidance(chosen.sample_steps, shift, chosen.text_guidance, chosen.reference_guidance)
 
 
 @torch.no_grad()
@@ -84,11 +83,10 @@ def sample_latents(
         done += 1
         if advance is not None:
             advance(done, "")
-        return (
-            nothing
-            + guidance.reference * (with_references - nothing)
-            + guidance.text * (with_all - with_references)
-        )
+        from_references = guidance.reference * (with_references - nothing)
+        from_text = guidance.text * (with_all - with_references)
+        guided: Tensor = nothing + from_references + from_text
+        return guided
 
     return euler_sample(velocity_at, noise_CTHW, steps=guidance.steps, shift=guidance.shift)
 
@@ -148,6 +146,7 @@ def sample_to_file(
     return out
 
 
+@quiet_libraries()
 def load_trained(run_dir: Path) -> Wan:
     """The model of a run's newest checkpoint (its moving average, if the recipe keeps one).
 
@@ -186,7 +185,4 @@ def latent_shape(wan: Wan, config: RunConfig) -> tuple[int, int, int, int]:
 
 def reference_branch_of(wan: Wan, config: RunConfig) -> ReferenceBranch:
     """The branch as the run trained it, without taps."""
-    return ReferenceBranch(
-        wan.transformer, text_to_references=config.model.text_to_references
-    )
-
+    return ReferenceBranch(wan.transformer, text_to_references=config.model.text_to_references)

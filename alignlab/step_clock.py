@@ -2,15 +2,22 @@
 
 import time
 
+import torch
+
 
 class StepClock:
     """Splits wall-clock time into data and compute.
 
     A device may still be busy when a step returns, so single steps are not timed: read a lap only
     after the step's scalars have been fetched.
+
+    Args:
+        device: what a step waits for before its data is timed, or copying a batch would be charged
+            with the computation that it queues behind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.restart()
 
     def restart(self) -> None:
@@ -21,6 +28,8 @@ class StepClock:
 
     def step_begins(self) -> None:
         """Time from here to `data_ready` is the data's."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._mark = time.perf_counter()
 
     def data_ready(self) -> None:

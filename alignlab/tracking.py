@@ -1,7 +1,6 @@
 """Scalars of a run: `metrics.jsonl` always, MLflow unless the recipe says `none`."""
 
 import json
-import logging
 import os
 import time
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ MAX_PARAM = 6000  # MLflow refuses longer values
 class Tracker:
     """Writes rows of scalars; a context manager around training.
 
-    A resumed run continues the same MLflow run, and rows of steps that will be trained again are
-    dropped from `metrics.jsonl`.
+    A resumed run continues the same MLflow run, and rows that will be written again are dropped
+    from `metrics.jsonl`.
 
     Args:
         folder: the run folder.
@@ -37,7 +36,7 @@ class Tracker:
         self._environment = environment
         self._mlflow: Any = None
         self._run_id = ""
-        _drop_rows_after(folder.metrics, start)
+        _keep_rows(folder.metrics, start)
 
     def __enter__(self) -> Self:
         if self._config.tracking.mlflow != "none":
@@ -68,8 +67,6 @@ class Tracker:
 
     def _start_mlflow(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
         output = Path(self._config.output).resolve()
@@ -118,7 +115,12 @@ def read_rows(metrics: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines if line]
 
 
-def _drop_rows_after(metrics: Path, step: int) -> None:
+def _keep_rows(metrics: Path, start: int) -> None:
+    """Keeps what going on from step `start` will not write again.
+
+    That is nothing for a run that starts anew, and never the evaluation, which comes last.
+    """
     if metrics.exists():
-        rows = [row for row in read_rows(metrics) if row["step"] <= step]
+        rows = [r for r in read_rows(metrics) if r["step"] <= start and "val/flow" not in r]
+        rows = rows if start else []
         write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))

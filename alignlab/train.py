@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from alignlab import checkpoint
 from alignlab.conditioning import Batch, training_batch
@@ -22,15 +23,17 @@ from alignlab.flow import draw_sigma, flow_loss, interpolate
 from alignlab.memory import PeakMemory
 from alignlab.optim import average_over_processes, set_learning_rate, update_ema
 from alignlab.progress import step_progress
+from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
 from alignlab.run import Caches, Run, build_run
-from alignlab.run_folder import RunFolder, write_text
+from alignlab.run_folder import RunFolder, clear_leftovers, write_text
 from alignlab.step_clock import StepClock
 from alignlab.tracking import Tracker, read_rows
 
 HISTOGRAM_DRAWS = 10_000
 
 
+@quiet_libraries()
 def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
     """Trains, or goes on with, the run `<output>/<name>`, evaluates it and returns its folder.
 
@@ -42,6 +45,7 @@ def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
     folder = RunFolder.create(config)
     if folder.read_result() is not None:
         return folder.path
+    clear_leftovers(folder.checkpoints)
     run = build_run(config, caches)
     found = checkpoint.latest(folder.checkpoints)
     if found is not None:
@@ -65,7 +69,7 @@ def _train_steps(
 ) -> None:
     """Steps from where the run stands to its last; `found` is the checkpoint that it stands on."""
     config = run.config
-    watch, clock = FiniteWatch(run.accelerator.device), StepClock()
+    watch, clock = FiniteWatch(run.accelerator.device), StepClock(run.accelerator.device)
     with step_progress(config.name, total=config.steps, done=run.state.step) as advance:
         note = ""
         while run.state.step < config.steps:
@@ -76,6 +80,9 @@ def _train_steps(
             done = run.state.step
             watch.check(done, scalars)
             save = done == config.steps or done % config.checkpoint.every == 0
+            if save:
+                # a finite loss says nothing of the weights that its step left behind
+                watch.check(done, {"weights": get_total_norm(list(run.state.names))})
             if save or done % config.tracking.log_every == 0:
                 watch.raise_if_broken(found)
                 values = {key: float(value) for key, value in scalars.items()}
@@ -116,7 +123,7 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
         rows.append(scalars)
     parameters = list(state.names)
     average_over_processes(accelerator, state.objectives)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip)
+    norm = clip_grad_norm_(parameters, config.optim.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state, config.optim.ema)
@@ -159,9 +166,7 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
 def timestep_histogram(config: RunConfig) -> dict[str, float]:
     """Share of the noise levels in each tenth of [0, 1], over the draws that the run will make."""
     addresses = [
-        (step, sample)
-        for step in range(config.steps)
-        for sample in range(config.optim.batch_size)
+        (step, sample) for step in range(config.steps) for sample in range(config.optim.batch_size)
     ][:HISTOGRAM_DRAWS]
     counts = [0] * 10
     for step, sample in addresses:

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 
 CURVES = ("loss/", "sim/", "grad/")
 
+RunKey = tuple[str, int]  # variant, seed
+
 
 def compare(config: CompareConfig) -> Path:
     """Trains what is not trained yet, prints the summary table, returns the report's path.
@@ -42,18 +45,12 @@ def compare(config: CompareConfig) -> Path:
         for seed in config.seeds
         for variant in config.variants
     }
-    begin = time.monotonic()
-    earlier = _seconds_so_far(folder)
-    caches: dict[str, Caches] = {}
-    for done, ((variant, seed), run) in enumerate(runs.items()):
-        _announce(done, len(runs), variant, seed, time.monotonic() - begin)
-        key = run.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-        train(run, caches=caches.setdefault(key, new_caches(run)))
-        seconds = earlier + time.monotonic() - begin
-        write_text(folder / "progress.json", json.dumps({"seconds": seconds}))
+    # all of them at once: another recipe is refused before hours of training, not after
+    folders = {key: RunFolder.create(run) for key, run in runs.items()}
+    _train_missing(runs, folders, folder)
     results = tuple(
-        collect(RunFolder(Path(run.output) / run.name), variant, seed, folder)
-        for (variant, seed), run in runs.items()
+        collect(run_folder, variant, seed, folder)
+        for (variant, seed), run_folder in folders.items()
     )
     environment = describe_environment()
     comparison = Comparison(
@@ -75,6 +72,24 @@ def compare(config: CompareConfig) -> Path:
     report = write_report(comparison, folder)
     print_summary(comparison, Console())
     return report
+
+
+def _train_missing(
+    runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder], folder: Path
+) -> None:
+    missing = [key for key, run_folder in folders.items() if run_folder.read_result() is None]
+    if len(missing) < len(runs):
+        log.info("%d of %d runs are finished already", len(runs) - len(missing), len(runs))
+    begin = time.monotonic()
+    earlier = _seconds_so_far(folder)
+    caches: dict[str, Caches] = {}
+    for done, (variant, seed) in enumerate(missing):
+        _announce(done, len(missing), variant, seed, time.monotonic() - begin)
+        run = runs[variant, seed]
+        key = run.model_dump_json(include={"model": {"path", "precision"}, "data": True})
+        train(run, caches=caches.setdefault(key, new_caches(run)))
+        seconds = earlier + time.monotonic() - begin
+        write_text(folder / "progress.json", json.dumps({"seconds": seconds}))
 
 
 def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:

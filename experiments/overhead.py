@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
             target = noise - batch.latents_BCTHW
             sides: list[Callable[[], object]] = [
                 lambda: train_step(run, step_batches(run)),
-                lambda inputs=inputs, target=target: bare(inputs, target),
+                partial(bare, inputs, target),
             ]
             seconds = [0.0, 0.0]
             for side in (0, 1) if pair % 2 else (1, 0):

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from alignlab.config import ShapesConfig
 from alignlab.data.sample import Reference, Sample
@@ -75,9 +76,7 @@ class ShapesDataset:
             key=f"shapes-{self.config.seed}-{self.split}-{index:06d}",
             video_THWC=torch.from_numpy(video),
             caption=f"{spoken}, over a {backdrop} {tone} background",
-            references=tuple(
-                draw_reference(t.subject, rng, height, width) for t in tracks[:count]
-            ),
+            references=tuple(draw_reference(t.subject, rng, height, width) for t in tracks[:count]),
             entities=tuple(t.subject.phrase for t in tracks),
             masks_ETHW=torch.from_numpy(masks),
             flow_THWC=torch.from_numpy(flow),
@@ -90,9 +89,9 @@ def draw_reference(
     """The subject alone on white, in a pose of its own (a cross pair: not cut from the clip)."""
     radius = REFERENCE_RADIUS * min(height, width) * rng.uniform(0.85, 1.1)
     x, y = _own_coordinates(
-        np.float32([width / 2 + rng.uniform(-0.05, 0.05) * width]),
-        np.float32([height / 2 + rng.uniform(-0.05, 0.05) * height]),
-        np.float32([rng.uniform(-math.pi, math.pi)]),
+        _one(width / 2 + rng.uniform(-0.05, 0.05) * width),
+        _one(height / 2 + rng.uniform(-0.05, 0.05) * height),
+        _one(rng.uniform(-math.pi, math.pi)),
         radius,
         height,
         width,
@@ -109,7 +108,7 @@ def draw_reference(
 
 def render(
     tracks: list[Track], background: Array
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], Array]:
     """Draws the tracks back to front.
 
     Returns:
@@ -121,9 +120,7 @@ def render(
     video = np.repeat(background[None], frames, axis=0)
     owner = np.full((frames, height, width), -1)
     for number, track in enumerate(tracks):
-        x, y = _own_coordinates(
-            track.x_T, track.y_T, track.angle_T, track.radius, height, width
-        )
+        x, y = _own_coordinates(track.x_T, track.y_T, track.angle_T, track.radius, height, width)
         rgb, coverage = draw_subject(track.subject, x, y, track.radius)
         video += (rgb - video) * coverage[..., None]
         owner[coverage > 0.5] = number
@@ -135,7 +132,7 @@ def _with_article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _flow(tracks: list[Track], masks_ETHW: np.ndarray) -> np.ndarray:
+def _flow(tracks: list[Track], masks_ETHW: NDArray[np.bool_]) -> Array:
     _, frames, height, width = masks_ETHW.shape
     yy, xx = np.mgrid[0:height, 0:width].astype(np.float32)
     flow = np.zeros((frames - 1, height, width, 2), np.float32)
@@ -160,7 +157,10 @@ def _draw_tracks(
     tracks = []
     for color, quarter in zip(colors, quarters, strict=True):
         subject = Subject(
-            str(rng.choice(SHAPES)), str(color), str(rng.choice(TEXTURES)), str(rng.choice(list(ACCENTS)))
+            str(rng.choice(SHAPES)),
+            str(color),
+            str(rng.choice(TEXTURES)),
+            str(rng.choice(list(ACCENTS))),
         )
         motion = str(rng.choice(list(MOTIONS)))
         travel = rng.uniform(0.25, 0.4)  # of the side that it crosses, over the whole clip
@@ -172,7 +172,7 @@ def _draw_tracks(
             Track(
                 subject,
                 motion,
-                radius=float(rng.uniform(0.18, 0.23)) * side,
+                radius=float(rng.uniform(0.2, 0.25)) * side,
                 x_T=(cx + direction[0] * travel * width * along).astype(np.float32),
                 y_T=(cy + direction[1] * travel * height * along).astype(np.float32),
                 angle_T=(rng.uniform(-math.pi, math.pi) + turn * along).astype(np.float32),
@@ -191,5 +191,9 @@ def _own_coordinates(
     return (dx * cos + dy * sin) / radius, (-dx * sin + dy * cos) / radius
 
 
-def _to_uint8(image: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+def _one(value: float) -> Array:
+    return np.asarray([value], np.float32)
+
+
+def _to_uint8(image: Array) -> NDArray[np.uint8]:
+    return np.asarray(np.clip(np.rint(image), 0, 255), np.uint8)

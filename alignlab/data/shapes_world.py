@@ -7,11 +7,12 @@ be learnt from the reference image. Array letters: T frames, H height, W width.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # of floats; numpy's own types do not tell float32 arithmetic apart
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -25,7 +26,12 @@ COLORS = {
     "pink": (240, 130, 175),
 }
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-ACCENTS = {"black": (25, 25, 25), "white": (245, 245, 245), "gray": (135, 135, 135), "navy": (25, 30, 95)}
+ACCENTS = {
+    "black": (25, 25, 25),
+    "white": (245, 245, 245),
+    "gray": (135, 135, 135),
+    "navy": (25, 30, 95),
+}
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 BACKGROUNDS = {
     "gray": (120, 122, 126),
@@ -72,44 +78,42 @@ def signed_distance(shape: str, x: Array, y: Array) -> Array:
     if shape == "circle":
         return np.hypot(x, y) - 0.9
     if shape == "square":
-        return np.maximum(abs(x), abs(y)) - 0.8
+        return np.asarray(np.maximum(abs(x), abs(y)) - 0.8)
     if shape == "triangle":
         return np.maximum(abs(x) * 0.866 + y * 0.5, -y) - 0.5
     if shape == "cross":
         arm = np.maximum(abs(x) - 0.95, abs(y) - 0.33)
-        return np.minimum(arm, np.maximum(abs(y) - 0.95, abs(x) - 0.33))
+        return np.asarray(np.minimum(arm, np.maximum(abs(y) - 0.95, abs(x) - 0.33)))
     if shape == "ring":
-        return abs(np.hypot(x, y) - 0.66) - 0.29
+        return np.abs(np.hypot(x, y) - 0.66) - 0.29
     if shape == "star":
         angle = np.arctan2(x, -y)
         sector = (angle + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5
         radius = np.hypot(x, y)
-        # The edge of one point runs from its tip (radius 1) to the notch (radius 0.45) at 36 degrees.
+        # One point's edge runs from its tip (radius 1) to the notch (radius 0.45, 36 degrees).
         px, py = radius * np.cos(sector), abs(radius * np.sin(sector))
         nx, ny = 0.45 * math.cos(math.pi / 5), 0.45 * math.sin(math.pi / 5)
         edge = math.hypot(nx - 1.0, ny)
-        return (ny * (px - 1.0) - (nx - 1.0) * py) / edge
+        return np.asarray((ny * (px - 1.0) - (nx - 1.0) * py) / edge)
     raise ValueError(f"no shape named {shape!r}")
 
 
 def accent_weight(texture: str, distance: Array, x: Array, y: Array, blur: float) -> Array:
     """Share of the accent colour at each point, 0..1, antialiased over `blur` radii."""
     if texture == "plain":
-        field = distance + 0.2  # an outline 0.2 radii wide
+        field = distance + 0.18  # an outline 0.18 radii wide
     elif texture == "striped":
-        field = np.sin(x * 2 * math.pi / 0.62) * 0.1
+        field = np.sin(x * 2 * math.pi / 0.85) * 0.14
     elif texture == "dotted":
-        field = 0.17 - np.hypot((x + 0.27) % 0.54 - 0.27, (y + 0.27) % 0.54 - 0.27)
+        field = 0.23 - np.hypot((x + 0.36) % 0.72 - 0.36, (y + 0.36) % 0.72 - 0.36)
     elif texture == "checkered":
-        field = np.sin(x * math.pi / 0.44) * np.sin(y * math.pi / 0.44) * 0.14
+        field = np.sin(x * math.pi / 0.55) * np.sin(y * math.pi / 0.55) * 0.18
     else:
         raise ValueError(f"no texture named {texture!r}")
-    return np.clip(field / blur + 0.5, 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip(field / blur + 0.5, 0.0, 1.0), np.float32)
 
 
-def draw_subject(
-    subject: Subject, x: Array, y: Array, radius_px: float
-) -> tuple[Array, Array]:
+def draw_subject(subject: Subject, x: Array, y: Array, radius_px: float) -> tuple[Array, Array]:
     """Colours and coverage of a subject at points given in its own coordinates.
 
     Args:
@@ -144,4 +148,4 @@ def draw_background(backdrop: str, tone: str, height: int, width: int, phase: fl
     else:
         raise ValueError(f"no backdrop named {backdrop!r}")
     rgb = np.asarray(BACKGROUNDS[tone], np.float32) + shade[..., None]
-    return np.clip(rgb, 0, 255).astype(np.float32)
+    return np.asarray(np.clip(rgb, 0, 255), np.float32)

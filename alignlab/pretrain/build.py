@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 CLIPS = 5000
 VAE_CLIPS = 3000  # enough for a codec, and half the memory
-VAE_STEPS = 2000
+VAE_STEPS = 1600
 DINO_STEPS = 1500
-WAN_STEPS = 9000
+WAN_STEPS = 5000
 
 
 def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:

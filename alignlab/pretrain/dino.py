@@ -49,7 +49,8 @@ class DinoWithHeads(nn.Module):
 
     def patches(self, images_BHWC: Tensor) -> Tensor:
         """uint8 images to final-normed patch tokens `(B, P, D)`."""
-        return self.backbone(normalise(images_BHWC)).last_hidden_state[:, 1:]
+        tokens: Tensor = self.backbone(normalise(images_BHWC)).last_hidden_state
+        return tokens[:, 1:]
 
 
 def normalise(images_BHWC: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def train_dino(clips: ClipPool, *, steps: int, work: Path) -> Dinov2Model:
         frames = torch.randint(len(samples[0].video_THWC), (len(samples),), generator=rng).tolist()
         return _losses(model, samples, frames)
 
-    train_stage("dino", model, loss_at, steps=steps, lr=1e-3, work=work)
+    train_stage("dino", model, loss_at, steps=steps, work=work)
     return model.backbone.eval().requires_grad_(False)
 
 

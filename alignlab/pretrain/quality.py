@@ -93,14 +93,16 @@ def phrase_accuracy(teacher: Teacher, clips: list[Tensor], samples: list[Sample]
 def generate(wan: Wan, caption: str, seed: int, steps: int, guidance: float) -> Tensor:
     """One text-to-video clip of the base model, uint8 `(T, H, W, C)`."""
     empty, text = wan.encode_text(["", caption])
-    noise = torch.randn(16, 3, SIZE[0] // 8, SIZE[1] // 8, generator=generator(seed, "quality"))
+    shape = (int(wan.vae.config.z_dim), 3, SIZE[0] // 8, SIZE[1] // 8)
+    noise = torch.randn(shape, generator=generator(seed, "quality"))
     text_BLD = torch.stack([empty, text])
 
     def velocity_at(latents: Tensor, sigma: float) -> Tensor:
         timesteps = torch.full((2,), sigma * 1000)
         pair = latents.expand(2, *latents.shape)
         without, with_text = wan.transformer(pair, timesteps, text_BLD, return_dict=False)[0]
-        return without + guidance * (with_text - without)
+        guided: Tensor = without + guidance * (with_text - without)
+        return guided
 
     return wan.decode(euler_sample(velocity_at, noise, steps=steps, shift=3.0))
 

@@ -1,7 +1,8 @@
 """Stage `vae`: a tiny `AutoencoderKLWan` for 64x64 shapes clips.
 
-The strides are Wan 2.1's (4 in time, 8 in space, 16 channels). Pixels are unshuffled 2x first, as
-in Wan 2.2's autoencoder, which makes it four times cheaper on a CPU.
+The strides are Wan 2.1's, 4 in time and 8 in space; 24 channels instead of 16, because flat shapes
+with hard edges compress worse than photographs. Pixels are unshuffled 2x first, as in Wan 2.2's
+autoencoder, which makes it four times cheaper on a CPU.
 Shape letters: B batch, C channels, T frames, H height, W width.
 """
 
@@ -17,9 +18,10 @@ from alignlab.pretrain.stage import train_stage
 from alignlab.randomness import generator
 
 KL_WEIGHT = 2e-6
+Z_DIM = 24
 VAE_CONFIG = {
     "base_dim": 16,
-    "z_dim": 16,
+    "z_dim": Z_DIM,
     "dim_mult": [1, 2, 4],
     "num_res_blocks": 1,
     "temperal_downsample": [True, True],
@@ -28,8 +30,8 @@ VAE_CONFIG = {
     "out_channels": 12,
     "scale_factor_spatial": 8,
     "scale_factor_temporal": 4,
-    "latents_mean": [0.0] * 16,
-    "latents_std": [1.0] * 16,
+    "latents_mean": [0.0] * Z_DIM,
+    "latents_std": [1.0] * Z_DIM,
 }
 
 
@@ -45,15 +47,13 @@ def train_vae(clips: ClipPool, *, steps: int, work: Path) -> AutoencoderKLWan:
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rng = generator(0, "vae", step)
-        frames, count = (9, 3) if step % 4 == 0 else (5, 6)
+        frames, count = (9, 2) if step % 4 == 0 else (5, 4)
         video = to_signed(clips.videos(rng, count, frames))
-        images = to_signed(clips.reference_images(rng, 6))
+        images = to_signed(clips.reference_images(rng, 4))
         pieces = [_reconstruction(vae, x_BCTHW, rng) for x_BCTHW in (video, images)]
-        return {
-            key: 0.75 * pieces[0][key] + 0.25 * pieces[1][key] for key in ("l1", "mse", "kl")
-        }
+        return {key: 0.75 * pieces[0][key] + 0.25 * pieces[1][key] for key in ("l1", "mse", "kl")}
 
-    train_stage("vae", vae, loss_at, steps=steps, lr=2e-3, work=work)
+    train_stage("vae", vae, loss_at, steps=steps, work=work)
     _fit_latent_statistics(vae, clips)
     return vae.eval().requires_grad_(False)
 
@@ -61,13 +61,14 @@ def train_vae(clips: ClipPool, *, steps: int, work: Path) -> AutoencoderKLWan:
 def _reconstruction(
     vae: AutoencoderKLWan, x_BCTHW: Tensor, rng: torch.Generator
 ) -> dict[str, Tensor]:
-    posterior = vae.encode(x_BCTHW).latent_dist
-    z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
-    out = vae.decode(z).sample
+    with torch.autocast("cpu", torch.bfloat16):  # convolutions take less than half the time
+        posterior = vae.encode(x_BCTHW).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
+        out = vae.decode(z).sample.float()
     return {
-        "l1": F.l1_loss(out, x_BCTHW),
-        "mse": F.mse_loss(out, x_BCTHW),
-        "kl": KL_WEIGHT * posterior.kl().mean(),
+        "l1": 0.5 * F.l1_loss(out, x_BCTHW),
+        "mse": 2.0 * F.mse_loss(out, x_BCTHW),
+        "kl": KL_WEIGHT * posterior.kl().float().mean(),
     }
 
 

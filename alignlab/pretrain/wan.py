@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from alignlab.pretrain.clips import ClipPool
 from alignlab.pretrain.stage import train_stage
 from alignlab.pretrain.text import TEXT_DIM, build_text_encoder
-from alignlab.pretrain.vae import to_signed
+from alignlab.pretrain.vae import Z_DIM, to_signed
 from alignlab.randomness import generator
 
 BATCH = 32
@@ -25,8 +25,8 @@ WAN_CONFIG = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 32,
-    "in_channels": 16,
-    "out_channels": 16,
+    "in_channels": Z_DIM,
+    "out_channels": Z_DIM,
     "text_dim": TEXT_DIM,
     "freq_dim": 64,
     "ffn_dim": 512,
@@ -46,7 +46,7 @@ class TextToVideo(nn.Module):
 
     def encode(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Text embeddings with zeros after the last token, as the Wan pipeline feeds them."""
-        states = self.text_encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
+        states: Tensor = self.text_encoder(ids_BL, attention_mask=mask_BL).last_hidden_state
         return states * mask_BL[..., None]
 
 
@@ -75,9 +75,11 @@ def train_wan(
     steps: int,
     work: Path,
 ) -> TextToVideo:
-    """Flow matching on cached latents: logit-normal times, shift 2, 10 % of the captions dropped."""
+    """Flow matching on cached latents: logit-normal times, shift 2, 10 % of captions dropped."""
     torch.manual_seed(2)
     model = TextToVideo(len(tokenizer))
+    for block in model.transformer.blocks:
+        block.compile()  # 1.7 times faster on a CPU; needs a C++ compiler
     kwargs = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     text = tokenizer(captions, **kwargs)
     empty = tokenizer([""], **kwargs)
@@ -98,5 +100,5 @@ def train_wan(
         )[0]
         return {"flow": (velocity - (noise - x0)).square().mean()}
 
-    train_stage("wan", model, loss_at, steps=steps, lr=1e-3, work=work)
+    train_stage("wan", model, loss_at, steps=steps, work=work)
     return model.eval().requires_grad_(False)

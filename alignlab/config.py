@@ -1,0 +1,177 @@
+"""The settings of a run and of a comparison, as frozen pydantic models.
+
+Recipes (`alignlab.recipe`) are the usual way to make them; a program may also build them directly.
+The parts are defined in `config_parts` and `config_data` and imported from here.
+"""
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union
+
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+
+from alignlab.config_data import DataConfig, FolderConfig, Settings, ShapesConfig, unknown_name
+from alignlab.config_parts import (
+    CheckpointConfig,
+    EvalConfig,
+    FlowConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrackingConfig,
+)
+from alignlab.errors import UserError
+from alignlab.losses import OBJECTIVES
+from alignlab.losses.objective import ObjectiveConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "CompareConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FlowConfig",
+    "FolderConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "ShapesConfig",
+    "TeacherConfig",
+    "TrackingConfig",
+    "check_blocks",
+]
+
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveConfig
+else:
+    AnyObjective = Annotated[
+        Union[tuple(row.Config for row in OBJECTIVES.values())],  # noqa: UP007
+        Field(discriminator="name"),
+    ]
+
+
+class RunConfig(Settings):
+    """One training run."""
+
+    name: str
+    """Folder of the run under `output`."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything drawn in the run."""
+    steps: int = Field(ge=1)
+    """Optimizer steps: the budget."""
+    output: str = "runs"
+    """Folder of all runs."""
+    model: ModelConfig
+    data: DataConfig
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """By alias; an objective names its teacher by alias."""
+    objectives: dict[str, SerializeAsAny[AnyObjective]] = Field(default_factory=dict)
+    """Alignment losses by alias, added to the flow loss. None: plain fine-tuning."""
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, name: str) -> str:
+        parts = name.split("/")
+        if any(not re.fullmatch(r"[\w.+-]+", part) or set(part) == {"."} for part in parts):
+            raise ValueError(
+                f"{name!r} must be a folder inside `output`: letters, digits, .+-_ and / between"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _teachers_exist(self) -> Self:
+        for alias, objective in self.objectives.items():
+            for teacher in objective.teachers:
+                if teacher not in self.teachers:
+                    hint = unknown_name("teacher", teacher, self.teachers)
+                    raise ValueError(f"objectives.{alias}.teacher: {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _eval_teacher_exists(self) -> Self:
+        alias = self.eval.teacher
+        if alias is not None and alias not in self.teachers:
+            raise ValueError(f"eval.teacher: {unknown_name('teacher', alias, self.teachers)}")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_clips(self) -> Self:
+        if isinstance(self.data, ShapesConfig):
+            for key in ("clips", "sample_clips"):
+                asked = getattr(self.eval, key)
+                if asked > self.data.val_clips:
+                    raise ValueError(
+                        f"eval.{key}: {asked} is more than data.val_clips, {self.data.val_clips}"
+                    )
+        return self
+
+
+class CompareConfig(Settings):
+    """Several variants of one run, each over the same seeds."""
+
+    base: RunConfig
+    """What all variants share."""
+    baseline: str
+    """The variant against which differences are tested."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    """Every variant runs once per seed."""
+    variants: dict[str, dict[str, Any]]
+    """What each variant changes in `base`, as nested mappings."""
+    runs: dict[str, RunConfig]
+    """Each variant applied to `base`, with the first seed; see `run`."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds:
+            raise ValueError("name at least one seed")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} names a seed twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _baseline_exists(self) -> Self:
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline: {unknown_name('variant', self.baseline, self.variants)}")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Folder of the comparison under `output`."""
+        return self.base.name
+
+    @property
+    def output(self) -> str:
+        """Folder of all runs."""
+        return self.base.output
+
+    def run(self, variant: str, seed: int) -> RunConfig:
+        """The run of one variant and seed, named `<name>/<variant>/seed-<seed>`."""
+        name = f"{self.name}/{variant}/seed-{seed}"
+        return self.runs[variant].model_copy(update={"name": name, "seed": seed})
+
+
+def check_blocks(config: RunConfig, num_blocks: int) -> None:
+    """Refuse objectives and probes that tap a block the transformer does not have.
+
+    Args:
+        config: the run.
+        num_blocks: length of the transformer's `blocks`.
+
+    Raises:
+        UserError: a block index is outside 0..num_blocks-1.
+    """
+    asked = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
+    asked["eval.blocks"] = config.eval.blocks or ()
+    for key, blocks in asked.items():
+        for block in blocks:
+            if not 0 <= block < num_blocks:
+                raise UserError(
+                    f"{key}: block {block} does not exist: this transformer "
+                    f"has {num_blocks} blocks, valid 0..{num_blocks - 1} (block i is depth i+1)"
+                )

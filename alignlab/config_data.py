@@ -1,0 +1,106 @@
+"""Settings of the data sets. Letters: H height, W width, T frames."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+LATENT_STRIDE = 4  # frames per latent frame of the Wan VAE, after the first
+SIZE_STEP = 16  # VAE stride 8 times the transformer's patch 2
+
+
+class Settings(BaseModel):
+    """Base of every config: immutable, unknown keys refused, field docstrings kept."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
+    """ "unknown <kind> 'x', did you mean 'y'? valid: ..." for a name that is not in `valid`."""
+    names = list(valid)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ","
+    return f"unknown {kind} {name!r}{hint} valid: {', '.join(names) or 'none defined'}"
+
+
+def _whole_latent_frames(frames: int) -> int:
+    if (frames - 1) % LATENT_STRIDE:
+        below = 1 + (frames - 1) // LATENT_STRIDE * LATENT_STRIDE
+        raise ValueError(
+            f"{frames} frames do not fill whole latent frames (4k+1): "
+            f"use {below} or {below + LATENT_STRIDE}"
+        )
+    return frames
+
+
+def _whole_patches(size: tuple[int, int]) -> tuple[int, int]:
+    if any(side < SIZE_STEP or side % SIZE_STEP for side in size):
+        nearest = [max(SIZE_STEP, round(side / SIZE_STEP) * SIZE_STEP) for side in size]
+        raise ValueError(
+            f"{list(size)} must be multiples of {SIZE_STEP} (height, width): nearest is {nearest}"
+        )
+    return size
+
+
+def _low_to_high(limits: tuple[int, int]) -> tuple[int, int]:
+    low, high = limits
+    if not 0 <= low <= high:
+        raise ValueError(f"{list(limits)} must be [fewest, most] with 0 <= fewest <= most")
+    return limits
+
+
+Frames = Annotated[int, Field(ge=1), AfterValidator(_whole_latent_frames)]
+Size = Annotated[tuple[int, int], AfterValidator(_whole_patches)]
+Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]
+
+
+class ShapesConfig(Settings):
+    """The generated data set: textured subjects that move as the caption says."""
+
+    name: Literal["shapes"] = "shapes"
+    frames: Frames = 9
+    """Frames per clip, 4k+1 (the VAE packs four frames into one latent frame after the first)."""
+    size: Size = (64, 64)
+    """(height, width) in pixels, multiples of 16."""
+    fps: int = Field(default=8, ge=1)
+    """Frame rate at which clips and generated videos are written."""
+    references: Limits = (2, 3)
+    """Fewest and most reference images per clip."""
+    train_clips: int = Field(default=512, ge=1)
+    """Size of the train split."""
+    val_clips: int = Field(default=32, ge=1)
+    """Size of the val split."""
+    cache_clips: int = Field(default=1024, ge=0)
+    """Encoded clips kept in memory. Encoding is deterministic: a cache changes no number."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the world. It is not the run's seed: all seeds of a comparison share the data."""
+
+
+class FolderConfig(Settings):
+    """A folder of videos with a metadata file (see docs/data.md for its columns)."""
+
+    name: Literal["folder"] = "folder"
+    path: str
+    """The folder; paths in the metadata are relative to it."""
+    metadata: str = "metadata.jsonl"
+    """Metadata file inside the folder: .jsonl, .json or .csv."""
+    frames: Frames = 81
+    """Frames per clip, 4k+1. 81 is Wan 2.1's and RefAlign's."""
+    size: Size = (480, 832)
+    """(height, width) in pixels, multiples of 16. 480x832 is Wan 2.1 1.3B's and RefAlign's."""
+    fps: int = Field(default=16, ge=1)
+    """Frame rate to which videos are resampled. 16 is Wan 2.1's."""
+    references: Limits = (0, 3)
+    """Fewest and most reference images per clip. RefAlign keeps at most 3."""
+    val_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the rows held out as the val split."""
+    cache_clips: int = Field(default=0, ge=0)
+    """Encoded clips kept in memory, 0 for none: 480x832 clips take about 100 MB each."""
+    on_bad_video: Literal["error", "skip"] = "error"
+    """What to do with a video that cannot be read or is too short."""
+
+
+DataConfig = Annotated[ShapesConfig | FolderConfig, Field(discriminator="name")]

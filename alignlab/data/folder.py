@@ -1,0 +1,171 @@
+"""`folder`: clips, captions and reference images listed by a metadata file.
+
+The columns are described in `alignlab.data.metadata`.
+Shape letters: T frames, H height, W width, C channels (RGB), E entities.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignlab.config import FolderConfig
+from alignlab.data.metadata import Row, read_rows
+from alignlab.data.resize import cover_crop, fit_reference
+from alignlab.data.sample import Reference, Sample
+from alignlab.data.video import (
+    ClipError,
+    DecodedClip,
+    decode_clip,
+    probe_clip,
+    probe_image,
+    read_image,
+    read_labels,
+)
+from alignlab.errors import UserError
+
+PROBE_THREADS = 8
+VOID_LABEL = 255  # undecided pixels in DAVIS-style label images
+
+log = logging.getLogger(__name__)
+
+
+class FolderDataset:
+    """Clips of a folder; which rows are in and at which index is settled at construction.
+
+    Args:
+        config: see `alignlab.config.FolderConfig`.
+        split: rows are dealt by a hash of `file_name`, so that a video is never in both splits
+            and does not change sides when rows are added. At least one video is held out.
+
+    Raises:
+        ClipError: with `on_bad_video: error`, a clip that is unreadable, too short, or short of
+            references. With `skip` such clips are left out and counted in one warning.
+        UserError: bad metadata, or nothing left in the split.
+    """
+
+    def __init__(self, config: FolderConfig, split: Literal["train", "val"]) -> None:
+        self.config = config
+        self.split = split
+        root = Path(config.path)
+        if not root.is_dir():
+            raise UserError(f"data.path: there is no folder {root}")
+        rows = read_rows(root, config.metadata)
+        held_out = held_out_names((row.file_name for row in rows), config.val_fraction)
+        in_split = [row for row in rows if (row.file_name in held_out) == (split == "val")]
+        self._rows = self._usable(in_split)
+        self._keys = _unique_keys(self._rows)
+        if not self._rows:
+            raise UserError(
+                f"{root}: no clip left in the {split} split ({len(in_split)} of {len(rows)} rows "
+                f"are dealt to it); add clips or change data.val_fraction"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self._rows[index]
+        clip = decode_clip(
+            row.video,
+            frames=self.config.frames,
+            fps=self.config.fps,
+            size_HW=self.config.size,
+            start_s=row.start_s,
+            seek=row.masks is None,
+        )
+        return Sample(
+            key=self._keys[index],
+            video_THWC=clip.video_THWC,
+            caption=row.caption,
+            references=self._references(row),
+            entities=row.entities,
+            masks_ETHW=None if row.masks is None else _masks(row, clip, self.config.size),
+        )
+
+    def _usable(self, rows: list[Row]) -> list[Row]:
+        with ThreadPoolExecutor(PROBE_THREADS) as pool:
+            errors = list(pool.map(self._error_of, rows))
+        bad = [error for error in errors if error is not None]
+        if bad and self.config.on_bad_video == "error":
+            raise ClipError(f"{bad[0]}; data.on_bad_video=skip leaves such clips out", bad[0].kind)
+        if bad:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(e.kind for e in bad).items())
+            log.warning(
+                "%s: %d of %d clips of the %s split skipped: %s; first: %s",
+                *(self.config.path, len(bad), len(rows), self.split, kinds, bad[0]),
+            )
+        return [row for row, error in zip(rows, errors, strict=True) if error is None]
+
+    def _error_of(self, row: Row) -> ClipError | None:
+        fewest = self.config.references[0]
+        try:
+            probe_clip(
+                row.video, frames=self.config.frames, fps=self.config.fps, start_s=row.start_s
+            )
+            if len(row.references) < fewest:
+                raise ClipError(
+                    f"{row.where}: has {len(row.references)} references, data.references asks "
+                    f"for at least {fewest}",
+                    kind="short of references",
+                )
+            for path in row.references:
+                probe_image(path)
+            if row.masks is not None and not row.masks.is_dir():
+                raise ClipError(f"{row.where}: there is no masks folder {row.masks}")
+        except ClipError as error:
+            return error
+        return None
+
+    def _references(self, row: Row) -> tuple[Reference, ...]:
+        listed = zip(row.references, row.reference_names, row.reference_phrases, strict=True)
+        references = []
+        for path, name, phrase in list(listed)[: self.config.references[1]]:
+            image_HWC, mask_HW = fit_reference(*read_image(path), self.config.size)
+            references.append(Reference(image_HWC, mask_HW, name, phrase))
+        return tuple(references)
+
+
+def held_out_names(file_names: Iterable[str], val_fraction: float) -> set[str]:
+    """The names whose hash falls below `val_fraction`, or the lowest one when none does."""
+    rank = {
+        name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+        for name in file_names
+    }
+    below = {name for name in rank if rank[name] < val_fraction}
+    return below or {min(rank, key=rank.__getitem__)}
+
+
+def _unique_keys(rows: list[Row]) -> list[str]:
+    """`file_name`, with `@start` for later clips of a video and `#n` for a repeated clip."""
+    seen: Counter[str] = Counter()
+    keys = []
+    for row in rows:
+        key = f"{row.file_name}@{row.start_s:g}" if row.start_s else row.file_name
+        seen[key] += 1
+        keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    return keys
+
+
+def _masks(row: Row, clip: DecodedClip, size_HW: tuple[int, int]) -> Tensor:
+    """Label images of the clip's frames as bool `(E, T, H, W)`, resized like the clip."""
+    assert row.masks is not None
+    labels = torch.arange(1, len(row.entities) + 1)[:, None, None]
+    mask_by_frame: dict[int, Tensor] = {}
+    for index in set(clip.frame_indices):
+        path = row.masks / f"{index:05d}.png"
+        labels_HW = read_labels(path)
+        if labels_HW.shape != clip.source_size_HW:
+            raise ClipError(f"{path}: is {tuple(labels_HW.shape)}, the video {clip.source_size_HW}")
+        known_HW = (labels_HW <= len(row.entities)) | (labels_HW == VOID_LABEL)
+        if not known_HW.all():
+            raise ClipError(f"{path}: has labels beyond the {len(row.entities)} entities")
+        masks_EHW = (labels_HW == labels).to(torch.uint8) * 255
+        mask_by_frame[index] = cover_crop(masks_EHW, size_HW, pixel_aspect=clip.pixel_aspect) >= 128
+    return torch.stack([mask_by_frame[index] for index in clip.frame_indices], dim=1)

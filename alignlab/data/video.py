@@ -1,0 +1,231 @@
+"""Clips and images in and out of files: PyAV for video, Pillow for images.
+
+Shape letters: T frames, H height, W width, C channels (RGB).
+"""
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, VideoReformatter
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from alignlab.data.decode import TIME_TOLERANCE_S, frames_at, shown_until, upright
+from alignlab.data.decode import ClipError as ClipError
+from alignlab.data.resize import WHITE, cover_crop
+from alignlab.data.resize import fit_reference as fit_reference
+
+# H.273 code points: BT.709 has the same one as matrix, primaries and transfer function.
+BT709 = 1
+LIMITED_RANGE = 1
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """A clip together with where its frames came from.
+
+    Args:
+        video_THWC: uint8 RGB.
+        frame_indices: position in the file, counted in display order, of each frame.
+        source_size_HW: upright size of the file's frames, in stored pixels.
+        pixel_aspect: width of a stored pixel divided by its height, upright.
+    """
+
+    video_THWC: Tensor
+    frame_indices: tuple[int, ...]
+    source_size_HW: tuple[int, int]
+    pixel_aspect: float
+
+
+def read_clip(
+    path: Path, *, frames: int, fps: float, size_HW: tuple[int, int], start_s: float = 0.0
+) -> Tensor:
+    """Decode `frames` frames at `fps`, resized to cover `size_HW` and cropped at the centre.
+
+    Frame k is the last one that starts at or before `start_s + k / fps` (give or take
+    0.6 ms, since containers round), by timestamps, so any source rate, constant or not, keeps
+    its speed. The resize is antialiased bicubic; display rotation and non-square pixels are
+    honoured.
+
+    Args:
+        path: any file FFmpeg reads.
+        frames: number of frames, T.
+        fps: frames per second of the result.
+        size_HW: height and width of the result.
+        start_s: seconds after the first frame of the file.
+
+    Returns:
+        uint8 `(T, H, W, 3)`.
+
+    Raises:
+        ClipError: unreadable file, no video stream, or fewer frames than asked for.
+    """
+    return decode_clip(
+        path, frames=frames, fps=fps, size_HW=size_HW, start_s=start_s, seek=True
+    ).video_THWC
+
+
+def decode_clip(
+    path: Path,
+    *,
+    frames: int,
+    fps: float,
+    size_HW: tuple[int, int],
+    start_s: float = 0.0,
+    seek: bool = False,
+) -> DecodedClip:
+    """As `read_clip`, and say where the frames came from.
+
+    Args:
+        seek: jump to a keyframe near the start, which is faster; frame indices then count from
+            that keyframe.
+    """
+    if frames < 1 or fps <= 0 or start_s < 0:
+        raise ValueError(f"impossible clip: frames={frames}, fps={fps}, start_s={start_s}")
+    video: list[Tensor] = []
+    indices: list[int] = []
+    source_size_HW, pixel_aspect = (0, 0), 1.0
+    wanted_s = [start_s + k / fps for k in range(frames)]
+    reformatter = VideoReformatter()
+    for index, timed in frames_at(path, wanted_s, seek=seek):
+        if indices and indices[-1] == index:
+            video.append(video[-1])
+        else:
+            upright_HWC, pixel_aspect = upright(timed, reformatter)
+            source_size_HW = (upright_HWC.shape[0], upright_HWC.shape[1])
+            cropped_CHW = cover_crop(
+                upright_HWC.permute(2, 0, 1), size_HW, pixel_aspect=pixel_aspect
+            )
+            video.append(cropped_CHW.permute(1, 2, 0))
+        indices.append(index)
+    if len(video) < frames:
+        raise _too_short(path, len(video), frames, fps, start_s)
+    return DecodedClip(torch.stack(video), tuple(indices), source_size_HW, pixel_aspect)
+
+
+def probe_clip(path: Path, *, frames: int, fps: float, start_s: float = 0.0) -> None:
+    """Check cheaply, without decoding the clip, that `read_clip` would succeed.
+
+    Raises:
+        ClipError: as `read_clip`.
+    """
+    last_needed_s = start_s + (frames - 1) / fps
+    end_s = shown_until(path, last_needed_s)
+    if last_needed_s >= end_s - TIME_TOLERANCE_S:
+        num_available = max(0, math.ceil((end_s - TIME_TOLERANCE_S - start_s) * fps))
+        raise _too_short(path, num_available, frames, fps, start_s)
+
+
+def encode_mp4(video_THWC: Tensor, fps: float, *, crf: int = 18) -> bytes:
+    """Encode a clip as H.264, yuv420p, BT.709, playable by browsers.
+
+    Args:
+        video_THWC: uint8 RGB; height and width must be even (4:2:0 chroma).
+        fps: frames per second.
+        crf: x264 quality, 0 (lossless) to 51; 18 is visually transparent.
+    """
+    if video_THWC.dtype != torch.uint8 or video_THWC.ndim != 4 or video_THWC.shape[3] != 3:
+        raise ValueError(f"expected uint8 (T, H, W, 3), got {video_THWC.dtype} {video_THWC.shape}")
+    num_frames, height, width, _ = video_THWC.shape
+    if num_frames == 0 or height % 2 or width % 2:
+        raise ValueError(f"H.264 yuv420p needs frames of even size, got {tuple(video_THWC.shape)}")
+    buffer = io.BytesIO()
+    reformatter = VideoReformatter()
+    with av.open(buffer, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # Untagged video is read as BT.601 by some players and as BT.709 by others.
+        stream.codec_context.colorspace = BT709
+        stream.codec_context.color_primaries = BT709
+        stream.codec_context.color_trc = BT709
+        stream.codec_context.color_range = LIMITED_RANGE
+        for frame_HWC in video_THWC.cpu().numpy():
+            frame = VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+            frame = reformatter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU709)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def write_mp4(path: Path, video_THWC: Tensor, fps: float) -> None:
+    """Write a clip as `encode_mp4` makes it; the file appears whole or not at all."""
+    encoded = encode_mp4(video_THWC, fps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(encoded)
+    os.replace(partial, path)
+
+
+def read_image(path: Path) -> tuple[Tensor, Tensor | None]:
+    """Read an image as uint8 RGB on white, and its alpha channel as a mask.
+
+    Returns:
+        image `(H, W, 3)` uint8, upright (EXIF), composed on white; and a bool mask `(H, W)`,
+        true where alpha is at least one half, or None when the image has no transparency.
+
+    Raises:
+        ClipError: unreadable file, or more than 8 bits per channel.
+    """
+    with _open_image(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):
+            raise ClipError(f"{path}: has more than 8 bits per channel; convert it to 8-bit")
+        has_alpha = image.has_transparency_data
+        pixels_HWC = torch.from_numpy(np.array(image.convert("RGBA" if has_alpha else "RGB")))
+    if not has_alpha:
+        return pixels_HWC, None
+    alpha_HW1 = pixels_HWC[..., 3:].float() / 255
+    composed_HWC = pixels_HWC[..., :3].float() * alpha_HW1 + WHITE * (1 - alpha_HW1)
+    return composed_HWC.round().to(torch.uint8), pixels_HWC[..., 3] >= 128
+
+
+def read_labels(path: Path) -> Tensor:
+    """Read a label image, palette or 8-bit gray, as uint8 `(H, W)` indices.
+
+    Raises:
+        ClipError: unreadable file, or an image in colour.
+    """
+    with _open_image(path) as image:
+        if image.mode not in ("P", "L"):
+            raise ClipError(f"{path}: must be a palette or 8-bit gray image, not {image.mode}")
+        return torch.from_numpy(np.array(image))
+
+
+def probe_image(path: Path) -> None:
+    """Check cheaply that a file is an image: only its header is read.
+
+    Raises:
+        ClipError: missing or unreadable file.
+    """
+    with _open_image(path):
+        pass
+
+
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ClipError(f"{path}: cannot be read ({error})") from error
+
+
+def _too_short(
+    path: Path, num_available: int, frames: int, fps: float, start_s: float
+) -> ClipError:
+    since = f" from {start_s:g} s on" if start_s else ""
+    return ClipError(
+        f"{path}: is too short: {num_available} frames at {fps:g} fps{since}, {frames} are needed",
+        kind="too short",
+    )

@@ -1,0 +1,122 @@
+"""What works on this machine: versions, devices, attention backends, kernels, models."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import alignlab
+from alignlab.attention import available_backends
+from alignlab.errors import UserError
+from alignlab.kernels import pull_push
+from alignlab.recipe import resolve_asset
+from alignlab.teachers import TEACHERS
+
+# Distribution -> the extra of alignlab that brings it, "" for what is always needed.
+PACKAGES = {
+    "torch": "",
+    "triton": "",
+    "diffusers": "",
+    "transformers": "",
+    "accelerate": "",
+    "peft": "",
+    "optuna": "",
+    "mlflow": "",
+    "pydantic": "",
+    "omegaconf": "",
+    "av": "",
+    "opencv-python-headless": "",
+    "scipy": "",
+    "safetensors": "",
+    "xformers": "gpu",
+    "ray": "ray",
+    "sam2": "sam2",
+}
+WAN_MODELS = ("assets/tiny-wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+KERNELS = {"pull_push": pull_push.implementations}
+GIB = 2**30
+
+
+def report(console: Console | None = None) -> None:
+    """Print everything below as tables; a thing that does not work comes with its reason."""
+    console = console or Console()
+    devices = device_lines()
+    console.print(_table("Versions", ("package", "version"), list(package_versions().items())))
+    console.print(_table("Devices", ("device", "what it is"), list(devices.items())))
+    for device in devices:
+        backends = [(name, why or "works") for name, why in available_backends(device).items()]
+        backends.sort(key=lambda row: row[1] != "works")
+        title = f"Attention backends on {device} (model.attention)"
+        console.print(_table(title, ("backend", "state"), backends))
+    kernels = [
+        (f"{name}, impl={impl}", why or "works")
+        for name, implementations in KERNELS.items()
+        for impl, why in implementations().items()
+    ]
+    console.print(_table("Kernels", ("kernel", "state"), kernels))
+    console.print(_table("Models", ("model", "state"), list(model_states().items())))
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, alignlab and the packages it stands on."""
+    versions = {"python": platform.python_version(), "alignlab": alignlab.__version__}
+    for package, extra in PACKAGES.items():
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "missing" + (f" (extra {extra})" if extra else "")
+    return versions
+
+
+def device_lines() -> dict[str, str]:
+    """Torch device -> what it is."""
+    free = shutil.disk_usage(".").free / GIB
+    lines = {
+        "cpu": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch "
+        f"threads, {free:.0f} GiB of disk free here"
+    }
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        lines[f"cuda:{index}"] = (
+            f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+            f"{gpu.total_memory / GIB:.0f} GiB"
+        )
+    if torch.backends.mps.is_available():
+        lines["mps"] = "Apple GPU"
+    return lines
+
+
+def model_states() -> dict[str, str]:
+    """Known models, and those teachers' models that recipes name by family: where they are."""
+    teachers = {row.path: f"teacher {family}" for family, row in TEACHERS.items()}
+    kinds = dict.fromkeys(WAN_MODELS, "Wan") | teachers
+    return {f"{path} ({kind})": _where(path) for path, kind in kinds.items()}
+
+
+def _where(path: str) -> str:
+    try:
+        resolved = resolve_asset(path)
+    except UserError as error:
+        return str(error)
+    if resolved != path or os.path.isdir(resolved):
+        return resolved
+    for marker in ("model_index.json", "config.json"):
+        cached = try_to_load_from_cache(path, marker)
+        if isinstance(cached, str):
+            return os.path.dirname(cached)
+    return "not on this machine; downloaded from the hub on first use"
+
+
+def _table(title: str, header: tuple[str, str], rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=False)
+    table.add_column(header[0], no_wrap=True)
+    table.add_column(header[1], overflow="fold")
+    for name, state in rows:
+        table.add_row(Text(name), Text(state))  # plain: brackets are no markup
+    return table

@@ -1,0 +1,12 @@
+"""Measures of features and of what they separate: tensors in, one float out, float64 inside."""
+
+from alignlab.metrics.cka import cka as cka
+from alignlab.metrics.cka import cknna as cknna
+from alignlab.metrics.frechet import frechet_distance as frechet_distance
+from alignlab.metrics.iicr import iicr as iicr
+from alignlab.metrics.retrieval import retrieval_chance as retrieval_chance
+from alignlab.metrics.retrieval import subject_retrieval as subject_retrieval
+from alignlab.metrics.separability import cross_subject_cosine as cross_subject_cosine
+from alignlab.metrics.separability import inter_intra_ratio as inter_intra_ratio
+from alignlab.metrics.separability import silhouette as silhouette
+from alignlab.metrics.teacher_retrieval import teacher_retrieval as teacher_retrieval

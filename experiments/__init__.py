@@ -1,0 +1,1 @@
+"""Comparisons, sweeps and reports; the room that runs the harness many times."""

@@ -1,0 +1,80 @@
+"""What the metrics of a report are called, and which way is better.
+
+A metric name is a base name and an optional part: `retrieval/block3` is `retrieval` at block 3,
+`retrieval/mean` its mean over blocks, `val/flow/t7` is `val/flow` in timestep bin 7.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["lower", "higher", "none"]
+ARROWS: dict[Direction, str] = {"lower": "↓", "higher": "↑", "none": ""}
+
+_PART = re.compile(r"/(?:block(?P<block>\d+)|t(?P<bin>\d)|(?P<mean>mean))$")
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One row of the table below.
+
+    Args:
+        label: what a reader calls it.
+        better: which way is better; "none" where neither is, or where it depends.
+        headline: shown in the summary table.
+        cost: shown with the costs, behind the qualities.
+    """
+
+    label: str
+    better: Direction = "none"
+    headline: bool = False
+    cost: bool = False
+
+
+# In the order of the summary table. Agreement with the teacher (CKNNA) is what an alignment loss
+# trains, not a goal in itself: no direction.
+QUANTITIES: dict[str, Quantity] = {
+    "val/flow": Quantity("validation flow loss", "lower", headline=True),
+    "retrieval": Quantity("subject retrieval", "higher", headline=True),
+    "teacher_retrieval": Quantity("retrieval in teacher space", "higher", headline=True),
+    "silhouette": Quantity("subject silhouette", "higher", headline=True),
+    "cross_cos": Quantity("cross-subject cosine", "lower", headline=True),
+    "cknna": Quantity("CKNNA to teacher"),
+    "time/step": Quantity("step time (s)", "lower", headline=True, cost=True),
+    "memory/peak_mib": Quantity("peak memory (MiB)", "lower", headline=True, cost=True),
+    "params/extra": Quantity("extra parameters", "lower", headline=True, cost=True),
+}
+
+
+def split_name(metric: str) -> tuple[str, str]:
+    """Split a metric name into base and part: ("retrieval", "block3"), ("val/flow", "")."""
+    match = _PART.search(metric)
+    return (metric[: match.start()], metric[match.start() + 1 :]) if match else (metric, "")
+
+
+def block_of(metric: str) -> int | None:
+    """The block index in a metric name, or None."""
+    match = _PART.search(metric)
+    return int(match["block"]) if match and match["block"] else None
+
+
+def quantity(metric: str) -> Quantity:
+    """Meaning of a metric; a name that the table does not know is its own label."""
+    base, part = split_name(metric)
+    known = QUANTITIES.get(base, Quantity(base))
+    label = known.label + _part_label(metric)
+    whole = part in ("", "mean")
+    return Quantity(label, known.better, known.headline and whole, known.cost)
+
+
+def _part_label(metric: str) -> str:
+    match = _PART.search(metric)
+    if match is None:
+        return ""
+    if match["mean"]:
+        return ", block mean"
+    if match["block"]:
+        # Papers count from one: "depth d" is block d - 1.
+        return f", block {match['block']} (depth {int(match['block']) + 1})"
+    low = int(match["bin"]) / 10
+    return f", t {low:.1f} to {low + 0.1:.1f}"

@@ -1,0 +1,154 @@
+"""Writes what a comparison found: report.html, report.md and table.csv.
+
+report.html is one file that needs no network: script, style, charts and clips are inside it, and a
+content security policy forbids the browser to fetch anything.
+"""
+
+import base64
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import plotly.offline
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from alignlab.experiments.figures import block_charts, curve_charts, seed_charts, timestep_charts
+from alignlab.experiments.plot import styles
+from alignlab.experiments.result import Comparison, SampleClip
+from alignlab.experiments.summary import (
+    SummaryRow,
+    by_metric,
+    joined,
+    summary_notes,
+    summary_rows,
+)
+from alignlab.experiments.tables import (
+    facts,
+    headline,
+    markdown,
+    plain,
+    reading,
+    table_csv,
+    title,
+    value,
+)
+from alignlab.experiments.verdict import verdict
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One validation prompt: files as data URIs, None for a clip or file that is not there."""
+
+    caption: str
+    references: tuple[str, ...]
+    real: str | None
+    clips: dict[str, str | None]
+
+
+def write_report(comparison: Comparison, folder: Path) -> Path:
+    """Write report.html, report.md and table.csv into `folder` and return the path of the first.
+
+    Args:
+        comparison: the results; their `run_dir` is relative to `folder`.
+        folder: existing folder.
+    """
+    rows = summary_rows(comparison)
+    (folder / "report.md").write_text(markdown(comparison, rows), encoding="utf-8")
+    (folder / "table.csv").write_text(table_csv(comparison, rows), encoding="utf-8")
+    path = folder / "report.html"
+    path.write_text(_html(comparison, rows, folder), encoding="utf-8")
+    return path
+
+
+def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
+    source = resources.files("alignlab.experiments").joinpath("report.html.j2")
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    sections = {
+        "seeds": seed_charts(comparison, rows),
+        "curves": curve_charts(comparison),
+        "timesteps": timestep_charts(comparison, rows),
+        "blocks": block_charts(comparison, rows),
+    }
+    figures = {
+        f"{name}-{index}": chart.figure
+        for name, charts in sections.items()
+        for index, chart in enumerate(charts)
+    }
+    return template.render(
+        comparison=comparison,
+        verdict=verdict(comparison, rows),
+        reading=reading(comparison),
+        headline=headline(rows),
+        groups=by_metric(rows),
+        notes=summary_notes(comparison, rows),
+        budget=_budget(comparison),
+        settings={
+            setting: {v: value(values, v) for v in comparison.variants}
+            for setting, values in comparison.differing.items()
+        },
+        sections=sections,
+        # A caption or a variant could hold "</script>": no "<" survives.
+        figures=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
+        plotly=Markup(plotly.offline.get_plotlyjs()),
+        prompts=_prompts(comparison, folder),
+        styles=styles(comparison),
+        facts=facts(comparison),
+        environment={name: plain(value) for name, value in comparison.environment.items()},
+        title=title,
+        joined=joined,
+    )
+
+
+def _budget(comparison: Comparison) -> str:
+    if not comparison.results:
+        return "No run has finished."
+    steps = sorted({run.steps for run in comparison.results})
+    if len(steps) == 1:
+        return f"All {len(comparison.results)} runs took {steps[0]:,} steps."
+    taken = {
+        variant: sorted({run.steps for run in comparison.results if run.variant == variant})
+        for variant in comparison.variants
+    }
+    listed = "; ".join(
+        f"{variant}: {', '.join(f'{count:,}' for count in counts) or 'none'}"
+        for variant, counts in taken.items()
+    )
+    return f"Runs did not take the same number of steps: {listed}."
+
+
+def _prompts(comparison: Comparison, folder: Path) -> list[Prompt]:
+    """Validation prompts of the first seed's samples, in the order the runs give them."""
+    found: dict[str, dict[str, tuple[Path, SampleClip]]] = {}
+    for variant in comparison.variants:
+        run = comparison.run(variant, comparison.seeds[0])
+        if run is not None:
+            for clip in run.samples:
+                found.setdefault(clip.key, {})[variant] = (folder / run.run_dir, clip)
+    return [_prompt(comparison, clips) for clips in found.values()]
+
+
+def _prompt(comparison: Comparison, clips: dict[str, tuple[Path, SampleClip]]) -> Prompt:
+    home, first = next(iter(clips.values()))
+    references = (_data_uri(home / name, "image/png") for name in first.references)
+    return Prompt(
+        caption=first.caption,
+        references=tuple(uri for uri in references if uri is not None),
+        real=_data_uri(home / first.real, "video/mp4") if first.real else None,
+        clips={
+            variant: _data_uri(clips[variant][0] / clips[variant][1].video, "video/mp4")
+            if variant in clips
+            else None
+            for variant in comparison.variants
+        },
+    )
+
+
+def _data_uri(path: Path, media_type: str) -> str | None:
+    if not path.is_file():
+        return None
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

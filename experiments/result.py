@@ -1,0 +1,144 @@
+"""What a comparison found: plain data that every report is built from.
+
+`Comparison.save` and `Comparison.load` are an exact JSON round trip: a report can be rebuilt
+without training again. Numbers that are not finite are written "NaN", "Infinity", "-Infinity".
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+
+from alignlab.errors import UserError
+
+_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class SampleClip:
+    """One generated clip; the same `key` in another run is the same validation prompt.
+
+    Args:
+        key: key of the validation sample.
+        caption: its text condition.
+        video: generated mp4, relative to the run folder.
+        real: the data set's own clip as mp4, relative to the run folder.
+        references: png files of the reference images, relative to the run folder.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    key: str
+    caption: str
+    video: str
+    real: str | None = None
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One variant trained with one seed.
+
+    Args:
+        variant: name of the variant in the recipe.
+        seed: seed of the run.
+        steps: optimizer steps taken.
+        run_dir: run folder, relative to the folder that the report is written to.
+        metrics: final numbers by flat name: `val/flow`, `val/flow/t0` .. `t9`,
+            `retrieval/block3`, `time/step` (s), `memory/peak_mib`, `params/extra`, ...
+            `experiments/quantities.py` holds their meaning; other names are shown as they are.
+        curves: scalars over training by name, each as (step, value) in order of step.
+        samples: generated clips.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    variant: str
+    seed: int
+    steps: int
+    run_dir: str
+    metrics: dict[str, float]
+    curves: dict[str, Curve]
+    samples: tuple[SampleClip, ...] = ()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several variants, each trained with the same seeds.
+
+    Args:
+        name: name of the comparison recipe.
+        baseline: the variant that differences are taken to.
+        seeds: seeds asked for, in order.
+        variants: names of the variants, in order of the recipe.
+        recipe: resolved comparison recipe as YAML.
+        differing: every setting in which the resolved recipes of the variants differ, by dotted
+            name: its value per variant. A variant that does not have the setting is left out or
+            None.
+        environment: versions and hardware.
+        duration_s: wall-clock seconds of the whole comparison.
+        command: command line that started it.
+        commit: git commit of alignlab, empty outside a checkout.
+        results: one entry per finished run; a run that is missing is shown as missing.
+        headline: metrics of the summary table, in order; empty takes those that
+            `experiments/quantities.py` marks.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    name: str
+    baseline: str
+    seeds: tuple[int, ...]
+    variants: tuple[str, ...]
+    recipe: str
+    differing: dict[str, dict[str, JsonValue]]
+    environment: dict[str, JsonValue]
+    duration_s: float
+    command: str
+    commit: str
+    results: tuple[RunResult, ...]
+    headline: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline {self.baseline!r} is not one of {list(self.variants)}")
+        seen = set()
+        for result in self.results:
+            run = (result.variant, result.seed)
+            if result.variant not in self.variants or result.seed not in self.seeds:
+                raise ValueError(f"run {run} belongs to no variant and seed of {self.name!r}")
+            if run in seen:
+                raise ValueError(f"run {run} is given twice")
+            seen.add(run)
+
+    def run(self, variant: str, seed: int) -> RunResult | None:
+        """The run of `variant` with `seed`, or None when it did not finish."""
+        for result in self.results:
+            if (result.variant, result.seed) == (variant, seed):
+                return result
+        return None
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_bytes(_ADAPTER.dump_json(self, indent=1) + b"\n")
+
+    @staticmethod
+    def load(path: Path) -> "Comparison":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: no such file, or not the JSON of a comparison.
+        """
+        try:
+            return _ADAPTER.validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a comparison writes it when it ends") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise UserError(f"{path}: not a comparison: {where}: {first['msg']}") from None
+
+
+_ADAPTER = TypeAdapter(Comparison)
