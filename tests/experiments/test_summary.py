@@ -1,0 +1,256 @@
+"""The numbers of a report: statistics, pairing, text, verdict, notes and their JSON form."""
+
+import doctest
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from alignlab.errors import UserError
+from alignlab.experiments import numbers
+from alignlab.experiments.numbers import format_duration, format_number, format_spread
+from alignlab.experiments.quantities import quantity
+from alignlab.experiments.result import Comparison, RunResult, SampleClip
+from alignlab.experiments.summary import SummaryRow, joined, summary_notes, summary_rows
+from alignlab.experiments.verdict import verdict
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def comparison(
+    values: dict[str, dict[int, dict[str, float]]],
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    baseline: str = "none",
+    headline: tuple[str, ...] = (),
+) -> Comparison:
+    results = tuple(
+        RunResult(variant, seed, 10, f"{variant}/{seed}", metrics, {})
+        for variant, runs in values.items()
+        for seed, metrics in runs.items()
+    )
+    return Comparison(
+        name="made up",
+        baseline=baseline,
+        seeds=seeds,
+        variants=tuple(values),
+        recipe="name: made up\n",
+        differing={},
+        environment={},
+        duration_s=1.0,
+        command="alignlab compare",
+        commit="",
+        results=results,
+        headline=headline,
+    )
+
+
+def flow(**variants: list[float]) -> Comparison:
+    return comparison(
+        {
+            name: {seed: {"val/flow": value} for seed, value in enumerate(values)}
+            for name, values in variants.items()
+        },
+        seeds=tuple(range(max(len(values) for values in variants.values()))),
+    )
+
+
+def row_of(found: Comparison, variant: str, metric: str = "val/flow") -> SummaryRow:
+    rows = [r for r in summary_rows(found) if (r.variant, r.metric) == (variant, metric)]
+    assert len(rows) == 1
+    return rows[0]
+
+
+def test_mean_spread_and_paired_difference_by_hand() -> None:
+    # Seeds differ far more than variants: only the paired difference shows the effect.
+    found = flow(none=[0.40, 0.50, 0.60], ra=[0.39, 0.48, 0.59])
+    row = row_of(found, "ra")
+    assert row.mean == pytest.approx(0.486666667)
+    assert row.std == pytest.approx(statistics.stdev([0.39, 0.48, 0.59]))
+    assert row.diff_mean == pytest.approx(-0.0133333333)
+    assert row.diff_std == pytest.approx(0.0057735027)
+    assert joined(row.text) == "0.49 ± 0.10"
+    assert joined(row.diff_text) == f"{MINUS}0.0133 ± 0.0058"
+    assert (row.agreement, row.is_best) == ("3/3", True)
+    base = row_of(found, "none")
+    assert (base.diff_text, base.agreement, base.is_best) == (("", ""), "", False)
+
+
+def test_pairs_follow_seeds_not_positions() -> None:
+    found = comparison(
+        {
+            "none": {0: {"val/flow": 1.0}, 2: {"val/flow": 3.0}},
+            "ra": {2: {"val/flow": 2.5}, 1: {"val/flow": 9.0}},
+        }
+    )
+    row = row_of(found, "ra")
+    assert row.differences == {2: -0.5}
+    assert row.value_text.endswith("†")
+    assert row.flag == "2 of 3 seeds"
+    assert not any(r.is_best for r in summary_rows(found)), "no winner with seeds missing"
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "better", "best"),
+    [
+        ("val/flow", [1.0, 0.9], 1, "ra"),
+        ("teacher_retrieval/mean", [1.0, 0.9], 0, "none"),
+        ("cknna/block3", [1.0, 0.9], None, None),
+        ("my/own", [1.0, 0.9], None, None),
+        ("time/step", [1.0, 0.9], 1, None),
+        ("val/flow", [1.0, 1.0], 0, None),
+    ],
+)
+def test_direction_decides_what_is_better(
+    metric: str, values: list[float], better: int | None, best: str | None
+) -> None:
+    runs = {n: {0: {metric: v}} for n, v in zip(("none", "ra"), values, strict=True)}
+    found = comparison(runs, seeds=(0,))
+    assert row_of(found, "ra", metric).num_better == better
+    assert [row.variant for row in summary_rows(found) if row.is_best] == ([best] if best else [])
+
+
+def test_order_headline_first_costs_last_blocks_by_number() -> None:
+    metrics = {
+        "time/step": 1.0,
+        "zzz": 1.0,
+        "silhouette/block10": 1.0,
+        "silhouette/block9": 1.0,
+        "silhouette/mean": 1.0,
+        "val/flow/t3": 1.0,
+        "val/flow": 1.0,
+    }
+    rows = summary_rows(comparison({"none": {0: metrics}}, seeds=(0,)))
+    assert [row.metric for row in rows] == [
+        "val/flow",
+        "silhouette/mean",
+        "val/flow/t3",
+        "silhouette/block9",
+        "silhouette/block10",
+        "zzz",
+        "time/step",
+    ]
+    assert [row.metric for row in rows if row.headline] == [
+        "val/flow",
+        "silhouette/mean",
+        "time/step",
+    ]
+    chosen = comparison({"none": {0: metrics}}, seeds=(0,), headline=("zzz", "absent"))
+    rows = summary_rows(chosen)
+    assert [(row.metric, row.value_text) for row in rows if row.headline] == [
+        ("zzz", "1"),
+        ("absent", "—†"),
+    ]
+
+
+def test_labels_say_block_depth_and_timestep() -> None:
+    assert quantity("teacher_retrieval/block3").label.endswith("block 3 (depth 4)")
+    assert quantity("val/flow/t9").label == "validation flow loss, t 0.9 to 1.0"
+    assert quantity("my/own").label == "my/own"
+
+
+def test_one_seed_has_no_spread_and_the_report_says_so() -> None:
+    found = flow(none=[0.5], ra=[0.4])
+    row = row_of(found, "ra")
+    assert (row.std, row.diff_std, row.text[1], row.agreement) == (None, None, "", "")
+    rows = summary_rows(found)
+    assert any("One seed (0) only" in note for note in summary_notes(found, rows))
+    assert "One seed cannot" in verdict(found, rows)[-1]
+
+
+def test_missing_and_unfinite_numbers_are_named() -> None:
+    found = comparison(
+        {
+            "none": {0: {"val/flow": 1.0, "silhouette/mean": 0.1, "x": 1.0}, 1: {"val/flow": 1.0}},
+            "ra": {0: {"val/flow": math.nan, "x": 1.0}, 1: {"val/flow": 0.5, "x": 2.0}},
+            "lost": {0: {"val/flow": 0.4, "silhouette/mean": 0.2, "x": 1.0}},
+        },
+        seeds=(0, 1),
+    )
+    rows = summary_rows(found)
+    assert row_of(found, "ra").text == ("not finite", "")
+    assert row_of(found, "ra", "silhouette/mean").text == ("—", "")
+    notes = "\n".join(summary_notes(found, rows))
+    assert "Runs without a result: lost (seed 1)." in notes
+    assert "(val/flow): ra: not finite with seed 0." in notes
+    assert "(silhouette/mean): none: 1 of 2 seeds, ra: not measured." in notes
+    assert "1 more metrics lack numbers" in notes
+    assert not any(row.is_best for row in rows if row.metric == "val/flow")
+    assert "lost" in verdict(found, rows)[0], "a diverged variant is never the best"
+
+
+@pytest.mark.parametrize(
+    ("variants", "expected"),
+    [
+        ({"none": [1.0, 2.0], "ra": [0.9, 1.8]}, "ra does best"),
+        ({"none": [1.0, 2.0], "ra": [0.5, 2.1]}, "the seeds disagree: better in 1 of 2"),
+        ({"none": [1.0, 2.0], "ra": [1.1, 2.1], "b": [3.0, 3.0]}, "no variant's mean is better"),
+        ({"none": [1.0, 2.0], "ra": [1.0, 2.0]}, "no variant's mean is better"),
+        ({"none": [1.0, 2.0]}, "nothing to compare"),
+        ({"none": [1.0, 2.0], "ra": [math.nan, 2.0]}, "no variant can be compared"),
+    ],
+)
+def test_verdict_follows_the_numbers(variants: dict[str, list[float]], expected: str) -> None:
+    found = flow(**variants)
+    text = " ".join(verdict(found, summary_rows(found)))
+    assert expected in text
+    assert "significant" not in text
+
+
+def test_numbers_read_well() -> None:
+    assert doctest.testmod(numbers).failed == 0
+    assert format_number(0.0) == "0"
+    assert format_number(-0.00001, sign=True) == f"{MINUS}1e{MINUS}05"
+    assert format_number(1.2345e10) == "1.234e+10"
+    assert format_number(99999.6) == "100,000"
+    assert format_number(math.inf) == "not finite"
+    assert format_spread(12345678.0, 0.001) == ("12,345,678", "0.001000")
+    assert format_spread(0.0, 0.0) == ("0", "0")
+    assert format_spread(-1e-9, 0.5, sign=True) == (f"{MINUS}1e{MINUS}09", "0.5000")
+    assert format_spread(1411.0, 23.4) == ("1,411", "23")
+    assert format_spread(0.5, None, sign=True) == ("+0.5000", "")
+    assert format_duration(3600 * 30 + 61) == "30 h 1 min"
+
+
+def test_json_round_trip_is_exact(tmp_path: Path) -> None:
+    clip = SampleClip("k", "a <b> & ü", "v.mp4", None, ("r.png",))
+    run = RunResult(
+        "none",
+        3,
+        7,
+        "none/3",
+        {"val/flow": 0.1 + 0.2, "sick": math.inf, "tiny": 5e-324},
+        {"loss/flow": ((1, 0.5), (2, -math.inf))},
+        (clip,),
+    )
+    found = Comparison(
+        "n", "none", (3,), ("none",), "a: 1\n", {"x": {"none": [1, None]}}, {"t": {"y": 2}},
+        12.5, "alignlab compare n", "abc", (run,), ("val/flow",),
+    )  # fmt: skip
+    path = tmp_path / "comparison.json"
+    found.save(path)
+    assert Comparison.load(path) == found
+    nan = comparison({"none": {0: {"val/flow": math.nan}}})
+    nan.save(path)
+    assert math.isnan(Comparison.load(path).results[0].metrics["val/flow"])
+
+
+def test_unreadable_file_is_one_clear_line(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    with pytest.raises(UserError, match=r"comparison\.json: no such file"):
+        Comparison.load(path)
+    path.write_text('{"name": "x"}')
+    with pytest.raises(UserError, match="not a comparison: baseline: Field required") as info:
+        Comparison.load(path)
+    assert "\n" not in str(info.value)
+
+
+def test_inconsistent_results_are_refused() -> None:
+    with pytest.raises(ValueError, match="baseline 'none' is not one of"):
+        comparison({"ra": {0: {}}})
+    with pytest.raises(ValueError, match="belongs to no variant and seed"):
+        comparison({"none": {7: {}}})
+    run = RunResult("none", 0, 1, "", {}, {})
+    with pytest.raises(ValueError, match="given twice"):
+        Comparison("n", "none", (0,), ("none",), "", {}, {}, 0.0, "", "", (run, run))

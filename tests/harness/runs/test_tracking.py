@@ -1,0 +1,126 @@
+"""Where the scalars of a run go: metrics.jsonl and MLflow."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+
+from alignlab.config import RunConfig
+from alignlab.recipe import recipe_hash
+from alignlab.tracking import Tracker, read_rows
+from alignlab.train import train
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing in the code catches it."""
+
+
+def only_run(output: Path) -> tuple[MlflowClient, MlflowRun]:
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name != 'Default'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+def test_mlflow_has_the_run_and_a_resumed_run_continues_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("steps=4", "checkpoint.every=2", "tracking.mlflow=sqlite")
+
+    def killed_at_step_3(self: Tracker, step: int, scalars: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+        log(self, step, scalars)
+
+    log = Tracker.log
+    monkeypatch.setattr(Tracker, "log", killed_at_step_3)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.undo()
+    _, first = only_run(tmp_path)
+    assert first.info.status == "FAILED"
+    path = train(config)
+
+    client, run = only_run(tmp_path)
+    assert run.info.run_id == first.info.run_id
+    assert run.info.status == "FINISHED"
+    assert (path / "mlflow_run_id").read_text() == run.info.run_id
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.params["objectives.ra.name"] == "refalign"
+    assert run.data.tags["alignlab.recipe_hash"] == recipe_hash(config)
+    assert "alignlab.torch" in run.data.tags
+    logged: dict[tuple[str, int], float] = {}
+    for row in read_rows(path / "metrics.jsonl"):
+        names = row.keys() - {"step", "time"}
+        logged |= {(name, int(row["step"])): row[name] for name in names}
+    assert {name for name, _ in logged} == run.data.metrics.keys()
+    for name in ("loss/total", "loss/ra/pull", "timesteps/t9", "val/flow/t0"):
+        history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
+        assert history == {step: value for (key, step), value in logged.items() if key == name}
+
+
+def test_rows_written_before_a_kill_are_not_written_twice(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("steps=3", "checkpoint.every=2")
+    expected = [0, 1, 2, 3, 3]
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    # before the first checkpoint, after the last step, after the evaluation is logged
+    for name in ("checkpoint.save", "evaluate", "write_text"):
+        monkeypatch.setattr(f"alignlab.train.{name}", killed)
+        if name == "write_text":  # the third one: environment.json comes first
+            monkeypatch.setattr("alignlab.train.describe_environment", lambda: {"commit": "x"})
+            monkeypatch.setattr("alignlab.train.write_text", _killed_on("result.json"))
+        with pytest.raises(Killed):
+            train(config)
+        monkeypatch.undo()
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == expected
+    train(config)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == expected
+    assert sum("val/flow" in row for row in rows) == 1
+
+
+def test_a_row_cut_off_by_a_kill_is_written_again(make_config: MakeConfig, tmp_path: Path) -> None:
+    path = train(make_config("steps=2", "checkpoint.every=1", "checkpoint.keep=9"))
+    whole = read_rows(path / "metrics.jsonl")
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(text[: text.index('"step": 2') + 40])
+    (path / "result.json").unlink()
+    for file in (path / "checkpoints" / "step-000002").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    (path / "checkpoints" / "step-000002").rename(path / "checkpoints" / ".step-000002.tmp")
+    train(make_config("steps=2", "checkpoint.every=1", "checkpoint.keep=9"))
+    again = read_rows(path / "metrics.jsonl")
+    assert [row["step"] for row in again] == [row["step"] for row in whole] == [0, 1, 2, 2]
+    assert again[2]["loss/total"] == whole[2]["loss/total"]
+
+
+def test_training_is_quiet(
+    make_config: MakeConfig,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        train(make_config("tracking.mlflow=sqlite"))
+    assert capfd.readouterr().err == ""
+    assert {record.name.split(".")[0] for record in caplog.records} == {"alignlab"}
+
+
+def _killed_on(name: str) -> Callable[[Path, str], None]:
+    def write(path: Path, text: str) -> None:
+        if path.name == name:
+            raise Killed
+        path.write_text(text)
+
+    return write

@@ -1,0 +1,53 @@
+"""`alignlab doctor` reports what is really there."""
+
+import importlib.metadata
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from alignlab import doctor
+
+
+def test_versions_are_those_installed() -> None:
+    versions = doctor.package_versions()
+    assert versions["torch"] == torch.__version__
+    assert versions["diffusers"] == importlib.metadata.version("diffusers")
+
+
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.PACKAGES, "not-a-package", "gpu")
+    assert doctor.package_versions()["not-a-package"] == "missing (extra gpu)"
+
+
+def test_models_are_looked_up_not_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--facebook--dinov2-base" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    states = doctor.model_states()
+    assert states["facebook/dinov2-base (teacher dinov2)"] == str(snapshot)
+    dinov3 = "facebook/dinov3-vitl16-pretrain-lvd1689m (teacher dinov3)"
+    assert "not on this machine" in states[dinov3]
+    assert states["assets/tiny-wan (Wan)"].endswith("assets/tiny-wan")
+
+
+def test_report_shows_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "model_states", lambda: {"mine": "needs [this] and [/that]"})
+    console = Console(record=True, width=300, file=io.StringIO())
+    doctor.report(console)
+    text = console.export_text()
+    for part in ("Versions", "Devices", "Attention backends on cpu", "Kernels", "Models"):
+        assert part in text
+    lines = [line.split("│") for line in text.splitlines() if "│" in line]
+    states = {cells[1].strip(): cells[2].strip() for cells in lines if len(cells) > 3}
+    assert states["native"] == "works"
+    assert states["pull_push, impl=eager"] == "works"
+    assert "flash-attn" in states["flash"]
+    assert states["mine"] == "needs [this] and [/that]"
