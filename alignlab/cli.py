@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -43,10 +44,12 @@ app = typer.Typer(
 )
 list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
 app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
+app.add_typer(bench_app, name="bench")
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -229,6 +232,29 @@ def build_assets(
     from alignlab.pretrain.build import build
 
     typer.echo(f"assets: {build(out)}")
+
+
+@bench_app.command("overhead")
+def bench_overhead(
+    recipe: Annotated[str, typer.Argument(help="A run without objectives.")] = "overhead",
+    overrides: Overrides = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of steps.")] = 40,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Time a training step against a bare forward, backward and AdamW step."""
+    from alignlab.recipe import load_run
+
+    config = load_run(recipe, overrides)
+    from alignlab.experiments.overhead import measure_overhead, write_overhead
+
+    found = measure_overhead(config, pairs=pairs)
+    typer.echo(
+        f"harness {found.harness_s:.4f} s, bare {found.bare_s:.4f} s per step (medians), "
+        f"ratio {found.ratio:.3f} (median of {found.pairs} pairs)"
+    )
+    if out is not None:
+        write_overhead(found, out)
+        typer.echo(f"figures: {out}")
 
 
 def main() -> None:

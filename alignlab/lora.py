@@ -27,7 +27,6 @@ def add_lora(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int)
             # blocks.0.attn1.to_out.0 -> to_out.0
             short = sorted({n.split(".", 3)[-1] for n in layers if n.startswith("blocks.0.")})
             raise UserError(f"model.lora.targets: {unknown_name('linear layer', target, short)}")
-    transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "lora"))
         transformer.add_adapter(

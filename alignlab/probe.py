@@ -14,9 +14,13 @@ from torch import Tensor
 from alignlab.alignment import teacher_features
 from alignlab.conditioning import Batch, Encoded
 from alignlab.losses.grids import match_grid
-from alignlab.metrics import cknna, silhouette
-from alignlab.metrics.separability import cross_subject_cosine
-from alignlab.metrics.teacher_retrieval import teacher_retrieval
+from alignlab.metrics import (
+    cknna,
+    cross_subject_cosine,
+    retrieval_chance,
+    silhouette,
+    teacher_retrieval,
+)
 from alignlab.taps import BlockTokens
 from alignlab.teachers import Teacher
 
@@ -32,7 +36,9 @@ class ReferenceProbe:
     - `silhouette/block<i>`: cosine silhouette of the subjects within a clip
     - `cross_cos/block<i>`: mean positive cosine between tokens of different subjects of a clip
 
-    `<name>/mean` is the mean over blocks.
+    `<name>/mean` is the mean over blocks, `teacher_retrieval_chance` what guessing would reach. A
+    token's own teacher token is in the gallery: most subjects have one image, and another could not
+    be asked for.
     """
 
     def __init__(self) -> None:
@@ -101,7 +107,8 @@ class ReferenceProbe:
                 teacher_NE[~fit_N],
                 subject_N[~fit_N],
             )
-        return with_means(found)
+        chance = retrieval_chance(subject_N[~fit_N], subject_N[~fit_N])
+        return with_means(found) | {"teacher_retrieval_chance": chance}
 
     def _foreground(self, clip: Encoded, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tokens that lie mostly on a subject, and which subject that is, `(N,)` each."""

@@ -37,6 +37,7 @@ QUANTITIES: dict[str, Quantity] = {
     "val/flow": Quantity("validation flow loss", "lower", headline=True),
     "retrieval": Quantity("subject retrieval", "higher", headline=True),
     "teacher_retrieval": Quantity("retrieval in teacher space", "higher", headline=True),
+    "teacher_retrieval_chance": Quantity("retrieval in teacher space by chance"),
     "silhouette": Quantity("subject silhouette", "higher", headline=True),
     "cross_cos": Quantity("cross-subject cosine", "lower", headline=True),
     "cknna": Quantity("CKNNA to teacher"),

@@ -69,13 +69,16 @@ def read_rows(root: Path, metadata: str) -> list[Row]:
         rows = [_row(root, where, raw) for where, raw in readers[path.suffix](path)]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error})") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: is not valid CSV ({error})") from error
     if not rows:
         raise UserError(f"{path}: lists no clip")
     return rows
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
+    # Not splitlines(): captions may hold other line separators, such as U+2028.
+    for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
         if line.strip():
             where = f"{path.name} line {number}"
             try:

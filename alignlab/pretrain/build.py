@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 CLIPS = 5000
 VAE_CLIPS = 3000  # enough for a codec, and half the memory
 VAE_STEPS = 1600
-DINO_STEPS = 1500
+VAE_DECODER_STEPS = 3200
+DINO_STEPS = 2500
 WAN_STEPS = 5000
 
 
@@ -44,7 +45,9 @@ def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:
     """
     clips = ClipPool(CLIPS)
     tokenizer = build_tokenizer([sample.caption for sample in clips.samples])
-    vae = train_vae(ClipPool(VAE_CLIPS), steps=VAE_STEPS, work=work)
+    vae = train_vae(
+        ClipPool(VAE_CLIPS), steps=VAE_STEPS, decoder_steps=VAE_DECODER_STEPS, work=work
+    )
     dino = train_dino(clips, steps=DINO_STEPS, work=work)
     latents = encode_pool(vae, clips, work=work)
     captions = [sample.caption for sample in clips.samples]

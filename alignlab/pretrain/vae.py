@@ -6,6 +6,7 @@ autoencoder, which makes it four times cheaper on a CPU.
 Shape letters: B batch, C channels, T frames, H height, W width.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,36 +41,51 @@ def to_signed(frames: Tensor) -> Tensor:
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def train_vae(clips: ClipPool, *, steps: int, work: Path) -> AutoencoderKLWan:
-    """Trains the autoencoder and sets `latents_mean` / `latents_std` in its config."""
+def train_vae(clips: ClipPool, *, steps: int, decoder_steps: int, work: Path) -> AutoencoderKLWan:
+    """Trains the autoencoder, then its decoder alone, and sets the config's latent statistics.
+
+    The latents that the transformer is trained on are settled by the first stage.
+    """
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**VAE_CONFIG)
-
-    def loss_at(step: int) -> dict[str, Tensor]:
-        rng = generator(0, "vae", step)
-        frames, count = (9, 2) if step % 4 == 0 else (5, 4)
-        video = to_signed(clips.videos(rng, count, frames))
-        images = to_signed(clips.reference_images(rng, 4))
-        pieces = [_reconstruction(vae, x_BCTHW, rng) for x_BCTHW in (video, images)]
-        return {key: 0.75 * pieces[0][key] + 0.25 * pieces[1][key] for key in ("l1", "mse", "kl")}
-
-    train_stage("vae", vae, loss_at, steps=steps, work=work)
+    train_stage("vae", vae, _loss(vae, clips, "vae"), steps=steps, work=work)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    decoder_loss = _loss(vae, clips, "vae-decoder")
+    train_stage("vae-decoder", vae, decoder_loss, steps=decoder_steps, work=work)
     _fit_latent_statistics(vae, clips)
     return vae.eval().requires_grad_(False)
 
 
+def _loss(
+    vae: AutoencoderKLWan, clips: ClipPool, purpose: str
+) -> Callable[[int], dict[str, Tensor]]:
+    def loss_at(step: int) -> dict[str, Tensor]:
+        rng = generator(0, purpose, step)
+        frames, count = (9, 2) if step % 4 == 0 else (5, 4)
+        video = to_signed(clips.videos(rng, count, frames))
+        images = to_signed(clips.reference_images(rng, 4))
+        noise = rng if purpose == "vae" else None
+        pieces = [_reconstruction(vae, x_BCTHW, noise) for x_BCTHW in (video, images)]
+        return {key: 0.75 * pieces[0][key] + 0.25 * pieces[1][key] for key in pieces[0]}
+
+    return loss_at
+
+
 def _reconstruction(
-    vae: AutoencoderKLWan, x_BCTHW: Tensor, rng: torch.Generator
+    vae: AutoencoderKLWan, x_BCTHW: Tensor, noise: torch.Generator | None
 ) -> dict[str, Tensor]:
+    """Loss terms; without `noise` the decoder gets the mode of the posterior, as in use."""
     with torch.autocast("cpu", torch.bfloat16):  # convolutions take less than half the time
         posterior = vae.encode(x_BCTHW).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
+        z = posterior.mean
+        if noise is not None:
+            z = z + posterior.std * torch.randn(z.shape, generator=noise)
         out = vae.decode(z).sample.float()
-    return {
-        "l1": 0.5 * F.l1_loss(out, x_BCTHW),
-        "mse": 2.0 * F.mse_loss(out, x_BCTHW),
-        "kl": KL_WEIGHT * posterior.kl().float().mean(),
-    }
+    l1, mse = F.l1_loss(out, x_BCTHW), F.mse_loss(out, x_BCTHW)
+    if noise is None:
+        return {"l1": 0.25 * l1, "mse": 4.0 * mse}
+    return {"l1": 0.5 * l1, "mse": 2.0 * mse, "kl": KL_WEIGHT * posterior.kl().float().mean()}
 
 
 @torch.no_grad()

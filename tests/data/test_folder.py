@@ -125,29 +125,35 @@ def test_references_are_limited_and_default_to_their_path(root: Path) -> None:
 
 
 def test_masks_follow_the_frames_of_the_clip(root: Path) -> None:
-    """Entity 2 is a block that moves right by one pixel per source frame; 255 is undecided."""
+    """Entity 2 is a block that moves right by one pixel per source frame; 255 is undecided.
+
+    The clip begins behind the video's second keyframe (x264 sets one at frame 250).
+    """
+    write_mp4(root / "clips" / "a.mp4", torch.zeros(280, 32, 48, 3, dtype=torch.uint8), 12)
     (root / "masks").mkdir()
-    for index in range(24):
+    for index in range(264, 274):
         labels = Image.new("P", (48, 32), 0)
         labels.putpalette([level for level in range(256) for _ in range(3)])
         labels.paste(1, (0, 0, 48, 8))
-        labels.paste(2, (8 + index, 16, 16 + index, 24))
+        labels.paste(2, (index - 250, 16, index - 242, 24))
         labels.paste(255, (0, 30, 48, 32))
         labels.save(root / "masks" / f"{index:05d}.png")
-    masked = [{**row, "masks": "masks", "entities": ["sky", "block"]} for row in rows()]
-    write_jsonl(root, [{**row, "start": 0.5} for row in masked])
-    sample = FolderDataset(config(root), "train")[0]
-    assert sample.entities == ("sky", "block")
-    masks_ETHW = sample.masks_ETHW
+    masked = {**rows()[0], "start": 22, "masks": "masks", "entities": ["sky", "block"]}
+    write_jsonl(root, [masked, *rows()[1:]])
+    samples = both_splits(root)
+    assert samples["clips/b.mp4"].masks_ETHW is None
+    masks_ETHW = samples["clips/a.mp4@22"].masks_ETHW
+    assert samples["clips/a.mp4@22"].entities == ("sky", "block")
     assert masks_ETHW is not None and masks_ETHW.shape == (2, 5, 32, 32)
     assert masks_ETHW[0, :, :8].all() and not masks_ETHW[0, :, 8:].any()
-    for step, index in enumerate([6, 8, 10, 12, 14]):
+    for step in range(5):
+        left = 14 + 2 * step - 8  # the crop takes 8 columns off
         columns = masks_ETHW[1, step, 20].nonzero().flatten().tolist()
-        assert columns == list(range(index, index + 8))  # the crop takes 8 off the left
+        assert columns == list(range(left, left + 8))
 
-    (root / "masks" / "00010.png").unlink()
-    with pytest.raises(UserError, match=r"00010\.png"):
-        FolderDataset(config(root), "train")[0]
+    (root / "masks" / "00270.png").unlink()
+    with pytest.raises(UserError, match=r"00270\.png"):
+        both_splits(root)
 
 
 def test_split_keeps_videos_apart_and_ignores_other_rows() -> None:
@@ -225,6 +231,13 @@ def test_bad_rows_are_named_by_line(
         FolderDataset(config(root, on_bad_video="skip"), "train")
 
 
+def test_captions_may_hold_any_character(root: Path) -> None:
+    caption = "one\u2028two\x0bthree, “ünï” | \n"
+    lines = [json.dumps({**row, "caption": caption}, ensure_ascii=False) for row in rows()]
+    (root / "metadata.jsonl").write_text("\r\n".join(lines), "utf-8")
+    assert {sample.caption for sample in both_splits(root).values()} == {caption}
+
+
 def test_other_columns_are_ignored(root: Path) -> None:
     write_jsonl(root, [{**row, "width": 48, "aesthetic": 5.5, "tags": []} for row in rows()])
     assert len(both_splits(root)) == 4
@@ -240,6 +253,7 @@ def test_other_columns_are_ignored(root: Path) -> None:
         ("metadata.csv", "file_name,caption\nclips/a.mp4,a, b\n", "line 2: has more cells"),
         ("metadata.csv", "file_name,caption\nclips/a.mp4,\n", "line 2: caption is missing"),
         ("metadata.csv", "file_name,caption,start\nclips/a.mp4,a,x\n", "line 2: start 'x'"),
+        ("metadata.csv", "file_name,caption\n" + "a" * 200_000 + ",a\n", "is not valid CSV"),
         ("metadata.txt", "clips/a.mp4", "must end in .jsonl, .json, .csv"),
     ],
 )

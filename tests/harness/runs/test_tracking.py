@@ -1,6 +1,7 @@
 """Where the scalars of a run go: metrics.jsonl and MLflow."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from mlflow.entities import Run as MlflowRun
 
 from alignlab.config import RunConfig
 from alignlab.recipe import recipe_hash
+from alignlab.run_folder import write_text
 from alignlab.tracking import Tracker, read_rows
 from alignlab.train import train
 
@@ -73,15 +75,17 @@ def test_rows_written_before_a_kill_are_not_written_twice(
     def killed(*_: object, **__: object) -> None:
         raise Killed
 
-    # before the first checkpoint, after the last step, after the evaluation is logged
-    for name in ("checkpoint.save", "evaluate", "write_text"):
-        monkeypatch.setattr(f"alignlab.train.{name}", killed)
-        if name == "write_text":  # the third one: environment.json comes first
-            monkeypatch.setattr("alignlab.train.describe_environment", lambda: {"commit": "x"})
-            monkeypatch.setattr("alignlab.train.write_text", _killed_on("result.json"))
-        with pytest.raises(Killed):
+    def killed_on_result(path: Path, text: str) -> None:
+        if path.name == "result.json":
+            raise Killed
+        write_text(path, text)
+
+    # before the first checkpoint, after the last one, after the evaluation is logged
+    moments = {"checkpoint.save": killed, "evaluate": killed, "write_text": killed_on_result}
+    for name, replacement in moments.items():
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(f"alignlab.train.{name}", replacement)
             train(config)
-        monkeypatch.undo()
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == expected
     train(config)
@@ -96,10 +100,7 @@ def test_a_row_cut_off_by_a_kill_is_written_again(make_config: MakeConfig, tmp_p
     text = (path / "metrics.jsonl").read_text()
     (path / "metrics.jsonl").write_text(text[: text.index('"step": 2') + 40])
     (path / "result.json").unlink()
-    for file in (path / "checkpoints" / "step-000002").rglob("*"):
-        if file.is_file():
-            file.unlink()
-    (path / "checkpoints" / "step-000002").rename(path / "checkpoints" / ".step-000002.tmp")
+    shutil.rmtree(path / "checkpoints" / "step-000002")
     train(make_config("steps=2", "checkpoint.every=1", "checkpoint.keep=9"))
     again = read_rows(path / "metrics.jsonl")
     assert [row["step"] for row in again] == [row["step"] for row in whole] == [0, 1, 2, 2]
@@ -115,12 +116,3 @@ def test_training_is_quiet(
         train(make_config("tracking.mlflow=sqlite"))
     assert capfd.readouterr().err == ""
     assert {record.name.split(".")[0] for record in caplog.records} == {"alignlab"}
-
-
-def _killed_on(name: str) -> Callable[[Path, str], None]:
-    def write(path: Path, text: str) -> None:
-        if path.name == name:
-            raise Killed
-        path.write_text(text)
-
-    return write

@@ -315,7 +315,9 @@ def test_weights_that_explode_are_never_saved(make_config: MakeConfig) -> None:
 def test_a_model_that_cannot_be_evaluated_is_no_result(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignlab.evaluate.flow_loss", lambda *_: torch.full((20,), torch.inf))
+    monkeypatch.setattr(
+        "alignlab.evaluate.flow_loss", lambda velocity, *_: torch.full((len(velocity),), torch.inf)
+    )
     config = make_config()
     with pytest.raises(UserError, match=r"val/flow is not finite.*lower optim\.lr"):
         train(config)

@@ -1,0 +1,82 @@
+"""The embedded tiny models: intact, small, loadable without alignlab, and above their floors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import alignlab
+from alignlab.pretrain.build import checksums
+from alignlab.pretrain.quality import (
+    NAMED_FLOOR,
+    PSNR_FLOOR,
+    RETRIEVAL_FLOOR,
+    held_out_clips,
+    named_accuracy,
+    phrase_accuracy,
+    reconstruction_psnr,
+    subject_accuracy,
+)
+from alignlab.teachers import Teacher, load_teacher
+from alignlab.wan import Wan, load_wan
+
+ASSETS = Path(alignlab.__file__).parent / "assets"
+
+
+@pytest.fixture(scope="module")
+def wan() -> Wan:
+    loaded = load_wan("assets/tiny-wan")
+    loaded.transformer.eval()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher("tiny-dino")
+
+
+def test_files_are_as_built() -> None:
+    assert checksums(ASSETS) == json.loads((ASSETS / "checksums.json").read_text())
+
+
+def test_they_fit_in_ten_megabytes() -> None:
+    total = sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file())
+    assert total <= 10_000_000
+
+
+def test_the_pipeline_loads_and_samples_with_diffusers_alone() -> None:
+    pipeline = WanPipeline.from_pretrained(ASSETS / "tiny-wan", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a red plain circle moves up, over a plain gray background",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        max_sequence_length=48,
+        output_type="np",
+    ).frames
+    assert frames.shape == (1, 9, 64, 64, 3)
+
+
+def test_the_autoencoder_keeps_the_clips(wan: Wan) -> None:
+    assert reconstruction_psnr(wan, held_out_clips(16)) >= PSNR_FLOOR
+
+
+def test_the_teacher_knows_a_subject_in_another_pose(teacher: Teacher) -> None:
+    assert subject_accuracy(teacher) >= RETRIEVAL_FLOOR
+
+
+def test_base_samples_show_the_subjects_that_the_caption_names(wan: Wan, teacher: Teacher) -> None:
+    assert named_accuracy(wan, teacher, held_out_clips(16)) >= NAMED_FLOOR
+
+
+def test_the_measure_of_named_subjects_tells_right_clips_from_wrong_ones(teacher: Teacher) -> None:
+    samples = held_out_clips(16)
+    clips = [s.video_THWC for s in samples]
+    right = phrase_accuracy(teacher, clips, samples)
+    wrong = phrase_accuracy(teacher, clips[1:] + clips[:1], samples)
+    assert right >= 0.8
+    assert wrong <= 0.3
