@@ -84,9 +84,14 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
-    """Writes the adapter as diffusers' `load_lora_weights` expects it."""
+    """Writes the adapter as diffusers' `load_lora_weights` expects it.
+
+    Its settings go along: without them a loader would take alpha for the rank.
+    """
     WanPipeline.save_lora_weights(
-        folder, transformer_lora_layers=get_peft_model_state_dict(transformer)
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
 
 

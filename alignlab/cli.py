@@ -259,6 +259,11 @@ def bench_overhead(
 
 def main() -> None:
     """Entry point of the `alignlab` command and of `python -m alignlab.cli`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("alignlab")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     app()
 
 
