@@ -3,6 +3,7 @@
 Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,11 +14,14 @@ from alignlab.conditioning import Batch
 from alignlab.config import RunConfig
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
+from alignlab.losses.grids import describe
 from alignlab.losses.objective import Features, Grid, Objective, Terms
 from alignlab.losses.schedule import weight_at
 from alignlab.randomness import derive_seed
 from alignlab.taps import BlockTokens
 from alignlab.teachers import Teacher, load_teacher
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Alignment(nn.Module):
     def __init__(self, config: RunConfig, *, student_dim: int, device: torch.device) -> None:
         super().__init__()
         self._steps = config.steps
+        self._told: set[str] = set()
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
             alias: load_teacher(row.family, path=row.path, feature=row.feature, device=device)
@@ -83,12 +88,32 @@ class Alignment(nn.Module):
                 if (name, kind) not in features:
                     features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
             student = {b: getattr(taps[b], kind) for b in config.blocks}
+            self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
             found = objective(student, {name: features[name, kind] for name in config.teachers})
             scale = config.weight * weight_at(config.schedule, step, self._steps)
             loss_B = loss_B + scale * gate_weights(config.gate, batch.sigma_B) * found.loss_B
             terms[alias] = found
             rows[alias] = [i for i, r in enumerate(batch.references) if kind == "video" or len(r)]
         return Aligned(loss_B, terms, rows)
+
+    def _tell(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
+        """Says once per objective which blocks and which token grids meet."""
+        if alias in self._told or not student[0]:
+            return
+        self._told.add(alias)
+        objective = self.objectives[alias]
+        log.info(
+            "%s: %s on %s tokens of block %s; %s",
+            alias,
+            objective.config.name,
+            objective.tokens,
+            _depths(objective.config.blocks),
+            ", ".join(describe(student, teacher) for teacher in teachers),
+        )
+
+
+def _depths(blocks: tuple[int, ...]) -> str:
+    return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
 
 
 def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:

@@ -10,11 +10,14 @@ result.json        final metrics; its presence says that the run is finished
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from alignlab.config import RunConfig
 from alignlab.errors import UserError
@@ -78,8 +81,9 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        with named_errors(path):
+            temporary.write_text(text)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -94,11 +98,32 @@ def whole_folder(path: Path) -> Iterator[Path]:
     remove_folder(temporary)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        remove_folder(path)
-        os.replace(temporary, path)
+        with named_errors(path):
+            yield temporary
+            remove_folder(path)
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Makes the OSError of a failed write say where, in `filename`.
+
+    Python leaves the name out where a file could be opened but not written; safetensors and
+    `shutil.copytree` have the error number in their message alone.
+    """
+    try:
+        yield
+    except (SafetensorError, shutil.Error) as error:
+        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 

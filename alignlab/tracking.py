@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from alignlab.config import RunConfig
 from alignlab.recipe import recipe_hash
-from alignlab.run_folder import RunFolder, write_text
+from alignlab.run_folder import RunFolder, named_errors, write_text
 
 MAX_PARAM = 6000  # MLflow refuses longer values
 
@@ -46,7 +46,7 @@ class Tracker:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row; `step` counts finished optimizer steps."""
         row = {"step": step, "time": round(time.time(), 3), **scalars}
-        with self._folder.metrics.open("a") as file:
+        with named_errors(self._folder.metrics), self._folder.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._mlflow is not None:
             from mlflow.entities import Metric

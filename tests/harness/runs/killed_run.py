@@ -83,7 +83,7 @@ def main() -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        if killed == (moment == "never") or not killed and status:
+        if killed == (moment == "never") or (not killed and status):
             sys.exit(f"{job}: ended with {status}")
 
 

@@ -108,9 +108,7 @@ def test_dropped_conditions_are_empty_text_and_no_references(run: Run) -> None:
         ("both", {"both_dropout": 1.0}),
     ):
         flow = FlowConfig.model_validate({**everything, **probability})
-        kept[case] = training_batch(
-            run.clips, flow, seed=0, step=0, samples=range(8), device=CPU
-        )
+        kept[case] = training_batch(run.clips, flow, seed=0, step=0, samples=range(8), device=CPU)
     full = kept["none"]
     assert sum(len(r) for r in full.references) > 0
     empty = run.clips.empty_text_LD

@@ -169,5 +169,3 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             sample_to_file(run, PROMPT, references, out, steps=1)
         assert "\n" not in str(refused.value)
         assert not out.exists()
-
-

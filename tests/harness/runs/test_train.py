@@ -13,7 +13,6 @@ from alignlab.alignment import teacher_features
 from alignlab.checkpoint import latest
 from alignlab.conditioning import Batch, Encoded, collate
 from alignlab.config import RunConfig
-from alignlab.data.registry import build_dataset
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
 from alignlab.optim import lr_scale
@@ -53,10 +52,17 @@ def batch_with(run: Run, counts: list[int], rows: list[int]) -> Batch:
     """Clip i with `counts[i]` references, for every i of `rows`, at its own noise."""
     clips = [with_references(run.clips[i], counts[i]) for i in rows]
     rng = [torch.Generator().manual_seed(i) for i in rows]
-    noise = [torch.randn(c.latents_CTHW.shape, generator=g) for c, g in zip(clips, rng, strict=True)]
+    noise = [
+        torch.randn(c.latents_CTHW.shape, generator=g) for c, g in zip(clips, rng, strict=True)
+    ]
     sigma = [0.2 + 0.2 * i for i in rows]
     return collate(
-        clips, noise, sigma, [(True, True)] * len(rows), run.clips.empty_text_LD, torch.device("cpu")
+        clips,
+        noise,
+        sigma,
+        [(True, True)] * len(rows),
+        run.clips.empty_text_LD,
+        torch.device("cpu"),
     )
 
 
