@@ -8,11 +8,9 @@ from contextlib import ExitStack, contextmanager
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-# Logger -> how the messages begin that are dropped ("" for all below a warning).
+# Logger -> how the messages begin that are dropped ("" for all).
 NOISE = {
-    "alembic.runtime.migration": "",
-    "alembic.runtime.plugins": "",
-    "mlflow.store.db.utils": "",
+    "mlflow.store.db.utils": "",  # migrations, and tracebacks of what it raises anyway
     "diffusers.models.modeling_utils": "Attention backends are an experimental feature",
 }
 # bf16 autocast over fp32 weights: torch says once that it cannot fuse the norm.
@@ -45,6 +43,4 @@ class _Drop(logging.Filter):
         self._beginning = beginning
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if self._beginning:
-            return not record.getMessage().startswith(self._beginning)
-        return record.levelno >= logging.WARNING
+        return not record.getMessage().startswith(self._beginning)

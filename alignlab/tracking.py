@@ -1,9 +1,11 @@
 """Scalars of a run: `metrics.jsonl` always, MLflow unless the recipe says `none`."""
 
+import errno
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,8 +20,8 @@ MAX_PARAM = 6000  # MLflow refuses longer values
 class Tracker:
     """Writes rows of scalars; a context manager around training.
 
-    A resumed run continues the same MLflow run, and rows that will be written again are dropped
-    from `metrics.jsonl`.
+    A resumed run continues the same MLflow run (a new one where the tracking server does not know
+    it), and rows that will be written again are dropped from `metrics.jsonl`.
 
     Args:
         folder: the run folder.
@@ -53,7 +55,8 @@ class Tracker:
 
             now = int(time.time() * 1000)
             metrics = [Metric(key, value, now, step) for key, value in scalars.items()]
-            self._mlflow.log_batch(self._run_id, metrics=metrics)
+            with self._database_errors():
+                self._mlflow.log_batch(self._run_id, metrics=metrics)
 
     def __exit__(
         self,
@@ -61,30 +64,62 @@ class Tracker:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._mlflow is not None:
-            status = "FINISHED" if exc is None else "FAILED"
-            self._mlflow.set_terminated(self._run_id, status)
+        if self._mlflow is None:
+            return
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._mlflow.set_terminated(self._run_id, "FINISHED" if exc is None else "FAILED")
+        except MlflowException:
+            if exc is None:  # else the error that ended the run says more
+                raise
 
     def _start_mlflow(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
         from mlflow import MlflowClient
 
-        output = Path(self._config.output).resolve()
         uri = self._config.tracking.mlflow
-        self._mlflow = MlflowClient(f"sqlite:///{output / 'mlflow.db'}" if uri == "sqlite" else uri)
         id_file = self._folder.path / "mlflow_run_id"
-        if id_file.exists():
-            self._run_id = id_file.read_text().strip()
-            self._mlflow.update_run(self._run_id, status="RUNNING")
-            return
-        self._run_id = self._create_run(output)
+        with self._database_errors():
+            client = MlflowClient(f"sqlite:///{self._database}" if uri == "sqlite" else uri)
+            self._mlflow = client
+            known = self._continue_run(id_file.read_text().strip()) if id_file.exists() else None
+            self._run_id = known or self._create_run()
         write_text(id_file, self._run_id)
 
-    def _create_run(self, output: Path) -> str:
+    @property
+    def _database(self) -> Path:
+        return Path(self._config.output).resolve() / "mlflow.db"
+
+    @contextmanager
+    def _database_errors(self) -> Iterator[None]:
+        """A full disk under MLflow's database is the OSError that it is everywhere else."""
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import OperationalError
+
+        try:
+            yield
+        except (MlflowException, OperationalError) as error:
+            if "disk is full" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, "No space left on device", str(self._database)) from error
+
+    def _continue_run(self, run_id: str) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._mlflow.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return run_id
+
+    def _create_run(self) -> str:
         name = self._config.name.split("/")[0]
         experiment = self._mlflow.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = (output / "mlartifacts").as_uri()
+            artifacts = self._database.with_name("mlartifacts").as_uri()
             experiment_id = self._mlflow.create_experiment(name, artifact_location=artifacts)
         else:
             experiment_id = experiment.experiment_id

@@ -34,7 +34,7 @@ VAE_CLIPS = 3000  # enough for a codec, and half the memory
 VAE_STEPS = 1600
 VAE_DECODER_STEPS = 3200
 DINO_STEPS = 2500
-WAN_STEPS = 3000
+WAN_STEPS = 2600
 
 
 def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:

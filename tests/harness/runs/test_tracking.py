@@ -66,6 +66,19 @@ def test_mlflow_has_the_run_and_a_resumed_run_continues_it(
         assert history == {step: value for (key, step), value in logged.items() if key == name}
 
 
+def test_a_database_that_does_not_know_the_run_gets_a_new_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = train(make_config("steps=1", "tracking.mlflow=sqlite"))
+    _, first = only_run(tmp_path)
+    (path / "result.json").unlink()
+    (tmp_path / "mlflow.db").unlink()
+    train(make_config("steps=1", "tracking.mlflow=sqlite"))
+    _, second = only_run(tmp_path)
+    assert second.info.run_id != first.info.run_id
+    assert second.data.metrics["val/flow"] == first.data.metrics["val/flow"]
+
+
 def test_rows_written_before_a_kill_are_not_written_twice(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

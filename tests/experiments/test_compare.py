@@ -1,0 +1,197 @@
+"""A comparison end to end: two variants, two seeds, one report; killed, continued, reused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignlab.config import CompareConfig
+from alignlab.errors import UserError
+from alignlab.experiments import compare as compare_module
+from alignlab.experiments.compare import compare
+from alignlab.experiments.result import Comparison
+from alignlab.recipe import load_compare
+from alignlab.tracking import read_rows
+from alignlab.train import train, train_step
+
+MakeCompare = Callable[..., CompareConfig]
+
+VARIANTS = """
+baseline: none
+seeds: [0, 1]
+variants:
+  none: {}
+  aligned:
+    objectives.ra: {name: refalign, teacher: dino, blocks: [0, 2], gate: t^3}
+"""
+
+
+class Killed(BaseException):
+    """Ends a comparison as a kill would: nothing in the code catches it."""
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = recipe_file.read_text().split("\n")
+    start = lines.index("objectives:")
+    shared = "\n".join(lines[:start] + lines[start + 2 :])
+    shared = shared.replace("sample_clips: 0", "sample_clips: 1").replace("name: run", "name: pair")
+    path = tmp_path_factory.mktemp("pair") / "pair.yaml"
+    path.write_text(shared + "checkpoint: {every: 1}\n" + VARIANTS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a finished comparison; its folder is not to be changed."""
+    output = tmp_path_factory.mktemp("comparisons")
+    return compare(load_compare(recipe, [f"output={output}"]))
+
+
+@pytest.fixture
+def make(recipe: Path, tmp_path: Path) -> MakeCompare:
+    return lambda *overrides: load_compare(recipe, [f"output={tmp_path}", *overrides])
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.glob("*/seed-*/**/*") if p.is_file()}
+
+
+def numbers(comparison: Comparison) -> dict[tuple[str, int], dict[str, float]]:
+    return {
+        (run.variant, run.seed): {
+            name: value
+            for name, value in run.metrics.items()
+            if not name.startswith(("time/", "memory/"))
+        }
+        for run in comparison.results
+    }
+
+
+def no_training(*_: object, **__: object) -> None:
+    raise AssertionError("trained again")
+
+
+def test_the_report_has_every_variant_and_run(report: Path) -> None:
+    text = report.read_text()
+    assert report.name == "report.html" and "aligned" in text and "none" in text
+    found = Comparison.load(report.parent / "comparison.json")
+    assert found.variants == ("none", "aligned") and found.seeds == (0, 1)
+    assert {(run.variant, run.seed) for run in found.results} == {
+        (variant, seed) for variant in found.variants for seed in found.seeds
+    }
+    assert found.duration_s > 0 and found.environment["torch"]
+    for run in found.results:
+        assert run.steps == 2
+        assert dict(run.curves["loss/flow"]).keys() == {1, 2}
+        (clip,) = run.samples
+        for name in (clip.video, clip.real, *clip.references):
+            assert name is not None and (report.parent / run.run_dir / name).is_file()
+
+
+def test_differing_settings_are_the_variants_changes(report: Path) -> None:
+    differing = Comparison.load(report.parent / "comparison.json").differing
+    assert all(setting.startswith("objectives.ra.") for setting in differing)
+    assert differing["objectives.ra.name"] == {"none": None, "aligned": "refalign"}
+    assert differing["objectives.ra.gate.kind"] == {"none": None, "aligned": "power"}
+
+
+def test_a_variant_without_objectives_is_measured_alike(report: Path) -> None:
+    found = Comparison.load(report.parent / "comparison.json")
+    for seed in found.seeds:
+        plain, aligned = found.run("none", seed), found.run("aligned", seed)
+        assert plain is not None and aligned is not None
+        assert plain.metrics.keys() == aligned.metrics.keys()
+        assert {"teacher_retrieval/block0", "cknna/block2"} <= plain.metrics.keys()
+        assert plain.metrics["params/extra"] == 0 < aligned.metrics["params/extra"]
+        # the first step sees the same weights, clips, noise and noise levels
+        assert plain.curves["loss/flow"][0] == aligned.curves["loss/flow"][0]
+        assert plain.curves["loss/flow"][1] != aligned.curves["loss/flow"][1]
+    first = [found.run("none", seed) for seed in found.seeds]
+    assert len({run.curves["loss/flow"][0] for run in first if run is not None}) == 2
+
+
+def test_finished_runs_are_reused(
+    report: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = report.parent
+    before, earlier = stamps(folder), Comparison.load(folder / "comparison.json")
+    monkeypatch.setattr(compare_module, "train", no_training)
+    assert compare(load_compare(recipe, [f"output={folder.parent}"])) == report
+    assert stamps(folder) == before
+    again = Comparison.load(folder / "comparison.json")
+    assert again.results == earlier.results
+    assert again.duration_s == earlier.duration_s
+
+
+def test_a_new_seed_keeps_the_finished_ones(make: MakeCompare, tmp_path: Path) -> None:
+    compare(make("seeds=[0]"))
+    before = stamps(tmp_path / "pair")
+    report = compare(make("seeds=[0,1]"))
+    after = stamps(tmp_path / "pair")
+    assert {path: after[path] for path in before} == before
+    assert len(Comparison.load(report.parent / "comparison.json").results) == 4
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_killed_comparison_goes_on(
+    make: MakeCompare, report: Path, within: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the first run and the second, or inside the second."""
+    config = make()
+    runs: list[str] = []
+
+    def killed_run(run: object, batches: object) -> object:
+        if len(runs) == 2 and getattr(run, "state").step == 1:  # noqa: B009
+            raise Killed
+        return train_step(run, batches)  # type: ignore[arg-type]
+
+    def counted(*args: object, **kwargs: object) -> Path:
+        runs.append("run")
+        if len(runs) == 2 and not within:
+            raise Killed
+        return train(*args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "train", counted)
+        patch.setattr("alignlab.train.train_step", killed_run)
+        with pytest.raises(Killed):
+            compare(config)
+    folder = Path(config.output) / config.name
+    finished = stamps(folder / "none" / "seed-0")
+    first = {p: t for p, t in stamps(folder).items() if "seed-0" in p.parts and "none" in p.parts}
+    assert (folder / "none" / "seed-0" / "result.json").exists() and not finished
+    assert not (folder / "aligned" / "seed-0" / "result.json").exists()
+    assert (folder / "aligned" / "seed-0" / "checkpoints").exists() == within
+    assert not (folder / "comparison.json").exists()
+
+    resumed = compare(config)
+    after = stamps(folder)
+    assert {path: after[path] for path in first} == first
+    found = Comparison.load(resumed.parent / "comparison.json")
+    assert numbers(found) == numbers(Comparison.load(report.parent / "comparison.json"))
+    rows = read_rows(folder / "aligned" / "seed-0" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+
+
+def test_a_changed_recipe_is_refused_before_anything_is_trained(
+    make: MakeCompare, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make("seeds=[0]")
+    (tmp_path / "pair").mkdir()
+    compare(config)
+    monkeypatch.setattr(compare_module, "train", no_training)
+    with pytest.raises(UserError, match="another recipe"):
+        compare(make("seeds=[0]", "steps=3"))
+    # seed 1 is still to be trained, but the variant that changed comes later
+    with pytest.raises(UserError, match=r"aligned/seed-0 holds a run of another recipe"):
+        compare(make("seeds=[1,0]", "variants.aligned.objectives.ra.weight=0.5"))
+
+
+def test_time_of_earlier_sessions_counts(make: MakeCompare, tmp_path: Path) -> None:
+    config = make("seeds=[0]")
+    (tmp_path / "pair").mkdir()
+    (tmp_path / "pair" / "progress.json").write_text(json.dumps({"seconds": 1000.0}))
+    report = compare(config)
+    assert Comparison.load(report.parent / "comparison.json").duration_s > 1000

