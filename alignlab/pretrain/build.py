@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 CLIPS = 5000
 VAE_CLIPS = 3000  # enough for a codec, and half the memory
 VAE_STEPS = 1600
-VAE_DECODER_STEPS = 3200
+VAE_DECODER_STEPS = 4200
 DINO_STEPS = 2500
 WAN_STEPS = 2600
 

@@ -5,6 +5,7 @@
 Each MOMENT=OUTPUT is a process of its own, one after the other. `never` lets the run finish.
 """
 
+import importlib
 import os
 import shutil
 import signal
@@ -16,9 +17,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from alignlab import checkpoint, run_folder
-from alignlab import train as train_module
 from alignlab.recipe import load_run
+
+# Any, so that their names can be replaced
+checkpoint: Any = importlib.import_module("alignlab.checkpoint")
+run_folder: Any = importlib.import_module("alignlab.run_folder")
+train_module: Any = importlib.import_module("alignlab.train")
+rmtree = shutil.rmtree
 
 
 def die() -> None:
@@ -52,9 +57,6 @@ def half_removed(path: Path, **kwargs: Any) -> None:
     rmtree(path, **kwargs)
 
 
-rmtree = shutil.rmtree
-
-
 def prepare(moment: str) -> None:
     if moment == "before any checkpoint":
         die_after(train_module, "train_step", lambda run, batches: run.state.step == 2)
@@ -65,7 +67,7 @@ def prepare(moment: str) -> None:
     elif moment == "while writing a checkpoint":
         checkpoint.save_file = half_written
     elif moment == "while removing a checkpoint":
-        run_folder.shutil.rmtree = half_removed  # type: ignore[assignment]
+        run_folder.shutil.rmtree = half_removed
     elif moment == "while evaluating":
         die_after(train_module, "evaluate", lambda run, folder: True)
     elif moment != "never":

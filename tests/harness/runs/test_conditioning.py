@@ -24,17 +24,21 @@ def run(recipe_file: Path) -> Run:
     return build_run(load_run(recipe_file, ["data.references=[0,3]"]))
 
 
-def flat(batch: Batch) -> dict[str, list[Tensor] | list[list[str]]]:
-    """Every field of a batch as one entry per sample."""
-    return {field.name: list(getattr(batch, field.name)) for field in fields(batch)}
+def samples_of(batches: list[Batch]) -> list[dict[str, object]]:
+    """Every sample of the batches as its own fields."""
+    return [
+        {field.name: getattr(batch, field.name)[i] for field in fields(batch)}
+        for batch in batches
+        for i in range(len(batch.sigma_B))
+    ]
 
 
-def same(one: Batch, two: Batch) -> bool:
-    left, right = flat(one), flat(two)
+def same(one: list[Batch], two: list[Batch]) -> bool:
+    """Whether the batches hold the same samples, bit by bit, in the same order."""
     return all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-        for name in left
-        for a, b in zip(left[name], right[name], strict=True)
+        for left, right in zip(samples_of(one), samples_of(two), strict=True)
+        for a, b in zip(left.values(), right.values(), strict=True)
     )
 
 
@@ -51,8 +55,7 @@ def test_variants_of_a_seed_train_on_the_same_bits(make_config: MakeConfig) -> N
     repa = build_run(make_config(*other))
     for step in range(3):
         plain.state.step = repa.state.step = step
-        (one,), (two,) = step_batches(plain), step_batches(repa)
-        assert same(one, two)
+        assert same(step_batches(plain), step_batches(repa))
 
 
 def test_another_seed_draws_other_clips_noise_levels_and_dropouts(run: Run) -> None:
@@ -73,13 +76,10 @@ def test_steps_and_samples_draw_apart(run: Run) -> None:
 def test_accumulation_rounds_change_nothing_that_is_drawn(make_config: MakeConfig) -> None:
     whole = build_run(make_config("optim.batch_size=4"))
     split = build_run(make_config("optim.batch_size=4", "optim.accumulate=2", "name=split"))
-    (together,) = step_batches(whole)
-    rounds = step_batches(split)
-    assert len(rounds) == 2
-    for name, samples in flat(together).items():
-        parts = [sample for batch in rounds for sample in flat(batch)[name]]
-        for one, two in zip(samples, parts, strict=True):
-            assert torch.equal(one, two) if isinstance(one, Tensor) else one == two
+    together, rounds = step_batches(whole), step_batches(split)
+    assert [len(batch.sigma_B) for batch in together] == [4]
+    assert [len(batch.sigma_B) for batch in rounds] == [2, 2]
+    assert same(together, rounds)
 
 
 def test_a_cached_clip_is_bitwise_the_uncached_one(run: Run) -> None:
