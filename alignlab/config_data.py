@@ -100,7 +100,7 @@ class FolderConfig(Settings):
     cache_clips: int = Field(default=0, ge=0)
     """Encoded clips kept in memory, 0 for none: 480x832 clips take about 100 MB each."""
     on_bad_video: Literal["error", "skip"] = "error"
-    """What to do with a video that cannot be read or is too short."""
+    """What to do with a row whose video or references are missing, unreadable or too few/short."""
 
 
 DataConfig = Annotated[ShapesConfig | FolderConfig, Field(discriminator="name")]

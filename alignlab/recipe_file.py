@@ -87,7 +87,8 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         content = OmegaConf.to_container(loaded)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a readable YAML file: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable YAML file: {reason}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     if isinstance(content.get("variants"), dict):

@@ -68,7 +68,8 @@ def test_masks_tint_only_their_pixels() -> None:
     tinted_THWC = overlay_masks(video_THWC, masks_ETHW)
     changed_THW = (tinted_THWC != video_THWC).any(dim=-1)
     assert torch.equal(changed_THW, masks_ETHW.any(dim=0))
-    assert tinted_THWC[0, 0, 0].tolist() != tinted_THWC[1, 3, 3].tolist()
+    assert tinted_THWC[0, 0, 0].tolist() == [193, 40, 40]  # the first entity is red
+    assert tinted_THWC[1, 3, 3].tolist() == [40, 193, 193]
 
 
 @pytest.mark.parametrize(
