@@ -22,7 +22,7 @@ def describe_environment() -> dict[str, str]:
         "commit": git_commit() or "not a git checkout",
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
     }

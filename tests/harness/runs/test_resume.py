@@ -30,8 +30,8 @@ def outputs(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     text = text.replace("sample_clips: 0", "sample_clips: 1")
     text = text.replace("batch_size: 2}", "batch_size: 2, warmup: 2, schedule: cosine, ema: 0.9}")
     recipe.write_text(text + "checkpoint: {every: 3, keep: 2}\n")
-    drive(recipe, [f"never={folder / 'uninterrupted'}"])
-    drive(recipe, [f"{moment}={folder / moment}" for moment in MOMENTS])
+    uninterrupted = f"never={folder / 'uninterrupted'}"
+    drive(recipe, [uninterrupted, *(f"{moment}={folder / moment}" for moment in MOMENTS)])
     for moment in MOMENTS:
         shutil.copytree(folder / moment, folder / f"{moment}-killed")
     drive(recipe, [f"never={folder / moment}" for moment in MOMENTS])

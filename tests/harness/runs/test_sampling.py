@@ -22,8 +22,8 @@ PROMPT = "a red striped circle moves left over a grey background"
 
 def picture(path: Path, color: str, *, mode: str = "RGB") -> Path:
     ground = (90, 200, 90, 0) if mode == "RGBA" else "white"
-    image = Image.new(mode, (40, 60), ground)
-    ImageDraw.Draw(image).rectangle((10, 10, 29, 49), fill=color)
+    image = Image.new(mode, (48, 48), ground)
+    ImageDraw.Draw(image).rectangle((10, 10, 29, 39), fill=color)
     image.save(path)
     return path
 

@@ -72,9 +72,10 @@ def test_a_database_that_does_not_know_the_run_gets_a_new_one(
     path = train(make_config("steps=1", "tracking.mlflow=sqlite"))
     _, first = only_run(tmp_path)
     (path / "result.json").unlink()
-    (tmp_path / "mlflow.db").unlink()
-    train(make_config("steps=1", "tracking.mlflow=sqlite"))
-    _, second = only_run(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere' / 'mlflow.db'}"
+    train(make_config("steps=1", f"tracking.mlflow={elsewhere}"))
+    _, second = only_run(tmp_path / "elsewhere")
     assert second.info.run_id != first.info.run_id
     assert second.data.metrics["val/flow"] == first.data.metrics["val/flow"]
 
