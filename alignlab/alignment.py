@@ -5,7 +5,7 @@ Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, 
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from alignlab.config import RunConfig
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
-from alignlab.losses.objective import Features, Grid, Objective, Terms
+from alignlab.losses.objective import Features, Grid, Objective, Terms, Tokens
 from alignlab.losses.schedule import weight_at
 from alignlab.randomness import derive_seed
 from alignlab.taps import BlockTokens
@@ -67,7 +67,8 @@ class Alignment(nn.Module):
                 teacher_dims=dims,
                 seed=derive_seed(config.seed, f"projector-{alias}"),
             )
-            self.add_module(alias, self.objectives[alias])
+            # prefixed, because an alias may be the name of an attribute
+            self.add_module(f"objective_{alias}", self.objectives[alias])
         self.to(device)
 
     @property
@@ -87,7 +88,10 @@ class Alignment(nn.Module):
             for name in config.teachers:
                 if (name, kind) not in features:
                     features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
-            student = {b: getattr(taps[b], kind) for b in config.blocks}
+            student = {
+                b: taps[b].video if kind == "video" else shared_subjects(taps[b], batch.names)
+                for b in config.blocks
+            }
             self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
             found = objective(student, {name: features[name, kind] for name in config.teachers})
             scale = config.weight * weight_at(config.schedule, step, self._steps)
@@ -110,6 +114,22 @@ class Alignment(nn.Module):
             _depths(objective.config.blocks),
             ", ".join(describe(student, teacher) for teacher in teachers),
         )
+
+
+def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:
+    """Reference tokens with one subject id for all references of a sample with the same name.
+
+    A tap numbers references by their slot; two pictures of one subject must not be pushed apart.
+    """
+    ids_BN = tokens.reference.subject_ids_BN
+    assert ids_BN is not None  # reference tokens always carry ids
+    if all(len(set(row)) == len(row) for row in names):
+        return tokens.reference
+    ids_BN = ids_BN.clone()
+    for row, sample in enumerate(names):
+        for slot, name in enumerate(sample):
+            ids_BN[row][ids_BN[row] == slot] = sample.index(name)
+    return replace(tokens.reference, subject_ids_BN=ids_BN)
 
 
 def _depths(blocks: tuple[int, ...]) -> str:

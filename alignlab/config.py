@@ -86,6 +86,8 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _teachers_exist(self) -> Self:
         for alias, objective in self.objectives.items():
+            if not re.fullmatch(r"[\w-]+", alias):
+                raise ValueError(f"objectives: {alias!r}: an alias is letters, digits, - and _")
             for teacher in objective.teachers:
                 if teacher not in self.teachers:
                     hint = unknown_name("teacher", teacher, self.teachers)

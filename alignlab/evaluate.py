@@ -87,7 +87,7 @@ def probe(
     run: Run, branch: ReferenceBranch, clips: list[Encoded], teacher: Teacher
 ) -> dict[str, float]:
     """Reference and video tokens of the tapped blocks against a teacher, at three noise levels."""
-    references, videos = ReferenceProbe(), VideoProbe(len(clips) * len(PROBE_SIGMAS))
+    references, videos = ReferenceProbe(), VideoProbe(len(clips))
     size = run.config.eval.batch_size
     jobs = [(i, sigma) for sigma in PROBE_SIGMAS for i in range(len(clips))]
     with step_progress("probe", total=len(jobs)) as advance:

@@ -1,11 +1,10 @@
-"""What happens around the optimizer step: learning rate, moving average, gradient averaging."""
+"""What happens around the optimizer step: learning rate and moving average."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from alignlab.checkpoint import TrainState
@@ -39,15 +38,6 @@ def update_ema(state: TrainState, decay: float | None) -> None:
         for name, parameter in state.transformer.named_parameters():
             if name in state.ema:
                 state.ema[name].lerp_(parameter, 1 - decay)
-
-
-def average_over_processes(accelerator: Accelerator, module: nn.Module) -> None:
-    """Averages gradients that DDP does not see (the projectors')."""
-    if accelerator.num_processes > 1:
-        for parameter in module.parameters():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
 @contextmanager

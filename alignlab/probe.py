@@ -123,17 +123,18 @@ class ReferenceProbe:
 class VideoProbe:
     """Video tokens of a block. Metric: `cknna/block<i>`, CKNNA (k = 10) against the teacher.
 
-    Rows are single tokens of all clips and noise levels, evenly thinned to about 2,048; teacher
-    features are averaged over the pixel frames of a latent frame.
+    Rows are single tokens of all clips, evenly thinned to about 2,048; teacher features are
+    averaged over the pixel frames of a latent frame. Each noise level is measured by itself and the
+    results are averaged: the same token at two levels would be its own nearest neighbour.
 
     Args:
-        clips: how many clips will be added in total, noise levels counted apart.
+        clips: how many clips will be added at each noise level.
     """
 
     def __init__(self, clips: int) -> None:
         self._per_clip = max(1, VIDEO_TOKENS // clips)
-        self._student: dict[int, list[Tensor]] = defaultdict(list)
-        self._teacher: list[Tensor] = []
+        self._student: dict[tuple[int, float], list[Tensor]] = defaultdict(list)
+        self._teacher: dict[float, list[Tensor]] = defaultdict(list)
 
     def add(self, taps: Mapping[int, BlockTokens], batch: Batch, teacher: Teacher) -> None:
         """Collects a batch."""
@@ -141,20 +142,22 @@ class VideoProbe:
         features = teacher_features(teacher, batch, "video", grid)
         matched_BNE = match_grid(features.tokens_BTPD, features.grid, grid).flatten(1, 2)
         count = matched_BNE.shape[1]
-        rows = torch.linspace(0, count - 1, min(self._per_clip, count)).round().long()
-        self._teacher.append(matched_BNE[:, rows].flatten(0, 1).cpu())
-        for block, tokens in taps.items():
-            chosen = tokens.video.tokens_BND[:, rows]
-            self._student[block].append(chosen.flatten(0, 1).float().cpu())
+        stride = max(1, count // self._per_clip)
+        for row, sigma in enumerate(batch.sigma_B.tolist()):
+            # Another offset in every clip, so that few rows still come from all places.
+            offset = len(self._teacher[sigma]) % stride
+            self._teacher[sigma].append(matched_BNE[row, offset::stride].cpu())
+            for block, tokens in taps.items():
+                chosen_ND = tokens.video.tokens_BND[row, offset::stride]
+                self._student[block, sigma].append(chosen_ND.float().cpu())
 
     def metrics(self) -> dict[str, float]:
         """Metrics of everything added."""
-        teacher_NE = torch.cat(self._teacher)
-        found = {
-            f"cknna/block{block}": cknna(torch.cat(tokens), teacher_NE, k=CKNNA_K)
-            for block, tokens in self._student.items()
-        }
-        return with_means(found)
+        found: dict[str, float] = defaultdict(float)
+        for (block, sigma), tokens in self._student.items():
+            value = cknna(torch.cat(tokens), torch.cat(self._teacher[sigma]), k=CKNNA_K)
+            found[f"cknna/block{block}"] += value / len(self._teacher)
+        return with_means(dict(found))
 
 
 def with_means(per_block: dict[str, float]) -> dict[str, float]:

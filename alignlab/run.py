@@ -11,6 +11,7 @@ from alignlab.checkpoint import TrainState
 from alignlab.conditioning import ClipEncoder, EncodedCache
 from alignlab.config import RunConfig, check_blocks
 from alignlab.data.registry import build_dataset
+from alignlab.errors import UserError
 from alignlab.flow import FlowWeights
 from alignlab.reference_branch import ReferenceBranch
 from alignlab.wan import Wan, load_wan
@@ -42,6 +43,11 @@ class Caches:
 def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
     """Loads the models and data of a recipe; projectors are built before the optimizer."""
     accelerator = _accelerator(config.model.precision)
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"started as {accelerator.num_processes} processes: a run uses one process for now; "
+            "start it without accelerate or torchrun"
+        )
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     wan = load_wan(
         config.model.path,
@@ -69,9 +75,8 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
         ema = {name: p.detach().clone() for name, p in trained if p.requires_grad}
     state = TrainState(wan.transformer, alignment, optimizer, ema)
     caches = caches or new_caches(config)
-    wrapped = accelerator.prepare(wan.transformer) if accelerator.num_processes > 1 else None
     branch = ReferenceBranch(
-        wrapped or wan.transformer,
+        wan.transformer,
         text_to_references=config.model.text_to_references,
         blocks=alignment.blocks,
     )

@@ -33,19 +33,27 @@ class Guidance:
         shift: shift of the noise levels (RefAlign: 5, as in training).
         text: scale of the text's direction (RefAlign: 7.5).
         reference: scale of the references' direction (RefAlign: 5.0).
+        precision: of the transformer, as in training.
     """
 
     steps: int
     shift: float
     text: float
     reference: float
+    precision: str = "fp32"
 
 
 def guidance_of(config: RunConfig) -> Guidance:
     """The sampling settings of a recipe; the shift is the training's."""
     shift = 1.0 if config.flow.sampler == "uniform" else config.flow.shift
     chosen = config.eval
-    return Guidance(chosen.sample_steps, shift, chosen.text_guidance, chosen.reference_guidance)
+    return Guidance(
+        chosen.sample_steps,
+        shift,
+        chosen.text_guidance,
+        chosen.reference_guidance,
+        config.model.precision,
+    )
 
 
 @torch.no_grad()
@@ -72,13 +80,15 @@ def sample_latents(
     def velocity_at(latents_CTHW: Tensor, sigma: float) -> Tensor:
         nonlocal done
         timesteps_B = torch.full((3,), sigma * 1000, device=latents_CTHW.device)
-        out = branch(
-            latents_CTHW.expand(3, *latents_CTHW.shape),
-            timesteps_B,
-            text_BLD,
-            references,
-            capture=False,
-        )
+        bf16 = guidance.precision == "bf16"
+        with torch.autocast(latents_CTHW.device.type, torch.bfloat16, enabled=bf16):
+            out = branch(
+                latents_CTHW.expand(3, *latents_CTHW.shape),
+                timesteps_B,
+                text_BLD,
+                references,
+                capture=False,
+            )
         nothing, with_references, with_all = out.velocity_BCTHW
         done += 1
         if advance is not None:

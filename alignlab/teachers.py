@@ -66,7 +66,7 @@ class Teacher:
         row: its family.
         feature: `pre_norm` (last block's output), `post_norm` (after the final norm) or `layer:k`
             (output of block k, counted from 0).
-        slice_size: frames per forward pass; bounds memory, changes no result.
+        slice_size: frames per forward pass; bounds memory, changes results by rounding at most.
 
     Raises:
         UserError: there is no such feature.

@@ -5,10 +5,10 @@ Shape letters: B batch.
 
 import json
 import statistics
+from itertools import islice, product
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -16,12 +16,11 @@ from alignlab import checkpoint
 from alignlab.conditioning import Batch, training_batch
 from alignlab.config import RunConfig
 from alignlab.environment import describe_environment
-from alignlab.errors import UserError
 from alignlab.evaluate import evaluate
 from alignlab.finite import FiniteWatch
 from alignlab.flow import draw_sigma, flow_loss, interpolate
 from alignlab.memory import PeakMemory
-from alignlab.optim import average_over_processes, set_learning_rate, update_ema
+from alignlab.optim import set_learning_rate, update_ema
 from alignlab.progress import step_progress
 from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
@@ -98,7 +97,7 @@ def _train_steps(
 
 
 def step_batches(run: Run) -> list[Batch]:
-    """This process's share of the step's samples, one batch per accumulation round."""
+    """The step's samples, one batch per accumulation round."""
     return [
         training_batch(
             run.clips,
@@ -108,7 +107,7 @@ def step_batches(run: Run) -> list[Batch]:
             samples=samples,
             device=run.accelerator.device,
         )
-        for samples in _rounds(run.config, run.accelerator)
+        for samples in _rounds(run.config)
     ]
 
 
@@ -122,7 +121,6 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
         accelerator.backward(loss / len(batches))
         rows.append(scalars)
     parameters = list(state.names)
-    average_over_processes(accelerator, state.objectives)
     norm = clip_grad_norm_(parameters, config.optim.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
@@ -164,10 +162,9 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
 
 
 def timestep_histogram(config: RunConfig) -> dict[str, float]:
-    """Share of the noise levels in each tenth of [0, 1], over the draws that the run will make."""
-    addresses = [
-        (step, sample) for step in range(config.steps) for sample in range(config.optim.batch_size)
-    ][:HISTOGRAM_DRAWS]
+    """Share of the noise levels in each tenth of [0, 1], over the run's first 10,000 draws."""
+    every = product(range(config.steps), range(config.optim.batch_size))
+    addresses = list(islice(every, HISTOGRAM_DRAWS))
     counts = [0] * 10
     for step, sample in addresses:
         sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample))
@@ -175,14 +172,7 @@ def timestep_histogram(config: RunConfig) -> dict[str, float]:
     return {f"timesteps/t{i}": count / len(addresses) for i, count in enumerate(counts)}
 
 
-def _rounds(config: RunConfig, accelerator: Accelerator) -> list[range]:
-    """Which samples of the global batch this process handles, round by round."""
-    rounds, processes = config.optim.accumulate, accelerator.num_processes
-    size, rest = divmod(config.optim.batch_size, rounds * processes)
-    if rest:
-        raise UserError(
-            f"optim.batch_size: {config.optim.batch_size} samples cannot be spread over "
-            f"{rounds} rounds on {processes} processes"
-        )
-    first = accelerator.process_index * rounds * size
-    return [range(first + i * size, first + (i + 1) * size) for i in range(rounds)]
+def _rounds(config: RunConfig) -> list[range]:
+    """Which samples of the step's batch each accumulation round handles."""
+    size = config.optim.batch_size // config.optim.accumulate
+    return [range(i * size, (i + 1) * size) for i in range(config.optim.accumulate)]

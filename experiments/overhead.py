@@ -45,20 +45,14 @@ def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
     harness draws and assembles it from cached clips, which is part of what it costs.
 
     Args:
-        config: a run without objectives, with equally many references in all clips and no
-            condition dropout, so that both sides make one forward call.
+        config: a run in which both sides do the same work in one forward call: no objectives,
+            equally many references in all clips, no dropout, text seen by all tokens.
         pairs: timed pairs, after three that are not counted.
 
     Raises:
         UserError: the recipe does not make both sides comparable.
     """
-    low, high = config.data.references
-    dropout = config.flow.text_dropout + config.flow.reference_dropout + config.flow.both_dropout
-    if config.objectives or low != high or dropout:
-        raise UserError(
-            "the overhead is measured without objectives, with data.references [k, k] and "
-            "flow.text_dropout, reference_dropout and both_dropout 0"
-        )
+    _check_comparable(config)
     run = build_run(config)
     bare = bare_step(run)
     times: list[tuple[float, float]] = []
@@ -86,6 +80,28 @@ def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
         ratio=statistics.median(h / b for h, b in kept),
         pairs=pairs,
     )
+
+
+def _check_comparable(config: RunConfig) -> None:
+    low, high = config.data.references
+    flow = config.flow
+    wanted = {
+        "objectives": not config.objectives,
+        "data.references": low == high,
+        "flow.text_dropout, reference_dropout, both_dropout": not (
+            flow.text_dropout + flow.reference_dropout + flow.both_dropout
+        ),
+        "model.text_to_references": config.model.text_to_references,
+        "model.train": config.model.train == "full",
+        "optim.accumulate": config.optim.accumulate == 1,
+        "optim.ema": config.optim.ema is None,
+    }
+    for setting, fits in wanted.items():
+        if not fits:
+            raise UserError(
+                f"{setting}: the bare loop would do other work; measure the overhead with the "
+                "settings of the recipe `overhead`"
+            )
 
 
 def bare_step(run: Run) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor], None]:

@@ -4,6 +4,8 @@ As the released Wan, it never saw a reference image or an alignment loss.
 Shape letters: B batch, C channels, T latent frames, H, W latent height and width, L text tokens.
 """
 
+import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -53,7 +55,8 @@ class TextToVideo(nn.Module):
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKLWan, clips: ClipPool, *, work: Path) -> Tensor:
     """Normalised latents of every clip of the pool, `(clips, C, T, H, W)`; kept in `work`."""
-    kept = work / "latents.safetensors"
+    weights = b"".join(p.numpy().tobytes() for p in vae.encoder.parameters())
+    kept = work / f"latents-{hashlib.sha256(weights).hexdigest()[:12]}.safetensors"
     if kept.exists():
         return load_file(kept)["latents"]
     mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
@@ -63,7 +66,9 @@ def encode_pool(vae: AutoencoderKLWan, clips: ClipPool, *, work: Path) -> Tensor
         for s in clips.samples
     ]
     stacked = torch.stack(latents)
-    save_file({"latents": stacked}, kept)
+    temporary = kept.with_suffix(".tmp")
+    save_file({"latents": stacked}, temporary)
+    os.replace(temporary, kept)
     return stacked
 
 
