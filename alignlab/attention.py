@@ -140,10 +140,11 @@ def _output_and_gradient(
 ) -> tuple[Tensor, Tensor] | None:
     """Attention's output and the gradient of its sum of squares by the query; None: no gradient."""
     query = query.detach().requires_grad_()
-    output: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
-    if not output.requires_grad:
-        return None
-    (gradient,) = torch.autograd.grad(output.float().square().sum(), query)
+    with torch.enable_grad():  # a caller under no_grad asks about training all the same
+        output: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
+        if not output.requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(output.float().square().sum(), query)
     return output.detach().float(), gradient.float()
 
 

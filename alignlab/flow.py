@@ -58,8 +58,7 @@ class FlowWeights:
         """Weights of a batch, `(B,)`, of the dtype of `sigma_B`."""
         if self.config.weighting == "none":
             return torch.ones_like(sigma_B)
-        # Levels beyond the table (logit_normal draws them) would be below its minimum.
-        return ((self._bell(sigma_B) - self._floor) * self._scale).clamp_min(0)
+        return (self._bell(sigma_B) - self._floor) * self._scale
 
     @staticmethod
     def _bell(sigma: Tensor) -> Tensor:

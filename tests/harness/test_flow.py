@@ -60,12 +60,6 @@ def test_without_weighting_every_level_counts_as_one() -> None:
     assert torch.equal(FlowWeights(FlowConfig())(levels), torch.ones(3))
 
 
-def test_weights_never_fall_below_zero() -> None:
-    # logit_normal draws levels between and beyond the table's
-    weights = FlowWeights(FlowConfig(sampler="logit_normal", weighting="wan_gaussian"))
-    assert (weights(torch.tensor([1e-6, 0.0004, 1.0])) >= 0).all()
-
-
 def test_mean_of_refaligns_cubic_gate_over_training() -> None:
     levels = train_levels(FlowConfig())
     gate = gate_weights(PowerGate(kind="power", p=3), levels)

@@ -140,6 +140,12 @@ def test_accumulation_changes_no_number(make_config: MakeConfig) -> None:
     whole = train(make_config(*shared))
     split = train(make_config(*shared, "optim.accumulate=2", "name=split"))
     assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    # the optimizer would hide a gradient of the wrong size
+    norms = [
+        [row["grad/norm"] for row in read_rows(path / "metrics.jsonl") if "grad/norm" in row]
+        for path in (whole, split)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     one, two = weights(whole), weights(split)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
