@@ -59,3 +59,7 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "clip.mp4").is_file()
     assert (tmp_path / "runs/tiny/export/model_index.json").is_file()
     assert (tmp_path / "runs/demo/report.html").is_file()
+
+
+def test_no_placeholder_is_left() -> None:
+    assert not re.findall(r"@[A-Z_]+@", README.read_text())
