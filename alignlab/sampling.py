@@ -101,6 +101,7 @@ def sample_latents(
     return euler_sample(velocity_at, noise_CTHW, steps=guidance.steps, shift=guidance.shift)
 
 
+@quiet_libraries()
 def sample_to_file(
     run_dir: Path,
     prompt: str,

@@ -40,7 +40,7 @@ WAN_STEPS = 2600
 def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:
     """Writes `tiny-wan/`, `tiny-dino/`, `checksums.json` and `quality.json` under `out`.
 
-    Takes about two hours on two CPU cores. Rebuilt weights differ in the last bits between
+    Takes hours on two CPU cores. Rebuilt weights differ in the last bits between
     machines, so their checksums do too; the floors in `quality.py` must hold all the same.
     """
     clips = ClipPool(CLIPS)

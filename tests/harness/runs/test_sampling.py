@@ -1,5 +1,6 @@
 """Clips from a trained run: files that play, and guidance that does what it says."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_a_lora_run_samples_with_its_adapter(
     found = sample_to_file(lora_run, PROMPT, [red], tmp_path / "lora.mp4", steps=2)
     assert frames(found).shape == (5, 48, 48, 3)
     assert not torch.equal(frames(found), frames(clip))
+
+
+def test_a_bf16_run_samples_in_bf16(
+    make_config: MakeConfig, full_run: Path, red: Path, clip: Path, tmp_path: Path
+) -> None:
+    # the same weights, so that only the arithmetic differs
+    folder = RunFolder.create(make_config("model.precision=bf16"))
+    shutil.copytree(full_run / "checkpoints", folder.checkpoints)
+    found = sample_to_file(folder.path, PROMPT, [red], tmp_path / "bf16.mp4", steps=2)
+    assert not torch.equal(frames(found), frames(clip))
+    assert (frames(found).float() - frames(clip).float()).abs().mean() < 5
 
 
 @pytest.fixture(scope="module")
