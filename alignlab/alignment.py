@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from alignlab.conditioning import Batch
 from alignlab.config import RunConfig
+from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
-from alignlab.losses.objective import Features, Grid, Objective, Terms, Tokens
+from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
 from alignlab.losses.schedule import weight_at
 from alignlab.randomness import derive_seed
 from alignlab.taps import BlockTokens
@@ -93,7 +94,8 @@ class Alignment(nn.Module):
                 for b in config.blocks
             }
             self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
-            found = objective(student, {name: features[name, kind] for name in config.teachers})
+            chosen = {name: features[name, kind] for name in config.teachers}
+            found = objective(student, chosen, context_of(batch, alias, objective))
             scale = config.weight * weight_at(config.schedule, step, self._steps)
             loss_B = loss_B + scale * gate_weights(config.gate, batch.sigma_B) * found.loss_B
             terms[alias] = found
@@ -114,6 +116,24 @@ class Alignment(nn.Module):
             _depths(objective.config.blocks),
             ", ".join(describe(student, teacher) for teacher in teachers),
         )
+
+
+def context_of(batch: Batch, alias: str, objective: Objective) -> Context:
+    """What the objective needs to know of the batch's clips.
+
+    Raises:
+        UserError: it needs entity masks and a clip has none.
+    """
+    masks_BTHW = None
+    if "masks" in objective.needs:
+        masks = [mask for mask in batch.masks if mask is not None]
+        if len(masks) < len(batch.masks):
+            raise UserError(
+                f"objectives.{alias}: needs entity masks, and a clip of this data set has none; "
+                "add `masks` to its metadata (docs/data.md)"
+            )
+        masks_BTHW = torch.stack(masks)
+    return Context(batch.caption_BLD if "text" in objective.needs else None, masks_BTHW)
 
 
 def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:

@@ -73,7 +73,7 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
             save_lora(state.transformer, folder)
         else:
             state.transformer.save_pretrained(folder / "transformer")
-        save_file(_tensors(state.objectives), folder / "objectives.safetensors")
+        save_file(_trained(state.objectives), folder / "objectives.safetensors")
         save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
         if state.ema is not None:
             save_file(state.ema, folder / "ema.safetensors")
@@ -102,7 +102,7 @@ def restore(state: TrainState, checkpoint: Path) -> None:
         UserError: the checkpoint belongs to another kind of training.
     """
     load_transformer(state.transformer, checkpoint)
-    state.objectives.load_state_dict(load_file(checkpoint / "objectives.safetensors"))
+    _restore_trained(state.objectives, load_file(checkpoint / "objectives.safetensors"))
     restore_state(state.optimizer, state.names, load_file(checkpoint / "optimizer.safetensors"))
     if state.ema is not None:
         for name, value in load_file(checkpoint / "ema.safetensors").items():
@@ -145,5 +145,19 @@ def _by_step(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+def _frozen(module: nn.Module) -> set[str]:
+    return {name for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state without frozen parameters, which come from elsewhere."""
+    kept = {k: v for k, v in module.state_dict().items() if k not in _frozen(module)}
+    return {k: v.detach().cpu().contiguous() for k, v in kept.items()}
+
+
+def _restore_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    expected = module.state_dict().keys() - _frozen(module)
+    if tensors.keys() != expected:
+        odd = sorted(tensors.keys() ^ expected)[0]
+        raise UserError(f"checkpoint: the objectives of the recipe do not fit it, e.g. {odd}")
+    module.load_state_dict(tensors, strict=False)

@@ -33,17 +33,20 @@ class Batch:
     """What one forward pass needs, on the training device.
 
     `references` and `reference_images` hold one tensor per sample, with zero rows where the
-    references were dropped or the clip has none.
+    references were dropped or the clip has none. `caption_BLD` is the text before dropout. `masks`
+    says of each clip where any of its entities is visible, bool `(T, H, W)`, or None if unknown.
     """
 
     latents_BCTHW: Tensor
     noise_BCTHW: Tensor
     sigma_B: Tensor
     text_BLD: Tensor
+    caption_BLD: Tensor
     references: list[Tensor]
     reference_images: list[Tensor]
     video_BTHWC: Tensor
     names: list[list[str]]
+    masks: list[Tensor | None]
 
 
 class EncodedCache:
@@ -156,10 +159,12 @@ def collate(
         text_BLD=torch.stack([e.text_LD if text else empty_text_LD for e, (text, _) in rows]).to(
             device
         ),
+        caption_BLD=torch.stack([e.text_LD for e in encoded]).to(device),
         references=[r.to(device) for r in references],
         reference_images=[i.to(device) for i in images],
         video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
         names=names,
+        masks=[_entity_pixels(e.sample, device) for e in encoded],
     )
 
 
@@ -168,6 +173,10 @@ def reference_images(sample: Sample) -> Tensor:
     if not sample.references:
         return sample.video_THWC[:0]
     return torch.stack([r.image_HWC for r in sample.references])
+
+
+def _entity_pixels(sample: Sample, device: torch.device) -> Tensor | None:
+    return None if sample.masks_ETHW is None else sample.masks_ETHW.any(0).to(device)
 
 
 def _draw_kept(flow: FlowConfig, rng: torch.Generator) -> tuple[bool, bool]:

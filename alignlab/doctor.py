@@ -13,9 +13,8 @@ from rich.text import Text
 
 import alignlab
 from alignlab.attention import available_backends
-from alignlab.errors import UserError
+from alignlab.hub import on_disk
 from alignlab.kernels import pull_push
-from alignlab.recipe import resolve_asset
 from alignlab.teachers import TEACHERS
 
 # Distribution -> the extra of alignlab that brings it, "" for what is always needed.
@@ -100,12 +99,9 @@ def model_states() -> dict[str, str]:
 
 
 def _where(path: str) -> str:
-    try:
-        resolved = resolve_asset(path)
-    except UserError as error:
-        return str(error)
-    if resolved != path or os.path.isdir(resolved):
-        return resolved
+    folder = on_disk(path)
+    if folder is not None:
+        return str(folder)
     for marker in ("model_index.json", "config.json"):
         cached = try_to_load_from_cache(path, marker)
         if isinstance(cached, str):

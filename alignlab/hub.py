@@ -10,7 +10,14 @@ from huggingface_hub.errors import HFValidationError
 from alignlab.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def on_disk(source: str) -> Path | None:
+    """The local folder or, failing that, the shipped asset (`assets/...`) of that name, if any."""
+    shipped = [_PACKAGE / source] if source.startswith("assets/") else []
+    found = (folder for folder in (Path(source).expanduser(), *shipped) if folder.is_dir())
+    return next(found, None)
 
 
 def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[str]) -> Path:
@@ -27,10 +34,8 @@ def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[s
     Raises:
         UserError: neither a folder nor a reachable hub id, or the marker file is missing.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir() and source.startswith("assets/"):
-        folder = _PACKAGE / source
-    if not folder.is_dir():
+    folder = on_disk(source)
+    if folder is None:
         if source.startswith("assets/") or not _HUB_ID.fullmatch(source):
             raise UserError(f"{setting}: {source}: no such folder, shipped asset or hub id")
         try:

@@ -45,6 +45,7 @@ def _lines(label: str, total: int, start: int) -> Advance:
             return
         last = now
         left = (now - begin) / max(1, done - start) * (total - done)
-        log.info("%s: %d/%d, %.0f s left  %s", label, done, total, left, note)
+        spaced = f"  {note}" if note else ""
+        log.info("%s: %d/%d, %.0f s left%s", label, done, total, left, spaced)
 
     return advance

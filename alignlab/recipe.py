@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
-import alignlab
 from alignlab.config import CompareConfig, DataConfig, RunConfig
-from alignlab.config_data import unknown_name
 from alignlab.config_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.recipe_file import merge, nested_variants, read_recipe, shipped_recipes
@@ -27,7 +25,6 @@ __all__ = [
     "load_data",
     "load_run",
     "recipe_hash",
-    "resolve_asset",
     "shipped_recipes",
 ]
 
@@ -142,29 +139,6 @@ def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any
         for key, row in rows.items()
         if any(v != next(iter(row.values())) for v in row.values())
     }
-
-
-def resolve_asset(path: str) -> str:
-    """Where a model or teacher path of a recipe leads.
-
-    An existing local path wins; `assets/...` is then looked up among the shipped assets; anything
-    else is a hub id and comes back as it is.
-
-    Raises:
-        UserError: `path` can only be a local path and nothing is there.
-    """
-    local = Path(path).expanduser()
-    if local.exists():
-        return str(local)
-    if path.startswith("assets/"):
-        shipped = Path(alignlab.__file__).parent / path
-        if shipped.exists():
-            return str(shipped)
-        known = sorted({f"assets/{e.parent.name}" for e in shipped.parent.glob("*/*.json")})
-        raise UserError(f"{path}: no such folder; {unknown_name('asset', path, known)}")
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UserError(f"{path}: no such folder")
-    return path
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -62,17 +62,17 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
     check_blocks(config, wan.num_blocks)
     wan.latent_grid(config.data.frames, *config.data.size)
     alignment = Alignment(config, student_dim=wan.student_dim, device=accelerator.device)
-    parameters = [p for p in wan.transformer.parameters() if p.requires_grad]
+    trained = [*wan.transformer.parameters(), *alignment.parameters()]
     optimizer = torch.optim.AdamW(
-        [*parameters, *alignment.parameters()],
+        [p for p in trained if p.requires_grad],
         lr=config.optim.lr,
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
     )
     ema = None
     if config.optim.ema is not None:
-        trained = wan.transformer.named_parameters()
-        ema = {name: p.detach().clone() for name, p in trained if p.requires_grad}
+        named = wan.transformer.named_parameters()
+        ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
     state = TrainState(wan.transformer, alignment, optimizer, ema)
     caches = caches or new_caches(config)
     branch = ReferenceBranch(

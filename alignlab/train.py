@@ -115,11 +115,11 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     """One optimizer step; returns its scalars, still on the device."""
     config, state, accelerator = run.config, run.state, run.accelerator
     set_learning_rate(state.optimizer, config, state.step)
-    rows: list[dict[str, Tensor]] = []
+    rounds: list[dict[str, Tensor]] = []
     for batch in batches:
-        loss, scalars = batch_loss(run, batch)
+        loss, per_sample = batch_loss(run, batch)
         accelerator.backward(loss / len(batches))
-        rows.append(scalars)
+        rounds.append(per_sample)
     parameters = list(state.names)
     norm = clip_grad_norm_(parameters, config.optim.grad_clip)
     state.optimizer.step()
@@ -127,26 +127,27 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     update_ema(state, config.optim.ema)
     state.step += 1
     rate = state.optimizer.param_groups[0]["lr"]
-    keys = {key: None for row in rows for key in row}
-    scalars = {key: torch.stack([row[key] for row in rows if key in row]).mean() for key in keys}
+    keys = {key: None for found in rounds for key in found}
+    values = {key: torch.cat([found[key] for found in rounds if key in found]) for key in keys}
+    scalars = {key: value.mean() for key, value in values.items()}
     return scalars | {"grad/norm": norm, "lr": torch.tensor(rate, dtype=torch.float64)}
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow loss plus alignment of one batch, and every term of it by its log name."""
+    """Flow loss plus alignment of one batch, and every term of it by its log name, per sample."""
     noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
     with run.accelerator.autocast():
         out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
     flow_B = flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW)
     aligned = run.alignment(out.taps, batch, run.state.step)
-    total = (run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B).mean()
-    scalars = {"loss/total": total.detach(), "loss/flow": flow_B.detach().mean()}
+    total_B = run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
+    found = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
     for alias, terms in aligned.terms.items():
-        scalars[f"loss/{alias}"] = terms.loss_B.detach().mean()
-        scalars |= {f"loss/{alias}/{name}": part.mean() for name, part in terms.parts.items()}
+        found[f"loss/{alias}"] = terms.loss_B.detach()
+        found |= {f"loss/{alias}/{name}": part for name, part in terms.parts.items()}
         if terms.similarity_B is not None and (rows := aligned.rows[alias]):
-            scalars[f"sim/{alias}"] = terms.similarity_B[rows].mean()
-    return total, scalars
+            found[f"sim/{alias}"] = terms.similarity_B[rows]
+    return total_B.mean(), found
 
 
 def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
@@ -156,7 +157,8 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
     for key in ("time/step", "memory/peak_mib"):
         values = [row[key] for row in rows if key in row]
         metrics[key] = statistics.median(values) if key == "time/step" else max(values)
-    metrics["params/extra"] = float(sum(p.numel() for p in run.alignment.parameters()))
+    projectors = [p for p in run.alignment.parameters() if p.requires_grad]
+    metrics["params/extra"] = float(sum(p.numel() for p in projectors))
     tracker.log(run.config.steps, metrics)
     write_text(folder.result, json.dumps({"steps": run.config.steps, "metrics": metrics}, indent=1))
 

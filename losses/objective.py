@@ -66,6 +66,24 @@ class Features:
             raise ValueError(f"teacher tokens {shape} do not fill the grid {self.grid}")
 
 
+Need = Literal["text", "masks"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What is known of a batch's clips besides tokens.
+
+    Args:
+        text_BLD: embeddings of the full captions (dropped conditions included) from the
+            transformer's text encoder, zeros after the last token. None if no objective needs it.
+        masks_BTHW: bool, pixels of each frame where any named entity is visible. None if no
+            objective needs them.
+    """
+
+    text_BLD: Tensor | None = None
+    masks_BTHW: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Terms:
     """What an objective hands to the harness, one value per sample.
@@ -130,21 +148,35 @@ class ObjectiveConfig(BaseModel):
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
 
+NO_CONTEXT = Context()
+
+
 class Objective(nn.Module, ABC):
     """An alignment loss with the projectors it trains. Concrete classes are final.
 
     A concrete class is built as `Class(config, *, student_dim, teacher_dims, seed)`; use
     `build_objective`. Its parameters are trained with the student, saved for resume, and never
-    exported. It draws no noise, reads no batch, logs nothing, and gives every sample the value
-    that the sample would have alone.
+    exported; those without `requires_grad` (a frozen Stage 1 network) are neither trained nor
+    saved. It draws no noise, reads no batch, logs nothing, and gives every sample the value that
+    the sample would have alone.
     """
 
     Config: ClassVar[type[ObjectiveConfig]]
     tokens: ClassVar[Literal["video", "reference"]]
     config: ObjectiveConfig
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `forward` reads from the context, which may depend on the config."""
+        return frozenset()
+
     @abstractmethod
-    def forward(self, student: Mapping[int, Tokens], teacher: Mapping[str, Features]) -> Terms:
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
         """Computes the loss of a batch.
 
         Args:
@@ -152,4 +184,5 @@ class Objective(nn.Module, ABC):
                 `config.blocks`.
             teacher: features keyed by alias; holds at least `config.teachers`. They are constants:
                 no gradient flows into them.
+            context: holds at least what `needs` names.
         """

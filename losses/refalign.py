@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from alignlab.kernels.cosine import paired_cosine
 from alignlab.kernels.pull_push import Impl, pull_push
 from alignlab.losses.grids import match_grid
-from alignlab.losses.objective import Features, Objective, ObjectiveConfig, Terms, Tokens
+from alignlab.losses.objective import (
+    NO_CONTEXT,
+    Context,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Terms,
+    Tokens,
+)
 from alignlab.losses.projector import project, refalign_projector
 
 
@@ -107,7 +115,12 @@ class RefAlign(Objective):
             }
         )
 
-    def forward(self, student: Mapping[int, Tokens], teacher: Mapping[str, Features]) -> Terms:
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
         features = teacher[self.config.teacher]
         per_block = [
             self._block(self.projectors[f"block_{block}"], student[block], features)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, paired_cosine
 from alignlab.losses.grids import match_grid
-from alignlab.losses.objective import Features, Objective, ObjectiveConfig, Terms, Tokens
+from alignlab.losses.objective import (
+    NO_CONTEXT,
+    Context,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Terms,
+    Tokens,
+)
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 
 ZSCORE_EPS = 1e-6
@@ -103,7 +111,12 @@ class Repa(Objective):
             }
         )
 
-    def forward(self, student: Mapping[int, Tokens], teacher: Mapping[str, Features]) -> Terms:
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
         per_pair = []
         for block in self.config.blocks:
             tapped = student[block]

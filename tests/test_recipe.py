@@ -14,7 +14,6 @@ from alignlab.recipe import (
     load_data,
     load_run,
     recipe_hash,
-    resolve_asset,
     shipped_recipes,
 )
 
@@ -249,22 +248,3 @@ def test_hash_ignores_what_changes_no_number() -> None:
 @pytest.mark.parametrize("override", ["seed=1", "steps=3", "objectives.ra.weight=2", "data.fps=4"])
 def test_hash_tells_runs_apart(override: str) -> None:
     assert recipe_hash(load_run("tiny")) != recipe_hash(load_run("tiny", [override]))
-
-
-def test_asset_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert resolve_asset("facebook/dinov2-base") == "facebook/dinov2-base"
-    (tmp_path / "assets/mine").mkdir(parents=True)
-    assert resolve_asset("assets/mine") == "assets/mine"
-    assert resolve_asset(str(tmp_path)) == str(tmp_path)
-    for path in ("./nothing", "/nothing/here", "assets/nothing"):
-        with pytest.raises(UserError, match="no such folder"):
-            resolve_asset(path)
-
-
-def test_shipped_asset_is_found_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for asset in ("assets/tiny-wan", "assets/tiny-dino"):
-        assert Path(resolve_asset(asset)).is_dir()

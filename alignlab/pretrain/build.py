@@ -13,7 +13,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 
-from alignlab.pretrain.clips import ClipPool
+from alignlab.pretrain.clips import ClipPool, shapes_clips
 from alignlab.pretrain.dino import train_dino
 from alignlab.pretrain.quality import (
     held_out_clips,
@@ -23,18 +23,20 @@ from alignlab.pretrain.quality import (
 )
 from alignlab.pretrain.text import build_tokenizer
 from alignlab.pretrain.vae import train_vae
-from alignlab.pretrain.wan import encode_pool, train_wan
+from alignlab.pretrain.wan import encode_clips, train_wan
 from alignlab.teachers import load_teacher
 from alignlab.wan import load_wan
 
 log = logging.getLogger(__name__)
 
-CLIPS = 5000
+DINO_CLIPS = 5000
 VAE_CLIPS = 3000  # enough for a codec, and half the memory
+WAN_CLIPS = 16000
+WAN_SUBJECTS = (1, 3)  # a lone subject teaches what a word looks like soonest
 VAE_STEPS = 1600
 VAE_DECODER_STEPS = 4200
 DINO_STEPS = 2500
-WAN_STEPS = 2600
+WAN_STEPS = 7500
 
 
 def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:
@@ -43,14 +45,12 @@ def build(out: Path, *, work: Path = Path("runs/assets")) -> Path:
     Takes hours on two CPU cores. Rebuilt weights differ in the last bits between
     machines, so their checksums do too; the floors in `quality.py` must hold all the same.
     """
-    clips = ClipPool(CLIPS)
-    tokenizer = build_tokenizer([sample.caption for sample in clips.samples])
-    vae = train_vae(
-        ClipPool(VAE_CLIPS), steps=VAE_STEPS, decoder_steps=VAE_DECODER_STEPS, work=work
-    )
-    dino = train_dino(clips, steps=DINO_STEPS, work=work)
-    latents = encode_pool(vae, clips, work=work)
-    captions = [sample.caption for sample in clips.samples]
+    vae_clips = ClipPool(shapes_clips(VAE_CLIPS))
+    vae = train_vae(vae_clips, steps=VAE_STEPS, decoder_steps=VAE_DECODER_STEPS, work=work)
+    dino = train_dino(ClipPool(shapes_clips(DINO_CLIPS)), steps=DINO_STEPS, work=work)
+    clips = shapes_clips(WAN_CLIPS, subjects=WAN_SUBJECTS)
+    latents, captions = encode_clips(vae, clips, work=work)
+    tokenizer = build_tokenizer(captions)
     model = train_wan(latents, captions, tokenizer, steps=WAN_STEPS, work=work)
     pipeline = WanPipeline(
         tokenizer=tokenizer,

@@ -11,21 +11,25 @@ FRAMES = 9
 SIZE = (64, 64)
 
 
-class ClipPool:
-    """Renders `count` training clips once and serves random batches of them.
+def shapes_clips(
+    count: int, *, subjects: tuple[int, int] = (2, 3), seed: int = 1000
+) -> ShapesDataset:
+    """The first `count` training clips with so many subjects each.
 
-    Args:
-        count: clips in the pool.
-        seed: data seed; differs from the default recipes' 0, so that the assets never saw the
-            clips that experiments train or validate on.
+    The default seed differs from the default recipes' 0, so that the assets never saw the clips
+    that experiments train or validate on.
     """
+    config = ShapesConfig(
+        frames=FRAMES, size=SIZE, references=subjects, train_clips=count, val_clips=1, seed=seed
+    )
+    return ShapesDataset(config, "train")
 
-    def __init__(self, count: int, seed: int = 1000) -> None:
-        config = ShapesConfig(
-            frames=FRAMES, size=SIZE, references=(2, 3), train_clips=count, val_clips=1, seed=seed
-        )
-        dataset = ShapesDataset(config, "train")
-        self.samples: list[Sample] = [dataset[index] for index in range(count)]
+
+class ClipPool:
+    """Renders clips once and serves random batches of them."""
+
+    def __init__(self, clips: ShapesDataset) -> None:
+        self.samples: list[Sample] = [clips[index] for index in range(len(clips))]
 
     def draw(self, rng: torch.Generator, count: int) -> list[Sample]:
         """`count` samples with replacement."""

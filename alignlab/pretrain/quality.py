@@ -15,7 +15,7 @@ from alignlab.data.sample import Sample
 from alignlab.data.shapes import draw_reference
 from alignlab.data.shapes_world import Subject, all_subjects
 from alignlab.flow import euler_sample
-from alignlab.pretrain.clips import SIZE, ClipPool
+from alignlab.pretrain.clips import SIZE, ClipPool, shapes_clips
 from alignlab.pretrain.dino import coverage, pool
 from alignlab.pretrain.vae import to_signed
 from alignlab.randomness import generator
@@ -31,7 +31,7 @@ DISTRACTORS = 15
 
 def held_out_clips(count: int) -> list[Sample]:
     """Clips of a seed that neither the assets nor the default recipes use."""
-    return ClipPool(count, seed=HELD_OUT_SEED).samples
+    return ClipPool(shapes_clips(count, seed=HELD_OUT_SEED)).samples
 
 
 def reconstruction_psnr(wan: Wan, samples: list[Sample]) -> float:

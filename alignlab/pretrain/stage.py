@@ -13,11 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.optimizer_state import SEPARATOR, named_state, restore_state
+from alignlab.progress import step_progress
 
 EMA_DECAY = 0.999
 WARMUP = 50
@@ -50,15 +50,8 @@ def train_stage(
     ema = {n: p.detach().clone() for p, n in names.items()}
     state_file = work / f"{name}.safetensors"
     start = _load(state_file, names, optimizers, ema)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
-    )
-    with Progress(*columns) as progress:
-        task = progress.add_task(name, total=steps, completed=start, losses="")
+    with step_progress(name, total=steps, done=start) as advance:
+        shown = ""
         for step in range(start, steps):
             losses = loss_at(step)
             module.zero_grad(set_to_none=True)
@@ -70,8 +63,7 @@ def train_stage(
                 ema[key].lerp_(parameter.detach(), 1 - decay)
             if step % 20 == 0:
                 shown = "  ".join(f"{k} {v.item():.4f}" for k, v in losses.items())
-                progress.update(task, losses=shown)
-            progress.advance(task)
+            advance(step + 1, shown)
             if (step + 1) % save_every == 0 or step + 1 == steps:
                 _save(state_file, step + 1, names, optimizers, ema)
     with torch.no_grad():

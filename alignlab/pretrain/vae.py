@@ -20,6 +20,7 @@ from alignlab.randomness import generator
 
 KL_WEIGHT = 2e-6
 Z_DIM = 24
+STD_FLOOR = 0.5
 VAE_CONFIG = {
     "base_dim": 16,
     "z_dim": Z_DIM,
@@ -53,7 +54,7 @@ def train_vae(clips: ClipPool, *, steps: int, decoder_steps: int, work: Path) ->
     vae.quant_conv.requires_grad_(False)
     decoder_loss = _loss(vae, clips, "vae-decoder")
     train_stage("vae-decoder", vae, decoder_loss, steps=decoder_steps, work=work)
-    _fit_latent_statistics(vae, clips)
+    fit_latent_statistics(vae, clips)
     return vae.eval().requires_grad_(False)
 
 
@@ -89,9 +90,13 @@ def _reconstruction(
 
 
 @torch.no_grad()
-def _fit_latent_statistics(vae: AutoencoderKLWan, clips: ClipPool) -> None:
+def fit_latent_statistics(vae: AutoencoderKLWan, clips: ClipPool) -> None:
+    """Sets the config's latent mean and deviation, the latter to `STD_FLOOR` at least.
+
+    The KL term empties some channels: they vary by 0.1, hold nothing (pinning them costs
+    0.01 dB), and at unit variance would be noise that the transformer has to model.
+    """
     video = to_signed(clips.videos(generator(0, "latent-statistics"), 128, 9))
     z = torch.cat([vae.encode(x[None]).latent_dist.mode() for x in video])
-    vae.register_to_config(
-        latents_mean=z.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=z.std(dim=(0, 2, 3, 4)).tolist()
-    )
+    mean, std = z.mean(dim=(0, 2, 3, 4)), z.std(dim=(0, 2, 3, 4)).clamp(min=STD_FLOOR)
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -5,22 +5,26 @@ Shape letters: B batch, C channels, T latent frames, H, W latent height and widt
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from alignlab.pretrain.clips import ClipPool
+from alignlab.data.shapes import ShapesDataset
 from alignlab.pretrain.stage import train_stage
 from alignlab.pretrain.text import TEXT_DIM, build_text_encoder
 from alignlab.pretrain.vae import Z_DIM, to_signed
+from alignlab.progress import step_progress
 from alignlab.randomness import generator
 
-BATCH = 32
+BATCH = 64
+ENCODE_BATCH = 16
 TEXT_DROPOUT = 0.1
 SHIFT = 2.0
 WAN_CONFIG = {
@@ -53,23 +57,38 @@ class TextToVideo(nn.Module):
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKLWan, clips: ClipPool, *, work: Path) -> Tensor:
-    """Normalised latents of every clip of the pool, `(clips, C, T, H, W)`; kept in `work`."""
-    weights = b"".join(p.numpy().tobytes() for p in vae.encoder.parameters())
-    kept = work / f"latents-{hashlib.sha256(weights).hexdigest()[:12]}.safetensors"
-    if kept.exists():
-        return load_file(kept)["latents"]
-    mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
-    std = torch.tensor(vae.config.latents_std)[:, None, None, None]
-    latents = [
-        (vae.encode(to_signed(s.video_THWC[None])).latent_dist.mode()[0] - mean) / std
-        for s in clips.samples
-    ]
-    stacked = torch.stack(latents)
-    temporary = kept.with_suffix(".tmp")
-    save_file({"latents": stacked}, temporary)
-    os.replace(temporary, kept)
-    return stacked
+def encode_clips(
+    vae: AutoencoderKLWan, clips: ShapesDataset, *, work: Path
+) -> tuple[Tensor, list[str]]:
+    """Normalised latents `(clips, C, T, H, W)` and captions; kept in `work` for a next time."""
+    statistics = (vae.config.latents_mean, vae.config.latents_std)
+    identity = hashlib.sha256(repr((clips.config, statistics)).encode())
+    for parameter in vae.encoder.parameters():
+        identity.update(parameter.numpy().tobytes())
+    kept = work / f"latents-{identity.hexdigest()[:12]}.safetensors"
+    if not kept.exists():
+        latents, captions = _encode(vae, clips)
+        temporary = kept.with_suffix(".tmp")
+        save_file({"latents": latents}, temporary, metadata={"captions": json.dumps(captions)})
+        os.replace(temporary, kept)
+    with safe_open(kept, "pt") as file:
+        return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
+
+
+def _encode(vae: AutoencoderKLWan, clips: ShapesDataset) -> tuple[Tensor, list[str]]:
+    mean, std = (
+        torch.tensor(v)[:, None, None, None]
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    latents, captions = [], []
+    with step_progress("latents", total=len(clips)) as advance:
+        for first in range(0, len(clips), ENCODE_BATCH):
+            samples = [clips[i] for i in range(first, min(first + ENCODE_BATCH, len(clips)))]
+            videos = to_signed(torch.stack([s.video_THWC for s in samples]))
+            latents.append((vae.encode(videos).latent_dist.mode() - mean) / std)
+            captions += [s.caption for s in samples]
+            advance(len(captions), "")
+    return torch.cat(latents), captions
 
 
 def train_wan(
@@ -80,7 +99,10 @@ def train_wan(
     steps: int,
     work: Path,
 ) -> TextToVideo:
-    """Flow matching on cached latents: logit-normal times, shift 2, 10 % of captions dropped."""
+    """Flow matching on cached latents: logit-normal times, shift 2, 10 % of captions dropped.
+
+    The forward pass runs in bf16 under autocast, with fp32 weights.
+    """
     torch.manual_seed(2)
     model = TextToVideo(len(tokenizer))
     for block in model.transformer.blocks:
@@ -100,10 +122,11 @@ def train_wan(
         u = torch.sigmoid(torch.randn(BATCH, generator=rng))
         sigma = (SHIFT * u / (1 + (SHIFT - 1) * u))[:, None, None, None, None]
         noisy = (1 - sigma) * x0 + sigma * noise
-        velocity = model.transformer(
-            noisy, sigma.flatten() * 1000, model.encode(ids, mask), return_dict=False
-        )[0]
-        return {"flow": (velocity - (noise - x0)).square().mean()}
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = model.transformer(
+                noisy, sigma.flatten() * 1000, model.encode(ids, mask), return_dict=False
+            )[0]
+        return {"flow": (velocity.float() - (noise - x0)).square().mean()}
 
     train_stage("wan", model, loss_at, steps=steps, work=work)
     return model.eval().requires_grad_(False)

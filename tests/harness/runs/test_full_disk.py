@@ -134,7 +134,7 @@ def test_a_disk_that_is_really_full(recipe_file: Path, tmp_path: Path) -> None:
     disk.mkdir()
     command = [sys.executable, "-m", "alignlab.cli", "train", str(recipe_file)]
     command += [f"output={disk}", "tracking.mlflow=sqlite", *EVERY_STEP, "steps=99"]
-    script = 'mount -t tmpfs -o size=4m tmpfs "$0" || exit 77; "$@"; rc=$?; find "$0"; exit $rc'
+    script = 'mount -t tmpfs -o size=6m tmpfs "$0" || exit 77; "$@"; rc=$?; find "$0"; exit $rc'
     done = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, disk, *command],
         capture_output=True,

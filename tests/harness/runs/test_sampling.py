@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignlab.config import RunConfig
 from alignlab.errors import UserError
+from alignlab.quiet import quiet_libraries
 from alignlab.recipe import load_run
 from alignlab.run import Run, build_run
 from alignlab.run_folder import RunFolder
@@ -101,10 +102,10 @@ def test_a_lora_run_samples_with_its_adapter(
     assert not torch.equal(frames(found), frames(clip))
 
 
-def test_a_bf16_run_samples_in_bf16(
+def test_a_bf16_run_is_sampled(
     make_config: MakeConfig, full_run: Path, red: Path, clip: Path, tmp_path: Path
 ) -> None:
-    # the same weights, so that only the arithmetic differs
+    # the same weights, so that only rounding differs
     folder = RunFolder.create(make_config("model.precision=bf16"))
     shutil.copytree(full_run / "checkpoints", folder.checkpoints)
     found = sample_to_file(folder.path, PROMPT, [red], tmp_path / "bf16.mp4", steps=2)
@@ -117,14 +118,16 @@ def run(recipe_file: Path) -> Run:
     return build_run(load_run(recipe_file, ["model.text_to_references=true"]))
 
 
-def one_step(run: Run, text: float, reference: float, count: int = 2) -> tuple[Tensor, Tensor]:
+def one_step(
+    run: Run, text: float, reference: float, *, count: int = 2, precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
     """The velocity that one guided step used, and what the model says in the three cases."""
     clip = run.clips[0]
     rng = torch.Generator().manual_seed(3)
     noise = torch.randn(clip.latents_CTHW.shape, generator=rng)
     empty, references = run.clips.empty_text_LD, clip.references_KCHW[:count]
     with run.branch, torch.no_grad():
-        guidance = Guidance(steps=1, shift=5.0, text=text, reference=reference)
+        guidance = Guidance(1, 5.0, text, reference, precision)
         end = sample_latents(run.branch, noise, clip.text_LD, empty, references, guidance)
         cases = ((empty, references[:0]), (empty, references), (clip.text_LD, references))
         separate = [
@@ -156,6 +159,14 @@ def test_guidance_formula(
 def test_reference_guidance_without_references_does_nothing(run: Run) -> None:
     one, two = one_step(run, 3.0, 5.0, count=0), one_step(run, 3.0, 0.0, count=0)
     torch.testing.assert_close(one[0], two[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_bf16_run_computes_in_bf16(run: Run, make_config: MakeConfig) -> None:
+    assert guidance_of(make_config("model.precision=bf16")).precision == "bf16"
+    with quiet_libraries():
+        rounded, cases = one_step(run, 1.0, 1.0, precision="bf16")
+    off = (rounded - cases[2]).norm() / cases[2].norm()
+    assert 1e-4 < off < 3e-2
 
 
 def test_sampling_follows_the_shift_of_training(make_config: MakeConfig) -> None:
