@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -227,11 +227,15 @@ def real_clips(
 @assets_app.command("build")
 def build_assets(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("assets"),
+    keep: Annotated[
+        list[Literal["vae", "dino"]] | None,
+        typer.Option(help="Use this model of the folder instead of training it."),
+    ] = None,
 ) -> None:
     """Train the tiny models from scratch: hours on two cores."""
     from alignlab.pretrain.build import build
 
-    typer.echo(f"assets: {build(out)}")
+    typer.echo(f"assets: {build(out, keep=keep or ())}")
 
 
 @bench_app.command("overhead")

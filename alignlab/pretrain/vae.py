@@ -43,10 +43,7 @@ def to_signed(frames: Tensor) -> Tensor:
 
 
 def train_vae(clips: ClipPool, *, steps: int, decoder_steps: int, work: Path) -> AutoencoderKLWan:
-    """Trains the autoencoder, then its decoder alone, and sets the config's latent statistics.
-
-    The latents that the transformer is trained on are settled by the first stage.
-    """
+    """Trains the autoencoder, then its decoder alone; latents are settled by the first stage."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(**VAE_CONFIG)
     train_stage("vae", vae, _loss(vae, clips, "vae"), steps=steps, work=work)
@@ -54,7 +51,6 @@ def train_vae(clips: ClipPool, *, steps: int, decoder_steps: int, work: Path) ->
     vae.quant_conv.requires_grad_(False)
     decoder_loss = _loss(vae, clips, "vae-decoder")
     train_stage("vae-decoder", vae, decoder_loss, steps=decoder_steps, work=work)
-    fit_latent_statistics(vae, clips)
     return vae.eval().requires_grad_(False)
 
 

@@ -68,6 +68,7 @@ def encode_clips(
     kept = work / f"latents-{identity.hexdigest()[:12]}.safetensors"
     if not kept.exists():
         latents, captions = _encode(vae, clips)
+        work.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(".tmp")
         save_file({"latents": latents}, temporary, metadata={"captions": json.dumps(captions)})
         os.replace(temporary, kept)
