@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignlab.conditioning import Batch
@@ -15,10 +16,11 @@ from alignlab.config import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
-from alignlab.losses.grids import describe
+from alignlab.losses.grids import Side, describe, pool_masks
 from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
-from alignlab.losses.schedule import weight_at
+from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.randomness import derive_seed
+from alignlab.stage1.check import check_stage1
 from alignlab.taps import BlockTokens
 from alignlab.teachers import Teacher, load_teacher
 
@@ -31,7 +33,7 @@ class Aligned:
 
     Args:
         loss_B: weighted, scheduled and gated sum over objectives.
-        terms: unweighted terms by alias, for the log.
+        terms: unweighted terms by alias, for the log; without those that the schedule turned off.
         rows: by alias, the samples that had tokens to align (references may be dropped).
     """
 
@@ -46,44 +48,82 @@ class Alignment(nn.Module):
     Args:
         config: the run; `objectives` and `teachers` are read.
         student_dim: width of the transformer's hidden tokens.
+        grid: (T, H, W) of the video tokens.
         device: where projectors and teachers go.
+
+    Raises:
+        UserError: a teacher or a Stage 1 network cannot be used.
     """
 
-    def __init__(self, config: RunConfig, *, student_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, *, student_dim: int, grid: Grid, device: torch.device
+    ) -> None:
         super().__init__()
         self._steps = config.steps
         self._told: set[str] = set()
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
-            alias: load_teacher(row.family, path=row.path, feature=row.feature, device=device)
+            alias: load_teacher(
+                row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
+            )
             for alias, row in config.teachers.items()
             if alias in used
         }
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
         self.objectives: dict[str, Objective] = {}
         for alias, objective in config.objectives.items():
-            self.objectives[alias] = build_objective(
-                objective,
-                student_dim=student_dim,
-                teacher_dims=dims,
-                seed=derive_seed(config.seed, f"projector-{alias}"),
-            )
+            check_stage1(config, alias, grid)
+            try:
+                built = build_objective(
+                    objective,
+                    student_dim=student_dim,
+                    teacher_dims=dims,
+                    seed=derive_seed(config.seed, f"projector-{alias}"),
+                )
+            except ValueError as error:  # such as a Stage 1 folder with damaged weights
+                raise UserError(f"objectives.{alias}: {error}") from error
+            self.objectives[alias] = built
             # prefixed, because an alias may be the name of an attribute
             self.add_module(f"objective_{alias}", self.objectives[alias])
         self.to(device)
+        self.watches: dict[str, PlateauWatch] = {}
+        for alias, objective in config.objectives.items():
+            if isinstance(objective.schedule, StopAtPlateau):
+                self.watches[alias] = PlateauWatch(objective.schedule)
+                self.add_module(f"stop_{alias}", self.watches[alias])
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """Every block that an objective taps, ascending."""
         return tuple(sorted({b for o in self.objectives.values() for b in o.config.blocks}))
 
+    def factors(self, step: int) -> dict[str, float]:
+        """What the schedule of each objective that has one makes of its weight at a step."""
+        return {
+            alias: weight_at(
+                objective.config.schedule,
+                step,
+                self._steps,
+                stopped=alias in self.watches and self.watches[alias].stopped,
+            )
+            for alias, objective in self.objectives.items()
+            if not isinstance(objective.config.schedule, Constant)
+        }
+
     def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
-        """Runs each teacher once and each objective on its tapped tokens."""
+        """Runs each teacher once and each objective on its tapped tokens.
+
+        An objective whose schedule gives 0 is left out, and so is a teacher that only it reads.
+        """
         features: dict[tuple[str, str], Features] = {}
         loss_B = torch.zeros_like(batch.sigma_B)
         terms: dict[str, Terms] = {}
         rows: dict[str, list[int]] = {}
+        factors = self.factors(step)
         for alias, objective in self.objectives.items():
+            factor = factors.get(alias, 1.0)
+            if factor == 0:
+                continue
             config, kind = objective.config, objective.tokens
             grid = _grid(taps[config.blocks[0]], kind)
             for name in config.teachers:
@@ -95,9 +135,9 @@ class Alignment(nn.Module):
             }
             self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
             chosen = {name: features[name, kind] for name in config.teachers}
-            found = objective(student, chosen, context_of(batch, alias, objective))
-            scale = config.weight * weight_at(config.schedule, step, self._steps)
-            loss_B = loss_B + scale * gate_weights(config.gate, batch.sigma_B) * found.loss_B
+            found = objective(student, chosen, context_of(batch, alias, objective, grid))
+            scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
+            loss_B = loss_B + scale_B * found.loss_B
             terms[alias] = found
             rows[alias] = [i for i, r in enumerate(batch.references) if kind == "video" or len(r)]
         return Aligned(loss_B, terms, rows)
@@ -108,18 +148,19 @@ class Alignment(nn.Module):
             return
         self._told.add(alias)
         objective = self.objectives[alias]
+        side: Side = getattr(objective.config, "grid", "student")
         log.info(
             "%s: %s on %s tokens of block %s; %s",
             alias,
             objective.config.name,
             objective.tokens,
             _depths(objective.config.blocks),
-            ", ".join(describe(student, teacher) for teacher in teachers),
+            ", ".join(describe(student, teacher, side=side) for teacher in teachers),
         )
 
 
-def context_of(batch: Batch, alias: str, objective: Objective) -> Context:
-    """What the objective needs to know of the batch's clips.
+def context_of(batch: Batch, alias: str, objective: Objective, grid: Grid) -> Context:
+    """What the objective, whose student tokens fill `grid`, needs to know of the batch's clips.
 
     Raises:
         UserError: it needs entity masks and a clip has none.
@@ -133,22 +174,37 @@ def context_of(batch: Batch, alias: str, objective: Objective) -> Context:
                 "add `masks` to its metadata (docs/data.md)"
             )
         masks_BTHW = torch.stack(masks)
-    return Context(batch.caption_BLD if "text" in objective.needs else None, masks_BTHW)
+    return Context(
+        batch.caption_BLD if "text" in objective.needs else None,
+        masks_BTHW,
+        _foreground(batch, grid) if "foreground" in objective.needs else None,
+    )
+
+
+def _foreground(batch: Batch, grid: Grid) -> Tensor:
+    """Share of each reference token that its subject covers, `(B, N)`, 0 for padding."""
+    rows = [
+        F.pad(pool_masks(masks[None], (len(masks), *grid[1:]))[0], (0, 0, 0, grid[0] - len(masks)))
+        if len(masks)
+        else batch.sigma_B.new_zeros(grid[0], grid[1] * grid[2])
+        for masks in batch.reference_masks
+    ]
+    return torch.stack(rows).flatten(1)
 
 
 def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:
-    """Reference tokens with one subject id for all references of a sample with the same name.
+    """Reference tokens with one subject id for all references of the batch with the same name.
 
     A tap numbers references by their slot; two pictures of one subject must not be pushed apart.
     """
-    ids_BN = tokens.reference.subject_ids_BN
-    assert ids_BN is not None  # reference tokens always carry ids
-    if all(len(set(row)) == len(row) for row in names):
-        return tokens.reference
-    ids_BN = ids_BN.clone()
+    slots_BN = tokens.reference.subject_ids_BN
+    assert slots_BN is not None  # reference tokens always carry ids
+    distinct = dict.fromkeys(name for sample in names for name in sample)
+    numbers = {name: number for number, name in enumerate(distinct)}
+    ids_BN = slots_BN.clone()
     for row, sample in enumerate(names):
         for slot, name in enumerate(sample):
-            ids_BN[row][ids_BN[row] == slot] = sample.index(name)
+            ids_BN[row][slots_BN[row] == slot] = numbers[name]
     return replace(tokens.reference, subject_ids_BN=ids_BN)
 
 
@@ -159,11 +215,20 @@ def _depths(blocks: tuple[int, ...]) -> str:
 def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:
     """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
 
-    The teacher's patch grid is the student's; along time it sees every pixel frame. Reference
-    images of all samples go through in one call and are padded with zeros to `(B, K, P, D)`.
+    The teacher's patch grid is the student's, unless it has its own for video; along time it sees
+    every pixel frame. Reference images of all samples go through in one call and are padded with
+    zeros to `(B, K, P, D)`.
+
+    Raises:
+        UserError: reference images for a video teacher.
     """
     if kind == "video":
-        return teacher.encode(batch.video_BTHWC, grid[1:])
+        return teacher.encode(batch.video_BTHWC, teacher.grid or grid[1:])
+    if teacher.is_video:
+        raise UserError(
+            "teachers: a video teacher takes whole clips, and references are images: give "
+            "objectives on reference tokens an image teacher (dinov2, dinov3, sam2)"
+        )
     counts = [len(images) for images in batch.reference_images]
     padded = torch.zeros(
         len(counts), grid[0], grid[1] * grid[2], teacher.dim, device=batch.sigma_B.device

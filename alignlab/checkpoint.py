@@ -65,9 +65,20 @@ def latest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_path(checkpoints: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return checkpoints / f"step-{step:06d}"
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for old in _by_step(checkpoints)[:-keep]:
+        remove_folder(old)
+
+
 def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
     """Writes `step-<step>` and removes all but the newest `keep` checkpoints."""
-    target = checkpoints / f"step-{state.step:06d}"
+    target = step_path(checkpoints, state.step)
     with whole_folder(target) as folder:
         if state.is_lora:
             save_lora(state.transformer, folder)
@@ -78,8 +89,7 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
         if state.ema is not None:
             save_file(state.ema, folder / "ema.safetensors")
         (folder / "state.json").write_text(json.dumps({"step": state.step}))
-    for old in _by_step(checkpoints)[:-keep]:
-        remove_folder(old)
+    prune(checkpoints, keep)
     return target
 
 

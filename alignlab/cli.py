@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except _user_errors() as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except _write_errors() as error:
@@ -60,6 +61,7 @@ PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
 ]
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/tiny.")]
+KeptModel = StrEnum("KeptModel", ["vae", "dino"])  # typer takes no list of Literal
 
 
 @app.command()
@@ -74,6 +76,25 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     from alignlab.train import train as run
 
     typer.echo(f"run folder: {run(config)}")
+
+
+@app.command()
+def stage1(
+    kind: Annotated[Literal["sara", "moalign"], typer.Argument(help="Which network.")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train the network that SARA or MoAlign freezes, or go on where its checkpoint left off."""
+    from alignlab.recipe import dump, load_stage1_run
+
+    config = load_stage1_run(kind, recipe, overrides)
+    if print_config:
+        typer.echo(dump(config), nl=False)
+        return
+    from alignlab.stage1.train import train_stage1
+
+    typer.echo(f"stage 1 folder: {train_stage1(config)}")
 
 
 @app.command()
@@ -159,15 +180,15 @@ def list_objectives() -> None:
     """Alignment losses and their defaults."""
     from alignlab.losses import OBJECTIVES
 
-    rows = []
     for name, objective in OBJECTIVES.items():
         fields = objective.Config.model_fields
-        blocks = fields["blocks"]
-        default = "-" if blocks.is_required() else ",".join(map(str, blocks.default))
-        rows.append(
-            (name, objective.tokens, default, str(fields["weight"].default), _about(objective))
-        )
-    _print_table(("objective", "tokens", "blocks", "weight", "what it does"), rows)
+        facts = [f"{objective.tokens} tokens", f"weight {fields['weight'].default}"]
+        if not fields["blocks"].is_required():
+            facts.append(f"blocks {', '.join(map(str, fields['blocks'].default))}")
+        if objective.paper:
+            facts.append(f"arXiv {objective.paper}")
+        typer.secho(name, bold=True)
+        typer.echo(f"  {_about(objective)}\n  {'; '.join(facts)}")
 
 
 @list_app.command("teachers")
@@ -228,7 +249,7 @@ def real_clips(
 def build_assets(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("assets"),
     keep: Annotated[
-        list[Literal["vae", "dino"]] | None,
+        list[KeptModel] | None,
         typer.Option(help="Use this model of the folder instead of training it."),
     ] = None,
 ) -> None:
@@ -284,6 +305,12 @@ def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     for row in rows:
         table.add_row(*map(Text, row))  # plain: brackets are no markup
     Console().print(table)
+
+
+def _user_errors() -> tuple[type[BaseException], ...]:
+    """Exceptions whose message is for the user; only modules already loaded can have raised."""
+    plugins = sys.modules.get("alignlab.losses.plugins")
+    return (UserError,) if plugins is None else (UserError, plugins.PluginError)
 
 
 def _write_errors() -> tuple[type[BaseException], ...]:

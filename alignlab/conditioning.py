@@ -5,12 +5,12 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from alignlab.clip_cache import ClipCache
 from alignlab.config import FlowConfig
 from alignlab.data.sample import ClipDataset, Sample
 from alignlab.flow import draw_sigma
@@ -32,9 +32,10 @@ class Encoded:
 class Batch:
     """What one forward pass needs, on the training device.
 
-    `references` and `reference_images` hold one tensor per sample, with zero rows where the
-    references were dropped or the clip has none. `caption_BLD` is the text before dropout. `masks`
-    says of each clip where any of its entities is visible, bool `(T, H, W)`, or None if unknown.
+    `references`, `reference_images` and `reference_masks` hold one tensor per sample, with zero
+    rows where the references were dropped or the clip has none. `caption_BLD` is the text before
+    dropout. `masks` says of each clip where any of its entities is visible, bool `(T, H, W)`, or
+    None if unknown.
     """
 
     latents_BCTHW: Tensor
@@ -44,31 +45,14 @@ class Batch:
     caption_BLD: Tensor
     references: list[Tensor]
     reference_images: list[Tensor]
+    reference_masks: list[Tensor]
     video_BTHWC: Tensor
     names: list[list[str]]
     masks: list[Tensor | None]
 
 
-class EncodedCache:
-    """Encoded clips kept in memory, least recently used dropped first.
-
-    Encoding is deterministic, so a cache changes no number. Runs of a comparison share one.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._clips: OrderedDict[int, Encoded] = OrderedDict()
-
-    def get(self, index: int) -> Encoded | None:
-        if index not in self._clips:
-            return None
-        self._clips.move_to_end(index)
-        return self._clips[index]
-
-    def put(self, index: int, clip: Encoded) -> None:
-        self._clips[index] = clip
-        while len(self._clips) > self._capacity:
-            self._clips.popitem(last=False)
+EncodedCache = ClipCache[Encoded]
+"""Runs of a comparison share one."""
 
 
 class ClipEncoder:
@@ -162,6 +146,10 @@ def collate(
         caption_BLD=torch.stack([e.text_LD for e in encoded]).to(device),
         references=[r.to(device) for r in references],
         reference_images=[i.to(device) for i in images],
+        reference_masks=[
+            _reference_masks(e.sample)[: len(r)].to(device)
+            for e, r in zip(encoded, references, strict=True)
+        ],
         video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
         names=names,
         masks=[_entity_pixels(e.sample, device) for e in encoded],
@@ -173,6 +161,13 @@ def reference_images(sample: Sample) -> Tensor:
     if not sample.references:
         return sample.video_THWC[:0]
     return torch.stack([r.image_HWC for r in sample.references])
+
+
+def _reference_masks(sample: Sample) -> Tensor:
+    """bool `(K, H, W)`, K may be 0."""
+    if not sample.references:
+        return torch.zeros(0, *sample.video_THWC.shape[1:3], dtype=torch.bool)
+    return torch.stack([r.mask_HW for r in sample.references])
 
 
 def _entity_pixels(sample: Sample, device: torch.device) -> Tensor | None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, Union
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from alignlab.config_data import DataConfig, FolderConfig, Settings, ShapesConfig, unknown_name
+from alignlab.config_data import (
+    DataConfig,
+    FolderConfig,
+    RunName,
+    Settings,
+    ShapesConfig,
+    unknown_name,
+)
 from alignlab.config_parts import (
     CheckpointConfig,
     EvalConfig,
@@ -23,6 +30,7 @@ from alignlab.config_parts import (
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.objective import ObjectiveConfig
+from alignlab.teachers import TEACHERS
 
 __all__ = [
     "CheckpointConfig",
@@ -50,10 +58,15 @@ else:
     ]
 
 
+# Three latent frames. A video teacher leaves the first one out, and gives two tubelets for each
+# other: with one other, they would pass for the features of the two frames.
+MIN_VIDEO_FRAMES = 9
+
+
 class RunConfig(Settings):
     """One training run."""
 
-    name: str
+    name: RunName
     """Folder of the run under `output`."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything drawn in the run."""
@@ -73,16 +86,6 @@ class RunConfig(Settings):
     eval: EvalConfig = EvalConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    @field_validator("name")
-    @classmethod
-    def _is_a_folder_name(cls, name: str) -> str:
-        parts = name.split("/")
-        if any(not re.fullmatch(r"[\w.+-]+", part) or set(part) == {"."} for part in parts):
-            raise ValueError(
-                f"{name!r} must be a folder inside `output`: letters, digits, .+-_ and / between"
-            )
-        return name
-
     @model_validator(mode="after")
     def _teachers_exist(self) -> Self:
         for alias, objective in self.objectives.items():
@@ -92,6 +95,23 @@ class RunConfig(Settings):
                 if teacher not in self.teachers:
                     hint = unknown_name("teacher", teacher, self.teachers)
                     raise ValueError(f"objectives.{alias}.teacher: {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _video_teachers_get_clips(self) -> Self:
+        video = {alias for alias, row in self.teachers.items() if TEACHERS[row.family].video}
+        if video and self.data.frames < MIN_VIDEO_FRAMES:
+            raise ValueError(
+                f"teachers.{min(video)}: a video teacher needs data.frames of {MIN_VIDEO_FRAMES} "
+                f"or more, not {self.data.frames}"
+            )
+        for alias, objective in self.objectives.items():
+            chosen = video.intersection(objective.teachers)
+            if chosen and OBJECTIVES[objective.name].tokens == "reference":
+                raise ValueError(
+                    f"objectives.{alias}.teacher: {min(chosen)} takes whole clips, and references "
+                    "are images: name an image teacher (dinov2, dinov3, sam2)"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """Settings of the data sets. Letters: H height, W width, T frames."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
@@ -52,6 +53,16 @@ def _low_to_high(limits: tuple[int, int]) -> tuple[int, int]:
     return limits
 
 
+def _folder_name(name: str) -> str:
+    parts = name.split("/")
+    if any(not re.fullmatch(r"[\w.+-]+", part) or set(part) == {"."} for part in parts):
+        raise ValueError(
+            f"{name!r} must be a folder inside `output`: letters, digits, .+-_ and / between"
+        )
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_folder_name)]
 Frames = Annotated[int, Field(ge=1), AfterValidator(_whole_latent_frames)]
 Size = Annotated[tuple[int, int], AfterValidator(_whole_patches)]
 Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]

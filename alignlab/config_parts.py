@@ -1,10 +1,10 @@
 """Settings of the parts of a run: model, teachers, flow matching, optimizer, bookkeeping."""
 
-import re
 from typing import Any, Literal, Self
 
 from pydantic import (
     Field,
+    PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from alignlab.config_data import Settings, unknown_name
-from alignlab.teachers import TEACHERS
+from alignlab.teachers import TEACHERS, parse_feature
 
 
 class LoraConfig(Settings):
@@ -69,7 +69,11 @@ class TeacherConfig(Settings):
     """A transformers folder, a shipped asset, or a hub id. Left out: the family's own hub id."""
     feature: str | None = None
     """`pre_norm`: last block's output; `post_norm`: after the final norm; `layer:k`: output of
-    block k, counted from 0. Left out: what the papers use for this family."""
+    block k, counted from 0; `stage:k`: output of stage k of a Hiera backbone (SAM 2), counted from
+    1 as in the papers. Left out: what the papers use for this family."""
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width, in patches, of the features of video frames; objectives match the grids.
+    Left out: the student's. VideoREPA's code has [10, 15] against 30x45 tokens."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,9 +93,10 @@ class TeacherConfig(Settings):
 
     @field_validator("feature")
     @classmethod
-    def _known_feature(cls, feature: str | None) -> str | None:
-        if feature is not None and not re.fullmatch(r"pre_norm|post_norm|layer:\d+", feature):
-            raise ValueError(f"{feature!r} is none of pre_norm, post_norm, layer:k (k a number)")
+    def _known_feature(cls, feature: str | None, info: ValidationInfo) -> str | None:
+        family = info.data.get("family")  # missing if it is wrong
+        if feature is not None and family is not None:
+            parse_feature(family, feature)
         return feature
 
 
@@ -143,7 +148,7 @@ def _unread_by(sampler: str) -> frozenset[str]:
     return {"uniform": logit | {"shift"}, "shifted": logit, "logit_normal": frozenset()}[sampler]
 
 
-class OptimConfig(Settings):
+class AdamWConfig(Settings):
     """AdamW and its schedule."""
 
     lr: float = Field(default=5e-5, gt=0)
@@ -156,14 +161,10 @@ class OptimConfig(Settings):
     """Largest norm of the whole gradient. REPA's."""
     batch_size: int = Field(default=1, ge=1)
     """Samples per step, all processes and accumulation rounds together."""
-    accumulate: int = Field(default=1, ge=1)
-    """Rounds over which a step's samples are spread to save memory; divides `batch_size`."""
     warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: kept, or brought to 0 at the last step."""
-    ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights, used for evaluation and export."""
 
     @field_validator("betas")
     @classmethod
@@ -171,6 +172,15 @@ class OptimConfig(Settings):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"{list(betas)} must both be at least 0 and below 1")
         return betas
+
+
+class OptimConfig(AdamWConfig):
+    """AdamW, its schedule, and what a run does around it."""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Rounds over which a step's samples are spread to save memory; divides `batch_size`."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, used for evaluation and export."""
 
     @field_validator("accumulate")
     @classmethod

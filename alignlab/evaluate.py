@@ -165,7 +165,11 @@ def _teacher(run: Run) -> Teacher | None:
         return run.alignment.teachers[alias]
     row = run.config.teachers[alias]
     return load_teacher(
-        row.family, path=row.path, feature=row.feature, device=run.accelerator.device
+        row.family,
+        path=row.path,
+        feature=row.feature,
+        grid=row.grid,
+        device=run.accelerator.device,
     )
 
 

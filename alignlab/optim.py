@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from alignlab.checkpoint import TrainState
 from alignlab.config import RunConfig
+from alignlab.stage1.config import Stage1Config
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, step: int) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: RunConfig | Stage1Config, step: int
+) -> None:
     """The learning rate of a step is a function of the step alone, so nothing is saved of it."""
     for group in optimizer.param_groups:
         group["lr"] = config.optim.lr * lr_scale(config, step)
 
 
-def lr_scale(config: RunConfig, step: int) -> float:
+def lr_scale(config: RunConfig | Stage1Config, step: int) -> float:
     """Warm-up from 0, then constant, or down to 0 along a line or half a cosine."""
     optim = config.optim
     if step < optim.warmup:

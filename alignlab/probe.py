@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignlab.alignment import teacher_features
 from alignlab.conditioning import Batch, Encoded
-from alignlab.losses.grids import match_grid
+from alignlab.losses.grids import match_grid, student_frames
 from alignlab.metrics import (
     cknna,
     cross_subject_cosine,
@@ -38,7 +38,7 @@ class ReferenceProbe:
 
     `<name>/mean` is the mean over blocks, `teacher_retrieval_chance` what guessing would reach. A
     token's own teacher token is in the gallery: most subjects have one image, and another could not
-    be asked for.
+    be asked for. A video teacher has no features of images: retrieval is then left out.
     """
 
     def __init__(self) -> None:
@@ -69,14 +69,18 @@ class ReferenceProbe:
         grid = next(iter(taps.values())).reference.grid
         if grid[0] == 0:
             return
-        features = teacher_features(teacher, batch, "reference", grid).tokens_BTPD.flatten(1, 2)
+        features_BNE = None
+        if not teacher.is_video:
+            features = teacher_features(teacher, batch, "reference", grid)
+            features_BNE = features.tokens_BTPD.flatten(1, 2)
         for row, (clip, number) in enumerate(zip(clips, numbers, strict=True)):
             if not clip.sample.references:
                 continue
             chosen_N, subject_N = self._foreground(clip, (grid[1], grid[2]))
             if not len(chosen_N):
                 continue
-            self._teacher.append(features[row, chosen_N].cpu())
+            if features_BNE is not None:
+                self._teacher.append(features_BNE[row, chosen_N].cpu())
             self._subjects.append(subject_N)
             self._clips.append(torch.full_like(subject_N, number))
             for block, tokens in taps.items():
@@ -93,7 +97,7 @@ class ReferenceProbe:
         """Metrics of everything added; empty when no clip had references."""
         found = {key: sum(values) / len(values) for key, values in self._within.items()}
         if not self._teacher:
-            return {}
+            return with_means(found)
         teacher_NE, subject_N = torch.cat(self._teacher), torch.cat(self._subjects)
         fit_N = torch.cat(self._clips) % 2 == 0
         if fit_N.all() or not fit_N.any():
@@ -124,8 +128,9 @@ class VideoProbe:
     """Video tokens of a block. Metric: `cknna/block<i>`, CKNNA (k = 10) against the teacher.
 
     Rows are single tokens of all clips, evenly thinned to about 2,048; teacher features are
-    averaged over the pixel frames of a latent frame. Each noise level is measured by itself and the
-    results are averaged: the same token at two levels would be its own nearest neighbour.
+    averaged over the pixel frames of a latent frame. A video teacher leaves the first frame out, so
+    that frame is not measured. Each noise level is measured by itself and the results are averaged:
+    the same token at two levels would be its own nearest neighbour.
 
     Args:
         clips: how many clips will be added at each noise level.
@@ -141,15 +146,18 @@ class VideoProbe:
         grid = next(iter(taps.values())).video.grid
         features = teacher_features(teacher, batch, "video", grid)
         matched_BNE = match_grid(features.tokens_BTPD, features.grid, grid).flatten(1, 2)
+        student = {
+            block: student_frames(tokens.video.tokens_BND, grid, features.grid).flatten(1, 2)
+            for block, tokens in taps.items()
+        }
         count = matched_BNE.shape[1]
         stride = max(1, count // self._per_clip)
         for row, sigma in enumerate(batch.sigma_B.tolist()):
             # Another offset in every clip, so that few rows still come from all places.
             offset = len(self._teacher[sigma]) % stride
             self._teacher[sigma].append(matched_BNE[row, offset::stride].cpu())
-            for block, tokens in taps.items():
-                chosen_ND = tokens.video.tokens_BND[row, offset::stride]
-                self._student[block, sigma].append(chosen_ND.float().cpu())
+            for block, tokens in student.items():
+                self._student[block, sigma].append(tokens[row, offset::stride].float().cpu())
 
     def metrics(self) -> dict[str, float]:
         """Metrics of everything added."""

@@ -16,14 +16,18 @@ from pydantic import BaseModel, ValidationError
 from alignlab.config import CompareConfig, DataConfig, RunConfig
 from alignlab.config_errors import first_problem
 from alignlab.errors import UserError
+from alignlab.losses.stage1_folder import Kind
 from alignlab.recipe_file import merge, nested_variants, read_recipe, shipped_recipes
+from alignlab.stage1.config import Stage1Config
 
 __all__ = [
     "differing_settings",
     "dump",
+    "holds_recipe",
     "load_compare",
     "load_data",
     "load_run",
+    "load_stage1_run",
     "recipe_hash",
     "shipped_recipes",
 ]
@@ -56,7 +60,41 @@ def load_run(recipe: str | Path, overrides: list[str] | None = None) -> RunConfi
         raise UserError(
             f"{recipe} is a comparison (it has 'variants'): use `alignlab compare {recipe}`"
         )
+    if "stage1" in mapping:
+        raise UserError(
+            f"{recipe} trains a Stage 1 network (it has 'stage1'): "
+            f"use `alignlab {_stage1_command(mapping)} {recipe}`"
+        )
     return _validated(RunConfig, mapping)
+
+
+def load_stage1_run(
+    kind: Kind, recipe: str | Path, overrides: list[str] | None = None
+) -> Stage1Config:
+    """The config of a Stage 1 training of this kind.
+
+    Args:
+        kind: what the caller asks for.
+        recipe: path of a YAML file, or the name of a shipped recipe such as `stage1_sara`.
+        overrides: `dotted.key=value` strings, applied over the file.
+
+    Raises:
+        UserError: as `load_run`, and when the recipe is no Stage 1 training or of another kind.
+    """
+    mapping = read_recipe(recipe, overrides or [])
+    if "stage1" not in mapping:
+        command = "compare" if "variants" in mapping else "train"
+        raise UserError(
+            f"{recipe} trains no Stage 1 network (it has no 'stage1'): "
+            f"use `alignlab {command} {recipe}`"
+        )
+    config = _validated(Stage1Config, mapping)
+    if config.stage1.kind != kind:
+        raise UserError(
+            f"{recipe} is of stage1.kind {config.stage1.kind}: "
+            f"use `alignlab {_stage1_command(mapping)} {recipe}`"
+        )
+    return config
 
 
 def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> CompareConfig:
@@ -97,22 +135,25 @@ def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataCon
     Raises:
         UserError: as `load_run` and `load_compare`.
     """
-    if "variants" in read_recipe(recipe, overrides or []):
+    mapping = read_recipe(recipe, overrides or [])
+    if "variants" in mapping:
         return load_compare(recipe, overrides).base.data
+    if "stage1" in mapping:
+        return _validated(Stage1Config, mapping).data
     return load_run(recipe, overrides).data
 
 
-def dump(config: RunConfig | CompareConfig) -> str:
+def dump(config: RunConfig | CompareConfig | Stage1Config) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
-    if isinstance(config, RunConfig):
-        resolved = config.model_dump(mode="json")
-    else:
+    if isinstance(config, CompareConfig):
         resolved = config.base.model_dump(mode="json", exclude={"seed"})
         resolved |= config.model_dump(mode="json", include=set(COMPARE_KEYS))
+    else:
+        resolved = config.model_dump(mode="json")
     return str(OmegaConf.to_yaml(OmegaConf.create(resolved)))
 
 
-def recipe_hash(config: RunConfig) -> str:
+def recipe_hash(config: RunConfig | Stage1Config) -> str:
     """Twelve hex digits that name comparable runs.
 
     Only settings that change no number are left out: name, output, tracking, checkpoint and
@@ -121,6 +162,15 @@ def recipe_hash(config: RunConfig) -> str:
     resolved = config.model_dump(mode="json", exclude=NUMBERLESS)
     canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def holds_recipe(path: Path, config: RunConfig | Stage1Config) -> bool:
+    """Whether a recipe file gives the same numbers as `config`; not if it is of another kind."""
+    try:
+        held = _validated(type(config), read_recipe(path, []))
+    except UserError:
+        return False
+    return recipe_hash(held) == recipe_hash(config)
 
 
 def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
@@ -149,6 +199,12 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _stage1_command(mapping: Mapping[str, Any]) -> str:
+    settings = mapping["stage1"]
+    kind = settings.get("kind") if isinstance(settings, Mapping) else None
+    return f"stage1 {kind or 'sara'}"
 
 
 def _validated(model: type[Model], values: Mapping[str, Any], under: str = "") -> Model:

@@ -42,12 +42,7 @@ class Caches:
 
 def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
     """Loads the models and data of a recipe; projectors are built before the optimizer."""
-    accelerator = _accelerator(config.model.precision)
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"started as {accelerator.num_processes} processes: a run uses one process for now; "
-            "start it without accelerate or torchrun"
-        )
+    accelerator = one_process(config.model.precision)
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     wan = load_wan(
         config.model.path,
@@ -60,8 +55,8 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
         seed=config.seed,
     )
     check_blocks(config, wan.num_blocks)
-    wan.latent_grid(config.data.frames, *config.data.size)
-    alignment = Alignment(config, student_dim=wan.student_dim, device=accelerator.device)
+    grid = wan.latent_grid(config.data.frames, *config.data.size)
+    alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=accelerator.device)
     trained = [*wan.transformer.parameters(), *alignment.parameters()]
     optimizer = torch.optim.AdamW(
         [p for p in trained if p.requires_grad],
@@ -98,7 +93,18 @@ def new_caches(config: RunConfig) -> Caches:
     return Caches(EncodedCache(config.data.cache_clips), EncodedCache(config.data.cache_clips))
 
 
-def _accelerator(precision: str) -> Accelerator:
+def one_process(precision: str) -> Accelerator:
+    """The device of this process, and its mixed precision.
+
+    Raises:
+        UserError: the run was started as several processes.
+    """
     # accelerate keeps the first precision of a process; runs of a comparison may differ in it.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"started as {accelerator.num_processes} processes: a run uses one process for now; "
+            "start it without accelerate or torchrun"
+        )
+    return accelerator

@@ -5,6 +5,7 @@ environment.json   versions, commit, hardware
 metrics.jsonl      one row of scalars per logged step
 checkpoints/step-000500/
 samples/           generated clips
+stage1/            the trained network, of a Stage 1 training
 result.json        final metrics; its presence says that the run is finished
 """
 
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 
 from alignlab.config import RunConfig
 from alignlab.errors import UserError
-from alignlab.recipe import dump, load_run, recipe_hash
+from alignlab.recipe import dump, holds_recipe, load_run
+from alignlab.stage1.config import Stage1Config
 
 
 class RunFolder:
@@ -33,17 +35,18 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.stage1 = path / "stage1"
         self.result = path / "result.json"
 
     @classmethod
-    def create(cls, config: RunConfig) -> "RunFolder":
+    def create(cls, config: RunConfig | Stage1Config) -> "RunFolder":
         """Makes the folder, or opens it to go on with the same recipe.
 
         Raises:
             UserError: it holds a run of another recipe.
         """
         folder = cls(Path(config.output) / config.name)
-        if folder.recipe.exists() and recipe_hash(folder.config()) != recipe_hash(config):
+        if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
             raise UserError(
                 f"{folder.path} holds a run of another recipe: "
                 "choose another name, or remove the folder"
@@ -131,7 +134,8 @@ def clear_leftovers(parent: Path) -> None:
     """Removes folders that a killed process left half written or half removed in `parent`."""
     for ending in ("tmp", "removed"):
         for leftover in parent.glob(f".*.{ending}"):
-            shutil.rmtree(leftover)
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
 
 
 def remove_folder(path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from alignlab.config import RunConfig
 from alignlab.recipe import recipe_hash
 from alignlab.run_folder import RunFolder, named_errors, write_text
+from alignlab.stage1.config import Stage1Config
 
 MAX_PARAM = 6000  # MLflow refuses longer values
 
@@ -31,7 +32,12 @@ class Tracker:
     """
 
     def __init__(
-        self, folder: RunFolder, config: RunConfig, *, start: int, environment: Mapping[str, str]
+        self,
+        folder: RunFolder,
+        config: RunConfig | Stage1Config,
+        *,
+        start: int,
+        environment: Mapping[str, str],
     ) -> None:
         self._folder = folder
         self._config = config
@@ -156,6 +162,10 @@ def _keep_rows(metrics: Path, start: int) -> None:
     That is nothing for a run that starts anew, and never the evaluation, which comes last.
     """
     if metrics.exists():
-        rows = [r for r in read_rows(metrics) if r["step"] <= start and "val/flow" not in r]
+        rows = [r for r in read_rows(metrics) if r["step"] <= start and not _is_evaluation(r)]
         rows = rows if start else []
         write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _is_evaluation(row: Mapping[str, float]) -> bool:
+    return any(key.startswith("val/") for key in row)

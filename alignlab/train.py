@@ -125,12 +125,33 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state, config.optim.ema)
-    state.step += 1
-    rate = state.optimizer.param_groups[0]["lr"]
     keys = {key: None for found in rounds for key in found}
     values = {key: torch.cat([found[key] for found in rounds if key in found]) for key in keys}
     scalars = {key: value.mean() for key, value in values.items()}
-    return scalars | {"grad/norm": norm, "lr": torch.tensor(rate, dtype=torch.float64)}
+    used = {f"schedule/{alias}": f for alias, f in run.alignment.factors(state.step).items()}
+    used["lr"] = state.optimizer.param_groups[0]["lr"]
+    watch_plateaus(run, values)
+    state.step += 1
+    exact = {key: torch.tensor(value, dtype=torch.float64) for key, value in used.items()}
+    return scalars | {"grad/norm": norm} | exact
+
+
+def watch_plateaus(run: Run, values: dict[str, Tensor]) -> None:
+    """Shows each plateau schedule the mean of what it watches over the whole step.
+
+    Args:
+        run: at the step that the values are of.
+        values: of every sample of this process, over all accumulation rounds.
+    """
+    for alias, watch in run.alignment.watches.items():
+        if watch.stopped:
+            continue
+        seen = values.get(f"watched/{alias}", torch.zeros(0, device=run.accelerator.device))
+        # summed over processes, so that all of them stop at the same step
+        total = torch.stack([seen.sum(), torch.ones_like(seen).sum()])
+        value, count = run.accelerator.reduce(total, "sum").tolist()
+        if count:
+            watch.see(run.state.step, value / count)
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,8 +166,12 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     for alias, terms in aligned.terms.items():
         found[f"loss/{alias}"] = terms.loss_B.detach()
         found |= {f"loss/{alias}/{name}": part for name, part in terms.parts.items()}
-        if terms.similarity_B is not None and (rows := aligned.rows[alias]):
-            found[f"sim/{alias}"] = terms.similarity_B[rows]
+        rows, similarity_B = aligned.rows[alias], terms.similarity_B
+        if similarity_B is not None and rows:
+            found[f"sim/{alias}"] = similarity_B[rows]
+        if alias in run.alignment.watches and rows:
+            watched_B = -terms.loss_B.detach() if similarity_B is None else similarity_B
+            found[f"watched/{alias}"] = watched_B[rows]
     return total_B.mean(), found
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -23,9 +23,9 @@ from alignlab.errors import UserError
 from alignlab.hub import local_folder
 from alignlab.lora import add_lora
 from alignlab.losses.objective import Grid
+from alignlab.text_encoder import TextEncoder
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-MAX_TEXT_TOKENS = 512  # WanPipeline's max_sequence_length, and the length Wan was trained with
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Wan:
         transformer: what is trained; fp32 weights, or a frozen base with a fp32 LoRA.
         vae: fp32, because Wan's autoencoder loses detail in bf16 (diffusers' own advice).
         text_encoder: in the recipe's precision.
-        tokenizer: pads to `max_text_tokens`.
+        tokenizer: of the text encoder.
         scheduler: the sampler that the pipeline folder names.
         folder: where the parts came from; an export copies the frozen ones from here.
     """
@@ -64,8 +64,8 @@ class Wan:
 
     @property
     def max_text_tokens(self) -> int:
-        """Length that prompts are padded to: the tokenizer's limit, at most Wan's 512."""
-        return min(int(self.tokenizer.model_max_length), MAX_TEXT_TOKENS)
+        """Length that prompts are padded to."""
+        return self._text.max_tokens
 
     def latent_grid(self, frames: int, height: int, width: int) -> Grid:
         """The video token grid (T, H, W) of a clip of so many frames and pixels.
@@ -120,28 +120,13 @@ class Wan:
         frames = ((pixels + 1.0) * 127.5).round().clamp(0, 255)
         return frames.to(torch.uint8).permute(1, 2, 3, 0)
 
-    @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token.
-
-        This is WanPipeline's own encoding, one prompt at a time.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            rows = [
-                self._text_pipeline.encode_prompt(
-                    [prompt],
-                    do_classifier_free_guidance=False,
-                    max_sequence_length=self.max_text_tokens,
-                    device=self.device,
-                )[0].float()
-                for prompt in prompts
-            ]
-        return torch.cat(rows)
+        """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""
+        return self._text.encode(prompts)
 
     @cached_property
-    def _text_pipeline(self) -> WanPipeline:
-        parts: dict[str, Any] = {part: getattr(self, part) for part in COMPONENTS}
-        return WanPipeline(**parts | {"transformer": None})
+    def _text(self) -> TextEncoder:
+        return TextEncoder(self.text_encoder, self.tokenizer)
 
     @cached_property
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
@@ -180,7 +165,7 @@ def load_wan(
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     patterns = ["model_index.json", "tokenizer/*"]
-    patterns += [f"{part}/*.{ext}" for part in COMPONENTS for ext in ("json", "safetensors")]
+    patterns += [pattern for part in COMPONENTS for pattern in _weights(part)]
     folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
     scheduler_class = _check_pipeline(folder)
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -209,6 +194,35 @@ def load_wan(
     )
 
 
+def load_text_encoder(
+    path: str,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Loads the text encoder of a diffusers Wan pipeline and nothing else of it.
+
+    Args:
+        path: pipeline folder, shipped asset or hub id.
+        precision: of its weights.
+        device: where it goes.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    patterns = ["model_index.json", "tokenizer/*", *_weights("text_encoder")]
+    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise UserError(f"model.path: {folder} has no {part}/ folder")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
+    return TextEncoder(
+        model.to(device).requires_grad_(False).eval(),
+        AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+    )
+
+
 def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
     """The diffusers model inside DDP and torch.compile wrappers."""
     module: nn.Module | None = transformer
@@ -219,6 +233,11 @@ def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
     if not isinstance(module, WanTransformer3DModel):
         raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
     return module
+
+
+def _weights(part: str) -> list[str]:
+    """What to fetch of a part; no other kind of file, so that no pickle is loaded."""
+    return [f"{part}/*.{ending}" for ending in ("json", "safetensors")]
 
 
 def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:

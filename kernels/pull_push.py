@@ -11,14 +11,14 @@ Shape letters: N tokens, C channels; `...` leading dimensions (batch, blocks), o
 import functools
 import logging
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
-
-Impl = Literal["auto", "eager", "chunked", "triton"]
+from alignlab.kernels.dispatch import Impl as Impl
+from alignlab.kernels.dispatch import available, require
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +65,7 @@ _IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], Pul
 
 def implementations() -> dict[str, str | None]:
     """Lists every implementation by name, with the reason it cannot run here or None if it can."""
-    names = [name for name in get_args(Impl) if name != "auto"]
-    return {name: None if name in _IMPLEMENTATIONS else "not in this version" for name in names}
+    return available(_IMPLEMENTATIONS)
 
 
 @functools.lru_cache(maxsize=256)
@@ -113,9 +112,7 @@ def pull_push(
     name: str = impl
     if impl == "auto":
         name = _auto(student.device.type, student.dtype, student.shape[-2], student.shape[-1])
-    if name not in _IMPLEMENTATIONS:
-        known = ", ".join(["auto", *_IMPLEMENTATIONS])
-        raise ValueError(f"pull_push has no implementation {impl!r}; this version has: {known}")
+    require("pull_push", name, _IMPLEMENTATIONS)
     ids = subject_ids.expand(student.shape[:-1])
     with torch.autocast(student.device.type, enabled=False):
         return _IMPLEMENTATIONS[name](

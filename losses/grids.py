@@ -1,9 +1,19 @@
-"""Brings a teacher's tokens onto the student's grid, in one explicit place.
+"""Brings tokens of student and teacher onto one grid, in one explicit place.
 
-Shape letters: B batch, T frames, P tokens per frame, D width. A grid is (T, H, W).
+Time follows a causal video VAE: its first latent frame covers one pixel frame, each later one a
+group. A teacher of T_teacher frames fits a student of T frames in one of three ways:
+
+    T_teacher = T            the same frames
+    T_teacher = 1 + g(T-1)   it saw every pixel frame (an image model): the first one by itself,
+                             then g for each later student frame
+    T_teacher = g(T-1)       it left the first pixel frame out (a video model with tubelets), so the
+                             student's first frame has no counterpart and is dropped
+
+Where two of them fit, which only a student of two frames can have, the upper one is meant.
+Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width. A grid is (T, H, W).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +23,7 @@ from alignlab.losses.objective import Grid
 
 TimeMatch = Literal["group_mean", "select"]
 SpaceMatch = Literal["bilinear", "area"]
+Side = Literal["student", "teacher"]
 
 
 def match_grid(
@@ -25,68 +36,176 @@ def match_grid(
 ) -> Tensor:
     """Resamples teacher tokens to the student's grid; equal grids are returned as they are.
 
-    Time follows a causal video VAE: its first latent frame covers one pixel frame, each later one
-    a group of g = (T_teacher - 1) / (T_student - 1) frames.
-
     Args:
         teacher_BTPD: on `teacher_grid`.
         teacher_grid: (T, H, W) of the teacher.
         student_grid: (T, H, W) of the student.
-        time: "group_mean" keeps the first frame and averages each group (VideoREPA's REPA
-            baseline, released code); "select" takes the last frame of each group.
+        time: "group_mean" averages each group, and keeps a first frame that was seen by itself
+            (VideoREPA's REPA baseline, released code); "select" takes the last frame of each group.
         space: "bilinear", or "area" to average the teacher's tokens when they are the finer ones.
 
     Returns:
-        (B, T, P, D) on the student's grid, float32 (float64 from float64) if resampled.
+        (B, T, P, D) on the student's grid, or (B, T-1, P, D) without its first frame where
+        `drops_first_frame` (then take `student_frames` of the student). In float32 (float64 from
+        float64) if resampled.
 
     Raises:
         ValueError: the frames of the two grids do not correspond.
     """
-    group = _frames_per_group(student_grid, teacher_grid)
+    group, keeps_first = _correspondence(student_grid, teacher_grid)
     if teacher_grid == student_grid:
         return teacher_BTPD
-    if teacher_BTPD.dtype != torch.float64:
-        teacher_BTPD = teacher_BTPD.float()
-    batch, _, tokens, width = teacher_BTPD.shape
-    frames = student_grid[0]
-    if group > 1 and time == "group_mean":
-        groups = teacher_BTPD[:, 1:].reshape(batch, frames - 1, group, tokens, width)
-        teacher_BTPD = torch.cat([teacher_BTPD[:, :1], groups.mean(2)], dim=1)
-    elif group > 1:
-        teacher_BTPD = teacher_BTPD[:, ::group]
+    x = _float(teacher_BTPD)
+    if group > 1:
+        first, rest = (x[:, :1], x[:, 1:]) if keeps_first else (x[:, :0], x)
+        groups = rest.unflatten(1, (-1, group))
+        rest = groups.mean(2) if time == "group_mean" else groups[:, :, -1]
+        x = torch.cat([first, rest], dim=1)
     if teacher_grid[1:] == student_grid[1:]:
-        return teacher_BTPD
-    image = teacher_BTPD.flatten(0, 1).mT.reshape(-1, width, *teacher_grid[1:])
+        return x
+    image = x.flatten(0, 1).mT.unflatten(2, teacher_grid[1:])
     image = F.interpolate(image, size=student_grid[1:], mode=space)
-    return image.flatten(2).mT.reshape(batch, frames, -1, width)
+    matched: Tensor = image.flatten(2).mT.unflatten(0, x.shape[:2])
+    return matched
+
+
+def match_student(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -> Tensor:
+    """Resamples student tokens to the teacher's grid: linear in time, bilinear in space.
+
+    The first frame is kept by itself where the teacher saw it by itself, and dropped where the
+    teacher left it out; only the frames after it are interpolated (VideoREPA, released code, drops
+    it always).
+
+    Args:
+        student_BND: on `student_grid`.
+        student_grid: (T, H, W) of the student.
+        teacher_grid: (T, H, W) of the teacher.
+
+    Returns:
+        (B, T, P, D) on the teacher's grid, in float32 (float64 from float64) if resampled.
+
+    Raises:
+        ValueError: the frames of the two grids do not correspond.
+    """
+    group, keeps_first = _correspondence(student_grid, teacher_grid)
+    frames_BTPD = student_frames(student_BND, student_grid, teacher_grid)
+    if frames_BTPD.shape[1] == teacher_grid[0] and student_grid[1:] == teacher_grid[1:]:
+        return frames_BTPD
+    video = _float(frames_BTPD).movedim(3, 1).unflatten(3, student_grid[1:])
+    alone = int(keeps_first and group > 1)
+    later = (teacher_grid[0] - alone, *teacher_grid[1:])
+    resampled = F.interpolate(video[:, :, alone:], size=later, mode="trilinear")
+    if alone:
+        first = F.interpolate(video[:, :, :1], size=(1, *teacher_grid[1:]), mode="trilinear")
+        resampled = torch.cat([first, resampled], dim=2)
+    return resampled.flatten(3).movedim(1, 3)
+
+
+def common_grid(
+    student_BND: Tensor,
+    student_grid: Grid,
+    teacher_BTPD: Tensor,
+    teacher_grid: Grid,
+    side: Side,
+) -> tuple[Tensor, Tensor]:
+    """Brings both to the grid of one side, (B, T, P, D) each: `match_student` or `match_grid`.
+
+    Raises:
+        ValueError: the frames of the two grids do not correspond.
+    """
+    if side == "teacher":
+        return match_student(student_BND, student_grid, teacher_grid), teacher_BTPD
+    matched_BTPD = match_grid(teacher_BTPD, teacher_grid, student_grid)
+    return student_frames(student_BND, student_grid, teacher_grid), matched_BTPD
+
+
+def student_frames(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -> Tensor:
+    """Splits student tokens by frame, (B, T, P, D), without a first frame that is to be dropped."""
+    frames_BTPD: Tensor = student_BND.unflatten(1, (student_grid[0], -1))
+    return frames_BTPD[:, 1:] if drops_first_frame(student_grid, teacher_grid) else frames_BTPD
+
+
+def drops_first_frame(student_grid: Grid, teacher_grid: Grid) -> bool:
+    """Says whether the student's first frame has no counterpart in the teacher.
+
+    Raises:
+        ValueError: the frames of the two grids do not correspond.
+    """
+    return not _correspondence(student_grid, teacher_grid).keeps_first
+
+
+def pool_masks(masks_BTHW: Tensor, grid: Grid) -> Tensor:
+    """Averages masks of pixel frames over the tokens of a grid, (B, T, P) in [0, 1], float32.
+
+    Each token gets the share of its area that the mask covers, and the mean over its frames: with F
+    pixel frames, a grid of F frames takes them one by one, one of 1 + (F-1)/g keeps the first by
+    itself, one of (F-1)/g leaves the first out.
+
+    Args:
+        masks_BTHW: bool or numbers in [0, 1], T counts pixel frames.
+        grid: (T, H, W) of the tokens.
+
+    Raises:
+        ValueError: the frames do not correspond.
+    """
+    given, frames = masks_BTHW.shape[1], grid[0]
+    masks = F.interpolate(masks_BTHW.float(), size=grid[1:], mode="area").flatten(2)
+    if given == frames:
+        return masks
+    if 1 < frames < given and (given - 1) % (frames - 1) == 0:
+        groups = masks[:, 1:].unflatten(1, (frames - 1, -1))
+        return torch.cat([masks[:, :1], groups.mean(2)], dim=1)
+    if 0 < frames < given and (given - 1) % frames == 0:
+        pooled: Tensor = masks[:, 1:].unflatten(1, (frames, -1)).mean(2)
+        return pooled
+    raise ValueError(f"cannot match masks of {given} frames to the token grid {grid}")
 
 
 def describe(
     student_grid: Grid,
     teacher_grid: Grid,
     *,
+    side: Side = "student",
     time: TimeMatch = "group_mean",
     space: SpaceMatch = "bilinear",
 ) -> str:
-    """Says in one line what `match_grid` does with two grids, for the log of a run."""
-    steps = []
-    if _frames_per_group(student_grid, teacher_grid) > 1:
-        steps.append("group mean in time" if time == "group_mean" else "select in time")
+    """Says in one line how two grids meet on that of `side`, for the log of a run.
+
+    `match_grid` brings the teacher's tokens to the student's grid, `match_student` the other way
+    round, where `time` and `space` have no say.
+    """
+    group, keeps_first = _correspondence(student_grid, teacher_grid)
+    steps = [] if keeps_first else ["first student frame dropped"]
+    if group > 1:
+        names = {"group_mean": "group mean in time", "select": "select in time"}
+        steps.append("linear in time" if side == "teacher" else names[time])
     if teacher_grid[1:] != student_grid[1:]:
-        steps.append(f"{space} in space")
+        steps.append(f"{'bilinear' if side == 'teacher' else space} in space")
     how = ", ".join(steps) or "equal"
-    return f"{student_grid} student <- {teacher_grid} teacher: {how}"
+    arrow = "->" if side == "teacher" else "<-"
+    return f"{student_grid} student {arrow} {teacher_grid} teacher: {how}"
 
 
-def _frames_per_group(student_grid: Grid, teacher_grid: Grid) -> int:
-    """Counts the teacher frames of each student frame after the first; 1 if they are equal."""
-    student_frames, teacher_frames = student_grid[0], teacher_grid[0]
-    if student_frames == teacher_frames:
-        return 1
-    grouped = 1 < student_frames < teacher_frames
-    if not grouped or (teacher_frames - 1) % (student_frames - 1) != 0:
-        raise ValueError(
-            f"cannot match teacher grid {teacher_grid} to student grid {student_grid}: a student "
-            "of T frames needs a teacher of T, or of 1 + g(T-1), frames"
-        )
-    return (teacher_frames - 1) // (student_frames - 1)
+class _Correspondence(NamedTuple):
+    """How many teacher frames each student frame after the first has; whether the first has one."""
+
+    group: int
+    keeps_first: bool
+
+
+def _correspondence(student_grid: Grid, teacher_grid: Grid) -> _Correspondence:
+    frames, later = teacher_grid[0], student_grid[0] - 1
+    if frames == student_grid[0]:
+        return _Correspondence(1, True)
+    if 0 < later < frames and (frames - 1) % later == 0:
+        return _Correspondence((frames - 1) // later, True)
+    if 0 < later <= frames and frames % later == 0:
+        return _Correspondence(frames // later, False)
+    raise ValueError(
+        f"cannot match teacher grid {teacher_grid} to student grid {student_grid}: a student of T "
+        "frames needs a teacher of T, of 1 + g(T-1), or of g(T-1) frames"
+    )
+
+
+def _float(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -26,8 +26,8 @@ class Tokens:
     Args:
         tokens_BND: with N = T*H*W of `grid`.
         grid: of reference tokens (K, H, W) with the largest K of the batch.
-        subject_ids_BN: int64, which reference a token belongs to, 0..K-1, and -1 for the padding
-            of samples with fewer references. None for video tokens.
+        subject_ids_BN: int64 >= 0, equal where tokens show the same subject, in all of the batch,
+            and -1 for the padding of samples with fewer references. None for video tokens.
     """
 
     tokens_BND: Tensor
@@ -66,7 +66,7 @@ class Features:
             raise ValueError(f"teacher tokens {shape} do not fill the grid {self.grid}")
 
 
-Need = Literal["text", "masks"]
+Need = Literal["text", "masks", "foreground"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,13 @@ class Context:
             transformer's text encoder, zeros after the last token. None if no objective needs it.
         masks_BTHW: bool, pixels of each frame where any named entity is visible. None if no
             objective needs them.
+        foreground_BN: share of each reference token that its subject covers, 0 for padding. None
+            if no objective needs it.
     """
 
     text_BLD: Tensor | None = None
     masks_BTHW: Tensor | None = None
+    foreground_BN: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,8 @@ class Objective(nn.Module, ABC):
 
     Config: ClassVar[type[ObjectiveConfig]]
     tokens: ClassVar[Literal["video", "reference"]]
+    paper: ClassVar[str] = ""
+    """arXiv id, for `alignlab list objectives`; empty if there is none."""
     config: ObjectiveConfig
 
     @property

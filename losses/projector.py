@@ -2,12 +2,15 @@
 
 Initial weights are drawn from a generator that the caller seeds: building a projector neither
 depends on global random state nor disturbs it.
+Shape letters: B batch, T frames, N tokens of all frames, D width.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from alignlab.losses.objective import Grid
 
 REPA_HIDDEN = 2048
 
@@ -42,10 +45,45 @@ def repa_projector(
     )
 
 
+def irepa_projector(student_dim: int, teacher_dim: int, generator: torch.Generator) -> nn.Conv2d:
+    """Builds one 3x3 convolution with padding 1 over a frame's tokens (iREPA's released code).
+
+    Weights and bias follow torch's default for a convolution. Use `project_frames`.
+    """
+    conv = nn.Conv2d(student_dim, teacher_dim, 3, padding=1, device="meta").to_empty(device="cpu")
+    _draw_torch_default(conv, generator)
+    return conv
+
+
+def linear_projector(
+    student_dim: int, teacher_dim: int, generator: torch.Generator
+) -> nn.Sequential:
+    """Builds LayerNorm, Linear with bias, as SimpleTuner's unofficial CREPA does.
+
+    Torch's default weights; the norm starts as the identity on normalised tokens.
+    """
+    norm = nn.LayerNorm(student_dim)  # ones and zeros: nothing is drawn
+    return nn.Sequential(norm, _torch_default(student_dim, teacher_dim, generator, bias=True))
+
+
 def project(projector: nn.Module, tokens: Tensor) -> Tensor:
     """Applies `projector` in the dtype of its own weights, whatever the dtype of the tokens."""
     projected: Tensor = projector(tokens.to(next(projector.parameters()).dtype))
     return projected
+
+
+def project_frames(projector: nn.Module, tokens_BND: Tensor, grid: Grid) -> Tensor:
+    """Applies a convolution to each frame's token grid, as `project` does to each token.
+
+    Args:
+        projector: takes and gives (frames, D, H, W), of any sizes.
+        tokens_BND: N = T*H*W of `grid`.
+        grid: (T, H, W).
+    """
+    batch, _, width = tokens_BND.shape
+    frames = tokens_BND.reshape(batch * grid[0], grid[1], grid[2], width).permute(0, 3, 1, 2)
+    projected = project(projector, frames)
+    return projected.flatten(2).mT.reshape(batch, -1, projected.shape[1])
 
 
 def _empty(in_dim: int, out_dim: int, *, bias: bool) -> nn.Linear:
@@ -53,10 +91,19 @@ def _empty(in_dim: int, out_dim: int, *, bias: bool) -> nn.Linear:
     return nn.Linear(in_dim, out_dim, bias=bias, device="meta").to_empty(device="cpu")
 
 
-def _torch_default(in_dim: int, out_dim: int, generator: torch.Generator) -> nn.Linear:
-    linear = _empty(in_dim, out_dim, bias=False)
-    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
+def _torch_default(
+    in_dim: int, out_dim: int, generator: torch.Generator, *, bias: bool = False
+) -> nn.Linear:
+    linear = _empty(in_dim, out_dim, bias=bias)
+    _draw_torch_default(linear, generator)
     return linear
+
+
+def _draw_torch_default(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    if layer.bias is not None:
+        bound = 1.0 / math.sqrt(layer.weight[0].numel())
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
 def _xavier(in_dim: int, out_dim: int, generator: torch.Generator) -> nn.Linear:

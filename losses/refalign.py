@@ -17,12 +17,15 @@ from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
+    Need,
     Objective,
     ObjectiveConfig,
     Terms,
     Tokens,
 )
 from alignlab.losses.projector import project, refalign_projector
+
+Negatives = Literal["sample", "batch"]
 
 
 def reference_alignment_loss(
@@ -33,6 +36,7 @@ def reference_alignment_loss(
     pos_margin: float = 0.0,
     neg_margin: float = 1.0,
     neg_weight: float = 1.0,
+    negatives: Negatives = "sample",
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `total = pull + neg_weight * push` for each sample.
@@ -49,6 +53,10 @@ def reference_alignment_loss(
         pos_margin: 0 in the released code.
         neg_margin: 1 in the released code; the paper's value is not known.
         neg_weight: 1 in paper and code; 0 leaves the push out.
+        negatives: "sample" pushes from the other subjects of the same sample (code, at its batch
+            of 1); "batch" from those of all samples, where ids must tell subjects apart across
+            samples. Then the push is one mean over the batch, which every sample with a valid
+            token carries.
         impl: see `alignlab.kernels.pull_push.pull_push`.
 
     Returns:
@@ -66,6 +74,15 @@ def reference_alignment_loss(
         neg_margin=neg_margin,
         impl=impl,
     )
+    if negatives == "batch":
+        _, push = pull_push(
+            student_BND.flatten(0, 1),
+            teacher_BND.flatten(0, 1),
+            subject_ids_BN.flatten(),
+            neg_margin=neg_margin,
+            impl=impl,
+        )
+        push_B = push * (subject_ids_BN >= 0).any(1)
     return pull_B + neg_weight * push_B, pull_B, push_B
 
 
@@ -79,6 +96,9 @@ class RefAlignConfig(ObjectiveConfig):
         neg_weight: factor on the push, 1.0 (paper and code).
         pos_margin: 0.0 (code).
         neg_margin: 1.0 (code); a cosine distance, so at most 2.
+        negatives: `sample`, as in the code with its batch of 1, or `batch`.
+        foreground: tokens of which the subject covers less than this share are left out; 0 keeps
+            all, as the code does (see the pitfall of white padding in README.md).
     """
 
     name: Literal["refalign"] = "refalign"
@@ -87,14 +107,20 @@ class RefAlignConfig(ObjectiveConfig):
     neg_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     pos_margin: float = Field(default=0.0, ge=0.0, le=2.0)
     neg_margin: float = Field(default=1.0, ge=0.0, le=2.0)
+    negatives: Negatives = "sample"
+    foreground: float = Field(default=0.0, ge=0.0, le=1.0)
 
 
 @final
 class RefAlign(Objective):
-    """Mean of the reference alignment loss over blocks, with one projector per block."""
+    """Pulls reference tokens to the teacher's, pushes them from other subjects' teacher tokens.
+
+    One projector per block.
+    """
 
     Config: ClassVar[type[ObjectiveConfig]] = RefAlignConfig
     tokens: ClassVar[Literal["video", "reference"]] = "reference"
+    paper: ClassVar[str] = "2603.25743"
 
     def __init__(
         self,
@@ -115,6 +141,10 @@ class RefAlign(Objective):
             }
         )
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"foreground"} if self.config.foreground > 0 else ())
+
     def forward(
         self,
         student: Mapping[int, Tokens],
@@ -123,18 +153,18 @@ class RefAlign(Objective):
     ) -> Terms:
         features = teacher[self.config.teacher]
         per_block = [
-            self._block(self.projectors[f"block_{block}"], student[block], features)
+            self._block(self.projectors[f"block_{block}"], student[block], features, context)
             for block in self.config.blocks
         ]
         total_B, pull_B, push_B, similarity_B = torch.stack(per_block).mean(0)
         parts = {"pull": pull_B.detach(), "push": push_B.detach()}
         return Terms(total_B, parts, similarity_B.detach())
 
-    def _block(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
+    def _block(
+        self, projector: nn.Module, tapped: Tokens, features: Features, context: Context
+    ) -> Tensor:
         """Computes total, pull, push and similarity of one block, stacked to (4, B)."""
-        ids_BN = tapped.subject_ids_BN
-        if ids_BN is None:
-            raise ValueError("refalign needs reference tokens with subject ids")
+        ids_BN = self._ids(tapped, context)
         if features.grid[0] != tapped.grid[0]:
             raise ValueError(
                 f"student grid {tapped.grid} and teacher grid {features.grid} hold different "
@@ -149,8 +179,20 @@ class RefAlign(Objective):
             pos_margin=self.config.pos_margin,
             neg_margin=self.config.neg_margin,
             neg_weight=self.config.neg_weight,
+            negatives=self.config.negatives,
         )
         valid_BN = ids_BN >= 0
         cosine_BN = paired_cosine(student_BND.detach(), teacher_BND.detach())
         cosine_B = torch.where(valid_BN, cosine_BN, 0.0).sum(1) / valid_BN.sum(1).clamp_min(1)
         return torch.stack([*losses, cosine_B])
+
+    def _ids(self, tapped: Tokens, context: Context) -> Tensor:
+        """Subject ids, -1 also for tokens that show too little of their subject."""
+        ids_BN = tapped.subject_ids_BN
+        if ids_BN is None:
+            raise ValueError("refalign needs reference tokens with subject ids")
+        if self.config.foreground == 0:
+            return ids_BN
+        if context.foreground_BN is None:
+            raise ValueError("refalign with foreground > 0 needs the foreground of its references")
+        return ids_BN.where(context.foreground_BN >= self.config.foreground, -1)

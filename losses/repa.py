@@ -1,6 +1,6 @@
 """REPA (arXiv 2410.06940): video tokens point where a frozen vision model's tokens point.
 
-With iREPA's spatial z-score of the teacher (arXiv 2512.10794) as a function of its own.
+With iREPA's spatial z-score of the teacher (arXiv 2512.10794), which `irepa` builds on.
 Shape letters: B batch, T frames, P tokens per frame, N tokens, D width.
 """
 
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, paired_cosine
-from alignlab.losses.grids import match_grid
+from alignlab.losses.grids import common_grid
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
@@ -84,10 +84,14 @@ class RepaConfig(ObjectiveConfig):
 
 @final
 class Repa(Objective):
-    """Mean of the REPA loss over blocks and teachers, with one projector for each pair."""
+    """Minus the cosine of video tokens with the teacher's tokens at the same places.
+
+    One projector for each pair of block and teacher, averaged over all.
+    """
 
     Config: ClassVar[type[ObjectiveConfig]] = RepaConfig
     tokens: ClassVar[Literal["video", "reference"]] = "video"
+    paper: ClassVar[str] = "2410.06940"
 
     def __init__(
         self,
@@ -122,9 +126,11 @@ class Repa(Objective):
             tapped = student[block]
             for number, alias in enumerate(self.config.teachers):
                 features = teacher[alias]
-                matched = match_grid(features.tokens_BTPD, features.grid, tapped.grid)
                 projector = self.projectors[f"block_{block}_teacher_{number}"]
                 projected_BND = project(projector, tapped.tokens_BND)
-                per_pair.append(repa_loss(projected_BND, matched.flatten(1, 2)))
+                ours_BTPD, theirs_BTPD = common_grid(
+                    projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
+                )
+                per_pair.append(repa_loss(ours_BTPD.flatten(1, 2), theirs_BTPD.flatten(1, 2)))
         loss_B = torch.stack(per_pair).mean(0)
         return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach())

@@ -3,7 +3,9 @@
 import math
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor, nn
 
 
 class Constant(BaseModel):
@@ -38,6 +40,30 @@ class StopAt(BaseModel):
     step: int = Field(ge=0)
 
 
+class StopAtPlateau(BaseModel):
+    """Factor 1 until the objective's similarity stops rising, then 0 for good.
+
+    HASTE (arXiv 2505.16792) stops at a step found by trial; this finds the step in the run. What
+    is watched is the mean similarity of a whole step or, of an objective without one, minus its
+    mean loss. The defaults are alignlab's.
+
+    Args:
+        decay: of the exponential moving average of the watched value, which begins at its first
+            value.
+        patience: steps without a new best average after which it stops; several times
+            1 / (1 - decay), or the noise of the first steps may stop it.
+        min_delta: how far above the best an average has to be to be a new best.
+        start: first step that is watched.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["stop_at_plateau"]
+    decay: float = Field(default=0.99, ge=0.0, lt=1.0)
+    patience: int = Field(default=500, ge=1)
+    min_delta: float = Field(default=1e-3, ge=0.0, allow_inf_nan=False)
+    start: int = Field(default=0, ge=0)
+
+
 def _spelled_out(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
 
@@ -45,17 +71,22 @@ def _spelled_out(value: object) -> object:
 # In a recipe: "constant", "linear", "cosine", or a mapping with the kind and its own settings,
 # e.g. {kind: linear, start: 0, end: 1000, final: 0.1} or {kind: stop_at, step: 2500}.
 Schedule = Annotated[
-    Constant | Ramp | StopAt, Field(discriminator="kind"), BeforeValidator(_spelled_out)
+    Constant | Ramp | StopAt | StopAtPlateau,
+    Field(discriminator="kind"),
+    BeforeValidator(_spelled_out),
 ]
 
 
-def weight_at(schedule: Schedule, step: int, total_steps: int | None = None) -> float:
+def weight_at(
+    schedule: Schedule, step: int, total_steps: int | None = None, *, stopped: bool = False
+) -> float:
     """Computes the factor on an objective's weight at `step` (0-based).
 
     Args:
         schedule: from the objective's config.
         step: training step.
         total_steps: length of the run; needed by a ramp that does not say where it ends.
+        stopped: what the `PlateauWatch` of a `stop_at_plateau` says; no other kind reads it.
 
     Raises:
         ValueError: a ramp without an end was given no `total_steps`.
@@ -65,6 +96,8 @@ def weight_at(schedule: Schedule, step: int, total_steps: int | None = None) -> 
             return 1.0
         case StopAt():
             return 1.0 if step < schedule.step else 0.0
+        case StopAtPlateau():
+            return 0.0 if stopped else 1.0
         case Ramp():
             end = total_steps if schedule.end is None else schedule.end
             if end is None:
@@ -74,3 +107,42 @@ def weight_at(schedule: Schedule, step: int, total_steps: int | None = None) -> 
             if schedule.kind == "cosine":
                 done = (1.0 - math.cos(math.pi * done)) / 2.0
             return 1.0 + (schedule.final - 1.0) * done
+
+
+class PlateauWatch(nn.Module):
+    """Decides when a `StopAtPlateau` stops. All that it remembers is in its buffers.
+
+    Keep it on the CPU: it counts in float64 and is asked at every step.
+
+    Args:
+        schedule: from the objective's config.
+    """
+
+    average: Tensor
+    best: Tensor
+    waited: Tensor
+
+    def __init__(self, schedule: StopAtPlateau) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("average", torch.tensor(math.nan, dtype=torch.float64))
+        self.register_buffer("best", torch.tensor(-math.inf, dtype=torch.float64))
+        self.register_buffer("waited", torch.tensor(0))
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it has stopped, which it never takes back."""
+        return int(self.waited) >= self.schedule.patience
+
+    def see(self, step: int, value: float) -> None:
+        """Takes in the watched value of a step; a step without one is left out."""
+        if self.stopped or step < self.schedule.start:
+            return
+        decay, average, best = self.schedule.decay, float(self.average), float(self.best)
+        average = value if math.isnan(average) else decay * average + (1.0 - decay) * value
+        self.average.fill_(average)
+        if average > best + self.schedule.min_delta:
+            self.best.fill_(average)
+            self.waited.zero_()
+        else:
+            self.waited.add_(1)

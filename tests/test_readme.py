@@ -15,6 +15,9 @@ SHORT = ["data.train_clips=4", "eval.clips=2", "eval.sample_clips=1", "eval.samp
 SHORTER = {
     ("train", "tiny"): ["steps=2", *SHORT],
     ("compare", "demo"): ["steps=1", *SHORT],
+    ("compare", "all_objectives"): ["steps=1", "seeds=[0]", *SHORT],
+    ("stage1", "sara"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
+    ("stage1", "moalign"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
     ("sample", "runs/tiny"): ["--steps", "1"],
 }
 # Needs more than this machine: the resolved recipe is checked instead.

@@ -1,6 +1,7 @@
 """Recipes: what is loaded, and the one line that a mistake gets."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from alignlab.recipe import (
     load_compare,
     load_data,
     load_run,
+    load_stage1_run,
     recipe_hash,
     shipped_recipes,
 )
+from alignlab.stage1.config import Stage1Config
 
-Loader = Callable[[str, list[str]], RunConfig | CompareConfig]
+Loader = Callable[[str, list[str]], RunConfig | CompareConfig | Stage1Config]
 
 
 def message(load: Loader, recipe: str, *overrides: str) -> str:
@@ -32,6 +35,8 @@ def message(load: Loader, recipe: str, *overrides: str) -> str:
 def test_shipped_recipes_load_and_load_again_from_their_dump(name: str, tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "experiments" / f"{name}.yaml").read_text()
     load: Loader = load_compare if "\nvariants:" in text else load_run
+    if "\nstage1:" in text:
+        load = partial(load_stage1_run, "sara" if name == "stage1_sara" else "moalign")
     config = load(name, [])
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))

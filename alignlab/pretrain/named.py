@@ -60,7 +60,8 @@ class NamedSubjects:
         """How many of the subjects that the samples name do the uint8 clips `(T, H, W, C)` show."""
         rows = [row for clip, s in zip(clips, samples, strict=True) for row in self._found(clip, s)]
         table = torch.tensor(rows, dtype=torch.float64)
-        return Recognised(*table.mean(0).tolist(), all=float(table.all(1).double().mean()))
+        color, texture, shape = table.mean(0).tolist()
+        return Recognised(color, texture, shape, all=float(table.all(1).double().mean()))
 
     def _found(self, clip_THWC: Tensor, sample: Sample) -> list[list[bool]]:
         """Per named subject: colour, texture, shape."""

@@ -20,7 +20,8 @@ from alignlab.randomness import generator
 
 KL_WEIGHT = 2e-6
 Z_DIM = 24
-STD_FLOOR = 0.5
+SHARE_CLIPS = 16
+AMPLITUDE_FLOOR = 0.1
 VAE_CONFIG = {
     "base_dim": 16,
     "z_dim": Z_DIM,
@@ -87,12 +88,29 @@ def _reconstruction(
 
 @torch.no_grad()
 def fit_latent_statistics(vae: AutoencoderKLWan, clips: ClipPool) -> None:
-    """Sets the config's latent mean and deviation, the latter to `STD_FLOOR` at least.
+    """Sets the config's latent means and deviations, by which the transformer's input is scaled.
 
-    The KL term empties some channels: they vary by 0.1, hold nothing (pinning them costs
-    0.01 dB), and at unit variance would be noise that the transformer has to model.
+    At unit variance every channel would count alike, and channels that hold fine detail, or that
+    the KL term emptied, would be most of what the transformer has to model. So a channel's scaled
+    amplitude is the fourth root of its share in the decoded pixels: 1 for the weightiest, half way
+    (geometrically) between equal channels and pixels.
     """
-    video = to_signed(clips.videos(generator(0, "latent-statistics"), 128, 9))
-    z = torch.cat([vae.encode(x[None]).latent_dist.mode() for x in video])
-    mean, std = z.mean(dim=(0, 2, 3, 4)), z.std(dim=(0, 2, 3, 4)).clamp(min=STD_FLOOR)
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+    rng = generator(0, "latent-statistics")
+    z = torch.cat(
+        [vae.encode(x[None]).latent_dist.mode() for x in to_signed(clips.videos(rng, 128, 9))]
+    )
+    mean, std = z.mean(dim=(0, 2, 3, 4)), z.std(dim=(0, 2, 3, 4))
+    share = _pixel_shares(vae, z[:SHARE_CLIPS], mean)
+    amplitude = (share / share.max()).pow(0.25).clamp(min=AMPLITUDE_FLOOR)
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=(std / amplitude).tolist())
+
+
+def _pixel_shares(vae: AutoencoderKLWan, z: Tensor, mean_C: Tensor) -> Tensor:
+    """Per channel, the mean squared change of the decoded pixels when it is held at its mean."""
+    whole = vae.decode(z).sample
+    shares = []
+    for channel, mean in enumerate(mean_C):
+        without = z.clone()
+        without[:, channel] = mean
+        shares.append(F.mse_loss(vae.decode(without).sample, whole))
+    return torch.stack(shares)

@@ -14,7 +14,7 @@ def tokens(ids: list[list[int]]) -> BlockTokens:
     return BlockTokens(Tokens(torch.zeros(batch, 1, 2), (1, 1, 1)), reference)
 
 
-def test_equal_names_share_an_id_within_their_sample() -> None:
+def test_equal_names_share_an_id() -> None:
     found = shared_subjects(
         tokens([[0, 1, 2], [0, 1, -1]]), [["cat", "dog", "cat"], ["cat", "dog"]]
     )
@@ -22,6 +22,9 @@ def test_equal_names_share_an_id_within_their_sample() -> None:
     assert found.subject_ids_BN.tolist() == [[0, 1, 0], [0, 1, -1]]
 
 
-def test_distinct_names_keep_their_slots() -> None:
-    given = tokens([[0, 1], [-1, -1]])
-    assert shared_subjects(given, [["cat", "dog"], []]) is given.reference
+def test_ids_tell_subjects_apart_across_samples() -> None:
+    found = shared_subjects(
+        tokens([[0, 1], [-1, -1], [0, 1]]), [["cat", "dog"], [], ["owl", "cat"]]
+    )
+    assert found.subject_ids_BN is not None
+    assert found.subject_ids_BN.tolist() == [[0, 1], [-1, -1], [2, 0]]

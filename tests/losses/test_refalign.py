@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.losses import build_objective
-from alignlab.losses.objective import Features, Tokens
+from alignlab.losses.objective import Context, Features, Tokens
 from alignlab.losses.refalign import RefAlign, RefAlignConfig, reference_alignment_loss
 
 K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 6, 4)
@@ -137,3 +137,31 @@ def test_references_are_never_averaged_like_video_frames() -> None:
             {0: Tokens(draw(1, 8, 6), (2, 2, 2), ids_BN)},
             {"dino": Features(draw(1, 3, 4, 5), (3, 2, 2))},
         )
+
+
+def test_negatives_across_the_batch_are_all_pairs_of_different_subjects() -> None:
+    student, teacher = draw(3, 4, 5).double(), draw(3, 4, 5, seed=1).double()
+    # subject 1 is shown in two samples, the last sample shows none
+    ids = torch.tensor([[0, 0, 1, 1], [1, 1, 2, -1], [-1, -1, -1, -1]])
+    _, pull, push = reference_alignment_loss(student, teacher, ids, negatives="batch")
+    places = [(b, n) for b in range(3) for n in range(4) if ids[b, n] >= 0]
+    pairs = [(p, q) for p in places for q in places if ids[p] != ids[q]]
+    cosines = [float(torch.cosine_similarity(student[p], teacher[q], dim=0)) for p, q in pairs]
+    expected = sum(max(0.0, cosine) for cosine in cosines) / len(pairs)
+    torch.testing.assert_close(push, torch.tensor([expected, expected, 0.0]).double())
+    torch.testing.assert_close(pull, reference_alignment_loss(student, teacher, ids)[1])
+
+
+def test_foreground_leaves_out_tokens_that_show_too_little_of_their_subject() -> None:
+    student = Tokens(draw(1, 8, 6), (2, 2, 2), torch.tensor([[0] * 4 + [1] * 4]))
+    teacher = {"dino": Features(draw(1, 2, 4, 5), (2, 2, 2))}
+    context = Context(foreground_BN=torch.tensor([[1.0, 0.5, 0.4, 0.0, 0.0, 0.5, 0.2, 1.0]]))
+    objective = build(foreground=0.5)
+    assert objective.needs == {"foreground"} and not build().needs
+    ids = torch.tensor([[0, 0, -1, -1, -1, 1, -1, 1]])
+    alone = build()({0: Tokens(student.tokens_BND, (2, 2, 2), ids)}, teacher)
+    found = objective({0: student}, teacher, context)
+    torch.testing.assert_close(found.loss_B, alone.loss_B)
+    assert not torch.allclose(found.loss_B, build()({0: student}, teacher).loss_B)
+    with pytest.raises(ValueError, match="needs the foreground"):
+        objective({0: student}, teacher)

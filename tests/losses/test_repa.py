@@ -40,6 +40,35 @@ def test_gradient_passes_gradcheck_and_skips_the_teacher() -> None:
     assert teacher.grad is None
 
 
+def test_agrees_with_loops_in_value_and_gradient() -> None:
+    student = draw(2, 7, 5).double().requires_grad_()
+    teacher = draw(2, 7, 5, seed=1).double()
+    loops = []
+    for b in range(2):
+        total = student.new_zeros(())
+        for n in range(7):
+            dot = sum(
+                (student[b, n, d] * teacher[b, n, d] for d in range(5)), student.new_zeros(())
+            )
+            lengths = student[b, n].square().sum().sqrt() * teacher[b, n].square().sum().sqrt()
+            total = total - dot / lengths / 7
+        loops.append(total)
+    ours, reference = repa_loss(student, teacher), torch.stack(loops)
+    torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours.sum(), student), torch.autograd.grad(reference.sum(), student)
+    )
+
+
+def test_a_first_frame_that_the_teacher_left_out_is_not_compared() -> None:
+    objective = build()
+    tokens_BND, features = draw(2, 12, 6), Features(draw(2, 8, 4, 5, seed=1), (8, 2, 2))
+    terms = objective({0: Tokens(tokens_BND, GRID)}, {"dino": features})
+    projected = objective.projectors["block_0_teacher_0"](tokens_BND)[:, 4:]
+    groups = features.tokens_BTPD.unflatten(1, (2, 4)).mean(2)
+    torch.testing.assert_close(terms.loss_B, repa_loss(projected, groups.flatten(1, 2)))
+
+
 def test_depends_on_direction_and_not_on_length() -> None:
     lengths = draw(1, 6, 1, seed=3).abs() + 0.1
     assert repa_loss(COSINE * lengths, COSINE).item() == pytest.approx(-1)

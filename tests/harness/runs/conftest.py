@@ -7,11 +7,14 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from alignlab.conditioning import Batch
 from alignlab.config import RunConfig
 from alignlab.recipe import load_run
-from alignlab.train import train
+from alignlab.run import Run
+from alignlab.train import train, train_step
 
 MakeConfig = Callable[..., RunConfig]
+TrainUntil = Callable[[RunConfig, int], None]
 
 RECIPE = """
 name: run
@@ -84,3 +87,24 @@ def lora_run(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("lora")
     lora = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "optim.lr=0.1"]
     return train(load_run(recipe_file, [f"output={output}", *lora]))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program handles it."""
+
+
+@pytest.fixture
+def train_until() -> TrainUntil:
+    """`train_until(config, 2)` trains and dies, as if killed, before the third step."""
+
+    def run_until(config: RunConfig, step: int) -> None:
+        def dying(run: Run, batches: list[Batch]) -> dict[str, torch.Tensor]:
+            if run.state.step == step:
+                raise Killed
+            return train_step(run, batches)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr("alignlab.train.train_step", dying)
+            train(config)
+
+    return run_until

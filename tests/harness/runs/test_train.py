@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignlab.alignment import teacher_features
+from alignlab.alignment import context_of, teacher_features
 from alignlab.checkpoint import latest
 from alignlab.conditioning import Batch, Encoded, collate
 from alignlab.config import RunConfig
@@ -118,6 +118,23 @@ def test_samples_with_and_without_references_share_a_batch(
     assert "sim/ra" not in bare
     each = torch.cat([row["sim/ra"] for _, row in alone[1:]])
     torch.testing.assert_close(found["sim/ra"], each, rtol=1e-5, atol=1e-6)
+
+
+def test_foreground_tokens_are_those_that_the_reference_mask_covers(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config("data.references=[3,3]", "objectives.ra.foreground=0.5")
+    run = build_run(config)
+    batch = batch_with(run, [0, 2, 3], [0, 1, 2])
+    found = context_of(batch, "ra", run.alignment.objectives["ra"], (3, 4, 4)).foreground_BN
+    assert found is not None and found.shape == (3, 48)
+    assert (found[0] == 0).all() and (found[1, 32:] == 0).all()
+    mask_HW = run.clips[1].sample.references[1].mask_HW
+    tiles = mask_HW.float().unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3))
+    torch.testing.assert_close(found[1, 16:32].view(4, 4), tiles)
+    with run.branch, torch.no_grad():
+        _, scalars = batch_loss(run, batch)
+    assert scalars["loss/ra"][0] == 0 and (scalars["loss/ra"][1:] > 0).all()
 
 
 def test_the_total_is_the_weighted_scheduled_gated_sum(make_config: MakeConfig) -> None:

@@ -1,0 +1,145 @@
+"""Stage 1 of MoAlign: the motion head learns to read optical flow off teacher tokens.
+
+Shape letters: B batch, T time steps of the teacher, F pixel frames, P tokens per frame, H, W
+pixels, C the two directions (x, y), D width of the teacher.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alignlab.data.sample import Sample
+from alignlab.errors import UserError
+from alignlab.losses.motion_head import MotionHead, MotionHeadConfig, flow_l1
+from alignlab.losses.objective import Grid
+from alignlab.losses.stage1_folder import Stage1Info
+from alignlab.optical_flow import dis_flow
+from alignlab.randomness import derive_seed
+from alignlab.stage1.config import MoAlignStage1, Stage1Config
+from alignlab.stage1.info import stage1_info
+from alignlab.stage1.task import Stage1Task
+from alignlab.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class MoAlignClip:
+    """A clip's teacher tokens on `grid`, and the flow `(T-1, P, 2)` between their time steps."""
+
+    features_TPD: Tensor
+    grid: Grid
+    flow_TPC: Tensor
+
+
+@final
+class MoAlignTask(Stage1Task[MoAlignClip]):
+    """Mean absolute error of the flow that is decoded from the motion space.
+
+    Args:
+        config: of the training; `stage1` is of kind `moalign`.
+        teacher: gives the tokens.
+        device: where the network goes.
+    """
+
+    network: MotionHead
+
+    def __init__(self, config: Stage1Config, teacher: Teacher, device: torch.device) -> None:
+        assert isinstance(config.stage1, MoAlignStage1)
+        self._config, self._settings = config, config.stage1
+        self._teacher, self._device = teacher, device
+        shape = MotionHeadConfig(
+            teacher_dim=teacher.dim,
+            width=config.stage1.width,
+            hidden=config.stage1.hidden,
+            decoder=config.stage1.decoder,
+        )
+        seed = derive_seed(config.seed, "stage1-moalign")
+        self.network = MotionHead(shape, seed=seed).to(device)
+
+    def encode(self, sample: Sample) -> MoAlignClip:
+        """Teacher tokens and flow of one clip."""
+        features = self._teacher.encode(sample.video_THWC[None], self._config.grid)
+        if features.grid[0] < 2:
+            raise UserError(
+                f"data.frames: {len(sample.video_THWC)} frames give the teacher "
+                f"{features.grid[0]} time step; flow needs two"
+            )
+        exact = sample.flow_THWC if self._settings.flow == "auto" else None
+        flow_FHWC = dis_flow(sample.video_THWC) if exact is None else exact
+        flow_TPC = flow_on_grid(flow_FHWC, features.grid)
+        return MoAlignClip(features.tokens_BTPD[0].cpu(), features.grid, flow_TPC)
+
+    def loss(self, clips: Sequence[MoAlignClip]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean absolute error of the decoded flow, in token-grid units."""
+        flow_BTPC = torch.stack([clip.flow_TPC for clip in clips]).to(self._device)
+        total = flow_l1(self._decoded(clips), flow_BTPC).mean()
+        return total, {"loss/total": total.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, clips: Iterable[MoAlignClip]) -> dict[str, float]:
+        """Mean absolute errors in token-grid units.
+
+        `val/flow_l1` is the head's. Beside it those of predicting no motion (`_zero`), the mean
+        flow of the measured clips (`_mean`) and the mean flow of the very clip (`_clip_mean`);
+        the latter two know the answer's mean.
+        """
+        seen = list(clips)
+        flow_BTPC = torch.stack([clip.flow_TPC for clip in seen])
+        decoded_BTPC = torch.cat([self._decoded([clip]).cpu() for clip in seen])
+        constant = {
+            "val/flow_l1_zero": torch.zeros(2),
+            "val/flow_l1_mean": flow_BTPC.mean((0, 1, 2)),
+            "val/flow_l1_clip_mean": flow_BTPC.mean((1, 2), keepdim=True),
+        }
+        guesses = {"val/flow_l1": decoded_BTPC} | constant
+        return {
+            name: float(flow_l1(guess.expand_as(flow_BTPC), flow_BTPC).mean())
+            for name, guess in guesses.items()
+        }
+
+    def info(self) -> Stage1Info:
+        """What the head was trained on."""
+        return stage1_info(self._config, self.network.config)
+
+    def _decoded(self, clips: Sequence[MoAlignClip]) -> Tensor:
+        grid = clips[0].grid
+        features_BTPD = torch.stack([clip.features_TPD for clip in clips]).to(self._device)
+        flow_BTPC: Tensor = self.network.flow(self.network.motion(features_BTPD, grid), grid)
+        return flow_BTPC
+
+
+def flow_on_grid(flow_FHWC: Tensor, grid: Grid) -> Tensor:
+    """Brings flow between pixel frames to the tokens and time steps of a teacher.
+
+    A token gets the mean over its pixels, in units of its own width and height. Flows of the
+    frames between two time steps are summed: a teacher that sees every frame has one each; one with
+    tubelets of g frames, which leaves the first frame out, has g, from a tubelet's first frame to
+    the next one's. (MoAlign's rule is not known. A sum at one place follows no pixel; it is right
+    for motion that is smooth over a token.)
+
+    Args:
+        flow_FHWC: `(F-1, H, W, 2)` in pixels per frame, x then y, of a clip of F frames.
+        grid: (T, H, W) of the teacher's tokens.
+
+    Returns:
+        `(T-1, P, 2)` in token-grid units per time step.
+
+    Raises:
+        ValueError: the frames do not correspond.
+    """
+    gaps, pixels_H, pixels_W = flow_FHWC.shape[:3]
+    steps, tokens_H, tokens_W = grid
+    if steps == gaps + 1:
+        group, start = 1, 0
+    elif 0 < steps <= gaps and gaps % steps == 0:
+        group, start = gaps // steps, 1
+    else:
+        raise ValueError(f"flow of {gaps + 1} frames does not fit {steps} time steps")
+    used = flow_FHWC[start : start + group * (steps - 1)]
+    summed = used.reshape(steps - 1, group, *used.shape[1:]).sum(1)
+    pooled_TCHW = F.interpolate(summed.movedim(-1, 1), size=(tokens_H, tokens_W), mode="area")
+    tokens_TPC = pooled_TCHW.flatten(2).mT
+    return tokens_TPC * torch.tensor([tokens_W / pixels_W, tokens_H / pixels_H])

@@ -1,0 +1,183 @@
+"""Stage 1 of SARA: the saliency aligner learns where the entities of a clip are.
+
+Each clip is asked about once per entity, once for all of them and once for the background.
+Shape letters: B forwards, K forwards of one clip, T frames, P tokens per frame, L text tokens,
+D width of the teacher.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from alignlab.data.sample import Sample
+from alignlab.errors import UserError
+from alignlab.losses.grids import pool_masks
+from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig, saliency_bce
+from alignlab.losses.sara import info_nce
+from alignlab.losses.stage1_folder import Stage1Info
+from alignlab.randomness import derive_seed
+from alignlab.stage1.config import SaraStage1, Stage1Config
+from alignlab.stage1.info import stage1_info
+from alignlab.stage1.task import Stage1Task
+from alignlab.teachers import Teacher
+from alignlab.text_encoder import TextEncoder
+
+THRESHOLD = 0.5  # of the area under a mask that makes a token a target, and of saliency for IoU
+
+
+@dataclass(frozen=True)
+class SaraClip:
+    """A clip with its forwards: the entities, all of them, and the background if it is asked for.
+
+    Args:
+        key: of the sample.
+        features_TPD: the teacher's tokens.
+        texts: one per forward.
+        texts_KLD: their embeddings.
+        targets_KTP: 1 on the tokens that each text names, else 0.
+        entities: how many of the forwards are single entities; they come first.
+        caption: the full caption, which Stage 2 asks about.
+    """
+
+    key: str
+    features_TPD: Tensor
+    texts: tuple[str, ...]
+    texts_KLD: Tensor
+    targets_KTP: Tensor
+    entities: int
+    caption: str
+
+
+@final
+class SaraTask(Stage1Task[SaraClip]):
+    """Cross-entropy against masks plus InfoNCE from clip to text.
+
+    Args:
+        config: of the training; `stage1` is of kind `sara`.
+        teacher: gives the tokens.
+        text: embeds the phrases.
+        device: where the network goes.
+    """
+
+    network: SaliencyAligner
+
+    def __init__(
+        self, config: Stage1Config, teacher: Teacher, text: TextEncoder, device: torch.device
+    ) -> None:
+        assert isinstance(config.stage1, SaraStage1)
+        self._config, self._settings = config, config.stage1
+        self._teacher, self._text, self._device = teacher, text, device
+        if teacher.dim % config.stage1.heads:
+            raise UserError(
+                f"stage1.heads: {config.stage1.heads} does not divide the teacher's width, "
+                f"{teacher.dim}"
+            )
+        shape = SaliencyAlignerConfig(
+            teacher_dim=teacher.dim,
+            text_dim=text.dim,
+            depth_cross=config.stage1.depth_cross,
+            depth_self=config.stage1.depth_self,
+            heads=config.stage1.heads,
+            hidden=config.stage1.hidden,
+            embed_dim=config.stage1.embed_dim,
+            attention=config.stage1.attention,
+        )
+        seed = derive_seed(config.seed, "stage1-sara")
+        self.network = SaliencyAligner(shape, seed=seed).to(device)
+
+    def encode(self, sample: Sample) -> SaraClip:
+        """Teacher tokens, text embeddings and targets of one clip."""
+        if sample.masks_ETHW is None or not sample.entities:
+            raise UserError(
+                f"{sample.key}: has no entity masks, which SARA's Stage 1 learns from; add `masks` "
+                "and `entities` to the data set's metadata (docs/data.md)"
+            )
+        features = self._teacher.encode(sample.video_THWC[None], self._config.grid)
+        union_1THW = sample.masks_ETHW.any(0, keepdim=True)
+        texts, masks = (
+            [*sample.entities, ", ".join(sample.entities)],
+            [sample.masks_ETHW, union_1THW],
+        )
+        if self._settings.background is not None:
+            texts.append(self._settings.background)
+            masks.append(~union_1THW)
+        targets_KTP = pool_masks(torch.cat(masks), features.grid) > THRESHOLD
+        return SaraClip(
+            sample.key,
+            features.tokens_BTPD[0].cpu(),
+            tuple(texts),
+            self._text.encode(texts).cpu(),
+            targets_KTP.float(),
+            len(sample.entities),
+            sample.caption,
+        )
+
+    def loss(self, clips: Sequence[SaraClip]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy over forwards, plus InfoNCE over those with different texts.
+
+        Two forwards with the same text (the background of two clips) are no negatives of each
+        other, so only the first of them is in InfoNCE.
+        """
+        features_BTPD = torch.cat([c.features_TPD.expand(len(c.texts), -1, -1, -1) for c in clips])
+        texts_BLD = torch.cat([c.texts_KLD for c in clips]).to(self._device)
+        targets_BTP = torch.cat([c.targets_KTP for c in clips]).to(self._device)
+        output = self.network(features_BTPD.to(self._device), texts_BLD)
+        bce = saliency_bce(output.logits_BTP, targets_BTP).mean()
+        visual_BE, text_BE = self.network.embed(output, texts_BLD)
+        first = _first_of_each([text for clip in clips for text in clip.texts])
+        nce = info_nce(visual_BE[first], text_BE[first], self._settings.temperature).mean()
+        total = bce + self._settings.nce_weight * nce
+        terms = {"loss/total": total, "loss/bce": bce, "loss/info_nce": nce}
+        return total, {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def evaluate(self, clips: Iterable[SaraClip]) -> dict[str, float]:
+        """Intersection over union of saliency above 0.5 with the masks, mean over forwards.
+
+        `val/iou` is over entity phrases, `val/iou_union` what they would get from a network that
+        marks all entities whatever the phrase, `val/iou_foreground` and `val/iou_background` are
+        over the other forwards, and `val/iou_caption` compares what the full caption marks with
+        all entities: Stage 2 asks so, and no caption is in training.
+        """
+        found: dict[str, list[Tensor]] = {}
+        for clip in clips:
+            texts_BLD = torch.cat([clip.texts_KLD, self._text.encode([clip.caption]).cpu()])
+            features_BTPD = clip.features_TPD.expand(len(texts_BLD), -1, -1, -1)
+            logits_BTP = self.network(
+                features_BTPD.to(self._device), texts_BLD.to(self._device)
+            ).logits_BTP.cpu()
+            targets_BTP, n = clip.targets_KTP, clip.entities
+            union_1TP = targets_BTP[n, None]
+            marked_BTP = logits_BTP.sigmoid() > THRESHOLD
+            rows = {
+                "val/iou": mask_iou(marked_BTP[:n], targets_BTP[:n]),
+                "val/iou_union": mask_iou(union_1TP.expand(n, -1, -1), targets_BTP[:n]),
+                "val/iou_foreground": mask_iou(marked_BTP[n, None], union_1TP),
+                "val/iou_background": mask_iou(marked_BTP[n + 1 : -1], targets_BTP[n + 1 :]),
+                "val/iou_caption": mask_iou(marked_BTP[-1, None], union_1TP),
+                "val/bce": saliency_bce(logits_BTP[:-1], targets_BTP),
+            }
+            for name, values in rows.items():
+                found.setdefault(name, []).append(values)
+        joined = {name: torch.cat(values) for name, values in found.items()}
+        return {name: float(values.mean()) for name, values in joined.items() if len(values)}
+
+    def info(self) -> Stage1Info:
+        """What the aligner was trained on."""
+        model = self._config.model
+        assert model is not None
+        return stage1_info(self._config, self.network.config, text=model.path)
+
+
+def mask_iou(marked_BTP: Tensor, target_BTP: Tensor) -> Tensor:
+    """Intersection over union of each row's tokens, (B,); 1 where both are empty."""
+    marked_BN, target_BN = marked_BTP.bool().flatten(1), target_BTP.bool().flatten(1)
+    both_B, either_B = (marked_BN & target_BN).sum(1), (marked_BN | target_BN).sum(1)
+    return torch.where(either_B > 0, both_B / either_B.clamp(min=1), 1.0)
+
+
+def _first_of_each(texts: Sequence[str]) -> list[int]:
+    return [i for i, text in enumerate(texts) if text not in texts[:i]]

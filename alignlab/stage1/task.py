@@ -1,0 +1,69 @@
+"""What the training loop of Stage 1 asks of either kind of network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from alignlab.clip_cache import ClipCache
+from alignlab.data.sample import ClipDataset, Sample
+from alignlab.losses.motion_head import MotionHead
+from alignlab.losses.saliency_aligner import SaliencyAligner
+from alignlab.losses.stage1_folder import Stage1Info
+
+Clip = TypeVar("Clip")
+
+
+class Stage1Task(ABC, Generic[Clip]):
+    """A network, what it is trained to do and how well it does it. Concrete classes are final.
+
+    `Clip` is what the frozen models make of a sample, on the CPU.
+    """
+
+    network: SaliencyAligner | MotionHead
+
+    @abstractmethod
+    def encode(self, sample: Sample) -> Clip:
+        """Runs the frozen models on one clip.
+
+        Raises:
+            UserError: the data set lacks what the network learns from.
+        """
+
+    @abstractmethod
+    def loss(self, clips: Sequence[Clip]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and its terms by their names in the log."""
+
+    @abstractmethod
+    def evaluate(self, clips: Iterable[Clip]) -> dict[str, float]:
+        """Metrics on held-out clips, named `val/...`."""
+
+    @abstractmethod
+    def info(self) -> Stage1Info:
+        """What a Stage 2 recipe is checked against."""
+
+
+class TaskClips(Generic[Clip]):
+    """A data set as its task sees it.
+
+    Args:
+        task: encodes one clip at a time, so that a clip never depends on its neighbours.
+        dataset: where samples come from.
+        capacity: encoded clips kept in memory.
+    """
+
+    def __init__(self, task: Stage1Task[Clip], dataset: ClipDataset, capacity: int) -> None:
+        self._task = task
+        self._dataset = dataset
+        self._cache: ClipCache[Clip] = ClipCache(capacity)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Clip:
+        clip = self._cache.get(index)
+        if clip is None:
+            clip = self._task.encode(self._dataset[index])
+            self._cache.put(index, clip)
+        return clip

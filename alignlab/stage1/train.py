@@ -1,0 +1,178 @@
+"""One Stage 1 training: read it from top to bottom in `train_stage1`."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from alignlab.checkpoint import latest
+from alignlab.data.registry import build_dataset
+from alignlab.environment import describe_environment
+from alignlab.errors import UserError
+from alignlab.finite import FiniteWatch
+from alignlab.losses.stage1_folder import save_stage1
+from alignlab.memory import PeakMemory
+from alignlab.optim import set_learning_rate
+from alignlab.progress import step_progress
+from alignlab.quiet import quiet_libraries
+from alignlab.randomness import generator
+from alignlab.run import one_process
+from alignlab.run_folder import RunFolder, clear_leftovers, whole_folder, write_text
+from alignlab.stage1.checkpoint import Stage1State, restore, save
+from alignlab.stage1.config import Stage1Config
+from alignlab.stage1.moalign import MoAlignTask
+from alignlab.stage1.sara import SaraTask
+from alignlab.stage1.task import Stage1Task, TaskClips
+from alignlab.step_clock import StepClock
+from alignlab.teachers import load_teacher
+from alignlab.tracking import Tracker, read_rows
+from alignlab.wan import load_text_encoder
+
+
+@dataclass
+class Stage1Run:
+    """Everything that a training works with, built once from its recipe."""
+
+    config: Stage1Config
+    device: torch.device
+    task: Stage1Task[Any]
+    state: Stage1State
+    clips: TaskClips[Any]
+    val_clips: TaskClips[Any]
+
+
+@quiet_libraries()
+def train_stage1(config: Stage1Config) -> Path:
+    """Trains, or goes on with, `<output>/<name>`, and returns its subfolder `stage1`.
+
+    That is the folder that a Stage 2 recipe names. A finished training is returned as it is.
+
+    Raises:
+        UserError: the recipe cannot run here, or a loss stopped being finite.
+    """
+    folder = RunFolder.create(config)
+    if folder.read_result() is not None:
+        return folder.stage1
+    clear_leftovers(folder.checkpoints)
+    clear_leftovers(folder.path)
+    run = build_stage1(config)
+    found = latest(folder.checkpoints)
+    if found is not None:
+        restore(run.state, found)
+    environment = describe_environment()
+    write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
+    with (
+        Tracker(folder, config, start=run.state.step, environment=environment) as tracker,
+        PeakMemory(run.device) as memory,
+    ):
+        _train_steps(run, folder, tracker, memory, found)
+        finish(run, folder, tracker)
+    return folder.stage1
+
+
+def build_stage1(config: Stage1Config) -> Stage1Run:
+    """Loads the frozen models and the data of a recipe, and draws the network's weights."""
+    device = one_process("fp32").device
+    dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+    row = config.teacher
+    teacher = load_teacher(row.family, path=row.path, feature=row.feature, device=device)
+    task: Stage1Task[Any]
+    if config.stage1.kind == "sara":
+        assert config.model is not None
+        text = load_text_encoder(config.model.path, precision=config.model.precision, device=device)
+        task = SaraTask(config, teacher, text, device)
+    else:
+        task = MoAlignTask(config, teacher, device)
+    optimizer = torch.optim.AdamW(
+        task.network.parameters(),
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+    )
+    return Stage1Run(
+        config,
+        device,
+        task,
+        Stage1State(task.network, optimizer),
+        TaskClips(task, dataset, config.data.cache_clips),
+        TaskClips(task, val_dataset, 0),
+    )
+
+
+def _train_steps(
+    run: Stage1Run, folder: RunFolder, tracker: Tracker, memory: PeakMemory, found: Path | None
+) -> None:
+    """Steps from where the run stands to its last; `found` is the checkpoint that it stands on."""
+    config, state = run.config, run.state
+    watch, clock = FiniteWatch(run.device), StepClock(run.device)
+    with step_progress(config.name, total=config.steps, done=state.step) as advance:
+        note = ""
+        while state.step < config.steps:
+            clock.step_begins()
+            clips = step_clips(run)
+            clock.data_ready()
+            scalars = train_step(run, clips)
+            done = state.step
+            watch.check(done, scalars)
+            at_save = done == config.steps or done % config.checkpoint.every == 0
+            if at_save:
+                # a finite loss says nothing of the weights that its step left behind
+                watch.check(done, {"weights": get_total_norm(list(state.names))})
+            if at_save or done % config.tracking.log_every == 0:
+                watch.raise_if_broken(found)
+                values = {key: float(value) for key, value in scalars.items()}
+                values |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
+                tracker.log(done, values)
+                note = f"loss {values['loss/total']:.4f}"
+                if at_save:
+                    found = save(state, folder.checkpoints, keep=config.checkpoint.keep)
+                clock.restart()
+            advance(done, note)
+
+
+def step_clips(run: Stage1Run) -> list[Any]:
+    """The clips of the step's batch, drawn as those of a Stage 2 run are."""
+    config, step = run.config, run.state.step
+    rngs = [generator(config.seed, "clip", step, i) for i in range(config.optim.batch_size)]
+    return [run.clips[int(torch.randint(len(run.clips), (), generator=rng))] for rng in rngs]
+
+
+def train_step(run: Stage1Run, clips: list[Any]) -> dict[str, Tensor]:
+    """One optimizer step; returns its scalars, still on the device."""
+    state = run.state
+    set_learning_rate(state.optimizer, run.config, state.step)
+    loss, terms = run.task.loss(clips)
+    torch.autograd.backward(loss)
+    norm = clip_grad_norm_(list(state.names), run.config.optim.grad_clip)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    rate = state.optimizer.param_groups[0]["lr"]
+    return terms | {"grad/norm": norm, "lr": torch.tensor(rate, dtype=torch.float64)}
+
+
+def finish(run: Stage1Run, folder: RunFolder, tracker: Tracker) -> None:
+    """Measures the network, writes `stage1/`, and `result.json`, which marks the run as done."""
+    network = run.state.network.eval()
+    measured = range(min(run.config.stage1.val_clips, len(run.val_clips)))
+    metrics = run.task.evaluate(run.val_clips[i] for i in measured)
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise UserError(
+            f"the network is not finite after step {run.state.step}: lower optim.lr, "
+            f"and remove {folder.path} or choose another name"
+        )
+    rows = [row for row in read_rows(folder.metrics) if "time/step" in row]
+    metrics["time/step"] = statistics.median(row["time/step"] for row in rows)
+    metrics["memory/peak_mib"] = max(row["memory/peak_mib"] for row in rows)
+    metrics["params/network"] = float(sum(p.numel() for p in network.parameters()))
+    tracker.log(run.config.steps, metrics)
+    with whole_folder(folder.stage1) as written:
+        save_stage1(written, run.task.network, run.task.info())
+    result = {"steps": run.config.steps, "metrics": metrics}
+    write_text(folder.result, json.dumps(result, indent=1))

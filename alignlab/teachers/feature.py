@@ -1,0 +1,106 @@
+"""Which output of a teacher is its feature, and how wide and how fine that is.
+
+Shape letters: N images or clips, L tokens of one, D width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from alignlab.errors import UserError
+from alignlab.teachers.table import parse_feature
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a teacher gives.
+
+    Args:
+        name: as in the recipe.
+        dim: width D.
+        stride: pixels of a frame per patch, in each direction.
+        multiple: of how many pixels the height and the width of a frame must be multiples.
+        hidden_states: the model has to return those of its blocks.
+        read: takes the feature, (N, L, D), from the model's output.
+    """
+
+    name: str
+    dim: int
+    stride: int
+    multiple: int
+    hidden_states: bool
+    read: Callable[[Any], Tensor]
+
+
+def find_feature(model: Any, family: str, name: str) -> Feature:
+    """Looks a feature up in a model.
+
+    Args:
+        model: of a transformers class of the family.
+        family: row of `TEACHERS`.
+        name: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
+            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, counted from 1).
+
+    Raises:
+        UserError: the model has no such feature.
+    """
+    try:
+        kind, number = parse_feature(family, name)
+    except ValueError as error:
+        raise UserError(f"teachers feature: {error}") from None
+    if kind == "stage:k":
+        return _hiera_stage(model.config, name, number)
+    if kind == "post_norm":
+        # transformers builds VideoMAE without its norm if a classifier is to average the tokens
+        if getattr(model, "layernorm", model) is None:
+            raise UserError(
+                "teachers feature: this model has no final norm (use_mean_pooling in its "
+                "config.json): use pre_norm"
+            )
+        return _of_blocks(model.config, name, None)
+    count = int(model.config.num_hidden_layers)
+    if kind == "pre_norm":
+        number = count - 1
+    if number >= count:
+        raise UserError(f"teachers feature: no {name}; the model has 0 to {count - 1}")
+    return _of_blocks(model.config, name, number)
+
+
+def _of_blocks(config: Any, name: str, block: int | None) -> Feature:
+    """Tokens of a plain vision transformer; block None is after the final norm."""
+
+    def read(out: Any) -> Tensor:
+        # hidden_states begins with the embedding and, for the models of the table, ends before
+        # the final norm
+        tokens_NLD: Tensor = (
+            out.last_hidden_state if block is None else out.hidden_states[block + 1]
+        )
+        return tokens_NLD
+
+    patch = int(config.patch_size)
+    return Feature(name, int(config.hidden_size), patch, patch, block is not None, read)
+
+
+def _hiera_stage(config: Any, name: str, stage: int) -> Feature:
+    """Output of a stage; each of the first few stages after the first halves the resolution.
+
+    Hiera tiles one learned window of position embeddings over its first stage, and pools whole
+    windows, so that the frame must be a multiple of that window and of the coarsest patch: of 32
+    pixels in every released model.
+    """
+    stages = len(config.blocks_per_stage)
+    if stage > stages:
+        raise UserError(f"teachers feature: no {name}; the model has stages 1 to {stages}")
+    patch, pool = int(config.patch_stride[0]), int(config.query_stride[0])
+    pools = int(config.num_query_pool_stages)
+    multiple = math.lcm(patch * int(config.window_size_per_stage[0]), patch * pool**pools)
+
+    def read(out: Any) -> Tensor:
+        stage_NHWD: Tensor = out.intermediate_hidden_states[stage - 1]
+        return stage_NHWD.flatten(1, 2)
+
+    stride = patch * pool ** min(stage - 1, pools)
+    return Feature(name, int(config.embed_dim_per_stage[stage - 1]), stride, multiple, False, read)

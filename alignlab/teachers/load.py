@@ -1,0 +1,132 @@
+"""Loads a teacher from a transformers folder, a shipped asset or a hub id."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignlab.config_data import unknown_name
+from alignlab.errors import UserError
+from alignlab.hub import local_folder
+from alignlab.teachers import videomae_v2
+from alignlab.teachers.table import TEACHERS, TeacherRow
+from alignlab.teachers.teacher import Teacher
+
+
+def load_teacher(
+    family: str,
+    *,
+    path: str | None = None,
+    feature: str | None = None,
+    grid: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    slice_size: int = 16,
+) -> Teacher:
+    """Loads a teacher: bf16 on a GPU, fp32 on a CPU.
+
+    Args:
+        family: row of `TEACHERS`.
+        path: transformers folder, shipped asset or hub id; None takes the row's. Of a larger model
+            (SAM 2) only the part that is run is loaded.
+        feature: see `Teacher`; None takes the row's.
+        grid: see `Teacher`.
+        device: where it runs.
+        slice_size: frames per forward pass.
+
+    Raises:
+        UserError: no such family, folder or feature, or a model of another family.
+    """
+    if family not in TEACHERS:
+        raise UserError(f"teachers: {unknown_name('family', family, TEACHERS)}")
+    row = TEACHERS[family]
+    folder = local_folder(
+        path or row.path,
+        setting=f"teachers ({family}) path",
+        marker="config.json",
+        patterns=["*.json", "*.safetensors"],
+    )
+    model_type = str(_read_config(folder).get("model_type"))
+    if model_type not in row.classes:
+        raise UserError(
+            f"teachers: {folder} holds a {model_type} model, family {family} loads "
+            f"{', '.join(row.classes)}"
+        )
+    device = torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
+    return Teacher(model, family, feature or row.feature, grid=grid, slice_size=slice_size)
+
+
+def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) -> Any:
+    """The model that the row runs; weights of the folder that it does not have are left alone."""
+    import transformers
+
+    model_class = getattr(transformers, row.classes[model_type])
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    if model_type in videomae_v2.MODEL_TYPES:
+        config = model_class.config_class(**videomae_v2.config_values(_read_config(folder)))
+        source = {
+            "pretrained_model_name_or_path": None,
+            "state_dict": videomae_v2.weights(folder),
+        }
+    else:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    for name in row.part:
+        config = getattr(config, name, config)
+    try:
+        with _no_load_report():
+            model, info = model_class.from_pretrained(
+                **source,
+                config=config,
+                key_mapping={row.part_prefix: ""} if row.part_prefix else None,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # judged below
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except OSError as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"teachers: cannot load {folder}: {reason}") from error
+    _check_weights(folder, row, model, info)
+    return model
+
+
+def _check_weights(folder: Path, row: TeacherRow, model: Any, info: dict[str, Any]) -> None:
+    """Refuses a folder whose weights are not those of the model that is run."""
+    lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    missing = sorted(key for key in lacking if not re.search(row.unread, key))
+    if missing:
+        raise UserError(f"teachers: {folder} lacks {len(missing)} weights, e.g. {missing[0]}")
+    # More weights in a module than it has: another architecture under the same name.
+    modules = {name for name, _ in model.named_children() if not re.search(row.unread, f"{name}.")}
+    foreign = sorted(key for key in info["unexpected_keys"] if key.split(".", 1)[0] in modules)
+    if foreign:
+        raise UserError(
+            f"teachers: {folder} has {len(foreign)} weights that {type(model).__name__} does not "
+            f"know, e.g. {foreign[0]}"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"teachers: {folder}/config.json is no JSON: {error}") from None
+    return config if isinstance(config, dict) else {}
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Silences transformers' table of the weights of the parts that are not run."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)

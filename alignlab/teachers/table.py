@@ -1,0 +1,125 @@
+"""Families of teachers: everything that is known of each, as data. Imports no torch."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+Triple = tuple[float, float, float]
+Positions = Literal["model", "table", "rope"]
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """One family of teachers.
+
+    Args:
+        classes: transformers class by the `model_type` in the model's config.json.
+        path: used when a recipe names none: hub id or shipped asset.
+        feature: used when a recipe names none.
+        features: which kinds of feature there are (see `Teacher`).
+        mean, std: normalisation of pixels that were scaled to 0..1.
+        resize: filter, with antialiasing, for frames that do not have the asked size already.
+        class_tokens: tokens before the patches, besides the `num_register_tokens` that the
+            model's config counts.
+        video: the model takes whole clips in tubelets (`tubelet_size` of its config), not frames.
+        positions: who fits position embeddings to the grid: the model, or `positions.py`.
+        input_name: what the model calls its pixels.
+        options: further arguments of its forward pass.
+        part: where the model that is run lies in a larger one: attributes of the larger config.
+        part_prefix: what the names of its weights then begin with, a regular expression.
+        unread: weights that the features do not depend on and that may be missing, likewise.
+    """
+
+    classes: dict[str, str]
+    path: str
+    feature: str
+    features: tuple[str, ...] = ("pre_norm", "post_norm", "layer:k")
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    class_tokens: int = 1
+    video: bool = False
+    positions: Positions = "model"
+    input_name: str = "pixel_values"
+    options: dict[str, bool] = field(default_factory=dict)
+    part: tuple[str, ...] = ()
+    part_prefix: str = ""
+    unread: str = r"mask_token$"
+
+
+_DINOV2 = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+# The same image encoder lies in the image model, the video model, and by itself.
+_SAM2 = ("sam2", "sam2_video", "sam2_vision_model", "sam2_hiera_det_model")
+
+# Every family normalises with ImageNet's mean and deviation: transformers' image processors of
+# DINOv2, DINOv3, SAM 2 and V-JEPA 2 by default, the released VideoMAE checkpoints by their
+# preprocessor_config.json (their processor's own default is 0.5), and the code of REPA, RefAlign
+# and VideoREPA. None crops here, and none resizes to its training size: frames get the size that
+# gives the asked number of patches.
+TEACHERS: dict[str, TeacherRow] = {
+    # REPA: after the final norm, bicubic.
+    "dinov2": TeacherRow(_DINOV2, path="facebook/dinov2-base", feature="post_norm"),
+    # RefAlign's code: before the final norm, frames not resized.
+    "dinov3": TeacherRow(
+        {"dinov3_vit": "DINOv3ViTModel"},
+        path="facebook/dinov3-vitl16-pretrain-lvd1689m",
+        feature="pre_norm",
+    ),
+    # Align4Gen: the third stage of the Hiera backbone, one patch per 16 pixels; its size and its
+    # resolution were not found. Resized like SAM 2's images.
+    "sam2": TeacherRow(
+        dict.fromkeys(_SAM2, "Sam2HieraDetModel"),
+        path="facebook/sam2.1-hiera-large",
+        feature="stage:3",
+        features=("stage:k",),
+        resize="bilinear",
+        class_tokens=0,
+        part=("vision_config", "backbone_config"),
+        part_prefix=r"^(vision_encoder\.)?backbone\.",
+    ),
+    # VideoREPA's code: the last block of a VideoMAEv2-B without final norm, bicubic (there without
+    # antialiasing). Original VideoMAE V2 folders load too; the one on the hub, which VideoREPA did
+    # not use, is OpenGVLab/VideoMAEv2-Base.
+    "videomae": TeacherRow(
+        {"videomae": "VideoMAEModel", "VideoMAEv2_Base": "VideoMAEModel"},
+        path="MCG-NJU/videomae-base",
+        feature="pre_norm",
+        class_tokens=0,
+        video=True,
+        positions="table",
+    ),
+    # SARA: output features of V-JEPA 2.1 ViT-G; transformers has V-JEPA 2.0 alone, of which this is
+    # the largest at the same resolution. Resized like V-JEPA 2's videos.
+    "vjepa2": TeacherRow(
+        {"vjepa2": "VJEPA2Model"},
+        path="facebook/vjepa2-vitg-fpc64-384",
+        feature="post_norm",
+        resize="bilinear",
+        class_tokens=0,
+        video=True,
+        positions="rope",
+        input_name="pixel_values_videos",
+        options={"skip_predictor": True},
+        unread=r"^predictor\.",
+    ),
+    "tiny-dino": TeacherRow(_DINOV2, path="assets/tiny-dino", feature="post_norm"),
+}
+
+
+def parse_feature(family: str, feature: str) -> tuple[str, int]:
+    """Splits `stage:3` into kind and number; the number of `pre_norm` and `post_norm` is 0.
+
+    Raises:
+        ValueError: the family has no such feature.
+    """
+    kinds = TEACHERS[family].features
+    match = re.fullmatch(r"(\w+?)(?::(\d+))?", feature)
+    kind, number = (match[1], match[2]) if match else ("", None)
+    kind = kind if number is None else f"{kind}:k"
+    if kind not in kinds or (kind == "stage:k" and not int(number or 0)):
+        known = ", ".join(kinds)
+        raise ValueError(f"{feature!r} is not a feature of {family}: {known} (k a number)")
+    return kind, int(number or 0)

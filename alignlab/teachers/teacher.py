@@ -1,0 +1,137 @@
+"""Teachers: frozen vision foundation models that turn frames or clips into patch features.
+
+Shape letters: B batch, T frames, P patches per frame, D width, H height, W width, C channels,
+N images or clips of one forward pass, L tokens of one.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignlab.errors import UserError
+from alignlab.losses.objective import Features, Grid
+from alignlab.teachers.feature import find_feature
+from alignlab.teachers.positions import position_fitter
+from alignlab.teachers.table import TEACHERS
+
+
+class Teacher:
+    """A frozen model with its preprocessing.
+
+    Args:
+        model: of a transformers class of the family.
+        family: row of `TEACHERS`.
+        feature: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
+            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, from 1).
+        grid: of patches (H, W) that the harness asks for on video frames; None: the student's.
+        slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
+            video family takes at least one whole clip.
+
+    Raises:
+        UserError: there is no such feature.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        family: str,
+        feature: str,
+        *,
+        grid: tuple[int, int] | None = None,
+        slice_size: int = 16,
+    ) -> None:
+        self._model = model
+        self._family = family
+        self._row = TEACHERS[family]
+        self._slice_size = slice_size
+        self.grid = grid
+        self._feature = find_feature(model, family, feature)
+        self._fit_positions = position_fitter(model, self._row.positions)
+        self._fitted: Grid | None = None
+        self._num_prefix = self._row.class_tokens + int(
+            getattr(model.config, "num_register_tokens", 0)
+        )
+        self.tubelet = int(model.config.tubelet_size) if self._row.video else 1
+        self.dim = self._feature.dim
+        self.patch_size = self._feature.stride
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it sees whole clips, and leaves their first frame out."""
+        return self._row.video
+
+    @torch.no_grad()
+    def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:
+        """Patch features of uint8 frames, fp32, on a grid of the asked size.
+
+        Frames are resized to `grid * patch_size` pixels, so that the features need no
+        interpolation: 480x832 frames for a 30x52 grid and patch 16 stay as they are (RefAlign),
+        256x256 frames for 16x16 and patch 14 become 224x224 (REPA).
+
+        An image family gives T frames of features. A video family drops the first frame, which a
+        causal video VAE encodes by itself (VideoREPA's code), and gives one per tubelet: 2k for
+        1 + 4k frames and tubelets of 2.
+
+        Raises:
+            UserError: the grid or the number of frames does not suit the model.
+        """
+        if frames_BTHWC.dtype != torch.uint8 or frames_BTHWC.ndim != 5:
+            raise ValueError(
+                f"expected uint8 (B, T, H, W, C) frames, got {frames_BTHWC.dtype} "
+                f"{tuple(frames_BTHWC.shape)}"
+            )
+        batch, frames = frames_BTHWC.shape[:2]
+        size = self._frame_size(grid_HW)
+        if self.is_video:
+            frames = self._tubelets(frames)
+            passes = frames_BTHWC[:, 1:].split(max(1, self._slice_size // (frames * self.tubelet)))
+        else:
+            passes = frames_BTHWC.flatten(0, 1)[:, None].split(self._slice_size)
+        grid = (frames, *grid_HW)
+        if self._fitted != grid:
+            self._fit_positions(grid)
+            self._fitted = grid
+        tokens_NLD = torch.cat([self._forward(clips, size) for clips in passes])
+        return Features(tokens_NLD.reshape(batch, frames, -1, self.dim), grid)
+
+    def _forward(self, clips_NTHWC: Tensor, size: tuple[int, int]) -> Tensor:
+        device = self._model.device
+        pixels = clips_NTHWC.to(device).flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode=self._row.resize, antialias=True)
+            pixels = pixels.clamp(0.0, 1.0)
+        mean = torch.tensor(self._row.mean, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(self._row.std, device=device).view(1, 3, 1, 1)
+        pixels = ((pixels - mean) / std).to(self._model.dtype)
+        if self.is_video:
+            pixels = pixels.unflatten(0, clips_NTHWC.shape[:2])
+        with torch.autocast(device.type, enabled=False):
+            out = self._model(
+                **{self._row.input_name: pixels},
+                output_hidden_states=self._feature.hidden_states,
+                **self._row.options,
+            )
+        return self._feature.read(out)[:, self._num_prefix :].float()
+
+    def _frame_size(self, grid_HW: tuple[int, int]) -> tuple[int, int]:
+        """Pixels of a frame that give the asked grid."""
+        stride, multiple = self._feature.stride, self._feature.multiple
+        height, width = (count * stride for count in grid_HW)
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"teachers ({self._family}): {self._feature.name} needs a token grid whose sides "
+                f"are multiples of {multiple // stride}, not {grid_HW[0]}x{grid_HW[1]}: set "
+                "teachers.<alias>.grid or change data.size"
+            )
+        return height, width
+
+    def _tubelets(self, frames: int) -> int:
+        """Counts the tubelets after a clip's first frame."""
+        if frames <= 1 or (frames - 1) % self.tubelet:
+            raise UserError(
+                f"teachers ({self._family}): a video teacher needs clips of 1 + {self.tubelet}n "
+                f"frames, not {frames}: change data.frames, or take an image teacher"
+            )
+        return (frames - 1) // self.tubelet

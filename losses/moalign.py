@@ -1,0 +1,157 @@
+"""MoAlign (arXiv 2510.19022): video tokens relate to each other as a teacher's motion does.
+
+The teacher's tokens go through a frozen motion head (Stage 1), which keeps of them what explains
+optical flow.
+Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_means, relation_distance
+from alignlab.losses.grids import Side, common_grid
+from alignlab.losses.objective import (
+    NO_CONTEXT,
+    Context,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Terms,
+    Tokens,
+)
+from alignlab.losses.projector import REPA_HIDDEN, project
+from alignlab.losses.stage1_folder import load_stage1
+
+
+def motion_relation_loss(
+    student_BTPD: Tensor, motion_BTPD: Tensor, *, tau: float = 10.0, impl: Impl = "auto"
+) -> Tensor:
+    """Computes `spatial + temporal` for each sample, (B,), >= 0.
+
+    Both are means of `|cos among student - cos among motion|`, over all pairs of tokens of one
+    frame and over all pairs of different frames; the latter are multiplied by
+    `exp(-frames apart / tau)` and divided by their number, not by the sum of these weights. No
+    gradient reaches the motion.
+
+    Args:
+        student_BTPD: student tokens; their width need not be that of the motion space.
+        motion_BTPD: motion tokens at the same places.
+        tau: 10.0 (paper).
+        impl: see `alignlab.kernels.relation.relation_distance`.
+
+    Raises:
+        ValueError: shapes do not fit, `tau` is not above 0, or `impl` cannot run.
+    """
+    means = _means(student_BTPD, motion_BTPD, tau, impl)
+    return means.spatial + means.temporal
+
+
+def _means(student_BTPD: Tensor, motion_BTPD: Tensor, tau: float, impl: Impl) -> Relation:
+    relation = relation_distance(student_BTPD, motion_BTPD, tau=tau, impl=impl)
+    _, frames, tokens, _ = student_BTPD.shape
+    return plain_means(relation, frames, tokens, tau)
+
+
+class MoAlignConfig(ObjectiveConfig):
+    """Settings of MoAlign's Stage 2.
+
+    Args:
+        blocks: (17,), the paper's block 18; several blocks are averaged.
+        weight: 0.5 (paper).
+        tau: decay over frames of the temporal part, 10.0 (paper).
+        head: folder of the Stage 1 network; `alignlab stage1 moalign` makes one.
+        grid: whose token grid is used: "teacher" resamples the student (ours), "student" averages
+            and resamples the motion, which makes fewer tokens of an image teacher's many.
+        projector_dim: hidden width of the projectors, 2048 (ours; the paper says 4 layers).
+    """
+
+    name: Literal["moalign"] = "moalign"
+    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    blocks: tuple[int, ...] = (17,)
+    teacher: str
+    tau: float = Field(default=10.0, gt=0.0, allow_inf_nan=False)
+    head: str = Field(min_length=1)
+    grid: Side = "teacher"
+    projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+
+
+@final
+class MoAlign(Objective):
+    """Difference of the similarities among video tokens from those among the teacher's motion.
+
+    One projector per block; blocks are averaged. The motion comes from a frozen Stage 1 network.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = MoAlignConfig
+    tokens: ClassVar[Literal["video", "reference"]] = "video"
+    paper: ClassVar[str] = "2510.19022"
+
+    def __init__(
+        self,
+        config: MoAlignConfig,
+        *,
+        student_dim: int,
+        teacher_dims: Mapping[str, int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config: MoAlignConfig = config
+        self.head, info = load_stage1(Path(config.head), "moalign")
+        width = teacher_dims[config.teacher]
+        if info.teacher_dim != width:
+            raise ValueError(
+                f"{config.head} reads teacher tokens of width {info.teacher_dim}, "
+                f"{config.teacher} has {width}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        self.projectors = nn.ModuleDict(
+            {
+                f"block_{block}": deep_projector(
+                    student_dim, self.head.config.width, config.projector_dim, generator
+                )
+                for block in config.blocks
+            }
+        )
+
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
+        config, features = self.config, teacher[self.config.teacher]
+        with torch.no_grad():
+            motion_BTPD = self.head.motion(features.tokens_BTPD, features.grid)
+        per_block = []
+        for block in config.blocks:
+            tapped = student[block]
+            student_BTPD, target_BTPD = common_grid(
+                project(self.projectors[f"block_{block}"], tapped.tokens_BND),
+                tapped.grid,
+                motion_BTPD,
+                features.grid,
+                config.grid,
+            )
+            per_block.append(_means(student_BTPD, target_BTPD, config.tau, "auto"))
+        mean = mean_relation(per_block)
+        parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
+        return Terms(mean.spatial + mean.temporal, parts)
+
+
+def deep_projector(
+    student_dim: int, width: int, hidden: int, generator: torch.Generator
+) -> nn.Sequential:
+    """Builds four linear layers with SiLU between them; weights drawn as for `repa_projector`."""
+    layers: list[nn.Module] = []
+    for into, out in pairwise((student_dim, hidden, hidden, hidden, width)):
+        linear = nn.Linear(into, out, device="meta").to_empty(device="cpu")
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.SiLU()]
+    return nn.Sequential(*layers[:-1])

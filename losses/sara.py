@@ -1,0 +1,235 @@
+"""SARA (arXiv 2605.07800): token relations, counted where the text says that something is.
+
+Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width, L text tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor, nn
+
+from alignlab.kernels.cosine import accumulation_dtype, unit
+from alignlab.kernels.relation import Impl, Routing, mean_relation, relation_distance
+from alignlab.losses.grids import Side, common_grid, match_grid, pool_masks
+from alignlab.losses.objective import (
+    NO_CONTEXT,
+    Context,
+    Features,
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Terms,
+    Tokens,
+)
+from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
+from alignlab.losses.saliency_aligner import SaliencyAligner
+from alignlab.losses.stage1_folder import load_stage1
+
+
+def routed_relation_loss(
+    student_BTPD: Tensor,
+    teacher_BTPD: Tensor,
+    saliency_BTP: Tensor,
+    *,
+    routing: Routing = "or",
+    tau: float = math.inf,
+    temporal_weight: float = 1.0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Computes `spatial + temporal_weight * temporal` for each sample, (B,), >= 0.
+
+    Both are saliency-weighted means of `|cos among student - cos among teacher|`, over pairs of
+    tokens of one frame and of different frames. No gradient reaches teacher or saliency.
+
+    Args:
+        student_BTPD: student tokens; their width need not be the teacher's.
+        teacher_BTPD: teacher tokens at the same places.
+        saliency_BTP: in [0, 1], how much a token shows what the text names.
+        routing: how the saliencies of two tokens become the weight of the pair: "or" (paper),
+            "and", "xor", or "uniform", which reads no saliency (VideoREPA without margin).
+        tau: decay over frames of the temporal weights; infinity, so none, in the paper.
+        temporal_weight: 1.0 (paper).
+        impl: see `alignlab.kernels.relation.relation_distance`.
+
+    Raises:
+        ValueError: shapes do not fit, a setting has no meaning, or `impl` cannot run.
+    """
+    relation = relation_distance(
+        student_BTPD,
+        teacher_BTPD,
+        saliency_BTP=saliency_BTP,
+        routing=routing,
+        tau=tau,
+        impl=impl,
+    )
+    return relation.spatial + temporal_weight * relation.temporal
+
+
+def info_nce(visual_BD: Tensor, text_BD: Tensor, temperature: float = 0.07) -> Tensor:
+    """Computes how badly each clip picks its own text among the batch's, (B,), >= 0.
+
+    `-log softmax_j(cos(visual_i, text_j) / temperature)` at j = i: one direction, and every other
+    row is a negative (SARA's Stage 1). The gradient reaches both sides. Computed in float32
+    (float64 from float64) whatever the input dtype.
+
+    Args:
+        visual_BD: one vector per clip and text.
+        text_BD: the texts' own vectors, in the same order.
+        temperature: 0.07 (paper).
+
+    Raises:
+        ValueError: the two shapes differ.
+    """
+    if visual_BD.shape != text_BD.shape or visual_BD.ndim != 2:
+        raise ValueError(
+            f"visual {tuple(visual_BD.shape)} and text {tuple(text_BD.shape)} are not (B, D) alike"
+        )
+    dtype = accumulation_dtype(visual_BD, text_BD)
+    with torch.autocast(visual_BD.device.type, enabled=False):
+        logits_BB = unit(visual_BD, dtype) @ unit(text_BD, dtype).mT / temperature
+    return logits_BB.logsumexp(1) - logits_BB.diagonal()
+
+
+def _no_decay(tau: object) -> object:
+    return None if tau in (math.inf, "inf", ".inf") else tau
+
+
+class SaraConfig(ObjectiveConfig):
+    """Settings of SARA's Stage 2.
+
+    Args:
+        blocks: (17,), the paper's layer 18; several blocks are averaged.
+        weight: 0.5 (paper).
+        routing: "or" (paper), "and", "xor" or "uniform"; see `routed_relation_loss`.
+        tau: decay over frames, or None (or infinity) for no decay (paper).
+        temporal_weight: 1.0 (paper).
+        saliency: "aligner" asks a frozen Stage 1 network about the full caption (paper); "masks"
+            takes the data set's masks of all entities. Routing "uniform" reads neither.
+        aligner: folder of that Stage 1 network; `alignlab stage1 sara` makes one.
+        grid: whose token grid is used: "teacher" resamples the student (ours: that is where the
+            saliency lives), "student" averages and resamples teacher and saliency, which makes
+            fewer tokens of an image teacher's many.
+        projector_dim: hidden width of the projectors, 2048 (ours: REPA's; the paper gives none).
+    """
+
+    name: Literal["sara"] = "sara"
+    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    blocks: tuple[int, ...] = (17,)
+    teacher: str
+    routing: Routing = "or"
+    tau: Annotated[float | None, BeforeValidator(_no_decay)] = Field(
+        default=None, gt=0.0, allow_inf_nan=False
+    )
+    temporal_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    saliency: Literal["aligner", "masks"] = "aligner"
+    aligner: str | None = None
+    grid: Side = "teacher"
+    projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+
+    @model_validator(mode="after")
+    def _aligner_is_there_where_it_is_read(self) -> Self:
+        if self.saliency == "masks" and self.aligner is not None:
+            raise ValueError("saliency is masks, so `aligner` is never read: leave one of them out")
+        if self.saliency == "aligner" and not self.aligner and self.routing != "uniform":
+            raise ValueError(
+                "saliency is aligner: name the Stage 1 folder in `aligner` (`alignlab stage1 sara` "
+                "makes one), or set saliency=masks"
+            )
+        return self
+
+
+@final
+class Sara(Objective):
+    """VideoREPA's relations, each pair of tokens counted by what the caption names.
+
+    One projector per block; blocks are averaged. The saliency comes from a frozen Stage 1 network
+    or from masks.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = SaraConfig
+    tokens: ClassVar[Literal["video", "reference"]] = "video"
+    paper: ClassVar[str] = "2605.07800"
+
+    def __init__(
+        self,
+        config: SaraConfig,
+        *,
+        student_dim: int,
+        teacher_dims: Mapping[str, int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config: SaraConfig = config
+        generator = torch.Generator().manual_seed(seed)
+        width = teacher_dims[config.teacher]
+        self.projectors = nn.ModuleDict(
+            {
+                f"block_{block}": repa_projector(
+                    student_dim, width, config.projector_dim, generator
+                )
+                for block in config.blocks
+            }
+        )
+        self.aligner: SaliencyAligner | None = None
+        if config.aligner is not None and config.routing != "uniform":
+            self.aligner, info = load_stage1(Path(config.aligner), "sara")
+            if info.teacher_dim != width:
+                raise ValueError(
+                    f"{config.aligner} reads teacher tokens of width {info.teacher_dim}, "
+                    f"{config.teacher} has {width}"
+                )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        if self.config.routing == "uniform":
+            return frozenset()
+        return frozenset(["masks" if self.config.saliency == "masks" else "text"])
+
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
+        config, features = self.config, teacher[self.config.teacher]
+        saliency_BTP = self._saliency(features, context)
+        per_block = []
+        for block in config.blocks:
+            tapped = student[block]
+            student_BTPD, teacher_BTPD = common_grid(
+                project(self.projectors[f"block_{block}"], tapped.tokens_BND),
+                tapped.grid,
+                features.tokens_BTPD,
+                features.grid,
+                config.grid,
+            )
+            weight_BTP = saliency_BTP
+            if weight_BTP is not None and config.grid == "student":
+                weight_BTP = match_grid(weight_BTP[..., None], features.grid, tapped.grid)[..., 0]
+            per_block.append(
+                relation_distance(
+                    student_BTPD,
+                    teacher_BTPD,
+                    saliency_BTP=weight_BTP,
+                    routing=config.routing,
+                    tau=math.inf if config.tau is None else config.tau,
+                )
+            )
+        mean = mean_relation(per_block)
+        parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
+        return Terms(mean.spatial + config.temporal_weight * mean.temporal, parts)
+
+    @torch.no_grad()
+    def _saliency(self, features: Features, context: Context) -> Tensor | None:
+        """What the text names, (B, T, P) on the teacher's grid; None where nothing reads it."""
+        if self.config.routing == "uniform":
+            return None
+        if self.aligner is None:
+            assert context.masks_BTHW is not None  # `needs` asks for them
+            return pool_masks(context.masks_BTHW, features.grid)
+        assert context.text_BLD is not None
+        return self.aligner.saliency(features.tokens_BTPD, context.text_BLD)

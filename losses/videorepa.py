@@ -1,0 +1,183 @@
+"""VideoREPA (arXiv 2505.23656): video tokens relate to each other as a frozen video model's do.
+
+Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width; H, W token grid.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_means, relation_distance
+from alignlab.losses.grids import Side, common_grid, drops_first_frame
+from alignlab.losses.objective import (
+    NO_CONTEXT,
+    Context,
+    Features,
+    Objective,
+    ObjectiveConfig,
+    Terms,
+    Tokens,
+)
+from alignlab.losses.projector import REPA_HIDDEN, project, project_frames, repa_projector
+
+Reduction = Literal["joint", "sum"]
+
+
+def token_relation_loss(
+    student_BTPD: Tensor,
+    teacher_BTPD: Tensor,
+    *,
+    margin: float = 0.1,
+    reduction: Reduction = "joint",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Computes the token relation distillation loss of each sample, (B,), >= 0.
+
+    The mean over pairs of tokens of `[ |cos among student - cos among teacher| - margin ]_+`. Only
+    relations count: the loss does not change when tokens are scaled one by one, or all are rotated
+    together. No gradient reaches the teacher.
+
+    Args:
+        student_BTPD: student tokens; their width need not be the teacher's.
+        teacher_BTPD: teacher tokens at the same places.
+        margin: difference of two cosines that is free of charge, 0.1 (paper and code).
+        reduction: "joint" takes one mean over all pairs of the clip (released code); "sum" adds the
+            mean over pairs of one frame and the mean over pairs of different frames (paper), which
+            counts pairs of one frame about T times as much.
+        impl: see `alignlab.kernels.relation.relation_distance`.
+
+    Raises:
+        ValueError: shapes do not fit, a setting has no meaning, or `impl` cannot run.
+    """
+    return _reduced(_means(student_BTPD, teacher_BTPD, margin, impl), reduction)
+
+
+def _means(student_BTPD: Tensor, teacher_BTPD: Tensor, margin: float, impl: Impl) -> Relation:
+    relation = relation_distance(student_BTPD, teacher_BTPD, margin=margin, impl=impl)
+    _, frames, tokens, _ = student_BTPD.shape
+    return plain_means(relation, frames, tokens)
+
+
+def _reduced(means: Relation, reduction: Reduction) -> Tensor:
+    match reduction:
+        case "joint":
+            return means.joint
+        case "sum":
+            return means.spatial + means.temporal
+    raise ValueError(f"unknown reduction {reduction!r}: choose joint, sum")
+
+
+class VideoRepaConfig(ObjectiveConfig):
+    """Settings of VideoREPA.
+
+    Args:
+        blocks: (17,), the paper's depth 18; several blocks are averaged.
+        weight: 0.5 (paper and code).
+        margin: 0.1 (paper and code).
+        reduction: "joint" (code) or "sum" (paper); see `token_relation_loss`.
+        first_frame: "drop" leaves the first latent frame out (code); "keep" needs a teacher that
+            saw the first frame by itself.
+        pool: side of the square of student tokens that a learned convolution makes one of, after
+            the projector (code: 3). 1 leaves it out.
+        grid: whose token grid is used: "teacher" resamples the (pooled) student (code), "student"
+            averages and resamples the teacher, which makes fewer tokens of an image teacher's many.
+        projector_dim: hidden width of the projectors, 2048 (code).
+    """
+
+    name: Literal["videorepa"] = "videorepa"
+    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    blocks: tuple[int, ...] = (17,)
+    teacher: str
+    margin: float = Field(default=0.1, ge=0.0, le=2.0)
+    reduction: Reduction = "joint"
+    first_frame: Literal["drop", "keep"] = "drop"
+    pool: int = Field(default=1, ge=1)
+    grid: Side = "teacher"
+    projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+
+
+@final
+class VideoRepa(Objective):
+    """Difference of the similarities among video tokens from those among the teacher's.
+
+    One projector per block; blocks are averaged.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = VideoRepaConfig
+    tokens: ClassVar[Literal["video", "reference"]] = "video"
+    paper: ClassVar[str] = "2505.23656"
+
+    def __init__(
+        self,
+        config: VideoRepaConfig,
+        *,
+        student_dim: int,
+        teacher_dims: Mapping[str, int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config: VideoRepaConfig = config
+        generator = torch.Generator().manual_seed(seed)
+        width = teacher_dims[config.teacher]
+        self.projectors, self.pools = nn.ModuleDict(), nn.ModuleDict()
+        for block in config.blocks:
+            self.projectors[f"block_{block}"] = repa_projector(
+                student_dim, width, config.projector_dim, generator
+            )
+            if config.pool > 1:
+                self.pools[f"block_{block}"] = _pooling(width, config.pool, generator)
+
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
+        features = teacher[self.config.teacher]
+        mean = mean_relation([self._block(b, student[b], features) for b in self.config.blocks])
+        parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
+        return Terms(_reduced(mean, self.config.reduction), parts)
+
+    def _block(self, block: int, tapped: Tokens, features: Features) -> Relation:
+        projector, first_frame = self.projectors[f"block_{block}"], self.config.first_frame
+        pooled = self._pooled(block, Tokens(project(projector, tapped.tokens_BND), tapped.grid))
+        student_BTPD, teacher_BTPD = common_grid(
+            pooled.tokens_BND, pooled.grid, features.tokens_BTPD, features.grid, self.config.grid
+        )
+        dropped = drops_first_frame(pooled.grid, features.grid)
+        if first_frame == "keep" and dropped:
+            raise ValueError(
+                f"videorepa: first_frame=keep, but the teacher (grid {features.grid}) left the "
+                f"first of the student's frames (grid {tapped.grid}) out: set first_frame=drop"
+            )
+        if first_frame == "drop" and not dropped:
+            student_BTPD, teacher_BTPD = student_BTPD[:, 1:], teacher_BTPD[:, 1:]
+        if not student_BTPD.shape[1]:
+            raise ValueError("videorepa: first_frame=drop leaves nothing of a clip of one frame")
+        return _means(student_BTPD, teacher_BTPD, self.config.margin, "auto")
+
+    def _pooled(self, block: int, projected: Tokens) -> Tokens:
+        pool, (frames, height, width) = self.config.pool, projected.grid
+        if pool == 1:
+            return projected
+        if height % pool or width % pool:
+            raise ValueError(f"videorepa: pool={pool} does not divide the grid {projected.grid}")
+        conv = self.pools[f"block_{block}"]
+        assert isinstance(conv, nn.Conv2d)
+        # Per frame and linear, so it could as well come after the resampling in time (code).
+        tokens_BND = project_frames(conv, projected.tokens_BND, projected.grid)
+        return Tokens(tokens_BND, (frames, height // pool, width // pool))
+
+
+def _pooling(width: int, pool: int, generator: torch.Generator) -> nn.Conv2d:
+    """Builds the convolution with torch's default initial weights (released code)."""
+    conv = nn.Conv2d(width, width, pool, stride=pool, device="meta").to_empty(device="cpu")
+    nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)
+    assert conv.bias is not None
+    bound = 1.0 / math.sqrt(width * pool * pool)
+    nn.init.uniform_(conv.bias, -bound, bound, generator=generator)
+    return conv

@@ -1,0 +1,163 @@
+"""Objectives of other packages: a real one, installed and used; what is wrong with a bad one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alignlab.losses.contract import CHECKS
+from alignlab.losses.plugins import PluginError, installed_objectives
+from alignlab.losses.registry import BUILT_IN
+
+PACKAGE = Path(__file__).with_name("external")
+
+
+def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a Python module where the packages of `folder` are installed."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip installed the external package, offline."""
+    source = tmp_path_factory.mktemp("source") / "package"
+    shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__"))
+    target = tmp_path_factory.mktemp("installed")
+    flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
+    done = run(target, "pip", "install", "--disable-pip-version-check", *flags, source)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_an_installed_objective_is_listed_after_the_built_in_ones(installed: Path) -> None:
+    done = run(installed, "alignlab.cli", "list", "objectives")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert rows == [*BUILT_IN, "unit_distance"]
+    assert "Squared distance of unit vectors." in done.stdout
+
+
+def test_it_passes_the_contract_of_its_own_test_suite(installed: Path, tmp_path: Path) -> None:
+    shutil.copy(PACKAGE / "contract_of_tiny_objective.py", tmp_path)
+    file = tmp_path / "contract_of_tiny_objective.py"
+    done = run(installed, "pytest", "-q", "-p", "no:cacheprovider", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(CHECKS)} passed" in done.stdout
+
+
+def test_a_recipe_can_use_it(installed: Path, tmp_path: Path) -> None:
+    objective = "objectives.ra={name: unit_distance, teacher: dino, blocks: [1]"
+    printed = run(installed, "alignlab.cli", "train", "tiny", objective + "}", "--print-config")
+    assert printed.returncode == 0, printed.stderr
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(printed.stdout)
+    assert "name: unit_distance" in printed.stdout and "scale: 1.0" in printed.stdout
+    wrong = run(installed, "alignlab.cli", "train", recipe, "objectives.ra.scala=2")
+    assert wrong.returncode == 2
+    assert "objectives.ra.scala: unknown key 'scala', did you mean 'scale'?" in wrong.stderr
+
+
+BAD = """
+from typing import ClassVar, Literal, final
+
+from alignlab.losses.objective import Objective, ObjectiveConfig
+from alignlab.losses.repa import Repa
+
+
+class NotFinal(Objective): ...
+
+
+class OtherConfig(ObjectiveConfig):
+    name: Literal["other"] = "other"
+
+
+class LooseConfig(ObjectiveConfig):
+    name: str = "bad"
+
+
+@final
+class NoTokens(Objective): ...
+
+
+@final
+class NoConfig(Objective):
+    tokens = "video"
+
+
+@final
+class OtherName(Objective):
+    tokens, Config = "video", OtherConfig
+
+
+@final
+class LooseName(Objective):
+    tokens, Config = "video", LooseConfig
+
+
+function = print
+"""
+
+
+def register(folder: Path, package: str, **objectives: str) -> None:
+    """Writes what an installer would leave of a package that registers `objectives`."""
+    (folder / "bad_objectives.py").write_text(BAD)
+    info = folder / f"{package}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"{name} = {value}" for name, value in objectives.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[alignlab.objectives]", *lines, ""]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("repa", "alignlab.losses.repa:Repa", "alignlab has that name already"),
+        ("bad", "no_such_module:X", "cannot load no_such_module:X: No module named"),
+        ("bad", "bad_objectives:Nothing", "cannot load bad_objectives:Nothing: module"),
+        ("bad", "bad_objectives:function", "is no class derived from alignlab.losses.objective"),
+        ("bad", "bad_objectives:NotFinal", "is not final"),
+        ("bad", "bad_objectives:NoTokens", "must say which tokens it taps"),
+        ("bad", "bad_objectives:NoConfig", "has no Config derived from"),
+        ("bad", "bad_objectives:OtherName", 'has a Config without the line: name: Literal["bad"]'),
+        ("bad", "bad_objectives:LooseName", 'has a Config without the line: name: Literal["bad"]'),
+        ("bad", "alignlab.losses.repa:Repa", 'has a Config without the line: name: Literal["bad"]'),
+    ],
+)
+def test_a_bad_one_is_told_with_its_package(
+    name: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(tmp_path, "bad-package", **{name: value})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError) as error:
+        installed_objectives(BUILT_IN)
+    assert str(error.value).startswith(f"package bad-package registers objective {name!r}: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_packages_cannot_share_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("one", "two"):
+        register(tmp_path, package, repa2="bad_objectives:Repa")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("alignlab.losses.plugins._problem", lambda thing, name: None)
+    with pytest.raises(PluginError, match=r"package two .*'repa2': package one has that name"):
+        installed_objectives(BUILT_IN)
+
+
+def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
+    register(tmp_path, "bad-package", bad="bad_objectives:function")
+    done = run(tmp_path, "alignlab.cli", "list", "objectives")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: package bad-package registers objective 'bad'")
+    assert done.stderr.count("\n") == 1
