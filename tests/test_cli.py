@@ -17,7 +17,18 @@ from alignlab.losses import OBJECTIVES
 from alignlab.recipe import load_compare, load_run, shipped_recipes
 from alignlab.teachers import TEACHERS
 
-COMMANDS = ["train", "compare", "demo", "sample", "export", "doctor", "list", "data", "assets"]
+COMMANDS = [
+    "train",
+    "stage1",
+    "compare",
+    "demo",
+    "sample",
+    "export",
+    "doctor",
+    "list",
+    "data",
+    "assets",
+]
 
 
 @pytest.fixture(autouse=True)

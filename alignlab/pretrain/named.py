@@ -5,6 +5,7 @@ that it is background. A named subject is looked for in the region of its colour
 of a clip's subjects are distinct. Shape letters: N patches of all frames, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignlab.data.sample import Sample
-from alignlab.data.shapes_world import COLORS, SHAPES, TEXTURES
+from alignlab.data.shapes_world import COLORS, MOTIONS, SHAPES, TEXTURES
 from alignlab.pretrain.clips import SIZE
 from alignlab.pretrain.dino import coverage
 from alignlab.teachers import Teacher
@@ -25,9 +26,10 @@ RIDGE = 1e-4
 
 @dataclass(frozen=True)
 class Recognised:
-    """Share of named subjects, 0..1. Guessing gives 1/8, 1/4, 1/6 and 1/192."""
+    """Share of named subjects, 0..1. Guessing gives about 1/8, 1/4, 1/4, 1/6 and 1/768."""
 
     color: float
+    motion: float
     texture: float
     shape: float
     all: float
@@ -38,7 +40,8 @@ class NamedSubjects:
 
     A subject's colour counts as recognised if more patches show it than any colour that the
     caption does not name; texture and shape if the patches of that colour, weighted by how surely
-    they are of it, vote for them. `all` asks for the three together.
+    they are of it, vote for them; motion if their centre moves most in the direction that the
+    caption says, from the first to the last frame. `all` asks for the four together.
 
     Args:
         teacher: knows the shapes world; features of `SIZE` frames.
@@ -60,12 +63,13 @@ class NamedSubjects:
         """How many of the subjects that the samples name do the uint8 clips `(T, H, W, C)` show."""
         rows = [row for clip, s in zip(clips, samples, strict=True) for row in self._found(clip, s)]
         table = torch.tensor(rows, dtype=torch.float64)
-        color, texture, shape = table.mean(0).tolist()
-        return Recognised(color, texture, shape, all=float(table.all(1).double().mean()))
+        color, motion, texture, shape = table.mean(0).tolist()
+        return Recognised(color, motion, texture, shape, all=float(table.all(1).double().mean()))
 
     def _found(self, clip_THWC: Tensor, sample: Sample) -> list[list[bool]]:
-        """Per named subject: colour, texture, shape."""
-        tokens_ND = self._tokens(clip_THWC).flatten(0, 1)
+        """Per named subject: colour, motion, texture, shape."""
+        tokens_TPD = self._tokens(clip_THWC)
+        tokens_ND = tokens_TPD.flatten(0, 1)
         # the last class is background
         log_p = {k: p(tokens_ND).log_softmax(1)[:, :-1] for k, p in self._probes.items()}
         named = [dict(zip(VOCABULARIES, p.split(), strict=True)) for p in sample.entities]
@@ -73,9 +77,11 @@ class NamedSubjects:
         unnamed = [i for i, c in enumerate(colors) if c not in {n["color"] for n in named}]
         shown = log_p["color"].exp()
         rows = []
-        for subject in named:
+        for subject, phrase in zip(named, sample.entities, strict=True):
             weight_N1 = shown[:, colors.index(subject["color"]), None]
             right = [bool(weight_N1.sum() > shown[:, unnamed].sum(0).max())]
+            moves = _direction(weight_N1.view(tokens_TPD.shape[:2]))
+            right.append(f"{phrase} moves {moves}" in sample.caption)
             for name in ("texture", "shape"):
                 vote = int((weight_N1 * log_p[name]).sum(0).argmax())
                 right.append(VOCABULARIES[name][vote] == subject[name])
@@ -104,6 +110,17 @@ class NamedSubjects:
     def _tokens(self, clip_THWC: Tensor) -> Tensor:
         grid = (SIZE[0] // self._teacher.patch_size, SIZE[1] // self._teacher.patch_size)
         return self._teacher.encode(clip_THWC[None], grid).tokens_BTPD[0]
+
+
+def _direction(weight_TP: Tensor) -> str:
+    """The direction in which the weights' centre moves most, as captions call it."""
+    side = math.isqrt(weight_TP.shape[1])
+    along = torch.arange(side, dtype=weight_TP.dtype)
+    weight_THW = weight_TP[[0, -1]].view(2, side, side)
+    weight_THW = weight_THW / weight_THW.sum((1, 2), keepdim=True)
+    dx = (weight_THW.sum(1) @ along).diff()
+    dy = (weight_THW.sum(2) @ along).diff()
+    return max(MOTIONS, key=lambda name: float(dx * MOTIONS[name][0] + dy * MOTIONS[name][1]))
 
 
 def _fit(tokens_ND: Tensor, labels_N: Tensor, classes: int) -> nn.Linear:

@@ -28,7 +28,7 @@ PSNR_FLOOR = 24.0
 RETRIEVAL_FLOOR = 0.9
 PROBE_SEED = 3000
 PROBE_CLIPS = 300
-NAMED_FLOORS = Recognised(color=0.9, texture=0.5, shape=0.35, all=0.2)
+NAMED_FLOORS = Recognised(color=0.8, motion=0.4, texture=0.25, shape=0.18, all=0.0)
 
 
 def probe_clips() -> list[Sample]:
@@ -70,7 +70,7 @@ def named_subjects(
     samples: list[Sample],
     *,
     steps: int = 20,
-    guidance: float = 4.0,
+    guidance: float = 3.0,
 ) -> Recognised:
     """Do clips that the base model generates from a caption show the subjects that it names?
 

@@ -97,10 +97,8 @@ class SaraTask(Stage1Task[SaraClip]):
             )
         features = self._teacher.encode(sample.video_THWC[None], self._config.grid)
         union_1THW = sample.masks_ETHW.any(0, keepdim=True)
-        texts, masks = (
-            [*sample.entities, ", ".join(sample.entities)],
-            [sample.masks_ETHW, union_1THW],
-        )
+        texts = [*sample.entities, ", ".join(sample.entities)]
+        masks = [sample.masks_ETHW, union_1THW]
         if self._settings.background is not None:
             texts.append(self._settings.background)
             masks.append(~union_1THW)
