@@ -5,10 +5,12 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from filelock import FileLock
 
 from alignlab.config import RunConfig
 from alignlab.recipe import recipe_hash
@@ -86,7 +88,7 @@ class Tracker:
 
         uri = self._config.tracking.mlflow
         id_file = self._folder.path / "mlflow_run_id"
-        with self._database_errors():
+        with self._database_errors(), self._database_lock():
             client = MlflowClient(f"sqlite:///{self._database}" if uri == "sqlite" else uri)
             self._mlflow = client
             known = self._continue_run(id_file.read_text().strip()) if id_file.exists() else None
@@ -96,6 +98,12 @@ class Tracker:
     @property
     def _database(self) -> Path:
         return Path(self._config.output).resolve() / "mlflow.db"
+
+    def _database_lock(self) -> AbstractContextManager[Any]:
+        """Runs that start at once must not all create the tables of the same new database."""
+        if self._config.tracking.mlflow != "sqlite":
+            return nullcontext()
+        return FileLock(f"{self._database}.lock")
 
     @contextmanager
     def _database_errors(self) -> Iterator[None]:

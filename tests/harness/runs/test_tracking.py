@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,3 +132,30 @@ def test_training_is_quiet(
         train(make_config("tracking.mlflow=sqlite"))
     assert capfd.readouterr().err == ""
     assert {record.name.split(".")[0] for record in caplog.records} == {"alignlab"}
+
+
+STARTS = """
+import sys
+from alignlab.recipe import load_run
+from alignlab.run_folder import RunFolder
+from alignlab.tracking import Tracker
+
+config = load_run("tiny", sys.argv[1:])
+with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
+    tracker.log(1, {"loss/total": 1.0})
+"""
+
+
+def test_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    command = [sys.executable, "-c", STARTS, f"output={tmp_path}"]
+    started = [
+        subprocess.Popen([*command, f"name={name}"], stderr=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiments = client.search_experiments(filter_string="name != 'Default'")
+    assert sorted(e.name for e in experiments) == sorted(names)
