@@ -135,7 +135,11 @@ class Alignment(nn.Module):
             }
             self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
             chosen = {name: features[name, kind] for name in config.teachers}
-            found = objective(student, chosen, context_of(batch, alias, objective, grid))
+            context = context_of(batch, alias, objective, grid)
+            try:
+                found = objective(student, chosen, context)
+            except ValueError as error:  # such as grids that do not correspond
+                raise UserError(f"objectives.{alias}: {error}") from error
             scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
             loss_B = loss_B + scale_B * found.loss_B
             terms[alias] = found

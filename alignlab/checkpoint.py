@@ -3,12 +3,13 @@
 checkpoints/step-000500/
     transformer/                         all weights (full fine-tuning), or
     pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
-    objectives.safetensors               projectors
+    objectives.safetensors               projectors, state of plateau stops
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
-    state.json                           step
+    state.json                           step, hash of frozen Stage 1 networks
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,8 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
         save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
         if state.ema is not None:
             save_file(state.ema, folder / "ema.safetensors")
-        (folder / "state.json").write_text(json.dumps({"step": state.step}))
+        facts = {"step": state.step, "frozen": _fingerprint(state.objectives)}
+        (folder / "state.json").write_text(json.dumps(facts))
     prune(checkpoints, keep)
     return target
 
@@ -111,13 +113,19 @@ def restore(state: TrainState, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint belongs to another kind of training.
     """
+    facts = json.loads((checkpoint / "state.json").read_text())
+    if facts["frozen"] != _fingerprint(state.objectives):
+        raise UserError(
+            f"{checkpoint}: a Stage 1 network that the objectives read has changed since; "
+            "bring it back, or start a new run under another name"
+        )
     load_transformer(state.transformer, checkpoint)
     _restore_trained(state.objectives, load_file(checkpoint / "objectives.safetensors"))
     restore_state(state.optimizer, state.names, load_file(checkpoint / "optimizer.safetensors"))
     if state.ema is not None:
         for name, value in load_file(checkpoint / "ema.safetensors").items():
             state.ema[name].copy_(value)
-    state.step = int(json.loads((checkpoint / "state.json").read_text())["step"])
+    state.step = int(facts["step"])
 
 
 def load_transformer(
@@ -157,6 +165,15 @@ def _by_step(checkpoints: Path) -> list[Path]:
 
 def _frozen(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """Hash of the frozen parameters, which a checkpoint does not hold."""
+    digest = hashlib.sha256()
+    for name in sorted(_frozen(module)):
+        digest.update(name.encode())
+        digest.update(module.get_parameter(name).detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

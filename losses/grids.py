@@ -13,6 +13,7 @@ Where two of them fit, which only a student of two frames can have, the upper on
 Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width. A grid is (T, H, W).
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from torch.nn import functional as F
 from alignlab.losses.objective import Grid
 
 TimeMatch = Literal["group_mean", "select"]
-SpaceMatch = Literal["bilinear", "area"]
 Side = Literal["student", "teacher"]
 
 
@@ -32,7 +32,6 @@ def match_grid(
     student_grid: Grid,
     *,
     time: TimeMatch = "group_mean",
-    space: SpaceMatch = "bilinear",
 ) -> Tensor:
     """Resamples teacher tokens to the student's grid; equal grids are returned as they are.
 
@@ -42,7 +41,6 @@ def match_grid(
         student_grid: (T, H, W) of the student.
         time: "group_mean" averages each group, and keeps a first frame that was seen by itself
             (VideoREPA's REPA baseline, released code); "select" takes the last frame of each group.
-        space: "bilinear", or "area" to average the teacher's tokens when they are the finer ones.
 
     Returns:
         (B, T, P, D) on the student's grid, or (B, T-1, P, D) without its first frame where
@@ -64,13 +62,26 @@ def match_grid(
     if teacher_grid[1:] == student_grid[1:]:
         return x
     image = x.flatten(0, 1).mT.unflatten(2, teacher_grid[1:])
-    image = F.interpolate(image, size=student_grid[1:], mode=space)
+    image = _resized(image, student_grid[1:])
     matched: Tensor = image.flatten(2).mT.unflatten(0, x.shape[:2])
     return matched
 
 
+def _resized(image_MDHW: Tensor, size: tuple[int, int]) -> Tensor:
+    mode = _space_mode(image_MDHW.shape[2:], size)
+    resized: Tensor = F.interpolate(image_MDHW, size=size, mode=mode)
+    return resized
+
+
+def _space_mode(given: Sequence[int], size: Sequence[int]) -> str:
+    """Means where the grid shrinks, since interpolation would skip tokens there."""
+    return "area" if size[0] <= given[0] and size[1] <= given[1] else "bilinear"
+
+
 def match_student(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -> Tensor:
     """Resamples student tokens to the teacher's grid: linear in time, bilinear in space.
+
+    A teacher grid that is coarser in space gets averages.
 
     The first frame is kept by itself where the teacher saw it by itself, and dropped where the
     teacher left it out; only the frames after it are interpolated (VideoREPA, released code, drops
@@ -91,14 +102,14 @@ def match_student(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -
     frames_BTPD = student_frames(student_BND, student_grid, teacher_grid)
     if frames_BTPD.shape[1] == teacher_grid[0] and student_grid[1:] == teacher_grid[1:]:
         return frames_BTPD
-    video = _float(frames_BTPD).movedim(3, 1).unflatten(3, student_grid[1:])
+    video = _float(frames_BTPD).movedim(3, 1)
     alone = int(keeps_first and group > 1)
-    later = (teacher_grid[0] - alone, *teacher_grid[1:])
-    resampled = F.interpolate(video[:, :, alone:], size=later, mode="trilinear")
-    if alone:
-        first = F.interpolate(video[:, :, :1], size=(1, *teacher_grid[1:]), mode="trilinear")
-        resampled = torch.cat([first, resampled], dim=2)
-    return resampled.flatten(3).movedim(1, 3)
+    size = (teacher_grid[0] - alone, video.shape[3])
+    later = F.interpolate(video[:, :, alone:], size=size, mode="bilinear")
+    video = torch.cat([video[:, :, :alone], later], dim=2)
+    image = video.movedim(2, 1).flatten(0, 1).unflatten(2, student_grid[1:])
+    resampled: Tensor = _resized(image, teacher_grid[1:]).flatten(2)
+    return resampled.unflatten(0, (-1, teacher_grid[0])).movedim(2, 3)
 
 
 def common_grid(
@@ -167,12 +178,11 @@ def describe(
     *,
     side: Side = "student",
     time: TimeMatch = "group_mean",
-    space: SpaceMatch = "bilinear",
 ) -> str:
     """Says in one line how two grids meet on that of `side`, for the log of a run.
 
     `match_grid` brings the teacher's tokens to the student's grid, `match_student` the other way
-    round, where `time` and `space` have no say.
+    round, where `time` has no say.
     """
     group, keeps_first = _correspondence(student_grid, teacher_grid)
     steps = [] if keeps_first else ["first student frame dropped"]
@@ -180,7 +190,9 @@ def describe(
         names = {"group_mean": "group mean in time", "select": "select in time"}
         steps.append("linear in time" if side == "teacher" else names[time])
     if teacher_grid[1:] != student_grid[1:]:
-        steps.append(f"{'bilinear' if side == 'teacher' else space} in space")
+        sizes = (student_grid[1:], teacher_grid[1:])
+        mode = _space_mode(*(sizes if side == "teacher" else sizes[::-1]))
+        steps.append(f"{'mean' if mode == 'area' else mode} in space")
     how = ", ".join(steps) or "equal"
     arrow = "->" if side == "teacher" else "<-"
     return f"{student_grid} student {arrow} {teacher_grid} teacher: {how}"

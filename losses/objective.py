@@ -161,7 +161,7 @@ class Objective(nn.Module, ABC):
     `build_objective`. Its parameters are trained with the student, saved for resume, and never
     exported; those without `requires_grad` (a frozen Stage 1 network) are neither trained nor
     saved. It draws no noise, reads no batch, logs nothing, and gives every sample the value that
-    the sample would have alone.
+    the sample would have alone (RefAlign's negatives across the batch are the one exception).
     """
 
     Config: ClassVar[type[ObjectiveConfig]]

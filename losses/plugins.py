@@ -36,8 +36,9 @@ def installed_objectives(built_in: Mapping[str, type[Objective]]) -> dict[str, t
 def _load(point: EntryPoint) -> type[Objective]:
     try:
         thing = point.load()
-    except (ImportError, AttributeError) as error:
-        raise PluginError(f"{_says(point)}: cannot load {point.value}: {error}") from error
+    except Exception as error:  # foreign code may fail in any way; the line says whose it is
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PluginError(f"{_says(point)}: cannot load {point.value}: {reason}") from error
     problem = _problem(thing, point.name)
     if problem is not None:
         raise PluginError(f"{_says(point)}: {point.value} {problem}")

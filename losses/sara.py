@@ -232,4 +232,10 @@ class Sara(Objective):
             assert context.masks_BTHW is not None  # `needs` asks for them
             return pool_masks(context.masks_BTHW, features.grid)
         assert context.text_BLD is not None
+        known, given = self.aligner.config.text_dim, context.text_BLD.shape[-1]
+        if given != known:
+            raise ValueError(
+                f"{self.config.aligner} knows texts of width {known}, this text encoder's have "
+                f"{given}: train Stage 1 with the model of this run"
+            )
         return self.aligner.saliency(features.tokens_BTPD, context.text_BLD)

@@ -43,21 +43,12 @@ def test_select_takes_the_last_frame_of_each_group() -> None:
     assert matched[0, :, 0, 0].tolist() == [0.0, 4.0, 8.0]
 
 
-@pytest.mark.parametrize("space", ["bilinear", "area"])
-def test_space_is_resampled_frame_by_frame(space: str) -> None:
+def test_space_is_resampled_frame_by_frame() -> None:
     teacher = frame_numbers((2, 4, 8))
-    matched = match_grid(teacher, (2, 4, 8), (2, 2, 4), space=space)  # type: ignore[arg-type]
+    matched = match_grid(teacher, (2, 4, 8), (2, 2, 4))
     assert matched.shape == (1, 2, 8, 2)
     assert matched[0, 1, :, 0].tolist() == [1.0] * 8
     assert matched[0, 0, :4, 1].tolist() == [0.5, 2.5, 4.5, 6.5]
-
-
-def test_space_modes_differ_when_the_teacher_is_much_finer() -> None:
-    teacher = torch.randn(1, 1, 64, 3, generator=torch.Generator().manual_seed(0))
-    bilinear = match_grid(teacher, (1, 8, 8), (1, 2, 2))
-    area = match_grid(teacher, (1, 8, 8), (1, 2, 2), space="area")
-    assert not torch.allclose(bilinear, area)
-    torch.testing.assert_close(area.mean(2), teacher.mean(2))
 
 
 def test_a_teacher_that_left_the_first_frame_out_gives_one_frame_less() -> None:
@@ -177,11 +168,11 @@ def test_masks_of_frames_that_do_not_correspond_are_refused(grid: Grid) -> None:
     [
         ((3, 4, 4), (3, 4, 4), "(3, 4, 4) student <- (3, 4, 4) teacher: equal"),
         ((3, 4, 4), (9, 4, 4), "(3, 4, 4) student <- (9, 4, 4) teacher: group mean in time"),
-        ((3, 4, 4), (3, 8, 8), "(3, 4, 4) student <- (3, 8, 8) teacher: bilinear in space"),
+        ((3, 4, 4), (3, 8, 8), "(3, 4, 4) student <- (3, 8, 8) teacher: mean in space"),
         (
             (3, 4, 4),
             (5, 8, 8),
-            "(3, 4, 4) student <- (5, 8, 8) teacher: group mean in time, bilinear in space",
+            "(3, 4, 4) student <- (5, 8, 8) teacher: group mean in time, mean in space",
         ),
         (
             (3, 4, 4),
@@ -201,9 +192,9 @@ def test_describe_says_what_happens(student_grid: Grid, teacher_grid: Grid, line
 
 
 def test_describe_names_the_settings_and_the_other_direction() -> None:
-    line = describe((3, 4, 4), (9, 8, 8), time="select", space="area")
-    assert line.endswith("select in time, area in space")
-    line = describe((3, 4, 4), (4, 8, 8), side="teacher", time="select", space="area")
+    line = describe((3, 4, 4), (9, 8, 8), time="select")
+    assert line.endswith("select in time, mean in space")
+    line = describe((3, 4, 4), (4, 8, 8), side="teacher", time="select")
     assert line == (
         "(3, 4, 4) student -> (4, 8, 8) teacher: first student frame dropped, linear in time, "
         "bilinear in space"
@@ -227,3 +218,11 @@ def test_frames_that_do_not_correspond_are_refused(student_grid: Grid, teacher_g
     assert str(student_grid) in str(error.value) and str(teacher_grid) in str(error.value)
     with pytest.raises(ValueError, match="cannot match"):
         describe(student_grid, teacher_grid)
+
+
+def test_a_coarser_grid_gets_averages_of_all_tokens() -> None:
+    student = torch.ones(1, 3 * 36, 2, requires_grad=True)
+    match_student(student, (3, 6, 6), (9, 2, 2)).square().sum().backward()
+    assert student.grad is not None and (student.grad != 0).all()
+    columns = match_grid(frame_numbers((9, 6, 6)), (9, 6, 6), (3, 2, 2))
+    assert columns[0, 0, :, 1].tolist() == [1.0, 4.0, 1.0, 4.0]

@@ -126,6 +126,7 @@ def register(folder: Path, package: str, **objectives: str) -> None:
         ("repa", "alignlab.losses.repa:Repa", "alignlab has that name already"),
         ("bad", "no_such_module:X", "cannot load no_such_module:X: No module named"),
         ("bad", "bad_objectives:Nothing", "cannot load bad_objectives:Nothing: module"),
+        ("bad", "broken_module:X", "cannot load broken_module:X: it does not work here"),
         ("bad", "bad_objectives:function", "is no class derived from alignlab.losses.objective"),
         ("bad", "bad_objectives:NotFinal", "is not final"),
         ("bad", "bad_objectives:NoTokens", "must say which tokens it taps"),
@@ -139,6 +140,7 @@ def test_a_bad_one_is_told_with_its_package(
     name: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(tmp_path, "bad-package", **{name: value})
+    (tmp_path / "broken_module.py").write_text('raise RuntimeError("it does not\\nwork here")')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PluginError) as error:
         installed_objectives(BUILT_IN)

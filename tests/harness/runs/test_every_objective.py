@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignlab.checkpoint import latest
 from alignlab.config import RunConfig
+from alignlab.errors import UserError
 from alignlab.export import export
 from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.registry import BUILT_IN
@@ -175,3 +176,20 @@ def test_weight_zero_gives_no_gradient(
     config = make(f"{name}-zero", name, "objectives.ra.weight=0", "optim.grad_clip=1e9")
     zero = weights(train(config, caches=caches))
     assert all(torch.equal(zero[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("name", ["sara", "moalign"])
+def test_a_changed_stage1_network_ends_the_run(
+    name: str, make: Make, caches: Caches, stage1: Path, train_until: TrainUntil
+) -> None:
+    config = make(f"{name}-changed", name)
+    train_until(config, 2)
+    file = stage1 / name / "model.safetensors"
+    saved = file.read_bytes()
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key] + 1}, file)
+    with pytest.raises(UserError, match=r"Stage 1 network .* has changed"):
+        train(config, caches=caches)
+    file.write_bytes(saved)
+    train(config, caches=caches)
