@@ -109,7 +109,8 @@ def match_student(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -
     video = torch.cat([video[:, :, :alone], later], dim=2)
     image = video.movedim(2, 1).flatten(0, 1).unflatten(2, student_grid[1:])
     image = _resized(image, teacher_grid[1:]).unflatten(0, (-1, teacher_grid[0]))
-    return image.flatten(3).movedim(2, 3)
+    resampled: Tensor = image.flatten(3).movedim(2, 3)
+    return resampled
 
 
 def common_grid(
