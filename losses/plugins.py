@@ -9,6 +9,20 @@ from alignlab.losses.objective import Objective, ObjectiveConfig
 GROUP = "alignlab.objectives"
 
 
+# What importing foreign code commonly ends in; the error line says whose code it is.
+BROKEN = (
+    ImportError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 class PluginError(ValueError):
     """A package registers an objective that cannot be used; one line that names the package."""
 
@@ -36,7 +50,7 @@ def installed_objectives(built_in: Mapping[str, type[Objective]]) -> dict[str, t
 def _load(point: EntryPoint) -> type[Objective]:
     try:
         thing = point.load()
-    except Exception as error:  # foreign code may fail in any way; the line says whose it is
+    except BROKEN as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PluginError(f"{_says(point)}: cannot load {point.value}: {reason}") from error
     problem = _problem(thing, point.name)
