@@ -25,6 +25,18 @@ def unit(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return x / norm.clamp_min(NORM_EPS)
 
 
+def unit_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """Gives the gradient of `x` (..., C) from that of `unit(x)`, which is overwritten.
+
+    d(x/|x|) leaves out what points along x; where the norm is clamped it is a constant.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=grad.dtype)
+    clamped = norm.clamp_min(NORM_EPS)
+    along = torch.linalg.vecdot(grad, x.to(grad.dtype))[..., None] / clamped
+    grad.addcmul_(torch.where(norm >= NORM_EPS, along / clamped, 0.0), x, value=-1)
+    return grad.div_(clamped).to(x.dtype)
+
+
 def paired_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Computes the cosine of each student token with the teacher token at the same place.
 
@@ -37,3 +49,13 @@ def paired_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """
     dtype = accumulation_dtype(student, teacher)
     return (unit(student, dtype) * unit(teacher, dtype)).sum(-1)
+
+
+def refuse_teacher_gradient(operation: str, teacher: Tensor) -> None:
+    """Refuses to return silently without the gradient that somebody waits for.
+
+    Raises:
+        ValueError: the teacher requires a gradient, and gradients are recorded.
+    """
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{operation}: the teacher is a constant: detach it")

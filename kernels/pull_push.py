@@ -8,26 +8,18 @@ With cosines c_ij between student token i and teacher token j:
 Shape letters: N tokens, C channels; `...` leading dimensions (batch, blocks), one value each.
 """
 
-import functools
-import logging
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignlab.kernels.cosine import accumulation_dtype, unit
+from alignlab.kernels.cosine import accumulation_dtype, refuse_teacher_gradient, unit
 from alignlab.kernels.dispatch import Impl as Impl
-from alignlab.kernels.dispatch import available, require
+from alignlab.kernels.dispatch import Operation
+from alignlab.kernels.pull_push_chunked import pull_push_chunked
+from alignlab.kernels.pull_push_terms import PullPush as PullPush
 
-_log = logging.getLogger(__name__)
-
-
-class PullPush(NamedTuple):
-    """The two terms, one value per leading index, both >= 0."""
-
-    pull: Tensor
-    push: Tensor
+EAGER_TOKENS = 256
 
 
 def pull_push_eager(
@@ -42,6 +34,7 @@ def pull_push_eager(
     This is the reference that every other implementation is tested and timed against.
     """
     dtype = accumulation_dtype(student, teacher)
+    subject_ids = subject_ids.expand(student.shape[:-1])
     valid = subject_ids >= 0
     # Padding is zeroed before anything is computed from it: garbage there, even NaN, then reaches
     # neither a value nor a gradient.
@@ -58,22 +51,22 @@ def pull_push_eager(
     return PullPush(pull, push)
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float, float], PullPush]] = {
-    "eager": pull_push_eager,
-}
+def pull_push_triton(
+    student: Tensor, teacher: Tensor, subject_ids: Tensor, pos_margin: float, neg_margin: float
+) -> PullPush:
+    """Computes the same with Triton, which is imported when first used: it exists for Linux only
+    and takes a second."""
+    from alignlab.kernels import pull_push_triton as module
+
+    return module.pull_push_triton(student, teacher, subject_ids, pos_margin, neg_margin)
 
 
-def implementations() -> dict[str, str | None]:
-    """Lists every implementation by name, with the reason it cannot run here or None if it can."""
-    return available(_IMPLEMENTATIONS)
-
-
-@functools.lru_cache(maxsize=256)
-def _auto(device: str, dtype: torch.dtype, num_tokens: int, width: int) -> str:
-    """Decides what "auto" means for one kind of input; cached, so it logs each decision once."""
-    choice = "eager"
-    _log.info("pull_push: %s on %s, %s, N=%d, C=%d", choice, device, dtype, num_tokens, width)
-    return choice
+OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, float, float], PullPush]] = Operation(
+    "pull_push",
+    {"eager": pull_push_eager, "chunked": pull_push_chunked, "triton": pull_push_triton},
+    eager_tokens=EAGER_TOKENS,
+)
+implementations = OPERATION.implementations
 
 
 def pull_push(
@@ -106,18 +99,14 @@ def pull_push(
         different subjects: push 0.
 
     Raises:
-        ValueError: shapes do not fit, ids are not integers, or `impl` cannot run.
+        ValueError: shapes do not fit, ids are not integers, the teacher requires a gradient, or
+            `impl` cannot run.
     """
     _check(student, teacher, subject_ids)
-    name: str = impl
-    if impl == "auto":
-        name = _auto(student.device.type, student.dtype, student.shape[-2], student.shape[-1])
-    require("pull_push", name, _IMPLEMENTATIONS)
-    ids = subject_ids.expand(student.shape[:-1])
+    refuse_teacher_gradient("pull_push", teacher)
+    compute = OPERATION.choose(impl, student)
     with torch.autocast(student.device.type, enabled=False):
-        return _IMPLEMENTATIONS[name](
-            student, teacher.detach().expand_as(student), ids, pos_margin, neg_margin
-        )
+        return compute(student, teacher, subject_ids, pos_margin, neg_margin)
 
 
 def _check(student: Tensor, teacher: Tensor, subject_ids: Tensor) -> None:

@@ -13,8 +13,6 @@ Pairs i = j are counted in the denominators.
 Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
-import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import get_args
@@ -22,9 +20,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from alignlab.kernels.cosine import accumulation_dtype, unit
+from alignlab.kernels.cosine import accumulation_dtype, refuse_teacher_gradient, unit
 from alignlab.kernels.dispatch import Impl as Impl
-from alignlab.kernels.dispatch import available, require
+from alignlab.kernels.dispatch import Operation
 from alignlab.kernels.relation_chunked import relation_chunked
 from alignlab.kernels.relation_terms import DENOMINATOR_EPS, pair_weight
 from alignlab.kernels.relation_terms import Relation as Relation
@@ -34,8 +32,6 @@ from alignlab.kernels.relation_terms import plain_means as plain_means
 
 # CPU time, D=128, both passes, eager / chunked ms: N=144 1.1 / 1.7, 256 3.4 / 3.4, 832 35 / 8.8.
 EAGER_TOKENS = 256
-
-_log = logging.getLogger(__name__)
 
 
 def relation_eager(
@@ -76,23 +72,28 @@ def relation_eager(
     )
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Routing, float, float], Relation]] = {
-    "eager": relation_eager,
-    "chunked": relation_chunked,
-}
+def relation_triton(
+    student_BTPD: Tensor,
+    teacher_BTPD: Tensor,
+    saliency_BTP: Tensor,
+    routing: Routing,
+    margin: float,
+    tau: float,
+) -> Relation:
+    """Computes the same with Triton, which is imported when first used: it exists for Linux only
+    and takes a second."""
+    from alignlab.kernels import relation_triton as module
+
+    return module.relation_triton(student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau)
 
 
-def implementations() -> dict[str, str | None]:
-    """Lists every implementation by name, with the reason it cannot run here or None if it can."""
-    return available(_IMPLEMENTATIONS)
-
-
-@functools.lru_cache(maxsize=256)
-def _auto(device: str, dtype: torch.dtype, num_tokens: int, width: int) -> str:
-    """Decides what "auto" means for one kind of input; cached, so it logs each decision once."""
-    choice = "eager" if num_tokens <= EAGER_TOKENS else "chunked"
-    _log.info("relation: %s on %s, %s, N=%d, D=%d", choice, device, dtype, num_tokens, width)
-    return choice
+OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, Routing, float, float], Relation]]
+OPERATION = Operation(
+    "relation_distance",
+    {"eager": relation_eager, "chunked": relation_chunked, "triton": relation_triton},
+    eager_tokens=EAGER_TOKENS,
+)
+implementations = OPERATION.implementations
 
 
 def relation_distance(
@@ -128,20 +129,16 @@ def relation_distance(
         `Relation(spatial, temporal, joint)`, (B,) each.
 
     Raises:
-        ValueError: shapes do not fit, a setting has no meaning, or `impl` cannot run.
+        ValueError: shapes do not fit, a setting has no meaning, the teacher requires a gradient,
+            or `impl` cannot run.
     """
     _check(student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau)
-    name: str = impl
-    if impl == "auto":
-        tokens = student_BTPD.shape[1] * student_BTPD.shape[2]
-        name = _auto(student_BTPD.device.type, student_BTPD.dtype, tokens, student_BTPD.shape[3])
-    require("relation_distance", name, _IMPLEMENTATIONS)
+    refuse_teacher_gradient("relation_distance", teacher_BTPD)
+    compute = OPERATION.choose(impl, student_BTPD.flatten(1, 2))
     if saliency_BTP is None:
         saliency_BTP = torch.ones_like(student_BTPD[..., 0])
     with torch.autocast(student_BTPD.device.type, enabled=False):
-        return _IMPLEMENTATIONS[name](
-            student_BTPD, teacher_BTPD.detach(), saliency_BTP.detach(), routing, margin, tau
-        )
+        return compute(student_BTPD, teacher_BTPD, saliency_BTP.detach(), routing, margin, tau)
 
 
 def _check(
