@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from alignlab.kernels.cosine import accumulation_dtype, unit, unit_backward
 from alignlab.kernels.products import add_product, factor_dtype
@@ -87,7 +86,7 @@ def _pair_sums(
     student_BTPD = unit(student_BTPD, dtype).to(factor).contiguous()
     teacher_BTPD = unit(teacher_BTPD, dtype).to(factor).contiguous()
     saliency_BTP = saliency_BTP.to(dtype)
-    height = max(1, TILE_PAIRS // max(1, batch * frames * tokens))
+    height = _tile_rows(tokens, TILE_PAIRS // max(1, batch * frames * tokens))
     for frame, start in product(range(frames), range(0, tokens, height)):
         rows = _Rows(frame, start, min(start + height, tokens))
         factor_S1U = factor_ST[:, None, : frames - frame]
@@ -97,13 +96,18 @@ def _pair_sums(
             saliency_BTP[:, None, frame:],
             cast(Routing, routing),  # torch.library knows no Literal
         )
-        distance_BU = (gap_BRUP.abs() * weight_BRUP).sum((1, 3))
+        distance_BU = gap_BRUP.abs().mul_(weight_BRUP).sum((1, 3))
         sums_SB += (distance_BU * factor_S1U).sum(-1)
         weights_SB += (weight_BRUP.sum((1, 3)) * factor_S1U).sum(-1)
         if with_slopes:
             slope_BRUP = gap_BRUP.sign_().mul_(weight_BRUP)
             _add_slopes(slopes, slope_BRUP, student_BTPD, factor_ST, rows)
     return sums_SB, weights_SB, slopes
+
+
+def _tile_rows(tokens: int, most: int) -> int:
+    """Rows of a tile, at most `most`, such that the tiles of a frame are of about the same size."""
+    return math.ceil(tokens / math.ceil(tokens / max(1, most))) if tokens else 1
 
 
 def _shrunk_gaps(student_BTPD: Tensor, teacher_BTPD: Tensor, margin: float, rows: _Rows) -> Tensor:
@@ -116,8 +120,9 @@ def _shrunk_gaps(student_BTPD: Tensor, teacher_BTPD: Tensor, margin: float, rows
     gap_BRN = rows.of(teacher_BTPD) @ teacher_BTPD[:, frame:].flatten(1, 2).mT
     gap_BRN.baddbmm_(rows.of(student_BTPD), student_BTPD[:, frame:].flatten(1, 2).mT, beta=-1)
     gap_BRN[:, :, start:stop].diagonal(dim1=1, dim2=2).zero_()
-    shrunk_BRUP: Tensor = F.softshrink(gap_BRN, margin).unflatten(2, (-1, student_BTPD.shape[2]))
-    return shrunk_BRUP
+    torch.ops.aten.softshrink.out(gap_BRN, margin, out=gap_BRN)
+    gap_BRUP: Tensor = gap_BRN.unflatten(2, (-1, student_BTPD.shape[2]))
+    return gap_BRUP
 
 
 def _add_slopes(

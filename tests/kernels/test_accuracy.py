@@ -68,8 +68,8 @@ def pull_and_push(student: Tensor, teacher: Tensor, ids: Tensor, impl: Any = "ea
 
 
 def relations(student: Tensor, teacher: Tensor, ids: Tensor, impl: Any = "eager") -> Tensor:
-    """Tokens as frames of one row, or of nine tokens where that divides."""
-    per_frame = 9 if student.shape[1] % 9 == 0 else 1
+    """Tokens as frames of nine where that divides, else as one frame."""
+    per_frame = 9 if student.shape[1] % 9 == 0 else student.shape[1]
     saliency = (ids % 3 / 2).to(student.dtype)
     student, teacher, saliency = (
         x.unflatten(1, (-1, per_frame)) for x in (student, teacher, saliency)

@@ -69,7 +69,7 @@ def test_pull_push_chunked_equals_eager_whatever_the_panels(
     found = {}
     for impl in ("eager", "chunked"):
         margins = {"pos_margin": 0.7, "neg_margin": 0.9}
-        values = torch.stack(pull_push(student, teacher, ids, impl=impl, **margins))  # type: ignore[arg-type]
+        values = torch.stack(pull_push(student, teacher, ids, impl=impl, **margins))
         (grad,) = torch.autograd.grad((values * upstream).sum(), student)
         found[impl] = values.detach(), grad
     torch.testing.assert_close(found["chunked"], found["eager"])
@@ -96,7 +96,8 @@ class _Watch(TorchDispatchMode):
 def watched(module: Any, operation: str, compute: Callable[[], object]) -> _Watch:
     """Runs `compute`, looking into the module's operation, which is opaque to torch otherwise."""
     inside = getattr(module, operation)
-    with pytest.MonkeyPatch.context() as patch, _Watch() as watch:
+    watch = _Watch()
+    with pytest.MonkeyPatch.context() as patch, watch:
         patch.setattr(module, operation, torch.no_grad()(inside._init_fn))
         compute()
     return watch

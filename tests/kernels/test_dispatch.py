@@ -95,5 +95,5 @@ def test_compiles_without_a_graph_break(module: Any, compute: Any, impl: Any) ->
 @every_operation
 def test_auto_compiles_without_a_graph_break(module: Any, compute: Any) -> None:
     tokens = torch.randn(module.EAGER_TOKENS + 3, 5)
-    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(compute, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), compute(tokens))

@@ -1,0 +1,77 @@
+"""Every kernel of pull_push, compiled for GPUs on the CPU as it is launched there."""
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignlab.kernels import pull_push_triton_kernels as kernels
+from alignlab.kernels import pull_push_triton_tiles as tiles
+
+# tests/ is no package, so that a file beside this one cannot be imported by name
+_spec = importlib.util.spec_from_file_location(
+    "gpu_builds", Path(__file__).with_name("gpu_builds.py")
+)
+assert _spec is not None and _spec.loader is not None
+gpu_builds = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu_builds)
+
+WIDTH = 1024
+FLOATS = {2: "*bf16", 4: "*fp32"}
+# By ending of the name; every other pointer is to float32, every other number an int32.
+POINTERS = {"ids_ptr": "*i64", "words_ptr": "*u8"} | dict.fromkeys(
+    ["subject_ptr", "others_ptr", "hole_ptr"], "*i32"
+)
+OF_INPUT = ("student_ptr", "teacher_ptr", "unit_ptr", "grad_ptr")
+
+
+def build(
+    kernel: str, size: int, constants: dict[str, Any], tile: tiles.Tile, archs: tuple[int, ...]
+) -> Any:
+    names = [name for name in getattr(kernels, kernel).arg_names if re.match(r"[a-z]", name)]
+
+    def type_of(name: str) -> str:
+        if name in OF_INPUT:
+            return FLOATS[size]
+        if name == "threshold":
+            return "fp32"
+        return POINTERS.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+
+    types = tuple((name, type_of(name)) for name in names)
+    return gpu_builds.Build(
+        kernels.__name__, kernel, types, tuple(constants.items()), tile.warps, tile.stages, archs
+    )
+
+
+def builds() -> dict[str, Any]:
+    both, default = (80, 90), tiles.Tile(0, 0, 0, 4, 3)  # Triton's own defaults
+    subjects = dict(TILE=tiles.SUBJECT_TILE)
+    hole = dict(ROWS=128, COLUMNS=tiles.HOLE_COLUMNS, Q=64)
+    found = {
+        "subjects": build("subjects_kernel", 2, subjects, default, both),
+        "unit": build("unit_kernel", 2, tiles.unit_constants(WIDTH), default, both),
+        "hole": build("hole_kernel", 2, hole, default, both),
+    }
+    for (size, arch), tile in tiles.OVERLAP_TILES.items():
+        constants = tiles.overlap_constants(tile, size, WIDTH, keep=True)
+        name = f"overlap-{8 * size}bit-sm{arch}"
+        found[name] = build("overlap_kernel", size, constants, tile, (arch,))
+    for size, tile in tiles.GRADIENT_TILES.items():
+        constants = tiles.gradient_constants(size, WIDTH)
+        found[f"gradient-{8 * size}bit"] = build("gradient_kernel", size, constants, tile, both)
+    return found
+
+
+BUILDS = builds()
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_no_spills_and_shared_memory_and_tensor_cores(name: str) -> None:
+    facts = dict(zip(BUILDS, gpu_builds.compile_builds(*BUILDS.values()), strict=True))[name]
+    for arch, fact in facts.items():
+        print(name, arch, *fact)
+        assert fact.spill_bytes == 0
+        assert fact.shared_bytes <= gpu_builds.SHARED_LIMITS[arch]
+        assert fact.tensor_cores == name.startswith(("overlap", "gradient"))
