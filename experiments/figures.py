@@ -31,7 +31,7 @@ def seed_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
     """Paired difference to the baseline, one dot per seed, one chart per headline metric."""
     charts = []
     for group in by_metric(rows):
-        shown = [row for row in group if not row.is_baseline and row.diff_mean is not None]
+        shown = [row for row in group if not row.is_baseline and row.differences]
         if not (shown and group[0].headline and not group[0].quantity.cost):
             continue
         known = group[0].quantity

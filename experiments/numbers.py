@@ -28,16 +28,42 @@ def format_spread(mean: float, std: float | None, *, sign: bool = False) -> tupl
     """
     if std is None or not math.isfinite(mean) or not math.isfinite(std):
         return format_number(mean, sign=sign), ""
-    if std == 0.0 or _scientific(mean) or _scientific(std):
+    decimals = _decimals(mean, std)
+    if decimals is None:
         return format_number(mean, sign=sign), format_number(std)
-    decimals = 1 - _exponent(std)
-    if mean != 0.0:
-        decimals = min(decimals, 5 - _exponent(mean))
-    decimals = max(decimals, 0)
     spread = f"{std:,.{decimals}f}"
     if float(spread.replace(",", "")) == 0.0:
         spread = format_number(std)
     return _signed(f"{mean:,.{decimals}f}", sign), spread
+
+
+def format_interval(
+    mean: float, low: float, high: float, *, sign: bool = False, unit: str = ""
+) -> str:
+    """Mean and interval with the same decimals, chosen by half the interval's width.
+
+    >>> format_interval(0.12345, 0.0741, 0.1628, sign=True), format_interval(3, 1, 5, unit="%")
+    ('+0.123 [0.074, 0.163]', '3.0% [1.0%, 5.0%]')
+    """
+    decimals = _decimals(mean, (high - low) / 2)
+
+    def text(value: float, sign: bool) -> str:
+        if decimals is None:
+            return format_number(value, sign=sign) + unit
+        return _signed(f"{value:,.{decimals}f}", sign) + unit
+
+    return f"{text(mean, sign)} [{text(low, False)}, {text(high, False)}]"
+
+
+def format_p(value: float) -> str:
+    """A p-value as papers print it.
+
+    >>> format_p(0.0312), format_p(0.2), format_p(1e-6), format_p(1.0)
+    ('0.031', '0.20', '<0.001', '1.00')
+    """
+    if value < 0.001:
+        return "<0.001"
+    return f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
 
 
 def format_duration(seconds: float) -> str:
@@ -52,6 +78,16 @@ def format_duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _decimals(mean: float, spread: float) -> int | None:
+    """Decimals that show two digits of the spread; None where fixed decimals do not fit."""
+    if spread == 0.0 or _scientific(max(abs(mean), spread)):
+        return None
+    decimals = 1 - _exponent(spread)
+    if mean != 0.0:
+        decimals = min(decimals, 5 - _exponent(mean))
+    return max(decimals, 0)
 
 
 def _exponent(value: float) -> int:

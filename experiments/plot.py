@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from alignlab.experiments.result import Comparison
+from alignlab.experiments.statistics import Paired
 from alignlab.experiments.summary import SummaryRow
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; the baseline is grey.
-_BASELINE_COLOUR = "#6b7280"
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d00", "#6a3d9a")
+# After Okabe and Ito, told apart with any kind of colour vision; the baseline is grey. Some are
+# shifted so that each stands out from white and from the dark page's #14171c by 3:1 or more.
+PAPERS = ("#ffffff", "#14171c")
+BASELINE_COLOUR = "#7b828f"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b87d00", "#3397d1", "#8a6d00", "#8c63c4")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _INK = "#374151"
 _FEW_POINTS = 15
@@ -36,10 +39,10 @@ def styles(comparison: Comparison) -> dict[str, Style]:
     found, taken = {}, 0
     for variant in comparison.variants:
         if variant == comparison.baseline:
-            found[variant] = Style(variant, _BASELINE_COLOUR, "solid")
+            found[variant] = Style(variant, BASELINE_COLOUR, "solid")
             continue
-        dash = _DASHES[taken // len(_COLOURS) % len(_DASHES)]
-        found[variant] = Style(variant, _COLOURS[taken % len(_COLOURS)], dash)
+        dash = _DASHES[taken // len(COLOURS) % len(_DASHES)]
+        found[variant] = Style(variant, COLOURS[taken % len(COLOURS)], dash)
         taken += 1
     return found
 
@@ -102,7 +105,7 @@ def _band(style: Style, x: list[JsonValue], points: list[tuple[float, list[float
 
 
 def dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
-    """Paired differences of one metric: a dot per seed, a bar at the mean, a row per variant."""
+    """Paired differences of one metric, a row per variant: dots of seeds, mean and 95% interval."""
     traces: list[JsonValue] = []
     for row in shown:
         style = styles(comparison)[row.variant]
@@ -121,22 +124,8 @@ def dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
                 "marker": {"size": 9, "color": _faint(style.colour), "line": _ring(style)},
             }
         )
-        if len(finite) > 1:
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "x": [statistics.fmean(finite.values())],
-                    "y": [name],
-                    "hovertemplate": "mean: %{x:+.4g}<extra></extra>",
-                    "legendgroup": row.variant,
-                    "marker": {
-                        "symbol": "line-ns",
-                        "size": 20,
-                        "line": {"width": 2.5, "color": style.colour},
-                    },
-                }
-            )
+        if row.paired is not None and row.paired.low is not None:
+            traces.append(_mean_bar(style, row.paired, row.diff_text))
     return {
         "data": traces,
         "layout": _layout("", False)
@@ -146,6 +135,32 @@ def dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
             "xaxis": _axis("")
             | {"zeroline": True, "zerolinecolor": "#374151", "rangemode": "tozero"},
             "yaxis": _axis("") | {"autorange": "reversed", "showgrid": False, "type": "category"},
+        },
+    }
+
+
+def _mean_bar(style: Style, found: Paired, text: str) -> JsonValue:
+    assert found.low is not None and found.high is not None
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [found.mean],
+        "y": [html.escape(style.variant)],
+        "hovertemplate": f"mean {text}<extra></extra>",
+        "legendgroup": style.variant,
+        "marker": {
+            "symbol": "line-ns",
+            "size": 20,
+            "line": {"width": 2.5, "color": style.colour},
+        },
+        "error_x": {
+            "type": "data",
+            "symmetric": False,
+            "array": [found.high - found.mean],
+            "arrayminus": [found.mean - found.low],
+            "color": style.colour,
+            "thickness": 1.5,
+            "width": 4,
         },
     }
 
@@ -173,20 +188,6 @@ def _axis(title: str) -> Json:
         "zeroline": False,
         "automargin": True,
         "exponentformat": "power",
-    }
-
-
-def _zero_line() -> JsonValue:
-    # The axis' own zero line vanishes where zero is at the edge.
-    return {
-        "type": "line",
-        "x0": 0,
-        "x1": 0,
-        "yref": "paper",
-        "y0": 0,
-        "y1": 1,
-        "line": {"width": 1, "color": _INK},
-        "layer": "above",
     }
 
 

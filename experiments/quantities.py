@@ -5,7 +5,7 @@ A metric name is a base name and an optional part: `retrieval/block3` is `retrie
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Direction = Literal["lower", "higher", "none"]
@@ -23,12 +23,14 @@ class Quantity:
         better: which way is better; "none" where neither is, or where it depends.
         headline: shown in the summary table.
         cost: shown with the costs, behind the qualities.
+        slower: a time, which the verdict gives as a share of the baseline's.
     """
 
     label: str
     better: Direction = "none"
     headline: bool = False
     cost: bool = False
+    slower: bool = False
 
 
 # In the order of the summary table. Agreement with the teacher (CKNNA) is what an alignment loss
@@ -41,7 +43,7 @@ QUANTITIES: dict[str, Quantity] = {
     "silhouette": Quantity("subject silhouette", "higher", headline=True),
     "cross_cos": Quantity("cross-subject cosine", "lower", headline=True),
     "cknna": Quantity("CKNNA to teacher"),
-    "time/step": Quantity("step time (s)", "lower", headline=True, cost=True),
+    "time/step": Quantity("step time (s)", "lower", headline=True, cost=True, slower=True),
     "memory/peak_mib": Quantity("peak memory (MiB)", "lower", headline=True, cost=True),
     "params/extra": Quantity("extra parameters", "lower", headline=True, cost=True),
 }
@@ -65,7 +67,7 @@ def quantity(metric: str) -> Quantity:
     known = QUANTITIES.get(base, Quantity(base))
     label = known.label + _part_label(metric)
     whole = part in ("", "mean")
-    return Quantity(label, known.better, known.headline and whole, known.cost)
+    return replace(known, label=label, headline=known.headline and whole)
 
 
 def _part_label(metric: str) -> str:

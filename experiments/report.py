@@ -1,26 +1,22 @@
-"""Writes what a comparison found: report.html, report.md and table.csv.
+"""Writes what a comparison found: report.html, report.md, table.csv and table.tex.
 
 report.html is one file that needs no network: script, style, charts and clips are inside it, and a
 content security policy forbids the browser to fetch anything.
 """
 
 import base64
-import json
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-import plotly.offline
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from alignlab.experiments.figures import block_charts, curve_charts, seed_charts, timestep_charts
+from alignlab.experiments.latex import table_tex
+from alignlab.experiments.numbers import format_number, format_p
+from alignlab.experiments.page import render
 from alignlab.experiments.plot import styles
 from alignlab.experiments.result import Comparison, SampleClip
 from alignlab.experiments.summary import (
     SummaryRow,
     by_metric,
-    joined,
     summary_notes,
     summary_rows,
 )
@@ -48,7 +44,7 @@ class Prompt:
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
-    """Write report.html, report.md and table.csv into `folder` and return the path of the first.
+    """Write report.html, report.md, table.csv and table.tex; return the path of the first.
 
     Args:
         comparison: the results; their `run_dir` is relative to `folder`.
@@ -57,17 +53,13 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
     rows = summary_rows(comparison)
     (folder / "report.md").write_text(markdown(comparison, rows), encoding="utf-8")
     (folder / "table.csv").write_text(table_csv(comparison, rows), encoding="utf-8")
+    (folder / "table.tex").write_text(table_tex(comparison, rows), encoding="utf-8")
     path = folder / "report.html"
     path.write_text(_html(comparison, rows, folder), encoding="utf-8")
     return path
 
 
 def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
-    source = resources.files("alignlab.experiments").joinpath("report.html.j2")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(source.read_text(encoding="utf-8"))
     sections = {
         "seeds": seed_charts(comparison, rows),
         "curves": curve_charts(comparison),
@@ -79,7 +71,9 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         for name, charts in sections.items()
         for index, chart in enumerate(charts)
     }
-    return template.render(
+    return render(
+        "report.html.j2",
+        figures,
         comparison=comparison,
         verdict=verdict(comparison, rows),
         reading=reading(comparison),
@@ -92,15 +86,13 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
             for setting, values in comparison.differing.items()
         },
         sections=sections,
-        # A caption or a variant could hold "</script>": no "<" survives.
-        figures=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
-        plotly=Markup(plotly.offline.get_plotlyjs()),
         prompts=_prompts(comparison, folder),
         styles=styles(comparison),
         facts=facts(comparison),
         environment={name: plain(value) for name, value in comparison.environment.items()},
         title=title,
-        joined=joined,
+        format_number=format_number,
+        format_p=format_p,
     )
 
 

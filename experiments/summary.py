@@ -11,9 +11,16 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from alignlab.experiments.numbers import DASH, format_spread
+from alignlab.experiments.numbers import (
+    DASH,
+    format_interval,
+    format_number,
+    format_p,
+    format_spread,
+)
 from alignlab.experiments.quantities import QUANTITIES, Quantity, block_of, quantity, split_name
 from alignlab.experiments.result import Comparison
+from alignlab.experiments.statistics import Paired, paired_statistics, without_rounding
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class SummaryRow:
         mean, std: over seeds; the sample standard deviation (n - 1), None with fewer than two
             seeds; both None when there is no number, NaN and None when one is not finite.
         differences: variant minus baseline per seed, for the seeds that both have.
-        diff_mean, diff_std: the same over the differences; None for the baseline.
+        paired: statistics of `differences`; None for the baseline, and when no seed is shared or a
+            difference is not finite.
         num_better: of `differences`, how many lie on the better side; None without a better side.
         is_best: best mean of the variants; never of a cost, or with a number missing anywhere.
     """
@@ -46,8 +54,7 @@ class SummaryRow:
     mean: float | None
     std: float | None
     differences: dict[int, float]
-    diff_mean: float | None
-    diff_std: float | None
+    paired: Paired | None
     num_better: int | None
     is_best: bool = False
 
@@ -62,20 +69,41 @@ class SummaryRow:
         return joined(self.text) + ("†" if self.flag else "")
 
     @property
-    def diff_text(self) -> tuple[str, str]:
-        """Paired difference and its spread as shown; empty for the baseline."""
+    def diff_text(self) -> str:
+        """Paired difference and its 95% interval as shown; empty for the baseline."""
         if self.is_baseline:
-            return "", ""
-        if self.diff_mean is None:
-            return DASH, ""
-        return format_spread(self.diff_mean, self.diff_std, sign=True)
+            return ""
+        if self.paired is None:
+            return DASH
+        mean, low, high = self.paired.mean, self.paired.low, self.paired.high
+        if low is None or high is None or low == high:
+            return format_number(mean, sign=True)
+        return format_interval(mean, low, high, sign=True)
 
     @property
     def agreement(self) -> str:
         """In how many of several seeds the variant beats the baseline: "2/3"; empty for a cost."""
-        if self.num_better is None or len(self.differences) < 2 or self.quantity.cost:
+        is_equal = self.paired is not None and self.paired.is_equal
+        if self.num_better is None or len(self.differences) < 2 or self.quantity.cost or is_equal:
             return ""
         return f"{self.num_better}/{len(self.differences)}"
+
+    @property
+    def change(self) -> str:
+        """What may be claimed: "better", "worse", "changed" (no better side), "" for nothing."""
+        if self.paired is None or not self.paired.is_found:
+            return ""
+        if self.quantity.better == "none":
+            return "changed"
+        is_better = (self.paired.mean > 0.0) == (self.quantity.better == "higher")
+        return "better" if is_better else "worse"
+
+    @property
+    def p_text(self) -> str:
+        """Holm-corrected p-value as shown; empty where there is none, or no spread behind it."""
+        if self.paired is None or self.paired.holm_p is None or self.paired.low is None:
+            return ""
+        return format_p(self.paired.holm_p)
 
     @property
     def flag(self) -> str:
@@ -110,7 +138,7 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
     for metric in _ordered(comparison, {name for run in numbers.values() for name in run}):
         headline = metric in chosen if chosen else quantity(metric).headline
         group = [_row(comparison, numbers, metric, v, headline) for v in comparison.variants]
-        rows.extend(_with_best(group))
+        rows.extend(_with_best(_with_statistics(group)))
     return rows
 
 
@@ -140,6 +168,11 @@ def summary_notes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
         notes.append(
             f"One seed ({comparison.seeds[0]}) only: no spread is known, and a difference may be "
             "that seed's alone."
+        )
+    if comparison.allowed:
+        notes.append(
+            f"Measured differently, as the recipe allows: {', '.join(comparison.allowed)}. Numbers "
+            "that depend on it do not compare."
         )
     num_hidden = 0
     for group in by_metric(rows):
@@ -180,9 +213,8 @@ def _row(
 
     values, base = of(variant), of(comparison.baseline)
     shared = [] if is_baseline else [seed for seed in values if seed in base]
-    differences = {seed: values[seed] - base[seed] for seed in shared}
+    differences = {seed: _difference(values[seed], base[seed]) for seed in shared}
     mean, std = _spread(list(values.values()))
-    diff_mean, diff_std = _spread(list(differences.values()))
     num_better = None
     if known.better != "none" and not is_baseline:
         sign = -1.0 if known.better == "lower" else 1.0
@@ -199,10 +231,13 @@ def _row(
         mean=mean,
         std=std,
         differences=differences,
-        diff_mean=diff_mean,
-        diff_std=diff_std,
+        paired=None,
         num_better=num_better,
     )
+
+
+def _difference(value: float, base: float) -> float:
+    return without_rounding(value - base, max(abs(value), abs(base)))
 
 
 def _spread(values: list[float]) -> tuple[float | None, float | None]:
@@ -210,7 +245,18 @@ def _spread(values: list[float]) -> tuple[float | None, float | None]:
         return None, None
     if not all(math.isfinite(value) for value in values):
         return math.nan, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    if len(values) == 1:
+        return values[0], None
+    scale = max(abs(value) for value in values)
+    return statistics.fmean(values), without_rounding(statistics.stdev(values), scale)
+
+
+def _with_statistics(group: list[SummaryRow]) -> list[SummaryRow]:
+    """The rows of one metric with their paired statistics, corrected over its variants."""
+    sizes = [abs(v) for row in group for v in row.values.values() if math.isfinite(v)]
+    differences = {row.variant: list(row.differences.values()) for row in group}
+    found = paired_statistics(differences, max(sizes, default=0.0))
+    return [dataclasses.replace(row, paired=found.get(row.variant)) for row in group]
 
 
 def _with_best(group: list[SummaryRow]) -> list[SummaryRow]:

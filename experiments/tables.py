@@ -1,4 +1,7 @@
-"""The report as text: terminal, Markdown and CSV, and the words that every form shares."""
+"""The report as text: terminal, Markdown and CSV, and the words that every form shares.
+
+LaTeX is in `latex`.
+"""
 
 import csv
 import io
@@ -16,11 +19,25 @@ from alignlab.experiments.result import Comparison
 from alignlab.experiments.summary import (
     SummaryRow,
     by_metric,
-    joined,
     summary_notes,
     summary_rows,
 )
 from alignlab.experiments.verdict import verdict
+
+# Column of table.csv to field of `Paired`.
+_PAIRED = {
+    "diff_mean": "mean",
+    "diff_std": "std",
+    "diff_low": "low",
+    "diff_high": "high",
+    "num_pairs": "num_pairs",
+    "method": "method",
+    "p_value": "p_value",
+    "sign_flip_p": "sign_flip_p",
+    "holm_p": "holm_p",
+    "hedges_g": "effect_size",
+    "detectable": "detectable",
+}
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
@@ -30,19 +47,25 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     table.add_column("metric")
     table.add_column("variant")
     table.add_column("mean" if len(comparison.seeds) == 1 else "mean ± std", justify="right")
-    table.add_column(Text(f"to {comparison.baseline}"), justify="right")
-    if len(comparison.seeds) > 1:
+    if len(comparison.seeds) == 1:
+        table.add_column(Text(f"to {comparison.baseline}"), justify="right")
+    else:
+        table.add_column(Text(f"to {comparison.baseline} [95%]"), justify="right")
+        table.add_column("p", justify="right")
         table.add_column("better in")
     for group in headline(rows):
         for row in group:
             name = title(row) if row is group[0] else ""
             style = "bold" if row.is_best else "dim" if row.is_baseline else ""
-            cells = [name, row.variant, row.value_text, joined(row.diff_text), row.agreement]
+            cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
             texts = [Text(cell, style) for cell in cells[: len(table.columns)]]
             table.add_row(*texts, end_section=row is group[-1])
-    for sentence in verdict(comparison, rows):
-        console.print(Text(sentence))
+    found = verdict(comparison, rows)
+    for sentence in (found.lead, *found.variants.values()):
+        console.print(Text(sentence, "bold" if sentence is found.lead else ""))
     console.print(table)
+    if found.reading:
+        console.print(Text(found.reading, "dim"))
     for note in summary_notes(comparison, rows):
         console.print(Text(note, "dim"))
 
@@ -50,17 +73,16 @@ def print_summary(comparison: Comparison, console: Console) -> None:
 def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """The report without pictures, as Markdown."""
     names = [_escape(variant) for variant in comparison.variants]
-    lines = [
-        f"# {_escape(comparison.name)}",
-        "",
-        *(_escape(text) + "\n" for text in verdict(comparison, rows)),
-    ]
+    found = verdict(comparison, rows)
+    lines = [f"# {_escape(comparison.name)}", "", f"**{_escape(found.lead)}**", ""]
+    lines += [f"- {_escape(text)}" for text in found.variants.values()]
+    lines += ["", _escape(found.reading), ""] if found.reading else [""]
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
     lines += ["|---|" + "---:|" * len(names)]
     for group in headline(rows):
         cells = [f"**{row.value_text}**" if row.is_best else row.value_text for row in group]
         lines.append(f"| {_escape(title(group[0]))} | " + " | ".join(cells) + " |")
-        if any(row.diff_text[0] for row in group):
+        if any(row.diff_text for row in group):
             lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
     notes = summary_notes(comparison, rows)
     lines += ["", reading(comparison), "", *(f"- {_escape(note)}" for note in notes)]
@@ -76,24 +98,14 @@ def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in comparison.seeds]
-    columns = ["mean", "std", "num_seeds", "diff_mean", "diff_std", "num_pairs", "num_better"]
-    writer.writerow(["metric", "better", "variant", *columns, *seeds])
+    columns = ["metric", "better", "variant", "mean", "std", "num_seeds", "is_best"]
+    writer.writerow([*columns, *_PAIRED, "num_better", "change", *seeds])
     for row in rows:
-        writer.writerow(
-            [
-                row.metric,
-                row.quantity.better,
-                row.variant,
-                row.mean,
-                row.std,
-                len(row.values),
-                row.diff_mean,
-                row.diff_std,
-                len(row.differences),
-                row.num_better,
-                *(row.values.get(seed) for seed in comparison.seeds),
-            ]
-        )
+        measured = [row.mean, row.std, len(row.values), int(row.is_best)]
+        paired = [getattr(row.paired, name, None) for name in _PAIRED.values()]
+        values = [row.values.get(seed) for seed in comparison.seeds]
+        start = [row.metric, row.quantity.better, row.variant]
+        writer.writerow([*start, *measured, *paired, row.num_better, row.change, *values])
     return text.getvalue()
 
 
@@ -108,8 +120,7 @@ def title(row: SummaryRow) -> str:
 
 
 def _paired(row: SummaryRow) -> str:
-    text = joined(row.diff_text)
-    return f"{text} ({row.agreement})" if row.agreement else text
+    return f"{row.diff_text} ({row.agreement})" if row.agreement else row.diff_text
 
 
 def reading(comparison: Comparison) -> str:
@@ -119,8 +130,8 @@ def reading(comparison: Comparison) -> str:
         return f"{arrows} Differences are to {comparison.baseline}, with the same seed."
     return (
         f"{arrows} Numbers are mean ± sample standard deviation over {len(comparison.seeds)} "
-        f"seeds. Differences are paired: variant minus {comparison.baseline} with the same seed. "
-        "A fraction says in how many seeds the variant is better."
+        f"seeds. Differences are paired, variant minus {comparison.baseline} with the same seed, "
+        "with their 95% interval. A fraction says in how many seeds the variant is better."
     )
 
 

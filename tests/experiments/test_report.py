@@ -3,6 +3,7 @@
 import base64
 import csv
 import dataclasses
+import doctest
 import io
 import json
 import math
@@ -16,7 +17,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from alignlab.experiments import latex
 from alignlab.experiments.figures import curve_charts
+from alignlab.experiments.plot import BASELINE_COLOUR, COLOURS, PAPERS
 from alignlab.experiments.report import write_report
 from alignlab.experiments.result import Comparison, Curve, RunResult, SampleClip
 from alignlab.experiments.summary import joined, summary_rows
@@ -185,7 +188,7 @@ def test_every_form_shows_the_same_numbers(comparison: Comparison, tmp_path: Pat
     for row in rows:
         for text in texts:
             assert joined(row.text) in text
-            assert joined(row.diff_text) in text
+            assert row.diff_text in text
             assert row.quantity.label in text
     lines = list(csv.DictReader(io.StringIO((tmp_path / "table.csv").read_text("utf-8"))))
     assert len(lines) == len(summary_rows(comparison))
@@ -194,7 +197,9 @@ def test_every_form_shows_the_same_numbers(comparison: Comparison, tmp_path: Pat
         line = by_key[row.metric, row.variant]
         assert float(line["mean"]) == row.mean
         assert float(line["seed_1"]) == row.values[1]
-        assert line["diff_mean"] == ("" if row.diff_mean is None else str(row.diff_mean))
+        for column, field in (("diff_mean", "mean"), ("diff_low", "low"), ("holm_p", "holm_p")):
+            number = getattr(row.paired, field, None)
+            assert line[column] == ("" if number is None else str(number))
 
 
 def test_everything_asked_for_is_there(comparison: Comparison, tmp_path: Path) -> None:
@@ -280,3 +285,29 @@ def test_one_seed_shows_no_spread(comparison: Comparison, tmp_path: Path) -> Non
     assert "±" not in page.text
     assert "One seed (0) only" in page.text
     assert "±" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_latex_table_is_whole(comparison: Comparison, tmp_path: Path) -> None:
+    write_report(comparison, tmp_path)
+    text = (tmp_path / "table.tex").read_text(encoding="utf-8")
+    assert doctest.testmod(latex).failed == 0
+    inside = text.split(r"\midrule")[1].split(r"\bottomrule")[0].strip().splitlines()
+    assert len(inside) == 1 + 2 * 2, "the baseline has no second line"
+    assert {line.count(" & ") for line in inside} == {4}
+    assert all(line.endswith(r" \\") for line in inside)
+    assert text.count(r"\textbf{") == 2, "best flow loss and silhouette; costs have no best"
+    assert "$-$0.01234" in inside[2]
+    assert r"\textless{}/script\textgreater{}" in inside[3] and "</script" not in text
+    assert text.isascii() and not re.search(r"[#<>|]", text)
+
+
+def test_colours_stand_out_on_white_and_on_dark() -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for colour in (BASELINE_COLOUR, *COLOURS):
+        for paper in PAPERS:
+            low, high = sorted((luminance(colour), luminance(paper)))
+            assert (high + 0.05) / (low + 0.05) >= 3.0, (colour, paper)

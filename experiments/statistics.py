@@ -1,0 +1,240 @@
+"""Is a difference to the baseline real? Paired statistics over seeds, in one place.
+
+A pair is one seed: the variant's number minus the baseline's. The methods depend on how many
+pairs there are, because what suits many is wrong for few:
+
+- Fewer than `BOOTSTRAP_PAIRS`: Student's t, interval and p-value. A bootstrap of five numbers is
+  too narrow (its 95% intervals hold the truth in 84% of cases), and a sign flip of five cannot give
+  a p-value below 2 / 2**5 = 0.06.
+- From there on: a BCa bootstrap interval at a level widened for the sample size, and the sign-flip
+  permutation test.
+
+On normal differences, and from ten pairs also on skewed ones, the intervals hold the truth in 92%
+to 97% of cases. With few pairs and a skewness of 2 it is 88%; no method does better there. Under no
+effect the differences are symmetric, and a false claim among five variants comes up in at most 6%
+of cases. `tests/experiments/test_statistics_errors.py` simulates all this.
+
+Letters: R rows, each a variant of its own; N pairs.
+"""
+
+import dataclasses
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import optimize, special, stats
+
+ALPHA = 0.05
+POWER = 0.8
+MIN_PAIRS = 3  # two pairs agree by luck too often, above all on counts
+BOOTSTRAP_PAIRS = 10
+_RESAMPLES = 9999  # scipy's default; odd plus one makes p-values and quantiles exact fractions
+_ROUNDING = 16 * sys.float_info.epsilon
+
+Method = Literal["t", "bootstrap", "none"]
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What the paired differences of one variant and one metric say.
+
+    Args:
+        num_pairs: seeds that variant and baseline share.
+        mean, std: of the differences; std is the sample's (n - 1), None with one pair.
+        low, high: 95% interval of the mean, not corrected for the number of variants; None with
+            one pair, or with equal differences other than zero, whose spread is not known.
+        method: how interval and p-value were made: "t", "bootstrap" (and sign flip), "none".
+        p_value: two-sided, of `method`; the sign flip's when all differences are equal.
+        sign_flip_p: two-sided p-value of the sign-flip permutation test, exact up to 13 pairs.
+        holm_p: `p_value` after Holm's correction over the variants of the metric.
+        effect_size: Hedges' g, the mean in standard deviations of the differences, corrected for
+            few pairs; None below three pairs or without spread.
+        detectable: smallest true difference that would be found with 80% power at the level that
+            one of all variants must pass (5% / variants), at the observed spread. None: cannot
+            tell.
+    """
+
+    num_pairs: int
+    mean: float
+    std: float | None
+    low: float | None = None
+    high: float | None = None
+    method: Method = "none"
+    p_value: float | None = None
+    sign_flip_p: float | None = None
+    holm_p: float | None = None
+    effect_size: float | None = None
+    detectable: float | None = None
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the variant has the baseline's number with every seed."""
+        return self.mean == 0.0 and self.std == 0.0
+
+    @property
+    def is_found(self) -> bool:
+        """Whether a difference may be claimed: enough pairs, an interval, Holm's p at most 5%."""
+        enough = self.num_pairs >= MIN_PAIRS and self.low is not None
+        return enough and self.holm_p is not None and self.holm_p <= ALPHA
+
+
+def paired_statistics(
+    differences: Mapping[str, Sequence[float]], scale: float
+) -> dict[str, Paired]:
+    """Statistics of one metric for every variant, Holm-corrected over those that have a p-value.
+
+    Args:
+        differences: variant to its differences to the baseline, one per shared seed; a variant
+            with none, or with one that is not finite, gets no statistics.
+        scale: largest magnitude of the numbers that were subtracted; see `without_rounding`.
+    """
+    usable = {
+        variant: [without_rounding(value, scale) for value in values]
+        for variant, values in differences.items()
+        if values and all(math.isfinite(value) for value in values)
+    }
+    num_tests = sum(len(values) > 1 for values in usable.values())
+    found = {v: _paired(values, scale, num_tests) for v, values in usable.items()}
+    tested = {v: one.p_value for v, one in found.items() if one.p_value is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {v: dataclasses.replace(one, holm_p=corrected.get(v)) for v, one in found.items()}
+
+
+def without_rounding(value: float, scale: float) -> float:
+    """0 for a difference of numbers of magnitude `scale` that is only their rounding.
+
+    >>> without_rounding(-6.9e-18, 0.11), without_rounding(1e-9, 0.11)
+    (0.0, 1e-09)
+    """
+    return 0.0 if abs(value) <= _ROUNDING * scale < math.inf else value
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, which bounds the chance of any false claim among them.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        largest = max(largest, (len(p_values) - rank) * p_values[place])
+        corrected[place] = min(largest, 1.0)
+    return corrected
+
+
+def detectable_difference(std: float, num_pairs: int, num_tests: int = 1) -> float:
+    """Smallest true mean difference that a paired t-test finds with 80% power.
+
+    Args:
+        std: standard deviation of the differences.
+        num_pairs: at least 2.
+        num_tests: the two-sided level is 5% divided by this, Holm's first and hardest step.
+    """
+    return _noncentrality(num_pairs, ALPHA / num_tests) * std / math.sqrt(num_pairs)
+
+
+def interval(values_RN: Array, method: Method) -> tuple[Array, Array]:
+    """Ends of the 95% interval of each row's mean, (R,); the numbers of a row are not all equal."""
+    num_values = values_RN.shape[-1]
+    quantile = stats.t.ppf(1 - ALPHA / 2, num_values - 1)
+    if method == "t":
+        half_R = quantile * stats.sem(values_RN, axis=-1)
+        mean_R = values_RN.mean(-1)
+        return mean_R - half_R, mean_R + half_R
+    # A bootstrap spreads by the standard deviation with n and has normal tails; widening its level
+    # gives it those of n - 1 and of t (Hesterberg's expanded percentile interval).
+    widened = quantile * math.sqrt(num_values / (num_values - 1))
+    found = stats.bootstrap(
+        (values_RN,),
+        np.mean,
+        axis=-1,
+        method="BCa",
+        confidence_level=1 - 2 * stats.norm.sf(widened),
+        n_resamples=_RESAMPLES,
+        batch=_batch(values_RN),
+        rng=0,
+    ).confidence_interval
+    return found.low, found.high
+
+
+def p_value(values_RN: Array, method: Method) -> Array:
+    """Two-sided p-value of each row's mean, (R,): Student's t or, for "bootstrap", sign flips."""
+    if method == "t":
+        return np.asarray(stats.ttest_1samp(values_RN, 0.0, axis=-1).pvalue)
+    found = stats.permutation_test(
+        (values_RN,),
+        np.mean,
+        axis=-1,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        batch=_batch(values_RN),
+        rng=0,
+    )
+    return np.asarray(found.pvalue)
+
+
+def method_for(num_pairs: int, num_tests: int) -> Method:
+    """How so many pairs are judged when the smallest of `num_tests` p-values decides first."""
+    # With very many variants not even the smallest sign-flip p-value passes Holm's first step.
+    can_pass = num_tests * 2.0 ** (1 - num_pairs) <= ALPHA
+    return "bootstrap" if num_pairs >= BOOTSTRAP_PAIRS and can_pass else "t"
+
+
+def _paired(values: list[float], scale: float, num_tests: int) -> Paired:
+    num_pairs = len(values)
+    mean = without_rounding(statistics.fmean(values), scale)
+    if num_pairs < 2:
+        return Paired(num_pairs, mean, None)
+    std = without_rounding(statistics.stdev(values), scale)
+    row_N = np.asarray(values)
+    flipped = float(p_value(row_N, "bootstrap"))
+    if std == 0.0:
+        limit = 0.0 if mean == 0.0 else None
+        return Paired(num_pairs, mean, std, limit, limit, p_value=flipped, sign_flip_p=flipped)
+    method = method_for(num_pairs, num_tests)
+    low, high = interval(row_N, method)
+    has_spread = num_pairs >= MIN_PAIRS
+    return Paired(
+        num_pairs,
+        mean,
+        std,
+        float(low),
+        float(high),
+        method=method,
+        p_value=flipped if method == "bootstrap" else float(p_value(row_N, "t")),
+        sign_flip_p=flipped,
+        effect_size=mean / std * _small_sample(num_pairs) if has_spread else None,
+        detectable=detectable_difference(std, num_pairs, num_tests) if has_spread else None,
+    )
+
+
+def _batch(values_RN: Array) -> int:
+    """Resamples at a time, so that many rows do not fill the memory."""
+    return max(1, 2**22 // values_RN.size)
+
+
+def _small_sample(num_pairs: int) -> float:
+    """Hedges' exact factor, by which a standardised mean of few pairs is too large."""
+    half = (num_pairs - 1) / 2
+    return math.exp(special.gammaln(half) - special.gammaln(half - 0.5)) / math.sqrt(half)
+
+
+@lru_cache
+def _noncentrality(num_pairs: int, level: float) -> float:
+    degrees = num_pairs - 1
+    threshold = float(stats.t.isf(level / 2, degrees))
+
+    def missing(center: float) -> float:
+        # the other tail adds nothing where the power is 80%
+        return float(stats.nct.sf(threshold, degrees, center)) - POWER
+
+    return float(optimize.brentq(missing, 0.0, 2 * threshold + 2))

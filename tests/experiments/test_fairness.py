@@ -1,0 +1,84 @@
+"""Variants that are measured differently are refused, unless the recipe allows it by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignlab.config import CompareConfig
+from alignlab.errors import UserError
+from alignlab.experiments.compare import compare
+from alignlab.experiments.fairness import check_fair, differences
+from alignlab.recipe import dump, load_compare
+
+Make = Callable[..., CompareConfig]
+
+
+@pytest.fixture
+def make(recipe_file: Path, tmp_path: Path) -> Make:
+    """`make("eval: {clips: 3}")`: a baseline and a variant with these changes."""
+
+    def config(changes: str, extra: str = "") -> CompareConfig:
+        path = tmp_path / "fair.yaml"
+        variants = f"baseline: none\nseeds: [0]\nvariants:\n  none: {{}}\n  other: {{{changes}}}\n"
+        path.write_text(recipe_file.read_text() + variants + extra)
+        return load_compare(path, [f"output={tmp_path}"])
+
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "optim.lr: 1e-4",
+        "steps: 1",
+        "objectives.ra.weight: 0.1",
+        "model.train: lora",
+        "data.cache_clips: 1",
+    ],
+)
+def test_variants_may_train_differently(make: Make, changes: str) -> None:
+    check_fair(make(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "shown"),
+    [
+        ("eval.sample_steps: 3", "eval.sample_steps", "none: 2, other: 3"),
+        ("data.val_clips: 5", "data.val_clips", "none: 4, other: 5"),
+        ("data.seed: 1", "data.seed", "none: 0, other: 1"),
+        ("teachers.dino.feature: pre_norm", "teachers.dino.feature", "other: pre_norm"),
+    ],
+)
+def test_other_measurements_are_refused_before_training(
+    make: Make, tmp_path: Path, changes: str, setting: str, shown: str
+) -> None:
+    with pytest.raises(UserError) as info:
+        compare(make(changes))
+    assert str(info.value).startswith(f"{setting}: variants are measured differently (")
+    assert shown in str(info.value) and f"allow_differences: [{setting}]" in str(info.value)
+    assert "\n" not in str(info.value)
+    assert not (tmp_path / "run").exists()
+    check_fair(make(changes, f"allow_differences: [{setting}]\n"))
+
+
+def test_a_teacher_that_only_trains_may_differ(make: Make) -> None:
+    second = "teachers.late: {family: dinov2, path: x, feature: post_norm}"
+    check_fair(make(f"{second}, objectives.ra.teacher: late"))
+    with pytest.raises(UserError, match=r"eval\.teacher: .* \(none: dino, other: late\)"):
+        check_fair(make(f"{second}, eval.teacher: late", "allow_differences: []\n"))
+
+
+@pytest.mark.parametrize("name", ["optim.lr", "eval.sample_step", "eval.clips"])
+def test_allowing_what_is_no_difference_is_an_error(make: Make, name: str) -> None:
+    config = make("eval.sample_steps: 3, optim.lr: 1e-4", f"allow_differences: [{name}]\n")
+    with pytest.raises(UserError, match=rf"allow_differences: unknown difference '{name}'"):
+        check_fair(config)
+
+
+def test_differences_and_allowance_survive_the_dump(make: Make, tmp_path: Path) -> None:
+    config = make("eval.sample_steps: 3", "allow_differences: [eval.sample_steps]\n")
+    assert differences(config) == {"eval.sample_steps": {"none": 2, "other": 3}}
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load_compare(again) == config
