@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from alignlab.errors import UserError
+from alignlab.experiments.bench_cli import bench_app
 
 
 class Commands(TyperGroup):
@@ -45,7 +46,6 @@ app = typer.Typer(
 )
 list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
-bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
 app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
@@ -115,6 +115,32 @@ def compare(recipe: Recipe, overrides: Overrides = None, print_config: PrintConf
 def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:
     """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
     compare("demo", overrides, print_config)
+
+
+@app.command()
+def sweep(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials.")] = 1,
+    join: Annotated[
+        bool, typer.Option("--join", help="Help with a sweep begun elsewhere, on its storage.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Search the settings of a run with Optuna, or go on where a killed sweep left off."""
+    from alignlab.recipe import dump, load_sweep
+
+    config = load_sweep(recipe, overrides)
+    if print_config:
+        typer.echo(dump(config), nl=False)
+        return
+    from alignlab.experiments import sweep as command
+
+    given = [recipe, *(overrides or ())]
+    if join:
+        command.join(config, workers=workers, command=given)
+    else:
+        typer.echo(f"results: {command.sweep(config, workers=workers, command=given)}")
 
 
 @app.command()
@@ -257,29 +283,6 @@ def build_assets(
     from alignlab.pretrain.build import build
 
     typer.echo(f"assets: {build(out, keep=keep or ())}")
-
-
-@bench_app.command("overhead")
-def bench_overhead(
-    recipe: Annotated[str, typer.Argument(help="A run without objectives.")] = "overhead",
-    overrides: Overrides = None,
-    pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of steps.")] = 40,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
-) -> None:
-    """Time a training step against a bare forward, backward and AdamW step."""
-    from alignlab.recipe import load_run
-
-    config = load_run(recipe, overrides)
-    from alignlab.experiments.overhead import measure_overhead, write_overhead
-
-    found = measure_overhead(config, pairs=pairs)
-    typer.echo(
-        f"harness {found.harness_s:.4f} s, bare {found.bare_s:.4f} s per step (medians), "
-        f"ratio {found.ratio:.3f} (median of {found.pairs} pairs)"
-    )
-    if out is not None:
-        write_overhead(found, out)
-        typer.echo(f"figures: {out}")
 
 
 def main() -> None:

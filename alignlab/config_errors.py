@@ -59,7 +59,7 @@ def _describe(problem: ErrorDetails, key: str, parent: type[BaseModel] | None) -
         return f"{key}: {unknown_name('value', str(context.get('tag', given)), valid)}"
     if kind == "union_tag_not_found":
         return (
-            f"{key}: 'name' is missing"
+            f"{key}: {problem['ctx']['discriminator']} is missing"
             if isinstance(given, dict)
             else _mistyped(key, "dict", given)
         )

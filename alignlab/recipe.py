@@ -15,9 +15,16 @@ from pydantic import BaseModel, ValidationError
 
 from alignlab.config import CompareConfig, DataConfig, RunConfig
 from alignlab.config_errors import first_problem
+from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
 from alignlab.losses.stage1_folder import Kind
-from alignlab.recipe_file import merge, nested_variants, read_recipe, shipped_recipes
+from alignlab.recipe_file import (
+    dotted_space,
+    merge,
+    nested_variants,
+    read_recipe,
+    shipped_recipes,
+)
 from alignlab.stage1.config import Stage1Config
 
 __all__ = [
@@ -28,11 +35,23 @@ __all__ = [
     "load_data",
     "load_run",
     "load_stage1_run",
+    "load_sweep",
     "recipe_hash",
     "shipped_recipes",
 ]
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
+OPTIONAL_COMPARE_KEYS = ("allow_differences",)
+SWEEP_KEYS = (
+    "space",
+    "sampler",
+    "pruner",
+    "metric",
+    "constraints",
+    "trials",
+    "seeds",
+    "storage",
+)
 # Settings that change no number of a run.
 NUMBERLESS: dict[str, Any] = {
     "name": True,
@@ -60,6 +79,8 @@ def load_run(recipe: str | Path, overrides: list[str] | None = None) -> RunConfi
         raise UserError(
             f"{recipe} is a comparison (it has 'variants'): use `alignlab compare {recipe}`"
         )
+    if "space" in mapping:
+        raise UserError(f"{recipe} is a sweep (it has 'space'): use `alignlab sweep {recipe}`")
     if "stage1" in mapping:
         raise UserError(
             f"{recipe} trains a Stage 1 network (it has 'stage1'): "
@@ -119,7 +140,8 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
         raise UserError("seed: a comparison reads 'seeds'; remove 'seed'")
     if not mapping["variants"]:
         raise UserError("variants: name at least one variant")
-    asked = {key: mapping.pop(key) for key in COMPARE_KEYS}
+    keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
+    asked = {key: mapping.pop(key) for key in keys}
     base = _validated(RunConfig, mapping)
     variants = nested_variants(asked["variants"])
     runs = {
@@ -127,6 +149,29 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
         for name, changes in variants.items()
     }
     return _validated(CompareConfig, {**asked, "variants": variants, "base": base, "runs": runs})
+
+
+def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+    """The config of a sweep. That its space fits the run is checked when the sweep begins.
+
+    Args:
+        recipe: path of a YAML file, or the name of a shipped recipe such as `sweep_refalign`.
+        overrides: `dotted.key=value` strings, such as `space.objectives.ra.weight.high=3`.
+
+    Raises:
+        UserError: as `load_run`, and when the recipe is no sweep.
+    """
+    mapping = read_recipe(recipe, overrides or [])
+    if "space" not in mapping:
+        command = "compare" if "variants" in mapping else "train"
+        raise UserError(f"{recipe} is no sweep (it has no 'space'): use `alignlab {command}`")
+    if "seeds" in mapping and "seed" in mapping:
+        raise UserError("seed: a sweep with 'seeds' does not read it; remove one")
+    asked = {key: mapping.pop(key) for key in SWEEP_KEYS if key in mapping}
+    if isinstance(asked["space"], Mapping):
+        asked["space"] = dotted_space(asked["space"])
+    asked.setdefault("seeds", [mapping.pop("seed", 0)])
+    return _validated(SweepConfig, {**asked, "base": _validated(RunConfig, mapping)})
 
 
 def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:
@@ -138,16 +183,21 @@ def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataCon
     mapping = read_recipe(recipe, overrides or [])
     if "variants" in mapping:
         return load_compare(recipe, overrides).base.data
+    if "space" in mapping:
+        return load_sweep(recipe, overrides).base.data
     if "stage1" in mapping:
         return _validated(Stage1Config, mapping).data
     return load_run(recipe, overrides).data
 
 
-def dump(config: RunConfig | CompareConfig | Stage1Config) -> str:
+def dump(config: RunConfig | CompareConfig | SweepConfig | Stage1Config) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
     if isinstance(config, CompareConfig):
         resolved = config.base.model_dump(mode="json", exclude={"seed"})
-        resolved |= config.model_dump(mode="json", include=set(COMPARE_KEYS))
+        resolved |= config.model_dump(mode="json", include={*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS})
+    elif isinstance(config, SweepConfig):
+        resolved = config.base.model_dump(mode="json", exclude={"seed"})
+        resolved |= config.model_dump(mode="json", include=set(SWEEP_KEYS), exclude_none=True)
     else:
         resolved = config.model_dump(mode="json")
     return str(OmegaConf.to_yaml(OmegaConf.create(resolved)))

@@ -64,6 +64,28 @@ def nested_variants(variants: Any) -> dict[str, dict[str, Any]]:
     return nested
 
 
+def nested_space(space: Mapping[str, Any]) -> dict[str, Any]:
+    """The space of a sweep with dotted keys (`objectives.ra.weight: {...}`) as nested mappings."""
+    nested: dict[str, Any] = {}
+    for key, parameter in space.items():
+        *parents, last = str(key).split(".")
+        here = nested
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = parameter
+    return nested
+
+
+def dotted_space(space: Any, prefix: str = "") -> dict[str, Any]:
+    """The reverse of `nested_space`: what holds anything but mappings is a parameter."""
+    if not isinstance(space, Mapping) or not all(isinstance(v, Mapping) for v in space.values()):
+        return {prefix.removesuffix("."): space}
+    dotted: dict[str, Any] = {}
+    for key, value in space.items():
+        dotted |= dotted_space(value, f"{prefix}{key}.")
+    return dotted
+
+
 def _nest(changes: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in changes.items():
@@ -93,6 +115,8 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     if isinstance(content.get("variants"), dict):
         content["variants"] = nested_variants(content["variants"])
+    if isinstance(content.get("space"), dict):
+        content["space"] = nested_space(content["space"])
     _check_overrides(overrides, content)
     try:
         given = [OmegaConf.from_dotlist([override]) for override in overrides]

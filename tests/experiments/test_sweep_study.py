@@ -1,0 +1,144 @@
+"""The study of a sweep: claims and leases, who is dead, which storage."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from alignlab.config_sweep import SweepConfig
+from alignlab.errors import UserError
+from alignlab.experiments import sweep_lease, sweep_trial
+from alignlab.experiments.sweep import sweep
+from alignlab.experiments.sweep_lease import Watch
+from alignlab.experiments.sweep_study import SweepStudy, create_study, join_study, shown_url
+from alignlab.recipe import load_sweep
+
+MakeSweep = Callable[..., SweepConfig]
+
+SWEEP = """
+space:
+  objectives.ra.weight: {kind: float, low: 0.1, high: 10.0, log: true}
+metric: val/flow
+trials: 3
+"""
+
+
+@pytest.fixture
+def make(recipe_file: Path, tmp_path: Path) -> MakeSweep:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
+    return lambda *overrides: load_sweep(path, [f"output={tmp_path}", *overrides])
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_a_silent_holder_loses_its_trial_and_a_living_one_does_not(
+    make: MakeSweep, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from another machine, where the holder's process cannot be looked at."""
+    monkeypatch.setattr(sweep_lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(sweep_lease, "GRACE_S", 0.6)
+    config = make(*([f"storage={tmp_path}/study.log"] if storage == "journal" else []))
+    mine, other = create_study(config), join_study(config)
+    claimed = mine.claim()
+    assert claimed is not None
+    trial, lease = claimed
+    second = other.claim()
+    assert second is not None and (trial.number, second[0].number) == (0, 1)
+    monkeypatch.setattr(sweep_lease, "_place", lambda: "elsewhere")
+    with lease:  # the second one gives no beat
+        assert put_back_for(other, 1.5) == [1]
+        assert lease.is_held()
+    assert put_back_for(other, 1.5) == [0]
+    assert not lease.is_held()
+    again = other.claim()
+    assert again is not None and again[0].number == 0
+    assert other.put_back_dead() == [], "a new holder is not judged by the old one's silence"
+
+
+def put_back_for(study: SweepStudy, seconds: float) -> list[int]:
+    found: list[int] = []
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found += study.put_back_dead()
+        time.sleep(0.05)
+    return found
+
+
+def test_a_suspended_worker_lets_go_when_it_wakes(
+    make: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_lease, "BEAT_S", 0.05)
+    study = create_study(make())
+    claimed = study.claim()
+    assert claimed is not None
+    trial, lease = claimed
+    study.put_back(trial.number, lease.claim)  # what another worker does
+    end = time.monotonic() + 10
+    with pytest.raises(KeyboardInterrupt), lease:
+        while time.monotonic() < end:
+            time.sleep(0.01)
+    assert lease.lost
+
+
+def test_sigterm_puts_the_trial_back(make: MakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: object, **__: object) -> Path:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(sweep_trial, "train", terminated)
+    config = make()
+    with pytest.raises(KeyboardInterrupt):
+        sweep(config)
+    assert {t.state for t in join_study(config).trials()} == {TrialState.WAITING}
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_claims_never_collide(make: MakeSweep) -> None:
+    config = make("trials=24")
+    create_study(config)
+    found: list[int] = []
+
+    def claim_all() -> None:
+        study = join_study(config)
+        while (claimed := study.claim()) is not None:
+            found.append(claimed[0].number)
+
+    threads = [threading.Thread(target=claim_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == list(range(24))
+
+
+def test_a_password_is_not_shown(make: MakeSweep) -> None:
+    config = make("storage=postgresql://me:secret@host/db")
+    assert shown_url(config) == "postgresql://me:***@host/db"
+
+
+@pytest.mark.parametrize(
+    ("storage", "expected"),
+    [
+        ("study.txt", "neither a URL nor a journal file"),
+        ("nosuch://x/y", "nosuch"),
+        ("sqlite:////nowhere/study.db", "unable to open database file"),
+    ],
+)
+def test_a_bad_storage_is_one_line(make: MakeSweep, storage: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected) as caught:
+        sweep(make(f"storage={storage}"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dead_process_is_seen_at_once(make: MakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = create_study(make())
+    claimed = study.claim()
+    assert claimed is not None
+    (trial,) = study.trials(TrialState.RUNNING)
+    assert not Watch().is_dead(trial)
+    monkeypatch.setattr(sweep_lease, "_lives", lambda pid: False)
+    assert Watch().is_dead(trial)

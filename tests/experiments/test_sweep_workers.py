@@ -1,0 +1,190 @@
+"""Several worker processes on one study: SQLite, a journal file, a real PostgreSQL server."""
+
+import csv
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from alignlab.errors import UserError
+from alignlab.experiments.sweep_lease import LEASE
+from alignlab.experiments.sweep_study import SweepStudy, create_study, join_study
+from alignlab.experiments.sweep_workers import device_of
+from alignlab.recipe import load_sweep
+from alignlab.tracking import read_rows
+
+SWEEP = """
+checkpoint: {every: 1, keep: 1}
+space:
+  objectives.ra.weight: {kind: float, low: 0.1, high: 10.0, log: true}
+  objectives.ra.blocks: {kind: blocks, choose: single, last: 3}
+metric: val/flow
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("workers") / "sweep.yaml"
+    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
+    return path
+
+
+def command(recipe: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "alignlab.cli", "sweep", str(recipe), *arguments]
+
+
+def run_sweep(recipe: Path, *arguments: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(recipe, *arguments), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def held_trial(study: SweepStudy, folder: Path) -> tuple[int, int]:
+    """Number and worker's process of a trial that has a checkpoint and no result."""
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        for trial in study.trials(TrialState.RUNNING):
+            run = folder / f"trial-{trial.number:04d}" / "seed-0"
+            claim = trial.user_attrs.get(LEASE)
+            if (
+                claim
+                and list(run.glob("checkpoints/step-*"))
+                and not (run / "result.json").exists()
+            ):
+                return trial.number, int(claim["pid"])
+        time.sleep(0.02)
+    raise AssertionError("no worker was caught in a trial")
+
+
+def check_every_trial(folder: Path, study: SweepStudy, count: int) -> None:
+    trials = study.trials()
+    assert [trial.number for trial in trials] == list(range(count))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    results = sorted(path.parts[-3] for path in folder.glob("trial-*/seed-0/result.json"))
+    assert results == [f"trial-{number:04d}" for number in range(count)]
+    with (folder / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["complete"] * count
+    for trial, row in zip(trials, rows, strict=True):
+        assert float(row["val/flow"]) == trial.value
+
+
+def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
+    recipe: Path, tmp_path: Path
+) -> None:
+    overrides = [f"output={tmp_path}", "trials=4", "steps=12"]
+    study = create_study(load_sweep(recipe, overrides))
+    folder = tmp_path / "sweep"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "out.txt").open("w") as out:
+        running = subprocess.Popen(
+            command(recipe, *overrides, "--workers", "2"), env=environment, stdout=out, stderr=out
+        )
+        try:
+            number, pid = held_trial(study, folder)
+            os.kill(pid, signal.SIGKILL)
+            killed = time.time()
+            assert running.wait(300) == 0, (tmp_path / "out.txt").read_text()
+        finally:
+            running.kill()
+    text = (tmp_path / "out.txt").read_text()
+    assert "was killed by signal 9" in text
+    logs = "".join(path.read_text() for path in folder.glob("worker-*.log"))
+    assert logs.count(f"trial {number}: its worker died, it goes on from its checkpoint") == 1
+    check_every_trial(folder, study, 4)
+    rows = read_rows(folder / f"trial-{number:04d}" / "seed-0" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [*range(13), 12]
+    assert rows[1]["time"] < killed < rows[-1]["time"], "the steps before the kill are kept"
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_journal_file(recipe: Path, tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path}", "trials=4", f"storage=journal://{tmp_path}/study.journal"]
+    assert "results: " in run_sweep(recipe, *overrides, "--workers", "2")
+    study = join_study(load_sweep(recipe, overrides))
+    check_every_trial(tmp_path / "sweep", study, 4)
+    assert (tmp_path / "study.journal").is_file() and not list(tmp_path.rglob("study.db"))
+
+
+@pytest.mark.slow
+def test_two_workers_share_a_postgresql_server(recipe: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec("psycopg") is None:
+        pytest.skip("needs a driver: pip install 'alignlab[postgres]'")
+    with postgres_server() as url:
+        overrides = [f"output={tmp_path}", "trials=4", f"storage={url}"]
+        run_sweep(recipe, *overrides, "--workers", "2")
+        study = join_study(load_sweep(recipe, overrides))
+        check_every_trial(tmp_path / "sweep", study, 4)
+        lost = [f"storage={url.replace('/postgres', '/nowhere')}", *overrides[:2]]
+        with pytest.raises(UserError, match='"nowhere" does not exist'):
+            create_study(load_sweep(recipe, lost))
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """A server of Debian's postgresql with data of its own, run by a user that is not root."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        pytest.skip("needs PostgreSQL's server: apt-get install -y postgresql")
+    user = "postgres" if os.geteuid() == 0 else None
+    # not under pytest's folder, which other users may not enter
+    home = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+    if user is not None:
+        shutil.chown(home, user)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def call(program: str, *arguments: str) -> None:
+        subprocess.run(
+            [found[-1] / program, "-D", home / "data", *arguments],
+            user=user,
+            cwd=home,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    try:
+        call("initdb", "--auth=trust", "--username=postgres", "--no-sync")
+        call("pg_ctl", "-w", "-l", f"{home}/log", "-o", f"-p {port} -k {home} -F", "start")
+        try:
+            yield f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+        finally:
+            call("pg_ctl", "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.mark.slow
+def test_a_workers_error_is_told(recipe: Path, tmp_path: Path) -> None:
+    overrides = [f"output={tmp_path}", "trials=2", "teachers.dino.path=assets/nothing"]
+    done = subprocess.run(
+        command(recipe, *overrides, "--workers", "2"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "error: worker" in done.stderr and "assets/nothing" in done.stderr
+    states = {t.state for t in join_study(load_sweep(recipe, overrides)).trials()}
+    assert states == {TrialState.WAITING}
+
+
+def test_workers_take_devices_in_turn() -> None:
+    assert [device_of(i, "3,5") for i in range(3)] == [
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+        {"CUDA_VISIBLE_DEVICES": "3"},
+    ]
+    assert device_of(0, "3") == device_of(0, "") == {}
