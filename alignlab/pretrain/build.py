@@ -44,7 +44,7 @@ WAN_SUBJECTS = (1, 3)  # a lone subject teaches what a word looks like soonest
 VAE_STEPS = 1600
 VAE_DECODER_STEPS = 4200
 DINO_STEPS = 2500
-WAN_STEPS = 4500
+WAN_STEPS = 10500
 
 
 def build(out: Path, *, work: Path = Path("runs/assets"), keep: Collection[str] = ()) -> Path:

@@ -28,7 +28,7 @@ PSNR_FLOOR = 24.0
 RETRIEVAL_FLOOR = 0.9
 PROBE_SEED = 3000
 PROBE_CLIPS = 300
-NAMED_FLOORS = Recognised(color=0.8, motion=0.4, texture=0.25, shape=0.18, all=0.0)
+NAMED_FLOORS = Recognised(color=0.8, motion=0.48, texture=0.3, shape=0.2, all=0.02)
 
 
 def probe_clips() -> list[Sample]:
