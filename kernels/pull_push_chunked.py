@@ -130,7 +130,9 @@ def _sample(
             for others_WC in (teacher_VC[:start], teacher_VC[stop:]):
                 panel_RW = buffer[: len(unit_RC) * len(others_WC)].view(len(unit_RC), -1)
                 torch.mm(unit_RC, others_WC.T, out=panel_RW)
-                total += panel_RW.sub_(threshold).relu_().sum(dtype=dtype)
+                if threshold != 0:
+                    panel_RW.sub_(threshold)
+                total += panel_RW.relu_().sum(dtype=dtype)
                 if slope_VC is not None:
                     add_product(slope_VC[rows], panel_RW.sign_(), others_WC)
     cosine_N[tokens] = cosine_V

@@ -166,10 +166,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, weights_SB, slopes = output
     ctx.mark_non_differentiable(weights_SB, slopes)
+    ctx.set_materialize_grads(False)  # the slopes' own gradient would be as large as they are
     ctx.save_for_backward(inputs[0], slopes)
 
 
-def _backward(ctx: Any, upstream_SB: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream_SB: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if upstream_SB is None:
+        return (None,) * 7
     student_BTPD, slopes = ctx.saved_tensors
     grad_BTPD = slopes[0] * upstream_SB[0][:, None, None, None]
     for slope_BTPD, upstream_B in zip(slopes[1:], upstream_SB[1:], strict=True):
