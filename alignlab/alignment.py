@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignlab.conditioning import Batch
 from alignlab.config import RunConfig
+from alignlab.data.sample import ClipDataset
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
-from alignlab.losses.grids import Side, describe, pool_masks
+from alignlab.losses.grids import describe, pool_masks
 from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.randomness import derive_seed
@@ -34,12 +34,12 @@ class Aligned:
     Args:
         loss_B: weighted, scheduled and gated sum over objectives.
         terms: unweighted terms by alias, for the log; without those that the schedule turned off.
-        rows: by alias, the samples that had tokens to align (references may be dropped).
+        samples: by alias, which samples had something to align, bool (B,).
     """
 
     loss_B: Tensor
     terms: dict[str, Terms]
-    rows: dict[str, list[int]]
+    samples: dict[str, Tensor]
 
 
 class Alignment(nn.Module):
@@ -72,7 +72,7 @@ class Alignment(nn.Module):
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
         self.objectives: dict[str, Objective] = {}
         for alias, objective in config.objectives.items():
-            check_stage1(config, alias, grid)
+            check_stage1(config, alias, grid, self.teachers[objective.teachers[0]])
             try:
                 built = build_objective(
                     objective,
@@ -97,6 +97,20 @@ class Alignment(nn.Module):
         """Every block that an objective taps, ascending."""
         return tuple(sorted({b for o in self.objectives.values() for b in o.config.blocks}))
 
+    def check_data(self, clips: ClipDataset) -> None:
+        """Refuses training clips that lack what an objective needs.
+
+        Raises:
+            UserError: an objective needs entity masks, and a clip has none.
+        """
+        key = clips.without_masks()
+        for alias, objective in self.objectives.items():
+            if key is not None and "masks" in objective.needs:
+                raise UserError(
+                    f"objectives.{alias}: needs entity masks, and {key} has none; add `masks` and "
+                    "`entities` to the data set's metadata (docs/data.md)"
+                )
+
     def factors(self, step: int) -> dict[str, float]:
         """What the schedule of each objective that has one makes of its weight at a step."""
         return {
@@ -118,7 +132,7 @@ class Alignment(nn.Module):
         features: dict[tuple[str, str], Features] = {}
         loss_B = torch.zeros_like(batch.sigma_B)
         terms: dict[str, Terms] = {}
-        rows: dict[str, list[int]] = {}
+        samples: dict[str, Tensor] = {}
         factors = self.factors(step)
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
@@ -135,7 +149,7 @@ class Alignment(nn.Module):
             }
             self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
             chosen = {name: features[name, kind] for name in config.teachers}
-            context = context_of(batch, alias, objective, grid)
+            context = context_of(batch, objective, grid)
             try:
                 found = objective(student, chosen, context)
             except ValueError as error:  # such as grids that do not correspond
@@ -143,8 +157,8 @@ class Alignment(nn.Module):
             scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
             loss_B = loss_B + scale_B * found.loss_B
             terms[alias] = found
-            rows[alias] = [i for i, r in enumerate(batch.references) if kind == "video" or len(r)]
-        return Aligned(loss_B, terms, rows)
+            samples[alias] = found.aligned_B if found.aligned_B is not None else _has(batch, kind)
+        return Aligned(loss_B, terms, samples)
 
     def _tell(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
         """Says once per objective which blocks and which token grids meet."""
@@ -152,32 +166,27 @@ class Alignment(nn.Module):
             return
         self._told.add(alias)
         objective = self.objectives[alias]
-        side: Side = getattr(objective.config, "grid", "student")
         log.info(
             "%s: %s on %s tokens of block %s; %s",
             alias,
             objective.config.name,
             objective.tokens,
             _depths(objective.config.blocks),
-            ", ".join(describe(student, teacher, side=side) for teacher in teachers),
+            ", ".join(describe(student, teacher, objective.side) for teacher in teachers),
         )
 
 
-def context_of(batch: Batch, alias: str, objective: Objective, grid: Grid) -> Context:
-    """What the objective, whose student tokens fill `grid`, needs to know of the batch's clips.
+def _has(batch: Batch, kind: str) -> Tensor:
+    """Which samples have tokens of the kind, bool (B,): references may be dropped."""
+    return torch.tensor([kind == "video" or len(images) > 0 for images in batch.references])
 
-    Raises:
-        UserError: it needs entity masks and a clip has none.
-    """
+
+def context_of(batch: Batch, objective: Objective, grid: Grid) -> Context:
+    """What the objective, whose student tokens fill `grid`, needs to know of the batch's clips."""
     masks_BTHW = None
     if "masks" in objective.needs:
-        masks = [mask for mask in batch.masks if mask is not None]
-        if len(masks) < len(batch.masks):
-            raise UserError(
-                f"objectives.{alias}: needs entity masks, and a clip of this data set has none; "
-                "add `masks` to its metadata (docs/data.md)"
-            )
-        masks_BTHW = torch.stack(masks)
+        visible = [_anything_visible(masks_ETHW) for masks_ETHW in batch.masks]
+        masks_BTHW = torch.stack(visible).to(batch.sigma_B.device)
     return Context(
         batch.caption_BLD if "text" in objective.needs else None,
         masks_BTHW,
@@ -185,15 +194,19 @@ def context_of(batch: Batch, alias: str, objective: Objective, grid: Grid) -> Co
     )
 
 
+def _anything_visible(masks_ETHW: Tensor | None) -> Tensor:
+    assert masks_ETHW is not None  # `Alignment.check_data`
+    return masks_ETHW.any(0)
+
+
 def _foreground(batch: Batch, grid: Grid) -> Tensor:
     """Share of each reference token that its subject covers, `(B, N)`, 0 for padding."""
-    rows = [
-        F.pad(pool_masks(masks[None], (len(masks), *grid[1:]))[0], (0, 0, 0, grid[0] - len(masks)))
-        if len(masks)
-        else batch.sigma_B.new_zeros(grid[0], grid[1] * grid[2])
-        for masks in batch.reference_masks
-    ]
-    return torch.stack(rows).flatten(1)
+    shares_BKP = torch.zeros(len(batch.reference_masks), grid[0], grid[1] * grid[2])
+    for row, masks_KHW in enumerate(batch.reference_masks):
+        count = len(masks_KHW)
+        if count:
+            shares_BKP[row, :count] = pool_masks(masks_KHW[None], (count, *grid[1:]))[0]
+    return shares_BKP.flatten(1).to(batch.sigma_B.device)
 
 
 def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:

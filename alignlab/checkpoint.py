@@ -9,7 +9,6 @@ checkpoints/step-000500/
     state.json                           step, hash of frozen Stage 1 networks
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab.digest import frozen_digest
 from alignlab.errors import UserError
 from alignlab.optimizer_state import named_state, restore_state
 from alignlab.run_folder import remove_folder, whole_folder
@@ -89,7 +89,7 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
         save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
         if state.ema is not None:
             save_file(state.ema, folder / "ema.safetensors")
-        facts = {"step": state.step, "frozen": _fingerprint(state.objectives)}
+        facts = {"step": state.step, "frozen": frozen_digest(state.objectives)}
         (folder / "state.json").write_text(json.dumps(facts))
     prune(checkpoints, keep)
     return target
@@ -114,7 +114,7 @@ def restore(state: TrainState, checkpoint: Path) -> None:
         UserError: the checkpoint belongs to another kind of training.
     """
     facts = json.loads((checkpoint / "state.json").read_text())
-    if facts["frozen"] != _fingerprint(state.objectives):
+    if facts["frozen"] != frozen_digest(state.objectives):
         raise UserError(
             f"{checkpoint}: a Stage 1 network that the objectives read has changed since; "
             "bring it back, or start a new run under another name"
@@ -165,15 +165,6 @@ def _by_step(checkpoints: Path) -> list[Path]:
 
 def _frozen(module: nn.Module) -> set[str]:
     return {name for name, p in module.named_parameters() if not p.requires_grad}
-
-
-def _fingerprint(module: nn.Module) -> str:
-    """Hash of the frozen parameters, which a checkpoint does not hold."""
-    digest = hashlib.sha256()
-    for name in sorted(_frozen(module)):
-        digest.update(name.encode())
-        digest.update(module.get_parameter(name).detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _trained(module: nn.Module) -> dict[str, Tensor]:

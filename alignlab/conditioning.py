@@ -34,8 +34,8 @@ class Batch:
 
     `references`, `reference_images` and `reference_masks` hold one tensor per sample, with zero
     rows where the references were dropped or the clip has none. `caption_BLD` is the text before
-    dropout. `masks` says of each clip where any of its entities is visible, bool `(T, H, W)`, or
-    None if unknown.
+    dropout. `masks` are those of each clip's entities, bool `(E, T, H, W)`, or None if unknown.
+    Both kinds of masks stay on the CPU: few objectives read them.
     """
 
     latents_BCTHW: Tensor
@@ -147,12 +147,11 @@ def collate(
         references=[r.to(device) for r in references],
         reference_images=[i.to(device) for i in images],
         reference_masks=[
-            _reference_masks(e.sample)[: len(r)].to(device)
-            for e, r in zip(encoded, references, strict=True)
+            _reference_masks(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)
         ],
         video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
         names=names,
-        masks=[_entity_pixels(e.sample, device) for e in encoded],
+        masks=[e.sample.masks_ETHW for e in encoded],
     )
 
 
@@ -168,10 +167,6 @@ def _reference_masks(sample: Sample) -> Tensor:
     if not sample.references:
         return torch.zeros(0, *sample.video_THWC.shape[1:3], dtype=torch.bool)
     return torch.stack([r.mask_HW for r in sample.references])
-
-
-def _entity_pixels(sample: Sample, device: torch.device) -> Tensor | None:
-    return None if sample.masks_ETHW is None else sample.masks_ETHW.any(0).to(device)
 
 
 def _draw_kept(flow: FlowConfig, rng: torch.Generator) -> tuple[bool, bool]:

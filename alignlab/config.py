@@ -142,6 +142,8 @@ class CompareConfig(Settings):
     """The variant against which differences are tested."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...]
     """Every variant runs once per seed."""
+    allow_differences: tuple[str, ...] = ()
+    """Evaluation settings in which variants may differ, by dotted name."""
     variants: dict[str, dict[str, Any]]
     """What each variant changes in `base`, as nested mappings."""
     runs: dict[str, RunConfig]

@@ -57,18 +57,8 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
     alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=accelerator.device)
-    trained = [*wan.transformer.parameters(), *alignment.parameters()]
-    optimizer = torch.optim.AdamW(
-        [p for p in trained if p.requires_grad],
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
-    )
-    ema = None
-    if config.optim.ema is not None:
-        named = wan.transformer.named_parameters()
-        ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
-    state = TrainState(wan.transformer, alignment, optimizer, ema)
+    alignment.check_data(dataset)
+    state = _initial_state(config, wan, alignment)
     caches = caches or new_caches(config)
     branch = ReferenceBranch(
         wan.transformer,
@@ -86,6 +76,21 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
         FlowWeights(config.flow),
         branch,
     )
+
+
+def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> TrainState:
+    trained = [*wan.transformer.parameters(), *alignment.parameters()]
+    optimizer = torch.optim.AdamW(
+        [p for p in trained if p.requires_grad],
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+    )
+    ema = None
+    if config.optim.ema is not None:
+        named = wan.transformer.named_parameters()
+        ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
+    return TrainState(wan.transformer, alignment, optimizer, ema)
 
 
 def new_caches(config: RunConfig) -> Caches:

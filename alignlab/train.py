@@ -10,23 +10,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 from alignlab import checkpoint
 from alignlab.conditioning import Batch, training_batch
 from alignlab.config import RunConfig
 from alignlab.environment import describe_environment
 from alignlab.evaluate import evaluate
-from alignlab.finite import FiniteWatch
 from alignlab.flow import draw_sigma, flow_loss, interpolate
 from alignlab.memory import PeakMemory
 from alignlab.optim import set_learning_rate, update_ema
-from alignlab.progress import step_progress
 from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
 from alignlab.run import Caches, Run, build_run
 from alignlab.run_folder import RunFolder, clear_leftovers, write_text
-from alignlab.step_clock import StepClock
+from alignlab.stage1.check import is_finished, stage1_digests
+from alignlab.step_loop import run_steps
 from alignlab.tracking import Tracker, read_rows
 
 HISTOGRAM_DRAWS = 10_000
@@ -39,10 +38,11 @@ def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
     A finished run is returned as it is.
 
     Raises:
-        UserError: the recipe cannot run here, or a loss stopped being finite.
+        UserError: the recipe cannot run here, a loss stopped being finite, or the run is finished
+            with another Stage 1 network than its recipe's folder holds now.
     """
     folder = RunFolder.create(config)
-    if folder.read_result() is not None:
+    if is_finished(config, folder):
         return folder.path
     clear_leftovers(folder.checkpoints)
     run = build_run(config, caches)
@@ -58,42 +58,21 @@ def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
     ):
         if run.state.step == 0:
             tracker.log(0, timestep_histogram(config))
-        _train_steps(run, folder, tracker, memory, found)
+        run_steps(
+            config,
+            run.state,
+            run.accelerator.device,
+            tracker,
+            memory,
+            found,
+            draw=lambda: step_batches(run),
+            step=lambda batches: train_step(run, batches),
+            save=lambda: checkpoint.save(
+                run.state, folder.checkpoints, keep=config.checkpoint.keep
+            ),
+        )
         finish(run, folder, tracker)
     return folder.path
-
-
-def _train_steps(
-    run: Run, folder: RunFolder, tracker: Tracker, memory: PeakMemory, found: Path | None
-) -> None:
-    """Steps from where the run stands to its last; `found` is the checkpoint that it stands on."""
-    config = run.config
-    watch, clock = FiniteWatch(run.accelerator.device), StepClock(run.accelerator.device)
-    with step_progress(config.name, total=config.steps, done=run.state.step) as advance:
-        note = ""
-        while run.state.step < config.steps:
-            clock.step_begins()
-            batches = step_batches(run)
-            clock.data_ready()
-            scalars = train_step(run, batches)
-            done = run.state.step
-            watch.check(done, scalars)
-            save = done == config.steps or done % config.checkpoint.every == 0
-            if save:
-                # a finite loss says nothing of the weights that its step left behind
-                watch.check(done, {"weights": get_total_norm(list(run.state.names))})
-            if save or done % config.tracking.log_every == 0:
-                watch.raise_if_broken(found)
-                values = {key: float(value) for key, value in scalars.items()}
-                values |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
-                tracker.log(done, values)
-                note = f"loss {values['loss/total']:.4f}"
-                if save:
-                    found = checkpoint.save(
-                        run.state, folder.checkpoints, keep=config.checkpoint.keep
-                    )
-                clock.restart()
-            advance(done, note)
 
 
 def step_batches(run: Run) -> list[Batch]:
@@ -141,7 +120,7 @@ def watch_plateaus(run: Run, values: dict[str, Tensor]) -> None:
 
     Args:
         run: at the step that the values are of.
-        values: of every sample of this process, over all accumulation rounds.
+        values: of this process's samples, over all accumulation rounds.
     """
     for alias, watch in run.alignment.watches.items():
         if watch.stopped:
@@ -155,24 +134,28 @@ def watch_plateaus(run: Run, values: dict[str, Tensor]) -> None:
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow loss plus alignment of one batch, and every term of it by its log name, per sample."""
+    """Flow loss plus alignment of one batch, and every term of it by its log name, per sample.
+
+    Similarities, and what plateaus watch, are of the samples that had something to align.
+    """
     noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
     with run.accelerator.autocast():
         out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
+        # projectors run as the transformer does; kernels and frozen networks leave autocast
+        aligned = run.alignment(out.taps, batch, run.state.step)
     flow_B = flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW)
-    aligned = run.alignment(out.taps, batch, run.state.step)
     total_B = run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
     found = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
     for alias, terms in aligned.terms.items():
         found[f"loss/{alias}"] = terms.loss_B.detach()
         found |= {f"loss/{alias}/{name}": part for name, part in terms.parts.items()}
-        rows, similarity_B = aligned.rows[alias], terms.similarity_B
-        if similarity_B is not None and rows:
-            found[f"sim/{alias}"] = similarity_B[rows]
-        if alias in run.alignment.watches and rows:
+        counted_B, similarity_B = aligned.samples[alias], terms.similarity_B
+        if similarity_B is not None:
+            found[f"sim/{alias}"] = similarity_B[counted_B]
+        if alias in run.alignment.watches:
             watched_B = -terms.loss_B.detach() if similarity_B is None else similarity_B
-            found[f"watched/{alias}"] = watched_B[rows]
-    return total_B.mean(), found
+            found[f"watched/{alias}"] = watched_B[counted_B]
+    return total_B.mean(), {key: values for key, values in found.items() if len(values)}
 
 
 def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
@@ -185,7 +168,9 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
     projectors = [p for p in run.alignment.parameters() if p.requires_grad]
     metrics["params/extra"] = float(sum(p.numel() for p in projectors))
     tracker.log(run.config.steps, metrics)
-    write_text(folder.result, json.dumps({"steps": run.config.steps, "metrics": metrics}, indent=1))
+    used = stage1_digests(run.config, run.alignment.objectives)
+    result = {"steps": run.config.steps, "metrics": metrics, "stage1": used}
+    write_text(folder.result, json.dumps(result, indent=1))
 
 
 def timestep_histogram(config: RunConfig) -> dict[str, float]:

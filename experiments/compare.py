@@ -16,12 +16,14 @@ from rich.console import Console
 from alignlab.config import CompareConfig, RunConfig
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
+from alignlab.experiments.fairness import check_fair, differences
 from alignlab.experiments.report import write_report
 from alignlab.experiments.result import Comparison, RunResult, SampleClip
 from alignlab.experiments.tables import print_summary
-from alignlab.recipe import differing_settings, dump
+from alignlab.recipe import dump
 from alignlab.run import Caches, new_caches
 from alignlab.run_folder import RunFolder, write_text
+from alignlab.stage1.check import is_finished
 from alignlab.tracking import read_rows
 from alignlab.train import train
 
@@ -36,8 +38,10 @@ def compare(config: CompareConfig) -> Path:
     """Trains what is not trained yet, prints the summary table, returns the report's path.
 
     Raises:
-        UserError: a run cannot be trained, or the folder holds a comparison of another recipe.
+        UserError: a run cannot be trained, variants are measured differently, or the folder holds
+            a comparison of another recipe.
     """
+    check_fair(config)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     runs = {
@@ -59,14 +63,13 @@ def compare(config: CompareConfig) -> Path:
         seeds=config.seeds,
         variants=tuple(config.variants),
         recipe=dump(config),
-        differing=differing_settings(
-            {variant: runs[variant, config.seeds[0]] for variant in config.variants}
-        ),
+        differing=differences(config),
         environment=dict(environment),
         duration_s=_seconds_so_far(folder),
         command=" ".join(["alignlab", *sys.argv[1:]]),
         commit=environment["commit"],
         results=results,
+        allowed=config.allow_differences,
     )
     comparison.save(folder / "comparison.json")
     report = write_report(comparison, folder)
@@ -77,7 +80,7 @@ def compare(config: CompareConfig) -> Path:
 def _train_missing(
     runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder], folder: Path
 ) -> None:
-    missing = [key for key, run_folder in folders.items() if run_folder.read_result() is None]
+    missing = [key for key, run in runs.items() if not is_finished(run, folders[key])]
     if len(missing) < len(runs):
         log.info("%d of %d runs are finished already", len(runs) - len(missing), len(runs))
     begin = time.monotonic()

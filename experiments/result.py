@@ -84,6 +84,7 @@ class Comparison:
         results: one entry per finished run; a run that is missing is shown as missing.
         headline: metrics of the summary table, in order; empty takes those that
             `experiments/quantities.py` marks.
+        allowed: evaluation settings in which the recipe lets variants differ.
     """
 
     __pydantic_config__ = _CONFIG
@@ -100,6 +101,7 @@ class Comparison:
     commit: str
     results: tuple[RunResult, ...]
     headline: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.baseline not in self.variants:

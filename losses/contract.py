@@ -32,6 +32,8 @@ from alignlab.losses.contract_samples import (
 from alignlab.losses.objective import Features, Objective, ObjectiveConfig, Terms, Tokens
 
 READ_BY_HARNESS = frozenset({"name", "weight", "schedule", "gate"})
+IMPL = "impl"
+"""The setting that chooses how a similarity is computed, and so must change no value."""
 
 Formula = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(student_BND, teacher_BND, subject_ids_BN) -> (B,), of 63 tokens: 3 frames or subjects of 21."""
@@ -44,7 +46,8 @@ class ContractCase:
     Args:
         objective: the class, registered under its config's name.
         settings: small settings; the teachers are "dino" and "clip", the blocks 0, 1 and 2.
-        changes: another value for every setting that the harness does not read itself.
+        changes: another value for every setting that the harness does not read itself, without
+            `impl`.
         formula: the objective's pure function, with a projected student.
         naive: the same written down plainly, without care for precision.
         alongside: by setting of `changes`, others that must change with it.
@@ -105,6 +108,10 @@ def check_gives_one_finite_value_per_sample(case: ContractCase) -> None:
     if terms.similarity_B is not None:
         assert terms.similarity_B.shape == (4,) and not terms.similarity_B.requires_grad
         assert (terms.similarity_B.abs() <= 1 + 1e-6).all(), "similarity is no cosine"
+    if terms.aligned_B is not None:
+        assert terms.aligned_B.shape == (4,) and terms.aligned_B.dtype == torch.bool
+        # the third sample of the contract has no reference
+        assert case.objective.tokens == "video" or not terms.aligned_B[2], "nothing is aligned"
 
 
 def check_gradient_reaches_student_and_projectors_and_no_teacher(case: ContractCase) -> None:
@@ -128,6 +135,11 @@ def check_gradient_reaches_student_and_projectors_and_no_teacher(case: ContractC
             assert parameter.grad is None
     for alias, features in teacher.items():
         assert features.tokens_BTPD.grad is None, f"a gradient reaches teacher {alias}"
+    drawn_BND = torch.randn(2, 1, 63, 100, generator=torch.Generator().manual_seed(1))
+    student_BND, teacher_BND = (x.requires_grad_() for x in drawn_BND.unbind())
+    ids_BN = torch.arange(63).div(21, rounding_mode="floor")[None]
+    torch.autograd.backward(case.formula(student_BND, teacher_BND, ids_BN).mean())
+    assert teacher_BND.grad is None, "a gradient reaches the teacher of the formula"
 
 
 def check_order_of_the_batch_does_not_matter(case: ContractCase) -> None:
@@ -190,7 +202,8 @@ def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> Non
 
 def check_every_setting_changes_the_loss(case: ContractCase) -> None:
     """No setting goes unread; weight, schedule and gate are the harness's to apply, once."""
-    unlisted = set(case.objective.Config.model_fields) - READ_BY_HARNESS ^ set(case.changes)
+    settings = set(case.objective.Config.model_fields) - READ_BY_HARNESS - {IMPL}
+    unlisted = settings ^ set(case.changes)
     assert not unlisted, f"changes must name exactly the settings, not so: {sorted(unlisted)}"
     samples = case.samples()
     base = _run(case.build(), samples).loss_B
@@ -201,6 +214,18 @@ def check_every_setting_changes_the_loss(case: ContractCase) -> None:
     shared: dict[str, Any] = {"weight": 0.0, "gate": "t^3"}
     shared["schedule"] = {"kind": "stop_at", "step": 0}
     assert_close(_run(case.build(**shared), samples).loss_B, base)
+
+
+def check_every_implementation_gives_the_same_loss(case: ContractCase) -> None:
+    """`impl`, where there is one, says how the loss is computed; one that cannot run is refused."""
+    if IMPL not in case.objective.Config.model_fields:
+        return
+    samples = case.samples()
+    eager, chunked = (_run(case.build(impl=i), samples).loss_B for i in ("eager", "chunked"))
+    assert_close(chunked, eager)
+    objective = case.build(impl="triton").double()  # which no Triton kernel takes
+    with _refused("triton"):
+        _run(objective, samples)
 
 
 def check_config_survives_json_and_refuses_what_it_does_not_know(case: ContractCase) -> None:
@@ -272,6 +297,7 @@ CHECKS: tuple[Check, ...] = (
     check_bf16_formula_is_no_worse_than_naive_bf16,
     check_bf16_tokens_pass_through_float32_projectors,
     check_every_setting_changes_the_loss,
+    check_every_implementation_gives_the_same_loss,
     check_config_survives_json_and_refuses_what_it_does_not_know,
     check_config_refuses_values_without_meaning,
     check_projectors_depend_on_the_seed_and_leave_global_randomness_alone,

@@ -14,33 +14,25 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width. A
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignlab.losses.objective import Grid
-
-TimeMatch = Literal["group_mean", "select"]
-Side = Literal["student", "teacher"]
+from alignlab.losses.objective import Grid, Side
 
 
-def match_grid(
-    teacher_BTPD: Tensor,
-    teacher_grid: Grid,
-    student_grid: Grid,
-    *,
-    time: TimeMatch = "group_mean",
-) -> Tensor:
+def match_grid(teacher_BTPD: Tensor, teacher_grid: Grid, student_grid: Grid) -> Tensor:
     """Resamples teacher tokens to the student's grid; equal grids are returned as they are.
+
+    Each group of frames is averaged, and a first frame that was seen by itself is kept
+    (VideoREPA's REPA baseline, released code).
 
     Args:
         teacher_BTPD: on `teacher_grid`.
         teacher_grid: (T, H, W) of the teacher.
         student_grid: (T, H, W) of the student.
-        time: "group_mean" averages each group, and keeps a first frame that was seen by itself
-            (VideoREPA's REPA baseline, released code); "select" takes the last frame of each group.
 
     Returns:
         (B, T, P, D) on the student's grid, or (B, T-1, P, D) without its first frame where
@@ -56,9 +48,7 @@ def match_grid(
     x = _float(teacher_BTPD)
     if group > 1:
         first, rest = (x[:, :1], x[:, 1:]) if keeps_first else (x[:, :0], x)
-        groups = rest.unflatten(1, (-1, group))
-        rest = groups.mean(2) if time == "group_mean" else groups[:, :, -1]
-        x = torch.cat([first, rest], dim=1)
+        x = torch.cat([first, rest.unflatten(1, (-1, group)).mean(2)], dim=1)
     if teacher_grid[1:] == student_grid[1:]:
         return x
     image = x.flatten(0, 1).mT.unflatten(2, teacher_grid[1:])
@@ -173,23 +163,16 @@ def pool_masks(masks_BTHW: Tensor, grid: Grid) -> Tensor:
     raise ValueError(f"cannot match masks of {given} frames to the token grid {grid}")
 
 
-def describe(
-    student_grid: Grid,
-    teacher_grid: Grid,
-    *,
-    side: Side = "student",
-    time: TimeMatch = "group_mean",
-) -> str:
+def describe(student_grid: Grid, teacher_grid: Grid, side: Side = "student") -> str:
     """Says in one line how two grids meet on that of `side`, for the log of a run.
 
     `match_grid` brings the teacher's tokens to the student's grid, `match_student` the other way
-    round, where `time` has no say.
+    round.
     """
     group, keeps_first = _correspondence(student_grid, teacher_grid)
     steps = [] if keeps_first else ["first student frame dropped"]
     if group > 1:
-        names = {"group_mean": "group mean in time", "select": "select in time"}
-        steps.append("linear in time" if side == "teacher" else names[time])
+        steps.append("linear in time" if side == "teacher" else "group mean in time")
     if teacher_grid[1:] != student_grid[1:]:
         sizes = (student_grid[1:], teacher_grid[1:])
         mode = _space_mode(*(sizes if side == "teacher" else sizes[::-1]))

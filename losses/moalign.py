@@ -6,7 +6,6 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal, final
 
@@ -15,17 +14,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_means, relation_distance
-from alignlab.losses.grids import Side, common_grid
+from alignlab.losses.grids import common_grid
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
     Objective,
     ObjectiveConfig,
+    Side,
     Terms,
     Tokens,
 )
-from alignlab.losses.projector import REPA_HIDDEN, project
+from alignlab.losses.projector import REPA_HIDDEN, deep_projector, project
 from alignlab.losses.stage1_folder import load_stage1
 
 
@@ -53,7 +53,7 @@ def motion_relation_loss(
 
 
 def _means(student_BTPD: Tensor, motion_BTPD: Tensor, tau: float, impl: Impl) -> Relation:
-    relation = relation_distance(student_BTPD, motion_BTPD, tau=tau, impl=impl)
+    relation = relation_distance(student_BTPD, motion_BTPD.detach(), tau=tau, impl=impl)
     _, frames, tokens, _ = student_BTPD.shape
     return plain_means(relation, frames, tokens, tau)
 
@@ -69,6 +69,7 @@ class MoAlignConfig(ObjectiveConfig):
         grid: whose token grid is used: "teacher" resamples the student (ours), "student" averages
             and resamples the motion, which makes fewer tokens of an image teacher's many.
         projector_dim: hidden width of the projectors, 2048 (ours; the paper says 4 layers).
+        impl: which implementation compares the relations; see `motion_relation_loss`.
     """
 
     name: Literal["moalign"] = "moalign"
@@ -79,6 +80,7 @@ class MoAlignConfig(ObjectiveConfig):
     head: str = Field(min_length=1)
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+    impl: Impl = "auto"
 
 
 @final
@@ -119,6 +121,10 @@ class MoAlign(Objective):
             }
         )
 
+    @property
+    def side(self) -> Side:
+        return self.config.grid
+
     def forward(
         self,
         student: Mapping[int, Tokens],
@@ -126,7 +132,8 @@ class MoAlign(Objective):
         context: Context = NO_CONTEXT,
     ) -> Terms:
         config, features = self.config, teacher[self.config.teacher]
-        with torch.no_grad():
+        # frozen: in the precision of its weights, as teachers are
+        with torch.no_grad(), torch.autocast(features.tokens_BTPD.device.type, enabled=False):
             motion_BTPD = self.head.motion(features.tokens_BTPD, features.grid)
         per_block = []
         for block in config.blocks:
@@ -138,20 +145,7 @@ class MoAlign(Objective):
                 features.grid,
                 config.grid,
             )
-            per_block.append(_means(student_BTPD, target_BTPD, config.tau, "auto"))
+            per_block.append(_means(student_BTPD, target_BTPD, config.tau, config.impl))
         mean = mean_relation(per_block)
         parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
         return Terms(mean.spatial + mean.temporal, parts)
-
-
-def deep_projector(
-    student_dim: int, width: int, hidden: int, generator: torch.Generator
-) -> nn.Sequential:
-    """Builds four linear layers with SiLU between them; weights drawn as for `repa_projector`."""
-    layers: list[nn.Module] = []
-    for into, out in pairwise((student_dim, hidden, hidden, hidden, width)):
-        linear = nn.Linear(into, out, device="meta").to_empty(device="cpu")
-        nn.init.xavier_uniform_(linear.weight, generator=generator)
-        nn.init.zeros_(linear.bias)
-        layers += [linear, nn.SiLU()]
-    return nn.Sequential(*layers[:-1])

@@ -17,6 +17,7 @@ from alignlab.losses.schedule import Constant, Schedule
 
 Grid = tuple[int, int, int]
 """(T, H, W) of a token set, in row-major order; for reference tokens (K, H, W)."""
+Side = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,15 @@ class Terms:
         parts: named terms of `loss_B` for the log, each (B,), detached.
         similarity_B: mean cosine of matching student and teacher tokens, detached; None where an
             objective has no such pairs. 0 for a sample that has no token to align.
+        aligned_B: bool, which samples had something to align; the others are in no average of
+            `similarity_B`, and no plateau sees them. None: all that have tokens of the kind that
+            the objective taps.
     """
 
     loss_B: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     similarity_B: Tensor | None = None
+    aligned_B: Tensor | None = None
 
 
 class ObjectiveConfig(BaseModel):
@@ -175,6 +180,11 @@ class Objective(nn.Module, ABC):
         """What `forward` reads from the context, which may depend on the config."""
         return frozenset()
 
+    @property
+    def side(self) -> Side:
+        """On whose grid student and teacher meet."""
+        return "student"
+
     @abstractmethod
     def forward(
         self,
@@ -186,7 +196,7 @@ class Objective(nn.Module, ABC):
 
         Args:
             student: tapped tokens of the kind `tokens`, keyed by block index; holds at least
-                `config.blocks`.
+                `config.blocks`. Grid and subject ids are the same in every block.
             teacher: features keyed by alias; holds at least `config.teachers`. They are constants:
                 no gradient flows into them.
             context: holds at least what `needs` names.

@@ -6,6 +6,8 @@ Shape letters: B batch, T frames, N tokens of all frames, D width.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +38,14 @@ def repa_projector(
 
     Xavier-uniform weights and zero biases, as in that code.
     """
-    return nn.Sequential(
-        _xavier(student_dim, hidden, generator),
-        nn.SiLU(),
-        _xavier(hidden, hidden, generator),
-        nn.SiLU(),
-        _xavier(hidden, teacher_dim, generator),
-    )
+    return _mlp((student_dim, hidden, hidden, teacher_dim), generator)
+
+
+def deep_projector(
+    student_dim: int, width: int, hidden: int, generator: torch.Generator
+) -> nn.Sequential:
+    """Builds four linear layers with SiLU between them; weights drawn as for `repa_projector`."""
+    return _mlp((student_dim, hidden, hidden, hidden, width), generator)
 
 
 def irepa_projector(student_dim: int, teacher_dim: int, generator: torch.Generator) -> nn.Conv2d:
@@ -51,6 +54,16 @@ def irepa_projector(student_dim: int, teacher_dim: int, generator: torch.Generat
     Weights and bias follow torch's default for a convolution. Use `project_frames`.
     """
     conv = nn.Conv2d(student_dim, teacher_dim, 3, padding=1, device="meta").to_empty(device="cpu")
+    _draw_torch_default(conv, generator)
+    return conv
+
+
+def pooling_convolution(width: int, pool: int, generator: torch.Generator) -> nn.Conv2d:
+    """Builds a convolution that makes one token of `pool` x `pool` (VideoREPA's released code).
+
+    Weights and bias follow torch's default for a convolution. Use `project_frames`.
+    """
+    conv = nn.Conv2d(width, width, pool, stride=pool, device="meta").to_empty(device="cpu")
     _draw_torch_default(conv, generator)
     return conv
 
@@ -106,8 +119,12 @@ def _draw_torch_default(layer: nn.Linear | nn.Conv2d, generator: torch.Generator
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def _xavier(in_dim: int, out_dim: int, generator: torch.Generator) -> nn.Linear:
-    linear = _empty(in_dim, out_dim, bias=True)
-    nn.init.xavier_uniform_(linear.weight, generator=generator)
-    nn.init.zeros_(linear.bias)
-    return linear
+def _mlp(widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Linear layers of these widths with SiLU between them: Xavier-uniform, zero biases."""
+    layers: list[nn.Module] = []
+    for into, out in pairwise(widths):
+        linear = _empty(into, out, bias=True)
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, nn.SiLU()]
+    return nn.Sequential(*layers[:-1])

@@ -1,6 +1,6 @@
 """RefAlign (arXiv 2603.25743): reference tokens follow a frozen vision model, subject by subject.
 
-Shape letters: B batch, K subjects, P tokens per reference, N = K*P tokens, D width.
+Shape letters: L blocks, B batch, K subjects, P tokens per reference, N = K*P tokens, D width.
 """
 
 from collections.abc import Mapping
@@ -47,9 +47,10 @@ def reference_alignment_loss(
     the teacher's width. No gradient reaches the teacher.
 
     Args:
-        student_BND: projected student tokens.
-        teacher_BND: teacher tokens at the same places.
-        subject_ids_BN: subject of each token, -1 for padding.
+        student_BND: projected student tokens. More dimensions may lead, such as blocks; every index
+            of them has a value of its own.
+        teacher_BND: teacher tokens at the same places, broadcastable to the student's.
+        subject_ids_BN: subject of each token, -1 for padding; broadcastable like the teacher.
         pos_margin: 0 in the released code.
         neg_margin: 1 in the released code; the paper's value is not known.
         neg_weight: 1 in paper and code; 0 leaves the push out.
@@ -60,12 +61,13 @@ def reference_alignment_loss(
         impl: see `alignlab.kernels.pull_push.pull_push`.
 
     Returns:
-        (total, pull, push), each (B,). A sample without a valid token gives 0 and no gradient, a
-        sample with one subject has push 0.
+        (total, pull, push), each (B,) after the leading dimensions. A sample without a valid token
+        gives 0 and no gradient, a sample with one subject has push 0.
 
     Raises:
         ValueError: shapes do not fit or `impl` cannot run.
     """
+    teacher_BND = teacher_BND.detach()
     pull_B, push_B = pull_push(
         student_BND,
         teacher_BND,
@@ -76,13 +78,13 @@ def reference_alignment_loss(
     )
     if negatives == "batch":
         _, push = pull_push(
-            student_BND.flatten(0, 1),
-            teacher_BND.flatten(0, 1),
-            subject_ids_BN.flatten(),
+            student_BND.flatten(-3, -2),
+            teacher_BND.flatten(-3, -2),
+            subject_ids_BN.flatten(-2),
             neg_margin=neg_margin,
             impl=impl,
         )
-        push_B = push * (subject_ids_BN >= 0).any(1)
+        push_B = push.unsqueeze(-1) * (subject_ids_BN >= 0).any(-1)
     return pull_B + neg_weight * push_B, pull_B, push_B
 
 
@@ -99,6 +101,7 @@ class RefAlignConfig(ObjectiveConfig):
         negatives: `sample`, as in the code with its batch of 1, or `batch`.
         foreground: tokens of which the subject covers less than this share are left out; 0 keeps
             all, as the code does (see the pitfall of white padding in README.md).
+        impl: which implementation computes pull and push; see `reference_alignment_loss`.
     """
 
     name: Literal["refalign"] = "refalign"
@@ -109,6 +112,7 @@ class RefAlignConfig(ObjectiveConfig):
     neg_margin: float = Field(default=1.0, ge=0.0, le=2.0)
     negatives: Negatives = "sample"
     foreground: float = Field(default=0.0, ge=0.0, le=1.0)
+    impl: Impl = "auto"
 
 
 @final
@@ -151,40 +155,34 @@ class RefAlign(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        features = teacher[self.config.teacher]
-        per_block = [
-            self._block(self.projectors[f"block_{block}"], student[block], features, context)
-            for block in self.config.blocks
-        ]
-        total_B, pull_B, push_B, similarity_B = torch.stack(per_block).mean(0)
-        parts = {"pull": pull_B.detach(), "push": push_B.detach()}
-        return Terms(total_B, parts, similarity_B.detach())
-
-    def _block(
-        self, projector: nn.Module, tapped: Tokens, features: Features, context: Context
-    ) -> Tensor:
-        """Computes total, pull, push and similarity of one block, stacked to (4, B)."""
-        ids_BN = self._ids(tapped, context)
+        config, features = self.config, teacher[self.config.teacher]
+        tapped = student[config.blocks[0]]  # grid and ids are the same in every block
         if features.grid[0] != tapped.grid[0]:
             raise ValueError(
                 f"student grid {tapped.grid} and teacher grid {features.grid} hold different "
                 "numbers of references"
             )
         teacher_BND = match_grid(features.tokens_BTPD, features.grid, tapped.grid).flatten(1, 2)
-        student_BND = project(projector, tapped.tokens_BND)
-        losses = reference_alignment_loss(
-            student_BND,
+        student_LBND = torch.stack(
+            [project(self.projectors[f"block_{b}"], student[b].tokens_BND) for b in config.blocks]
+        )
+        ids_BN = self._ids(tapped, context)
+        # All blocks at once, so that a fused kernel is launched once.
+        total_LB, pull_LB, push_LB = reference_alignment_loss(
+            student_LBND,
             teacher_BND,
             ids_BN,
-            pos_margin=self.config.pos_margin,
-            neg_margin=self.config.neg_margin,
-            neg_weight=self.config.neg_weight,
-            negatives=self.config.negatives,
+            pos_margin=config.pos_margin,
+            neg_margin=config.neg_margin,
+            neg_weight=config.neg_weight,
+            negatives=config.negatives,
+            impl=config.impl,
         )
+        parts = {"pull": pull_LB.detach().mean(0), "push": push_LB.detach().mean(0)}
         valid_BN = ids_BN >= 0
-        cosine_BN = paired_cosine(student_BND.detach(), teacher_BND.detach())
+        cosine_BN = paired_cosine(student_LBND.detach(), teacher_BND.detach()).mean(0)
         cosine_B = torch.where(valid_BN, cosine_BN, 0.0).sum(1) / valid_BN.sum(1).clamp_min(1)
-        return torch.stack([*losses, cosine_B])
+        return Terms(total_LB.mean(0), parts, cosine_B, valid_BN.any(1))
 
     def _ids(self, tapped: Tokens, context: Context) -> Tensor:
         """Subject ids, -1 also for tokens that show too little of their subject."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
 from alignlab.kernels.relation import Impl, Routing, mean_relation, relation_distance
-from alignlab.losses.grids import Side, common_grid, match_grid, pool_masks
+from alignlab.losses.grids import common_grid, match_grid, pool_masks
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
@@ -22,6 +22,7 @@ from alignlab.losses.objective import (
     Need,
     Objective,
     ObjectiveConfig,
+    Side,
     Terms,
     Tokens,
 )
@@ -60,8 +61,8 @@ def routed_relation_loss(
     """
     relation = relation_distance(
         student_BTPD,
-        teacher_BTPD,
-        saliency_BTP=saliency_BTP,
+        teacher_BTPD.detach(),
+        saliency_BTP=saliency_BTP.detach(),
         routing=routing,
         tau=tau,
         impl=impl,
@@ -114,6 +115,7 @@ class SaraConfig(ObjectiveConfig):
             saliency lives), "student" averages and resamples teacher and saliency, which makes
             fewer tokens of an image teacher's many.
         projector_dim: hidden width of the projectors, 2048 (ours: REPA's; the paper gives none).
+        impl: which implementation compares the relations; see `routed_relation_loss`.
     """
 
     name: Literal["sara"] = "sara"
@@ -129,6 +131,7 @@ class SaraConfig(ObjectiveConfig):
     aligner: str | None = None
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+    impl: Impl = "auto"
 
     @model_validator(mode="after")
     def _aligner_is_there_where_it_is_read(self) -> Self:
@@ -189,6 +192,10 @@ class Sara(Objective):
             return frozenset()
         return frozenset(["masks" if self.config.saliency == "masks" else "text"])
 
+    @property
+    def side(self) -> Side:
+        return self.config.grid
+
     def forward(
         self,
         student: Mapping[int, Tokens],
@@ -213,15 +220,18 @@ class Sara(Objective):
             per_block.append(
                 relation_distance(
                     student_BTPD,
-                    teacher_BTPD,
+                    teacher_BTPD.detach(),
                     saliency_BTP=weight_BTP,
                     routing=config.routing,
                     tau=math.inf if config.tau is None else config.tau,
+                    impl=config.impl,
                 )
             )
         mean = mean_relation(per_block)
         parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
-        return Terms(mean.spatial + config.temporal_weight * mean.temporal, parts)
+        loss_B = mean.spatial + config.temporal_weight * mean.temporal
+        aligned_B = None if saliency_BTP is None else (saliency_BTP > 0).flatten(1).any(1)
+        return Terms(loss_B, parts, aligned_B=aligned_B)
 
     @torch.no_grad()
     def _saliency(self, features: Features, context: Context) -> Tensor | None:
@@ -238,4 +248,6 @@ class Sara(Objective):
                 f"{self.config.aligner} knows texts of width {known}, this text encoder's have "
                 f"{given}: train Stage 1 with the model of this run"
             )
-        return self.aligner.saliency(features.tokens_BTPD, context.text_BLD)
+        # frozen: in the precision of its weights, as teachers are
+        with torch.autocast(features.tokens_BTPD.device.type, enabled=False):
+            return self.aligner.saliency(features.tokens_BTPD, context.text_BLD)

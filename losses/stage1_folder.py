@@ -26,6 +26,7 @@ class Stage1Teacher(BaseModel):
 
     Args:
         family: as in a recipe's `teachers`; so are `path` and `feature`.
+        weights: digest of its weights; None if it was not recorded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +34,7 @@ class Stage1Teacher(BaseModel):
     family: str
     path: str
     feature: str
+    weights: str | None = None
 
 
 class Stage1Info(BaseModel):

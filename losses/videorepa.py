@@ -3,7 +3,6 @@
 Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width; H, W token grid.
 """
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
@@ -12,17 +11,24 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_means, relation_distance
-from alignlab.losses.grids import Side, common_grid, drops_first_frame
+from alignlab.losses.grids import common_grid, drops_first_frame
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
     Objective,
     ObjectiveConfig,
+    Side,
     Terms,
     Tokens,
 )
-from alignlab.losses.projector import REPA_HIDDEN, project, project_frames, repa_projector
+from alignlab.losses.projector import (
+    REPA_HIDDEN,
+    pooling_convolution,
+    project,
+    project_frames,
+    repa_projector,
+)
 
 Reduction = Literal["joint", "sum"]
 
@@ -57,7 +63,7 @@ def token_relation_loss(
 
 
 def _means(student_BTPD: Tensor, teacher_BTPD: Tensor, margin: float, impl: Impl) -> Relation:
-    relation = relation_distance(student_BTPD, teacher_BTPD, margin=margin, impl=impl)
+    relation = relation_distance(student_BTPD, teacher_BTPD.detach(), margin=margin, impl=impl)
     _, frames, tokens, _ = student_BTPD.shape
     return plain_means(relation, frames, tokens)
 
@@ -86,6 +92,7 @@ class VideoRepaConfig(ObjectiveConfig):
         grid: whose token grid is used: "teacher" resamples the (pooled) student (code), "student"
             averages and resamples the teacher, which makes fewer tokens of an image teacher's many.
         projector_dim: hidden width of the projectors, 2048 (code).
+        impl: which implementation compares the relations; see `token_relation_loss`.
     """
 
     name: Literal["videorepa"] = "videorepa"
@@ -98,6 +105,7 @@ class VideoRepaConfig(ObjectiveConfig):
     pool: int = Field(default=1, ge=1)
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+    impl: Impl = "auto"
 
 
 @final
@@ -129,7 +137,11 @@ class VideoRepa(Objective):
                 student_dim, width, config.projector_dim, generator
             )
             if config.pool > 1:
-                self.pools[f"block_{block}"] = _pooling(width, config.pool, generator)
+                self.pools[f"block_{block}"] = pooling_convolution(width, config.pool, generator)
+
+    @property
+    def side(self) -> Side:
+        return self.config.grid
 
     def forward(
         self,
@@ -158,7 +170,7 @@ class VideoRepa(Objective):
             student_BTPD, teacher_BTPD = student_BTPD[:, 1:], teacher_BTPD[:, 1:]
         if not student_BTPD.shape[1]:
             raise ValueError("videorepa: first_frame=drop leaves nothing of a clip of one frame")
-        return _means(student_BTPD, teacher_BTPD, self.config.margin, "auto")
+        return _means(student_BTPD, teacher_BTPD, self.config.margin, self.config.impl)
 
     def _pooled(self, block: int, projected: Tokens) -> Tokens:
         pool, (frames, height, width) = self.config.pool, projected.grid
@@ -171,13 +183,3 @@ class VideoRepa(Objective):
         # Per frame and linear, so it could as well come after the resampling in time (code).
         tokens_BND = project_frames(conv, projected.tokens_BND, projected.grid)
         return Tokens(tokens_BND, (frames, height // pool, width // pool))
-
-
-def _pooling(width: int, pool: int, generator: torch.Generator) -> nn.Conv2d:
-    """Builds the convolution with torch's default initial weights (released code)."""
-    conv = nn.Conv2d(width, width, pool, stride=pool, device="meta").to_empty(device="cpu")
-    nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)
-    assert conv.bias is not None
-    bound = 1.0 / math.sqrt(width * pool * pool)
-    nn.init.uniform_(conv.bias, -bound, bound, generator=generator)
-    return conv

@@ -89,6 +89,11 @@ class FolderDataset:
             masks_ETHW=None if row.masks is None else _masks(row, clip, self.config.size),
         )
 
+    def without_masks(self) -> str | None:
+        """Key of the first clip whose entity masks are unknown; None if there is no such clip."""
+        rows = zip(self._keys, self._rows, strict=True)
+        return next((key for key, row in rows if row.masks is None), None)
+
     def _usable(self, rows: list[Row]) -> list[Row]:
         with ThreadPoolExecutor(PROBE_THREADS) as pool:
             errors = list(pool.map(self._error_of, rows))

@@ -82,6 +82,9 @@ class ShapesDataset:
             flow_THWC=torch.from_numpy(flow),
         )
 
+    def without_masks(self) -> None:
+        """Every clip has entity masks."""
+
 
 def draw_reference(
     subject: Subject, rng: np.random.Generator, height: int, width: int

@@ -1,13 +1,18 @@
 """Whether a Stage 2 recipe fits the Stage 1 folder that it names."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from alignlab.config import RunConfig
+from alignlab.digest import frozen_digest
 from alignlab.errors import UserError
 from alignlab.hub import on_disk
-from alignlab.losses.objective import Grid
+from alignlab.losses import build_objective
+from alignlab.losses.objective import Grid, Objective, ObjectiveConfig
 from alignlab.losses.stage1_folder import Kind, Stage1Info, read_stage1_info
+from alignlab.run_folder import RunFolder
+from alignlab.teachers import Teacher
 
 SETTINGS: dict[str, tuple[str, Kind]] = {
     "sara": ("aligner", "sara"),
@@ -18,7 +23,15 @@ SETTINGS: dict[str, tuple[str, Kind]] = {
 log = logging.getLogger(__name__)
 
 
-def check_stage1(config: RunConfig, alias: str, grid: Grid) -> None:
+class _Named(NamedTuple):
+    """A Stage 1 folder as an objective names it."""
+
+    key: str
+    folder: str
+    kind: Kind
+
+
+def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) -> None:
     """Refuses a Stage 1 network that was trained on other tokens than the objective will give it.
 
     An objective that names no Stage 1 folder passes.
@@ -28,43 +41,100 @@ def check_stage1(config: RunConfig, alias: str, grid: Grid) -> None:
         alias: of the objective.
         grid: (T, H, W) of the run's video tokens, whose (H, W) a teacher without a grid of its own
             is asked for.
+        teacher: the objective's.
 
     Raises:
-        UserError: the folder cannot be read, or its teacher (family, path, feature) or grid is not
-            this run's. The line names both sides.
+        UserError: the folder cannot be read, or its teacher (family, feature, weights or, where
+            Stage 1 did not record a digest of them, path) or grid is not this run's. The line
+            names both sides.
     """
-    objective = config.objectives[alias]
-    setting, kind = SETTINGS.get(objective.name, ("", "sara"))
-    folder = objective.model_dump().get(setting)
-    if folder is None:
+    named = _named(alias, config.objectives[alias])
+    if named is None:
         return
-    key = f"objectives.{alias}.{setting}"
-    try:
-        info = read_stage1_info(folder, kind)
-    except ValueError as error:
-        raise UserError(f"{key}: {error}") from error
-    differing = list(_differences(config, objective.teachers[0], info, grid))
+    info = _read_info(named)
+    differing = list(_differences(config, alias, info, grid, teacher))
     if differing:
         raise UserError(
-            f"{key}: {folder} was trained on other tokens than this run's: {'; '.join(differing)}; "
+            f"{named.key}: {named.folder} was trained on other tokens than this run's: "
+            f"{'; '.join(differing)}; "
             "train Stage 1 with this run's teacher and grid, or change the run"
         )
     if info.text is not None and not _same_model(info.text, config.model.path):
         log.warning(
             "%s: %s was trained with the text encoder of %s, this run has that of %s: they must be "
             "the same",
-            *(key, folder, info.text, config.model.path),
+            *(named.key, named.folder, info.text, config.model.path),
         )
 
 
-def _differences(config: RunConfig, teacher: str, info: Stage1Info, grid: Grid) -> Iterator[str]:
-    here = config.teachers[teacher]
-    if here.family != info.teacher.family:
-        yield f"teacher family {info.teacher.family} there, {here.family} here"
-    if not _same_model(info.teacher.path, str(here.path)):
-        yield f"teacher path {info.teacher.path} there, {here.path} here"
-    if here.feature != info.teacher.feature:
-        yield f"teacher feature {info.teacher.feature} there, {here.feature} here"
+def stage1_digests(config: RunConfig, objectives: Mapping[str, Objective]) -> dict[str, str]:
+    """Digest of the frozen network of each objective that names a Stage 1 folder, by alias."""
+    named = (a for a, objective in config.objectives.items() if _named(a, objective) is not None)
+    return {alias: frozen_digest(objectives[alias]) for alias in named}
+
+
+def is_finished(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether a run is done, with the Stage 1 networks that its recipe's folders hold now.
+
+    A Stage 1 folder that is gone by now says nothing against the run.
+
+    Raises:
+        UserError: it is done, but with another Stage 1 network, or a folder cannot be read.
+    """
+    result = folder.read_result()
+    if result is None:
+        return False
+    for alias, used in result.get("stage1", {}).items():
+        named = _named(alias, config.objectives[alias])
+        if named is None or on_disk(named.folder) is None:
+            continue
+        if _digest_now(named, config.objectives[alias]) != used:
+            raise UserError(
+                f"{folder.path} holds a run with another Stage 1 network than {named.folder}, "
+                f"which {named.key} names, holds now: bring it back, choose another name, or "
+                "remove the run's folder"
+            )
+    return True
+
+
+def _named(alias: str, objective: ObjectiveConfig) -> _Named | None:
+    if objective.name not in SETTINGS:
+        return None
+    setting, kind = SETTINGS[objective.name]
+    folder = getattr(objective, setting)
+    return None if folder is None else _Named(f"objectives.{alias}.{setting}", folder, kind)
+
+
+def _read_info(named: _Named) -> Stage1Info:
+    try:
+        return read_stage1_info(named.folder, named.kind)
+    except ValueError as error:
+        raise UserError(f"{named.key}: {error}") from error
+
+
+def _digest_now(named: _Named, objective: ObjectiveConfig) -> str:
+    """The digest that a run with the folder's network would have."""
+    widths = dict.fromkeys(objective.teachers, _read_info(named).teacher_dim)
+    try:
+        # the student's width does not matter to what is frozen
+        return frozen_digest(build_objective(objective, student_dim=1, teacher_dims=widths))
+    except ValueError as error:  # such as damaged weights
+        raise UserError(f"{named.key}: {error}") from error
+
+
+def _differences(
+    config: RunConfig, alias: str, info: Stage1Info, grid: Grid, teacher: Teacher
+) -> Iterator[str]:
+    here, there = config.teachers[config.objectives[alias].teachers[0]], info.teacher
+    if here.family != there.family:
+        yield f"teacher family {there.family} there, {here.family} here"
+    if there.weights is None:
+        if not _same_model(there.path, str(here.path)):
+            yield f"teacher path {there.path} there, {here.path} here"
+    elif there.weights != teacher.digest():
+        yield f"teacher weights of {there.path} there, others of {here.path} here"
+    if here.feature != there.feature:
+        yield f"teacher feature {there.feature} there, {here.feature} here"
     asked = here.grid or grid[1:]
     if asked != info.grid:
         yield f"grid {_by(info.grid)} there, {_by(asked)} here"

@@ -4,11 +4,13 @@ from alignlab.losses.motion_head import MotionHeadConfig
 from alignlab.losses.saliency_aligner import SaliencyAlignerConfig
 from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher
 from alignlab.stage1.config import Stage1Config
+from alignlab.teachers import Teacher
 
 
 def stage1_info(
     config: Stage1Config,
     module: SaliencyAlignerConfig | MotionHeadConfig,
+    teacher: Teacher,
     *,
     text: str | None = None,
 ) -> Stage1Info:
@@ -17,13 +19,16 @@ def stage1_info(
     Args:
         config: of the training.
         module: shape of the network.
+        teacher: whose tokens it read.
         text: the model whose text encoder it read.
     """
-    teacher = config.teacher
-    assert teacher.path is not None and teacher.feature is not None  # the family's, if left out
+    row = config.teacher
+    assert row.path is not None and row.feature is not None  # the family's, if left out
     return Stage1Info(
         kind=config.stage1.kind,
-        teacher=Stage1Teacher(family=teacher.family, path=teacher.path, feature=teacher.feature),
+        teacher=Stage1Teacher(
+            family=row.family, path=row.path, feature=row.feature, weights=teacher.digest()
+        ),
         teacher_dim=module.teacher_dim,
         grid=config.grid,
         text=text,

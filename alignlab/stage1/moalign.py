@@ -102,7 +102,7 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
 
     def info(self) -> Stage1Info:
         """What the head was trained on."""
-        return stage1_info(self._config, self.network.config)
+        return stage1_info(self._config, self.network.config, self._teacher)
 
     def _decoded(self, clips: Sequence[MoAlignClip]) -> Tensor:
         grid = clips[0].grid

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from alignlab.data.sample import Sample
+from alignlab.data.sample import ClipDataset, Sample
 from alignlab.errors import UserError
 from alignlab.losses.grids import pool_masks
 from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig, saliency_bce
@@ -33,7 +33,6 @@ class SaraClip:
     """A clip with its forwards: the entities, all of them, and the background if it is asked for.
 
     Args:
-        key: of the sample.
         features_TPD: the teacher's tokens.
         texts: one per forward.
         texts_KLD: their embeddings.
@@ -42,7 +41,6 @@ class SaraClip:
         caption: the full caption, which Stage 2 asks about.
     """
 
-    key: str
     features_TPD: Tensor
     texts: tuple[str, ...]
     texts_KLD: Tensor
@@ -90,11 +88,7 @@ class SaraTask(Stage1Task[SaraClip]):
 
     def encode(self, sample: Sample) -> SaraClip:
         """Teacher tokens, text embeddings and targets of one clip."""
-        if sample.masks_ETHW is None or not sample.entities:
-            raise UserError(
-                f"{sample.key}: has no entity masks, which SARA's Stage 1 learns from; add `masks` "
-                "and `entities` to the data set's metadata (docs/data.md)"
-            )
+        assert sample.masks_ETHW is not None and sample.entities  # `check_masks`
         features = self._teacher.encode(sample.video_THWC[None], self._config.grid)
         union_1THW = sample.masks_ETHW.any(0, keepdim=True)
         texts = [*sample.entities, ", ".join(sample.entities)]
@@ -104,7 +98,6 @@ class SaraTask(Stage1Task[SaraClip]):
             masks.append(~union_1THW)
         targets_KTP = pool_masks(torch.cat(masks), features.grid) > THRESHOLD
         return SaraClip(
-            sample.key,
             features.tokens_BTPD[0].cpu(),
             tuple(texts),
             self._text.encode(texts).cpu(),
@@ -167,7 +160,22 @@ class SaraTask(Stage1Task[SaraClip]):
         """What the aligner was trained on."""
         model = self._config.model
         assert model is not None
-        return stage1_info(self._config, self.network.config, text=model.path)
+        return stage1_info(self._config, self.network.config, self._teacher, text=model.path)
+
+
+def check_masks(*datasets: ClipDataset) -> None:
+    """Refuses data sets without entity masks, which the network learns from.
+
+    Raises:
+        UserError: a clip has none.
+    """
+    for dataset in datasets:
+        key = dataset.without_masks()
+        if key is not None:
+            raise UserError(
+                f"{key}: has no entity masks, which SARA's Stage 1 learns from; add `masks` and "
+                "`entities` to the data set's metadata (docs/data.md)"
+            )
 
 
 def mask_iou(marked_BTP: Tensor, target_BTP: Tensor) -> Tensor:

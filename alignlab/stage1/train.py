@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 from alignlab.checkpoint import latest
 from alignlab.data.registry import build_dataset
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
-from alignlab.finite import FiniteWatch
 from alignlab.losses.stage1_folder import save_stage1
 from alignlab.memory import PeakMemory
 from alignlab.optim import set_learning_rate
-from alignlab.progress import step_progress
 from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
 from alignlab.run import one_process
@@ -27,9 +25,9 @@ from alignlab.run_folder import RunFolder, clear_leftovers, whole_folder, write_
 from alignlab.stage1.checkpoint import Stage1State, restore, save
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.moalign import MoAlignTask
-from alignlab.stage1.sara import SaraTask
+from alignlab.stage1.sara import SaraTask, check_masks
 from alignlab.stage1.task import Stage1Task, TaskClips
-from alignlab.step_clock import StepClock
+from alignlab.step_loop import run_steps
 from alignlab.teachers import load_teacher
 from alignlab.tracking import Tracker, read_rows
 from alignlab.wan import load_text_encoder
@@ -71,7 +69,17 @@ def train_stage1(config: Stage1Config) -> Path:
         Tracker(folder, config, start=run.state.step, environment=environment) as tracker,
         PeakMemory(run.device) as memory,
     ):
-        _train_steps(run, folder, tracker, memory, found)
+        run_steps(
+            config,
+            run.state,
+            run.device,
+            tracker,
+            memory,
+            found,
+            draw=lambda: step_clips(run),
+            step=lambda clips: train_step(run, clips),
+            save=lambda: save(run.state, folder.checkpoints, keep=config.checkpoint.keep),
+        )
         finish(run, folder, tracker)
     return folder.stage1
 
@@ -80,6 +88,8 @@ def build_stage1(config: Stage1Config) -> Stage1Run:
     """Loads the frozen models and the data of a recipe, and draws the network's weights."""
     device = one_process("fp32").device
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+    if config.stage1.kind == "sara":
+        check_masks(dataset, val_dataset)
     row = config.teacher
     teacher = load_teacher(row.family, path=row.path, feature=row.feature, device=device)
     task: Stage1Task[Any]
@@ -103,37 +113,6 @@ def build_stage1(config: Stage1Config) -> Stage1Run:
         TaskClips(task, dataset, config.data.cache_clips),
         TaskClips(task, val_dataset, 0),
     )
-
-
-def _train_steps(
-    run: Stage1Run, folder: RunFolder, tracker: Tracker, memory: PeakMemory, found: Path | None
-) -> None:
-    """Steps from where the run stands to its last; `found` is the checkpoint that it stands on."""
-    config, state = run.config, run.state
-    watch, clock = FiniteWatch(run.device), StepClock(run.device)
-    with step_progress(config.name, total=config.steps, done=state.step) as advance:
-        note = ""
-        while state.step < config.steps:
-            clock.step_begins()
-            clips = step_clips(run)
-            clock.data_ready()
-            scalars = train_step(run, clips)
-            done = state.step
-            watch.check(done, scalars)
-            at_save = done == config.steps or done % config.checkpoint.every == 0
-            if at_save:
-                # a finite loss says nothing of the weights that its step left behind
-                watch.check(done, {"weights": get_total_norm(list(state.names))})
-            if at_save or done % config.tracking.log_every == 0:
-                watch.raise_if_broken(found)
-                values = {key: float(value) for key, value in scalars.items()}
-                values |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
-                tracker.log(done, values)
-                note = f"loss {values['loss/total']:.4f}"
-                if at_save:
-                    found = save(state, folder.checkpoints, keep=config.checkpoint.keep)
-                clock.restart()
-            advance(done, note)
 
 
 def step_clips(run: Stage1Run) -> list[Any]:

@@ -4,12 +4,14 @@ Shape letters: B batch, T frames, P patches per frame, D width, H height, W widt
 N images or clips of one forward pass, L tokens of one.
 """
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignlab.digest import weights_digest
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
 from alignlab.teachers.feature import find_feature
@@ -61,6 +63,15 @@ class Teacher:
     def is_video(self) -> bool:
         """Whether it sees whole clips, and leaves their first frame out."""
         return self._row.video
+
+    def digest(self) -> str:
+        """Names the weights that the features depend on, whatever folder they came from.
+
+        Rounded to bf16: on a CPU they are kept in fp32, on a GPU in bf16.
+        """
+        named = self._model.named_parameters()
+        read = {name: p for name, p in named if not re.search(self._row.unread, name)}
+        return weights_digest(read, torch.bfloat16)
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:

@@ -124,6 +124,21 @@ def test_references_are_limited_and_default_to_their_path(root: Path) -> None:
     assert [reference.name for reference in sample.references] == ["refs/red.png"]
 
 
+def test_it_names_the_first_clip_without_masks(root: Path) -> None:
+    (root / "masks").mkdir()
+    masked = {"masks": "masks", "entities": ["block"]}
+    held_out = {row.key for row in all_of(config(root), "val")}
+    lines = [{**row, **masked} for row in rows()]
+    write_jsonl(root, lines)
+    assert FolderDataset(config(root), "train").without_masks() is None
+    trained = [i for i, row in enumerate(rows()) if row["file_name"] not in held_out]
+    lines[trained[1]] = rows()[trained[1]]
+    write_jsonl(root, lines)
+    found = FolderDataset(config(root), "train").without_masks()
+    assert found == rows()[trained[1]]["file_name"]
+    assert FolderDataset(config(root), "val").without_masks() is None
+
+
 def test_masks_follow_the_frames_of_the_clip(root: Path) -> None:
     """Entity 2 is a block that moves right by one pixel per source frame; 255 is undecided.
 

@@ -231,6 +231,25 @@ def test_missing_weights_are_refused(folders: dict[str, str], tmp_path: Path) ->
         load_teacher("dinov2", path=str(tmp_path))
 
 
+def test_the_digest_is_of_the_weights_that_are_read(
+    folders: dict[str, str], tmp_path: Path
+) -> None:
+    digest = load_teacher("dinov2", path=folders["dinov2"]).digest()
+    model = Dinov2Model.from_pretrained(folders["dinov2"])
+
+    def saved(name: str, change: Tensor | float, dtype: torch.dtype = torch.float32) -> str:
+        with torch.no_grad():
+            model.get_parameter(name).add_(change)
+        model.to(dtype).save_pretrained(tmp_path / name)
+        model.float()
+        return load_teacher("tiny-dino", path=str(tmp_path / name)).digest()
+
+    assert saved("embeddings.mask_token", 1.0) == digest
+    assert saved("layernorm.bias", 0.0, torch.bfloat16) == digest  # as loaded on a GPU
+    one = torch.zeros(24).index_fill(0, torch.tensor(5), 1.0)
+    assert saved("layernorm.weight", one) != digest
+
+
 @pytest.mark.parametrize("wrong", ["float", "images"])
 def test_only_uint8_clips_are_taken(folders: dict[str, str], wrong: str) -> None:
     frames = _frames(14).float() if wrong == "float" else _frames(14)[0]

@@ -252,6 +252,18 @@ def test_contract(check: Check, row: ContractCase, tmp_path: Path) -> None:
     check(row.ready(tmp_path))
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_side_is_the_configs_grid(row: ContractCase, tmp_path: Path) -> None:
+    case = row.ready(tmp_path)
+    if "grid" in case.changes:
+        assert [case.build(grid=side).side for side in ("student", "teacher")] == [
+            "student",
+            "teacher",
+        ]
+    else:
+        assert case.build().side == "student"
+
+
 def test_every_objective_has_a_row_and_a_readme_section() -> None:
     assert [row.name for row in ROWS] == list(BUILT_IN)
     readme = (Path(alignlab.losses.__file__).parent / "README.md").read_text()

@@ -9,6 +9,7 @@ import torch
 from pydantic import ConfigDict, field_validator
 from torch import nn
 
+from alignlab.kernels.dispatch import Impl
 from alignlab.losses import contract
 from alignlab.losses.contract import CHECKS, Check, ContractCase
 from alignlab.losses.objective import Context, Features, ObjectiveConfig, Terms, Tokens
@@ -32,6 +33,12 @@ class Loose(RepaConfig):
     """Takes any key."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class WithImpl(RepaConfig):
+    """Has an `impl` that Repa does not read."""
+
+    impl: Impl = "auto"
 
 
 class Careless(RepaConfig):
@@ -95,6 +102,14 @@ BREAKS = {
         contract.check_gives_one_finite_value_per_sample,
         lambda o, terms, s, t: replace(terms, parts={"align": terms.loss_B}),
     ),
+    "aligned of another kind": Break(
+        contract.check_gives_one_finite_value_per_sample,
+        lambda o, terms, s, t: replace(terms, aligned_B=torch.ones(4)),
+    ),
+    "gradient to the teacher of the formula": Break(
+        contract.check_gradient_reaches_student_and_projectors_and_no_teacher,
+        case=replace(CASE, formula=CASE.naive),
+    ),
     "gradient to a teacher": Break(
         contract.check_gradient_reaches_student_and_projectors_and_no_teacher,
         plus(lambda terms, teacher: teacher["dino"].tokens_BTPD.mean((1, 2, 3))),
@@ -141,6 +156,9 @@ BREAKS = {
     "weight applied twice": Break(
         contract.check_every_setting_changes_the_loss,
         lambda o, terms, s, t: replace(terms, loss_B=o.config.weight * terms.loss_B),
+    ),
+    "an unread impl": Break(
+        contract.check_every_implementation_gives_the_same_loss, config=WithImpl
     ),
     "unknown keys are taken": Break(
         contract.check_config_survives_json_and_refuses_what_it_does_not_know, config=Loose

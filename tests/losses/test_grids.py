@@ -38,11 +38,6 @@ def test_group_mean_keeps_the_first_frame_and_averages_the_others() -> None:
     assert matched[0, 0, :, 1].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_select_takes_the_last_frame_of_each_group() -> None:
-    matched = match_grid(frame_numbers((9, 2, 4)), (9, 2, 4), (3, 2, 4), time="select")
-    assert matched[0, :, 0, 0].tolist() == [0.0, 4.0, 8.0]
-
-
 def test_space_is_resampled_frame_by_frame() -> None:
     teacher = frame_numbers((2, 4, 8))
     matched = match_grid(teacher, (2, 4, 8), (2, 2, 4))
@@ -56,8 +51,6 @@ def test_a_teacher_that_left_the_first_frame_out_gives_one_frame_less() -> None:
     matched = match_grid(teacher, (4, 2, 4), (3, 2, 4))
     assert matched.shape == (1, 2, 8, 2)
     assert matched[0, :, 5, 0].tolist() == [0.5, 2.5]
-    selected = match_grid(teacher, (4, 2, 4), (3, 2, 4), time="select")
-    assert selected[0, :, 5, 0].tolist() == [1.0, 3.0]
     one_by_one = match_grid(frame_numbers((2, 4, 8)), (2, 4, 8), (3, 2, 4))
     assert one_by_one.shape == (1, 2, 8, 2)
     assert one_by_one[0, :, 5, 0].tolist() == [0.0, 1.0]
@@ -191,10 +184,9 @@ def test_describe_says_what_happens(student_grid: Grid, teacher_grid: Grid, line
     assert describe(student_grid, teacher_grid) == line
 
 
-def test_describe_names_the_settings_and_the_other_direction() -> None:
-    line = describe((3, 4, 4), (9, 8, 8), time="select")
-    assert line.endswith("select in time, mean in space")
-    line = describe((3, 4, 4), (4, 8, 8), side="teacher", time="select")
+def test_describe_names_the_other_direction() -> None:
+    assert describe((3, 4, 4), (9, 8, 8)).endswith("group mean in time, mean in space")
+    line = describe((3, 4, 4), (4, 8, 8), side="teacher")
     assert line == (
         "(3, 4, 4) student -> (4, 8, 8) teacher: first student frame dropped, linear in time, "
         "bilinear in space"

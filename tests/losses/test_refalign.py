@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alignlab.kernels.pull_push import PullPush, pull_push
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Context, Features, Tokens
-from alignlab.losses.refalign import RefAlign, RefAlignConfig, reference_alignment_loss
+from alignlab.losses.refalign import (
+    Negatives,
+    RefAlign,
+    RefAlignConfig,
+    reference_alignment_loss,
+)
 
 K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 6, 4)
 SINE, COSINE = torch.sin(K), torch.cos(K / 2)
@@ -93,6 +99,31 @@ def test_parts_and_similarity_are_means_over_blocks() -> None:
     torch.testing.assert_close(terms.similarity_B, (cosines[0] + cosines[1]) / 2)
 
 
+@pytest.mark.parametrize("negatives", ["sample", "batch"])
+def test_leading_dimensions_have_values_of_their_own(negatives: Negatives) -> None:
+    student_LBND, teacher_BND = draw(2, 3, 4, 5), draw(3, 4, 5, seed=1)
+    ids_BN = torch.tensor([[0, 0, 1, 1], [1, 1, 2, -1], [-1, -1, -1, -1]])
+    settings: dict[str, Any] = {"neg_weight": 0.7, "negatives": negatives}
+    found = reference_alignment_loss(student_LBND, teacher_BND, ids_BN, **settings)
+    for block, student_BND in enumerate(student_LBND):
+        alone = reference_alignment_loss(student_BND, teacher_BND, ids_BN, **settings)
+        for have, want in zip(found, alone, strict=True):
+            torch.testing.assert_close(have[block], want)
+
+
+def test_all_blocks_go_through_the_kernel_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def counted(student: Tensor, teacher: Tensor, ids: Tensor, **settings: Any) -> PullPush:
+        shapes.append((*student.shape, *teacher.shape))
+        return pull_push(student, teacher, ids, **settings)
+
+    monkeypatch.setattr("alignlab.losses.refalign.pull_push", counted)
+    student = {b: Tokens(draw(2, 4, 6), (1, 2, 2), torch.zeros(2, 4).long()) for b in (0, 1, 3)}
+    build(blocks=(0, 1, 3))(student, {"dino": Features(draw(2, 1, 4, 5), (1, 2, 2))})
+    assert shapes == [(3, 2, 4, 5, 2, 4, 5)]
+
+
 def test_similarity_ignores_the_margin_and_the_push() -> None:
     student = {0: Tokens(draw(2, 4, 6), (1, 2, 2), torch.tensor([[0, 0, 1, 1], [0, 0, 0, -1]]))}
     teacher = {"dino": Features(draw(2, 1, 4, 5, seed=1), (1, 2, 2))}
@@ -163,5 +194,8 @@ def test_foreground_leaves_out_tokens_that_show_too_little_of_their_subject() ->
     found = objective({0: student}, teacher, context)
     torch.testing.assert_close(found.loss_B, alone.loss_B)
     assert not torch.allclose(found.loss_B, build()({0: student}, teacher).loss_B)
+    nothing = Context(foreground_BN=torch.full((1, 8), 0.4))
+    assert found.aligned_B.tolist() == [True]
+    assert objective({0: student}, teacher, nothing).aligned_B.tolist() == [False]
     with pytest.raises(ValueError, match="needs the foreground"):
         objective({0: student}, teacher)

@@ -1,8 +1,7 @@
-"""SARA's Stage 2 and InfoNCE: golden values, loops, properties, both sources of saliency."""
+"""SARA's formulas, Stage 2 and InfoNCE: golden values, loops, properties; and its settings."""
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,18 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignlab.losses.grids import match_grid, match_student
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
-from alignlab.losses.objective import Context, Features, Grid, Tokens
-from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
-from alignlab.losses.sara import Sara, SaraConfig, info_nce, routed_relation_loss
-from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.sara import SaraConfig, info_nce, routed_relation_loss
 
 K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 3, 2, 4)
 SINE, COSINE = torch.sin(K), torch.cos(K / 2)
 SALIENCY = 0.5 * torch.sin(torch.arange(1, 7, dtype=torch.float64)).reshape(1, 3, 2) + 0.5
-GRID, TEACHER_GRID = (3, 2, 2), (9, 2, 2)
-TEACHER = Stage1Teacher(family="dinov2", path="somewhere", feature="post_norm")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -30,42 +22,6 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def draw_saliency(*shape: int, seed: int = 5) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def save(folder: Path, seed: int = 0, teacher_dim: int = 8) -> SaliencyAligner:
-    shape = SaliencyAlignerConfig(
-        teacher_dim=teacher_dim, text_dim=6, heads=2, hidden=8, embed_dim=4
-    )
-    module = SaliencyAligner(shape, seed=seed)
-    info = Stage1Info(
-        kind="sara",
-        teacher=TEACHER,
-        teacher_dim=teacher_dim,
-        grid=(2, 2),
-        text="somewhere",
-        module=shape,
-    )
-    folder.mkdir(exist_ok=True)
-    save_stage1(folder, module, info)
-    return module
-
-
-def build(**settings: Any) -> Sara:
-    given: dict[str, Any] = {"teacher": "clip", "blocks": (0,), "projector_dim": 7, **settings}
-    if "aligner" not in given:
-        given.setdefault("saliency", "masks")
-    return Sara(SaraConfig(**given), student_dim=6, teacher_dims={"clip": 8, "dino": 4})
-
-
-def inputs() -> tuple[dict[int, Tokens], dict[str, Features], Context]:
-    student = {block: Tokens(draw(2, 12, 6, seed=block), GRID) for block in (0, 2)}
-    teacher = {
-        "clip": Features(draw(2, 9, 4, 8, seed=7), TEACHER_GRID),
-        "dino": Features(draw(2, 9, 4, 4, seed=8), TEACHER_GRID),
-    }
-    text_BLD = draw(2, 5, 6, seed=3)
-    text_BLD[1, 3:] = 0.0
-    return student, teacher, Context(text_BLD, draw_saliency(2, 9, 6, 6) < 0.4)
 
 
 def by_loops(
@@ -191,153 +147,6 @@ def test_info_nce_equals_a_loop_and_reaches_both_sides() -> None:
     assert info_nce(visual[:1], text[:1]).item() == 0
     with pytest.raises(ValueError, match=r"are not \(B, D\) alike"):
         info_nce(visual, text[:4])
-
-
-def test_masks_are_the_saliency_on_the_teachers_grid() -> None:
-    objective = build()
-    assert objective.needs == {"masks"}
-    student, teacher, context = inputs()
-    assert context.masks_BTHW is not None
-    saliency = context.masks_BTHW.float().unflatten(2, (2, 3)).unflatten(4, (2, 3)).mean((3, 5))
-    projected = objective.projectors["block_0"](student[0].tokens_BND)
-    expected = routed_relation_loss(
-        match_student(projected, GRID, TEACHER_GRID),
-        teacher["clip"].tokens_BTPD,
-        saliency.flatten(2),
-    )
-    terms = objective(student, teacher, context)
-    torch.testing.assert_close(terms.loss_B, expected)
-    torch.testing.assert_close(terms.parts["spatial"] + terms.parts["temporal"], expected)
-    assert terms.similarity_B is None
-
-
-def test_the_students_grid_averages_teacher_and_saliency() -> None:
-    objective = build(grid="student")
-    student, teacher, context = inputs()
-    assert context.masks_BTHW is not None
-    saliency = context.masks_BTHW.float().unflatten(2, (2, 3)).unflatten(4, (2, 3)).mean((3, 5))
-    saliency = saliency.flatten(2)
-    grouped = torch.stack([saliency[:, 0], saliency[:, 1:5].mean(1), saliency[:, 5:].mean(1)], 1)
-    expected = routed_relation_loss(
-        objective.projectors["block_0"](student[0].tokens_BND).unflatten(1, (3, 4)),
-        match_grid(teacher["clip"].tokens_BTPD, TEACHER_GRID, GRID),
-        grouped,
-    )
-    torch.testing.assert_close(objective(student, teacher, context).loss_B, expected)
-
-
-@pytest.mark.parametrize("teacher_grid", [(4, 2, 2), (9, 3, 3), (3, 4, 4)])
-@pytest.mark.parametrize("grid", ["student", "teacher"])
-def test_any_teacher_grid_meets_its_masks(teacher_grid: Grid, grid: str) -> None:
-    frames, height, width = teacher_grid
-    student, _, context = inputs()
-    tokens = draw(2, frames, height * width, 8, seed=4)
-    terms = build(grid=grid)(student, {"clip": Features(tokens, teacher_grid)}, context)
-    assert terms.loss_B.shape == (2,) and torch.isfinite(terms.loss_B).all()
-
-
-def test_the_aligner_is_asked_about_the_caption_and_stays_frozen(tmp_path: Path) -> None:
-    module = save(tmp_path)
-    objective = build(aligner=str(tmp_path))
-    assert objective.needs == {"text"}
-    student, teacher, context = inputs()
-    assert context.text_BLD is not None
-    projected = objective.projectors["block_0"](student[0].tokens_BND)
-    expected = routed_relation_loss(
-        match_student(projected, GRID, TEACHER_GRID),
-        teacher["clip"].tokens_BTPD,
-        module.saliency(teacher["clip"].tokens_BTPD, context.text_BLD),
-    )
-    terms = objective(student, teacher, context)
-    torch.testing.assert_close(terms.loss_B, expected)
-    torch.autograd.backward(terms.loss_B.sum())
-    assert objective.aligner is not None
-    assert all(not p.requires_grad and p.grad is None for p in objective.aligner.parameters())
-    trainable = [p for p in objective.parameters() if p.requires_grad]
-    assert len(trainable) == 6
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable)
-    other_text = Context(context.text_BLD.flip(0), None)
-    assert not torch.allclose(objective(student, teacher, other_text).loss_B, expected)
-
-
-def test_bfloat16_tokens_and_text_pass_through_the_aligner(tmp_path: Path) -> None:
-    save(tmp_path)
-    objective = build(aligner=str(tmp_path))
-    student, teacher, context = inputs()
-    assert context.text_BLD is not None
-    exact = objective(student, teacher, context).loss_B
-    rounded = objective(
-        {b: Tokens(x.tokens_BND.bfloat16(), x.grid) for b, x in student.items()},
-        {a: Features(x.tokens_BTPD.bfloat16(), x.grid) for a, x in teacher.items()},
-        Context(context.text_BLD.bfloat16()),
-    ).loss_B
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, atol=1e-2, rtol=0)
-
-
-def test_uniform_routing_needs_no_saliency(tmp_path: Path) -> None:
-    student, teacher, context = inputs()
-    objectives = [
-        build(routing="uniform"),
-        build(routing="uniform", saliency="aligner"),
-        build(routing="uniform", aligner=str(tmp_path / "never_read")),
-    ]
-    values = [objective(student, teacher).loss_B for objective in objectives]
-    assert all(objective.needs == frozenset() for objective in objectives)
-    assert all(torch.equal(value, values[0]) for value in values)
-    assert not torch.allclose(build()(student, teacher, context).loss_B, values[0])
-
-
-def test_a_stage_1_of_another_width_or_kind_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, teacher_dim=10)
-    with pytest.raises(ValueError, match="reads teacher tokens of width 10, clip has 8"):
-        build(aligner=str(tmp_path))
-    shape = MotionHeadConfig(teacher_dim=8, width=4, hidden=4, decoder=4)
-    info = Stage1Info(kind="moalign", teacher=TEACHER, teacher_dim=8, grid=(2, 2), module=shape)
-    save_stage1(tmp_path, MotionHead(shape), info)
-    with pytest.raises(ValueError, match="of moalign, not of sara"):
-        build(aligner=str(tmp_path))
-
-
-def test_every_setting_changes_the_loss(tmp_path: Path) -> None:
-    for name, seed in (("one", 0), ("two", 1)):
-        save(tmp_path / name, seed=seed)
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    student, teacher, context = inputs()
-    base = build(aligner=one)(student, teacher, context).loss_B
-    for changed in (
-        {"routing": "and"},
-        {"routing": "uniform"},
-        {"tau": 1.5},
-        {"temporal_weight": 0.5},
-        {"aligner": two},
-        {"aligner": None, "saliency": "masks"},
-        {"grid": "student"},
-        {"projector_dim": 8},
-        {"blocks": (2,)},
-    ):
-        value = build(**{"aligner": one, **changed})(student, teacher, context).loss_B
-        assert not torch.allclose(value, base), changed
-    masks = build()(student, teacher, context).loss_B
-    assert not torch.allclose(build(teacher="dino")(student, teacher, context).loss_B, masks)
-
-
-def test_blocks_are_averaged() -> None:
-    student, teacher, context = inputs()
-    objective = build(blocks=(0, 2))
-    alone = []
-    for block in (0, 2):
-        single = build(blocks=(block,))
-        single.projectors.load_state_dict(
-            {
-                name: value
-                for name, value in objective.projectors.state_dict().items()
-                if name.startswith(f"block_{block}.")
-            }
-        )
-        alone.append(single(student, teacher, context).loss_B)
-    both = objective(student, teacher, context).loss_B
-    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2)
 
 
 def test_config_defaults_are_the_papers() -> None:

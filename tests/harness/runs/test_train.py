@@ -9,17 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignlab.alignment import context_of, teacher_features
+from alignlab.alignment import teacher_features
 from alignlab.checkpoint import latest
-from alignlab.conditioning import Batch, Encoded, collate
 from alignlab.config import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
 from alignlab.optim import lr_scale
-from alignlab.run import Run, build_run
+from alignlab.run import build_run
 from alignlab.run_folder import RunFolder
 from alignlab.tracking import read_rows
-from alignlab.train import batch_loss, train
+from alignlab.train import train
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -47,29 +46,6 @@ def losses(run: Path) -> list[float]:
     return column(run, "loss/total")
 
 
-def with_references(clip: Encoded, count: int) -> Encoded:
-    sample = replace(clip.sample, references=clip.sample.references[:count])
-    return replace(clip, sample=sample, references_KCHW=clip.references_KCHW[:count])
-
-
-def batch_with(run: Run, counts: list[int], rows: list[int]) -> Batch:
-    """Clip i with `counts[i]` references, for every i of `rows`, at its own noise."""
-    clips = [with_references(run.clips[i], counts[i]) for i in rows]
-    rng = [torch.Generator().manual_seed(i) for i in rows]
-    noise = [
-        torch.randn(c.latents_CTHW.shape, generator=g) for c, g in zip(clips, rng, strict=True)
-    ]
-    sigma = [0.2 + 0.2 * i for i in rows]
-    return collate(
-        clips,
-        noise,
-        sigma,
-        [(True, True)] * len(rows),
-        run.clips.empty_text_LD,
-        torch.device("cpu"),
-    )
-
-
 def test_variants_start_from_the_same_weights(make_config: MakeConfig, wan_folder: Path) -> None:
     stored = load_file(wan_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     for config in (make_config(aligned=False), make_config(), make_config(*REPA_SMALL, "seed=1")):
@@ -85,75 +61,6 @@ def test_projectors_depend_on_seed_and_alias_alone(make_config: MakeConfig) -> N
     for name, value in alone.items():
         assert torch.equal(value, beside[name])
         assert not torch.equal(value, other[name])
-
-
-@pytest.mark.parametrize("text_to_references", ["true", "false"])
-def test_samples_with_and_without_references_share_a_batch(
-    make_config: MakeConfig, text_to_references: str
-) -> None:
-    config = make_config(
-        *REPA_SMALL,
-        "data.references=[3,3]",
-        "flow.weighting=wan_gaussian",
-        "objectives.ra.gate=t^3",
-        "objectives.ra.weight=0.7",
-        f"model.text_to_references={text_to_references}",
-    )
-    run = build_run(config)
-    counts = [0, 3, 1, 2]
-    with run.branch, torch.no_grad():
-        together, found = batch_loss(run, batch_with(run, counts, [0, 1, 2, 3]))
-        alone = [batch_loss(run, batch_with(run, counts, [i])) for i in range(4)]
-    assert all(torch.isfinite(value).all() for value in found.values())
-    torch.testing.assert_close(
-        together, torch.stack([total for total, _ in alone]).mean(), rtol=1e-5, atol=1e-6
-    )
-    for name in ("loss/flow", "loss/ra", "loss/ra/pull", "loss/ra/push", "loss/repa"):
-        each = torch.cat([row[name] for _, row in alone])
-        torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6)
-    bare = alone[0][1]
-    assert bare["loss/ra"] == bare["loss/ra/pull"] == bare["loss/ra/push"] == 0
-    assert alone[2][1]["loss/ra/push"] == 0  # nothing to push away from
-    # the mean cosine is of the samples that have references
-    assert "sim/ra" not in bare
-    each = torch.cat([row["sim/ra"] for _, row in alone[1:]])
-    torch.testing.assert_close(found["sim/ra"], each, rtol=1e-5, atol=1e-6)
-
-
-def test_foreground_tokens_are_those_that_the_reference_mask_covers(
-    make_config: MakeConfig,
-) -> None:
-    config = make_config("data.references=[3,3]", "objectives.ra.foreground=0.5")
-    run = build_run(config)
-    batch = batch_with(run, [0, 2, 3], [0, 1, 2])
-    found = context_of(batch, "ra", run.alignment.objectives["ra"], (3, 4, 4)).foreground_BN
-    assert found is not None and found.shape == (3, 48)
-    assert (found[0] == 0).all() and (found[1, 32:] == 0).all()
-    mask_HW = run.clips[1].sample.references[1].mask_HW
-    tiles = mask_HW.float().unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3))
-    torch.testing.assert_close(found[1, 16:32].view(4, 4), tiles)
-    with run.branch, torch.no_grad():
-        _, scalars = batch_loss(run, batch)
-    assert scalars["loss/ra"][0] == 0 and (scalars["loss/ra"][1:] > 0).all()
-
-
-def test_the_total_is_the_weighted_scheduled_gated_sum(make_config: MakeConfig) -> None:
-    config = make_config(
-        "data.references=[3,3]",
-        "steps=10",
-        "flow.weighting=wan_gaussian",
-        "objectives.ra.gate=t^3",
-        "objectives.ra.weight=0.7",
-        "objectives.ra.schedule.kind=linear",
-    )
-    run = build_run(config)
-    run.state.step = 5
-    batch = batch_with(run, [2, 3], [1])
-    with run.branch, torch.no_grad():
-        total, found = batch_loss(run, batch)
-    expected = run.flow_weights(batch.sigma_B) * found["loss/flow"]
-    expected = expected + 0.7 * 0.5 * batch.sigma_B**3 * found["loss/ra"]
-    torch.testing.assert_close(total, expected.mean())
 
 
 def test_accumulation_changes_no_number(make_config: MakeConfig) -> None:

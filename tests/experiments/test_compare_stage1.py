@@ -1,0 +1,60 @@
+"""A comparison reuses no run that used another Stage 1 network than the recipe's folder holds."""
+
+from pathlib import Path
+
+import pytest
+
+from alignlab.errors import UserError
+from alignlab.experiments import compare as compare_module
+from alignlab.experiments.compare import compare
+from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
+from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.recipe import load_compare
+
+VARIANTS = """
+baseline: none
+seeds: [0]
+variants:
+  none: {{}}
+  moalign:
+    objectives.mo: {{name: moalign, teacher: dino, blocks: [1], projector_dim: 8, head: {head}}}
+"""
+
+
+def write_head(folder: Path, teacher: str, seed: int) -> None:
+    folder.mkdir(exist_ok=True)
+    head = MotionHead(MotionHeadConfig(teacher_dim=24, width=6, hidden=8, decoder=4), seed=seed)
+    info = Stage1Info(
+        kind="moalign",
+        teacher=Stage1Teacher(family="dinov2", path=teacher, feature="post_norm"),
+        teacher_dim=24,
+        grid=(3, 3),
+        module=head.config,
+    )
+    save_stage1(folder, head, info)
+
+
+def no_training(*_: object, **__: object) -> None:
+    raise AssertionError("trained again")
+
+
+def test_runs_with_another_stage1_network_are_refused_before_anything_is_trained(
+    recipe_file: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, rest = recipe_file.read_text().split("objectives:\n")
+    rest = rest.split("\n", 1)[1]
+    recipe, head = tmp_path / "pair.yaml", tmp_path / "head"
+    recipe.write_text(shared + rest + VARIANTS.format(head=head))
+    write_head(head, str(teacher_folder), seed=0)
+    report = compare(load_compare(recipe, [f"output={tmp_path}"]))
+    monkeypatch.setattr(compare_module, "train", no_training)
+    assert compare(load_compare(recipe, [f"output={tmp_path}"])) == report
+
+    write_head(head, str(teacher_folder), seed=1)
+    with pytest.raises(UserError) as refused:
+        compare(load_compare(recipe, [f"output={tmp_path}", "seeds=[1,0]"]))
+    text = str(refused.value)
+    assert "moalign/seed-0 holds a run with another Stage 1 network" in text and "\n" not in text
+
+    write_head(head, str(teacher_folder), seed=0)
+    assert compare(load_compare(recipe, [f"output={tmp_path}"])) == report
