@@ -10,6 +10,7 @@ bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
 # typer takes no list of Literal
 KernelOp = StrEnum("KernelOp", ["pull_push", "relation"])
+KernelImpl = StrEnum("KernelImpl", ["eager", "chunked", "triton"])
 KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunked", "triton"])
 
 
@@ -101,3 +102,40 @@ def kernels(
         providers=tuple(one for one in PROVIDERS if one in (impl or ())),
     )
     bench.print_figures(bench.bench_kernels(settings, out or bench.default_folder()))
+
+
+@bench_app.command("share")
+def share(
+    size: Annotated[
+        Literal["wan2.1-1.3b", "smoke"], typer.Option(help="Transformer with random weights.")
+    ] = "wan2.1-1.3b",
+    impl: Annotated[
+        list[KernelImpl] | None,
+        typer.Option(help="Repeat it for more [default: eager chunked; cuda: triton as well]."),
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="Reference images.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 10,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="[default: cuda if there is one]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Time the alignment loss's share of a training step, by implementation of its kernel."""
+    import torch
+
+    from alignlab.experiments.loss_share import SIZES, measure_share, write_share
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    default = ("eager", "chunked", "triton") if name == "cuda" else ("eager", "chunked")
+    found = measure_share(
+        SIZES[size],
+        [one.value for one in impl] if impl else default,
+        references=references,
+        steps=steps,
+        device=torch.device(name),
+    )
+    for side in found:
+        typer.echo(f"{side.side}: {side.step_s:.4f} s per step, loss {side.share:.1%} of it")
+    if out is not None:
+        write_share(found, size, out)
+        typer.echo(f"figures: {out}")

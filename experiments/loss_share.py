@@ -7,22 +7,26 @@ interleaved in one process. Shape letters: B batch, C channels, T, H, W latent f
 width, K references, P tokens of a reference, L text tokens, D width.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from alignlab.environment import describe_environment
 from alignlab.kernels.pull_push import Impl
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Features
 from alignlab.losses.refalign import RefAlignConfig
 from alignlab.progress import step_progress
 from alignlab.reference_branch import ReferenceBranch
+from alignlab.run_folder import write_text
 
 WARMUP_STEPS = 2
 
@@ -168,9 +172,12 @@ class _Step:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def share_rows(shares: Sequence[Share]) -> list[dict[str, object]]:
-    """The figures as plain rows, for JSON."""
-    return [asdict(share) for share in shares]
+def write_share(shares: Sequence[Share], size: str, out: Path) -> None:
+    """Keeps the figures with the environment that they belong to."""
+    rows = [asdict(share) for share in shares]
+    found = {"size": size, "sides": rows, "environment": describe_environment()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, json.dumps(found, indent=1) + "\n")
 
 
 def _timed(side: Callable[[], object], device: torch.device) -> float:

