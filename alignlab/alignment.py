@@ -35,11 +35,13 @@ class Aligned:
         loss_B: weighted, scheduled and gated sum over objectives.
         terms: unweighted terms by alias, for the log; without those that the schedule turned off.
         samples: by alias, which samples had something to align, bool (B,).
+        weighted: what each objective adds to `loss_B`, by alias.
     """
 
     loss_B: Tensor
     terms: dict[str, Terms]
     samples: dict[str, Tensor]
+    weighted: dict[str, Tensor]
 
 
 class Alignment(nn.Module):
@@ -133,6 +135,7 @@ class Alignment(nn.Module):
         loss_B = torch.zeros_like(batch.sigma_B)
         terms: dict[str, Terms] = {}
         samples: dict[str, Tensor] = {}
+        weighted: dict[str, Tensor] = {}
         factors = self.factors(step)
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
@@ -155,10 +158,11 @@ class Alignment(nn.Module):
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
             scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
-            loss_B = loss_B + scale_B * found.loss_B
+            weighted[alias] = scale_B * found.loss_B
+            loss_B = loss_B + weighted[alias]
             terms[alias] = found
             samples[alias] = found.aligned_B if found.aligned_B is not None else _has(batch, kind)
-        return Aligned(loss_B, terms, samples)
+        return Aligned(loss_B, terms, samples, weighted)
 
     def _tell(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
         """Says once per objective which blocks and which token grids meet."""

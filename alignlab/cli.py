@@ -1,41 +1,18 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
-import errno
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
+from alignlab.cli_errors import Commands
 from alignlab.errors import UserError
 from alignlab.experiments.bench_cli import bench_app
-
-
-class Commands(TyperGroup):
-    """Turns what a user can mend into one line on stderr."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except _user_errors() as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except _write_errors() as error:
-            if not _disk_is_full(error):
-                raise
-            where = getattr(error, "filename", None) or os.getcwd()
-            typer.echo(
-                f"error: the disk is full ({where}): free some space, or write elsewhere with "
-                "output=FOLDER, and run the same command again",
-                err=True,
-            )
-            raise typer.Exit(1) from None
-
+from alignlab.experiments.launch_options import LauncherName, RayAddress, SweepLauncher
+from alignlab.experiments.probe_cli import probe, teachers_app
 
 app = typer.Typer(
     cls=Commands,
@@ -51,6 +28,7 @@ app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
 app.add_typer(bench_app, name="bench")
+app.add_typer(teachers_app, name="teachers")
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -98,7 +76,13 @@ def stage1(
 
 
 @app.command()
-def compare(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+def compare(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
+    print_config: PrintConfig = False,
+) -> None:
     """Train every variant of a comparison over its seeds and write the report."""
     from alignlab.recipe import dump, load_compare
 
@@ -107,14 +91,16 @@ def compare(recipe: Recipe, overrides: Overrides = None, print_config: PrintConf
         typer.echo(dump(config), nl=False)
         return
     from alignlab.experiments.compare import compare as run
+    from alignlab.experiments.launchers import make_launcher
 
-    typer.echo(f"report: {run(config)}")
+    trains = make_launcher(launcher, config.launch, ray_address=ray_address)
+    typer.echo(f"report: {run(config, launcher=trains)}")
 
 
 @app.command()
 def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:
     """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
-    compare("demo", overrides, print_config)
+    compare("demo", overrides, print_config=print_config)
 
 
 @app.command()
@@ -125,6 +111,7 @@ def sweep(
     join: Annotated[
         bool, typer.Option("--join", help="Help with a sweep begun elsewhere, on its storage.")
     ] = False,
+    launcher: SweepLauncher = "local",
     print_config: PrintConfig = False,
 ) -> None:
     """Search the settings of a run with Optuna, or go on where a killed sweep left off."""
@@ -191,6 +178,9 @@ def export(
     from alignlab.export import export as write
 
     typer.echo(f"exported: {write(run, out or run / 'export')}")
+
+
+app.command()(probe)
 
 
 @app.command()
@@ -308,30 +298,6 @@ def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> No
     for row in rows:
         table.add_row(*map(Text, row))  # plain: brackets are no markup
     Console().print(table)
-
-
-def _user_errors() -> tuple[type[BaseException], ...]:
-    """Exceptions whose message is for the user; only modules already loaded can have raised."""
-    plugins = sys.modules.get("alignlab.losses.plugins")
-    return (UserError,) if plugins is None else (UserError, plugins.PluginError)
-
-
-def _write_errors() -> tuple[type[BaseException], ...]:
-    """Exceptions in which a full disk may hide; only libraries already loaded can have raised."""
-    errors: list[type[BaseException]] = [OSError]
-    for module, name in (
-        ("safetensors", "SafetensorError"),
-        ("sqlalchemy.exc", "OperationalError"),
-    ):
-        if module in sys.modules:
-            errors.append(getattr(sys.modules[module], name))
-    return tuple(errors)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "No space left on device" in str(error) or "disk is full" in str(error)
 
 
 if __name__ == "__main__":

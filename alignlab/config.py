@@ -5,7 +5,7 @@ The parts are defined in `config_parts` and `config_data` and imported from here
 """
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -21,9 +21,11 @@ from alignlab.config_parts import (
     CheckpointConfig,
     EvalConfig,
     FlowConfig,
+    LaunchConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    RunTrackingConfig,
     TeacherConfig,
     TrackingConfig,
 )
@@ -35,17 +37,21 @@ from alignlab.teachers import TEACHERS
 __all__ = [
     "CheckpointConfig",
     "CompareConfig",
+    "CostConfig",
     "DataConfig",
     "EvalConfig",
     "FlowConfig",
     "FolderConfig",
+    "LaunchConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "RunConfig",
+    "RunTrackingConfig",
     "ShapesConfig",
     "TeacherConfig",
     "TrackingConfig",
+    "Tuning",
     "check_blocks",
 ]
 
@@ -84,7 +90,7 @@ class RunConfig(Settings):
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: RunTrackingConfig = RunTrackingConfig()
 
     @model_validator(mode="after")
     def _teachers_exist(self) -> Self:
@@ -124,13 +130,38 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
         if isinstance(self.data, ShapesConfig):
-            for key in ("clips", "sample_clips"):
-                asked = getattr(self.eval, key)
+            for key in ("clips", "sample_clips", "generated_clips"):
+                asked = getattr(self.eval, key) or 0
                 if asked > self.data.val_clips:
                     raise ValueError(
                         f"eval.{key}: {asked} is more than data.val_clips, {self.data.val_clips}"
                     )
         return self
+
+
+class CostConfig(Settings):
+    """How the cost of a training step is measured, after all runs are trained."""
+
+    rounds: int = Field(default=10, ge=6)
+    """Rounds in which a variant and the baseline take a step each. Six are the fewest that give a
+    95% interval of their median."""
+
+
+class Tuning(Settings):
+    """The sweep that found a variant's settings."""
+
+    sweep: str
+    """Its `best.yaml`, as the recipe names it."""
+    trials: int
+    """Trials finished, pruned or failed."""
+    steps: int
+    """Steps of a trial's run."""
+    seeds: int
+    """Runs of a trial."""
+    metric: tuple[str, ...]
+    """What was optimised."""
+    searched: tuple[str, ...]
+    """Settings that were searched, by dotted name."""
 
 
 class CompareConfig(Settings):
@@ -144,10 +175,20 @@ class CompareConfig(Settings):
     """Every variant runs once per seed."""
     allow_differences: tuple[str, ...] = ()
     """Evaluation settings in which variants may differ, by dotted name."""
+    launch: LaunchConfig = LaunchConfig()
+    """What each run needs of its machine."""
+    budget: Literal["steps", "wall_time", "compute"] = "steps"
+    """What is equal between variants. `wall_time` and `compute` (FLOPs) set each variant's `steps`
+    from the measured cost of its step, so that it gets what the baseline's `steps` cost."""
+    cost: CostConfig | None = CostConfig()
+    """How the cost of a step is measured; null: it is not. Two models are in memory at a time."""
     variants: dict[str, dict[str, Any]]
-    """What each variant changes in `base`, as nested mappings."""
+    """What each variant changes in `base`, as nested mappings; `from` names the best.yaml of the
+    sweep that tuned it."""
     runs: dict[str, RunConfig]
     """Each variant applied to `base`, with the first seed; see `run`."""
+    tuned: dict[str, Tuning] = Field(default_factory=dict)
+    """The sweeps of the variants that have a `from`."""
 
     @field_validator("seeds")
     @classmethod
@@ -162,6 +203,12 @@ class CompareConfig(Settings):
     def _baseline_exists(self) -> Self:
         if self.baseline not in self.variants:
             raise ValueError(f"baseline: {unknown_name('variant', self.baseline, self.variants)}")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_measured(self) -> Self:
+        if self.budget != "steps" and self.cost is None:
+            raise ValueError(f"cost: budget: {self.budget} is set from it; remove cost: null")
         return self
 
     @property

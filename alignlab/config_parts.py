@@ -213,13 +213,31 @@ class EvalConfig(Settings):
     teacher: str | None = None
     """Alias of the teacher that tokens are measured against. Left out: the recipe's first."""
     sample_clips: int = Field(default=2, ge=0)
-    """Val clips for which a video is generated; 0 generates none."""
+    """Val clips for which a video is generated and kept; 0 keeps none."""
+    generated_clips: int | None = Field(default=None, ge=0)
+    """Val clips for which a video is generated and judged (docs/metrics.md). Left out: those of
+    `sample_clips`."""
     sample_steps: int = Field(default=20, ge=1)
     """Denoising steps of a generated video. RefAlign uses 50."""
     text_guidance: float = Field(default=7.5, ge=0)
     """Guidance on the caption. 7.5 is RefAlign's."""
     reference_guidance: float = Field(default=5.0, ge=0)
     """Guidance on the references. 5.0 is RefAlign's."""
+
+
+class LaunchConfig(Settings):
+    """What each run of a comparison needs of its machine.
+
+    Ray reserves it. The local launcher, which trains one run after another, refuses a machine that
+    has less.
+    """
+
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores, and threads that torch computes with. Left out: one with Ray; all locally."""
+    gpus: float | None = Field(default=None, ge=0, le=1)
+    """Of a GPU: a half lets two runs share one. Left out: one where there are any."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Main memory. Left out: it is not looked at."""
 
 
 class TrackingConfig(Settings):
@@ -229,3 +247,12 @@ class TrackingConfig(Settings):
     """`sqlite`: `<output>/mlflow.db`; `none`: no MLflow; anything else: an MLflow tracking URI."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two log rows."""
+
+
+class RunTrackingConfig(TrackingConfig):
+    """Where the scalars of a run go, and how often it is looked into."""
+
+    diagnose_every: int | None = Field(default=None, ge=1)
+    """Steps between two diagnoses, besides one at the first step: gradients of the losses against
+    each other, cosines by block, rank of the features (`alignlab.diagnose`). Each costs about two
+    steps of time; training keeps its bits. Left out: none."""

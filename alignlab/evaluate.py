@@ -3,27 +3,21 @@
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, N tokens, D width.
 """
 
-import json
 import math
-from functools import partial
-from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from alignlab.conditioning import Batch, Encoded, collate, reference_images
-from alignlab.data.video import write_mp4
+from alignlab.conditioning import Batch, Encoded, collate
 from alignlab.errors import UserError
 from alignlab.flow import flow_loss, interpolate
+from alignlab.generation import generate
 from alignlab.optim import averaged_weights
 from alignlab.probe import ReferenceProbe, VideoProbe
-from alignlab.progress import Advance, step_progress
+from alignlab.progress import step_progress
 from alignlab.randomness import generator
 from alignlab.reference_branch import Output, ReferenceBranch
 from alignlab.run import Run
-from alignlab.run_folder import RunFolder, write_text
-from alignlab.sampling import guidance_of, latent_shape, sample_latents
+from alignlab.run_folder import RunFolder
 from alignlab.teachers import Teacher, load_teacher
 
 FLOW_BINS = 10
@@ -36,8 +30,8 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
     """All metrics of a run; also writes `samples/`. Uses the moving average, if there is one.
 
     Keys: `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle of ten noise
-    bins), and for each block of `eval.blocks` what `ReferenceProbe` and `VideoProbe` measure
-    against the teacher `eval.teacher`.
+    bins), for each block of `eval.blocks` what `ReferenceProbe` and `VideoProbe` measure against
+    the teacher `eval.teacher`, and of generated clips what `generate` measures.
     """
     chosen = run.config.eval
     clips = [run.val_clips[i] for i in range(min(chosen.clips, len(run.val_clips)))]
@@ -58,7 +52,7 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
             )
         if teacher is not None and blocks:
             metrics |= probe(run, branch, clips, teacher)
-        write_samples(run, branch, folder)
+        metrics |= generate(run, branch, folder, teacher)
     run.wan.transformer.train()
     return metrics
 
@@ -102,36 +96,6 @@ def probe(
     return references.metrics() | videos.metrics()
 
 
-def write_samples(run: Run, branch: ReferenceBranch, folder: RunFolder) -> None:
-    """Generates `eval.sample_clips` val clips and writes them beside the real ones.
-
-    Clip i gives `samples/i.mp4`, `i-real.mp4` and `i-reference-k.png`; `samples.json` lists them
-    all with key and caption.
-    """
-    count = min(run.config.eval.sample_clips, len(run.val_clips))
-    if not count:
-        return
-    folder.samples.mkdir(exist_ok=True)
-    device, guidance = run.accelerator.device, guidance_of(run.config)
-    shape, fps = latent_shape(run.wan, run.config), run.config.data.fps
-    rows = []
-    with step_progress("samples", total=count * guidance.steps) as advance:
-        for i in range(count):
-            clip = run.val_clips[i]
-            noise = torch.randn(shape, generator=generator(EVAL_SEED, "sample-noise", i))
-            latents = sample_latents(
-                branch,
-                noise.to(device),
-                clip.text_LD.to(device),
-                run.val_clips.empty_text_LD.to(device),
-                clip.references_KCHW.to(device),
-                guidance,
-                advance=partial(_advance_from, advance, i * guidance.steps),
-            )
-            rows.append(_write_sample(folder.samples, i, run.wan.decode(latents).cpu(), clip, fps))
-    write_text(folder.samples / "samples.json", json.dumps(rows, indent=1))
-
-
 def eval_batch(run: Run, clips: list[Encoded], rows: list[int], sigma: list[float]) -> Batch:
     """Clips with all their conditions, and noise that depends on clip and noise level alone."""
     chosen = [clips[i] for i in rows]
@@ -171,24 +135,3 @@ def _teacher(run: Run) -> Teacher | None:
         grid=row.grid,
         device=run.accelerator.device,
     )
-
-
-def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:
-    advance(start + done, note)
-
-
-def _write_sample(
-    folder: Path, i: int, video_THWC: Tensor, clip: Encoded, fps: int
-) -> dict[str, object]:
-    write_mp4(folder / f"{i}.mp4", video_THWC, fps)
-    write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
-    references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]
-    for name, image_HWC in zip(references, reference_images(clip.sample), strict=True):
-        Image.fromarray(image_HWC.numpy()).save(folder / name)
-    return {
-        "key": clip.sample.key,
-        "caption": clip.sample.caption,
-        "video": f"{i}.mp4",
-        "real": f"{i}-real.mp4",
-        "references": references,
-    }

@@ -5,7 +5,8 @@ width, H, W height and width in tokens or pixels.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,25 @@ from alignlab.teachers import Teacher
 
 CKNNA_K = 10  # REPA's
 VIDEO_TOKENS = 2048  # rows that CKNNA compares: its cost grows with their square
+
+
+@dataclass(frozen=True)
+class ReferenceTokens:
+    """Foreground reference tokens of a block, clip by clip and reference by reference.
+
+    Args:
+        student_ND: the block's tokens.
+        teacher_NE: the teacher's tokens of the same places; None for a video teacher.
+        subjects_N: which of `names` a token shows.
+        clips_N: number of the token's clip in the val split.
+        names: of the subjects.
+    """
+
+    student_ND: Tensor
+    teacher_NE: Tensor | None
+    subjects_N: Tensor
+    clips_N: Tensor
+    names: tuple[str, ...]
 
 
 class ReferenceProbe:
@@ -114,6 +134,18 @@ class ReferenceProbe:
         chance = retrieval_chance(subject_N[~fit_N], subject_N[~fit_N])
         return with_means(found) | {"teacher_retrieval_chance": chance}
 
+    def tokens(self, block: int) -> ReferenceTokens | None:
+        """Everything added of a block; None when no clip had references."""
+        if not self._subjects:
+            return None
+        return ReferenceTokens(
+            torch.cat(self._student[block]),
+            torch.cat(self._teacher) if self._teacher else None,
+            torch.cat(self._subjects),
+            torch.cat(self._clips),
+            tuple(self._names),
+        )
+
     def _foreground(self, clip: Encoded, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tokens that lie mostly on a subject, and which subject that is, `(N,)` each."""
         masks = torch.stack([r.mask_HW for r in clip.sample.references])
@@ -162,10 +194,15 @@ class VideoProbe:
     def metrics(self) -> dict[str, float]:
         """Metrics of everything added."""
         found: dict[str, float] = defaultdict(float)
-        for (block, sigma), tokens in self._student.items():
-            value = cknna(torch.cat(tokens), torch.cat(self._teacher[sigma]), k=CKNNA_K)
+        for block, _, student_ND, teacher_NE in self.rows():
+            value = cknna(student_ND, teacher_NE, k=CKNNA_K)
             found[f"cknna/block{block}"] += value / len(self._teacher)
         return with_means(dict(found))
+
+    def rows(self) -> Iterator[tuple[int, float, Tensor, Tensor]]:
+        """Block, noise level, and the same rows of student (N, D) and teacher (N, E)."""
+        for (block, sigma), tokens in self._student.items():
+            yield block, sigma, torch.cat(tokens), torch.cat(self._teacher[sigma])
 
 
 def with_means(per_block: dict[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
-from alignlab.config import CompareConfig, DataConfig, RunConfig
+from alignlab.config import CompareConfig, DataConfig, RunConfig, Tuning
 from alignlab.config_errors import first_problem
 from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
@@ -25,6 +25,7 @@ from alignlab.recipe_file import (
     read_recipe,
     shipped_recipes,
 )
+from alignlab.recipe_tuned import sweep_recipe, tuned_changes, tuning_of
 from alignlab.stage1.config import Stage1Config
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
-OPTIONAL_COMPARE_KEYS = ("allow_differences",)
+OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
 SWEEP_KEYS = (
     "space",
     "sampler",
@@ -126,7 +127,8 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
         overrides: `dotted.key=value` strings; those of one variant start with `variants.<name>.`.
 
     Raises:
-        UserError: as `load_run`, and when the recipe describes a single run.
+        UserError: as `load_run`, when the recipe describes a single run, and when a variant's
+            `from` names no best.yaml of a sweep that searched under the comparison's settings.
     """
     mapping = read_recipe(recipe, overrides or [])
     if "variants" not in mapping:
@@ -144,11 +146,14 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
     asked = {key: mapping.pop(key) for key in keys}
     base = _validated(RunConfig, mapping)
     variants = nested_variants(asked["variants"])
-    runs = {
-        name: _validated(RunConfig, merge(mapping, changes), under=f"variants.{name}")
-        for name, changes in variants.items()
-    }
-    return _validated(CompareConfig, {**asked, "variants": variants, "base": base, "runs": runs})
+    runs, tuned = {}, {}
+    for name, changes in variants.items():
+        applied = changes
+        if "from" in changes:
+            tuned[name], applied = _tuned(name, changes, base)
+        runs[name] = _validated(RunConfig, merge(mapping, applied), under=f"variants.{name}")
+    built = {"variants": variants, "base": base, "runs": runs, "tuned": tuned}
+    return _validated(CompareConfig, {**asked, **built})
 
 
 def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepConfig:
@@ -249,6 +254,18 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _tuned(
+    variant: str, changes: Mapping[str, Any], base: RunConfig
+) -> tuple[Tuning, dict[str, Any]]:
+    """The sweep of a variant with `from`, and its changes with what it takes from there."""
+    source, own = changes["from"], {key: v for key, v in changes.items() if key != "from"}
+    sweep = load_sweep(sweep_recipe(variant, source))
+    best, tuning = load_run(source), tuning_of(source, sweep)
+    differing = differing_settings({"base": base, "best": best})
+    taken = tuned_changes(variant, tuning, differing, best, _flatten(own))
+    return tuning, merge(taken, own)
 
 
 def _stage1_command(mapping: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Seconds per training step, measured over the steps between two log rows."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,14 +30,22 @@ class StepClock:
 
     def step_begins(self) -> None:
         """Time from here to `data_ready` is the data's."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        self._wait()
         self._mark = time.perf_counter()
 
     def data_ready(self) -> None:
         """The batches of a step are in memory."""
         self._data += time.perf_counter() - self._mark
         self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside counts as no part of a step."""
+        self._wait()
+        begin = time.perf_counter()
+        yield
+        self._wait()
+        self._begin += time.perf_counter() - begin
 
     def lap(self) -> dict[str, float]:
         """`time/step` and `time/data`, in seconds per step since the lap began."""
@@ -44,3 +54,7 @@ class StepClock:
             "time/step": (total - self._data) / self._steps,
             "time/data": self._data / self._steps,
         }
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

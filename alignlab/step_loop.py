@@ -32,6 +32,7 @@ def run_steps(
     draw: Callable[[], Data],
     step: Callable[[Data], dict[str, Tensor]],
     save: Callable[[], Path],
+    look: Callable[[Data], None] | None = None,
 ) -> None:
     """Trains from where `state` stands to the last step.
 
@@ -45,6 +46,8 @@ def run_steps(
         draw: the data of the next step.
         step: one optimizer step; its scalars, still on the device.
         save: writes a checkpoint of `state`.
+        look: sees the data of every step before it is taken; its time counts as none of the
+            step's. It must leave `state` as it is.
 
     Raises:
         UserError: a scalar or a weight stopped being finite.
@@ -55,6 +58,9 @@ def run_steps(
             clock.step_begins()
             data = draw()
             clock.data_ready()
+            if look is not None:
+                with clock.paused():
+                    look(data)
             scalars = step(data)
             done = state.step
             watch.check(done, scalars)

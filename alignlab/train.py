@@ -15,9 +15,11 @@ from torch.nn.utils import clip_grad_norm_
 from alignlab import checkpoint
 from alignlab.conditioning import Batch, training_batch
 from alignlab.config import RunConfig
+from alignlab.diagnose import Diagnosis, RankAlarms
 from alignlab.environment import describe_environment
 from alignlab.evaluate import evaluate
-from alignlab.flow import draw_sigma, flow_loss, interpolate
+from alignlab.flow import draw_sigma
+from alignlab.forward import forward
 from alignlab.memory import PeakMemory
 from alignlab.optim import set_learning_rate, update_ema
 from alignlab.quiet import quiet_libraries
@@ -70,9 +72,18 @@ def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
             save=lambda: checkpoint.save(
                 run.state, folder.checkpoints, keep=config.checkpoint.keep
             ),
+            look=diagnosis_of(run, folder, tracker),
         )
         finish(run, folder, tracker)
     return folder.path
+
+
+def diagnosis_of(run: Run, folder: RunFolder, tracker: Tracker) -> Diagnosis | None:
+    """What `tracking.diagnose_every` asks for, if anything."""
+    every = run.config.tracking.diagnose_every
+    if every is None:
+        return None
+    return Diagnosis(run, tracker.log, every=every, rows=read_rows(folder.metrics))
 
 
 def step_batches(run: Run) -> list[Batch]:
@@ -138,12 +149,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
     Similarities, and what plateaus watch, are of the samples that had something to align.
     """
-    noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
-    with run.accelerator.autocast():
-        out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
-        # projectors run as the transformer does; kernels and frozen networks leave autocast
-        aligned = run.alignment(out.taps, batch, run.state.step)
-    flow_B = flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW)
+    flow_B, aligned = forward(run, batch)
     total_B = run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
     found = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
     for alias, terms in aligned.terms.items():
@@ -169,7 +175,8 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
     metrics["params/extra"] = float(sum(p.numel() for p in projectors))
     tracker.log(run.config.steps, metrics)
     used = stage1_digests(run.config, run.alignment.objectives)
-    result = {"steps": run.config.steps, "metrics": metrics, "stage1": used}
+    notes = RankAlarms(rows).notes
+    result = {"steps": run.config.steps, "metrics": metrics, "stage1": used, "notes": notes}
     write_text(folder.result, json.dumps(result, indent=1))
 
 

@@ -10,6 +10,7 @@ bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
 # typer takes no list of Literal
 KernelOp = StrEnum("KernelOp", ["pull_push", "relation"])
+IMPLS: tuple[Literal["eager", "chunked", "triton"], ...] = ("eager", "chunked", "triton")
 KernelImpl = StrEnum("KernelImpl", ["eager", "chunked", "triton"])
 KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunked", "triton"])
 
@@ -124,12 +125,15 @@ def share(
     import torch
 
     from alignlab.experiments.loss_share import SIZES, measure_share, write_share
+    from alignlab.kernels.pull_push import Impl
 
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    default = ("eager", "chunked", "triton") if name == "cuda" else ("eager", "chunked")
+    chosen: list[Impl] = [one for one in IMPLS if one != "triton" or name == "cuda"]
+    if impl:
+        chosen = [one for one in IMPLS if one in impl]
     found = measure_share(
         SIZES[size],
-        [one.value for one in impl] if impl else default,
+        chosen,
         references=references,
         steps=steps,
         device=torch.device(name),

@@ -16,26 +16,29 @@ from rich.console import Console
 from alignlab.config import CompareConfig, RunConfig
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
-from alignlab.experiments.fairness import check_fair, differences
+from alignlab.experiments.budget import decide_budget, with_budget
+from alignlab.experiments.cost import cost_of
+from alignlab.experiments.fairness import check_fair, differences, tuning_rows
+from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report import write_report
 from alignlab.experiments.result import Comparison, RunResult, SampleClip
 from alignlab.experiments.tables import print_summary
 from alignlab.recipe import dump
-from alignlab.run import Caches, new_caches
 from alignlab.run_folder import RunFolder, write_text
 from alignlab.stage1.check import is_finished
 from alignlab.tracking import read_rows
-from alignlab.train import train
 
 log = logging.getLogger(__name__)
 
-CURVES = ("loss/", "sim/", "grad/")
-
-RunKey = tuple[str, int]  # variant, seed
+CURVES = ("loss/", "sim/", "grad/", "diag/")
 
 
-def compare(config: CompareConfig) -> Path:
+def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """Trains what is not trained yet, prints the summary table, returns the report's path.
+
+    Args:
+        config: the recipe.
+        launcher: trains the runs; None: one after another in this process.
 
     Raises:
         UserError: a run cannot be trained, variants are measured differently, or the folder holds
@@ -44,6 +47,8 @@ def compare(config: CompareConfig) -> Path:
     check_fair(config)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
+    asked, budget = config, decide_budget(config, folder)
+    config = with_budget(config, budget)
     runs = {
         (variant, seed): probed(config, variant, seed)
         for seed in config.seeds
@@ -51,7 +56,8 @@ def compare(config: CompareConfig) -> Path:
     }
     # all of them at once: another recipe is refused before hours of training, not after
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
-    _train_missing(runs, folders, folder)
+    _train_missing(runs, folders, folder, launcher or make_launcher("local", config.launch))
+    cost = cost_of(asked, folder)
     results = tuple(
         collect(run_folder, variant, seed, folder)
         for (variant, seed), run_folder in folders.items()
@@ -70,6 +76,9 @@ def compare(config: CompareConfig) -> Path:
         commit=environment["commit"],
         results=results,
         allowed=config.allow_differences,
+        cost=cost,
+        budget=budget,
+        tuning=tuning_rows(config),
     )
     comparison.save(folder / "comparison.json")
     report = write_report(comparison, folder)
@@ -78,21 +87,23 @@ def compare(config: CompareConfig) -> Path:
 
 
 def _train_missing(
-    runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder], folder: Path
+    runs: Mapping[RunKey, RunConfig],
+    folders: Mapping[RunKey, RunFolder],
+    folder: Path,
+    launch: Launcher,
 ) -> None:
-    missing = [key for key, run in runs.items() if not is_finished(run, folders[key])]
+    missing = {key: run for key, run in runs.items() if not is_finished(run, folders[key])}
     if len(missing) < len(runs):
         log.info("%d of %d runs are finished already", len(runs) - len(missing), len(runs))
     begin = time.monotonic()
     earlier = _seconds_so_far(folder)
-    caches: dict[str, Caches] = {}
-    for done, (variant, seed) in enumerate(missing):
-        _announce(done, len(missing), variant, seed, time.monotonic() - begin)
-        run = runs[variant, seed]
-        key = run.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-        train(run, caches=caches.setdefault(key, new_caches(run)))
+
+    def finished(key: RunKey) -> None:
         seconds = earlier + time.monotonic() - begin
         write_text(folder / "progress.json", json.dumps({"seconds": seconds}))
+
+    if missing:
+        launch(missing, finished)
 
 
 def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
@@ -147,11 +158,6 @@ def _clip(row: dict[str, str | list[str]]) -> SampleClip:
         real=under_samples(row["real"]),
         references=tuple(under_samples(name) for name in row["references"]),
     )
-
-
-def _announce(done: int, total: int, variant: str, seed: int, seconds: float) -> None:
-    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
-    log.info("run %d of %d: %s, seed %d%s", done + 1, total, variant, seed, left)
 
 
 def _seconds_so_far(folder: Path) -> float:

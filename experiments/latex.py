@@ -80,7 +80,7 @@ def _value(row: SummaryRow) -> str:
 
 
 def _difference(row: SummaryRow) -> str:
-    star = "$^{*}$" if row.change else ""
+    star = "$^{*}$" if row.change and row.ratio is None else ""  # of seeds alone
     return rf"{{\footnotesize {escape(row.diff_text)}{star}}}" if row.diff_text else ""
 
 

@@ -33,6 +33,21 @@ class Quantity:
     slower: bool = False
 
 
+# Of generated clips (docs/metrics.md). Identity stands beside copy-paste, because pasting the
+# reference raises it. Motion makes frames differ as flicker does: neither has a better side.
+_GENERATED: dict[str, Quantity] = {
+    "identity_proxy": Quantity("subject identity (proxy)", "higher", headline=True),
+    "copy_paste_proxy": Quantity("copy-paste (proxy)", "lower", headline=True),
+    "confusion_proxy": Quantity("subject confusion (proxy)", "lower", headline=True),
+    "reference_match_proxy": Quantity("best match of a reference (proxy)", "higher"),
+    "found_proxy": Quantity("named subjects shown (proxy)", "higher"),
+    "entities_proxy": Quantity("entities too many or too few (proxy)", "lower"),
+    "motion_proxy": Quantity("motion as captioned (proxy)", "higher"),
+    "frechet": Quantity("Fréchet distance of frames", "lower"),
+    "flicker": Quantity("temporal flickering score (VBench)"),
+    "motion_amplitude": Quantity("motion amplitude (OpenS2V)"),
+}
+
 # In the order of the summary table. Agreement with the teacher (CKNNA) is what an alignment loss
 # trains, not a goal in itself: no direction.
 QUANTITIES: dict[str, Quantity] = {
@@ -43,10 +58,23 @@ QUANTITIES: dict[str, Quantity] = {
     "silhouette": Quantity("subject silhouette", "higher", headline=True),
     "cross_cos": Quantity("cross-subject cosine", "lower", headline=True),
     "cknna": Quantity("CKNNA to teacher"),
+    **{f"gen/{name}": row for name, row in _GENERATED.items()},
+    **{f"gen_real/{name}": Quantity(f"{r.label}, real clips") for name, r in _GENERATED.items()},
     "time/step": Quantity("step time (s)", "lower", headline=True, cost=True, slower=True),
     "memory/peak_mib": Quantity("peak memory (MiB)", "lower", headline=True, cost=True),
     "params/extra": Quantity("extra parameters", "lower", headline=True, cost=True),
 }
+
+# Measured once for all seeds (`experiments/cost.py`): no run has them, no sweep can ask for them.
+COST_QUANTITIES: dict[str, Quantity] = {
+    "cost/step": Quantity(
+        "step time, interleaved (s)", "lower", headline=True, cost=True, slower=True
+    ),
+    "cost/gflop": Quantity("GFLOP per step", "lower", headline=True, cost=True),
+    "cost/memory_mib": Quantity("peak memory, alone (MiB)", "lower", headline=True, cost=True),
+}
+# What is then no longer shown in the summary table: it depends on the order of the runs.
+REPLACED_BY = {"time/step": "cost/step", "memory/peak_mib": "cost/memory_mib"}
 
 
 def split_name(metric: str) -> tuple[str, str]:
@@ -64,7 +92,7 @@ def block_of(metric: str) -> int | None:
 def quantity(metric: str) -> Quantity:
     """Meaning of a metric; a name that the table does not know is its own label."""
     base, part = split_name(metric)
-    known = QUANTITIES.get(base, Quantity(base))
+    known = QUANTITIES.get(base) or COST_QUANTITIES.get(base) or Quantity(base)
     label = known.label + _part_label(metric)
     whole = part in ("", "mean")
     return replace(known, label=label, headline=known.headline and whole)

@@ -21,6 +21,7 @@ from alignlab.experiments.summary import (
     summary_rows,
 )
 from alignlab.experiments.tables import (
+    budget_text,
     facts,
     headline,
     markdown,
@@ -85,6 +86,10 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
             setting: {v: value(values, v) for v in comparison.variants}
             for setting, values in comparison.differing.items()
         },
+        tuning={
+            setting: {v: value(values, v) for v in comparison.variants}
+            for setting, values in comparison.tuning.items()
+        },
         sections=sections,
         prompts=_prompts(comparison, folder),
         styles=styles(comparison),
@@ -99,6 +104,9 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
 def _budget(comparison: Comparison) -> str:
     if not comparison.results:
         return "No run has finished."
+    if comparison.budget is not None:
+        text = budget_text(comparison.budget)
+        return f"{text[0].upper()}{text[1:]}; decided before training (budget.json)."
     steps = sorted({run.steps for run in comparison.results})
     if len(steps) == 1:
         return f"All {len(comparison.results)} runs took {steps[0]:,} steps."

@@ -4,8 +4,9 @@
 without training again. Numbers that are not finite are written "NaN", "Infinity", "-Infinity".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
@@ -65,6 +66,99 @@ class RunResult:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A variant's number over the baseline's, measured once for all seeds.
+
+    Args:
+        value: the median ratio; 1 for the baseline.
+        low, high: interval of the median, at least 95%; None for an exact count.
+        beyond: how far from 1 two equal models were seen; no smaller difference is claimed.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    beyond: float = 0.0
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the whole interval is further from 1 than two equal models are."""
+        low = self.value if self.low is None else self.low
+        high = self.value if self.high is None else self.high
+        return low > 1.0 + self.beyond or high < 1.0 - self.beyond
+
+
+@dataclass(frozen=True)
+class VariantCost:
+    """What a training step of one variant costs.
+
+    Args:
+        seconds: the baseline's median over all rounds, times the variant's ratio.
+        slower: its seconds over the baseline's in the same round.
+        flops: of a step, mean over the clips that were timed.
+        memory_mib: peak on CUDA with this model alone; None on a CPU.
+        parameters: trained ones, projectors included.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    seconds: float
+    slower: Ratio
+    flops: int
+    memory_mib: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of all variants, measured interleaved in one process (`experiments/cost.py`).
+
+    Args:
+        rounds: timed rounds of each variant against the baseline.
+        data_steps: steps of the run whose clips were used.
+        seed: of the runs that were built.
+        device: where it was measured.
+        beyond: see `Ratio`.
+        variants: by name, the baseline included.
+        unknown: operations whose FLOPs could not be counted.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    rounds: int
+    data_steps: int
+    seed: int
+    device: str
+    beyond: float
+    variants: dict[str, VariantCost]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Numbers of steps that give every variant the baseline's wall time or compute.
+
+    Args:
+        kind: what is equal.
+        ratios: cost of a step over that of the baseline's, by variant.
+        steps: steps of each variant's runs.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    kind: Literal["wall_time", "compute"]
+    ratios: dict[str, float]
+    steps: dict[str, int]
+
+    @property
+    def label(self) -> str:
+        """Such as "equal wall time"."""
+        return f"equal {self.kind.replace('_', ' ')}"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Several variants, each trained with the same seeds.
 
@@ -85,6 +179,10 @@ class Comparison:
         headline: metrics of the summary table, in order; empty takes those that
             `experiments/quantities.py` marks.
         allowed: evaluation settings in which the recipe lets variants differ.
+        cost: of a step of each variant; None where it was not measured.
+        budget: of each variant; None for equal steps.
+        tuning: of variants that come from a sweep: what was spent on it -> variant -> value, None
+            for a variant without a sweep. Empty if no variant comes from one.
     """
 
     __pydantic_config__ = _CONFIG
@@ -102,6 +200,9 @@ class Comparison:
     results: tuple[RunResult, ...]
     headline: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
+    cost: Cost | None = None
+    budget: Budget | None = None
+    tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.baseline not in self.variants:

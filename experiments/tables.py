@@ -15,7 +15,7 @@ from rich.text import Text
 
 from alignlab.experiments.numbers import DASH, format_duration
 from alignlab.experiments.quantities import ARROWS
-from alignlab.experiments.result import Comparison
+from alignlab.experiments.result import Budget, Comparison
 from alignlab.experiments.summary import (
     SummaryRow,
     by_metric,
@@ -38,6 +38,8 @@ _PAIRED = {
     "hedges_g": "effect_size",
     "detectable": "detectable",
 }
+# Column of table.csv to field of `Ratio`, of what is measured once for all seeds.
+_RATIO = {"ratio": "value", "ratio_low": "low", "ratio_high": "high"}
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
@@ -86,7 +88,10 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
             lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
     notes = summary_notes(comparison, rows)
     lines += ["", reading(comparison), "", *(f"- {_escape(note)}" for note in notes)]
-    lines += ["", "## What differs", "", *_markdown_settings(comparison)]
+    lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
+    if comparison.tuning:
+        lines += ["", "## How variants were tuned", ""]
+        lines += _markdown_settings(comparison, comparison.tuning)
     lines += ["", "## How it was made", ""]
     made = facts(comparison) | {name: plain(v) for name, v in comparison.environment.items()}
     lines += [f"- {_escape(name)}: {_escape(text)}" for name, text in made.items()]
@@ -99,10 +104,11 @@ def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in comparison.seeds]
     columns = ["metric", "better", "variant", "mean", "std", "num_seeds", "is_best"]
-    writer.writerow([*columns, *_PAIRED, "num_better", "change", *seeds])
+    writer.writerow([*columns, *_PAIRED, *_RATIO, "num_better", "change", *seeds])
     for row in rows:
         measured = [row.mean, row.std, len(row.values), int(row.is_best)]
         paired = [getattr(row.paired, name, None) for name in _PAIRED.values()]
+        paired += [getattr(row.ratio, name, None) for name in _RATIO.values()]
         values = [row.values.get(seed) for seed in comparison.seeds]
         start = [row.metric, row.quantity.better, row.variant]
         writer.writerow([*start, *measured, *paired, row.num_better, row.change, *values])
@@ -143,7 +149,17 @@ def facts(comparison: Comparison) -> dict[str, str]:
         "seeds": ", ".join(str(seed) for seed in comparison.seeds),
         "runs": f"{len(comparison.results)} of {len(comparison.variants) * len(comparison.seeds)}",
         "duration": format_duration(comparison.duration_s),
+        "budget": "equal steps" if comparison.budget is None else budget_text(comparison.budget),
     }
+
+
+def budget_text(budget: Budget) -> str:
+    """What is equal, and the steps and cost of a step that follow from it."""
+    steps = ", ".join(
+        f"{variant} {count:,} ({budget.ratios[variant]:.3f})"
+        for variant, count in budget.steps.items()
+    )
+    return f"{budget.label}: steps {steps}; in parentheses the cost of a step over the baseline's"
 
 
 def plain(value: JsonValue) -> str:
@@ -157,12 +173,12 @@ def value(values: dict[str, JsonValue], variant: str) -> str:
     return DASH if found is None else plain(found)
 
 
-def _markdown_settings(comparison: Comparison) -> list[str]:
-    if not comparison.differing:
+def _markdown_settings(comparison: Comparison, rows: dict[str, dict[str, JsonValue]]) -> list[str]:
+    if not rows:
         return ["Nothing: the variants have the same settings."]
     names = [_escape(variant) for variant in comparison.variants]
     lines = ["| setting |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
-    for setting, values in comparison.differing.items():
+    for setting, values in rows.items():
         cells = [_escape(value(values, variant)) for variant in comparison.variants]
         lines.append(f"| {_escape(setting)} | " + " | ".join(cells) + " |")
     return lines

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from alignlab.experiments.numbers import format_interval, format_number
-from alignlab.experiments.result import Comparison
+from alignlab.experiments.result import Comparison, Ratio
 from alignlab.experiments.statistics import ALPHA, BOOTSTRAP_PAIRS, MIN_PAIRS
-from alignlab.experiments.summary import SummaryRow, by_metric
+from alignlab.experiments.summary import SummaryRow, by_metric, ratio_text
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def _is_judged(row: SummaryRow) -> bool:
 
 def _lead(comparison: Comparison, of: dict[str, list[SummaryRow]]) -> str:
     against = f"Against {comparison.baseline}, over {len(comparison.seeds)} seeds"
+    if comparison.budget is not None:
+        against += f" at {comparison.budget.label}"
     parts = []
     for change in ("better", "worse"):
         names = [
@@ -88,6 +90,7 @@ def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow])
         for row in rest
         if row.paired is not None and row.paired.detectable is not None
     ]
+    unseen += [f"{_name(row)} ({row.diff_text})" for row in rest if row.ratio is not None]
     if unseen:
         clauses.append(f"no detectable change in {_listed(unseen, 'or')}")
     unknown = [f"{_name(row)} ({why})" for row in rest if (why := _why_unknown(row))]
@@ -98,6 +101,8 @@ def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow])
 
 
 def _claim(row: SummaryRow, base: SummaryRow) -> str:
+    if row.ratio is not None:
+        return _claim_time(row.ratio)
     found = row.paired
     assert found is not None and found.low is not None and found.high is not None
     factor, unit = _scale(row, base)
@@ -107,6 +112,14 @@ def _claim(row: SummaryRow, base: SummaryRow) -> str:
     if row.quantity.slower:
         return f"{size} {'slower' if found.mean > 0 else 'faster'}"
     return f"{'raises' if found.mean > 0 else 'lowers'} {_name(row)} by {size} ({row.change})"
+
+
+def _claim_time(ratio: Ratio) -> str:
+    assert ratio.low is not None and ratio.high is not None
+    if ratio.value > 1.0:
+        return f"{ratio_text(ratio)} slower"
+    faster = Ratio(2.0 - ratio.value, 2.0 - ratio.high, 2.0 - ratio.low)
+    return f"{ratio_text(faster)} faster"
 
 
 def _detectable(row: SummaryRow, base: SummaryRow) -> str:
@@ -124,6 +137,8 @@ def _scale(row: SummaryRow, base: SummaryRow) -> tuple[float, str]:
 
 def _why_unknown(row: SummaryRow) -> str:
     found = row.paired
+    if row.ratio is not None:
+        return ""
     if found is None:
         return row.flag or "the baseline lacks it"
     if found.num_pairs < MIN_PAIRS:
@@ -134,7 +149,8 @@ def _why_unknown(row: SummaryRow) -> str:
 
 
 def _name(row: SummaryRow) -> str:
-    return row.quantity.label.removesuffix(", block mean").removesuffix(" (s)")
+    label = row.quantity.label.removesuffix(", block mean").removesuffix(" (s)")
+    return label.removesuffix(", interleaved")
 
 
 def _listed(parts: list[str], word: str) -> str:
@@ -146,10 +162,13 @@ def _reading(comparison: Comparison, of: dict[str, list[SummaryRow]]) -> str:
     how = "BCa bootstrap and sign-flip test" if "bootstrap" in methods else "Student's t"
     if "t" in methods and len(comparison.seeds) < BOOTSTRAP_PAIRS:
         how += f" (a bootstrap of fewer than {BOOTSTRAP_PAIRS} seeds is too narrow)"
+    interleaved = ""
+    if any(row.ratio is not None for rows in of.values() for row in rows):
+        interleaved = " Step times are not over seeds: see the note on the cost of a step."
     corrected = f", Holm-corrected over {len(of)} variants," if len(of) > 1 else ""
     return (
         f"Numbers in brackets are 95% intervals of the difference with the same seed: {how}. A "
         f"change is claimed where the p-value{corrected} is at most {ALPHA}, each quantity by "
         "itself. What could have been seen: the true change that would be found in 4 of 5 "
-        "comparisons with these seeds and this spread."
+        f"comparisons with these seeds and this spread.{interleaved}"
     )

@@ -150,4 +150,5 @@ class Align4Gen(Objective):
                 )
             )
         loss_B = torch.stack(per_block).mean(0)
-        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach())
+        cosine_LB = -torch.stack(per_block).detach()
+        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)

@@ -147,9 +147,11 @@ class Crepa(Objective):
     ) -> Terms:
         features = teacher[self.config.teacher]
         per_block = [self._block(block, student[block], features) for block in self.config.blocks]
-        own_B, neighbours_B, cosine_B = torch.stack(per_block).mean(0)
+        per_block_LB = torch.stack(per_block)
+        own_B, neighbours_B, cosine_B = per_block_LB.mean(0)
         parts = {"own": -own_B.detach(), "neighbours": -neighbours_B.detach()}
-        return Terms(-(own_B + neighbours_B), parts, cosine_B.detach())
+        cosine_LB = per_block_LB[:, 2].detach()
+        return Terms(-(own_B + neighbours_B), parts, cosine_B.detach(), similarity_LB=cosine_LB)
 
     def _block(self, block: int, tapped: Tokens, features: Features) -> Tensor:
         """Computes own and neighbour similarities and the mean own cosine, stacked to (3, B)."""

@@ -100,12 +100,15 @@ class Terms:
         aligned_B: bool, which samples had something to align; the others are in no average of
             `similarity_B`, and no plateau sees them. None: all that have tokens of the kind that
             the objective taps.
+        similarity_LB: `similarity_B` of each block by itself, in the order of `config.blocks`,
+            detached; None where there is no `similarity_B`, or it is not known by block.
     """
 
     loss_B: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     similarity_B: Tensor | None = None
     aligned_B: Tensor | None = None
+    similarity_LB: Tensor | None = None
 
 
 class ObjectiveConfig(BaseModel):

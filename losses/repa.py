@@ -133,4 +133,6 @@ class Repa(Objective):
                 )
                 per_pair.append(repa_loss(ours_BTPD.flatten(1, 2), theirs_BTPD.flatten(1, 2)))
         loss_B = torch.stack(per_pair).mean(0)
-        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach())
+        cosine_PB = -torch.stack(per_pair).detach()
+        cosine_LB = cosine_PB.unflatten(0, (len(self.config.blocks), -1)).mean(1)
+        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)

@@ -25,10 +25,12 @@ COMMANDS = [
     "demo",
     "sample",
     "export",
+    "probe",
     "doctor",
     "list",
     "data",
     "assets",
+    "teachers",
 ]
 
 
@@ -56,7 +58,9 @@ def test_help_names_every_command() -> None:
         assert f"│ {command} " in result.stdout
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "list objectives", "data preview", "assets build"])
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "list objectives", "data preview", "assets build", "teachers score"]
+)
 def test_every_command_has_help(command: str) -> None:
     result = alignlab(*command.split(), "--help")
     assert result.exit_code == 0

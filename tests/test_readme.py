@@ -14,8 +14,9 @@ README = Path(__file__).parent.parent / "README.md"
 SHORT = ["data.train_clips=4", "eval.clips=2", "eval.sample_clips=1", "eval.sample_steps=1"]
 SHORTER = {
     ("train", "tiny"): ["steps=2", *SHORT],
-    ("compare", "demo"): ["steps=1", *SHORT],
-    ("compare", "all_objectives"): ["steps=1", "seeds=[0]", *SHORT],
+    ("compare", "demo"): ["steps=1", "seeds=[0]", "cost.rounds=6", *SHORT],
+    ("compare", "all_objectives"): ["steps=1", "seeds=[0]", "cost=null", *SHORT],
+    ("compare", "tuned_refalign"): ["steps=1", "seeds=[1]", "cost=null", *SHORT],
     ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
     ("stage1", "sara"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
     ("stage1", "moalign"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],

@@ -2,6 +2,7 @@
 
 from alignlab.metrics.cka import cka as cka
 from alignlab.metrics.cka import cknna as cknna
+from alignlab.metrics.copy_paste import copy_paste as copy_paste
 from alignlab.metrics.frechet import frechet_distance as frechet_distance
 from alignlab.metrics.iicr import iicr as iicr
 from alignlab.metrics.retrieval import retrieval_chance as retrieval_chance
@@ -10,3 +11,5 @@ from alignlab.metrics.separability import cross_subject_cosine as cross_subject_
 from alignlab.metrics.separability import inter_intra_ratio as inter_intra_ratio
 from alignlab.metrics.separability import silhouette as silhouette
 from alignlab.metrics.teacher_retrieval import teacher_retrieval as teacher_retrieval
+from alignlab.metrics.video import motion_amplitude as motion_amplitude
+from alignlab.metrics.video import temporal_flickering as temporal_flickering

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import UserError
-from alignlab.experiments import compare as compare_module
 from alignlab.experiments.compare import compare
+from alignlab.experiments.launchers import one_run
 from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.recipe import load_compare
@@ -47,7 +47,7 @@ def test_runs_with_another_stage1_network_are_refused_before_anything_is_trained
     recipe.write_text(shared + rest + VARIANTS.format(head=head))
     write_head(head, str(teacher_folder), seed=0)
     report = compare(load_compare(recipe, [f"output={tmp_path}"]))
-    monkeypatch.setattr(compare_module, "train", no_training)
+    monkeypatch.setattr(one_run, "train", no_training)
     assert compare(load_compare(recipe, [f"output={tmp_path}"])) == report
 
     write_head(head, str(teacher_folder), seed=1)

@@ -1,0 +1,121 @@
+"""Clips that a trained model generates for the val split's conditions: written and judged.
+
+Shape letters: T frames, H height, W width, C channels (RGB) or of latents.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignlab.conditioning import Encoded, reference_images
+from alignlab.config import ShapesConfig
+from alignlab.data.video import write_mp4
+from alignlab.judge import GenerationJudge
+from alignlab.progress import Advance, step_progress
+from alignlab.randomness import generator
+from alignlab.reference_branch import ReferenceBranch
+from alignlab.run import Run
+from alignlab.run_folder import RunFolder, write_text
+from alignlab.sampling import guidance_of, latent_shape, sample_latents
+from alignlab.teachers import Teacher
+
+NOISE_SEED = 0  # of the starting noise: the same for every run, variant and seed
+
+
+@torch.no_grad()
+def generate(
+    run: Run, branch: ReferenceBranch, folder: RunFolder, teacher: Teacher | None
+) -> dict[str, float]:
+    """Generates val clips with noise that no seed changes, writes some and judges some.
+
+    The first `eval.sample_clips` go to `samples/`, clip i as `i.mp4` beside `i-real.mp4` and
+    `i-reference-k.png`; `samples.json` lists them with key and caption. The first
+    `eval.generated_clips` are judged (`GenerationJudge`).
+
+    Returns:
+        `gen/<name>`, and as a measure of what is within reach `gen_real/<name>`: the same of the
+        real clips that went through the autoencoder. Empty when no clip is judged.
+    """
+    chosen = run.config.eval
+    num_written = min(chosen.sample_clips, len(run.val_clips))
+    asked = chosen.sample_clips if chosen.generated_clips is None else chosen.generated_clips
+    num_judged = min(asked, len(run.val_clips))
+    count = max(num_written, num_judged)
+    if not count:
+        return {}
+    rows = []
+    judges = {prefix: _judge(run, teacher) for prefix in ("gen", "gen_real")}
+    steps = chosen.sample_steps
+    with step_progress("samples", total=count * steps) as advance:
+        for i in range(count):
+            clip = run.val_clips[i]
+            told = partial(_advance_from, advance, i * steps)
+            video_THWC = generated_clip(run, branch, i, advance=told)
+            if i < num_written:
+                rows.append(_write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps))
+            if i < num_judged:
+                judges["gen"].add(video_THWC, clip.sample)
+                autoencoded_THWC = run.wan.decode(clip.latents_CTHW).cpu()
+                judges["gen_real"].add(autoencoded_THWC, clip.sample)
+    if rows:
+        write_text(folder.samples / "samples.json", json.dumps(rows, indent=1))
+    return {
+        f"{prefix}/{name}": value
+        for prefix, judge in judges.items()
+        for name, value in judge.metrics().items()
+    }
+
+
+def generated_clip(
+    run: Run, branch: ReferenceBranch, index: int, *, advance: Advance | None = None
+) -> Tensor:
+    """One clip, uint8 `(T, H, W, C)` on the CPU, for caption and references of a val clip.
+
+    Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
+    """
+    clip, device = run.val_clips[index], run.accelerator.device
+    noise = torch.randn(
+        latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
+    )
+    latents = sample_latents(
+        branch,
+        noise.to(device),
+        clip.text_LD.to(device),
+        run.val_clips.empty_text_LD.to(device),
+        clip.references_KCHW.to(device),
+        guidance_of(run.config),
+        advance=advance,
+    )
+    return run.wan.decode(latents).cpu()
+
+
+def _judge(run: Run, teacher: Teacher | None) -> GenerationJudge:
+    data = run.config.data
+    grid = run.wan.latent_grid(data.frames, *data.size)
+    return GenerationJudge(teacher, grid[1:], is_shapes=isinstance(data, ShapesConfig))
+
+
+def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:
+    advance(start + done, note)
+
+
+def _write_sample(
+    folder: Path, i: int, video_THWC: Tensor, clip: Encoded, fps: int
+) -> dict[str, object]:
+    folder.mkdir(exist_ok=True)
+    write_mp4(folder / f"{i}.mp4", video_THWC, fps)
+    write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
+    references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]
+    for name, image_HWC in zip(references, reference_images(clip.sample), strict=True):
+        Image.fromarray(image_HWC.numpy()).save(folder / name)
+    return {
+        "key": clip.sample.key,
+        "caption": clip.sample.caption,
+        "video": f"{i}.mp4",
+        "real": f"{i}-real.mp4",
+        "references": references,
+    }

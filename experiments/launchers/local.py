@@ -1,0 +1,77 @@
+"""Runs one after another in this process, which share their encoded clips."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from alignlab.config import LaunchConfig, RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.launchers.one_run import RunKey, shown, train_one
+from alignlab.run import Caches
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+
+
+def launch_local(
+    runs: Mapping[RunKey, RunConfig], finished: Callable[[RunKey], None], *, needs: LaunchConfig
+) -> None:
+    """Trains the runs in their order and calls `finished` after each.
+
+    Raises:
+        UserError: this machine has less than a run needs, or a run cannot be trained.
+    """
+    check_machine(needs)
+    caches: dict[str, Caches] = {}
+    begin = time.monotonic()
+    with threads(needs.cpus):
+        for done, (key, run) in enumerate(runs.items()):
+            _announce(done, len(runs), key, time.monotonic() - begin)
+            train_one(run, caches, wait=False)
+            finished(key)
+
+
+def check_machine(needs: LaunchConfig) -> None:
+    """Refuses a machine that has less than a run needs.
+
+    Raises:
+        UserError: it names the setting.
+    """
+    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    if needs.cpus is not None and needs.cpus > cpus:
+        raise UserError(f"launch.cpus: a run needs {needs.cpus}, this machine has {cpus}")
+    if needs.gpus and not gpus:
+        raise UserError(f"launch.gpus: a run needs {needs.gpus:g}, this machine has none")
+    if needs.gpus == 0 and gpus:
+        raise UserError(
+            "launch.gpus: 0, but a run in this process would use the machine's GPU: "
+            "set CUDA_VISIBLE_DEVICES to nothing, or remove the setting"
+        )
+    if needs.memory_gib is not None:
+        memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        if needs.memory_gib > memory_gib:
+            raise UserError(
+                f"launch.memory_gib: a run needs {needs.memory_gib:g}, "
+                f"this machine has {memory_gib:.1f}"
+            )
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Lets torch compute with so many threads for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _announce(done: int, total: int, key: RunKey, seconds: float) -> None:
+    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
+    log.info("run %d of %d: %s%s", done + 1, total, shown(key), left)

@@ -1,0 +1,322 @@
+"""What a step of each variant costs: counted, timed in one process, told with its interval."""
+
+import doctest
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignlab.config import CompareConfig
+from alignlab.errors import UserError
+from alignlab.experiments import cost as cost_module
+from alignlab.experiments.compare import compare
+from alignlab.experiments.cost import cost_of, measure_cost, median_interval
+from alignlab.experiments.flops import FORMULAS, count_flops
+from alignlab.experiments.report import write_report
+from alignlab.experiments.result import Comparison, Cost, Ratio, RunResult, VariantCost
+from alignlab.experiments.summary import summary_rows
+from alignlab.experiments.tables import print_summary
+from alignlab.experiments.verdict import verdict
+from alignlab.kernels import pull_push_chunked, relation_chunked
+from alignlab.recipe import dump, load_compare
+from alignlab.run import Run
+from alignlab.train import train_step
+
+Make = Callable[..., CompareConfig]
+
+VARIANTS = """
+baseline: none
+seeds: [0]
+cost: {rounds: 6}
+variants:
+  none: {}
+  aligned:
+    objectives.ra: {name: refalign, teacher: dino, blocks: [0, 2]}
+  heavy: {optim.batch_size: 20}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = recipe_file.read_text().replace("name: run", "name: dear").split("\n")
+    start = lines.index("objectives:")
+    path = tmp_path_factory.mktemp("cost") / "dear.yaml"
+    path.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
+    return path
+
+
+@pytest.fixture
+def make(recipe: Path, tmp_path: Path) -> Make:
+    return lambda *overrides: load_compare(recipe, [f"output={tmp_path}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def measured(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Cost:
+    output = tmp_path_factory.mktemp("measured")
+    cost = measure_cost(load_compare(recipe, [f"output={output}"]))
+    assert not list(output.iterdir()), "measuring leaves the run folders alone"
+    return cost
+
+
+def test_a_dearer_step_is_measured_against_a_copy_of_the_baseline(measured: Cost) -> None:
+    base, aligned, heavy = (measured.variants[v] for v in ("none", "aligned", "heavy"))
+    assert (base.slower, measured.rounds, measured.device) == (Ratio(1.0), 6, "cpu")
+    assert heavy.slower.value > 1.5, "ten times the samples"
+    assert heavy.slower.low is not None and heavy.slower.high is not None
+    assert heavy.slower.low <= heavy.slower.value <= heavy.slower.high
+    assert heavy.seconds > base.seconds > 0.0
+    assert aligned.slower.beyond == heavy.slower.beyond == measured.beyond > 0.0
+    # text encoder and autoencoder are no part of a step
+    assert heavy.flops == pytest.approx(10 * base.flops, rel=0.2)
+    assert base.flops < aligned.flops < 2 * base.flops
+    assert base.parameters == heavy.parameters < aligned.parameters
+    assert base.memory_mib is None, "a CPU process cannot tell its models apart"
+
+
+def test_a_schedule_does_not_hide_its_objective(make: Make, measured: Cost) -> None:
+    """Objectives that stop at once or on a plateau are measured while they are on."""
+    aligned = "{name: refalign, teacher: dino, blocks: [0, 2], schedule: %s}"
+    plateau = aligned % "{kind: stop_at_plateau, patience: 1, min_delta: 9}"
+    heavy = f"variants.heavy={{optim: {{batch_size: 2}}, objectives: {{ra: {plateau}}}}}"
+    at_once = "variants.aligned.objectives.ra.schedule={kind: stop_at, step: 1}"
+    found = measure_cost(make(at_once, heavy)).variants
+    assert found["none"].flops == measured.variants["none"].flops
+    for variant in ("aligned", "heavy"):
+        assert found[variant].flops == measured.variants["aligned"].flops
+
+
+def test_every_side_computes_in_its_own_precision(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+
+    def watched(run: Run, batches: Any) -> dict[str, Tensor]:
+        seen.add((run.config.model.precision, run.accelerator.mixed_precision))
+        return train_step(run, batches)
+
+    monkeypatch.setattr(cost_module, "train_step", watched)
+    monkeypatch.setattr(cost_module, "DATA_STEPS", 1)
+    measure_cost(make("variants.heavy={model: {precision: bf16}}"))
+    assert seen == {("fp32", "no"), ("bf16", "bf16")}
+
+
+def test_the_cost_is_kept_and_used_again(
+    make: Make, measured: Cost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(config: CompareConfig) -> Cost:
+        calls.append(config)
+        return measured
+
+    monkeypatch.setattr(cost_module, "measure_cost", counted)
+    assert cost_of(make(), tmp_path) == cost_of(make(), tmp_path) == measured
+    assert len(calls) == 1
+    for others in (["cost.rounds=7"], ["variants.heavy.optim.lr=1"], ["baseline=heavy"]):
+        before = len(calls)
+        cost_of(make(*others), tmp_path)
+        assert len(calls) == before + 1, others
+    assert cost_of(make("cost=null"), tmp_path) is None
+    (tmp_path / "cost.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cost\.json: not a measured cost: remove the file"):
+        cost_of(make(), tmp_path)
+
+
+def test_no_memory_for_two_models_leaves_the_cost_out(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(config: CompareConfig) -> Cost:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(cost_module, "measure_cost", full)
+    assert cost_of(make(), tmp_path) is None
+    assert "do not fit into memory together; set cost=null" in caplog.text
+    assert not (tmp_path / "cost.json").exists()
+
+
+def test_a_comparison_measures_its_cost_and_shows_it(make: Make, tmp_path: Path) -> None:
+    report = compare(make("variants.heavy.optim.batch_size=2"))
+    kept = json.loads((tmp_path / "dear" / "cost.json").read_text())
+    found = Comparison.load(report.parent / "comparison.json")
+    assert found.cost is not None and found.cost.variants.keys() == {"none", "aligned", "heavy"}
+    assert kept["cost"]["variants"]["aligned"]["seconds"] == found.cost.variants["aligned"].seconds
+    text = report.read_text()
+    assert "step time, interleaved (s)" in text and "GFLOP per step" in text
+    headline = {row.metric for row in summary_rows(found) if row.headline}
+    assert {"cost/step", "cost/gflop", "memory/peak_mib"} <= headline
+    assert "time/step" not in headline
+
+
+@pytest.mark.parametrize("bad", ["cost.rounds=5", "cost.round=6", "cost=7"])
+def test_wrong_settings_are_named(make: Make, bad: str) -> None:
+    with pytest.raises(UserError, match=r"^cost"):
+        make(bad)
+    assert make("cost=null").cost is None
+
+
+def test_the_dump_keeps_that_nothing_is_measured(make: Make, tmp_path: Path) -> None:
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(make("cost=null")))
+    assert load_compare(again).cost is None
+
+
+def made_up(cost: Cost | None, seeds: int = 3) -> Comparison:
+    variants = ("none", "slow", "fast", "same")
+    results = tuple(
+        RunResult(v, seed, 10, "", {"val/flow": 0.4 + 0.01 * seed, "time/step": 1.0 + seed}, {})
+        for v in variants
+        for seed in range(seeds)
+    )
+    return Comparison(
+        name="made up",
+        baseline="none",
+        seeds=tuple(range(seeds)),
+        variants=variants,
+        recipe="",
+        differing={},
+        environment={},
+        duration_s=1.0,
+        command="",
+        commit="",
+        results=results,
+        cost=cost,
+    )
+
+
+def made_up_cost() -> Cost:
+    ratios = {
+        "none": Ratio(1.0),
+        "slow": Ratio(1.031, 1.022, 1.044, 0.01),
+        "fast": Ratio(0.9, 0.88, 0.91, 0.01),
+        "same": Ratio(1.006, 1.002, 1.009, 0.01),
+    }
+    flops = {"none": 10**9, "slow": 1_123_400_000, "fast": 10**9, "same": 10**9}
+    return Cost(10, 4, 0, "cpu", 0.01, {
+        v: VariantCost(0.2 * ratio.value, ratio, flops[v], None, 100) for v, ratio in ratios.items()
+    })  # fmt: skip
+
+
+def test_the_verdict_tells_the_interleaved_cost(tmp_path: Path) -> None:
+    found = made_up(made_up_cost())
+    said = verdict(found, summary_rows(found))
+    assert ": 3.1% [2.2%, 4.4%] slower" in said.variants["slow"]
+    assert ": 10.0% [9.0%, 12.0%] faster" in said.variants["fast"]
+    assert re.search(r"no detectable change in .*step time \(\+0\.60% ", said.variants["same"])
+    assert "slower" not in said.variants["same"]
+    assert "Step times are not over seeds" in said.reading
+    rows = {(r.variant, r.metric): r for r in summary_rows(found)}
+    assert rows["slow", "cost/gflop"].diff_text == "+12.34%"
+    assert rows["slow", "cost/step"].change == "worse" and rows["same", "cost/step"].change == ""
+    write_report(found, tmp_path)
+    console = Console(width=300, file=io.StringIO())
+    print_summary(found, console)
+    assert isinstance(console.file, io.StringIO)
+    for text in (
+        (tmp_path / "report.html").read_text(),
+        (tmp_path / "report.md").read_text(),
+        console.file.getvalue(),
+    ):
+        assert "+3.1%" in text and "took turns in one process" in text and "+12.34%" in text
+        assert "one after another" not in text
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"+3.1\%" in tex and not re.search(r"\\%\]?\$\^\{\*\}", tex), "p-values are of seeds"
+    line = next(
+        text
+        for text in (tmp_path / "table.csv").read_text().splitlines()
+        if text.startswith("cost/step,lower,slow")
+    )
+    assert "1.031,1.022,1.044" in line
+
+
+def test_without_it_the_report_says_what_the_times_are(tmp_path: Path) -> None:
+    found = made_up(None)
+    write_report(found, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Step times are of runs made one after another" in text
+    assert "GFLOP" not in text
+
+
+def test_it_survives_the_json(tmp_path: Path) -> None:
+    found = made_up(made_up_cost())
+    found.save(tmp_path / "comparison.json")
+    assert Comparison.load(tmp_path / "comparison.json") == found
+
+
+def test_the_interval_holds_the_median() -> None:
+    assert doctest.testmod(cost_module).failed == 0
+    assert median_interval([float(i) for i in range(10)]) == (1.0, 8.0)
+    with pytest.raises(ValueError, match="it takes 6"):
+        median_interval([1.0] * 5)
+    draws = torch.rand(4000, 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = [median_interval(row) for row in draws.tolist()]
+    share = sum(low <= 0.5 <= high for low, high in ends) / len(ends)
+    assert 0.95 <= share < 0.98
+
+
+def added(out: list[int], left: list[int], right: list[int], **_: object) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def inside(work: Callable[[], object]) -> int:
+    """FLOPs of the products inside a custom operation, which torch does not look into."""
+    aten = torch.ops.aten
+    in_place = dict.fromkeys((aten.addmm_, aten.baddbmm_), added)
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+def test_the_formulas_of_the_kernels_are_what_they_multiply(slopes: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 30, 8, generator=draw).unbind()
+    factors = torch.ones(3, 3)
+    relation = (student, teacher[..., :5], torch.ones(2, 3, 30), factors, "uniform", 0.1, slopes)
+    ids = torch.tensor([0] * 40 + [1] * 30 + [-1] * 5 + [2] * 15).expand(2, -1)
+    push = (student.flatten(1, 2), teacher.flatten(1, 2), ids, 0.0, 1.0, slopes)
+    for module, name, args in (
+        (relation_chunked, "relation_chunked", relation),
+        (pull_push_chunked, "pull_push_chunked", push),
+    ):
+        operation = module._pair_sums if name == "relation_chunked" else module._pull_push
+        body = operation._init_fn
+        counted = count_flops(lambda operation=operation, args=args: operation(*args))  # type: ignore[misc]
+        assert counted.total == inside(lambda body=body, args=args: body(*args)) > 0  # type: ignore[misc]
+        assert counted.unknown == frozenset()
+
+
+def test_every_operation_of_the_kernels_has_a_formula() -> None:
+    folder = Path(__file__).parents[2] / "kernels"
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert set(re.findall(r'custom_op\(\s*"alignlab::(\w+)"', text)) == FORMULAS["alignlab"].keys()
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    query, key, value = torch.randn(3, 2, 4, 16, 8).requires_grad_().unbind()
+
+    def work() -> None:
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+
+    forward = 2 * (2 * 2 * 4 * 16 * 16 * 8)
+    assert count_flops(work).total == forward + forward * 5 // 2
+
+
+def test_what_has_no_formula_is_named() -> None:
+    @torch.library.custom_op("alignlab_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    found = count_flops(lambda: double(torch.ones(2)) @ torch.ones(2, 3))
+    assert found.unknown == {"alignlab_test.double.default"}
+    assert found.total == 2 * 2 * 3

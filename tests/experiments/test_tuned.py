@@ -1,0 +1,214 @@
+"""Tuned against tuned: variants that take the best recipe of a sweep of their own."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignlab.config import CompareConfig
+from alignlab.errors import UserError
+from alignlab.experiments.compare import compare
+from alignlab.experiments.fairness import check_fair, tuning_rows
+from alignlab.experiments.result import Comparison
+from alignlab.experiments.sweep import sweep
+from alignlab.recipe import dump, load_compare, load_run, load_sweep
+
+Make = Callable[..., CompareConfig]
+
+SPACE = """
+space:
+  objectives.ra.weight: {kind: float, low: 0.1, high: 10.0, log: true}
+metric: val/flow
+trials: 2
+"""
+VARIANTS = """
+baseline: none
+seeds: [0]
+cost: null
+variants:
+  none: {}
+  tuned: {%s}
+"""
+
+
+@pytest.fixture(scope="module")
+def swept(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished sweep of two trials; not to be changed."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    recipe = folder / "ra.yaml"
+    recipe.write_text(recipe_file.read_text().replace("name: run", "name: ra") + SPACE)
+    sweep(load_sweep(recipe, [f"output={folder}"]))
+    return folder / "ra"
+
+
+@pytest.fixture
+def folder(swept: Path, tmp_path: Path) -> Path:
+    """A copy of what the sweep wrote."""
+    copy = tmp_path / "ra"
+    copy.mkdir()
+    for name in ("best.yaml", "recipe.yaml", "trials.csv"):
+        shutil.copy(swept / name, copy)
+    return copy
+
+
+@pytest.fixture
+def make(recipe_file: Path, folder: Path, tmp_path: Path) -> Make:
+    """`make("...", "key=value")`: a baseline and a variant with these changes."""
+    lines = recipe_file.read_text().replace("name: run", "name: fair").split("\n")
+    start = lines.index("objectives:")
+    shared = "\n".join(lines[:start] + lines[start + 2 :])
+
+    def config(changes: str = f"from: {folder}/best.yaml", *overrides: str) -> CompareConfig:
+        path = tmp_path / "fair.yaml"
+        path.write_text(shared + VARIANTS % changes)
+        return load_compare(path, [f"output={tmp_path}", *overrides])
+
+    return config
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, text
+    path.write_text(text.replace(old, new))
+
+
+def test_the_variant_is_the_sweeps_best_run(make: Make, folder: Path, tmp_path: Path) -> None:
+    config, best = make(), load_run(folder / "best.yaml")
+    run = config.run("tuned", 0)
+    assert run.objectives == best.objectives and run.optim == config.base.optim
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load_compare(again) == config
+
+    report = compare(config)
+    found = Comparison.load(report.parent / "comparison.json")
+    tuned = found.run("tuned", 0)
+    assert tuned is not None
+    value = tuned.metrics["val/flow"]
+    assert f"val/flow {value!r}" in (folder / "best.yaml").read_text().split("\n")[0]
+    source = str(folder / "best.yaml")
+    assert found.tuning["tuning.trials"] == {"none": None, "tuned": 2}
+    assert found.tuning["tuning.sweep"] == {"none": None, "tuned": source}
+    for name in ("report.html", "report.md"):
+        text = (report.parent / name).read_text()
+        assert "tuning.trials" in text and "ra/best.yaml" in text.replace("\\", "")
+
+
+def test_what_the_variant_changes_itself_comes_on_top(make: Make, folder: Path) -> None:
+    source = f"from: {folder}/best.yaml"
+    run = make(f"{source}, objectives.ra.neg_weight: 0.0").run("tuned", 0)
+    best = load_run(folder / "best.yaml").objectives["ra"]
+    assert run.objectives["ra"] == best.model_copy(update={"neg_weight": 0.0})
+
+
+def test_sweeps_of_unequal_size_are_refused_before_training(
+    make: Make, folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    rows = (other / "trials.csv").read_text()
+    (other / "trials.csv").write_text(rows + rows.splitlines()[-1].replace("1,", "2,", 1) + "\n")
+    second = f"variants.second={{from: {other}/best.yaml}}"
+    with pytest.raises(UserError) as caught:
+        compare(make(f"from: {folder}/best.yaml", second))
+    assert str(caught.value).startswith(
+        "tuning.trials: variants are tuned differently (tuned: 2, second: 3); make it equal or "
+    )
+    assert "\n" not in str(caught.value) and not (tmp_path / "fair").exists()
+    allowed = make(f"from: {folder}/best.yaml", second, "allow_differences=[tuning.trials]")
+    check_fair(allowed)
+    assert tuning_rows(allowed)["tuning.trials"] == {"none": None, "tuned": 2, "second": 3}
+    (other / "trials.csv").write_text(rows)
+    check_fair(make(f"from: {folder}/best.yaml", second))
+    with pytest.raises(UserError, match=r"unknown difference 'tuning\.trials'"):
+        check_fair(make(f"from: {folder}/best.yaml", second, "allow_differences=[tuning.trials]"))
+
+
+def test_an_untuned_variant_beside_a_tuned_one_is_refused(make: Make, folder: Path) -> None:
+    untuned = "variants.plain={objectives: {ra: {name: refalign, teacher: dino, blocks: [0]}}}"
+    with pytest.raises(UserError, match=r"tuned differently \(tuned: 2, plain: 0\)"):
+        check_fair(make(f"from: {folder}/best.yaml", untuned))
+
+
+def test_the_baseline_needs_a_sweep_where_its_own_settings_were_searched(
+    make: Make, folder: Path
+) -> None:
+    check_fair(make())
+    lr = "space:\n  optim.lr: {kind: float, low: 1.0e-4, high: 1.0e-2}\n"
+    edit(folder / "recipe.yaml", "space:\n", lr)
+    edit(folder / "best.yaml", "  lr: 0.001", "  lr: 0.002")
+    config = make()
+    assert config.run("tuned", 0).optim.lr == 0.002 and config.run("none", 0).optim.lr == 0.001
+    with pytest.raises(UserError, match=r"tuned differently \(none: 0, tuned: 2\)"):
+        check_fair(config)
+
+
+def test_trials_of_another_kind_are_refused(make: Make, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    edit(other / "recipe.yaml", "steps: 2", "steps: 5")
+    edit(other / "best.yaml", "steps: 2", "steps: 5")
+    second = f"variants.second={{from: {other}/best.yaml}}"
+    config = make(f"from: {folder}/best.yaml", second)
+    assert config.run("second", 0).steps == 2, "the steps are the comparison's"
+    with pytest.raises(UserError, match=r"tuning\.steps: .* \(tuned: 2, second: 5\)"):
+        check_fair(config)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "named"),
+    [
+        (
+            "best.yaml",
+            "  batch_size: 2\n  warmup",
+            "  batch_size: 4\n  warmup",
+            "optim.batch_size 4",
+        ),
+        (
+            "best.yaml",
+            "feature: post_norm",
+            "feature: pre_norm",
+            "teachers.dino.feature 'pre_norm'",
+        ),
+        ("best.yaml", "train_clips: 6", "train_clips: 5", "data.train_clips 5"),
+    ],
+)
+def test_other_settings_than_the_comparisons_are_refused(
+    make: Make, folder: Path, file: str, old: str, new: str, named: str
+) -> None:
+    edit(folder / file, old, new)
+    with pytest.raises(UserError) as caught:
+        make()
+    assert f"best.yaml was tuned with {named}, this comparison has " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_difference_that_the_variant_names_is_its_own(make: Make, folder: Path) -> None:
+    edit(folder / "best.yaml", "  batch_size: 2\n  warmup", "  batch_size: 4\n  warmup")
+    run = make(f"from: {folder}/best.yaml, optim.batch_size: 2").run("tuned", 0)
+    assert run.optim.batch_size == 2
+
+
+def test_a_teacher_that_only_the_sweep_has_comes_along(make: Make, folder: Path) -> None:
+    edit(folder / "best.yaml", "  dino:\n", "  own:\n")
+    edit(folder / "best.yaml", "teacher: dino", "teacher: own")
+    run = make().run("tuned", 0)
+    assert list(run.teachers) == ["dino", "own"] and run.objectives["ra"].teachers == ("own",)
+    check_fair(make())
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [
+        ("best.yaml", r"variants\.tuned\.from: .*best\.yaml: no such file"),
+        ("trials.csv", r"best\.yaml is not in a sweep's folder: no trials\.csv beside it"),
+        ("recipe.yaml", r"best\.yaml is not in a sweep's folder: no recipe\.yaml beside it"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(make: Make, folder: Path, removed: str, named: str) -> None:
+    (folder / removed).unlink()
+    with pytest.raises(UserError, match=named):
+        make()
+    with pytest.raises(UserError, match=r"variants\.tuned\.from: expected the path"):
+        make("from: [1]")
