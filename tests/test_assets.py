@@ -79,7 +79,7 @@ def named(teacher: Teacher) -> NamedSubjects:
 def test_base_samples_show_the_subjects_that_the_caption_names(
     wan: Wan, named: NamedSubjects
 ) -> None:
-    found = named_subjects(wan, named, held_out_clips(24))
+    found = named_subjects(wan, named, held_out_clips(48))
     for attribute, floor in asdict(NAMED_FLOORS).items():
         assert getattr(found, attribute) >= floor, (attribute, found)
 
