@@ -219,6 +219,8 @@ class EvalConfig(Settings):
     `sample_clips`."""
     sample_steps: int = Field(default=20, ge=1)
     """Denoising steps of a generated video. RefAlign uses 50."""
+    sample_shift: float | None = Field(default=None, gt=0)
+    """Shift of the noise levels of a generated video. Left out: the training's."""
     text_guidance: float = Field(default=7.5, ge=0)
     """Guidance on the caption. 7.5 is RefAlign's."""
     reference_guidance: float = Field(default=5.0, ge=0)

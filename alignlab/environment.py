@@ -20,13 +20,21 @@ def describe_environment() -> dict[str, str]:
     facts = {
         "alignlab": alignlab.__version__,
         "commit": git_commit() or "not a git checkout",
-        "command": " ".join(sys.argv),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
     }
     return facts | {name: package_version(name) or "not installed" for name in PACKAGES}
+
+
+def processor_name() -> str:
+    """Model of the CPU as Linux calls it, or "CPU"."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else "CPU"
 
 
 def package_version(name: str) -> str | None:

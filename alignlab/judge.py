@@ -44,7 +44,8 @@ class GenerationJudge:
         self, teacher: Teacher | None, grid_HW: tuple[int, int], *, is_shapes: bool
     ) -> None:
         self._teacher = teacher
-        self._grid_HW = grid_HW
+        # one grid, so that references and frames are seen at the same scale
+        self._grid_HW = (teacher.grid if teacher is not None else None) or grid_HW
         self._is_shapes = is_shapes
         self._values: dict[str, list[float]] = defaultdict(list)
         self._shown: list[Tensor] = []
@@ -88,7 +89,7 @@ class GenerationJudge:
         self, teacher: Teacher, video_THWC: Tensor, sample: Sample, found: Found | None
     ) -> None:
         tokens_TPD, real_TPD = (
-            teacher.encode(clip[None], teacher.grid or self._grid_HW).tokens_BTPD[0].cpu()
+            teacher.encode(clip[None], self._grid_HW).tokens_BTPD[0].cpu()
             for clip in (video_THWC, sample.video_THWC)
         )
         self._shown.append(tokens_TPD.mean(1))

@@ -35,4 +35,5 @@ def restore_state(
         name, state_name = key.rsplit(SEPARATOR, 1)
         parameter = by_name[name]
         device = "cpu" if state_name == "step" else parameter.device
-        optimizer.state[parameter][state_name] = value.to(device)
+        # a copy: on a CPU the loaded tensor may be a view of the checkpoint's file
+        optimizer.state[parameter][state_name] = value.to(device, copy=True)

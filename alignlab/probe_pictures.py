@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from alignlab.alignment import teacher_features
@@ -116,7 +117,8 @@ def tsne_points(features_ND: Tensor) -> Tensor:
     rows = unit_rows(features_ND.double()).numpy()
     perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
     chosen = TSNE(perplexity=perplexity, init="pca", random_state=0)
-    return torch.from_numpy(chosen.fit_transform(rows))
+    with threadpool_limits(1):  # its sums would otherwise depend on the number of threads
+        return torch.from_numpy(chosen.fit_transform(rows))
 
 
 def _like_video(colours_NC: Tensor, grid: tuple[int, int, int], size: Sequence[int]) -> Tensor:

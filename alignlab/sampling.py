@@ -44,9 +44,10 @@ class Guidance:
 
 
 def guidance_of(config: RunConfig) -> Guidance:
-    """The sampling settings of a recipe; the shift is the training's."""
-    shift = 1.0 if config.flow.sampler == "uniform" else config.flow.shift
+    """The sampling settings of a recipe; the shift is the training's unless it has its own."""
     chosen = config.eval
+    trained = 1.0 if config.flow.sampler == "uniform" else config.flow.shift
+    shift = trained if chosen.sample_shift is None else chosen.sample_shift
     return Guidance(
         chosen.sample_steps,
         shift,

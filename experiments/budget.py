@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from alignlab.config import CompareConfig, RunConfig
@@ -58,14 +59,21 @@ def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
         if path.exists():
             raise UserError(_other_recipe(path))
         return None
-    _check_constant_cost(config)
+    with FileLock(folder / "budget.json.lock"):  # several commands may share the folder
+        return _decided(config, path)
+
+
+def _decided(config: CompareConfig, path: Path) -> Budget:
+    _check_steps(config)
+    _check_constant_cost(config, {v: run.steps for v, run in config.runs.items()})
     recipes = {v: recipe_hash(_seedless(run)) for v, run in config.runs.items()}
     known = _read(path)
     if known is not None:
         _check_same(path, config, recipes, known)
     budget = None if known is None else known.budget
     if budget is None or not recipes.keys() <= budget.steps.keys():
-        budget = _decide(config, _measured(config, folder), budget)
+        budget = _decide(config, _measured(config, path.parent), budget)
+        _check_constant_cost(config, budget.steps)
         hashes = recipes if known is None else known.recipes | recipes
         kept = _Kept(config.baseline, hashes, budget)
         write_text(path, _KEPT.dump_json(kept, indent=1).decode() + "\n")
@@ -118,8 +126,7 @@ def _measured(config: CompareConfig, folder: Path) -> Cost:
     return cost
 
 
-def _check_constant_cost(config: CompareConfig) -> None:
-    """The ratio of one step decides on all steps, so it must hold for all of them."""
+def _check_steps(config: CompareConfig) -> None:
     base = config.runs[config.baseline]
     for variant, run in config.runs.items():
         if run.steps != base.steps:
@@ -127,11 +134,14 @@ def _check_constant_cost(config: CompareConfig) -> None:
                 f"variants.{variant}.steps: nothing reads it with budget: {config.budget}, which "
                 "gives every variant its number of steps; remove it"
             )
+
+
+def _check_constant_cost(config: CompareConfig, steps: Mapping[str, int]) -> None:
+    """The ratio of one step decides on all steps, so it must hold for all of them."""
+    for variant, run in config.runs.items():
         for alias, objective in run.objectives.items():
-            schedule = objective.schedule
-            if isinstance(schedule, StopAtPlateau) or not weight_at(
-                schedule, run.steps - 1, run.steps
-            ):
+            schedule, last = objective.schedule, steps[variant] - 1
+            if isinstance(schedule, StopAtPlateau) or not weight_at(schedule, last, last + 1):
                 raise UserError(
                     f"variants.{variant}.objectives.{alias}.schedule: {schedule.kind} turns the "
                     "objective off, and a step then costs less than was measured; with "

@@ -62,7 +62,7 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
         collect(run_folder, variant, seed, folder)
         for (variant, seed), run_folder in folders.items()
     )
-    environment = describe_environment()
+    environment = describe_environment() | trained_on(folders)
     comparison = Comparison(
         name=config.name,
         baseline=config.baseline,
@@ -145,6 +145,18 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(row) for row in rows),
     )
+
+
+def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
+    """Threads, device and torch of the runs; more than one of a kind is a warning as well."""
+    rows = [
+        json.loads((folder.path / "environment.json").read_text()) for folder in folders.values()
+    ]
+    found = {name: sorted({row[name] for row in rows}) for name in ("threads", "device", "torch")}
+    for name, values in found.items():
+        if len(values) > 1:
+            log.warning("%s: runs were trained with %s", name, " and with ".join(values))
+    return {name: ", ".join(values) for name, values in found.items()}
 
 
 def _clip(row: dict[str, str | list[str]]) -> SampleClip:

@@ -21,9 +21,11 @@ from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.conditioning import Batch
 from alignlab.config import CompareConfig, RunConfig
-from alignlab.environment import describe_environment
+from alignlab.environment import describe_environment, processor_name
 from alignlab.errors import UserError
 from alignlab.experiments.flops import count_flops
+from alignlab.experiments.launchers.local import threads
+from alignlab.experiments.launchers.same_code import code_facts
 from alignlab.experiments.result import Cost, Ratio, VariantCost
 from alignlab.memory import MIB, PeakMemory
 from alignlab.progress import step_progress
@@ -57,7 +59,7 @@ _KEPT = TypeAdapter(_Kept)
 def cost_of(config: CompareConfig, folder: Path) -> Cost | None:
     """Cost of a comparison's variants: read from `folder`/cost.json, or measured and kept there.
 
-    What is there is used again if variants, rounds, commit and hardware are the same.
+    What is there is used again if variants, rounds, code and hardware are the same.
 
     Returns:
         None where the recipe says `cost: null`, or where baseline and variant do not fit into
@@ -68,7 +70,13 @@ def cost_of(config: CompareConfig, folder: Path) -> Cost | None:
     """
     if config.cost is None:
         return None
-    path, key = folder / "cost.json", _key(config)
+    # as the runs are trained
+    with threads(config.launch.cpus):
+        return _kept_or_measured(config, folder / "cost.json")
+
+
+def _kept_or_measured(config: CompareConfig, path: Path) -> Cost | None:
+    key = _key(config)
     if path.exists():
         try:
             kept = _KEPT.validate_json(path.read_bytes())
@@ -96,7 +104,9 @@ def _key(config: CompareConfig) -> dict[str, JsonValue]:
         "rounds": config.cost.rounds,
         "baseline": config.baseline,
         "runs": {**runs},
-        **{name: facts[name] for name in ("commit", "device", "threads", "torch")},
+        "files": code_facts()["files"],  # a commit with changes does not say which
+        "processor": processor_name(),
+        **{name: facts[name] for name in ("device", "threads", "torch")},
     }
 
 

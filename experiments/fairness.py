@@ -6,6 +6,7 @@ from alignlab.config import CompareConfig, RunConfig
 from alignlab.config_data import unknown_name
 from alignlab.errors import UserError
 from alignlab.recipe import differing_settings
+from alignlab.sampling import guidance_of
 
 
 def differences(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
@@ -28,7 +29,8 @@ def tuning_rows(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
 def check_fair(config: CompareConfig) -> None:
     """Refuse variants that are measured differently, or tuned with different means.
 
-    `eval`, `data`, and the teacher that tokens are measured against must be equal, and so must the
+    `eval`, `data`, the teacher that tokens are measured against, and the shift of noise levels that
+    clips are generated with must be equal, and so must the
     number of trials of the sweeps that variants come from, and the steps, seeds and metric of a
     trial, but for the settings named in `allow_differences`. A variant without a sweep has 0
     trials; the baseline may have none where the sweeps searched nothing but objectives, which it
@@ -41,6 +43,9 @@ def check_fair(config: CompareConfig) -> None:
     rows = differences(config)
     if len(set(measured.values())) > 1:
         rows["eval.teacher"] = {**measured}
+    shifts = {v: guidance_of(run).shift for v, run in config.runs.items() if _generates(run)}
+    if len(set(shifts.values())) > 1:
+        rows["eval.sample_shift"] = {**shifts}
     rows |= _unequal_tuning(config)
     teachers = (f"teachers.{alias}." for alias in set(measured.values()))
     fixed = ("eval.", "data.", "tuning.", *teachers)
@@ -77,6 +82,10 @@ def _unequal_tuning(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
         for name, values in compared.items()
         if any(value != next(iter(values.values())) for value in values.values())
     }
+
+
+def _generates(run: RunConfig) -> bool:
+    return bool(run.eval.sample_clips or run.eval.generated_clips)
 
 
 def _first(run: RunConfig) -> str | None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import alignlab
-from alignlab.environment import git_commit, package_version
+from alignlab.environment import git_commit, package_version, processor_name
 from alignlab.errors import UserError
 from alignlab.experiments.kernel_plots import draw_plots
 from alignlab.kernels.bench import (
@@ -279,8 +279,5 @@ def _write(found: list[Measurement], device: torch.device, out: Path) -> list[Pa
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     threads = torch.get_num_threads()
-    return f"{models[0] if models else 'CPU'}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.errors import UserError
+from alignlab.run_folder import write_text
 
 _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -225,7 +226,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_bytes(_ADAPTER.dump_json(self, indent=1) + b"\n")
+        write_text(path, _ADAPTER.dump_json(self, indent=1).decode() + "\n")
 
     @staticmethod
     def load(path: Path) -> "Comparison":

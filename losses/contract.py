@@ -108,6 +108,11 @@ def check_gives_one_finite_value_per_sample(case: ContractCase) -> None:
     if terms.similarity_B is not None:
         assert terms.similarity_B.shape == (4,) and not terms.similarity_B.requires_grad
         assert (terms.similarity_B.abs() <= 1 + 1e-6).all(), "similarity is no cosine"
+    if terms.similarity_LB is not None:
+        blocks = len(case.build().config.blocks)
+        assert terms.similarity_LB.shape == (blocks, 4) and not terms.similarity_LB.requires_grad
+        assert terms.similarity_B is not None, "similarities of blocks, and no mean of them"
+        torch.testing.assert_close(terms.similarity_LB.mean(0), terms.similarity_B)
     if terms.aligned_B is not None:
         assert terms.aligned_B.shape == (4,) and terms.aligned_B.dtype == torch.bool
         # the third sample of the contract has no reference

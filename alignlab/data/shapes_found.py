@@ -84,12 +84,14 @@ def find_subjects(video_THWC: Tensor, phrases: tuple[str, ...]) -> Found:
 
 
 def direction(mask_THW: Tensor) -> str | None:
-    """Where a region's centre moves most, as captions call it; None if seen in no two frames."""
+    """Where a region's centre moves most, as captions call it; None: it stays, or is seen once."""
     seen = mask_THW.flatten(1).any(1).nonzero()[:, 0].tolist()
     if len(seen) < 2:
         return None
     first, last = (mask_THW[t].nonzero().double().mean(0) for t in (seen[0], seen[-1]))
     dy, dx = (last - first).tolist()
+    if dx == dy == 0:
+        return None
     return max(MOTIONS, key=lambda name: dx * MOTIONS[name][0] + dy * MOTIONS[name][1])
 
 

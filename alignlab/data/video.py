@@ -145,6 +145,7 @@ def encode_mp4(video_THWC: Tensor, fps: float, *, crf: int = 18) -> bytes:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1  # the bytes then do not depend on the machine
         # Untagged video is read as BT.601 by some players and as BT.709 by others.
         stream.codec_context.colorspace = BT709
         stream.codec_context.color_primaries = BT709

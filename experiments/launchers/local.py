@@ -42,7 +42,7 @@ def check_machine(needs: LaunchConfig) -> None:
     Raises:
         UserError: it names the setting.
     """
-    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     if needs.cpus is not None and needs.cpus > cpus:
         raise UserError(f"launch.cpus: a run needs {needs.cpus}, this machine has {cpus}")
     if needs.gpus and not gpus:

@@ -76,11 +76,13 @@ def test_directions_are_those_of_the_captions() -> None:
     assert right >= 0.95 * sum(len(s.entities) for s in SAMPLES)
 
 
-def test_what_is_seen_once_has_no_direction() -> None:
+def test_what_is_seen_once_or_stays_has_no_direction() -> None:
     mask = torch.zeros(4, 8, 8, dtype=torch.bool)
     assert direction(mask) is None
     mask[2, 3:5, 3:5] = True
     assert direction(mask) is None
+    mask[1] = mask[2]
+    assert direction(mask) is None  # it stays where it is
     mask[3, 3:5, 5:7] = True
     assert direction(mask) == "right"
 

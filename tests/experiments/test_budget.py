@@ -169,6 +169,17 @@ def test_a_step_that_does_not_always_cost_the_same_is_refused(
     decide_budget(make("budget=compute", OBJECTIVE % "schedule: linear"), tmp_path)
 
 
+def test_a_schedule_that_ends_within_the_longer_run_is_refused(
+    make: Make, tmp_path: Path, measured: Callable[..., None]
+) -> None:
+    measured(none=1.0, heavy=1.0, other=0.25)  # four times the steps of the baseline
+    steps = make("budget=compute").runs["none"].steps
+    late = make("budget=compute", OBJECTIVE % f"schedule: {{kind: stop_at, step: {2 * steps}}}")
+    with pytest.raises(UserError, match=r"schedule: stop_at turns the"):
+        decide_budget(late, tmp_path)
+    assert not (tmp_path / "budget.json").exists()
+
+
 def test_what_cannot_be_measured_is_refused(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

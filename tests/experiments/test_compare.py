@@ -8,10 +8,11 @@ import pytest
 
 from alignlab.config import CompareConfig
 from alignlab.errors import UserError
-from alignlab.experiments.compare import compare
+from alignlab.experiments.compare import compare, trained_on
 from alignlab.experiments.launchers import one_run
 from alignlab.experiments.result import Comparison
 from alignlab.recipe import load_compare
+from alignlab.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import train, train_step
 
@@ -198,3 +199,17 @@ def test_time_of_earlier_sessions_counts(make: MakeCompare, tmp_path: Path) -> N
     (tmp_path / "pair" / "progress.json").write_text(json.dumps({"seconds": 1000.0}))
     report = compare(config)
     assert Comparison.load(report.parent / "comparison.json").duration_s > 1000
+
+
+def test_runs_of_different_threads_are_told(
+    report: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    folders = {}
+    for seed in (0, 1):
+        given = json.loads((report.parent / f"none/seed-{seed}/environment.json").read_text())
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        (folder / "environment.json").write_text(json.dumps(given | {"threads": str(seed + 1)}))
+        folders["none", seed] = RunFolder(folder)
+    assert trained_on(folders)["threads"] == "1, 2"
+    assert "threads: runs were trained with 1 and with 2" in caplog.text

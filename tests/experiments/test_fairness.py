@@ -45,6 +45,7 @@ def test_variants_may_train_differently(make: Make, changes: str) -> None:
     ("changes", "setting", "shown"),
     [
         ("eval.sample_steps: 3", "eval.sample_steps", "none: 2, other: 3"),
+        ("flow.shift: 3.0", "eval.sample_shift", "none: 5.0, other: 3.0"),
         ("data.val_clips: 5", "data.val_clips", "none: 4, other: 5"),
         ("data.seed: 1", "data.seed", "none: 0, other: 1"),
         ("teachers.dino.feature: pre_norm", "teachers.dino.feature", "other: pre_norm"),
