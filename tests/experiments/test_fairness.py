@@ -45,7 +45,6 @@ def test_variants_may_train_differently(make: Make, changes: str) -> None:
     ("changes", "setting", "shown"),
     [
         ("eval.sample_steps: 3", "eval.sample_steps", "none: 2, other: 3"),
-        ("flow.shift: 3.0", "eval.sample_shift", "none: 5.0, other: 3.0"),
         ("data.val_clips: 5", "data.val_clips", "none: 4, other: 5"),
         ("data.seed: 1", "data.seed", "none: 0, other: 1"),
         ("teachers.dino.feature: pre_norm", "teachers.dino.feature", "other: pre_norm"),
@@ -61,6 +60,15 @@ def test_other_measurements_are_refused_before_training(
     assert "\n" not in str(info.value)
     assert not (tmp_path / "run").exists()
     check_fair(make(changes, f"allow_differences: [{setting}]\n"))
+
+
+def test_clips_are_generated_with_one_shift(make: Make, tmp_path: Path) -> None:
+    check_fair(make("flow.shift: 3.0"))  # nothing is generated
+    generating = (tmp_path / "fair.yaml").read_text().replace("sample_clips: 0", "sample_clips: 1")
+    (tmp_path / "fair.yaml").write_text(generating)
+    with pytest.raises(UserError, match=r"eval\.sample_shift: .* \(none: 5.0, other: 3.0\)"):
+        check_fair(load_compare(tmp_path / "fair.yaml"))
+    check_fair(load_compare(tmp_path / "fair.yaml", ["eval.sample_shift=5"]))
 
 
 def test_a_teacher_that_only_trains_may_differ(make: Make) -> None:
