@@ -21,7 +21,7 @@ from alignlab.experiments.cost import cost_of
 from alignlab.experiments.fairness import check_fair, differences, tuning_rows
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report import write_report
-from alignlab.experiments.result import Comparison, RunResult, SampleClip
+from alignlab.experiments.result import Budget, Comparison, Cost, RunResult, SampleClip
 from alignlab.experiments.tables import print_summary
 from alignlab.recipe import dump
 from alignlab.run_folder import RunFolder, write_text
@@ -58,12 +58,26 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
     _train_missing(runs, folders, folder, launcher or make_launcher("local", config.launch))
     cost = cost_of(asked, folder)
+    comparison = _comparison(config, folders, folder, cost, budget)
+    comparison.save(folder / "comparison.json")
+    report = write_report(comparison, folder)
+    print_summary(comparison, Console())
+    return report
+
+
+def _comparison(
+    config: CompareConfig,
+    folders: Mapping[RunKey, RunFolder],
+    folder: Path,
+    cost: Cost | None,
+    budget: Budget | None,
+) -> Comparison:
     results = tuple(
         collect(run_folder, variant, seed, folder)
         for (variant, seed), run_folder in folders.items()
     )
     environment = describe_environment() | trained_on(folders)
-    comparison = Comparison(
+    return Comparison(
         name=config.name,
         baseline=config.baseline,
         seeds=config.seeds,
@@ -80,10 +94,6 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
         budget=budget,
         tuning=tuning_rows(config),
     )
-    comparison.save(folder / "comparison.json")
-    report = write_report(comparison, folder)
-    print_summary(comparison, Console())
-    return report
 
 
 def _train_missing(

@@ -8,6 +8,7 @@ and another process calls it dead when the count stands still by its own clock.
 import _thread
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
@@ -22,6 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 BEAT_S = 10.0
 GRACE_S = 90.0
 LEASE = "lease"
+# Not SIGINT: that is ignored in processes that a script started in the background.
+LOST_SIGNAL = signal.SIGUSR2
 
 
 class Lease:
@@ -47,6 +50,7 @@ class Lease:
         self.renew()
 
     def __enter__(self) -> Self:
+        self._handler = signal.signal(LOST_SIGNAL, signal.default_int_handler)
         self._thread.start()
         return self
 
@@ -58,6 +62,7 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        signal.signal(LOST_SIGNAL, self._handler)
 
     def renew(self) -> None:
         """One more beat."""
@@ -76,7 +81,7 @@ class Lease:
             try:
                 if not self.is_held():
                     self.lost = True
-                    _thread.interrupt_main()
+                    _thread.interrupt_main(LOST_SIGNAL)
                     return
                 self.renew()
             except UpdateFinishedTrialError:

@@ -72,16 +72,20 @@ def test_a_suspended_worker_lets_go_when_it_wakes(
     make: MakeSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sweep_lease, "BEAT_S", 0.05)
-    study = create_study(make())
-    claimed = study.claim()
-    assert claimed is not None
-    trial, lease = claimed
-    study.put_back(trial.number, lease.claim)  # what another worker does
-    end = time.monotonic() + 10
-    with pytest.raises(KeyboardInterrupt), lease:
-        while time.monotonic() < end:
-            time.sleep(0.01)
-    assert lease.lost
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `nohup alignlab sweep ... &`
+    try:
+        study = create_study(make())
+        claimed = study.claim()
+        assert claimed is not None
+        trial, lease = claimed
+        study.put_back(trial.number, lease.claim)  # what another worker does
+        end = time.monotonic() + 10
+        with pytest.raises(KeyboardInterrupt), lease:
+            while time.monotonic() < end:
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert lease.lost and signal.getsignal(sweep_lease.LOST_SIGNAL) == signal.SIG_DFL
 
 
 def test_sigterm_puts_the_trial_back(make: MakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
