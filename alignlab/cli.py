@@ -11,8 +11,9 @@ import typer
 from alignlab.cli_errors import Commands
 from alignlab.errors import UserError
 from alignlab.experiments.bench_cli import bench_app
-from alignlab.experiments.launch_options import LauncherName, RayAddress, SweepLauncher
+from alignlab.experiments.launch_options import LauncherName, RayAddress, Workers
 from alignlab.experiments.probe_cli import probe, teachers_app
+from alignlab.launched import process_rank
 
 app = typer.Typer(
     cls=Commands,
@@ -51,9 +52,13 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     if print_config:
         typer.echo(dump(config), nl=False)
         return
+    from alignlab.processes import part
     from alignlab.train import train as run
 
-    typer.echo(f"run folder: {run(config)}")
+    folder = run(config)
+    part()
+    if process_rank() == 0:
+        typer.echo(f"run folder: {folder}")
 
 
 @app.command()
@@ -81,6 +86,9 @@ def compare(
     overrides: Overrides = None,
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
+    list_runs: Annotated[
+        bool, typer.Option("--list-runs", help="Print the recipes of untrained runs and stop.")
+    ] = False,
     print_config: PrintConfig = False,
 ) -> None:
     """Train every variant of a comparison over its seeds and write the report."""
@@ -91,8 +99,13 @@ def compare(
         typer.echo(dump(config), nl=False)
         return
     from alignlab.experiments.compare import compare as run
+    from alignlab.experiments.compare import unfinished
     from alignlab.experiments.launchers import make_launcher
 
+    if list_runs:
+        for path in unfinished(config):
+            typer.echo(path)
+        return
     trains = make_launcher(launcher, config.launch, ray_address=ray_address)
     typer.echo(f"report: {run(config, launcher=trains)}")
 
@@ -107,11 +120,12 @@ def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None
 def sweep(
     recipe: Recipe,
     overrides: Overrides = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials.")] = 1,
+    workers: Workers = None,
     join: Annotated[
         bool, typer.Option("--join", help="Help with a sweep begun elsewhere, on its storage.")
     ] = False,
-    launcher: SweepLauncher = "local",
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
     print_config: PrintConfig = False,
 ) -> None:
     """Search the settings of a run with Optuna, or go on where a killed sweep left off."""
@@ -122,12 +136,16 @@ def sweep(
         typer.echo(dump(config), nl=False)
         return
     from alignlab.experiments import sweep as command
+    from alignlab.experiments.launchers.sweeps import make_sweep_launcher
 
     given = [recipe, *(overrides or ())]
+    runs_trials = make_sweep_launcher(
+        launcher, workers=workers, command=given, join=join, ray_address=ray_address
+    )
     if join:
-        command.join(config, workers=workers, command=given)
+        command.join(config, launcher=runs_trials)
     else:
-        typer.echo(f"results: {command.sweep(config, workers=workers, command=given)}")
+        typer.echo(f"results: {command.sweep(config, launcher=runs_trials)}")
 
 
 @app.command()
@@ -141,13 +159,13 @@ def sample(
     out: Annotated[Path, typer.Option(help="The video to write.")] = Path("sample.mp4"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps [default: the recipe's].")
+        int | None, typer.Option(min=1, help="Denoising steps (default: the recipe's).")
     ] = None,
     text_guidance: Annotated[
-        float | None, typer.Option(min=0, help="[default: the recipe's]")
+        float | None, typer.Option(min=0, help="(default: the recipe's)")
     ] = None,
     reference_guidance: Annotated[
-        float | None, typer.Option(min=0, help="[default: the recipe's]")
+        float | None, typer.Option(min=0, help="(default: the recipe's)")
     ] = None,
 ) -> None:
     """Generate a video with the model of a run."""
@@ -172,7 +190,7 @@ def sample(
 @app.command()
 def export(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/export].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/export).")] = None,
 ) -> None:
     """Write the trained model as a diffusers pipeline folder (or a LoRA) that needs no alignlab."""
     from alignlab.export import export as write
@@ -281,7 +299,7 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("alignlab")
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.ERROR if process_rank() else logging.INFO)
     app()
 
 

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from alignlab.errors import UserError
+from alignlab.launched import process_count, process_rank
 
 
 class Commands(TyperGroup):
@@ -18,7 +19,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except _user_errors() as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error{_who()}: {error}", err=True)
             raise typer.Exit(2) from None
         except _write_errors() as error:
             if not _disk_is_full(error):
@@ -30,6 +31,12 @@ class Commands(TyperGroup):
                 err=True,
             )
             raise typer.Exit(1) from None
+
+
+def _who() -> str:
+    """Of several processes, those after the first say which they are."""
+    rank = process_rank()
+    return f" (process {rank + 1} of {process_count()})" if rank else ""
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

@@ -228,10 +228,10 @@ class EvalConfig(Settings):
 
 
 class LaunchConfig(Settings):
-    """What each run of a comparison needs of its machine.
+    """What each run of a comparison or a sweep needs of its machine.
 
-    Ray reserves it. The local launcher, which trains one run after another, refuses a machine that
-    has less.
+    Ray reserves it. The local launcher refuses a machine that has less for the runs that it trains
+    at a time: one, or as many as a sweep has workers.
     """
 
     cpus: int | None = Field(default=None, ge=1)

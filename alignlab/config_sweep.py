@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from alignlab.config import RunConfig
+from alignlab.config import LaunchConfig, RunConfig
 from alignlab.config_data import Settings
 
 
@@ -194,6 +194,8 @@ class SweepConfig(Settings):
     """How many; left out, and only then, with `sampler: grid`."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """Every trial trains once per seed."""
+    launch: LaunchConfig = LaunchConfig()
+    """What each worker needs of its machine; it trains one run at a time."""
     storage: str | None = None
     """Optuna's storage: an SQLAlchemy URL, `journal:///PATH` or a path that ends in `.log` or
     `.journal`. Left out: `study.db` (SQLite) in the sweep's folder."""

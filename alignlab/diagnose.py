@@ -107,6 +107,8 @@ class RankAlarms:
 
     Args:
         rows: logged so far, in order; `diag/rank/...` is read.
+
+    `notes` holds one text per alarm, its numbers in brackets at the end.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
@@ -128,9 +130,10 @@ class RankAlarms:
             self._raised.add(key)
             kind, block = key.removeprefix(RANK).split("/block")
             new.append(
-                f"step {step}: the effective rank of the {kind} tokens of block {block} is "
-                f"{value:.3g}, under {RANK_SHARE:.0%} of its first value {first:.3g}: the features "
-                "may be collapsing; lower the objective's weight, or stop it earlier (schedule)"
+                f"the effective rank of the {kind} tokens of block {block} fell under "
+                f"{RANK_SHARE:.0%} of its first value: the features may be collapsing; lower the "
+                "objective's weight, or stop it earlier (schedule) "
+                f"[{value:.3g} of {first:.3g} at step {step}]"
             )
         self.notes += new
         return new
@@ -166,13 +169,15 @@ def compare_losses(run: Run, batches: list[Batch]) -> dict[str, float]:
                     counted_B = similarity_B[aligned.samples[alias]]
                     cosines.setdefault(f"sim/{alias}/block{block}", []).append(counted_B)
     found: dict[str, float] = {}
+    run.processes.average(flow, trained)
     for alias, gradients in others.items():
+        run.processes.average(gradients, trained)
         ratio, cosine = compare_gradients(flow, gradients)
         found[f"grad/{alias}/ratio"] = ratio
         if cosine is not None:
             found[f"grad/{alias}/cosine"] = cosine
-    joined = {key: torch.cat(values) for key, values in cosines.items()}
-    return found | {key: float(values.mean()) for key, values in joined.items() if len(values)}
+    means = run.processes.means({key: torch.cat(values) for key, values in cosines.items()})
+    return found | {key: float(value) for key, value in means.items()}
 
 
 def compare_gradients(flow: Gradients, other: Gradients) -> tuple[float, float | None]:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alignlab.launched import process_rank
+
 log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 20.0
@@ -18,6 +20,9 @@ Advance = Callable[[int, str], None]
 @contextmanager
 def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
     """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds."""
+    if process_rank() > 0:  # the first process speaks for all
+        yield lambda done, note: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(label, total, done)

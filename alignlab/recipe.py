@@ -51,6 +51,7 @@ SWEEP_KEYS = (
     "constraints",
     "trials",
     "seeds",
+    "launch",
     "storage",
 )
 # Settings that change no number of a run.

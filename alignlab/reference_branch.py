@@ -13,10 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
@@ -88,6 +89,7 @@ class ReferenceBranch:
     ) -> None:
         self._transformer = transformer
         self._model = unwrap(transformer)
+        self._alone = _communicates(transformer)
         self._text_to_references = text_to_references
         self._processor = VideoTextAttention()
         self._attentions: list[Any] = [block.attn2 for block in self._model.blocks]
@@ -152,7 +154,7 @@ class ReferenceBranch:
         dtype = self._model.patch_embedding.weight.dtype
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
-        for group in _groups([len(r) for r in references]):
+        for group in _groups([len(r) for r in references], alone=self._alone):
             sequences = [
                 torch.cat([latents_BCTHW[i], references[i].transpose(0, 1)], dim=1) for i in group
             ]
@@ -195,13 +197,18 @@ class ReferenceBranch:
         return grid
 
 
-def _groups(num_references: Sequence[int]) -> list[list[int]]:
+def _communicates(transformer: nn.Module) -> bool:
+    """Whether a forward call waits for other processes."""
+    return any(isinstance(m, DistributedDataParallel | FSDPModule) for m in transformer.modules())
+
+
+def _groups(num_references: Sequence[int], *, alone: bool) -> list[list[int]]:
     """Sample indices that run together: those with equally many references.
 
-    With several processes, every sample runs alone. DDP and FSDP2 communicate in each forward
-    call, so all processes must make equally many, whatever references they happened to draw.
+    Under DDP and FSDP2, every sample runs `alone`. They communicate in each forward call, so all
+    processes must make equally many, whatever references they happened to draw.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if alone:
         return [[i] for i in range(len(num_references))]
     return [
         [i for i, k in enumerate(num_references) if k == count]

@@ -1,18 +1,17 @@
 """Everything that a run trains with, built once from its recipe."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from alignlab.alignment import Alignment
 from alignlab.checkpoint import TrainState
 from alignlab.conditioning import ClipEncoder, EncodedCache
 from alignlab.config import RunConfig, check_blocks
 from alignlab.data.registry import build_dataset
-from alignlab.errors import UserError
 from alignlab.flow import FlowWeights
+from alignlab.processes import Processes, one_process
 from alignlab.reference_branch import ReferenceBranch
 from alignlab.wan import Wan, load_wan
 
@@ -23,6 +22,7 @@ class Run:
 
     config: RunConfig
     accelerator: Accelerator
+    processes: Processes
     wan: Wan
     alignment: Alignment
     state: TrainState
@@ -30,19 +30,43 @@ class Run:
     val_clips: ClipEncoder
     flow_weights: FlowWeights
     branch: ReferenceBranch
+    caches: "Caches"
 
 
 @dataclass
 class Caches:
-    """Encoded clips that the runs of a comparison share."""
+    """What the runs of a comparison share: encoded clips, and what is measured of the real ones.
+
+    Args:
+        train: clips of the train split.
+        val: clips of the val split.
+        judged: metrics of real clips by teacher and number of clips (`alignlab.generation`).
+    """
 
     train: EncodedCache
     val: EncodedCache
+    judged: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
 
 
-def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
-    """Loads the models and data of a recipe; projectors are built before the optimizer."""
-    accelerator = one_process(config.model.precision)
+def build_run(
+    config: RunConfig,
+    caches: Caches | None = None,
+    together: tuple[Accelerator, Processes] | None = None,
+) -> Run:
+    """Loads the models and data of a recipe; projectors are built before the optimizer.
+
+    Args:
+        config: the recipe.
+        caches: encoded clips of earlier runs; None: none yet.
+        together: what joins this process to others; None: it is alone.
+
+    Raises:
+        UserError: the recipe cannot run here, or this process is not alone and nothing joins it.
+    """
+    if together is None:
+        accelerator = one_process(config.model.precision)
+        together = accelerator, Processes(accelerator)
+    accelerator, processes = together
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     wan = load_wan(
         config.model.path,
@@ -68,6 +92,7 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
     return Run(
         config,
         accelerator,
+        processes,
         wan,
         alignment,
         state,
@@ -75,6 +100,7 @@ def build_run(config: RunConfig, caches: Caches | None = None) -> Run:
         ClipEncoder(wan, val_dataset, caches.val),
         FlowWeights(config.flow),
         branch,
+        caches,
     )
 
 
@@ -93,23 +119,16 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> TrainSt
     return TrainState(wan.transformer, alignment, optimizer, ema)
 
 
+def shared_caches(config: RunConfig, known: dict[str, Caches]) -> Caches:
+    """Those of the runs in `known` whose clips are encoded as this run's are.
+
+    That is the same data through the same encoders in the same precision. Where there are none,
+    new ones are put into `known`.
+    """
+    key = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
+    return known.setdefault(key, new_caches(config))
+
+
 def new_caches(config: RunConfig) -> Caches:
     """Empty caches of the size that the recipe allows."""
     return Caches(EncodedCache(config.data.cache_clips), EncodedCache(config.data.cache_clips))
-
-
-def one_process(precision: str) -> Accelerator:
-    """The device of this process, and its mixed precision.
-
-    Raises:
-        UserError: the run was started as several processes.
-    """
-    # accelerate keeps the first precision of a process; runs of a comparison may differ in it.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"started as {accelerator.num_processes} processes: a run uses one process for now; "
-            "start it without accelerate or torchrun"
-        )
-    return accelerator

@@ -145,6 +145,19 @@ class Tracker:
         return str(run.info.run_id)
 
 
+class SilentTracker(Tracker):
+    """Of a process that leaves the log to another."""
+
+    def __init__(self) -> None:
+        self._mlflow = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def log(self, step: int, scalars: Mapping[str, float]) -> None:
+        pass
+
+
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted keys, as they are written on the command line."""
     flat: dict[str, Any] = {}

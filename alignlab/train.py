@@ -5,59 +5,97 @@ Shape letters: B batch.
 
 import json
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, product
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from alignlab import checkpoint
 from alignlab.conditioning import Batch, training_batch
 from alignlab.config import RunConfig
 from alignlab.diagnose import Diagnosis, RankAlarms
-from alignlab.environment import describe_environment
+from alignlab.environment import continued, describe_environment
 from alignlab.evaluate import evaluate
 from alignlab.flow import draw_sigma
 from alignlab.forward import forward
+from alignlab.generation import judged_clips
 from alignlab.memory import PeakMemory
+from alignlab.one_writer import only_writer
 from alignlab.optim import set_learning_rate, update_ema
+from alignlab.processes import Processes, join_processes
 from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
 from alignlab.run import Caches, Run, build_run
 from alignlab.run_folder import RunFolder, clear_leftovers, write_text
+from alignlab.sample_alarms import sample_alarms
 from alignlab.stage1.check import is_finished, stage1_digests
 from alignlab.step_loop import run_steps
-from alignlab.tracking import Tracker, read_rows
+from alignlab.tracking import SilentTracker, Tracker, read_rows
 
 HISTOGRAM_DRAWS = 10_000
 
 
 @quiet_libraries()
-def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
+def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False) -> Path:
     """Trains, or goes on with, the run `<output>/<name>`, evaluates it and returns its folder.
 
-    A finished run is returned as it is.
+    A finished run is returned as it is. Called in each of several processes that torchrun or
+    `accelerate launch` started, it trains one run with all of them (`alignlab.processes`).
+
+    Args:
+        config: the recipe.
+        caches: encoded clips of earlier runs.
+        wait: wait for another command that trains this run; else refuse.
 
     Raises:
-        UserError: the recipe cannot run here, a loss stopped being finite, or the run is finished
-            with another Stage 1 network than its recipe's folder holds now.
+        UserError: the recipe cannot run here, a loss stopped being finite, another command trains
+            the run, or the run is finished with another Stage 1 network than its recipe's folder
+            holds now.
     """
+    accelerator = join_processes(config.model.precision)
+    processes = Processes(accelerator)
+    processes.share(config.optim.accumulate, config.optim.batch_size)  # refused before any work
+    with own_folder(config, processes, wait=wait) as folder:
+        if processes.from_main(processes.is_main and is_finished(config, folder)):
+            return folder.path
+        run = build_run(config, caches, (accelerator, processes))
+        found = processes.from_main(checkpoint.latest(folder.checkpoints))
+        if found is not None:
+            checkpoint.restore(run.state, found)
+        go_on(run, folder, found)
+    return folder.path
+
+
+@contextmanager
+def own_folder(config: RunConfig, processes: Processes, *, wait: bool) -> Iterator[RunFolder]:
+    """The run's folder, which no other command writes meanwhile."""
+    if not processes.is_main:
+        yield RunFolder(Path(config.output) / config.name)
+        return
     folder = RunFolder.create(config)
-    if is_finished(config, folder):
-        return folder.path
-    clear_leftovers(folder.checkpoints)
-    run = build_run(config, caches)
-    found = checkpoint.latest(folder.checkpoints)
-    if found is not None:
-        checkpoint.restore(run.state, found)
-    environment = describe_environment()
-    write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
-    with (
-        Tracker(folder, config, start=run.state.step, environment=environment) as tracker,
-        PeakMemory(run.accelerator.device) as memory,
-        run.branch,
-    ):
+    if folder.result.exists():
+        yield folder  # finished: nothing will be written
+        return
+    with only_writer(folder.path, wait=wait):
+        clear_leftovers(folder.checkpoints)
+        yield folder
+
+
+def go_on(run: Run, folder: RunFolder, found: Path | None) -> None:
+    """Trains from where the run stands, on the checkpoint `found` if any, to its result."""
+    config, processes = run.config, run.processes
+    environment = describe_environment() | {"processes": str(processes.count)}
+    tracker: Tracker = SilentTracker()
+    if processes.is_main:
+        if found is not None:
+            environment = continued(folder.path / "environment.json", environment)
+        write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
+        tracker = Tracker(folder, config, start=run.state.step, environment=environment)
+    with tracker, PeakMemory(run.accelerator.device) as memory, run.branch:
         if run.state.step == 0:
             tracker.log(0, timestep_histogram(config))
         run_steps(
@@ -69,13 +107,21 @@ def train(config: RunConfig, *, caches: Caches | None = None) -> Path:
             found,
             draw=lambda: step_batches(run),
             step=lambda batches: train_step(run, batches),
-            save=lambda: checkpoint.save(
-                run.state, folder.checkpoints, keep=config.checkpoint.keep
-            ),
+            save=lambda: save(run, folder),
             look=diagnosis_of(run, folder, tracker),
         )
-        finish(run, folder, tracker)
-    return folder.path
+        if processes.is_main:
+            finish(run, folder, tracker)
+        processes.wait()
+
+
+def save(run: Run, folder: RunFolder) -> Path:
+    """Writes a checkpoint, of weights that all processes agree on."""
+    state = run.state
+    run.processes.check_same("the norm of the trained weights", get_total_norm(list(state.names)))
+    if run.processes.is_main:
+        checkpoint.save(state, folder.checkpoints, keep=run.config.checkpoint.keep)
+    return checkpoint.step_path(folder.checkpoints, state.step)
 
 
 def diagnosis_of(run: Run, folder: RunFolder, tracker: Tracker) -> Diagnosis | None:
@@ -87,7 +133,7 @@ def diagnosis_of(run: Run, folder: RunFolder, tracker: Tracker) -> Diagnosis | N
 
 
 def step_batches(run: Run) -> list[Batch]:
-    """The step's samples, one batch per accumulation round."""
+    """This process's share of the step's samples, one batch per accumulation round."""
     return [
         training_batch(
             run.clips,
@@ -97,7 +143,7 @@ def step_batches(run: Run) -> list[Batch]:
             samples=samples,
             device=run.accelerator.device,
         )
-        for samples in _rounds(run.config)
+        for samples in run.processes.share(run.config.optim.accumulate, run.config.optim.batch_size)
     ]
 
 
@@ -111,43 +157,42 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
         accelerator.backward(loss / len(batches))
         rounds.append(per_sample)
     parameters = list(state.names)
+    average_gradients(run.processes, parameters)
     norm = clip_grad_norm_(parameters, config.optim.grad_clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state, config.optim.ema)
-    keys = {key: None for found in rounds for key in found}
-    values = {key: torch.cat([found[key] for found in rounds if key in found]) for key in keys}
-    scalars = {key: value.mean() for key, value in values.items()}
+    values = {key: torch.cat([found[key] for found in rounds]) for key in rounds[0]}
+    scalars = run.processes.means(values)
     used = {f"schedule/{alias}": f for alias, f in run.alignment.factors(state.step).items()}
     used["lr"] = state.optimizer.param_groups[0]["lr"]
-    watch_plateaus(run, values)
+    watch_plateaus(run, scalars)
     state.step += 1
     exact = {key: torch.tensor(value, dtype=torch.float64) for key, value in used.items()}
     return scalars | {"grad/norm": norm} | exact
 
 
-def watch_plateaus(run: Run, values: dict[str, Tensor]) -> None:
-    """Shows each plateau schedule the mean of what it watches over the whole step.
+def average_gradients(processes: Processes, parameters: list[nn.Parameter]) -> None:
+    """Makes every process step with the gradient of the whole batch."""
+    gradients = [parameter.grad for parameter in parameters]
+    processes.average(gradients, parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
-    Args:
-        run: at the step that the values are of.
-        values: of this process's samples, over all accumulation rounds.
-    """
+
+def watch_plateaus(run: Run, scalars: dict[str, Tensor]) -> None:
+    """Shows each plateau schedule the mean of what it watches over the whole step."""
     for alias, watch in run.alignment.watches.items():
-        if watch.stopped:
-            continue
-        seen = values.get(f"watched/{alias}", torch.zeros(0, device=run.accelerator.device))
-        # summed over processes, so that all of them stop at the same step
-        total = torch.stack([seen.sum(), torch.ones_like(seen).sum()])
-        value, count = run.accelerator.reduce(total, "sum").tolist()
-        if count:
-            watch.see(run.state.step, value / count)
+        seen = scalars.get(f"watched/{alias}")
+        if seen is not None and not watch.stopped:
+            watch.see(run.state.step, float(seen))
 
 
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow loss plus alignment of one batch, and every term of it by its log name, per sample.
 
-    Similarities, and what plateaus watch, are of the samples that had something to align.
+    Similarities, and what plateaus watch, are of the samples that had something to align: (0,) if
+    none had, so that all processes have the same names.
     """
     flow_B, aligned = forward(run, batch)
     total_B = run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
@@ -161,7 +206,7 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if alias in run.alignment.watches:
             watched_B = -terms.loss_B.detach() if similarity_B is None else similarity_B
             found[f"watched/{alias}"] = watched_B[counted_B]
-    return total_B.mean(), {key: values for key, values in found.items() if len(values)}
+    return total_B.mean(), found
 
 
 def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
@@ -175,7 +220,7 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
     metrics["params/extra"] = float(sum(p.numel() for p in projectors))
     tracker.log(run.config.steps, metrics)
     used = stage1_digests(run.config, run.alignment.objectives)
-    notes = RankAlarms(rows).notes
+    notes = RankAlarms(rows).notes + sample_alarms(metrics, judged_clips(run))
     result = {"steps": run.config.steps, "metrics": metrics, "stage1": used, "notes": notes}
     write_text(folder.result, json.dumps(result, indent=1))
 
@@ -189,9 +234,3 @@ def timestep_histogram(config: RunConfig) -> dict[str, float]:
         sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample))
         counts[min(9, int(sigma * 10))] += 1
     return {f"timesteps/t{i}": count / len(addresses) for i, count in enumerate(counts)}
-
-
-def _rounds(config: RunConfig) -> list[range]:
-    """Which samples of the step's batch each accumulation round handles."""
-    size = config.optim.batch_size // config.optim.accumulate
-    return [range(i * size, (i + 1) * size) for i in range(config.optim.accumulate)]

@@ -44,18 +44,18 @@ def overhead(
 @bench_app.command("kernels")
 def kernels(
     op: Annotated[
-        list[KernelOp] | None, typer.Option(help="Repeat it for more [default: all].")
+        list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
     ] = None,
     impl: Annotated[
         list[KernelProvider] | None,
-        typer.Option(help="Repeat it for more [default: all that can run here]."),
+        typer.Option(help="Repeat it for more (default: all that can run here)."),
     ] = None,
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="[default: cuda if there is one]")
+        Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
     ] = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="[default: bfloat16 on cuda, float32 on a CPU]"),
+        typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
     ] = None,
     sizes: Annotated[
         str | None,
@@ -65,20 +65,20 @@ def kernels(
     blocks: Annotated[str, typer.Option(help="Blocks that pull_push aligns.")] = "1,9",
     seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="For each case, mode and impl [default: 5; cuda: 0.5]."),
+        typer.Option(min=0, help="For each case, mode and impl (default: 5; cuda: 0.5)."),
     ] = None,
     max_gflop: Annotated[
         float | None,
-        typer.Option(min=0, help="Leave out larger cases [default: 600; cuda: no limit]."),
+        typer.Option(min=0, help="Leave out larger cases (default: 600; cuda: no limit)."),
     ] = None,
     max_gib: Annotated[
         float | None,
-        typer.Option(min=0, help="Leave out eager and compile above [default: 8; cuda: no limit]."),
+        typer.Option(min=0, help="Leave out eager and compile above (default: 8; cuda: no limit)."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder [default: experiments/results/kernels in a checkout, else runs/kernels]."
+            help="Folder (default: experiments/results/kernels in a checkout, else runs/kernels)."
         ),
     ] = None,
 ) -> None:
@@ -112,12 +112,12 @@ def share(
     ] = "wan2.1-1.3b",
     impl: Annotated[
         list[KernelImpl] | None,
-        typer.Option(help="Repeat it for more [default: eager chunked; cuda: triton as well]."),
+        typer.Option(help="Repeat it for more (default: eager chunked; cuda: triton as well)."),
     ] = None,
     references: Annotated[int, typer.Option(min=1, help="Reference images.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 10,
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="[default: cuda if there is one]")
+        Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
 ) -> None:

@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report import write_report
 from alignlab.experiments.result import Budget, Comparison, Cost, RunResult, SampleClip
 from alignlab.experiments.tables import print_summary
+from alignlab.launched import refuse_several
 from alignlab.recipe import dump
 from alignlab.run_folder import RunFolder, write_text
 from alignlab.stage1.check import is_finished
@@ -44,10 +46,63 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
         UserError: a run cannot be trained, variants are measured differently, or the folder holds
             a comparison of another recipe.
     """
+    plan = prepare(config)
+    folder = plan.folder
+    _train_missing(plan, launcher or make_launcher("local", config.launch))
+    cost = cost_of(config, folder)
+    comparison = _comparison(plan, cost)
+    comparison.save(folder / "comparison.json")
+    report = write_report(comparison, folder)
+    print_summary(comparison, Console())
+    return report
+
+
+def unfinished(config: CompareConfig) -> list[Path]:
+    """Recipes of the runs that are not finished, each for an `alignlab train` of its own.
+
+    The folders of all runs are made. Once the runs are trained, `compare` takes them as they are.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    plan = prepare(config)
+    return [
+        folder.recipe
+        for key, folder in plan.folders.items()
+        if not is_finished(plan.runs[key], folder)
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison trains, and where.
+
+    Args:
+        folder: of the comparison.
+        config: with the steps that the budget gives each variant.
+        budget: what was decided, if the budget is not in steps.
+        runs: every variant with every seed.
+        folders: theirs; they exist.
+    """
+
+    folder: Path
+    config: CompareConfig
+    budget: Budget | None
+    runs: dict[RunKey, RunConfig]
+    folders: dict[RunKey, RunFolder]
+
+
+def prepare(config: CompareConfig) -> Plan:
+    """Makes the folders of all runs.
+
+    Raises:
+        UserError: variants are measured differently, or a folder holds a run of another recipe.
+    """
+    refuse_several()
     check_fair(config)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    asked, budget = config, decide_budget(config, folder)
+    budget = decide_budget(config, folder)
     config = with_budget(config, budget)
     runs = {
         (variant, seed): probed(config, variant, seed)
@@ -56,22 +111,11 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     }
     # all of them at once: another recipe is refused before hours of training, not after
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
-    _train_missing(runs, folders, folder, launcher or make_launcher("local", config.launch))
-    cost = cost_of(asked, folder)
-    comparison = _comparison(config, folders, folder, cost, budget)
-    comparison.save(folder / "comparison.json")
-    report = write_report(comparison, folder)
-    print_summary(comparison, Console())
-    return report
+    return Plan(folder, config, budget, runs, folders)
 
 
-def _comparison(
-    config: CompareConfig,
-    folders: Mapping[RunKey, RunFolder],
-    folder: Path,
-    cost: Cost | None,
-    budget: Budget | None,
-) -> Comparison:
+def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
+    config, folder, folders = plan.config, plan.folder, plan.folders
     results = tuple(
         collect(run_folder, variant, seed, folder)
         for (variant, seed), run_folder in folders.items()
@@ -91,26 +135,22 @@ def _comparison(
         results=results,
         allowed=config.allow_differences,
         cost=cost,
-        budget=budget,
+        budget=plan.budget,
         tuning=tuning_rows(config),
     )
 
 
-def _train_missing(
-    runs: Mapping[RunKey, RunConfig],
-    folders: Mapping[RunKey, RunFolder],
-    folder: Path,
-    launch: Launcher,
-) -> None:
-    missing = {key: run for key, run in runs.items() if not is_finished(run, folders[key])}
+def _train_missing(plan: Plan, launch: Launcher) -> None:
+    runs = plan.runs
+    missing = {key: run for key, run in runs.items() if not is_finished(run, plan.folders[key])}
     if len(missing) < len(runs):
         log.info("%d of %d runs are finished already", len(runs) - len(missing), len(runs))
     begin = time.monotonic()
-    earlier = _seconds_so_far(folder)
+    earlier = _seconds_so_far(plan.folder)
 
     def finished(key: RunKey) -> None:
         seconds = earlier + time.monotonic() - begin
-        write_text(folder / "progress.json", json.dumps({"seconds": seconds}))
+        write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}))
 
     if missing:
         launch(missing, finished)
@@ -154,15 +194,19 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         metrics=result["metrics"],
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(row) for row in rows),
+        notes=tuple(result.get("notes", ())),
     )
 
 
 def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
-    """Threads, device and torch of the runs; more than one of a kind is a warning as well."""
+    """Threads, processes, device and torch of the runs; several of a kind are warned of as well."""
     rows = [
         json.loads((folder.path / "environment.json").read_text()) for folder in folders.values()
     ]
-    found = {name: sorted({row[name] for row in rows}) for name in ("threads", "device", "torch")}
+    found = {
+        name: sorted({row.get(name, "1") for row in rows})
+        for name in ("threads", "processes", "device", "torch")
+    }
     for name, values in found.items():
         if len(values) > 1:
             log.warning("%s: runs were trained with %s", name, " and with ".join(values))

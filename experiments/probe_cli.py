@@ -12,13 +12,13 @@ def probe(
     run: Annotated[Path, typer.Argument(help="The folder of a run, such as runs/tiny.")],
     teacher: Annotated[
         str | None,
-        typer.Option(help="Alias of the recipe [default: eval.teacher, or else the first]."),
+        typer.Option(help="Alias of the recipe (default: eval.teacher, or else the first)."),
     ] = None,
     block: Annotated[
         int | None,
-        typer.Option(min=0, help="Whose tokens are shown [default: the last aligned block]."),
+        typer.Option(min=0, help="Whose tokens are shown (default: the last aligned block)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write [default: RUN/probe].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/probe).")] = None,
 ) -> None:
     """Compare every block of a run's model with a teacher, before and after training."""
     from alignlab.experiments.probe_page import probe as write
@@ -34,11 +34,11 @@ def score(
         typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),
     ] = None,
     clips: Annotated[
-        int | None, typer.Option(min=2, help="Val clips [default: eval.clips].")
+        int | None, typer.Option(min=2, help="Val clips (default: eval.clips).")
     ] = None,
     grid: Annotated[
         str | None,
-        typer.Option(help="Patches of every teacher, such as 14x14 [default: its own]."),
+        typer.Option(help="Patches of every teacher, such as 14x14 (default: its own)."),
     ] = None,
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("teachers.csv"),
 ) -> None:

@@ -1,31 +1,32 @@
 """The page of a sweep: Optuna's charts and the block choices, one file that needs no network."""
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna.visualization as charts
 import plotly.graph_objects as go
-import plotly.offline
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import JsonValue
 
 from alignlab.config_sweep import BlocksSpace
+from alignlab.experiments.alarms import gathered
 from alignlab.experiments.numbers import format_number
+from alignlab.experiments.page import render
 from alignlab.experiments.sweep_space import distributions, value_of
 from alignlab.experiments.sweep_study import SweepStudy, sweep_folder
-from alignlab.run_folder import write_text
+from alignlab.run_folder import RunFolder, write_text
 
 FEW = 2  # charts of one trial show nothing
+CONTOUR_PX = 195  # of a row of panels: less and names run into each other, more and no page holds 3
 MOST_CONTOURS = 3  # params of a contour chart: it has a panel for each pair
 
 
@@ -40,17 +41,34 @@ class Chart:
 
 def write_page(study: SweepStudy, best: FrozenTrial | None) -> Path:
     """Writes `sweep.html` into the sweep's folder."""
-    source = resources.files("alignlab.experiments").joinpath("sweep.html.j2")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.from_string(source.read_text(encoding="utf-8")).render(
+    found = sweep_charts(study)
+    page = render(
+        "sweep.html.j2",
+        {f"chart-{i}": _json(chart.figure) for i, chart in enumerate(found)},
         name=study.config.name,
         verdict=_verdict(study, best),
-        charts=[(c.title, c.reading, _div(c.figure)) for c in sweep_charts(study)],
-        plotly=Markup(plotly.offline.get_plotlyjs()),
+        warnings=trial_warnings(study),
+        charts=found,
     )
     path = sweep_folder(study.config) / "sweep.html"
     write_text(path, page)
     return path
+
+
+def trial_warnings(study: SweepStudy) -> dict[int, list[str]]:
+    """What the runs of a trial gave warning of, by number, of those that lie on this machine."""
+    found = {}
+    for trial in study.trials():
+        notes = {}
+        for seed in study.config.seeds:
+            name = f"trial-{trial.number:04d}/seed-{seed}"
+            result = RunFolder(sweep_folder(study.config) / name).read_result()
+            if result is not None:
+                notes[seed] = result.get("notes", [])
+        texts = gathered(notes, len(study.config.seeds))
+        if texts:
+            found[trial.number] = texts
+    return found
 
 
 def sweep_charts(study: SweepStudy) -> list[Chart]:
@@ -91,7 +109,10 @@ def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
         most = list(importances)[:MOST_CONTOURS]
         plots.append(("contour", "Pairs of settings.", charts.plot_contour, most))
     for kind, reading, draw, params in plots:
-        found.append(Chart(f"{name}: {kind}", reading, draw(study.study, params=params, **shown)))
+        figure = draw(study.study, params=params, **shown)
+        if kind == "contour" and len(params) > 2:  # two make one panel, three a panel per pair
+            figure.update_layout(height=CONTOUR_PX * len(params))
+        found.append(Chart(f"{name}: {kind}", reading, figure))
     return found + _block_charts(study, index, name)
 
 
@@ -168,6 +189,8 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
     )
 
 
-def _div(figure: go.Figure) -> Markup:
-    figure.update_layout(template="plotly_white", title=None, margin={"t": 30})
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False))
+def _json(figure: go.Figure) -> JsonValue:
+    """The figure as plotly.js reads it, as wide as the page; Optuna gives some a width."""
+    figure.update_layout(template="plotly_white", title=None, margin={"t": 30}, width=None)
+    found: JsonValue = json.loads(figure.to_json())
+    return found

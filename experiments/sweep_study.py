@@ -214,7 +214,7 @@ def _recipe_hash(config: SweepConfig) -> str:
     """Of what a trial's numbers depend on; a sweep may get more trials, or move."""
     run = {"name", "output", "tracking", "checkpoint"}
     settings = config.model_dump(
-        mode="json", exclude={"base": run, "trials": True, "storage": True}
+        mode="json", exclude={"base": run, "trials": True, "storage": True, "launch": True}
     )
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -18,7 +18,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.sweep_lease import Lease
 from alignlab.experiments.sweep_space import apply_values, suggest_values, tapped_blocks
 from alignlab.experiments.sweep_tracking import SweepTracker
-from alignlab.run import Caches, new_caches
+from alignlab.run import Caches, shared_caches
 from alignlab.run_folder import RunFolder
 from alignlab.train import train
 
@@ -88,7 +88,7 @@ class TrialRunner:
                 return Outcome(TrialState.FAIL, metrics, str(error))
             _forget_start(run)
             try:
-                folder = train(run, caches=self._cache(run))
+                folder = train(run, caches=shared_caches(run, self._caches), wait=True)
             except (UserError, torch.OutOfMemoryError) as error:
                 if not _was_built(run) and isinstance(error, UserError):
                     raise
@@ -123,10 +123,6 @@ class TrialRunner:
         if done not in trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
             trial.report(found[-1] if by_seed else fmean(found), step=done)
         return trial.should_prune()
-
-    def _cache(self, run: RunConfig) -> Caches:
-        key = run.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-        return self._caches.setdefault(key, new_caches(run))
 
 
 def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: int) -> RunConfig:

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep_study import SweepStudy, sweep_folder
+from alignlab.experiments.sweep_work import finished_count
 from alignlab.progress import step_progress
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
     """
     folder = sweep_folder(study.config)
     running: dict[int, subprocess.Popen[bytes]] = {}
-    shown = _finished(study)
+    shown = finished_count(study)
     try:
         for index in range(1, count + 1):
             running[index] = _start(index, count, command, folder)
@@ -46,7 +47,7 @@ def run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
                 time.sleep(LOOK_EVERY_S)
                 for index in [i for i, worker in running.items() if worker.poll() is not None]:
                     _judge(index, running.pop(index).returncode, folder)
-                done = _finished(study)
+                done = finished_count(study)
                 if done != shown or done < study.size:  # the last line is written once
                     advance(done, f"{len(study.trials(TrialState.RUNNING))} running")
                 shown = done
@@ -105,7 +106,3 @@ def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.wait()
-
-
-def _finished(study: SweepStudy) -> int:
-    return sum(trial.state.is_finished() for trial in study.trials())

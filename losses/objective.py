@@ -92,6 +92,9 @@ class Context:
 class Terms:
     """What an objective hands to the harness, one value per sample.
 
+    The names in `parts` and what is None are the same for every batch, also one without references:
+    processes that train together take means over all their samples by name.
+
     Args:
         loss_B: what is minimised, before weight, schedule and gate; carries the gradient.
         parts: named terms of `loss_B` for the log, each (B,), detached.

@@ -13,14 +13,15 @@ from torch.nn.utils import clip_grad_norm_
 
 from alignlab.checkpoint import latest
 from alignlab.data.registry import build_dataset
-from alignlab.environment import describe_environment
+from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
+from alignlab.launched import refuse_several
 from alignlab.losses.stage1_folder import save_stage1
 from alignlab.memory import PeakMemory
 from alignlab.optim import set_learning_rate
+from alignlab.processes import one_process
 from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
-from alignlab.run import one_process
 from alignlab.run_folder import RunFolder, clear_leftovers, whole_folder, write_text
 from alignlab.stage1.checkpoint import Stage1State, restore, save
 from alignlab.stage1.config import Stage1Config
@@ -54,6 +55,7 @@ def train_stage1(config: Stage1Config) -> Path:
     Raises:
         UserError: the recipe cannot run here, or a loss stopped being finite.
     """
+    refuse_several()
     folder = RunFolder.create(config)
     if folder.read_result() is not None:
         return folder.stage1
@@ -64,6 +66,8 @@ def train_stage1(config: Stage1Config) -> Path:
     if found is not None:
         restore(run.state, found)
     environment = describe_environment()
+    if found is not None:
+        environment = continued(folder.path / "environment.json", environment)
     write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
     with (
         Tracker(folder, config, start=run.state.step, environment=environment) as tracker,

@@ -10,7 +10,7 @@ from alignlab.experiments.launchers.local import launch_local
 from alignlab.experiments.launchers.one_run import RunKey
 from alignlab.experiments.launchers.ray import launch_ray
 
-__all__ = ["Launcher", "LauncherName", "RunKey", "make_launcher"]
+__all__ = ["Launcher", "LauncherName", "RunKey", "make_launcher", "refuse_unread_address"]
 
 LauncherName = Literal["local", "ray"]
 
@@ -33,6 +33,15 @@ def make_launcher(
     """
     if name == "ray":
         return partial(launch_ray, needs=needs, address=ray_address)
+    refuse_unread_address(ray_address)
+    return partial(launch_local, needs=needs)
+
+
+def refuse_unread_address(ray_address: str | None) -> None:
+    """Refuses an address where the launcher is local.
+
+    Raises:
+        UserError: there is one.
+    """
     if ray_address is not None:
         raise UserError("--ray-address: nothing reads it without --launcher ray")
-    return partial(launch_local, needs=needs)

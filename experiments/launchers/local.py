@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 
 import torch
 
@@ -36,17 +37,23 @@ def launch_local(
             finished(key)
 
 
-def check_machine(needs: LaunchConfig) -> None:
-    """Refuses a machine that has less than a run needs.
+def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
+    """Refuses a machine that has less than its runs need.
+
+    Args:
+        needs: of each run.
+        runs: how many are trained at a time; they take the GPUs in turn.
 
     Raises:
         UserError: it names the setting.
     """
+    who = "a run needs" if runs == 1 else f"{runs} workers need"
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    if needs.cpus is not None and needs.cpus > cpus:
-        raise UserError(f"launch.cpus: a run needs {needs.cpus}, this machine has {cpus}")
-    if needs.gpus and not gpus:
-        raise UserError(f"launch.gpus: a run needs {needs.gpus:g}, this machine has none")
+    if needs.cpus is not None and runs * needs.cpus > cpus:
+        raise UserError(f"launch.cpus: {who} {runs * needs.cpus}, this machine has {cpus}")
+    if needs.gpus and (not gpus or ceil(runs / gpus) * needs.gpus > 1):
+        asked = f"{needs.gpus:g}" if runs == 1 else f"{needs.gpus:g} each"
+        raise UserError(f"launch.gpus: {who} {asked}, this machine has {gpus or 'none'}")
     if needs.gpus == 0 and gpus:
         raise UserError(
             "launch.gpus: 0, but a run in this process would use the machine's GPU: "
@@ -54,9 +61,9 @@ def check_machine(needs: LaunchConfig) -> None:
         )
     if needs.memory_gib is not None:
         memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        if needs.memory_gib > memory_gib:
+        if runs * needs.memory_gib > memory_gib:
             raise UserError(
-                f"launch.memory_gib: a run needs {needs.memory_gib:g}, "
+                f"launch.memory_gib: {who} {runs * needs.memory_gib:g}, "
                 f"this machine has {memory_gib:.1f}"
             )
 

@@ -1,4 +1,4 @@
-"""What a node does with a run that another process sends it: the run folder is all it is told.
+"""What a node does with a run or a sweep that another process sends it: it is told the folder.
 
 Nothing here knows Ray.
 """
@@ -7,10 +7,11 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, Literal, TypedDict
 
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.local import threads
@@ -20,18 +21,25 @@ from alignlab.run import Caches
 from alignlab.run_folder import RunFolder
 
 LOG = "worker.log"
+RECIPE = "recipe.yaml"
+SHARED_STORAGE = (
+    "a sweep on several machines needs storage=journal:///PATH on a filesystem that all of them "
+    "share, or a database server that all of them reach"
+)
 VISIBLE_S = 60.0  # NFS clients may not ask again for so long what a folder holds
 LOOK_EVERY_S = 0.5
+
+JobName = Literal["run", "trials"]
 
 _caches: dict[str, Caches] = {}  # a worker process often gets several runs
 
 
 class Order(TypedDict):
-    """A run to be trained.
+    """What is to be trained.
 
     Args:
         directory: where the sender works: relative paths in the recipe start there.
-        folder: of the run, which holds its recipe.
+        folder: of the run or the sweep, which holds its recipe.
         threads: that torch computes with.
         code: the sender's `code_facts`.
     """
@@ -42,12 +50,73 @@ class Order(TypedDict):
     code: dict[str, str]
 
 
-def carry_out(order: Order) -> None:
+class TrialsOrder(Order):
+    """A sweep whose trials are to be run.
+
+    Args:
+        worker: which of the sweep's workers this is, counted from 1.
+        machine: the only one that may take part; None where any may.
+    """
+
+    worker: int
+    machine: str | None
+
+
+def train_run(order: Order) -> None:
     """Trains, or goes on with, the run; its log lines go to `worker.log` in its folder.
 
     Raises:
         UserError: this node has other code or does not see the folder, or the run cannot be
             trained.
+    """
+    folder = RunFolder(_arrive(order))
+    with logged(folder.path / LOG), threads(order["threads"]):
+        train_one(folder.config(), _caches, wait=True)
+
+
+def run_trials(order: TrialsOrder) -> None:
+    """Takes one waiting trial of a sweep after another, until none waits.
+
+    Its log lines go to `worker-<number>.log` in the sweep's folder. Trials that other workers hold
+    are theirs: whoever has sent the order starts another worker if one of these dies.
+
+    Raises:
+        UserError: as `train_run`, and when this node does not reach the sweep's storage.
+    """
+    folder = _arrive(order)
+    from alignlab.experiments.sweep_study import join_study, shown_url, storage_url
+    from alignlab.experiments.sweep_tracking import SweepTracker
+    from alignlab.experiments.sweep_work import check, work
+    from alignlab.recipe import load_sweep
+
+    config = load_sweep(folder / RECIPE)
+    url = storage_url(config)
+    journal = Path(url) if "://" not in url else None
+    if order["machine"] not in (None, machine()) or (journal and not seen(journal.exists)):
+        raise UserError(f"node {platform.node()} cannot use {shown_url(config)}: {SHARED_STORAGE}")
+    with logged(folder / f"worker-{order['worker']}.log"), threads(order["threads"]):
+        check(config)
+        try:
+            study = join_study(config)
+        except UserError as error:
+            raise UserError(f"node {platform.node()}: {error}") from None
+        work(study, SweepTracker(study), stay=False)
+
+
+JOBS: Mapping[JobName, Callable[[Any], None]] = {"run": train_run, "trials": run_trials}
+
+
+def machine() -> str:
+    """The same for all processes under one kernel, also in containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else str(uuid.getnode())
+
+
+def _arrive(order: Order) -> Path:
+    """Goes to the sender's working directory; gives the folder of the run or sweep.
+
+    Raises:
+        UserError: this node has other code, or does not see one of the two.
     """
     differing = differing_code(order["code"], code_facts())
     if differing is not None:
@@ -62,14 +131,13 @@ def carry_out(order: Order) -> None:
             f"node {platform.node()}: {order['directory']}: {error.strerror}: "
             "start the command in a folder that every node sees under the same path"
         ) from None
-    folder = RunFolder(Path(order["folder"]))
-    if not seen(folder.recipe.exists):
+    folder = Path(order["folder"])
+    if not seen((folder / RECIPE).exists):
         raise UserError(
-            f"node {platform.node()} does not see {folder.path.resolve()}: "
+            f"node {platform.node()} does not see {folder.resolve()}: "
             "output must lie on a filesystem that all nodes share"
         )
-    with logged(folder.path / LOG), threads(order["threads"]):
-        train_one(folder.config(), _caches, wait=True)
+    return folder
 
 
 def seen(there: Callable[[], bool]) -> bool:

@@ -1,10 +1,7 @@
 """One run of several, as every launcher trains it."""
 
-from pathlib import Path
-
 from alignlab.config import RunConfig
-from alignlab.experiments.launchers.one_writer import only_writer
-from alignlab.run import Caches, new_caches
+from alignlab.run import Caches, shared_caches
 from alignlab.train import train
 
 RunKey = tuple[str, int]  # variant, seed
@@ -22,9 +19,7 @@ def train_one(run: RunConfig, caches: dict[str, Caches], *, wait: bool) -> None:
     Raises:
         UserError: the run cannot be trained, or another process trains it and `wait` is false.
     """
-    key = run.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-    with only_writer(Path(run.output) / run.name, wait=wait):
-        train(run, caches=caches.setdefault(key, new_caches(run)))
+    train(run, caches=shared_caches(run, caches), wait=wait)
 
 
 def shown(key: RunKey) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignlab import one_writer
 from alignlab.config import CompareConfig, LaunchConfig, RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare import compare, probed
@@ -22,11 +23,10 @@ from alignlab.experiments.launchers import (
     make_launcher,
     on_node,
     one_run,
-    one_writer,
     same_code,
 )
 from alignlab.experiments.launchers.progress import steps_done
-from alignlab.experiments.launchers.ray import reservation
+from alignlab.experiments.launchers.ray_cluster import reservation
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import dump, load_compare, load_run
 from alignlab.run_folder import RunFolder
@@ -36,7 +36,7 @@ VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
 HOLD = """
 import sys, time
 from pathlib import Path
-from alignlab.experiments.launchers.one_writer import only_writer
+from alignlab.one_writer import only_writer
 with only_writer(Path(sys.argv[1]), wait=True):
     print("held", flush=True)
     time.sleep(300)
@@ -214,7 +214,7 @@ def test_a_node_that_cannot_train_alike_says_why(
     order["code"] = dict(order["code"])
     spoil(order)
     with pytest.raises(UserError, match=line):
-        on_node.carry_out(order)
+        on_node.train_run(order)
 
 
 def test_a_node_trains_in_the_senders_folder_and_leaves_a_log(run: RunConfig) -> None:
@@ -224,7 +224,7 @@ def test_a_node_trains_in_the_senders_folder_and_leaves_a_log(run: RunConfig) ->
         threads = torch.get_num_threads() + 1
         order = order_of(run) | {"folder": run.name, "threads": threads}
         os.chdir("/")
-        on_node.carry_out(order)
+        on_node.train_run(order)
     finally:
         os.chdir(here)
     folder = RunFolder(Path(run.output) / run.name)

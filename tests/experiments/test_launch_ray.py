@@ -4,17 +4,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from alignlab.experiments.compare import compare
-from alignlab.experiments.launchers.one_writer import HOLDER
+from alignlab.one_writer import HOLDER
 from alignlab.recipe import load_compare
 from alignlab.tracking import read_rows
 
@@ -22,12 +19,6 @@ pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
 
 STEPS = 20
 WAIT_S = 300
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_health_check_period_ms": "1000",  # a node that is gone is dead after 5 s
-}
 VARIANTS = """
 launch: {cpus: 1}
 cost: null
@@ -39,27 +30,6 @@ variants:
   aligned:
     objectives.ra: {name: refalign, teacher: dino, blocks: [0, 2], gate: t^3}
 """
-# In a process of its own: Ray makes the process that starts a cluster the leader of a group.
-CLUSTER = """
-import json, sys
-from ray.cluster_utils import Cluster
-cluster = Cluster()
-nodes = [
-    cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
-    for _ in range(int(sys.argv[1]))
-]
-raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-sys.stdin.read()
-"""
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """A cluster: its address and the process of each node, the head first."""
-
-    address: str
-    raylets: tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
@@ -71,87 +41,20 @@ def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def nodes(count: int) -> Iterator[Nodes]:
-    """A cluster of `count` nodes of one CPU; nothing of it is left afterwards."""
-    starter = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER, str(count)],
-        env=os.environ | ENVIRONMENT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert starter.stdout is not None
-        told = json.loads(starter.stdout.readline())
-        yield Nodes(told["address"], tuple(told["raylets"]))
-    finally:
-        for pid in {starter.pid, *descendants(starter.pid)}:
-            kill(pid)
-        starter.communicate()
+def arguments(recipe: Path, output: Path, *given: str) -> list[str]:
+    return ["compare", str(recipe), f"output={output}", f"steps={STEPS}", *given]
 
 
-def kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-
-
-def parents() -> dict[int, int]:
-    """Process -> the one that started it."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has just ended
-            continue
-        found[int(stat.parent.name)] = int(fields[1])
-    return found
-
-
-def descendants(pid: int) -> set[int]:
-    known = parents()
-    found: set[int] = set()
-    reached = {pid}
-    while reached:
-        reached = {child for child, parent in known.items() if parent in reached}
-        found |= reached
-    return found
-
-
-def command(recipe: Path, output: Path, *arguments: str) -> list[str]:
-    python = [sys.executable, "-m", "alignlab.cli", "compare", str(recipe)]
-    return [*python, f"output={output}", *arguments]
-
-
-def start(recipe: Path, output: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    with log.open("w") as out:
-        return subprocess.Popen(
-            command(recipe, output, f"steps={STEPS}", *arguments),
-            env=os.environ | ENVIRONMENT,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-
-
-def stop(driver: subprocess.Popen[bytes]) -> None:
-    """Ends what a failed test has left."""
-    for pid in {driver.pid, *descendants(driver.pid)}:
-        kill(pid)
-    driver.wait()
-
-
-def caught_run(folder: Path, below: int, driver: subprocess.Popen[bytes]) -> Path:
+def caught_run(
+    ray_tools: ModuleType, folder: Path, below: int, driver: subprocess.Popen[bytes]
+) -> Path:
     """A run in its middle that a process of this node trains."""
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end and driver.poll() is None:
         for holder in folder.glob(f"*/seed-*/{HOLDER}"):
             run = holder.parent
             begun = list(run.glob("checkpoints/step-*")) and not (run / "result.json").exists()
-            if begun and int(holder.read_text().rsplit(" ", 1)[1]) in descendants(below):
+            if begun and int(holder.read_text().rsplit(" ", 1)[1]) in ray_tools.descendants(below):
                 return run
         time.sleep(0.05)
     raise AssertionError("no run was caught in its middle")
@@ -184,22 +87,20 @@ def local_folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.slow
 def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
-    recipe: Path, local_folder: Path, tmp_path: Path
+    ray_tools: ModuleType, recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "out.txt"
     folder = tmp_path / "pair"
-    with nodes(2) as cluster:
-        driver = start(recipe, tmp_path, log, "--launcher", "ray", "--ray-address", cluster.address)
-        try:
-            killed = caught_run(folder, cluster.raylets[1], driver)
-            node = {cluster.raylets[1], *descendants(cluster.raylets[1])}
-            for pid in node:
-                kill(pid)
-            when = time.time()
-            assert not (killed / "result.json").exists(), "it was killed too late"
-            assert driver.wait(WAIT_S) == 0, log.read_text()
-        finally:
-            stop(driver)
+    given = arguments(recipe, tmp_path, "--launcher", "ray", "--ray-address")
+    with (
+        ray_tools.nodes("") as cluster,
+        ray_tools.command(log, *given, cluster.address) as driver,
+    ):
+        killed = caught_run(ray_tools, folder, cluster.raylets[1], driver)
+        cluster.kill(1)
+        when = time.time()
+        assert not (killed / "result.json").exists(), "it was killed too late"
+        assert driver.wait(WAIT_S) == 0, log.read_text()
     text = log.read_text()
     variant, seed = killed.parent.name, killed.name.removeprefix("seed-")
     assert f"{variant}, seed {seed}: its worker died" in text and "goes on from step" in text
@@ -215,15 +116,13 @@ def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 def test_runs_that_ray_trains_are_those_of_the_local_launcher(
-    recipe: Path, local_folder: Path, tmp_path: Path
+    ray_tools: ModuleType, recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     """One node, started by the command itself."""
     log = tmp_path / "out.txt"
-    driver = start(recipe, tmp_path, log, "seeds=[1]", "--launcher", "ray")
-    try:
+    given = arguments(recipe, tmp_path, "seeds=[1]", "--launcher", "ray")
+    with ray_tools.command(log, *given) as driver:
         assert driver.wait(WAIT_S) == 0, log.read_text()
-    finally:
-        stop(driver)
     folder = tmp_path / "pair"
     expected = {run: found for run, found in numbers(local_folder).items() if "seed-1" in run}
     assert len(expected) == 2 and numbers(folder) == expected
@@ -233,19 +132,16 @@ def test_runs_that_ray_trains_are_those_of_the_local_launcher(
 
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_with_either_launcher(
-    recipe: Path, local_folder: Path, tmp_path: Path
+    ray_tools: ModuleType, recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "out.txt"
     folder = tmp_path / "pair"
-    driver = start(recipe, tmp_path, log, "--launcher", "ray")
-    try:
-        interrupted = caught_run(folder, driver.pid, driver)
+    with ray_tools.command(log, *arguments(recipe, tmp_path, "--launcher", "ray")) as driver:
+        interrupted = caught_run(ray_tools, folder, driver.pid, driver)
         pid = int((interrupted / HOLDER).read_text().rsplit(" ", 1)[1])
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
         assert driver.wait(WAIT_S) == 130, log.read_text()
-        assert pid not in parents(), "the run goes on without the command"
-    finally:
-        stop(driver)
+        assert pid not in ray_tools.parents(), "the run goes on without the command"
     assert "Traceback" not in log.read_text()
     assert not (interrupted / "result.json").exists()
     assert (interrupted / "worker.log").read_text().count("ended by KeyboardInterrupt") == 1
@@ -255,13 +151,13 @@ def test_an_interrupted_comparison_goes_on_with_either_launcher(
 
 
 @pytest.mark.slow
-def test_an_error_of_a_run_ends_the_comparison_with_one_line(recipe: Path, tmp_path: Path) -> None:
+def test_an_error_of_a_run_ends_the_comparison_with_one_line(
+    ray_tools: ModuleType, recipe: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "out.txt"
-    driver = start(recipe, tmp_path, log, "--launcher", "ray", "model.path=nothing/there")
-    try:
+    given = arguments(recipe, tmp_path, "--launcher", "ray", "model.path=nothing/there")
+    with ray_tools.command(log, *given) as driver:
         assert driver.wait(WAIT_S) == 2, log.read_text()
-    finally:
-        stop(driver)
     text = log.read_text()
     assert "Traceback" not in text
     (line,) = [line for line in text.split("\n") if line.startswith("error: ")]

@@ -11,7 +11,6 @@ import pytest
 from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
 from alignlab.experiments import sweep_samplers
-from alignlab.experiments.sweep import check
 from alignlab.experiments.sweep_samplers import build_sampler
 from alignlab.experiments.sweep_space import (
     apply_values,
@@ -22,6 +21,7 @@ from alignlab.experiments.sweep_space import (
     tapped_blocks,
     value_of,
 )
+from alignlab.experiments.sweep_work import check
 from alignlab.recipe import dump, load_run, load_sweep
 
 MakeSweep = Callable[..., SweepConfig]

@@ -24,6 +24,7 @@ from alignlab.experiments.sweep_workers import device_of
 from alignlab.recipe import load_sweep
 from alignlab.tracking import read_rows
 
+WAIT_S = 900  # ends a test that hangs, no other: everything takes longer on a busy machine
 SWEEP = """
 checkpoint: {every: 1, keep: 1}
 space:
@@ -54,8 +55,8 @@ def run_sweep(recipe: Path, *arguments: str) -> str:
 
 
 def held_trial(study: SweepStudy, folder: Path) -> tuple[int, int]:
-    """Number and worker's process of a trial that has a checkpoint and no result."""
-    end = time.monotonic() + 300
+    """Number and worker's process, stopped, of a trial that has a checkpoint and no result."""
+    end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
         for trial in study.trials(TrialState.RUNNING):
             run = folder / f"trial-{trial.number:04d}" / "seed-0"
@@ -65,7 +66,11 @@ def held_trial(study: SweepStudy, folder: Path) -> tuple[int, int]:
                 and list(run.glob("checkpoints/step-*"))
                 and not (run / "result.json").exists()
             ):
-                return trial.number, int(claim["pid"])
+                pid = int(claim["pid"])
+                os.kill(pid, signal.SIGSTOP)  # else it may end its trial before it is killed
+                if not (run / "result.json").exists():
+                    return trial.number, pid
+                os.kill(pid, signal.SIGCONT)
         time.sleep(0.02)
     raise AssertionError("no worker was caught in a trial")
 
@@ -98,7 +103,7 @@ def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
             number, pid = held_trial(study, folder)
             os.kill(pid, signal.SIGKILL)
             killed = time.time()
-            assert running.wait(300) == 0, (tmp_path / "out.txt").read_text()
+            assert running.wait(WAIT_S) == 0, (tmp_path / "out.txt").read_text()
         finally:
             running.kill()
     text = (tmp_path / "out.txt").read_text()

@@ -1,12 +1,16 @@
 """References beside the video: layout, text bypass, and samples that never touch each other."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.errors import UserError
 from alignlab.reference_branch import Output, ReferenceBranch
@@ -162,18 +166,28 @@ def test_references_change_the_video(transformer: WanTransformer3DModel) -> None
     assert (out - swapped).abs().max() > 1e-3
 
 
-def test_every_sample_runs_alone_when_processes_must_keep_step(
-    transformer: WanTransformer3DModel, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard])
+def test_every_sample_runs_alone_where_forward_calls_must_keep_step(
+    wan_folder: Path, wrapper: Callable[[nn.Module], nn.Module]
 ) -> None:
+    transformer = load_wan(str(wan_folder)).transformer
     batch = _batch(COUNTS)
     together = _run(transformer, batch).velocity_BCTHW
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     calls: list[int] = []
     handle = transformer.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    alone = _run(transformer, batch).velocity_BCTHW
+    with ReferenceBranch(wrapper(transformer)) as branch:
+        alone = branch(*batch).velocity_BCTHW
     handle.remove()
     assert calls == [1] * len(COUNTS)
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from alignlab.checkpoint import latest
 from alignlab.config import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
+from alignlab.one_writer import only_writer
 from alignlab.optim import lr_scale
 from alignlab.run import build_run
 from alignlab.run_folder import RunFolder
@@ -201,6 +202,18 @@ def test_a_finished_run_is_not_trained_again(
     monkeypatch.setattr("alignlab.train.build_run", None)
     assert train(make_config()) == path
     assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+
+
+def test_a_run_that_another_command_trains_is_refused(make_config: MakeConfig) -> None:
+    config = make_config()
+    folder = RunFolder.create(config)
+    with (
+        only_writer(folder.path, wait=False),
+        pytest.raises(UserError, match="is being trained by another process"),
+    ):
+        train(config)
+    assert not folder.metrics.exists()
+    assert train(config) == folder.path
 
 
 def test_a_folder_of_another_recipe_is_refused(make_config: MakeConfig) -> None:

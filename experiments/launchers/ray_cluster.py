@@ -1,0 +1,247 @@
+"""A Ray cluster, and tasks on its nodes that are watched until they end."""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from alignlab.config import LaunchConfig
+from alignlab.errors import UserError
+from alignlab.experiments.launchers.on_node import JobName, Order
+
+log = logging.getLogger(__name__)
+
+NOTE_EVERY_S = 60.0
+CONNECT_S = 10.0
+STOP_S = 30.0  # a task that is told to end finishes what it is writing
+OBJECT_STORE = 128 * 2**20  # nothing but short messages goes through it
+GIB = 2**30
+RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """A cluster that this process is connected to.
+
+    Args:
+        ray: the `ray` module.
+        may_grow: whether nodes may come; none do to a cluster that was started for this command.
+    """
+
+    ray: Any
+    may_grow: bool
+
+    def nodes(self) -> list[dict[str, float]]:
+        """Resources of each node that lives."""
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def machines(self) -> set[str]:
+        """Network addresses of the nodes that live."""
+        return {node["NodeManagerAddress"] for node in self.ray.nodes() if node["Alive"]}
+
+
+class Ended(NamedTuple, Generic[Key]):
+    """A task that has ended.
+
+    Args:
+        key: which one.
+        error: the line of the UserError that it ended with.
+        loss: how its process was lost; None where the task ended by itself.
+    """
+
+    key: Key
+    error: str | None
+    loss: str | None
+
+
+class RayTasks(Generic[Key]):
+    """The tasks of one command, each with its own key and the same resources.
+
+    Args:
+        cluster: where they run.
+        needs: what Ray reserves for each.
+        job: what they do.
+    """
+
+    def __init__(self, cluster: RayCluster, needs: LaunchConfig, job: JobName) -> None:
+        self._cluster = cluster
+        self._ray = cluster.ray
+        errors = cluster.ray.exceptions
+        self._lost = (
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.LocalRayletDiedError,
+            errors.OutOfMemoryError,
+            errors.ObjectLostError,
+        )
+        self._request = reservation(needs, cluster.nodes())
+        self.threads = needs.cpus or 1
+        # a lost task is started again by its owner, not by Ray: its deaths are counted
+        entry = _entry(job, self._request["num_gpus"])
+        self._task = cluster.ray.remote(max_retries=0, **self._request)(entry)
+        self._running: dict[Any, Key] = {}
+        self._told = time.monotonic() - NOTE_EVERY_S
+
+    @property
+    def running(self) -> set[Key]:
+        """Tasks that have not ended, also those that wait for a node."""
+        return set(self._running.values())
+
+    def start(self, key: Key, order: Order) -> None:
+        """Runs a task as soon as a node has room for it."""
+        self._running[self._task.remote(order)] = key
+
+    def ended(self, seconds: float) -> Iterator[Ended[Key]]:
+        """Tasks that end within a time; it returns at once when any has.
+
+        Raises:
+            BaseException: what a task raised that is no UserError.
+        """
+        if not self._running:
+            time.sleep(seconds)
+            return
+        ready, _ = self._ray.wait(list(self._running), timeout=seconds)
+        for ref in ready:
+            key = self._running.pop(ref)
+            try:
+                yield Ended(key, self._ray.get(ref), None)
+            except self._lost as loss:
+                yield Ended(key, None, type(loss).__name__)
+            except self._ray.exceptions.RayTaskError as failure:
+                raise failure.cause from failure
+
+    def cancel(self) -> None:
+        """Interrupts what still runs, and ends it where that does not help."""
+        left = list(self._running)
+        for force in (False, True):
+            if not left:
+                return
+            for ref in left:
+                self._ray.cancel(ref, force=force)
+            _, left = self._ray.wait(left, num_returns=len(left), timeout=STOP_S)
+
+    def room(self) -> int:
+        """How many tasks the nodes hold at once while they do nothing else."""
+        return sum(_room(node, self._request) for node in self._cluster.nodes())
+
+    def tell_of_room(self) -> None:
+        """A line each minute while no node could ever hold a task: a cluster may get one later.
+
+        Raises:
+            UserError: this cluster gets no more nodes.
+        """
+        if time.monotonic() - self._told < NOTE_EVERY_S:
+            return
+        self._told = time.monotonic()
+        if self.room():
+            return
+        if not self._cluster.may_grow:
+            raise UserError(f"launch: a run needs {self.shown_needs()}: this machine has less")
+        log.warning(
+            "waiting: no node has what a run needs (%s; nodes: %d)",
+            *(self.shown_needs(), len(self._cluster.nodes())),
+        )
+
+    def shown_needs(self) -> str:
+        """What a task takes, in words."""
+        cpus, gpus, memory = (self._request.get(name, 0) for name in RESOURCES)
+        shown = {"CPU": cpus, "GPU": gpus, "GiB": memory / GIB}
+        return ", ".join(f"{value:g} {name}" for name, value in shown.items() if value)
+
+
+def reservation(needs: LaunchConfig, nodes: list[dict[str, float]]) -> dict[str, float]:
+    """What Ray reserves for a run, as `ray.remote` takes it.
+
+    Args:
+        needs: the recipe's.
+        nodes: resources of each node. Where any has a GPU, a run takes one unless told otherwise.
+    """
+    gpus = needs.gpus
+    if gpus is None:
+        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
+    found = {"num_cpus": float(needs.cpus or 1), "num_gpus": gpus}
+    if needs.memory_gib is not None:
+        found["memory"] = needs.memory_gib * GIB
+    return found
+
+
+def _room(node: Mapping[str, float], request: Mapping[str, float]) -> int:
+    asked = {RESOURCES[name]: value for name, value in request.items() if value}
+    return min(int(node.get(name, 0) / value) for name, value in asked.items())
+
+
+def _entry(job: JobName, gpus: float) -> Callable[[Order], str | None]:
+    """The task. Ray sends it by value, so that a node without alignlab can say so."""
+
+    def carry_out(order: Order) -> str | None:
+        import os
+        import socket
+
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from no task that takes none
+        try:
+            from alignlab.errors import UserError
+            from alignlab.experiments.launchers.on_node import JOBS
+        except ImportError as error:
+            return f"node {socket.gethostname()}: {error}: install the same alignlab on every node"
+        try:
+            JOBS[job](order)
+        except UserError as error:
+            return str(error)
+        return None
+
+    return carry_out
+
+
+@contextmanager
+def connected(address: str | None) -> Iterator[RayCluster]:
+    """Connects to a cluster for a while; one that was started for it ends with it.
+
+    Args:
+        address: `HOST:PORT` or `auto`; None: `RAY_ADDRESS`, else a new cluster on this machine.
+
+    Raises:
+        UserError: Ray is not installed, or there is no such cluster.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--launcher ray needs Ray: pip install 'alignlab[ray]'") from None
+    if address.startswith("ray://"):
+        raise UserError(
+            f"{address}: alignlab does not use Ray Client: start the command on a node of the "
+            "cluster with --ray-address auto, or submit it with `ray job submit`"
+        )
+    _check_reachable(address)
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network unless asked
+        settings = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    else:
+        settings = {}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        line = str(error).strip().split("\n", 1)[0]
+        raise UserError(f"Ray at {address}: {line}") from error
+    try:
+        yield RayCluster(ray, may_grow=address != "local")
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits many minutes for a cluster that is not there."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster at {address}: {error.strerror or error}") from None
