@@ -37,18 +37,17 @@ def generate(
     `eval.generated_clips` are judged (`GenerationJudge`).
 
     Returns:
-        `gen/<name>`, and as a measure of what is within reach `gen_real/<name>`: the same of the
-        real clips that went through the autoencoder. Empty when no clip is judged.
+        `gen/<name>`, and as a measure of what is within reach `gen_real/<name>` (`judge_real`).
+        Empty when no clip is judged.
     """
     chosen = run.config.eval
     num_written = min(chosen.sample_clips, len(run.val_clips))
-    asked = chosen.sample_clips if chosen.generated_clips is None else chosen.generated_clips
-    num_judged = min(asked, len(run.val_clips))
+    num_judged = judged_clips(run)
     count = max(num_written, num_judged)
     if not count:
         return {}
     rows = []
-    judges = {prefix: _judge(run, teacher) for prefix in ("gen", "gen_real")}
+    judge = _judge(run, teacher)
     steps = chosen.sample_steps
     with step_progress("samples", total=count * steps) as advance:
         for i in range(count):
@@ -58,16 +57,35 @@ def generate(
             if i < num_written:
                 rows.append(_write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps))
             if i < num_judged:
-                judges["gen"].add(video_THWC, clip.sample)
-                autoencoded_THWC = run.wan.decode(clip.latents_CTHW).cpu()
-                judges["gen_real"].add(autoencoded_THWC, clip.sample)
+                judge.add(video_THWC, clip.sample)
     if rows:
         write_text(folder.samples / "samples.json", json.dumps(rows, indent=1))
-    return {
-        f"{prefix}/{name}": value
-        for prefix, judge in judges.items()
-        for name, value in judge.metrics().items()
-    }
+    real = judge_real(run, teacher, num_judged)
+    generated = {f"gen/{name}": value for name, value in judge.metrics().items()}
+    return generated | {f"gen_real/{name}": value for name, value in real.items()}
+
+
+def judged_clips(run: Run) -> int:
+    """How many generated clips are judged."""
+    chosen = run.config.eval
+    asked = chosen.sample_clips if chosen.generated_clips is None else chosen.generated_clips
+    return min(asked, len(run.val_clips))
+
+
+def judge_real(run: Run, teacher: Teacher | None, count: int) -> dict[str, float]:
+    """Metrics of the first `count` real clips after the autoencoder.
+
+    No trained weight moves them: they are computed once for all runs that share their caches.
+    """
+    alias = None if teacher is None else run.config.measured_against
+    key = (run.config.teachers[alias].model_dump_json() if alias else None, count)
+    if key not in run.caches.judged:
+        judge = _judge(run, teacher)
+        for i in range(count):
+            clip = run.val_clips[i]
+            judge.add(run.wan.decode(clip.latents_CTHW).cpu(), clip.sample)
+        run.caches.judged[key] = judge.metrics()
+    return run.caches.judged[key]
 
 
 def generated_clip(

@@ -14,9 +14,12 @@ from alignlab.data.sample import Reference, Sample
 from alignlab.data.shapes import REFERENCE_RADIUS
 from alignlab.data.shapes_found import Found, direction, find_subjects
 from alignlab.metrics import (
+    colourfulness,
     copy_paste,
     frechet_distance,
+    mean_lab,
     motion_amplitude,
+    rms_contrast,
     temporal_flickering,
 )
 from alignlab.teachers import Teacher
@@ -25,8 +28,9 @@ from alignlab.teachers import Teacher
 class GenerationJudge:
     """Collects clips and averages what it measures of them. Metrics:
 
-    - of any clip: `flicker` (VBench) and `motion_amplitude` (OpenS2V-Eval) unless it is one frame,
-      and with a teacher `frechet` between these and the real clips with the same captions
+    - of any clip: `contrast` (RMS), `colourfulness` (Hasler and Suesstrunk), `colour_cast`
+      against the real clips with the same captions, `flicker` (VBench) and `motion_amplitude`
+      (OpenS2V-Eval) unless it is one frame, and with a teacher `frechet` against the same clips
     - of clips with references: `copy_paste_proxy`, and with an image teacher
       `reference_match_proxy`, the cosine of a reference and the patch most like it
     - in the world of `shapes`: `found_proxy`, `entities_proxy`, `motion_proxy`, and with an image
@@ -50,9 +54,13 @@ class GenerationJudge:
         self._values: dict[str, list[float]] = defaultdict(list)
         self._shown: list[Tensor] = []
         self._real: list[Tensor] = []
+        self._lab_gaps: list[Tensor] = []
 
     def add(self, video_THWC: Tensor, sample: Sample) -> None:
         """Measures a uint8 clip that was generated for the conditions of `sample`."""
+        self._values["contrast"].append(rms_contrast(video_THWC))
+        self._values["colourfulness"].append(colourfulness(video_THWC))
+        self._lab_gaps.append(mean_lab(video_THWC) - mean_lab(sample.video_THWC))
         if len(video_THWC) > 1:
             self._values["flicker"].append(temporal_flickering(video_THWC))
             self._values["motion_amplitude"].append(motion_amplitude(video_THWC))
@@ -69,6 +77,8 @@ class GenerationJudge:
     def metrics(self) -> dict[str, float]:
         """Means over everything added."""
         means = {name: sum(values) / len(values) for name, values in self._values.items()}
+        if self._lab_gaps:
+            means["colour_cast"] = float(torch.stack(self._lab_gaps).mean(0).norm())
         if sum(len(rows) for rows in self._real) > 1:
             means["frechet"] = frechet_distance(torch.cat(self._shown), torch.cat(self._real))
         return means

@@ -7,7 +7,8 @@ checkpoints/step-000500/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
 result.json        final metrics, digests of the Stage 1 networks that were used, notes of what the
-                   diagnosis warned of; its presence says that the run is finished
+                   diagnosis and the generated clips gave warning of; its presence says that the
+                   run is finished
 """
 
 import json

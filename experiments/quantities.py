@@ -34,7 +34,8 @@ class Quantity:
 
 
 # Of generated clips (docs/metrics.md). Identity stands beside copy-paste, because pasting the
-# reference raises it. Motion makes frames differ as flicker does: neither has a better side.
+# reference raises it. Motion makes frames differ as flicker does: neither has a better side. Nor
+# have contrast and colourfulness: those of the real clips are right.
 _GENERATED: dict[str, Quantity] = {
     "identity_proxy": Quantity("subject identity (proxy)", "higher", headline=True),
     "copy_paste_proxy": Quantity("copy-paste (proxy)", "lower", headline=True),
@@ -44,6 +45,9 @@ _GENERATED: dict[str, Quantity] = {
     "entities_proxy": Quantity("entities too many or too few (proxy)", "lower"),
     "motion_proxy": Quantity("motion as captioned (proxy)", "higher"),
     "frechet": Quantity("Fréchet distance of frames", "lower"),
+    "contrast": Quantity("RMS contrast"),
+    "colourfulness": Quantity("colourfulness (Hasler and Süsstrunk)"),
+    "colour_cast": Quantity("colour cast (CIELAB difference)", "lower"),
     "flicker": Quantity("temporal flickering score (VBench)"),
     "motion_amplitude": Quantity("motion amplitude (OpenS2V)"),
 }

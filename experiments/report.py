@@ -8,6 +8,7 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignlab.experiments.alarms import alarms
 from alignlab.experiments.figures import block_charts, curve_charts, seed_charts, timestep_charts
 from alignlab.experiments.latex import table_tex
 from alignlab.experiments.numbers import format_number, format_p
@@ -77,6 +78,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         figures,
         comparison=comparison,
         verdict=verdict(comparison, rows),
+        alarms=alarms(comparison),
         reading=reading(comparison),
         headline=headline(rows),
         groups=by_metric(rows),

@@ -53,6 +53,7 @@ class RunResult:
             `experiments/quantities.py` holds their meaning; other names are shown as they are.
         curves: scalars over training by name, each as (step, value) in order of step.
         samples: generated clips.
+        notes: what the run gave warning of, its numbers in brackets at the end of each.
     """
 
     __pydantic_config__ = _CONFIG
@@ -64,6 +65,7 @@ class RunResult:
     metrics: dict[str, float]
     curves: dict[str, Curve]
     samples: tuple[SampleClip, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.experiments.alarms import alarm_sentences
 from alignlab.experiments.numbers import DASH, format_duration
 from alignlab.experiments.quantities import ARROWS
 from alignlab.experiments.result import Budget, Comparison
@@ -23,6 +24,8 @@ from alignlab.experiments.summary import (
     summary_rows,
 )
 from alignlab.experiments.verdict import verdict
+
+PRINTED_WARNINGS = 6
 
 # Column of table.csv to field of `Paired`.
 _PAIRED = {
@@ -43,7 +46,7 @@ _RATIO = {"ratio": "value", "ratio_low": "low", "ratio_high": "high"}
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
-    """Print verdict, summary table and notes of the report on a terminal."""
+    """Print verdict, warnings, summary table and notes of the report on a terminal."""
     rows = summary_rows(comparison)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("metric")
@@ -65,6 +68,12 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     found = verdict(comparison, rows)
     for sentence in (found.lead, *found.variants.values()):
         console.print(Text(sentence, "bold" if sentence is found.lead else ""))
+    warnings = alarm_sentences(comparison)
+    for text in warnings[:PRINTED_WARNINGS]:
+        console.print(Text(f"Warning: {text}", "yellow"))
+    if len(warnings) > PRINTED_WARNINGS:
+        more = len(warnings) - PRINTED_WARNINGS
+        console.print(Text(f"{more} more warnings are in the report.", "yellow"))
     console.print(table)
     if found.reading:
         console.print(Text(found.reading, "dim"))
@@ -79,6 +88,9 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines = [f"# {_escape(comparison.name)}", "", f"**{_escape(found.lead)}**", ""]
     lines += [f"- {_escape(text)}" for text in found.variants.values()]
     lines += ["", _escape(found.reading), ""] if found.reading else [""]
+    warnings = alarm_sentences(comparison)
+    if warnings:
+        lines += ["**Warnings**", "", *(f"- {_escape(text)}" for text in warnings), ""]
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
     lines += ["|---|" + "---:|" * len(names)]
     for group in headline(rows):

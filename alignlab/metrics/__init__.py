@@ -2,6 +2,9 @@
 
 from alignlab.metrics.cka import cka as cka
 from alignlab.metrics.cka import cknna as cknna
+from alignlab.metrics.colour import colourfulness as colourfulness
+from alignlab.metrics.colour import mean_lab as mean_lab
+from alignlab.metrics.colour import rms_contrast as rms_contrast
 from alignlab.metrics.copy_paste import copy_paste as copy_paste
 from alignlab.metrics.frechet import frechet_distance as frechet_distance
 from alignlab.metrics.iicr import iicr as iicr

@@ -36,7 +36,7 @@ def temporal_flickering(video_THWC: Tensor) -> float:
     Raises:
         ValueError: not such frames.
     """
-    frames = _frames(video_THWC)
+    frames = pairwise(rgb_frames(video_THWC, 2))
     steps = [float(np.abs(after.astype(np.float32) - before).mean()) for before, after in frames]
     return (255.0 - float(np.mean(steps))) / 255.0
 
@@ -57,7 +57,7 @@ def motion_amplitude(video_THWC: Tensor) -> float:
         ValueError: not such frames.
     """
     flows = []
-    for before, after in _frames(video_THWC):
+    for before, after in pairwise(rgb_frames(video_THWC, 2)):
         grey = [cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) for frame in (before, after)]
         # Any, because its stub knows no call without a first guess
         farneback: Any = cv2.calcOpticalFlowFarneback
@@ -68,10 +68,16 @@ def motion_amplitude(video_THWC: Tensor) -> float:
     return abs(float(np.mean(np.mean(np.array(flows), axis=0))))
 
 
-def _frames(video_THWC: Tensor) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Consecutive frames in pairs."""
-    if video_THWC.ndim != 4 or video_THWC.shape[-1] != 3 or len(video_THWC) < 2:
-        raise ValueError(f"expected at least 2 RGB frames (T, H, W, 3), got {video_THWC.shape}")
+def rgb_frames(video_THWC: Tensor, at_least: int) -> NDArray[np.uint8]:
+    """The frames for numpy and OpenCV.
+
+    Raises:
+        ValueError: they are not uint8 RGB, or fewer than `at_least`.
+    """
+    if video_THWC.ndim != 4 or video_THWC.shape[-1] != 3 or len(video_THWC) < at_least:
+        expected = f"at least {at_least} RGB frames (T, H, W, 3)"
+        raise ValueError(f"expected {expected}, got {tuple(video_THWC.shape)}")
     if video_THWC.dtype != torch.uint8:
         raise ValueError(f"expected uint8 frames, got {video_THWC.dtype}")
-    return list(pairwise(video_THWC.cpu().numpy()))
+    frames: NDArray[np.uint8] = video_THWC.cpu().numpy()
+    return frames

@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 HARNESS = Path(__file__).parents[1] / "harness"
 
 
@@ -14,6 +16,21 @@ def _load(path: Path, name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def ray_tools() -> ModuleType:
+    """Clusters of several nodes on this machine, and commands on them."""
+    return _load(Path(__file__).with_name("ray_tools.py"), "ray_tools")
+
+
+@pytest.fixture(scope="session")
+def browser() -> ModuleType:
+    """Opens and prints pages."""
+    tools = _load(Path(__file__).with_name("browser_tools.py"), "browser_tools")
+    if not tools.CHROMIUM:
+        pytest.skip("no chromium or google-chrome is installed")
+    return tools
 
 
 _models = _load(HARNESS / "conftest.py", "harness_models")

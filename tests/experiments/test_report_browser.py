@@ -1,26 +1,17 @@
 """The report in a real browser: no error, nothing fetched, charts drawn, tables sorted."""
 
-import json
-import re
-import shutil
-import subprocess
+import dataclasses
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
+from pydantic import JsonValue
 
 from alignlab.experiments.report import write_report
-from alignlab.experiments.result import Comparison, RunResult
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium or google-chrome is installed")
+from alignlab.experiments.result import Comparison, RunResult, SampleClip
 
 # Runs after the page's own script; what it finds is read back from the dumped page.
 PROBE = """
-<script>
 const name = (row) => row.cells[0].textContent.trim().split(/\\s+/)[0];
 const seen = (table) => [...table.tBodies[0].rows].map(name);
 const table = document.querySelector("table.summary");
@@ -32,7 +23,7 @@ for (const button of [buttons[1], buttons[1], buttons[0]]) {
   orders.push([document.activeElement === button, button.closest("th").ariaSort, ...seen(table)]);
 }
 document.querySelector(".legend button").click();
-const report = {
+const found = {
   orders,
   sorted: table.querySelectorAll('th[aria-sort$="ending"]').length,
   plots: plots.length,
@@ -43,19 +34,11 @@ const report = {
   ink: plots[0].layout.font.color,
   overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
 };
-const result = document.createElement("pre");
-result.id = "probe";
-result.textContent = JSON.stringify(report);
-document.body.append(result);
-</script>
 """
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of three variants over three seeds, and the probe."""
-    folder = tmp_path_factory.mktemp("browser")
-    flow = {"none": 0.40, "slow": 0.45, "fast": 0.35}
+def comparison(flow: dict[str, float]) -> Comparison:
+    """Variants over three seeds, by validation loss."""
     results = tuple(
         RunResult(
             variant,
@@ -73,36 +56,24 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for variant, value in flow.items()
         for seed in range(3)
     )
-    comparison = Comparison(
+    return Comparison(
         "a demo", "none", (0, 1, 2), tuple(flow), "steps: 10\n",
         {f"optim.{name}": {"none": 1, "slow": 2} for name in ("lr", "warmup")},
         {}, 1.0, "alignlab compare", "", results,
     )  # fmt: skip
-    path = write_report(comparison, folder)
-    probed = folder / "probed.html"
-    probed.write_text(path.read_text("utf-8").replace("</body>", PROBE + "</body>"), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(browser: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of three variants, and the probe."""
+    made = comparison({"none": 0.40, "slow": 0.45, "fast": 0.35})
+    path = write_report(made, tmp_path_factory.mktemp("browser"))
+    probed: Path = browser.with_script(path, PROBE)
     return probed
 
 
-def opened(page: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """What the probe found, and the console, where a blocked request shows up too."""
-    done = subprocess.run(
-        [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--disable-background-networking", "--disable-component-update", "--no-first-run",
-            f"--user-data-dir={page.with_name('profile')}", "--enable-logging=stderr",
-            "--virtual-time-budget=3000", *options, "--dump-dom", page.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)
-    assert found, done.stderr[-2000:]
-    console = "\n".join(line for line in done.stderr.splitlines() if ":CONSOLE" in line)
-    return json.loads(found[1]), console
-
-
-def test_the_page_works(page: Path) -> None:
-    found, console = opened(page, "--window-size=1400,1000")
+def test_the_page_works(browser: ModuleType, page: Path) -> None:
+    found, console = browser.opened(page, "--window-size=1400,1000")
     assert (console, found["fetched"]) == ("", [])
     assert found["plots"] == found["drawn"] >= 6
     assert found["hidden"] >= found["plots"] - 2, "the legend hides the baseline in every chart"
@@ -116,10 +87,48 @@ def test_the_page_works(page: Path) -> None:
     assert found["background"] == "rgb(255, 255, 255)"
 
 
-def test_the_page_is_dark_and_narrow_where_asked(page: Path) -> None:
-    found, console = opened(
-        page, "--blink-settings=preferredColorScheme=0", "--window-size=500,900"
-    )
+def test_the_page_is_dark_and_narrow_where_asked(browser: ModuleType, page: Path) -> None:
+    found, console = browser.opened(page, browser.DARK, "--window-size=500,900")
     assert console == ""
     assert found["background"] == "rgb(20, 23, 28)" and found["ink"] == "#e4e7eb"
     assert not found["overflow"], "wide tables scroll inside their boxes"
+
+
+# Printing is announced and over, as a browser says it.
+PRINT = """
+const state = () => ({
+  open: [...document.querySelectorAll("details")].map((details) => details.open),
+  widths: [...new Set(plots.map((plot) => plot._fullLayout.width))],
+});
+const before = state();
+dispatchEvent(new Event("beforeprint"));
+const during = state();
+dispatchEvent(new Event("afterprint"));
+const found = { before, during, after: state() };
+"""
+
+
+def test_what_is_closed_is_open_on_paper_and_closed_again_after(
+    browser: ModuleType, page: Path
+) -> None:
+    watched = browser.with_script(page.with_name("report.html"), PRINT, "printing.html")
+    found, console = browser.opened(watched, "--window-size=1400,1000")
+    assert console == ""
+    assert found["after"] == found["before"]
+    assert found["during"]["widths"] == [300] != found["before"]["widths"]
+    assert found["before"]["open"].count(False) == 2
+    assert found["during"]["open"].count(False) == 1, "statistics of all metrics fill many pages"
+
+
+def test_many_variants_fit_a_page_of_paper(browser: ModuleType, tmp_path: Path) -> None:
+    made = comparison({"none": 0.4} | {f"variant-{i}": 0.4 + 0.01 * i for i in range(9)})
+    clip = SampleClip("val-0", "a red circle moves up, over a plain gray background", "gone.mp4")
+    results = tuple(dataclasses.replace(run, samples=(clip,)) for run in made.results)
+    long: dict[str, JsonValue] = {
+        "none": "a/very/long/folder/name/without/any/space",
+        "variant-8": [0, 1, 2, 3, 4, 5],
+    }
+    wide = dataclasses.replace(made, results=results, differing={"objectives.ra.path": long})
+    found = browser.printed(write_report(wide, tmp_path))
+    assert (found.size, found.scale) == ((842, 595), 0.75), "A4 landscape, and nothing shrunk"
+    assert found.pages <= 9

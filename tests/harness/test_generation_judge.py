@@ -116,6 +116,24 @@ def test_an_empty_scene_has_no_identity(measure: Measure) -> None:
     assert empty["flicker"] == 1.0 and empty["motion_amplitude"] == 0.0
 
 
+def test_a_faded_clip_has_less_contrast_and_colour_and_one_under_a_red_lamp_a_cast(
+    measure: Measure, real: dict[str, float]
+) -> None:
+    assert real["colour_cast"] == 0.0
+    faded = measure(lambda s: (s.video_THWC * 0.5 + 64).byte())
+    for name in ("contrast", "colourfulness"):
+        assert faded[name] == pytest.approx(0.5 * real[name], rel=0.02)
+
+    def red(sample: Sample) -> Tensor:
+        return (sample.video_THWC + torch.tensor([40, 0, 0])).clamp(0, 255).byte()
+
+    assert 5 < faded["colour_cast"] < measure(red)["colour_cast"]
+    # clips of any colours, as long as they are right on average
+    shown = [SAMPLES[1], SAMPLES[0], *SAMPLES[2:]]
+    order = iter(shown)
+    assert measure(lambda s: next(order).video_THWC)["colour_cast"] == pytest.approx(0, abs=1e-9)
+
+
 def test_time_reversed_clips_move_against_the_caption(measure: Measure) -> None:
     backwards = measure(lambda s: s.video_THWC.flip(0))
     assert backwards["motion_proxy"] < 0.1
@@ -141,6 +159,9 @@ def test_shuffled_pictures_are_far_from_real_ones(measure: Measure, real: dict[s
 def test_other_data_leaves_out_what_needs_the_shapes_world(measure: Measure) -> None:
     found = measure(is_shapes=False)
     assert found.keys() == {
+        "contrast",
+        "colourfulness",
+        "colour_cast",
         "flicker",
         "motion_amplitude",
         "copy_paste_proxy",
@@ -154,6 +175,9 @@ def test_without_teacher_or_references_the_rest_is_measured(
 ) -> None:
     bare = [dataclasses.replace(s, references=()) for s in SAMPLES]
     assert measure(samples=bare, is_shapes=False).keys() == {
+        "contrast",
+        "colourfulness",
+        "colour_cast",
         "flicker",
         "motion_amplitude",
         "frechet",

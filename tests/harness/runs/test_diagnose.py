@@ -166,8 +166,8 @@ def test_a_falling_rank_is_warned_of_once_and_noted(
     with caplog.at_level(logging.WARNING, "alignlab"):
         run = train(make_config("steps=4", "tracking.diagnose_every=1"))
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "step 3" in warning and "video tokens of block 0" in warning
-    assert "3.9, under 50% of its first value 8" in warning
+    assert "video tokens of block 0 fell under 50% of its first value" in warning
+    assert warning.endswith(" [3.9 of 8 at step 3]")
     assert json.loads((run / "result.json").read_text())["notes"] == [warning]
     assert [row["diag/low_ranks"] for row in diagnosed(run)] == [0, 0, 1, 1]
 

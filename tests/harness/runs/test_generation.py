@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2Model
 
 from alignlab.config import FolderConfig, RunConfig
+from alignlab.data.sample import Sample
 from alignlab.data.shapes import ShapesDataset
 from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
@@ -17,7 +19,7 @@ from alignlab.evaluate import evaluate
 from alignlab.generation import generate, generated_clip
 from alignlab.judge import GenerationJudge
 from alignlab.metrics import temporal_flickering
-from alignlab.run import build_run, new_caches
+from alignlab.run import Caches, build_run, new_caches
 from alignlab.run_folder import RunFolder
 from alignlab.teachers import Teacher
 
@@ -30,6 +32,9 @@ OF_SHAPES = {
     "confusion_proxy",
 }
 OF_ANY_CLIP = {
+    "contrast",
+    "colourfulness",
+    "colour_cast",
     "flicker",
     "motion_amplitude",
     "copy_paste_proxy",
@@ -100,12 +105,16 @@ def test_the_trained_weights_are_judged(make_config: MakeConfig) -> None:
     run, folder = build_run(config), RunFolder.create(config)
     with run.branch:
         before = generate(run, run.branch, folder, None)
+        run.caches.judged.clear()
         with torch.no_grad():
             for weight in run.wan.transformer.parameters():
                 weight.mul_(0.5)
         after = generate(run, run.branch, folder, None)
     assert before["gen/flicker"] != after["gen/flicker"]
     assert names(before, "gen/") == {
+        "contrast",
+        "colourfulness",
+        "colour_cast",
         "flicker",
         "motion_amplitude",
         "copy_paste_proxy",
@@ -113,6 +122,38 @@ def test_the_trained_weights_are_judged(make_config: MakeConfig) -> None:
     }
     real = {name for name in before if name.startswith("gen_real/")}
     assert {name: before[name] for name in real} == {name: after[name] for name in real}
+
+
+def test_runs_that_share_caches_judge_the_real_clips_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged_now: list[bytes] = []
+    add = GenerationJudge.add
+
+    def watched(judge: GenerationJudge, video_THWC: Tensor, sample: Sample) -> None:
+        judged_now.append(video_THWC.numpy().tobytes())
+        add(judge, video_THWC, sample)
+
+    monkeypatch.setattr(GenerationJudge, "add", watched)
+
+    def measured(name: str, caches: Caches, *settings: str) -> tuple[dict[str, float], int]:
+        config = make_config(f"name={name}", "eval.generated_clips=2", *settings, aligned=False)
+        judged_now.clear()
+        found = evaluate(build_run(config, caches), RunFolder.create(config))
+        real = {key: value for key, value in found.items() if key.startswith("gen_real/")}
+        return real, len(judged_now)
+
+    shared, seed = new_caches(make_config()), "seed=3"
+    first, both = measured("first", shared)
+    again, generated = measured("again", shared, seed)
+    alone, _ = measured("alone", new_caches(make_config()), seed)
+    assert (both, generated) == (4, 2)
+    assert first == again == alone and first
+    fewer, count = measured("fewer", shared, "eval.generated_clips=1")
+    assert count == 2 and fewer != first
+    other, count = measured("other", shared, "teachers.dino.feature=pre_norm")
+    assert count == 4 and other["gen_real/frechet"] != first["gen_real/frechet"]
+    assert other["gen_real/flicker"] == first["gen_real/flicker"]
 
 
 def test_a_folder_of_videos_is_judged_without_ground_truth(

@@ -1,0 +1,137 @@
+"""What runs gave warning of stands near the verdict of every form of the report."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignlab.experiments.alarms import alarm_sentences, gathered
+from alignlab.experiments.compare import collect
+from alignlab.experiments.report import write_report
+from alignlab.experiments.result import Comparison, RunResult
+from alignlab.experiments.tables import PRINTED_WARNINGS, print_summary
+from alignlab.run_folder import RunFolder
+
+PALE = "clips <b>are</b> pale"
+
+
+def note(low: float) -> str:
+    return f"{PALE} [{low} of 56.8]"
+
+
+def comparison(notes: dict[tuple[str, int], tuple[str, ...]], seeds: int = 3) -> Comparison:
+    results = tuple(
+        RunResult(
+            variant,
+            seed,
+            10,
+            f"{variant}/{seed}",
+            {"val/flow": 0.4 + 0.01 * seed},
+            {},
+            notes=notes.get((variant, seed), ()),
+        )
+        for variant in ("none", "ra")
+        for seed in range(seeds)
+    )
+    return Comparison(
+        name="made up",
+        baseline="none",
+        seeds=tuple(range(seeds)),
+        variants=("none", "ra"),
+        recipe="name: made up\n",
+        differing={},
+        environment={},
+        duration_s=1.0,
+        command="alignlab compare",
+        commit="",
+        results=results,
+    )
+
+
+def texts(made: Comparison, folder: Path) -> tuple[str, str, str]:
+    """The report as HTML, as Markdown and as printed."""
+    page = write_report(made, folder).read_text("utf-8")
+    console = Console(width=1000, record=True, file=(folder / "printed.txt").open("w"))
+    print_summary(made, console)
+    console.file.close()
+    return page, (folder / "report.md").read_text("utf-8"), console.export_text()
+
+
+def test_the_same_warning_of_several_seeds_is_told_once() -> None:
+    found = gathered({0: [note(28.1), "odd"], 1: ["odd"], 2: [note(30.1), "odd"]}, 3)
+    assert found == [
+        f"seeds 0 and 2: {PALE} (seed 0: 28.1 of 56.8; seed 2: 30.1 of 56.8)",
+        "all 3 seeds: odd",
+    ]
+    assert gathered({4: [note(28.1)]}, 1) == [f"{PALE} (28.1 of 56.8)"]
+    # of three seeds one is finished
+    assert gathered({4: [note(28.1)]}, 3) == [f"seed 4: {PALE} (28.1 of 56.8)"]
+    assert gathered({0: ["see [1] for it"], 1: []}, 2) == ["seed 0: see [1] for it"]
+
+
+def test_every_form_of_the_report_warns_between_verdict_and_table(tmp_path: Path) -> None:
+    made = comparison({("ra", 0): (note(28.1),), ("ra", 2): (note(30.1),), ("none", 1): ("odd",)})
+    page, markdown, printed = texts(made, tmp_path)
+    told = f"seeds 0 and 2: {PALE} (seed 0: 28.1 of 56.8; seed 2: 30.1 of 56.8)"
+    assert alarm_sentences(made) == ["none, seed 1: odd", f"ra, {told}"]
+    assert '<details class="alarms" open>\n  <summary>2 warnings from runs of 2 variants' in page
+    escaped = told.replace("<", "&lt;").replace(">", "&gt;")
+    assert f"<b>ra</b>, {escaped}</li>" in page and "<b>none</b>, seed 1: odd</li>" in page
+    assert page.index('class="verdict"') < page.index(escaped) < page.index("<h2>Summary</h2>")
+    raw = told.replace("<", "\\<").replace(">", "\\>")
+    assert markdown.index("**Warnings**") < markdown.index(f"- ra, {raw}") < markdown.index("| me")
+    assert f"Warning: ra, {told}" in printed
+    assert printed.index("Warning: none, seed 1: odd") < printed.index("validation flow loss ↓")
+
+
+def test_nothing_is_shown_without_warnings(tmp_path: Path) -> None:
+    for text in texts(comparison({}), tmp_path):
+        assert "arning" not in text.split("<script>")[0] and 'class="alarms"' not in text
+
+
+def test_one_seed_is_not_named(tmp_path: Path) -> None:
+    page, markdown, printed = texts(comparison({("ra", 0): (note(28.1),)}, seeds=1), tmp_path)
+    assert "<b>ra</b>: clips" in page and "1 warning from runs of 1 variant<" in page
+    assert "- ra: clips" in markdown and "Warning: ra: clips" in printed
+
+
+def test_many_are_folded_in_the_page_and_cut_in_the_terminal(tmp_path: Path) -> None:
+    count = PRINTED_WARNINGS + 3
+    many = tuple(f"block {i} may collapse [{i} of 9]" for i in range(count))
+    page, markdown, printed = texts(comparison({("ra", 1): many}), tmp_path)
+    assert f'<details class="alarms">\n  <summary>{count} warnings' in page
+    assert markdown.count("may collapse") == page.count("may collapse") == count
+    assert printed.count("may collapse") == PRINTED_WARNINGS
+    assert "3 more warnings are in the report." in printed
+
+
+def run_folder(folder: Path, **more: list[str]) -> RunFolder:
+    run = RunFolder(folder / "ra" / "seed-0")
+    run.path.mkdir(parents=True)
+    run.metrics.write_text("")
+    run.result.write_text(json.dumps({"steps": 3, "metrics": {"val/flow": 0.4}, **more}))
+    return run
+
+
+def test_notes_of_a_run_reach_the_saved_comparison(tmp_path: Path) -> None:
+    found = collect(run_folder(tmp_path, notes=[note(28.1)]), "ra", 0, tmp_path)
+    made = dataclasses.replace(comparison({}, seeds=1), results=(found,))
+    made.save(tmp_path / "comparison.json")
+    assert Comparison.load(tmp_path / "comparison.json").results[0].notes == (note(28.1),)
+
+
+@pytest.mark.parametrize("part", ["result", "comparison"])
+def test_files_from_before_there_were_notes_are_read(tmp_path: Path, part: str) -> None:
+    made = comparison({})
+    if part == "result":
+        made = dataclasses.replace(
+            made, results=(collect(run_folder(tmp_path), "ra", 0, tmp_path),)
+        )
+    made.save(tmp_path / "comparison.json")
+    old = json.loads((tmp_path / "comparison.json").read_text())
+    for run in old["results"]:
+        assert run.pop("notes") == []
+    (tmp_path / "comparison.json").write_text(json.dumps(old))
+    assert Comparison.load(tmp_path / "comparison.json") == made
