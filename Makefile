@@ -1,8 +1,9 @@
 # setup: .venv with the tested versions   demo: the comparison on a laptop CPU
-# test: the test suite   check: lint, format, types   wheel: dist/*.whl, checked in an empty venv
+# test: the test suite, on the CPU   test-gpu: the tests that are for a GPU, on one
+# check: lint, format, types   wheel: dist/*.whl, checked in an empty venv
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test check wheel clean
+.PHONY: setup demo test test-gpu check wheel clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed-alignlab
@@ -31,6 +32,9 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest
+
+test-gpu: setup
+	ALIGNLAB_TEST_GPU=1 $(VENV)/bin/python -m pytest
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -127,6 +127,14 @@ class RunConfig(Settings):
             raise ValueError(f"eval.teacher: {unknown_name('teacher', alias, self.teachers)}")
         return self
 
+    @property
+    def measured_against(self) -> str | None:
+        """Alias of the teacher that tokens are measured against: `eval.teacher`, or else the first.
+
+        None where the recipe has no teacher.
+        """
+        return self.eval.teacher or next(iter(self.teachers), None)
+
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
         if isinstance(self.data, ShapesConfig):

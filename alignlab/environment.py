@@ -1,9 +1,12 @@
 """Where a run happened: versions, commit, hardware."""
 
+import json
+import logging
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -11,6 +14,10 @@ import torch
 
 import alignlab
 
+log = logging.getLogger(__name__)
+
+CHANGE_BITS = ("device", "threads", "processes", "torch")
+THEN = ", then "
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "safetensors")
 
 
@@ -27,6 +34,33 @@ def describe_environment() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     return facts | {name: package_version(name) or "not installed" for name in PACKAGES}
+
+
+def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
+    """Facts of a run that goes on from a checkpoint, and a warning if it does so elsewhere.
+
+    On another device, with other threads, processes or another torch, sums are taken in another
+    order: the run then ends with other last bits than uninterrupted. Such a fact is given as
+    `1, then 2`.
+
+    Args:
+        earlier: the run's `environment.json`, if there is one.
+        now: the facts of this process.
+    """
+    known: dict[str, str] = json.loads(earlier.read_text()) if earlier.exists() else {}
+    facts = dict(now)
+    for name in (name for name in CHANGE_BITS if name in known and name in now):
+        facts[name] = known[name]
+        if (last := known[name].split(THEN)[-1]) != now[name]:
+            facts[name] += THEN + now[name]
+            log.warning(
+                "%s: goes on with %s %s, after %s: the last bits of its numbers depend on it",
+                earlier.parent,
+                name,
+                now[name],
+                last,
+            )
+    return facts
 
 
 def processor_name() -> str:

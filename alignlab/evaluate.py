@@ -36,7 +36,8 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
     chosen = run.config.eval
     clips = [run.val_clips[i] for i in range(min(chosen.clips, len(run.val_clips)))]
     blocks = run.alignment.blocks if chosen.blocks is None else chosen.blocks
-    teacher = _teacher(run)
+    alias = run.config.measured_against
+    teacher = teacher_of(run, alias) if alias else None
     run.wan.transformer.eval()
     branch = ReferenceBranch(
         run.wan.transformer,
@@ -120,11 +121,8 @@ def denoise(run: Run, branch: ReferenceBranch, batch: Batch, *, capture: bool) -
         )
 
 
-def _teacher(run: Run) -> Teacher | None:
-    """The recipe's `eval.teacher`, by default its first; None when it has none."""
-    alias = run.config.eval.teacher or next(iter(run.config.teachers), None)
-    if alias is None:
-        return None
+def teacher_of(run: Run, alias: str) -> Teacher:
+    """A teacher of the recipe: the one that the run aligns with, or else loaded now."""
     if alias in run.alignment.teachers:
         return run.alignment.teachers[alias]
     row = run.config.teachers[alias]

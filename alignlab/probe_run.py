@@ -15,7 +15,7 @@ from alignlab.conditioning import Encoded
 from alignlab.config import RunConfig
 from alignlab.config_data import unknown_name
 from alignlab.errors import UserError
-from alignlab.evaluate import denoise, eval_batch
+from alignlab.evaluate import denoise, eval_batch, teacher_of
 from alignlab.metrics import cka, cknna
 from alignlab.probe import CKNNA_K, ReferenceProbe, ReferenceTokens, VideoProbe
 from alignlab.probe_pictures import FeatureClip, feature_clip
@@ -24,7 +24,7 @@ from alignlab.quiet import quiet_libraries
 from alignlab.reference_branch import ReferenceBranch
 from alignlab.run import Run, build_run
 from alignlab.run_folder import RunFolder
-from alignlab.teachers import Teacher, load_teacher
+from alignlab.teachers import Teacher
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TOKEN_SIGMA = 0.5  # of the reference tokens that are shown one by one
@@ -113,7 +113,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     alias = _chosen_teacher(config, teacher)
     run = build_run(config)
     shown = _chosen_block(run, block)
-    eyes = _load(run, alias)
+    eyes = teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
     found, taps = {}, {}
@@ -202,7 +202,7 @@ def _all_blocks(run: Run) -> ReferenceBranch:
 
 
 def _chosen_teacher(config: RunConfig, alias: str | None) -> str:
-    chosen = alias or config.eval.teacher or next(iter(config.teachers), None)
+    chosen = alias or config.measured_against
     if chosen is None:
         raise UserError("teachers: the run's recipe has none to compare the tokens with")
     if chosen not in config.teachers:
@@ -217,16 +217,6 @@ def _chosen_block(run: Run, block: int | None) -> int:
     if not 0 <= block < count:
         raise UserError(f"--block: no block {block}; the transformer has 0 to {count - 1}")
     return block
-
-
-def _load(run: Run, alias: str) -> Teacher:
-    if alias in run.alignment.teachers:
-        return run.alignment.teachers[alias]
-    row = run.config.teachers[alias]
-    device = run.accelerator.device
-    return load_teacher(
-        row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
-    )
 
 
 def _sample_of(folder: RunFolder, key: str) -> Path | None:

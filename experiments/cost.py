@@ -10,7 +10,6 @@ import gc
 import logging
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +26,13 @@ from alignlab.experiments.flops import count_flops
 from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.same_code import code_facts
 from alignlab.experiments.result import Cost, Ratio, VariantCost
+from alignlab.experiments.stopwatch import seconds_of
 from alignlab.memory import MIB, PeakMemory
+from alignlab.processes import one_process
 from alignlab.progress import step_progress
 from alignlab.quiet import quiet_libraries
 from alignlab.recipe import recipe_hash
-from alignlab.run import Caches, build_run, new_caches, one_process
+from alignlab.run import Caches, build_run, shared_caches
 from alignlab.run_folder import write_text
 from alignlab.train import step_batches, train_step
 
@@ -185,9 +186,8 @@ class _Side:
     """A run that only takes steps: clips of the first steps, every objective at work."""
 
     def __init__(self, config: RunConfig, caches: dict[str, Caches]) -> None:
-        key = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
         self._resident = _allocated()
-        self._run = build_run(config, caches.setdefault(key, new_caches(config)))
+        self._run = build_run(config, shared_caches(config, caches))
         self._device = self._run.accelerator.device
 
     def alone(self) -> _Alone:
@@ -208,11 +208,7 @@ class _Side:
         """Seconds of a step whose clips are in memory."""
         batches = self._batches(number % DATA_STEPS)
         with self._run.branch:
-            _synchronise(self._device)
-            begin = time.perf_counter()
-            self._step(batches)
-            _synchronise(self._device)
-            return time.perf_counter() - begin
+            return seconds_of(partial(self._step, batches), self._device)
 
     def _batches(self, number: int) -> list[Batch]:
         run = self._run
@@ -275,8 +271,3 @@ def _variant_cost(base_seconds: float, alone: _Alone, ratio: Ratio) -> VariantCo
 def _allocated() -> float:
     """MiB that other models hold on the GPU, 0 on a CPU."""
     return torch.cuda.memory_allocated() / MIB if torch.cuda.is_available() else 0.0
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -39,7 +39,7 @@ def check_fair(config: CompareConfig) -> None:
     Raises:
         UserError: a setting differs, or `allow_differences` names none of these.
     """
-    measured = {v: run.eval.teacher or _first(run) for v, run in config.runs.items()}
+    measured = {v: run.measured_against for v, run in config.runs.items()}
     rows = differences(config)
     if len(set(measured.values())) > 1:
         rows["eval.teacher"] = {**measured}
@@ -86,7 +86,3 @@ def _unequal_tuning(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
 
 def _generates(run: RunConfig) -> bool:
     return bool(run.eval.sample_clips or run.eval.generated_clips)
-
-
-def _first(run: RunConfig) -> str | None:
-    return next(iter(run.teachers), None)

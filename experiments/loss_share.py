@@ -9,7 +9,6 @@ width, K references, P tokens of a reference, L text tokens, D width.
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from alignlab.environment import describe_environment
+from alignlab.experiments.stopwatch import seconds_of
 from alignlab.kernels.pull_push import Impl
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Features
@@ -100,7 +100,7 @@ def measure_share(
             names = list(sides)
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                seconds[name].append(_timed(sides[name], device))
+                seconds[name].append(seconds_of(sides[name], device))
             advance(number + 1, "")
     kept = {name: times[WARMUP_STEPS:] for name, times in seconds.items()}
     return [
@@ -178,16 +178,3 @@ def write_share(shares: Sequence[Share], size: str, out: Path) -> None:
     found = {"size": size, "sides": rows, "environment": describe_environment()}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, json.dumps(found, indent=1) + "\n")
-
-
-def _timed(side: Callable[[], object], device: torch.device) -> float:
-    _synchronise(device)
-    begin = time.perf_counter()
-    side()
-    _synchronise(device)
-    return time.perf_counter() - begin
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,6 @@ pair alternates. Reported: medians and the median of the paired ratios.
 import copy
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from torch import Tensor
 from alignlab.config import RunConfig
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
+from alignlab.experiments.stopwatch import seconds_of
 from alignlab.progress import step_progress
 from alignlab.run import Run, build_run
 from alignlab.run_folder import write_text
@@ -70,7 +70,7 @@ def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
             ]
             seconds = [0.0, 0.0]
             for side in (0, 1) if pair % 2 else (1, 0):
-                seconds[side] = _timed(sides[side], run.accelerator.device)
+                seconds[side] = seconds_of(sides[side], run.accelerator.device)
             times.append((seconds[0], seconds[1]))
             advance(pair + 1, "")
     kept = times[WARMUP_PAIRS:]
@@ -130,16 +130,3 @@ def write_overhead(found: Overhead, out: Path) -> None:
     row = {**found.__dict__, "environment": facts}
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, json.dumps(row, indent=1) + "\n")
-
-
-def _timed(side: Callable[[], object], device: torch.device) -> float:
-    _synchronise(device)
-    begin = time.perf_counter()
-    side()
-    _synchronise(device)
-    return time.perf_counter() - begin
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

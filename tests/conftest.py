@@ -1,16 +1,42 @@
-"""Tests marked `gpu` are skipped where there is no CUDA device; Triton is interpreted there."""
+"""Tests compute on the CPU, unless `ALIGNLAB_TEST_GPU=1` asks for those that are for a GPU.
+
+Many tests compare the bits of two runs, which a GPU does not promise. So a GPU is hidden from them,
+and from the processes that they start. Those that are for a GPU are the tests marked `gpu` and all
+in `kernels/`, which otherwise run in Triton's interpreter.
+"""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
+KERNELS = Path(__file__).parent / "kernels"
+
 # Read when triton is first imported.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-if not torch.cuda.is_available():
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure() -> None:
+    if ON_GPU and not torch.cuda.is_available():
+        raise pytest.UsageError("ALIGNLAB_TEST_GPU=1, but torch finds no CUDA device")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        others = [item for item in items if not is_for_gpu(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if is_for_gpu(item)]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") is not None and not ON_GPU:
+        pytest.skip("needs a CUDA device and ALIGNLAB_TEST_GPU=1")
+
+
+def is_for_gpu(item: pytest.Item) -> bool:
+    return item.get_closest_marker("gpu") is not None or item.path.is_relative_to(KERNELS)

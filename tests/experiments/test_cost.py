@@ -6,7 +6,9 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +18,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from alignlab.conditioning import Batch
 from alignlab.config import CompareConfig
 from alignlab.errors import UserError
 from alignlab.experiments import cost as cost_module
+from alignlab.experiments import stopwatch
 from alignlab.experiments.compare import compare
-from alignlab.experiments.cost import cost_of, measure_cost, median_interval
+from alignlab.experiments.cost import DATA_STEPS, cost_of, measure_cost, median_interval
 from alignlab.experiments.flops import FORMULAS, count_flops
 from alignlab.experiments.report import write_report
 from alignlab.experiments.result import Comparison, Cost, Ratio, RunResult, VariantCost
@@ -60,27 +64,75 @@ def make(recipe: Path, tmp_path: Path) -> Make:
     return lambda *overrides: load_compare(recipe, [f"output={tmp_path}", *overrides])
 
 
+@dataclass
+class Clock:
+    """Stands for the wall clock: a step takes a second per sample, times a factor of its clips.
+
+    The first step of a model beside another takes a minute more.
+    """
+
+    now: float = 0.0
+    steps: list[tuple[Run, float]] = field(default_factory=list)
+    """The model that took each step, and the factor."""
+
+    def step(self, run: Run, batches: list[Batch]) -> dict[str, Tensor]:
+        factor = 1.0 + float(batches[0].noise_BCTHW[0].abs().mean())
+        if sum(other is run for other, _ in self.steps) == 1 + DATA_STEPS:
+            self.now += 60.0
+        self.now += factor * sum(len(batch.sigma_B) for batch in batches)
+        self.steps.append((run, factor))
+        return train_step(run, batches)
+
+
 @pytest.fixture(scope="module")
-def measured(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Cost:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="module")
+def measured(recipe: Path, clock: Clock, tmp_path_factory: pytest.TempPathFactory) -> Cost:
     output = tmp_path_factory.mktemp("measured")
-    cost = measure_cost(load_compare(recipe, [f"output={output}"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_module, "train_step", clock.step)
+        patch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+        cost = measure_cost(load_compare(recipe, [f"output={output}"]))
     assert not list(output.iterdir()), "measuring leaves the run folders alone"
     return cost
 
 
-def test_a_dearer_step_is_measured_against_a_copy_of_the_baseline(measured: Cost) -> None:
+def test_a_dearer_step_is_measured_against_a_copy_of_the_baseline(
+    measured: Cost, clock: Clock
+) -> None:
     base, aligned, heavy = (measured.variants[v] for v in ("none", "aligned", "heavy"))
     assert (base.slower, measured.rounds, measured.device) == (Ratio(1.0), 6, "cpu")
-    assert heavy.slower.value > 1.5, "ten times the samples"
-    assert heavy.slower.low is not None and heavy.slower.high is not None
-    assert heavy.slower.low <= heavy.slower.value <= heavy.slower.high
-    assert heavy.seconds > base.seconds > 0.0
-    assert aligned.slower.beyond == heavy.slower.beyond == measured.beyond > 0.0
+    for variant, slower in ((aligned, 1.0), (heavy, 10.0)):
+        ratio = variant.slower
+        assert (ratio.low, ratio.value, ratio.high) == pytest.approx((slower,) * 3), "by the round"
+        assert ratio.beyond == measured.beyond == pytest.approx(0.0)
+    factors = {factor for _, factor in clock.steps}
+    assert len(factors) == DATA_STEPS and 2 * min(factors) < base.seconds < 2 * max(factors)
+    assert heavy.seconds == pytest.approx(10 * base.seconds)
     # text encoder and autoencoder are no part of a step
     assert heavy.flops == pytest.approx(10 * base.flops, rel=0.2)
     assert base.flops < aligned.flops < 2 * base.flops
     assert base.parameters == heavy.parameters < aligned.parameters
     assert base.memory_mib is None, "a CPU process cannot tell its models apart"
+
+
+def test_both_sides_take_turns_on_the_same_clips(measured: Cost, clock: Clock) -> None:
+    steps = iter(clock.steps)
+    alone = [next(steps) for _ in range(1 + DATA_STEPS)]
+    base = alone[0][0]
+    for _ in ("a copy of the baseline", "aligned", "heavy"):
+        other, *others = (run for run, _ in [next(steps) for _ in range(1 + DATA_STEPS)])
+        assert other is not base and {*map(id, others)} == {id(other)}
+        rounds = [[next(steps), next(steps)] for _ in range(1 + measured.rounds)]
+        sides = [[run is base for run, _ in taken] for taken in rounds]
+        assert sides == [[False, True], [True, False]] * 3 + [[False, True]]
+        factors = [{factor for _, factor in taken} for taken in rounds]
+        assert [len(found) for found in factors] == [1] * len(rounds)
+        assert factors[:DATA_STEPS] == [{factor} for _, factor in alone[1:]]
+    assert list(steps) == []
 
 
 def test_a_schedule_does_not_hide_its_objective(make: Make, measured: Cost) -> None:

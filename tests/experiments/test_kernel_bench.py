@@ -126,7 +126,6 @@ def test_a_value_that_is_none_is_one_line(option: str, value: str, tmp_path: Pat
     assert f"{option} {value}: write" in refused(tmp_path / "out", option, value)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_must_be_there(tmp_path: Path) -> None:
     assert "there is no CUDA device" in refused(tmp_path / "out", "--device", "cuda")
 

@@ -1,8 +1,8 @@
 """The kernel benchmark: its cases, its floor, its figures, and that it sees a wrong result."""
 
 import math
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignlab.kernels import bench, bench_floor
+from alignlab.kernels import bench, bench_floor, bench_measure
 from alignlab.kernels.bench import BYTES_PER_PAIR, MODES, measure, missing, num_steps, too_large
 from alignlab.kernels.bench_cases import Case, Inputs, Op, draw_inputs, select_cases
 from alignlab.kernels.bench_check import WrongResult, check
 from alignlab.kernels.bench_csv import COLUMNS, read_rows, replace_rows, to_csv, to_row
 from alignlab.kernels.bench_floor import floor_step, minimum_flops
-from alignlab.kernels.bench_measure import MIN_ROUNDS, peak_extra_mib, spread, time_steps
+from alignlab.kernels.bench_measure import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    peak_extra_mib,
+    spread,
+    time_steps,
+)
 from alignlab.kernels.relation import relation_distance
 
 CPU = torch.device("cpu")
@@ -169,17 +175,24 @@ def test_peak_memory_is_the_most_at_one_time() -> None:
     assert peak_extra_mib(step, CPU) == pytest.approx(6.0, abs=0.01)
 
 
-def test_steps_are_timed_in_turns() -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, MIN_ROUNDS), (1.9, 8), (1e9, MAX_ROUNDS)])
+def test_steps_are_timed_in_turns(
+    seconds: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the steps move, by half a second in a round of both."""
+    calls, now = list[str](), 0.0
 
-    def slow() -> None:
-        calls.append("slow")
-        time.sleep(0.02)
+    def step(name: str, taken: float) -> None:
+        nonlocal now
+        calls.append(name)
+        now += taken
 
-    times = time_steps({"fast": lambda: calls.append("fast"), "slow": slow}, CPU, 0.0)
+    monkeypatch.setattr(bench_measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    steps = {"fast": lambda: step("fast", 0.125), "slow": lambda: step("slow", 0.375)}
+    times = time_steps(steps, CPU, seconds)
     assert calls[:6] == ["fast", "slow", "fast", "slow", "slow", "fast"]
-    assert len(calls) == 2 + 2 * MIN_ROUNDS
-    assert times["slow"].p20 >= 20 and times["fast"].median < times["slow"].median
+    assert len(calls) == 2 + 2 * rounds
+    assert times == {"fast": (125.0, 125.0, 125.0), "slow": (375.0, 375.0, 375.0)}
 
 
 def test_spread_interpolates() -> None:

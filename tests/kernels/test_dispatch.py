@@ -70,8 +70,9 @@ def test_triton_that_cannot_run_is_refused_and_listed_with_the_reason(
 
 @every_operation
 def test_triton_takes_no_float64(module: Any, compute: Any) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with pytest.raises(ValueError, match=r"takes float32, .* got torch\.float64"):
-        compute(torch.randn(4, 3, dtype=torch.float64), impl="triton")
+        compute(torch.randn(4, 3, dtype=torch.float64, device=device), impl="triton")
 
 
 @every_operation

@@ -24,9 +24,11 @@ checkpoint: Any = importlib.import_module("alignlab.checkpoint")
 run_folder: Any = importlib.import_module("alignlab.run_folder")
 train_module: Any = importlib.import_module("alignlab.train")
 rmtree = shutil.rmtree
+died = Path()  # is written by a process that kills itself, so that no other kill passes for it
 
 
 def die() -> None:
+    died.touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -75,9 +77,11 @@ def prepare(moment: str) -> None:
 
 
 def main() -> None:
+    global died
     torch.set_num_threads(1)
     for job in sys.argv[2:]:
         moment, output = job.split("=")
+        died = Path(f"{output}.died")
         child = os.fork()
         if child == 0:
             prepare(moment)
@@ -85,6 +89,8 @@ def main() -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        if killed and (moment == "never" or not died.exists()):
+            sys.exit(f"{job}: killed by another process, or for want of memory")
         if killed == (moment == "never") or (not killed and status):
             sys.exit(f"{job}: ended with {status}")
 

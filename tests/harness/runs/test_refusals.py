@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from alignlab.cli import app
@@ -34,7 +33,6 @@ def test_clips_without_the_masks_that_an_objective_needs(
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton can run here")
 @pytest.mark.parametrize(
     "settings",
     [

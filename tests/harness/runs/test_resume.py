@@ -1,14 +1,19 @@
-"""A killed run goes on as if nothing had happened: bitwise, on a CPU with one thread."""
+"""A killed run goes on as if nothing had happened: bitwise, on a CPU with as many threads."""
 
 import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from alignlab.config import RunConfig
+from alignlab.environment import continued, describe_environment
 from alignlab.tracking import read_rows
+from alignlab.train import train
 
 DRIVER = Path(__file__).with_name("killed_run.py")
 MOMENTS = [
@@ -77,7 +82,8 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(outputs: Path, moment: str) 
     expected, found = files(outputs / "uninterrupted"), files(outputs / moment)
     assert found.keys() == expected.keys()  # so no temporary file is left either
     assert any(name.endswith("step-000008/ema.safetensors") for name in expected)
-    exempt = ("recipe.yaml", "environment.json", "metrics.jsonl", "result.json")
+    # .writer names the process that trained it last
+    exempt = (".writer", "recipe.yaml", "environment.json", "metrics.jsonl", "result.json")
     names = sorted(expected.keys() - set(exempt))
     assert [name for name in names if found[name] != expected[name]] == []
 
@@ -94,3 +100,38 @@ def test_its_log_is_the_uninterrupted_one(outputs: Path, moment: str) -> None:
     )
     assert timeless(one["metrics"]) == timeless(two["metrics"])
     assert one["steps"] == two["steps"] == 8
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(
+    make_config: Callable[..., RunConfig],
+    train_until: Callable[[RunConfig, int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = make_config("steps=3", "checkpoint.every=1")
+    threads = torch.get_num_threads()
+    train_until(config, 1)
+    train_until(config, 2)
+    assert caplog.text == ""
+    try:
+        torch.set_num_threads(threads + 1)
+        folder = train(config)
+    finally:
+        torch.set_num_threads(threads)
+    facts = json.loads((folder / "environment.json").read_text())
+    assert facts == describe_environment() | {
+        "threads": f"{threads}, then {threads + 1}",
+        "processes": "1",
+    }
+    assert f"{folder}: goes on with threads {threads + 1}, after {threads}: " in caplog.text
+    assert caplog.text.count("goes on with") == 1
+
+
+def test_what_a_run_was_trained_on_before_is_kept(tmp_path: Path) -> None:
+    path, facts = tmp_path / "environment.json", {"threads": "1", "torch": "2.13", "command": "a"}
+    assert continued(path, facts) == facts
+    path.write_text(json.dumps({"threads": "2, then 1", "torch": "2.12", "command": "b"}))
+    assert continued(path, facts) == {
+        "threads": "2, then 1",
+        "torch": "2.12, then 2.13",
+        "command": "a",
+    }

@@ -154,7 +154,7 @@ def test_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
         for name in names
     ]
     for process in started:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiments = client.search_experiments(filter_string="name != 'Default'")
