@@ -113,6 +113,19 @@ class Alignment(nn.Module):
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
 
+    def check_processes(self, count: int) -> None:
+        """Refuses several processes where an objective compares the samples of a batch.
+
+        Raises:
+            UserError: each process would see its own share only.
+        """
+        for alias, objective in self.objectives.items():
+            if objective.couples_samples and count > 1:
+                raise UserError(
+                    f"objectives.{alias}: negatives: batch compares samples that {count} processes "
+                    "would share among them: take negatives: sample, or one process"
+                )
+
     def factors(self, step: int) -> dict[str, float]:
         """What the schedule of each objective that has one makes of its weight at a step."""
         return {

@@ -13,7 +13,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.bench_cli import bench_app
 from alignlab.experiments.launch_options import LauncherName, RayAddress, Workers
 from alignlab.experiments.probe_cli import probe, teachers_app
-from alignlab.launched import process_rank
+from alignlab.launched import process_rank, refuse_strangers
 
 app = typer.Typer(
     cls=Commands,
@@ -52,11 +52,12 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     if print_config:
         typer.echo(dump(config), nl=False)
         return
-    from alignlab.processes import part
+    from alignlab.processes import leave
     from alignlab.train import train as run
 
+    refuse_strangers()
     folder = run(config)
-    part()
+    leave()
     if process_rank() == 0:
         typer.echo(f"run folder: {folder}")
 
@@ -103,6 +104,8 @@ def compare(
     from alignlab.experiments.launchers import make_launcher
 
     if list_runs:
+        if launcher != "local" or ray_address is not None:
+            raise UserError("--list-runs: nothing is trained, so leave out --launcher")
         for path in unfinished(config):
             typer.echo(path)
         return

@@ -49,6 +49,7 @@ def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
     """
     known: dict[str, str] = json.loads(earlier.read_text()) if earlier.exists() else {}
     facts = dict(now)
+    known = {"processes": "1", **known} if known else known  # older runs had but one
     for name in (name for name in CHANGE_BITS if name in known and name in now):
         facts[name] = known[name]
         if (last := known[name].split(THEN)[-1]) != now[name]:

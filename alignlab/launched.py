@@ -4,15 +4,18 @@ import os
 
 from alignlab.errors import UserError
 
+# Set by srun and by MPI in each of several processes that they start.
+OTHERS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
 
 def process_count() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def process_rank() -> int:
     """Which of them this one is, from 0."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
 
 
 def refuse_several() -> None:
@@ -23,6 +26,20 @@ def refuse_several() -> None:
     """
     if process_count() > 1:
         raise UserError(
-            f"started as {process_count()} processes, and only `alignlab train` is for several: "
-            "start this without accelerate or torchrun (docs/clusters.md)"
+            f"started as {process_count()} processes (WORLD_SIZE), and only `alignlab train` is "
+            "for several: start this without accelerate or torchrun (docs/clusters.md)"
         )
+
+
+def refuse_strangers() -> None:
+    """For the training of one run, which several processes can only do if they know each other.
+
+    Raises:
+        UserError: srun or MPI started several, and nothing tells them of each other.
+    """
+    for name in OTHERS:
+        if "WORLD_SIZE" not in os.environ and int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{name}={os.environ[name]}, but no WORLD_SIZE: start one torchrun on each node "
+                "and let it start the processes (docs/clusters.md)"
+            )

@@ -6,6 +6,7 @@ process that holds it, however that ends. On NFS the server keeps it: for a node
 its lease has run out (NFSv4, 90 s unless configured).
 """
 
+import errno
 import logging
 import os
 import platform
@@ -34,9 +35,10 @@ def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
         wait: wait while another process holds it; a line in the log says so every minute.
 
     Raises:
-        UserError: another process holds it and `wait` is false.
+        UserError: another process holds it and `wait` is false, or the filesystem has no locks.
     """
-    lock = FileLock(folder / LOCK)
+    # no soft lock: its marker would outlive a killed process
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
     while True:
         try:
             lock.acquire(timeout=NOTE_EVERY_S if wait else 0)
@@ -48,6 +50,13 @@ def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
                     "wait for it, or end it"
                 ) from None
             log.info("waiting for the process that trains here (%s)", _holder(folder))
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            raise UserError(
+                f"{folder} is on a filesystem without file locks: mount it with flock, or choose "
+                "another output"
+            ) from error
     try:
         write_text(folder / HOLDER, f"{platform.node()}, process {os.getpid()}")
         yield

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.taps import BlockTokens, Taps, block_tokens
 from alignlab.wan import unwrap
+
+COMMUNICATING = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,6 @@ class ReferenceBranch:
     ) -> None:
         self._transformer = transformer
         self._model = unwrap(transformer)
-        self._alone = _communicates(transformer)
         self._text_to_references = text_to_references
         self._processor = VideoTextAttention()
         self._attentions: list[Any] = [block.attn2 for block in self._model.blocks]
@@ -154,7 +155,7 @@ class ReferenceBranch:
         dtype = self._model.patch_embedding.weight.dtype
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
-        for group in _groups([len(r) for r in references], alone=self._alone):
+        for group in _groups([len(r) for r in references], alone=_communicates(self._transformer)):
             sequences = [
                 torch.cat([latents_BCTHW[i], references[i].transpose(0, 1)], dim=1) for i in group
             ]
@@ -199,7 +200,7 @@ class ReferenceBranch:
 
 def _communicates(transformer: nn.Module) -> bool:
     """Whether a forward call waits for other processes."""
-    return any(isinstance(m, DistributedDataParallel | FSDPModule) for m in transformer.modules())
+    return any(isinstance(module, COMMUNICATING) for module in transformer.modules())
 
 
 def _groups(num_references: Sequence[int], *, alone: bool) -> list[list[int]]:

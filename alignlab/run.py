@@ -21,7 +21,6 @@ class Run:
     """Everything that a run trains with, built once from its recipe."""
 
     config: RunConfig
-    accelerator: Accelerator
     processes: Processes
     wan: Wan
     alignment: Alignment
@@ -31,6 +30,11 @@ class Run:
     flow_weights: FlowWeights
     branch: ReferenceBranch
     caches: "Caches"
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The device of this process and its mixed precision."""
+        return self.processes.accelerator
 
 
 @dataclass
@@ -51,22 +55,20 @@ class Caches:
 def build_run(
     config: RunConfig,
     caches: Caches | None = None,
-    together: tuple[Accelerator, Processes] | None = None,
+    processes: Processes | None = None,
 ) -> Run:
     """Loads the models and data of a recipe; projectors are built before the optimizer.
 
     Args:
         config: the recipe.
         caches: encoded clips of earlier runs; None: none yet.
-        together: what joins this process to others; None: it is alone.
+        processes: this process and those that train with it; None: it is alone.
 
     Raises:
         UserError: the recipe cannot run here, or this process is not alone and nothing joins it.
     """
-    if together is None:
-        accelerator = one_process(config.model.precision)
-        together = accelerator, Processes(accelerator)
-    accelerator, processes = together
+    processes = processes or one_process(config.model.precision)
+    accelerator = processes.accelerator
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     wan = load_wan(
         config.model.path,
@@ -82,6 +84,7 @@ def build_run(
     grid = wan.latent_grid(config.data.frames, *config.data.size)
     alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=accelerator.device)
     alignment.check_data(dataset)
+    alignment.check_processes(processes.count)
     state = _initial_state(config, wan, alignment)
     caches = caches or new_caches(config)
     branch = ReferenceBranch(
@@ -91,7 +94,6 @@ def build_run(
     )
     return Run(
         config,
-        accelerator,
         processes,
         wan,
         alignment,

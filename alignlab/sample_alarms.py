@@ -12,8 +12,9 @@ KEPT = 2 / 3
 # Clips differ: of so many of the same runs' clips, 1 in 40 sets keeps less contrast than that by
 # chance; of two, 1 in 11.
 MIN_CLIPS = 4
-# Less is below what people call slightly colourful: there is nothing to lose.
-COLOURLESS = 15.0
+# Below these there is nothing to lose: five grey levels of 255 (ours), and what people call
+# slightly colourful.
+LEAST = {"contrast": 0.02, "colourfulness": 15.0}
 
 
 def sample_alarms(metrics: Mapping[str, float], clips: int) -> list[str]:
@@ -31,11 +32,9 @@ def sample_alarms(metrics: Mapping[str, float], clips: int) -> list[str]:
         One note per alarm, its numbers in brackets at the end.
     """
     notes = []
-    for name in ("contrast", "colourfulness"):
+    for name, least in LEAST.items():
         shown, real = metrics.get(f"gen/{name}"), metrics.get(f"gen_real/{name}")
-        if shown is None or not real or clips < MIN_CLIPS:
-            continue
-        if name == "colourfulness" and real < COLOURLESS:
+        if shown is None or real is None or real < least or clips < MIN_CLIPS:
             continue
         if KEPT <= shown / real <= 1 / KEPT:
             continue
@@ -48,7 +47,7 @@ def _what(name: str, is_less: bool) -> str:
     if is_less:
         return (
             f"generated clips have less than {KEPT:.0%} of the real clips' {name}: they are washed "
-            "out; see whether the baseline's are too"
+            "out, or lack subjects; see whether the baseline's are too"
         )
     return (
         f"generated clips have more than {1 / KEPT:.0%} of the real clips' {name}: lower "

@@ -5,8 +5,7 @@ Shape letters: B batch.
 
 import json
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import islice, product
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from alignlab.conditioning import Batch, training_batch
 from alignlab.config import RunConfig
 from alignlab.diagnose import Diagnosis, RankAlarms
 from alignlab.environment import continued, describe_environment
+from alignlab.errors import UserError
 from alignlab.evaluate import evaluate
 from alignlab.flow import draw_sigma
 from alignlab.forward import forward
@@ -29,6 +29,7 @@ from alignlab.optim import set_learning_rate, update_ema
 from alignlab.processes import Processes, join_processes
 from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
+from alignlab.replicas import check_replicas
 from alignlab.run import Caches, Run, build_run
 from alignlab.run_folder import RunFolder, clear_leftovers, write_text
 from alignlab.sample_alarms import sample_alarms
@@ -44,7 +45,8 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
     """Trains, or goes on with, the run `<output>/<name>`, evaluates it and returns its folder.
 
     A finished run is returned as it is. Called in each of several processes that torchrun or
-    `accelerate launch` started, it trains one run with all of them (`alignlab.processes`).
+    `accelerate launch` started, it trains one run with all of them; at its end, such a program
+    calls `alignlab.processes.leave`.
 
     Args:
         config: the recipe.
@@ -56,46 +58,51 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
             the run, or the run is finished with another Stage 1 network than its recipe's folder
             holds now.
     """
-    accelerator = join_processes(config.model.precision)
-    processes = Processes(accelerator)
+    processes = join_processes(config.model.precision)
     processes.share(config.optim.accumulate, config.optim.batch_size)  # refused before any work
-    with own_folder(config, processes, wait=wait) as folder:
-        if processes.from_main(processes.is_main and is_finished(config, folder)):
+    with ExitStack() as held:
+        folder, finished, found = processes.on_main(lambda: open_run(config, held, wait=wait))
+        if finished:
             return folder.path
-        run = build_run(config, caches, (accelerator, processes))
-        found = processes.from_main(checkpoint.latest(folder.checkpoints))
+        if found is not None and not found.exists():
+            raise UserError(f"{found} is not on this machine: output must lie where all see it")
+        run = build_run(config, caches, processes)
         if found is not None:
             checkpoint.restore(run.state, found)
+        check_replicas(run)
         go_on(run, folder, found)
     return folder.path
 
 
-@contextmanager
-def own_folder(config: RunConfig, processes: Processes, *, wait: bool) -> Iterator[RunFolder]:
-    """The run's folder, which no other command writes meanwhile."""
-    if not processes.is_main:
-        yield RunFolder(Path(config.output) / config.name)
-        return
+def open_run(
+    config: RunConfig, held: ExitStack, *, wait: bool
+) -> tuple[RunFolder, bool, Path | None]:
+    """The run's folder, whether the run is finished, and its newest checkpoint.
+
+    Args:
+        config: the recipe.
+        held: keeps the lock of a folder that will be written.
+        wait: for another command that trains this run; else refuse.
+    """
     folder = RunFolder.create(config)
-    if folder.result.exists():
-        yield folder  # finished: nothing will be written
-        return
-    with only_writer(folder.path, wait=wait):
+    if not folder.result.exists():
+        held.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
-        yield folder
+    return folder, is_finished(config, folder), checkpoint.latest(folder.checkpoints)
 
 
 def go_on(run: Run, folder: RunFolder, found: Path | None) -> None:
     """Trains from where the run stands, on the checkpoint `found` if any, to its result."""
     config, processes = run.config, run.processes
-    environment = describe_environment() | {"processes": str(processes.count)}
     tracker: Tracker = SilentTracker()
     if processes.is_main:
+        environment = describe_environment() | {"processes": str(processes.count)}
         if found is not None:
             environment = continued(folder.path / "environment.json", environment)
         write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
         tracker = Tracker(folder, config, start=run.state.step, environment=environment)
     with tracker, PeakMemory(run.accelerator.device) as memory, run.branch:
+        processes.wait()  # a tracking server may be slow
         if run.state.step == 0:
             tracker.log(0, timestep_histogram(config))
         run_steps(
@@ -118,9 +125,11 @@ def go_on(run: Run, folder: RunFolder, found: Path | None) -> None:
 def save(run: Run, folder: RunFolder) -> Path:
     """Writes a checkpoint, of weights that all processes agree on."""
     state = run.state
-    run.processes.check_same("the norm of the trained weights", get_total_norm(list(state.names)))
+    norm = get_total_norm(list(state.names))
+    run.processes.check_same("the norm of the trained weights", float(norm))
     if run.processes.is_main:
         checkpoint.save(state, folder.checkpoints, keep=run.config.checkpoint.keep)
+    run.processes.wait()  # here: the group that averages gradients has less patience
     return checkpoint.step_path(folder.checkpoints, state.step)
 
 
@@ -129,7 +138,8 @@ def diagnosis_of(run: Run, folder: RunFolder, tracker: Tracker) -> Diagnosis | N
     every = run.config.tracking.diagnose_every
     if every is None:
         return None
-    return Diagnosis(run, tracker.log, every=every, rows=read_rows(folder.metrics))
+    rows = read_rows(folder.metrics) if run.processes.is_main else []
+    return Diagnosis(run, tracker.log, every=every, rows=rows)
 
 
 def step_batches(run: Run) -> list[Batch]:
@@ -149,12 +159,12 @@ def step_batches(run: Run) -> list[Batch]:
 
 def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     """One optimizer step; returns its scalars, still on the device."""
-    config, state, accelerator = run.config, run.state, run.accelerator
+    config, state = run.config, run.state
     set_learning_rate(state.optimizer, config, state.step)
     rounds: list[dict[str, Tensor]] = []
     for batch in batches:
         loss, per_sample = batch_loss(run, batch)
-        accelerator.backward(loss / len(batches))
+        torch.autograd.backward(loss / len(batches))
         rounds.append(per_sample)
     parameters = list(state.names)
     average_gradients(run.processes, parameters)
@@ -162,7 +172,8 @@ def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state, config.optim.ema)
-    values = {key: torch.cat([found[key] for found in rounds]) for key in rounds[0]}
+    keys = {key: None for found in rounds for key in found}
+    values = {key: torch.cat([found[key] for found in rounds if key in found]) for key in keys}
     scalars = run.processes.means(values)
     used = {f"schedule/{alias}": f for alias, f in run.alignment.factors(state.step).items()}
     used["lr"] = state.optimizer.param_groups[0]["lr"]

@@ -203,8 +203,9 @@ def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
     rows = [
         json.loads((folder.path / "environment.json").read_text()) for folder in folders.values()
     ]
+    rows = [{"processes": "1"} | row for row in rows]  # older runs had but one
     found = {
-        name: sorted({row.get(name, "1") for row in rows})
+        name: sorted({row[name] for row in rows})
         for name in ("threads", "processes", "device", "torch")
     }
     for name, values in found.items():

@@ -213,7 +213,7 @@ class _Side:
     def _batches(self, number: int) -> list[Batch]:
         run = self._run
         # accelerate keeps one precision per process: that of the side built last
-        run.accelerator = one_process(run.config.model.precision)
+        run.processes = one_process(run.config.model.precision)
         run.state.step = number
         return step_batches(run)
 

@@ -165,10 +165,14 @@ def check_each_sample_has_the_value_it_has_alone(case: ContractCase) -> None:
         assert_close(alone.loss_B[0], together.loss_B[index])
         for name, part in together.parts.items():
             assert_close(alone.parts[name][0], part[index])
-        named = [(*terms.parts, terms.similarity_B is None) for terms in (alone, together)]
-        assert named[0] == named[1], "names depend on the samples"
+        assert _names(alone) == _names(together), "names depend on the samples"
         if together.similarity_B is not None and alone.similarity_B is not None:
             assert_close(alone.similarity_B[0], together.similarity_B[index])
+
+
+def _names(terms: Terms) -> tuple[object, ...]:
+    optional = (terms.similarity_B, terms.similarity_LB, terms.aligned_B)
+    return (*terms.parts, *(value is None for value in optional))
 
 
 def check_bf16_formula_is_no_worse_than_naive_bf16(case: ContractCase) -> None:

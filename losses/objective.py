@@ -172,7 +172,7 @@ class Objective(nn.Module, ABC):
     `build_objective`. Its parameters are trained with the student, saved for resume, and never
     exported; those without `requires_grad` (a frozen Stage 1 network) are neither trained nor
     saved. It draws no noise, reads no batch, logs nothing, and gives every sample the value that
-    the sample would have alone (RefAlign's negatives across the batch are the one exception).
+    the sample would have alone, unless `couples_samples` says otherwise.
     """
 
     Config: ClassVar[type[ObjectiveConfig]]
@@ -185,6 +185,11 @@ class Objective(nn.Module, ABC):
     def needs(self) -> frozenset[Need]:
         """What `forward` reads from the context, which may depend on the config."""
         return frozenset()
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether the value of a sample depends on the others of its batch."""
+        return False
 
     @property
     def side(self) -> Side:

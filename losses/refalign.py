@@ -146,6 +146,10 @@ class RefAlign(Objective):
         )
 
     @property
+    def couples_samples(self) -> bool:
+        return self.config.negatives == "batch"
+
+    @property
     def needs(self) -> frozenset[Need]:
         return frozenset({"foreground"} if self.config.foreground > 0 else ())
 

@@ -26,8 +26,8 @@ def rms_contrast(video_THWC: Tensor) -> float:
     Raises:
         ValueError: not such frames.
     """
-    luma_THW = rgb_frames(video_THWC, 1) / 255.0 @ np.array(LUMA)
-    return float(luma_THW.std((1, 2)).mean())
+    # frame by frame: a long clip in float64 is gigabytes
+    return float(np.mean([(f / 255.0 @ np.array(LUMA)).std() for f in rgb_frames(video_THWC, 1)]))
 
 
 def colourfulness(video_THWC: Tensor) -> float:
@@ -45,11 +45,7 @@ def colourfulness(video_THWC: Tensor) -> float:
     Raises:
         ValueError: not such frames.
     """
-    red, green, blue = np.moveaxis(rgb_frames(video_THWC, 1).astype(np.float64), -1, 0)
-    opponents_2THW = np.stack([red - green, (red + green) / 2 - blue])
-    spread_T = np.hypot(*opponents_2THW.std((2, 3)))
-    offset_T = np.hypot(*opponents_2THW.mean((2, 3)))
-    return float((spread_T + 0.3 * offset_T).mean())
+    return float(np.mean([_colourfulness(frame) for frame in rgb_frames(video_THWC, 1)]))
 
 
 def mean_lab(video_THWC: Tensor) -> Tensor:
@@ -63,6 +59,13 @@ def mean_lab(video_THWC: Tensor) -> Tensor:
     """
     means = [_lab(frame).mean((0, 1)) for frame in rgb_frames(video_THWC, 1)]
     return torch.from_numpy(np.mean(means, axis=0))
+
+
+def _colourfulness(frame_HWC: NDArray[np.uint8]) -> float:
+    red, green, blue = np.moveaxis(frame_HWC.astype(np.float64), -1, 0)
+    opponents_2HW = np.stack([red - green, (red + green) / 2 - blue])
+    spread, offset = opponents_2HW.std((1, 2)), opponents_2HW.mean((1, 2))
+    return float(np.hypot(*spread) + 0.3 * np.hypot(*offset))
 
 
 def _lab(frame_HWC: NDArray[np.uint8]) -> NDArray[np.float64]:

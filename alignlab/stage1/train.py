@@ -90,7 +90,7 @@ def train_stage1(config: Stage1Config) -> Path:
 
 def build_stage1(config: Stage1Config) -> Stage1Run:
     """Loads the frozen models and the data of a recipe, and draws the network's weights."""
-    device = one_process("fp32").device
+    device = one_process("fp32").accelerator.device
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     if config.stage1.kind == "sara":
         check_masks(dataset, val_dataset)

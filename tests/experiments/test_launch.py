@@ -1,5 +1,6 @@
 """What launchers promise without a cluster: one writer, a machine that fits, clear refusals."""
 
+import errno
 import json
 import os
 import signal
@@ -110,6 +111,18 @@ def test_a_run_folder_has_one_writer_until_that_process_is_killed(
             threading.Thread(target=kill_once_waited_for, daemon=True).start()
             with one_writer.only_writer(tmp_path, wait=True):
                 assert killed.is_set()
+
+
+def test_a_filesystem_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(UserError, match="without file locks: mount it with flock"):
+        with one_writer.only_writer(tmp_path, wait=True):
+            pass
 
 
 def test_a_comparison_refuses_a_run_that_another_process_trains(config: CompareConfig) -> None:

@@ -3,10 +3,13 @@
     python processes_run.py RECIPE MOMENT=OUTPUT...
 
 Each MOMENT=OUTPUT is a pair of processes, one pair after the other, forked: torch is imported
-once. What each says goes to OUTPUT.0 and OUTPUT.1; their exit codes, in order, to stdout.
+once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, in order, to stdout.
 
-Moments: `whole`, `killed` (both die of SIGKILL after step 5), `drifted` (the second changes its
-weights at step 1), `unreached` (its samples miss the last parameter), `odd` (a batch of 3).
+Moments: `whole`, `killed` (both die of SIGKILL after step 5), `unreached` (the samples of the
+second miss the last parameter), `lora`, `again` (nothing is left to do). In others something stops
+them: `drifted` (the second changes its weights at step 1), `teacher` (the second has another
+teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a batch of 3), `across`
+(negatives across the batch), `other` (another recipe than `whole`, in its folder).
 """
 
 import importlib
@@ -22,8 +25,16 @@ import torch
 from alignlab.cli import main as command
 
 train_module: Any = importlib.import_module("alignlab.train")
-train_step = train_module.train_step
-OVERRIDES = {"odd": ["optim.batch_size=3", "optim.accumulate=1"]}
+alignment: Any = importlib.import_module("alignlab.alignment")
+processes: Any = importlib.import_module("alignlab.processes")
+train_step, load_teacher = train_module.train_step, alignment.load_teacher
+LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
+OVERRIDES = {
+    "lora": LORA,
+    "odd": ["optim.batch_size=3", "optim.accumulate=1"],
+    "across": ["objectives.ra.negatives=batch"],
+    "other": ["optim.lr=1e-4"],
+}
 
 
 def killed(run: Any, batches: Any) -> Any:
@@ -50,17 +61,49 @@ def unreached(run: Any, batches: Any) -> Any:
     return scalars
 
 
-STEPS = {"killed": killed, "drifted": drifted, "unreached": unreached}
+def parts(run: Any, batches: Any) -> Any:
+    if run.state.step == 1 and not run.processes.is_main:
+        means = run.processes.means
+        run.processes.means = lambda values: means({"loss/none": torch.ones(2), **values})
+    return train_step(run, batches)
+
+
+def gone(run: Any, batches: Any) -> Any:
+    if run.state.step == 1 and not run.processes.is_main:
+        os._exit(9)
+    return train_step(run, batches)
+
+
+STEPS = {
+    "killed": killed,
+    "drifted": drifted,
+    "unreached": unreached,
+    "parts": parts,
+    "gone": gone,
+}
+
+
+def other_teacher(*args: Any, **settings: Any) -> Any:
+    teacher = load_teacher(*args, **settings)
+    with torch.no_grad():
+        next(iter(teacher._model.parameters())).add_(0.1)
+    return teacher
 
 
 def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    said = os.open(f"{output}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    folder, name = os.path.split(output)
+    said = os.open(f"{folder}/{moment}-{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
     train_module.train_step = STEPS.get(moment, train_step)
+    if moment == "teacher" and rank:
+        alignment.load_teacher = other_teacher
+    processes.BUCKET = 1000  # many of them, and tensors larger than one
     sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
+    if moment not in ("whole", "killed", "again", "other"):
+        sys.argv.append("tracking.mlflow=none")  # whose database takes seconds
     command()
 
 

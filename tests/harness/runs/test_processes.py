@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from alignlab.cli import app
 from alignlab.recipe import load_run
 from alignlab.tracking import read_rows
 from alignlab.train import train
@@ -27,7 +29,6 @@ PLATEAU = (
     "  repa: {name: repa, teacher: dino, blocks: [1], projector_dim: 8, "
     "schedule: {kind: stop_at_plateau, decay: 0.0, patience: 2, min_delta: 9.0}}\noptim:"
 )
-OURS = ("time/", "memory/")
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +42,37 @@ def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+ENDS = {
+    "whole": "0 0",
+    "killed": "-9 -9",
+    "unreached": "0 0",
+    "lora": "0 0",
+    "drifted": "2 2",
+    "teacher": "2 2",
+    "parts": "2 2",
+    "gone": "2 9",
+    "odd": "2 2",
+    "across": "2 2",
+}
+
+
 @pytest.fixture(scope="module")
 def pairs(recipe: Path) -> Path:
-    """The folder of all outputs, by moment; `killed` went on as `whole`."""
+    """The folder of all outputs, by moment; `killed` went on, and `whole` was asked for again."""
     folder = recipe.parent
-    moments = ("whole", "killed", "drifted", "unreached", "odd")
-    jobs = [f"{moment}={folder / moment}" for moment in moments]
-    codes = drive(recipe, [*jobs, f"whole={folder / 'whole'}"])
-    assert codes == ["0 0", "-9 -9", "2 2", "0 0", "2 2", "0 0"]
+    ends = drive(recipe, [f"{moment}={folder / moment}" for moment in ENDS])
+    assert dict(zip(ENDS, ends, strict=True)) == ENDS
     shutil.copytree(folder / "killed", folder / "as-killed")
-    assert drive(recipe, [f"whole={folder / 'killed'}"]) == ["0 0"]
+    later = {"whole": folder / "killed", "again": folder / "whole", "other": folder / "whole"}
+    ends = drive(recipe, [f"{moment}={output}" for moment, output in later.items()])
+    assert ends == ["0 0", "0 0", "2 2"]
     return folder
+
+
+def said(pairs: Path, name: str) -> list[str]:
+    """The last line of both processes."""
+    texts = [(pairs / f"{name}.{rank}").read_text() for rank in range(2)]
+    return [text.strip().split("\n")[-1] for text in texts]
 
 
 def drive(recipe: Path, jobs: list[str]) -> list[str]:
@@ -121,31 +142,70 @@ def test_the_first_process_alone_writes_and_speaks(pairs: Path) -> None:
         assert database.execute("select count(*) from runs").fetchone() == (1,)
     environment = json.loads((pairs / "whole" / "run" / "environment.json").read_text())
     assert environment["processes"] == "2"
-    # the second time the run was finished already
-    assert (pairs / "whole.0").read_text() == f"run folder: {pairs / 'whole' / 'run'}\n"
-    assert (pairs / "whole.1").read_text() == ""
-    assert "val flow" in (pairs / "killed.0").read_text()
-    assert (pairs / "killed.1").read_text() == ""
+    assert (pairs / "again-whole.0").read_text() == f"run folder: {pairs / 'whole' / 'run'}\n"
+    assert (pairs / "again-whole.1").read_text() == ""
+    assert "val flow" in (pairs / "whole-killed.0").read_text()
+    assert (pairs / "whole-killed.1").read_text() == ""
 
 
-def test_a_parameter_that_the_samples_of_one_process_miss_is_trained_by_both(pairs: Path) -> None:
-    whole, half = weights(pairs / "whole"), weights(pairs / "unreached")
-    moments = [key for key in whole if key.startswith("optimizer") and key.endswith("exp_avg")]
-    # the processes ended with one and the same weight, which half of the gradient has moved
-    assert [key for key in moments if not half[key].any()] == []
-    assert not torch.equal(whole[moments[-1]], half[moments[-1]])
+def test_a_lora_in_bf16_is_trained_as_by_one_process(
+    pairs: Path, recipe: Path, tmp_path: Path
+) -> None:
+    lora = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
+    train(load_run(recipe, [f"output={tmp_path}", *lora]))
+    for one, two in zip(rows(tmp_path), rows(pairs / "lora"), strict=True):
+        kept = [key for key in one if key in ("loss/total", "loss/flow", "loss/ra", "val/flow")]
+        assert [two[key] for key in kept] == pytest.approx([one[key] for key in kept], rel=5e-3)
 
 
-def test_processes_with_different_weights_are_stopped_before_a_checkpoint(pairs: Path) -> None:
-    for rank in range(2):
-        last = (pairs / f"drifted.{rank}").read_text().strip().split("\n")[-1]
-        assert last.startswith("error")
-        assert "the processes differ in the norm of the trained weights" in last
-    assert not list((pairs / "drifted" / "run" / "checkpoints").glob("step-*"))
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("drifted-drifted", "the processes differ in the norm of the trained weights"),
+        ("teacher-teacher", "the processes differ in the weights of the teacher dino"),
+        ("parts-parts", "the processes log different terms"),
+        ("odd-odd", "optim.batch_size: 3 samples per step do not divide into 1 accumulation"),
+        ("across-across", "objectives.ra: negatives: batch compares samples that 2 processes"),
+        ("other-whole", "run holds a run of another recipe"),
+    ],
+)
+def test_both_processes_say_why_they_stop(pairs: Path, name: str, line: str) -> None:
+    first, second = said(pairs, name)
+    assert first.startswith("error: ") and line in first
+    assert second.startswith(f"error (process 2 of 2): {first.removeprefix('error: ')[:40]}")
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(pairs: Path) -> None:
-    line = "optim.batch_size: 3 samples per step do not divide into 1 accumulation rounds"
-    assert (pairs / "odd.0").read_text() == f"error: {line} on 2 processes\n"
-    assert (pairs / "odd.1").read_text() == f"error (process 2 of 2): {line} on 2 processes\n"
+def test_nothing_is_saved_of_a_run_that_cannot_go_on(pairs: Path) -> None:
     assert not (pairs / "odd" / "run").exists()
+    for moment in ("drifted", "teacher", "parts", "gone", "across"):
+        assert not list((pairs / moment).glob("run/checkpoints/step-*"))
+
+
+def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
+    last = said(pairs, "gone-gone")[0]
+    assert last.startswith("error: another process has stopped, its own message says why (")
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2, but accelerate joined 1"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8, but no WORLD_SIZE"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "accelerate is configured for torch.compile"),
+    ],
+)
+def test_processes_that_would_train_alone_are_refused(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    line: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # as on a machine with a GPU, where accelerate joins nobody without LOCAL_RANK
+    monkeypatch.setattr("alignlab.processes.join_on_cpu", lambda: False)
+    result = CliRunner().invoke(app, ["train", str(recipe), f"output={tmp_path}"])
+    assert result.exit_code == 2, result.output
+    assert line in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

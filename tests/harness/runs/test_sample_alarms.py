@@ -11,7 +11,7 @@ from torch import Tensor
 from alignlab.config import RunConfig, ShapesConfig
 from alignlab.data.shapes import ShapesDataset
 from alignlab.judge import GenerationJudge
-from alignlab.sample_alarms import sample_alarms
+from alignlab.sample_alarms import LEAST, sample_alarms
 from alignlab.train import train
 
 MakeConfig = Callable[..., RunConfig]
@@ -81,7 +81,7 @@ def test_a_run_whose_samples_are_grey_notes_it(
 
     monkeypatch.setattr("alignlab.generation.generated_clip", grey)
     # real clips of a random autoencoder have no colours of their own
-    monkeypatch.setattr("alignlab.sample_alarms.COLOURLESS", 0.0)
+    monkeypatch.setitem(LEAST, "colourfulness", 0.0)
     with caplog.at_level(logging.WARNING, "alignlab"):
         run = train(make_config("steps=1", "eval.generated_clips=4", aligned=False))
     notes = json.loads((run / "result.json").read_text())["notes"]
