@@ -8,8 +8,8 @@ once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, i
 Moments: `whole`, `killed` (both die of SIGKILL after step 5), `unreached` (the samples of the
 second miss the last parameter), `lora`, `again` (nothing is left to do). In others something stops
 them: `drifted` (the second changes its weights at step 1), `teacher` (the second has another
-teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a batch of 3), `across`
-(negatives across the batch), `other` (another recipe than `whole`, in its folder).
+teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a batch of 3),
+`across` (negatives across the batch), `other` (another recipe than `whole`, in its folder).
 """
 
 import importlib
