@@ -48,5 +48,5 @@ def test_only_single_runs_are_for_several_processes(
     name = str(recipe) if command == "compare" else "sweep_refalign"
     result = CliRunner().invoke(app, [command, name, f"output={tmp_path}"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: started as 2 processes, and only `alignlab train`")
+    assert result.stderr.startswith("error: started as 2 processes (WORLD_SIZE), and only")
     assert list(tmp_path.iterdir()) == [recipe]
