@@ -43,6 +43,23 @@ RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as ru
 KeptModel = StrEnum("KeptModel", ["vae", "dino"])  # typer takes no list of Literal
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from alignlab import __version__
+
+        typer.echo(f"alignlab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Compare alignment losses for video diffusion transformers."""
+
+
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
     """Train one run, or go on with it where its last checkpoint left off."""
@@ -56,6 +73,8 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     from alignlab.train import train as run
 
     refuse_strangers()
+    if process_rank() > 0:  # the first process speaks for all
+        logging.getLogger("alignlab").setLevel(logging.ERROR)
     folder = run(config)
     leave()
     if process_rank() == 0:
@@ -302,7 +321,7 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("alignlab")
     log.addHandler(handler)
-    log.setLevel(logging.ERROR if process_rank() else logging.INFO)
+    log.setLevel(logging.INFO)
     app()
 
 

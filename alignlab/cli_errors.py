@@ -16,10 +16,12 @@ class Commands(TyperGroup):
     """Turns what a user can mend into one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
+        who = ""
         try:
+            who = _who()
             return super().invoke(ctx)
         except _user_errors() as error:
-            typer.echo(f"error{_who()}: {error}", err=True)
+            typer.echo(f"error{who}: {error}", err=True)
             raise typer.Exit(2) from None
         except _write_errors() as error:
             if not _disk_is_full(error):

@@ -250,6 +250,16 @@ class TrackingConfig(Settings):
     log_every: int = Field(default=10, ge=1)
     """Steps between two log rows."""
 
+    @field_validator("mlflow")
+    @classmethod
+    def _known_place(cls, mlflow: str) -> str:
+        if mlflow not in ("sqlite", "none", "databricks") and "://" not in mlflow:
+            raise ValueError(
+                f"{mlflow!r} is no place for MLflow: write sqlite, none, or a tracking server's "
+                "address such as http://HOST:5000"
+            )
+        return mlflow
+
 
 class RunTrackingConfig(TrackingConfig):
     """Where the scalars of a run go, and how often it is looked into."""

@@ -10,12 +10,12 @@ OTHERS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 def process_count() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE", 1)
 
 
 def process_rank() -> int:
     """Which of them this one is, from 0."""
-    return int(os.environ.get("RANK") or 0) if process_count() > 1 else 0
+    return _number("RANK", 0) if process_count() > 1 else 0
 
 
 def refuse_several() -> None:
@@ -35,11 +35,23 @@ def refuse_strangers() -> None:
     """For the training of one run, which several processes can only do if they know each other.
 
     Raises:
-        UserError: srun or MPI started several, and nothing tells them of each other.
+        UserError: several were started, and not everything tells them of each other.
     """
     for name in OTHERS:
-        if "WORLD_SIZE" not in os.environ and int(os.environ.get(name) or 1) > 1:
+        if "WORLD_SIZE" not in os.environ and _number(name, 1) > 1:
             raise UserError(
                 f"{name}={os.environ[name]}, but no WORLD_SIZE: start one torchrun on each node "
                 "and let it start the processes (docs/clusters.md)"
             )
+    if process_count() > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            f"WORLD_SIZE={process_count()}, but no MASTER_ADDR: start the processes with torchrun, "
+            "or unset WORLD_SIZE for a single one (docs/clusters.md)"
+        )
+
+
+def _number(name: str, default: int) -> int:
+    given = os.environ.get(name) or str(default)
+    if not given.isdecimal():
+        raise UserError(f"{name}={given}: not a number; unset it, or start with torchrun")
+    return int(given)

@@ -57,8 +57,8 @@ class Processes:
         size, left = divmod(batch_size, rounds * self.count)
         if left or not size:
             raise UserError(
-                f"optim.batch_size: {batch_size} samples per step do not divide into {rounds} "
-                f"accumulation rounds on {self.count} processes"
+                f"optim.batch_size: {batch_size} is no multiple of optim.accumulate times "
+                f"processes, {rounds} x {self.count}"
             )
         index = self.accelerator.process_index
         begins = [(i * self.count + index) * size for i in range(rounds)]

@@ -229,6 +229,22 @@ def holds_recipe(path: Path, config: RunConfig | Stage1Config) -> bool:
     return recipe_hash(held) == recipe_hash(config)
 
 
+def shown_difference(path: Path, config: RunConfig | Stage1Config) -> str:
+    """The first setting that a recipe file has otherwise than `config`, in words."""
+    try:
+        held = _validated(type(config), read_recipe(path, []))
+    except UserError:
+        return "of another kind"
+    there, here = (
+        _flatten(recipe.model_dump(mode="json", exclude=NUMBERLESS)) for recipe in (held, config)
+    )
+    keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    if not keys:
+        return "in what its files hold"
+    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"{keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more}"
+
+
 def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """What differs between variants: dotted key -> variant -> value (None where it is not set).
 

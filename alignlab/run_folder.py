@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from alignlab.config import RunConfig
 from alignlab.errors import UserError
-from alignlab.recipe import dump, holds_recipe, load_run
+from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
 from alignlab.stage1.config import Stage1Config
 
 
@@ -50,7 +50,8 @@ class RunFolder:
         folder = cls(Path(config.output) / config.name)
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
             raise UserError(
-                f"{folder.path} holds a run of another recipe: "
+                f"{folder.path} holds a run of another recipe "
+                f"({shown_difference(folder.recipe, config)}): "
                 "choose another name, or remove the folder"
             )
         folder.path.mkdir(parents=True, exist_ok=True)

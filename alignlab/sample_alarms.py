@@ -47,9 +47,9 @@ def _what(name: str, is_less: bool) -> str:
     if is_less:
         return (
             f"generated clips have less than {KEPT:.0%} of the real clips' {name}: they are washed "
-            "out, or lack subjects; see whether the baseline's are too"
+            "out, or lack subjects"
         )
     return (
         f"generated clips have more than {1 / KEPT:.0%} of the real clips' {name}: lower "
-        "eval.text_guidance or eval.reference_guidance, or see whether the baseline's have it too"
+        "eval.text_guidance or eval.reference_guidance"
     )

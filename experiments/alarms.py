@@ -18,10 +18,12 @@ def alarms(comparison: Comparison) -> dict[str, list[str]]:
 
 
 def alarm_sentences(comparison: Comparison) -> list[str]:
-    """The same as one list: "refalign, seeds 0 and 2: ..."."""
+    """The same as one list: "variant refalign, seeds 0 and 2: ..."."""
     colon = ": " if len(comparison.seeds) == 1 else ", "
     return [
-        f"{variant}{colon}{text}" for variant, texts in alarms(comparison).items() for text in texts
+        f"variant {variant}{colon}{text}"
+        for variant, texts in alarms(comparison).items()
+        for text in texts
     ]
 
 
@@ -55,6 +57,6 @@ def _text(what: str, by_seed: dict[int, str], num_seeds: int) -> str:
 
 def _seeds(by_seed: dict[int, str], num_seeds: int) -> str:
     if len(by_seed) == num_seeds:
-        return f"all {num_seeds} seeds"
+        return "both seeds" if num_seeds == 2 else f"all {num_seeds} seeds"
     *others, last = map(str, by_seed)
     return f"seeds {', '.join(others)} and {last}" if others else f"seed {last}"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from alignlab.config import LaunchConfig
@@ -229,6 +230,8 @@ def connected(address: str | None) -> Iterator[RayCluster]:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
         line = str(error).strip().split("\n", 1)[0]
+        if address == "auto":
+            line = "no node of a cluster here: start one with `ray start`, or name HOST:PORT"
         raise UserError(f"Ray at {address}: {line}") from error
     try:
         yield RayCluster(ray, may_grow=address != "local")
@@ -238,6 +241,9 @@ def connected(address: str | None) -> Iterator[RayCluster]:
 
 def _check_reachable(address: str) -> None:
     """Ray itself waits many minutes for a cluster that is not there."""
+    known = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if address == "auto" and known.exists():  # which may name a cluster that has ended
+        address = known.read_text().strip()
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return

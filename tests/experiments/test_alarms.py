@@ -75,15 +75,21 @@ def test_every_form_of_the_report_warns_between_verdict_and_table(tmp_path: Path
     made = comparison({("ra", 0): (note(28.1),), ("ra", 2): (note(30.1),), ("none", 1): ("odd",)})
     page, markdown, printed = texts(made, tmp_path)
     told = f"seeds 0 and 2: {PALE} (seed 0: 28.1 of 56.8; seed 2: 30.1 of 56.8)"
-    assert alarm_sentences(made) == ["none, seed 1: odd", f"ra, {told}"]
+    assert alarm_sentences(made) == ["variant none, seed 1: odd", f"variant ra, {told}"]
     assert '<details class="alarms" open>\n  <summary>2 warnings from runs of 2 variants' in page
     escaped = told.replace("<", "&lt;").replace(">", "&gt;")
     assert f"<b>ra</b>, {escaped}</li>" in page and "<b>none</b>, seed 1: odd</li>" in page
     assert page.index('class="verdict"') < page.index(escaped) < page.index("<h2>Summary</h2>")
     raw = told.replace("<", "\\<").replace(">", "\\>")
-    assert markdown.index("**Warnings**") < markdown.index(f"- ra, {raw}") < markdown.index("| me")
-    assert f"Warning: ra, {told}" in printed
-    assert printed.index("Warning: none, seed 1: odd") < printed.index("validation flow loss ↓")
+    assert (
+        markdown.index("**Warnings**")
+        < markdown.index(f"- variant ra, {raw}")
+        < markdown.index("| me")
+    )
+    assert f"Warning: variant ra, {told}" in printed
+    assert printed.index("Warning: variant none, seed 1: odd") < printed.index(
+        "validation flow loss ↓"
+    )
 
 
 def test_nothing_is_shown_without_warnings(tmp_path: Path) -> None:
@@ -94,7 +100,7 @@ def test_nothing_is_shown_without_warnings(tmp_path: Path) -> None:
 def test_one_seed_is_not_named(tmp_path: Path) -> None:
     page, markdown, printed = texts(comparison({("ra", 0): (note(28.1),)}, seeds=1), tmp_path)
     assert "<b>ra</b>: clips" in page and "1 warning from runs of 1 variant<" in page
-    assert "- ra: clips" in markdown and "Warning: ra: clips" in printed
+    assert "- variant ra: clips" in markdown and "Warning: variant ra: clips" in printed
 
 
 def test_many_are_folded_in_the_page_and_cut_in_the_terminal(tmp_path: Path) -> None:

@@ -164,9 +164,12 @@ def test_a_lora_in_bf16_is_trained_as_by_one_process(
         ("drifted-drifted", "the processes differ in the norm of the trained weights"),
         ("teacher-teacher", "the processes differ in the weights of the teacher dino"),
         ("parts-parts", "the processes log different terms"),
-        ("odd-odd", "optim.batch_size: 3 samples per step do not divide into 1 accumulation"),
+        (
+            "odd-odd",
+            "optim.batch_size: 3 is no multiple of optim.accumulate times",
+        ),
         ("across-across", "objectives.ra: negatives: batch compares samples that 2 processes"),
-        ("other-whole", "run holds a run of another recipe"),
+        ("other-whole", "run holds a run of another recipe (optim.lr was 0.001, is 0.0001): "),
     ],
 )
 def test_both_processes_say_why_they_stop(pairs: Path, name: str, line: str) -> None:
@@ -189,7 +192,15 @@ def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "line"),
     [
-        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2, but accelerate joined 1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+            "WORLD_SIZE is 2, but accelerate joined 1",
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2, but no MASTER_ADDR: start the",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a number"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8, but no WORLD_SIZE"),
         ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "accelerate is configured for torch.compile"),
     ],
