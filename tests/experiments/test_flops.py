@@ -1,0 +1,74 @@
+"""FLOPs of a step, counted from formulas: also of operations that torch knows none for."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from alignlab.experiments.flops import FORMULAS, count_flops
+from alignlab.kernels import pull_push_chunked, relation_chunked
+
+
+def added(out: list[int], left: list[int], right: list[int], **_: object) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def inside(work: Callable[[], object]) -> int:
+    """FLOPs of the products inside a custom operation, which torch does not look into."""
+    aten = torch.ops.aten
+    in_place = dict.fromkeys((aten.addmm_, aten.baddbmm_), added)
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+def test_the_formulas_of_the_kernels_are_what_they_multiply(slopes: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 3, 30, 8, generator=draw).unbind()
+    factors = torch.ones(3, 3)
+    relation = (student, teacher[..., :5], torch.ones(2, 3, 30), factors, "uniform", 0.1, slopes)
+    ids = torch.tensor([0] * 40 + [1] * 30 + [-1] * 5 + [2] * 15).expand(2, -1)
+    push = (student.flatten(1, 2), teacher.flatten(1, 2), ids, 0.0, 1.0, slopes)
+    for module, name, args in (
+        (relation_chunked, "relation_chunked", relation),
+        (pull_push_chunked, "pull_push_chunked", push),
+    ):
+        operation = module._pair_sums if name == "relation_chunked" else module._pull_push
+        body = operation._init_fn
+        counted = count_flops(lambda operation=operation, args=args: operation(*args))  # type: ignore[misc]
+        assert counted.total == inside(lambda body=body, args=args: body(*args)) > 0  # type: ignore[misc]
+        assert counted.unknown == frozenset()
+
+
+def test_every_operation_of_the_kernels_has_a_formula() -> None:
+    folder = Path(__file__).parents[2] / "kernels"
+    text = "".join(path.read_text() for path in folder.glob("*.py"))
+    assert set(re.findall(r'custom_op\(\s*"alignlab::(\w+)"', text)) == FORMULAS["alignlab"].keys()
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    query, key, value = torch.randn(3, 2, 4, 16, 8).requires_grad_().unbind()
+
+    def work() -> None:
+        F.scaled_dot_product_attention(query, key, value).sum().backward()
+
+    forward = 2 * (2 * 2 * 4 * 16 * 16 * 8)
+    assert count_flops(work).total == forward + forward * 5 // 2
+
+
+def test_what_has_no_formula_is_named() -> None:
+    @torch.library.custom_op("alignlab_test::double", mutates_args=())
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    found = count_flops(lambda: double(torch.ones(2)) @ torch.ones(2, 3))
+    assert found.unknown == {"alignlab_test.double.default"}
+    assert found.total == 2 * 2 * 3
