@@ -122,8 +122,9 @@ class Alignment(nn.Module):
         for alias, objective in self.objectives.items():
             if objective.couples_samples and count > 1:
                 raise UserError(
-                    f"objectives.{alias}: negatives: batch compares samples that {count} processes "
-                    "would share among them: take negatives: sample, or one process"
+                    f"objectives.{alias}: it compares the samples of a batch, which {count} "
+                    "processes would share among them: use one process (or, for refalign, "
+                    "negatives: sample)"
                 )
 
     def factors(self, step: int) -> dict[str, float]:

@@ -125,8 +125,9 @@ def go_on(run: Run, folder: RunFolder, found: Path | None) -> None:
 def save(run: Run, folder: RunFolder) -> Path:
     """Writes a checkpoint, of weights that all processes agree on."""
     state = run.state
-    norm = get_total_norm(list(state.names))
-    run.processes.check_same("the norm of the trained weights", float(norm))
+    if run.processes.count > 1:
+        norm = float(get_total_norm(list(state.names)))
+        run.processes.check_same("the norm of the trained weights", norm)
     if run.processes.is_main:
         checkpoint.save(state, folder.checkpoints, keep=run.config.checkpoint.keep)
     run.processes.wait()  # here: the group that averages gradients has less patience

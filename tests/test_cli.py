@@ -4,6 +4,7 @@ import errno
 import sqlite3
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +57,10 @@ def test_help_names_every_command() -> None:
     assert result.exit_code == 0
     for command in COMMANDS:
         assert f"│ {command} " in result.stdout
+
+
+def test_the_version_is_told() -> None:
+    assert alignlab("--version").stdout == f"alignlab {version('alignlab')}\n"
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def test_val_split_is_large_enough() -> None:
         ("checkpoint", {"every": 0}),
         ("eval", {"sample_steps": 0}),
         ("tracking", {"log_every": 0}),
+        ("tracking", {"mlflow": "wandb"}),
         ("steps", 0),
         ("seed", -1),
         ("optim", {"lr": float("nan")}),

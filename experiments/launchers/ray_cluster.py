@@ -241,13 +241,17 @@ def connected(address: str | None) -> Iterator[RayCluster]:
 
 def _check_reachable(address: str) -> None:
     """Ray itself waits many minutes for a cluster that is not there."""
-    known = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    if address == "auto" and known.exists():  # which may name a cluster that has ended
-        address = known.read_text().strip()
+    if address == "auto":  # as Ray resolves it; the file may name a cluster that has ended
+        known = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        latest = known.read_text().strip() if known.exists() else ""
+        address = os.environ.get("RAY_ADDRESS") or latest
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         return
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except OSError as error:
-        raise UserError(f"no Ray cluster at {address}: {error.strerror or error}") from None
+        raise UserError(
+            f"no Ray cluster at {address}: {error.strerror or error}; "
+            "if one runs elsewhere, name it: --ray-address HOST:PORT"
+        ) from None

@@ -208,6 +208,21 @@ def test_what_cannot_launch_is_refused(
     assert line in str(info.value)
 
 
+@pytest.mark.parametrize("named_by", ["file", "environment"])
+def test_auto_does_not_wait_for_a_cluster_that_has_ended(
+    config: CompareConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "" if named_by == "file" else "127.0.0.1:1")
+    latest = tmp_path / "ray" / "ray_current_cluster"
+    latest.parent.mkdir()
+    latest.write_text("127.0.0.1:1\n" if named_by == "file" else "127.0.0.1:2\n")
+    with pytest.raises(UserError, match=r"no Ray cluster at 127\.0\.0\.1:1: Conn"):
+        launch = make_launcher("ray", config.launch, ray_address="auto")
+        launch({("none", 0): config.run("none", 0)}, lambda key: None)
+
+
 Spoil = Callable[[on_node.Order], None]
 
 

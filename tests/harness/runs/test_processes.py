@@ -168,7 +168,7 @@ def test_a_lora_in_bf16_is_trained_as_by_one_process(
             "odd-odd",
             "optim.batch_size: 3 is no multiple of optim.accumulate times",
         ),
-        ("across-across", "objectives.ra: negatives: batch compares samples that 2 processes"),
+        ("across-across", "objectives.ra: it compares the samples of a batch, which 2 processes"),
         ("other-whole", "run holds a run of another recipe (optim.lr was 0.001, is 0.0001): "),
     ],
 )
