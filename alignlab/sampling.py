@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignlab import checkpoint
-from alignlab.config import RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.data.resize import fit_reference
 from alignlab.data.video import read_image, write_mp4
 from alignlab.errors import UserError
-from alignlab.flow import euler_sample
+from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import Advance, step_progress
-from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
-from alignlab.reference_branch import ReferenceBranch
-from alignlab.run_folder import RunFolder
-from alignlab.wan import Wan, load_wan
+from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.run_folder import RunFolder
+from alignlab.training import checkpoint
+from alignlab.training.flow_matching import euler_sample
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from alignlab.checkpoint import TrainState
-from alignlab.config import RunConfig
-from alignlab.finite import FiniteWatch
-from alignlab.memory import PeakMemory
+from alignlab.config.run import RunConfig
 from alignlab.progress import step_progress
 from alignlab.stage1.checkpoint import Stage1State
 from alignlab.stage1.config import Stage1Config
-from alignlab.step_clock import StepClock
 from alignlab.tracking import Tracker
+from alignlab.training.checkpoint import TrainState
+from alignlab.training.memory import PeakMemory
+from alignlab.training.nonfinite import FiniteWatch
+from alignlab.training.step_clock import StepClock
 
 Data = TypeVar("Data")
 

@@ -12,9 +12,10 @@ from typing import Any, Self
 
 from filelock import FileLock
 
-from alignlab.config import RunConfig
+from alignlab.config.dotted import flatten
+from alignlab.config.run import RunConfig
 from alignlab.recipe import recipe_hash
-from alignlab.run_folder import RunFolder, named_errors, write_text
+from alignlab.runs.run_folder import RunFolder, named_errors, write_text
 from alignlab.stage1.config import Stage1Config
 
 MAX_PARAM = 6000  # MLflow refuses longer values
@@ -140,7 +141,7 @@ class Tracker:
         tags = {f"alignlab.{key}": value[:MAX_PARAM] for key, value in self._environment.items()}
         tags["alignlab.recipe_hash"] = recipe_hash(self._config)
         run = self._mlflow.create_run(experiment_id, run_name=self._config.name, tags=tags)
-        for key, value in flat_settings(self._config.model_dump(mode="json")).items():
+        for key, value in flatten(self._config.model_dump(mode="json")).items():
             self._mlflow.log_param(run.info.run_id, key, str(value)[:MAX_PARAM])
         return str(run.info.run_id)
 
@@ -156,17 +157,6 @@ class SilentTracker(Tracker):
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         pass
-
-
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys, as they are written on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flat_settings(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def read_rows(metrics: Path) -> list[dict[str, float]]:

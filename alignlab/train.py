@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from alignlab import checkpoint
-from alignlab.conditioning import Batch, training_batch
-from alignlab.config import RunConfig
-from alignlab.diagnose import Diagnosis, RankAlarms
+from alignlab.config.run import RunConfig
+from alignlab.distributed.ranks import Processes, join_processes
+from alignlab.distributed.replicas import check_replicas
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
-from alignlab.evaluate import evaluate
-from alignlab.flow import draw_sigma
+from alignlab.evaluation.diagnostics import Diagnosis, RankAlarms
+from alignlab.evaluation.evaluate import evaluate
+from alignlab.evaluation.generation import judged_clips
+from alignlab.evaluation.run_warnings import sample_alarms
 from alignlab.forward import forward
-from alignlab.generation import judged_clips
-from alignlab.memory import PeakMemory
-from alignlab.one_writer import only_writer
-from alignlab.optim import set_learning_rate, update_ema
-from alignlab.processes import Processes, join_processes
-from alignlab.quiet import quiet_libraries
 from alignlab.randomness import generator
-from alignlab.replicas import check_replicas
-from alignlab.run import Caches, Run, build_run
-from alignlab.run_folder import RunFolder, clear_leftovers, write_text
-from alignlab.sample_alarms import sample_alarms
-from alignlab.stage1.check import is_finished, stage1_digests
+from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.one_writer import only_writer
+from alignlab.runs.run_folder import RunFolder, clear_leftovers, write_text
+from alignlab.stage1.compatibility import is_finished, stage1_digests
 from alignlab.step_loop import run_steps
 from alignlab.tracking import SilentTracker, Tracker, read_rows
+from alignlab.training import checkpoint
+from alignlab.training.batches import Batch, training_batch
+from alignlab.training.flow_matching import draw_sigma
+from alignlab.training.memory import PeakMemory
+from alignlab.training.optim import set_learning_rate, update_ema
+from alignlab.training.setup import Caches, Run, build_run
 
 HISTOGRAM_DRAWS = 10_000
 
@@ -46,7 +46,7 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
 
     A finished run is returned as it is. Called in each of several processes that torchrun or
     `accelerate launch` started, it trains one run with all of them; at its end, such a program
-    calls `alignlab.processes.leave`.
+    calls `alignlab.distributed.ranks.leave`.
 
     Args:
         config: the recipe.

@@ -26,7 +26,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, deep_projector, project
-from alignlab.losses.stage1_folder import load_stage1
+from alignlab.losses.stage1.folder import load_stage1
 
 
 def motion_relation_loss(

@@ -27,8 +27,8 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
-from alignlab.losses.saliency_aligner import SaliencyAligner
-from alignlab.losses.stage1_folder import load_stage1
+from alignlab.losses.stage1.folder import load_stage1
+from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
 
 
 def routed_relation_loss(

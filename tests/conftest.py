@@ -11,6 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 
+from tiny_runs import (
+    full_run,
+    lora_run,
+    make_config,
+    recipe_file,
+    teacher_folder,
+    train_until,
+)
+from tiny_wan import wan_folder
+
+__all__ = [
+    "full_run",
+    "lora_run",
+    "make_config",
+    "recipe_file",
+    "teacher_folder",
+    "train_until",
+    "wan_folder",
+]
+
 ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
 KERNELS = Path(__file__).parent / "kernels"
 

@@ -96,8 +96,8 @@ def test_source_file(path: Path) -> None:
         ("alignlab.losses.x", "from alignlab.errors import UserError"),
         ("alignlab.losses.x", "def f():\n    import alignlab.train"),
         ("alignlab.train", "from alignlab import experiments"),
-        ("alignlab.train", "import alignlab.experiments.compare as c"),
-        ("alignlab.experiments.compare", "from alignlab.cli import app"),
+        ("alignlab.train", "import alignlab.experiments.compare.run as c"),
+        ("alignlab.experiments.compare.run", "from alignlab.cli import app"),
     ],
 )
 def test_a_wrong_way_import_is_seen(module: str, source: str) -> None:

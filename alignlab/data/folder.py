@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignlab.config import FolderConfig
+from alignlab.config.data import FolderConfig
 from alignlab.data.metadata import Row, read_rows
 from alignlab.data.resize import cover_crop, fit_reference
 from alignlab.data.sample import Reference, Sample
@@ -40,7 +40,7 @@ class FolderDataset:
     """Clips of a folder; which rows are in and at which index is settled at construction.
 
     Args:
-        config: see `alignlab.config.FolderConfig`.
+        config: see `alignlab.config.run.FolderConfig`.
         split: rows are dealt by a hash of `file_name`, so that a video is never in both splits
             and does not change sides when rows are added. At least one video is held out.
 

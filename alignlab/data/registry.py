@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
-from alignlab.config import DataConfig
+from alignlab.config.data import DataConfig
 from alignlab.data.folder import FolderDataset
 from alignlab.data.sample import ClipDataset
-from alignlab.data.shapes import ShapesDataset
+from alignlab.data.shapes.dataset import ShapesDataset
 
 DATASETS: dict[str, Callable[[Any, Literal["train", "val"]], ClipDataset]] = {
     "shapes": ShapesDataset,

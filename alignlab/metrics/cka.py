@@ -9,7 +9,7 @@ Shape letters: N rows, D and E widths, k neighbours.
 import torch
 from torch import Tensor
 
-from alignlab.metrics.rows import feature_rows, unit_rows
+from alignlab.metrics.features import feature_rows, unit_rows
 
 _EPS = 1e-6
 

@@ -6,7 +6,7 @@ Shape letters: N and M rows, D width.
 import torch
 from torch import Tensor
 
-from alignlab.metrics.rows import feature_rows
+from alignlab.metrics.features import feature_rows
 
 
 def frechet_distance(left_ND: Tensor, right_MD: Tensor) -> float:

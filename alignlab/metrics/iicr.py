@@ -5,7 +5,7 @@ Shape letters: N frames of all videos, D width.
 
 from torch import Tensor
 
-from alignlab.metrics.rows import feature_rows, label_rows, nearest
+from alignlab.metrics.features import feature_rows, label_rows, nearest
 
 
 def iicr(frames_ND: Tensor, videos_N: Tensor, k: int) -> float:

@@ -6,7 +6,7 @@ Shape letters: N rows, D width.
 import torch
 from torch import Tensor
 
-from alignlab.metrics.rows import feature_rows
+from alignlab.metrics.features import feature_rows
 
 _ROUNDING = 1e-12
 

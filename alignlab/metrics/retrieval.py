@@ -9,7 +9,7 @@ Shape letters: N query rows, M gallery rows, D width, K neighbours.
 import torch
 from torch import Tensor
 
-from alignlab.metrics.rows import feature_rows, label_rows, nearest
+from alignlab.metrics.features import feature_rows, label_rows, nearest
 
 _CHUNK = 1024
 

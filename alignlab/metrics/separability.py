@@ -10,7 +10,7 @@ Shape letters: N tokens, D width, S subjects.
 import torch
 from torch import Tensor
 
-from alignlab.metrics.rows import EPS, feature_rows, label_rows, unit_rows
+from alignlab.metrics.features import EPS, feature_rows, label_rows, unit_rows
 
 _CHUNK = 1024
 

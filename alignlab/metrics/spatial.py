@@ -6,7 +6,7 @@ Shape letters: N = H*W tokens of one frame, row by row, D width.
 import torch
 from torch import Tensor
 
-from alignlab.metrics.rows import feature_rows, label_rows, unit_rows
+from alignlab.metrics.features import feature_rows, label_rows, unit_rows
 
 NEAR = 1  # Manhattan distance; iREPA's released code
 FAR = 6  # iREPA's released code; its paper says half of the grid's side

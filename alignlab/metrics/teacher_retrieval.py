@@ -11,8 +11,8 @@ Shape letters: M fit rows, N held-out rows, D student width, E teacher width.
 import torch
 from torch import Tensor
 
+from alignlab.metrics.features import feature_rows
 from alignlab.metrics.retrieval import subject_retrieval
-from alignlab.metrics.rows import feature_rows
 
 
 def teacher_retrieval(

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignlab.checkpoint import prune, step_path
-from alignlab.optimizer_state import named_state, restore_state
-from alignlab.run_folder import whole_folder
+from alignlab.runs.run_folder import whole_folder
+from alignlab.training.checkpoint import prune, step_path
+from alignlab.training.optimizer_state import named_state, restore_state
 
 
 @dataclass

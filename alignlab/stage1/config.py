@@ -4,14 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from alignlab.config import MIN_VIDEO_FRAMES
-from alignlab.config_data import SIZE_STEP, DataConfig, RunName, Settings, ShapesConfig
-from alignlab.config_parts import (
-    AdamWConfig,
-    CheckpointConfig,
-    TeacherConfig,
-    TrackingConfig,
-)
+from alignlab.config.data import SIZE_STEP, DataConfig, Settings, ShapesConfig
+from alignlab.config.parts import AdamWConfig, TeacherConfig, TrainingConfig
+from alignlab.config.run import MIN_VIDEO_FRAMES
 from alignlab.teachers import TEACHERS
 
 
@@ -32,7 +27,7 @@ class NetworkSettings(Settings):
 
 
 class SaraStage1(NetworkSettings):
-    """SARA's saliency aligner (losses/saliency_aligner.py)."""
+    """SARA's saliency aligner (losses/stage1/saliency_aligner.py)."""
 
     kind: Literal["sara"]
     depth_cross: int = Field(default=2, ge=1)
@@ -57,7 +52,7 @@ class SaraStage1(NetworkSettings):
 
 
 class MoAlignStage1(NetworkSettings):
-    """MoAlign's motion head (losses/motion_head.py)."""
+    """MoAlign's motion head (losses/stage1/motion_head.py)."""
 
     kind: Literal["moalign"]
     width: int = Field(default=64, ge=1)
@@ -71,17 +66,9 @@ class MoAlignStage1(NetworkSettings):
     `dis` always estimates."""
 
 
-class Stage1Config(Settings):
+class Stage1Config(TrainingConfig):
     """One Stage 1 training."""
 
-    name: RunName
-    """Folder of the run under `output`; the result is its subfolder `stage1`."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of everything drawn in the run."""
-    steps: int = Field(ge=1)
-    """Optimizer steps: the budget."""
-    output: str = "runs"
-    """Folder of all runs."""
     model: TextModelConfig | None = None
     """Whose text encoder embeds the phrases; `sara` only."""
     data: DataConfig
@@ -91,8 +78,6 @@ class Stage1Config(Settings):
     """Which network, and its settings."""
     optim: AdamWConfig = AdamWConfig()
     """`optim.batch_size` counts clips; `sara` runs each with every entity, all, and background."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _one_teacher(self) -> Self:

@@ -1,8 +1,8 @@
 """What a Stage 1 training writes beside its weights."""
 
-from alignlab.losses.motion_head import MotionHeadConfig
-from alignlab.losses.saliency_aligner import SaliencyAlignerConfig
-from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher
+from alignlab.losses.stage1.motion_head import MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAlignerConfig
 from alignlab.stage1.config import Stage1Config
 from alignlab.teachers import Teacher
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from alignlab.data.sample import Sample
 from alignlab.errors import UserError
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.losses.objective import Grid
-from alignlab.losses.stage1_folder import Stage1Info
-from alignlab.optical_flow import dis_flow
+from alignlab.losses.stage1.folder import Stage1Info
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.randomness import derive_seed
 from alignlab.stage1.config import MoAlignStage1, Stage1Config
 from alignlab.stage1.info import stage1_info
+from alignlab.stage1.optical_flow import dis_flow
 from alignlab.stage1.task import Stage1Task
 from alignlab.teachers import Teacher
 

@@ -15,15 +15,19 @@ from torch import Tensor
 from alignlab.data.sample import ClipDataset, Sample
 from alignlab.errors import UserError
 from alignlab.losses.grids import pool_masks
-from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig, saliency_bce
 from alignlab.losses.sara import info_nce
-from alignlab.losses.stage1_folder import Stage1Info
+from alignlab.losses.stage1.folder import Stage1Info
+from alignlab.losses.stage1.saliency_aligner import (
+    SaliencyAligner,
+    SaliencyAlignerConfig,
+    saliency_bce,
+)
+from alignlab.models.text_encoder import TextEncoder
 from alignlab.randomness import derive_seed
 from alignlab.stage1.config import SaraStage1, Stage1Config
 from alignlab.stage1.info import stage1_info
 from alignlab.stage1.task import Stage1Task
 from alignlab.teachers import Teacher
-from alignlab.text_encoder import TextEncoder
 
 THRESHOLD = 0.5  # of the area under a mask that makes a token a target, and of saliency for IoU
 

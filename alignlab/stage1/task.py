@@ -6,11 +6,11 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
-from alignlab.clip_cache import ClipCache
 from alignlab.data.sample import ClipDataset, Sample
-from alignlab.losses.motion_head import MotionHead
-from alignlab.losses.saliency_aligner import SaliencyAligner
-from alignlab.losses.stage1_folder import Stage1Info
+from alignlab.losses.stage1.folder import Stage1Info
+from alignlab.losses.stage1.motion_head import MotionHead
+from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
+from alignlab.training.clip_cache import ClipCache
 
 Clip = TypeVar("Clip")
 

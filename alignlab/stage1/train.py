@@ -11,18 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from alignlab.checkpoint import latest
 from alignlab.data.registry import build_dataset
+from alignlab.distributed.launch_env import refuse_several
+from alignlab.distributed.ranks import one_process
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
-from alignlab.launched import refuse_several
-from alignlab.losses.stage1_folder import save_stage1
-from alignlab.memory import PeakMemory
-from alignlab.optim import set_learning_rate
-from alignlab.processes import one_process
-from alignlab.quiet import quiet_libraries
+from alignlab.losses.stage1.folder import save_stage1
+from alignlab.models.wan import load_text_encoder
 from alignlab.randomness import generator
-from alignlab.run_folder import RunFolder, clear_leftovers, whole_folder, write_text
+from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.run_folder import RunFolder, clear_leftovers, whole_folder, write_text
 from alignlab.stage1.checkpoint import Stage1State, restore, save
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.moalign import MoAlignTask
@@ -31,7 +29,9 @@ from alignlab.stage1.task import Stage1Task, TaskClips
 from alignlab.step_loop import run_steps
 from alignlab.teachers import load_teacher
 from alignlab.tracking import Tracker, read_rows
-from alignlab.wan import load_text_encoder
+from alignlab.training.checkpoint import latest
+from alignlab.training.memory import PeakMemory
+from alignlab.training.optim import set_learning_rate
 
 
 @dataclass

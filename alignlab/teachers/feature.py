@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from alignlab.errors import UserError
-from alignlab.teachers.table import parse_feature
+from alignlab.teachers.registry import parse_feature
 
 
 @dataclass(frozen=True)

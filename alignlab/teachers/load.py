@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from alignlab.config_data import unknown_name
+from alignlab.config.data import unknown_name
 from alignlab.errors import UserError
-from alignlab.hub import local_folder
+from alignlab.models.model_files import local_folder
 from alignlab.teachers import videomae_v2
-from alignlab.teachers.table import TEACHERS, TeacherRow
+from alignlab.teachers.registry import TEACHERS, TeacherRow
 from alignlab.teachers.teacher import Teacher
 
 

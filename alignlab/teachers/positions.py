@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignlab.losses.objective import Grid
-from alignlab.teachers.table import Positions
+from alignlab.teachers.registry import Positions
 
 Fit = Callable[[Grid], None]
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignlab.digest import weights_digest
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
+from alignlab.runs.digest import weights_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import position_fitter
-from alignlab.teachers.table import TEACHERS
+from alignlab.teachers.registry import TEACHERS
 
 
 class Teacher:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
-from alignlab.config import LaunchConfig, RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import launch_local
 from alignlab.experiments.launchers.one_run import RunKey
 from alignlab.experiments.launchers.ray import launch_ray

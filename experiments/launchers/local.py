@@ -9,10 +9,11 @@ from math import ceil
 
 import torch
 
-from alignlab.config import LaunchConfig, RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.one_run import RunKey, shown, train_one
-from alignlab.run import Caches
+from alignlab.training.setup import Caches
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from alignlab.errors import UserError
 from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.one_run import train_one
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
-from alignlab.run import Caches
-from alignlab.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder
+from alignlab.training.setup import Caches
 
 LOG = "worker.log"
 RECIPE = "recipe.yaml"
@@ -84,10 +84,10 @@ def run_trials(order: TrialsOrder) -> None:
         UserError: as `train_run`, and when this node does not reach the sweep's storage.
     """
     folder = _arrive(order)
-    from alignlab.experiments.sweep_study import join_study, shown_url, storage_url
-    from alignlab.experiments.sweep_tracking import SweepTracker
-    from alignlab.experiments.sweep_work import check, work
-    from alignlab.recipe import load_sweep
+    from alignlab.experiments.sweep.config import load_sweep
+    from alignlab.experiments.sweep.study import join_study, shown_url, storage_url
+    from alignlab.experiments.sweep.tracking import SweepTracker
+    from alignlab.experiments.sweep.worker import check, work
 
     config = load_sweep(folder / RECIPE)
     url = storage_url(config)

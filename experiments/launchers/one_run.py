@@ -1,8 +1,8 @@
 """One run of several, as every launcher trains it."""
 
-from alignlab.config import RunConfig
-from alignlab.run import Caches, shared_caches
+from alignlab.config.run import RunConfig
 from alignlab.train import train
+from alignlab.training.setup import Caches, shared_caches
 
 RunKey = tuple[str, int]  # variant, seed
 

@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from alignlab.config import RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.experiments.launchers.one_run import RunKey
 from alignlab.progress import Advance, step_progress
-from alignlab.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder
 
 TAIL = 2**16  # bytes; the last row of a log is shorter
 

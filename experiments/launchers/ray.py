@@ -5,15 +5,16 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from alignlab import checkpoint
-from alignlab.config import LaunchConfig, RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.on_node import LOG, Order, seen
 from alignlab.experiments.launchers.one_run import RunKey, shown
 from alignlab.experiments.launchers.progress import RunsProgress
 from alignlab.experiments.launchers.ray_cluster import RayTasks, connected
 from alignlab.experiments.launchers.same_code import code_facts
-from alignlab.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder
+from alignlab.training import checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from alignlab.config import LaunchConfig
 from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.on_node import JobName, Order
 
 log = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 from optuna.trial import TrialState
 
-from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.on_node import SHARED_STORAGE, TrialsOrder, machine
 from alignlab.experiments.launchers.ray import MOST_DEATHS, reached_step
 from alignlab.experiments.launchers.ray_cluster import STOP_S, RayTasks, connected
 from alignlab.experiments.launchers.same_code import code_facts
-from alignlab.experiments.sweep_study import SweepStudy, shown_url, storage_url, sweep_folder
-from alignlab.experiments.sweep_tracking import SweepTracker
-from alignlab.experiments.sweep_work import finished_count, put_back_dead
+from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.study import SweepStudy, shown_url, storage_url, sweep_folder
+from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.worker import finished_count, put_back_dead
 from alignlab.progress import step_progress
 
 log = logging.getLogger(__name__)

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers import LauncherName, refuse_unread_address
 from alignlab.experiments.launchers.local import check_machine, threads
 from alignlab.experiments.launchers.ray_sweep import trials_on_ray
-from alignlab.experiments.sweep_study import SweepStudy
-from alignlab.experiments.sweep_tracking import SweepTracker
-from alignlab.experiments.sweep_work import work
-from alignlab.experiments.sweep_workers import run_workers
+from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.local_workers import run_workers
+from alignlab.experiments.sweep.study import SweepStudy
+from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.worker import work
 
 RunTrials = Callable[[SweepStudy, SweepTracker], None]
 """Runs what is not finished of a study, which exists."""

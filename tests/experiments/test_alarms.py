@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignlab.experiments.alarms import alarm_sentences, gathered
-from alignlab.experiments.compare import collect
-from alignlab.experiments.report import write_report
-from alignlab.experiments.result import Comparison, RunResult
-from alignlab.experiments.tables import PRINTED_WARNINGS, print_summary
-from alignlab.run_folder import RunFolder
+from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.compare.run import collect
+from alignlab.experiments.report.run_warnings import alarm_sentences, gathered
+from alignlab.experiments.report.text import PRINTED_WARNINGS, print_summary
+from alignlab.experiments.report.write import write_report
+from alignlab.runs.run_folder import RunFolder
 
 PALE = "clips <b>are</b> pale"
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.config import CompareConfig
 from alignlab.errors import UserError
-from alignlab.experiments import budget as budget_module
-from alignlab.experiments.budget import decide_budget, with_budget
-from alignlab.experiments.compare import compare
+from alignlab.experiments.compare import budget as budget_module
+from alignlab.experiments.compare.budget import decide_budget, with_budget
+from alignlab.experiments.compare.config import CompareConfig, load_compare
+from alignlab.experiments.compare.result import Comparison, Cost, Ratio, VariantCost
+from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import one_run
-from alignlab.experiments.result import Comparison, Cost, Ratio, VariantCost
-from alignlab.recipe import load_compare
 from alignlab.tracking import read_rows
 
 Make = Callable[..., CompareConfig]
@@ -87,7 +86,7 @@ def test_a_comparison_of_equal_compute(make: Make, monkeypatch: pytest.MonkeyPat
         raise AssertionError("trained or measured again")
 
     monkeypatch.setattr(one_run, "train", no_training)
-    monkeypatch.setattr("alignlab.experiments.cost.measure_cost", no_training)
+    monkeypatch.setattr("alignlab.experiments.compare.cost.measure_cost", no_training)
     again = Comparison.load(compare(make("budget=compute", "steps=6")).with_name("comparison.json"))
     assert (again.budget, again.results) == (found.budget, found.results)
 

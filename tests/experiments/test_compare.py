@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.config import CompareConfig
 from alignlab.errors import UserError
-from alignlab.experiments.compare import compare, trained_on
+from alignlab.experiments.compare.config import CompareConfig, load_compare
+from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.compare.run import compare, trained_on
 from alignlab.experiments.launchers import one_run
-from alignlab.experiments.result import Comparison
-from alignlab.recipe import load_compare
-from alignlab.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import train, train_step
 

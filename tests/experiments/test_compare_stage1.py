@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import UserError
-from alignlab.experiments.compare import compare
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import one_run
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
-from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
-from alignlab.recipe import load_compare
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 
 VARIANTS = """
 baseline: none

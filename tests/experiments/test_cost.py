@@ -15,21 +15,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from alignlab.conditioning import Batch
-from alignlab.config import CompareConfig
 from alignlab.errors import UserError
-from alignlab.experiments import cost as cost_module
-from alignlab.experiments import stopwatch
-from alignlab.experiments.compare import compare
-from alignlab.experiments.cost import DATA_STEPS, cost_of, measure_cost, median_interval
-from alignlab.experiments.report import write_report
-from alignlab.experiments.result import Comparison, Cost, Ratio, RunResult, VariantCost
-from alignlab.experiments.summary import summary_rows
-from alignlab.experiments.tables import print_summary
-from alignlab.experiments.verdict import verdict
-from alignlab.recipe import dump, load_compare
-from alignlab.run import Run
+from alignlab.experiments.compare import cost as cost_module
+from alignlab.experiments.compare import measure as stopwatch
+from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
+from alignlab.experiments.compare.cost import DATA_STEPS, cost_of, measure_cost, median_interval
+from alignlab.experiments.compare.result import Comparison, Cost, Ratio, RunResult, VariantCost
+from alignlab.experiments.compare.run import compare
+from alignlab.experiments.report.summary import summary_rows
+from alignlab.experiments.report.text import print_summary
+from alignlab.experiments.report.verdict import verdict
+from alignlab.experiments.report.write import write_report
 from alignlab.train import train_step
+from alignlab.training.batches import Batch
+from alignlab.training.setup import Run
 
 Make = Callable[..., CompareConfig]
 
@@ -213,7 +212,7 @@ def test_wrong_settings_are_named(make: Make, bad: str) -> None:
 
 def test_the_dump_keeps_that_nothing_is_measured(make: Make, tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
-    again.write_text(dump(make("cost=null")))
+    again.write_text(dump_compare(make("cost=null")))
     assert load_compare(again).cost is None
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from alignlab.experiments.compare import compare
-from alignlab.experiments.result import Comparison
-from alignlab.recipe import load_compare
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.compare.run import compare
 
 VARIANTS = """
 baseline: none

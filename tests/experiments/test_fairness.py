@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.config import CompareConfig
 from alignlab.errors import UserError
-from alignlab.experiments.compare import compare
-from alignlab.experiments.fairness import check_fair, differences
-from alignlab.recipe import dump, load_compare
+from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
+from alignlab.experiments.compare.fairness import check_fair, differences
+from alignlab.experiments.compare.run import compare
 
 Make = Callable[..., CompareConfig]
 
@@ -89,5 +88,5 @@ def test_differences_and_allowance_survive_the_dump(make: Make, tmp_path: Path) 
     config = make("eval.sample_steps: 3", "allow_differences: [eval.sample_steps]\n")
     assert differences(config) == {"eval.sample_steps": {"none": 2, "other": 3}}
     again = tmp_path / "again.yaml"
-    again.write_text(dump(config))
+    again.write_text(dump_compare(config))
     assert load_compare(again) == config

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignlab.experiments.flops import FORMULAS, count_flops
+from alignlab.experiments.compare.flops import FORMULAS, count_flops
 from alignlab.kernels import pull_push_chunked, relation_chunked
 
 

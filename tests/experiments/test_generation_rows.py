@@ -1,10 +1,10 @@
 """Metrics of generated clips in a report: identity is never shown without copy-paste beside it."""
 
-from alignlab.experiments.quantities import QUANTITIES, quantity
-from alignlab.experiments.result import Comparison, RunResult
-from alignlab.experiments.summary import by_metric, summary_rows
-from alignlab.experiments.tables import headline
-from alignlab.experiments.verdict import verdict
+from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.report.metric_table import QUANTITIES, quantity
+from alignlab.experiments.report.summary import by_metric, summary_rows
+from alignlab.experiments.report.text import headline
+from alignlab.experiments.report.verdict import verdict
 
 GENERATED = [name for name in QUANTITIES if name.startswith("gen/")]
 

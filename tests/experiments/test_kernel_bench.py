@@ -10,13 +10,13 @@ from typer.testing import CliRunner, Result
 
 import alignlab
 from alignlab.cli import app
-from alignlab.experiments.kernel_bench import default_folder
-from alignlab.experiments.kernel_plots import Point, draw_plots, roofline_share
-from alignlab.kernels import bench
-from alignlab.kernels.bench import Measurement
-from alignlab.kernels.bench_cases import Case
-from alignlab.kernels.bench_csv import Row, to_row
-from alignlab.kernels.bench_measure import Spread
+from alignlab.experiments.bench.kernel_plots import Point, draw_plots, roofline_share
+from alignlab.experiments.bench.kernels import default_folder
+from alignlab.kernels.bench import run as bench
+from alignlab.kernels.bench.cases import Case
+from alignlab.kernels.bench.csv_file import Row, to_row
+from alignlab.kernels.bench.measure import Spread
+from alignlab.kernels.bench.run import Measurement
 from alignlab.kernels.relation import relation_distance
 
 SMALL = ("--sizes", "3x20,3x40", "--widths", "16", "--blocks", "2", "--seconds", "0")

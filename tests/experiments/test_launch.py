@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignlab import one_writer
-from alignlab.config import CompareConfig, LaunchConfig, RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.experiments.compare import compare, probed
+from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
+from alignlab.experiments.compare.run import compare, probed
 from alignlab.experiments.launchers import (
     local,
     make_launcher,
@@ -26,18 +26,20 @@ from alignlab.experiments.launchers import (
     one_run,
     same_code,
 )
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.progress import steps_done
 from alignlab.experiments.launchers.ray_cluster import reservation
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
-from alignlab.recipe import dump, load_compare, load_run
-from alignlab.run_folder import RunFolder
+from alignlab.recipe import load_run
+from alignlab.runs import one_writer
+from alignlab.runs.run_folder import RunFolder
 
 VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
 # The second, without alignlab, is ready sooner.
 HOLD = """
 import sys, time
 from pathlib import Path
-from alignlab.one_writer import only_writer
+from alignlab.runs.one_writer import only_writer
 with only_writer(Path(sys.argv[1]), wait=True):
     print("held", flush=True)
     time.sleep(300)
@@ -169,7 +171,7 @@ def test_a_machine_that_has_less_than_a_run_needs_is_refused(
 
 def test_a_recipe_says_what_a_run_needs(config: CompareConfig, tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
-    path.write_text(dump(config) + "\n")
+    path.write_text(dump_compare(config) + "\n")
     again = load_compare(path, ["launch.cpus=3", "launch.gpus=0.5", "launch.memory_gib=8"])
     assert again.launch == LaunchConfig(cpus=3, gpus=0.5, memory_gib=8)
     assert again.runs == config.runs

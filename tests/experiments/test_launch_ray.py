@@ -6,13 +6,13 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from alignlab.experiments.compare import compare
-from alignlab.one_writer import HOLDER
-from alignlab.recipe import load_compare
+import ray_tools
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.run import compare
+from alignlab.runs.one_writer import HOLDER
 from alignlab.tracking import read_rows
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
@@ -45,9 +45,7 @@ def arguments(recipe: Path, output: Path, *given: str) -> list[str]:
     return ["compare", str(recipe), f"output={output}", f"steps={STEPS}", *given]
 
 
-def caught_run(
-    ray_tools: ModuleType, folder: Path, below: int, driver: subprocess.Popen[bytes]
-) -> Path:
+def caught_run(folder: Path, below: int, driver: subprocess.Popen[bytes]) -> Path:
     """A run in its middle that a process of this node trains."""
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end and driver.poll() is None:
@@ -87,7 +85,7 @@ def local_folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.slow
 def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
-    ray_tools: ModuleType, recipe: Path, local_folder: Path, tmp_path: Path
+    recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "out.txt"
     folder = tmp_path / "pair"
@@ -96,7 +94,7 @@ def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
         ray_tools.nodes("") as cluster,
         ray_tools.command(log, *given, cluster.address) as driver,
     ):
-        killed = caught_run(ray_tools, folder, cluster.raylets[1], driver)
+        killed = caught_run(folder, cluster.raylets[1], driver)
         cluster.kill(1)
         when = time.time()
         assert not (killed / "result.json").exists(), "it was killed too late"
@@ -116,7 +114,7 @@ def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 def test_runs_that_ray_trains_are_those_of_the_local_launcher(
-    ray_tools: ModuleType, recipe: Path, local_folder: Path, tmp_path: Path
+    recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     """One node, started by the command itself."""
     log = tmp_path / "out.txt"
@@ -132,12 +130,12 @@ def test_runs_that_ray_trains_are_those_of_the_local_launcher(
 
 @pytest.mark.slow
 def test_an_interrupted_comparison_goes_on_with_either_launcher(
-    ray_tools: ModuleType, recipe: Path, local_folder: Path, tmp_path: Path
+    recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "out.txt"
     folder = tmp_path / "pair"
     with ray_tools.command(log, *arguments(recipe, tmp_path, "--launcher", "ray")) as driver:
-        interrupted = caught_run(ray_tools, folder, driver.pid, driver)
+        interrupted = caught_run(folder, driver.pid, driver)
         pid = int((interrupted / HOLDER).read_text().rsplit(" ", 1)[1])
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
         assert driver.wait(WAIT_S) == 130, log.read_text()
@@ -151,9 +149,7 @@ def test_an_interrupted_comparison_goes_on_with_either_launcher(
 
 
 @pytest.mark.slow
-def test_an_error_of_a_run_ends_the_comparison_with_one_line(
-    ray_tools: ModuleType, recipe: Path, tmp_path: Path
-) -> None:
+def test_an_error_of_a_run_ends_the_comparison_with_one_line(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     given = arguments(recipe, tmp_path, "--launcher", "ray", "model.path=nothing/there")
     with ray_tools.command(log, *given) as driver:

@@ -11,21 +11,20 @@ from optuna.trial import TrialState
 from typer.testing import CliRunner
 
 from alignlab.cli import app
-from alignlab.config import LaunchConfig
-from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
-from alignlab.experiments import sweep_trial
 from alignlab.experiments.launchers import on_node
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.on_node import TrialsOrder, machine
 from alignlab.experiments.launchers.ray import MOST_DEATHS
 from alignlab.experiments.launchers.ray_cluster import Ended
 from alignlab.experiments.launchers.ray_sweep import RaySweep
 from alignlab.experiments.launchers.same_code import code_facts
 from alignlab.experiments.launchers.sweeps import make_sweep_launcher
-from alignlab.experiments.sweep import sweep
-from alignlab.experiments.sweep_study import create_study, join_study
-from alignlab.recipe import dump, load_sweep
-from alignlab.run_folder import write_text
+from alignlab.experiments.sweep import trial as sweep_trial
+from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
+from alignlab.experiments.sweep.run import sweep
+from alignlab.experiments.sweep.study import create_study, join_study
+from alignlab.runs.run_folder import write_text
 from alignlab.train import train
 
 MakeSweep = Callable[..., SweepConfig]
@@ -58,7 +57,7 @@ def order(make: MakeSweep, tmp_path: Path) -> Iterator[TrialsOrder]:
     here = os.getcwd()
     config = make()
     create_study(config)
-    write_text(tmp_path / "sweep" / "recipe.yaml", dump(config))
+    write_text(tmp_path / "sweep" / "recipe.yaml", dump_sweep(config))
     yield {
         "directory": here,
         "folder": str(tmp_path / "sweep"),
@@ -142,7 +141,7 @@ def test_the_local_worker_computes_with_the_recipes_threads(
 def test_a_sweep_goes_on_with_other_needs(make: MakeSweep, tmp_path: Path) -> None:
     config = make("launch={cpus: 3, gpus: 0.5, memory_gib: 8}")
     assert config.launch == LaunchConfig(cpus=3, gpus=0.5, memory_gib=8)
-    (tmp_path / "again.yaml").write_text(dump(config))
+    (tmp_path / "again.yaml").write_text(dump_sweep(config))
     assert load_sweep(tmp_path / "again.yaml") == config
     create_study(config)
     join_study(make())

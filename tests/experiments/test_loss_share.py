@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from alignlab.cli import app
-from alignlab.experiments.loss_share import SIZES, measure_share
+from alignlab.experiments.bench.loss_share import SIZES, measure_share
 
 
 def test_every_side_is_timed_and_the_plain_step_has_no_share() -> None:

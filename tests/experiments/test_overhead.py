@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignlab.conditioning import Batch
-from alignlab.config import RunConfig
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.experiments import overhead, stopwatch
-from alignlab.experiments.overhead import WARMUP_PAIRS, measure_overhead, write_overhead
-from alignlab.experiments.stopwatch import seconds_of
+from alignlab.experiments.bench import overhead
+from alignlab.experiments.bench.overhead import WARMUP_PAIRS, measure_overhead, write_overhead
+from alignlab.experiments.compare import measure as stopwatch
+from alignlab.experiments.compare.measure import seconds_of
 from alignlab.recipe import load_run
-from alignlab.run import Run
 from alignlab.train import train_step
+from alignlab.training.batches import Batch
+from alignlab.training.setup import Run
 
 NO_DROPOUT = "flow={text_dropout: 0, reference_dropout: 0, both_dropout: 0}"
 EQUAL_WORK = ["data.references=[2,2]", "model.text_to_references=true", NO_DROPOUT]

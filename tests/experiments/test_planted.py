@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.experiments.compare import compare
-from alignlab.experiments.result import Comparison
-from alignlab.experiments.summary import SummaryRow, summary_rows
-from alignlab.experiments.verdict import verdict
-from alignlab.recipe import load_compare
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.compare.run import compare
+from alignlab.experiments.report.summary import SummaryRow, summary_rows
+from alignlab.experiments.report.verdict import verdict
 
 # `again` is the baseline under another name; `still` has a rate at which it hardly learns.
 VARIANTS = """

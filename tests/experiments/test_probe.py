@@ -13,12 +13,12 @@ from transformers import VJEPA2Config, VJEPA2Model
 from typer.testing import CliRunner, Result
 
 from alignlab.cli import app
-from alignlab.evaluate import PROBE_SIGMAS
-from alignlab.experiments.probe_page import write_probe
-from alignlab.probe_pictures import pca_colours, tsne_points
-from alignlab.probe_run import SIGMAS, RunProbe, probe_run
+from alignlab.evaluation.evaluate import PROBE_SIGMAS
+from alignlab.evaluation.feature_maps import pca_colours, tsne_points
+from alignlab.evaluation.probe import SIGMAS, RunProbe, probe_run
+from alignlab.evaluation.teacher_score import score_teachers
+from alignlab.experiments.probe.page import write_probe
 from alignlab.recipe import load_run
-from alignlab.teacher_score import score_teachers
 from alignlab.train import train
 
 Trained = Callable[..., Path]
@@ -76,7 +76,7 @@ def test_the_command_writes_map_and_page(run: Path, tmp_path: Path) -> None:
 
 
 def test_after_is_what_the_evaluation_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("alignlab.probe_run.SIGMAS", PROBE_SIGMAS)
+    monkeypatch.setattr("alignlab.evaluation.probe.SIGMAS", PROBE_SIGMAS)
     means: dict[str, list[float]] = defaultdict(list)
     for cell in probe_run(run).cells:
         if cell.model == "after" and cell.measure != "teacher_retrieval":

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from alignlab.experiments.probe_page import probe
+from alignlab.experiments.probe.page import probe
 from alignlab.recipe import load_run
 from alignlab.train import train
 

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from alignlab.experiments import latex
-from alignlab.experiments.figures import curve_charts
-from alignlab.experiments.plot import BASELINE_COLOUR, COLOURS, PAPERS
-from alignlab.experiments.report import write_report
-from alignlab.experiments.result import Comparison, Curve, RunResult, SampleClip
-from alignlab.experiments.summary import joined, summary_rows
-from alignlab.experiments.tables import print_summary
+from alignlab.experiments.compare.result import Comparison, Curve, RunResult, SampleClip
+from alignlab.experiments.report import latex
+from alignlab.experiments.report.figures import curve_charts
+from alignlab.experiments.report.plot import BASELINE_COLOUR, COLOURS, PAPERS
+from alignlab.experiments.report.summary import joined, summary_rows
+from alignlab.experiments.report.text import print_summary
+from alignlab.experiments.report.write import write_report
 
 NASTY = "</script><script>alert(1)</script><img src=http://evil.example/x.png>"
 SEEDS = (0, 1)

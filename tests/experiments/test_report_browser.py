@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 from pydantic import JsonValue
 
-from alignlab.experiments.report import write_report
-from alignlab.experiments.result import Comparison, RunResult, SampleClip
+from alignlab.experiments.compare.result import Comparison, RunResult, SampleClip
+from alignlab.experiments.report.write import write_report
 
 # Runs after the page's own script; what it finds is read back from the dumped page.
 PROBE = """

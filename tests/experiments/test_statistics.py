@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alignlab.experiments import statistics as paired_module
-from alignlab.experiments.statistics import (
+from alignlab.experiments.report import statistics as paired_module
+from alignlab.experiments.report.statistics import (
     Paired,
     detectable_difference,
     holm,

@@ -6,7 +6,7 @@ Letters: R comparisons, V variants, N pairs (seeds).
 import numpy as np
 import pytest
 
-from alignlab.experiments.statistics import (
+from alignlab.experiments.report.statistics import (
     ALPHA,
     Array,
     detectable_difference,

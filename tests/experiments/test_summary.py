@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import UserError
-from alignlab.experiments import numbers
-from alignlab.experiments.numbers import (
+from alignlab.experiments.compare.result import Comparison, RunResult, SampleClip
+from alignlab.experiments.report import formatting as numbers
+from alignlab.experiments.report.formatting import (
     format_duration,
     format_interval,
     format_number,
     format_spread,
 )
-from alignlab.experiments.quantities import quantity
-from alignlab.experiments.result import Comparison, RunResult, SampleClip
-from alignlab.experiments.summary import SummaryRow, joined, summary_notes, summary_rows
+from alignlab.experiments.report.metric_table import quantity
+from alignlab.experiments.report.summary import SummaryRow, joined, summary_notes, summary_rows
 
 MINUS = "\N{MINUS SIGN}"
 

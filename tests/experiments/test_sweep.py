@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
-from alignlab.experiments import sweep_trial
-from alignlab.experiments.sweep import join, sweep
-from alignlab.experiments.sweep_results import best_trial, ranked
-from alignlab.experiments.sweep_study import join_study
-from alignlab.recipe import load_run, load_sweep
+from alignlab.experiments.sweep import trial as sweep_trial
+from alignlab.experiments.sweep.config import SweepConfig, load_sweep
+from alignlab.experiments.sweep.results import best_trial, ranked
+from alignlab.experiments.sweep.run import join, sweep
+from alignlab.experiments.sweep.study import join_study
+from alignlab.recipe import load_run
 from alignlab.tracking import read_rows
 from alignlab.train import train, train_step
 

@@ -6,11 +6,11 @@ from types import ModuleType
 
 import pytest
 
-from alignlab.experiments.sweep import sweep
-from alignlab.experiments.sweep_page import write_page
-from alignlab.experiments.sweep_results import best_trial
-from alignlab.experiments.sweep_study import SweepStudy, join_study
-from alignlab.recipe import load_sweep
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.page import write_page
+from alignlab.experiments.sweep.results import best_trial
+from alignlab.experiments.sweep.run import sweep
+from alignlab.experiments.sweep.study import SweepStudy, join_study
 
 SWEEP = """
 checkpoint: {every: 2}

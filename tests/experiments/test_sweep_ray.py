@@ -6,15 +6,15 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from optuna.trial import TrialState
 
-from alignlab.experiments.sweep import sweep
-from alignlab.experiments.sweep_lease import LEASE
-from alignlab.experiments.sweep_study import SweepStudy, create_study, sweep_folder
-from alignlab.recipe import load_sweep
+import ray_tools
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.lease import LEASE
+from alignlab.experiments.sweep.run import sweep
+from alignlab.experiments.sweep.study import SweepStudy, create_study, sweep_folder
 from alignlab.tracking import read_rows
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
@@ -65,9 +65,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         ]
 
 
-def caught_trial(
-    ray_tools: ModuleType, study: SweepStudy, below: int, driver: subprocess.Popen[bytes]
-) -> tuple[int, int]:
+def caught_trial(study: SweepStudy, below: int, driver: subprocess.Popen[bytes]) -> tuple[int, int]:
     """A trial in its middle that a process of this node runs, and that process, stopped."""
     folder = sweep_folder(study.config)
     end = time.monotonic() + WAIT_S
@@ -86,7 +84,7 @@ def caught_trial(
 
 @pytest.mark.slow
 def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_happened(
-    ray_tools: ModuleType, recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
+    recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     log, folder = tmp_path / "out.txt", tmp_path / "sweep"
     study = create_study(load_sweep(recipe, overrides(tmp_path)))
@@ -95,7 +93,7 @@ def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_ha
         ray_tools.nodes("") as cluster,
         ray_tools.command(log, *given, cluster.address) as driver,
     ):
-        number, _ = caught_trial(ray_tools, study, cluster.raylets[1], driver)
+        number, _ = caught_trial(study, cluster.raylets[1], driver)
         cluster.kill(1)
         when = time.time()
         run = folder / f"trial-{number:04d}" / "seed-0"
@@ -117,14 +115,14 @@ def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_ha
 
 @pytest.mark.slow
 def test_a_terminated_sweep_puts_its_trials_back_and_goes_on_with_either_launcher(
-    ray_tools: ModuleType, recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
+    recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     """One node, started by the command itself."""
     log, folder = tmp_path / "out.txt", tmp_path / "sweep"
     config = load_sweep(recipe, overrides(tmp_path))
     study = create_study(config)
     with ray_tools.command(log, *arguments(recipe, tmp_path, "--workers", "1")) as driver:
-        _, pid = caught_trial(ray_tools, study, driver.pid, driver)
+        _, pid = caught_trial(study, driver.pid, driver)
         os.kill(pid, signal.SIGCONT)
         os.kill(driver.pid, signal.SIGTERM)  # as a scheduler does
         assert driver.wait(WAIT_S) == 130, log.read_text()
@@ -137,9 +135,7 @@ def test_a_terminated_sweep_puts_its_trials_back_and_goes_on_with_either_launche
 
 
 @pytest.mark.slow
-def test_an_error_of_a_worker_ends_the_sweep_with_one_line(
-    ray_tools: ModuleType, recipe: Path, tmp_path: Path
-) -> None:
+def test_an_error_of_a_worker_ends_the_sweep_with_one_line(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
     with ray_tools.command(log, *arguments(recipe, tmp_path, "model.path=nothing/there")) as driver:
         assert driver.wait(WAIT_S) == 2, log.read_text()
@@ -151,7 +147,7 @@ def test_an_error_of_a_worker_ends_the_sweep_with_one_line(
 
 @pytest.mark.slow
 def test_several_machines_share_a_journal_but_no_sqlite_file(
-    ray_tools: ModuleType, recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
+    recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     log, folder = tmp_path / "out.txt", tmp_path / "sweep"
     journal = f"storage=journal://{tmp_path}/study.journal"

@@ -8,11 +8,11 @@ from typing import Any
 import optuna
 import pytest
 
-from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
-from alignlab.experiments import sweep_samplers
-from alignlab.experiments.sweep_samplers import build_sampler
-from alignlab.experiments.sweep_space import (
+from alignlab.experiments.sweep import samplers as sweep_samplers
+from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
+from alignlab.experiments.sweep.samplers import build_sampler
+from alignlab.experiments.sweep.space import (
     apply_values,
     distributions,
     grid_points,
@@ -21,8 +21,8 @@ from alignlab.experiments.sweep_space import (
     tapped_blocks,
     value_of,
 )
-from alignlab.experiments.sweep_work import check
-from alignlab.recipe import dump, load_run, load_sweep
+from alignlab.experiments.sweep.worker import check
+from alignlab.recipe import load_run
 
 MakeSweep = Callable[..., SweepConfig]
 
@@ -55,7 +55,7 @@ def blocks(**settings: object) -> str:
 def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> None:
     config = make("space.objectives.ra.weight.high=3")
     path = tmp_path / "again.yaml"
-    path.write_text(dump(config))
+    path.write_text(dump_sweep(config))
     assert load_sweep(path) == config
     assert config.space["objectives.ra.weight"].model_dump()["high"] == 3
     assert config.seeds == (0,)

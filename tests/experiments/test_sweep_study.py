@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 from optuna.trial import TrialState
 
-from alignlab.config_sweep import SweepConfig
 from alignlab.errors import UserError
-from alignlab.experiments import sweep_lease, sweep_trial
-from alignlab.experiments.sweep import sweep
-from alignlab.experiments.sweep_lease import GRACE_S, LEASE, Watch
-from alignlab.experiments.sweep_study import SweepStudy, create_study, join_study, shown_url
-from alignlab.recipe import load_sweep
+from alignlab.experiments.sweep import lease as sweep_lease
+from alignlab.experiments.sweep import trial as sweep_trial
+from alignlab.experiments.sweep.config import SweepConfig, load_sweep
+from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Watch
+from alignlab.experiments.sweep.run import sweep
+from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study, shown_url
 
 MakeSweep = Callable[..., SweepConfig]
 

@@ -18,10 +18,10 @@ import pytest
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
-from alignlab.experiments.sweep_lease import LEASE
-from alignlab.experiments.sweep_study import SweepStudy, create_study, join_study
-from alignlab.experiments.sweep_workers import device_of
-from alignlab.recipe import load_sweep
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.lease import LEASE
+from alignlab.experiments.sweep.local_workers import device_of
+from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.tracking import read_rows
 
 WAIT_S = 900  # ends a test that hangs, no other: everything takes longer on a busy machine

@@ -9,10 +9,10 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from alignlab.cli import app
+from alignlab.evaluation.teacher_score import score_teachers
 from alignlab.metrics import iicr
 from alignlab.metrics.spatial import spatial_structure
 from alignlab.recipe import load_run
-from alignlab.teacher_score import score_teachers
 from alignlab.teachers import load_teacher
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.config import CompareConfig
 from alignlab.errors import UserError
-from alignlab.experiments.compare import compare
-from alignlab.experiments.fairness import check_fair, tuning_rows
-from alignlab.experiments.result import Comparison
-from alignlab.experiments.sweep import sweep
-from alignlab.recipe import dump, load_compare, load_run, load_sweep
+from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
+from alignlab.experiments.compare.fairness import check_fair, tuning_rows
+from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.compare.run import compare
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.run import sweep
+from alignlab.recipe import load_run
 
 Make = Callable[..., CompareConfig]
 
@@ -78,7 +79,7 @@ def test_the_variant_is_the_sweeps_best_run(make: Make, folder: Path, tmp_path: 
     run = config.run("tuned", 0)
     assert run.objectives == best.objectives and run.optim == config.base.optim
     again = tmp_path / "again.yaml"
-    again.write_text(dump(config))
+    again.write_text(dump_compare(config))
     assert load_compare(again) == config
 
     report = compare(config)

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from alignlab.experiments.result import Comparison, RunResult
-from alignlab.experiments.summary import summary_rows
-from alignlab.experiments.verdict import Verdict, verdict
+from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.report.summary import summary_rows
+from alignlab.experiments.report.verdict import Verdict, verdict
 
 Runs = dict[str, list[dict[str, float]]]
 WIGGLE = (0.0, 0.003, -0.002, 0.001, -0.001, 0.002, -0.003, 0.0005, 0.0015, -0.0015, 0.0)

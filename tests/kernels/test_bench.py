@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignlab.kernels import bench, bench_floor, bench_measure
-from alignlab.kernels.bench import BYTES_PER_PAIR, MODES, measure, missing, num_steps, too_large
-from alignlab.kernels.bench_cases import Case, Inputs, Op, draw_inputs, select_cases
-from alignlab.kernels.bench_check import WrongResult, check
-from alignlab.kernels.bench_csv import COLUMNS, read_rows, replace_rows, to_csv, to_row
-from alignlab.kernels.bench_floor import floor_step, minimum_flops
-from alignlab.kernels.bench_measure import (
+from alignlab.kernels.bench import floor as bench_floor
+from alignlab.kernels.bench import measure as bench_measure
+from alignlab.kernels.bench import run as bench
+from alignlab.kernels.bench.cases import Case, Inputs, Op, draw_inputs, select_cases
+from alignlab.kernels.bench.check import WrongResult, check
+from alignlab.kernels.bench.csv_file import COLUMNS, read_rows, replace_rows, to_csv, to_row
+from alignlab.kernels.bench.floor import floor_step, minimum_flops
+from alignlab.kernels.bench.measure import (
     MAX_ROUNDS,
     MIN_ROUNDS,
     peak_extra_mib,
     spread,
     time_steps,
 )
+from alignlab.kernels.bench.run import BYTES_PER_PAIR, MODES, measure, missing, num_steps, too_large
 from alignlab.kernels.relation import relation_distance
 
 CPU = torch.device("cpu")

@@ -1,22 +1,13 @@
 """Every kernel of pull_push, compiled for GPUs on the CPU as it is launched there."""
 
-import importlib.util
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+import gpu_builds
 from alignlab.kernels import pull_push_triton_kernels as kernels
 from alignlab.kernels import pull_push_triton_tiles as tiles
-
-# tests/ is no package, so that a file beside this one cannot be imported by name
-_spec = importlib.util.spec_from_file_location(
-    "gpu_builds", Path(__file__).with_name("gpu_builds.py")
-)
-assert _spec is not None and _spec.loader is not None
-gpu_builds = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpu_builds)
 
 WIDTH = 1024
 FLOATS = {2: "*bf16", 4: "*fp32"}

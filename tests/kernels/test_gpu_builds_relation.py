@@ -1,27 +1,13 @@
 """The relation kernels, compiled for GPUs at the tiles that are launched there."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import gpu_builds
 from alignlab.kernels import relation_triton_kernels
 from alignlab.kernels.relation_triton_kernels import TILES
-
-
-def _load(path: Path) -> ModuleType:
-    # tests/ is no package
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_builds = _load(Path(__file__).with_name("gpu_builds.py"))
 
 VECTORS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 TYPES = {"saliency_ptr": "*fp32", "sums_ptr": "*fp32", "codes_ptr": "*u8", "factor_ptr": "*fp32"}

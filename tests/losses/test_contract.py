@@ -12,19 +12,19 @@ from torch.nn import functional as F
 import alignlab.losses
 from alignlab.losses import build_objective
 from alignlab.losses.align4gen import Align4Gen, fused_alignment_loss
-from alignlab.losses.contract import CHECKS, Check, ContractCase
-from alignlab.losses.contract_samples import TEACHER_DIMS, TEXT_DIM
 from alignlab.losses.crepa import Crepa, cross_frame_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.refalign import RefAlign, reference_alignment_loss
 from alignlab.losses.registry import BUILT_IN
 from alignlab.losses.repa import Repa, repa_loss
-from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.losses.sara import Sara, routed_relation_loss
-from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
+from alignlab.losses.testing.contract import CHECKS, Check, ContractCase
+from alignlab.losses.testing.samples import TEACHER_DIMS, TEXT_DIM
 from alignlab.losses.videorepa import VideoRepa, token_relation_loss
 
 FRAMES, WIDTHS = 3, [60, 40]

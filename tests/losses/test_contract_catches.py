@@ -10,10 +10,10 @@ from pydantic import ConfigDict, field_validator
 from torch import nn
 
 from alignlab.kernels.dispatch import Impl
-from alignlab.losses import contract
-from alignlab.losses.contract import CHECKS, Check, ContractCase
 from alignlab.losses.objective import Context, Features, ObjectiveConfig, Terms, Tokens
 from alignlab.losses.repa import Repa, RepaConfig, repa_loss
+from alignlab.losses.testing import contract
+from alignlab.losses.testing.contract import CHECKS, Check, ContractCase
 
 Student: TypeAlias = dict[int, Tokens]
 Teacher: TypeAlias = dict[str, Features]

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from alignlab.kernels.relation import relation_distance
 from alignlab.losses.grids import match_grid, match_student
 from alignlab.losses.moalign import MoAlign, MoAlignConfig, motion_relation_loss
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.objective import Features, Tokens
 from alignlab.losses.projector import deep_projector
-from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 
 K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 3, 2, 4)
 SINE, COSINE = torch.sin(K), torch.cos(K / 2)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.losses.contract import CHECKS
 from alignlab.losses.plugins import PluginError, installed_objectives
 from alignlab.losses.registry import BUILT_IN
+from alignlab.losses.testing.contract import CHECKS
 
 PACKAGE = Path(__file__).with_name("external")
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from alignlab.losses.grids import match_grid, match_student
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.objective import Context, Features, Grid, Tokens
-from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.losses.sara import Sara, SaraConfig, routed_relation_loss
-from alignlab.losses.stage1_folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 
 GRID, TEACHER_GRID = (3, 2, 2), (9, 2, 2)
 TEACHER = Stage1Teacher(family="dinov2", path="somewhere", feature="post_norm")

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignlab.losses.motion_head import MotionHead, MotionHeadConfig, flow_l1
-from alignlab.losses.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig, saliency_bce
-from alignlab.losses.stage1_folder import (
+from alignlab.losses.stage1.folder import (
     INFO,
     WEIGHTS,
     Stage1Info,
@@ -18,6 +16,12 @@ from alignlab.losses.stage1_folder import (
     load_stage1,
     read_stage1_info,
     save_stage1,
+)
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
+from alignlab.losses.stage1.saliency_aligner import (
+    SaliencyAligner,
+    SaliencyAlignerConfig,
+    saliency_bce,
 )
 
 ALIGNER = SaliencyAlignerConfig(

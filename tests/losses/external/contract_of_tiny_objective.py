@@ -7,7 +7,7 @@ import torch
 from tiny_objective import UnitDistance, unit_distance  # type: ignore[import-not-found]
 from torch import Tensor
 
-from alignlab.losses.contract import CHECKS, Check, ContractCase
+from alignlab.losses.testing.contract import CHECKS, Check, ContractCase
 
 
 def naive(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:

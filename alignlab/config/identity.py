@@ -1,0 +1,97 @@
+"""The identity of a recipe: what two runs must share to be the same run.
+
+It holds the settings that change a number, and of these only what differs from the defaults: a
+setting that is added later, with a default that changes nothing, leaves the identity of every
+older recipe as it was. A default that changes needs a new `VERSION`.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+
+from alignlab.config.fields_v1 import FIELDS_V1
+
+VERSION = 2
+_PREFIX = f"v{VERSION}-"
+
+Exclude = Mapping[str, Any]
+"""Settings to leave out, as nested mappings that end in True."""
+
+
+def identity(config: BaseModel, exclude: Exclude | None = None) -> dict[str, Any]:
+    """The settings that differ from their defaults, as plain JSON values.
+
+    The tag that picks one of several classes (`name: repa`, `kind: float`) is always there.
+    """
+    left_out = exclude or {}
+    found: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if left_out.get(name) is True:
+            continue
+        if _is_tag(field) or value != field.get_default(call_default_factory=True):
+            found[name] = _plain(value, left_out.get(name) or {})
+    return found
+
+
+def settings_hash(config: BaseModel, exclude: Exclude | None = None) -> str:
+    """A short name of the identity: `v2-` and twelve hex digits."""
+    return _PREFIX + _digest(_compact(identity(config, exclude)))
+
+
+def has_hash(config: BaseModel, known: str, exclude: Exclude | None = None) -> bool:
+    """Whether a hash that was written earlier, by whatever version, is that of `config`.
+
+    Args:
+        config: the recipe of today.
+        known: the hash that was written.
+        exclude: as the hash was made with.
+    """
+    if known.startswith(_PREFIX):
+        return known == settings_hash(config, exclude)
+    whole = _as_of_v1(config, config.model_dump(mode="json", exclude=_pydantic(exclude or {})))
+    # runs were hashed without spaces between the settings, sweeps with them
+    return known in (_digest(_compact(whole)), _digest(json.dumps(whole, sort_keys=True)))
+
+
+def _is_tag(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+
+
+def _plain(value: Any, exclude: Exclude) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value, exclude)
+    if isinstance(value, Mapping):
+        return {key: _plain(item, {}) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item, {}) for item in value]
+    return to_jsonable_python(value)
+
+
+def _as_of_v1(value: Any, dumped: Any) -> Any:
+    """The dump of a value without the settings that version 1 did not have."""
+    if isinstance(value, BaseModel):
+        old = FIELDS_V1.get(type(value).__name__, frozenset(dumped))
+        return {k: _as_of_v1(getattr(value, k), v) for k, v in dumped.items() if k in old}
+    if isinstance(value, Mapping):
+        return {key: _as_of_v1(value[key], item) for key, item in dumped.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_as_of_v1(one, item) for one, item in zip(value, dumped, strict=True)]
+    return dumped
+
+
+def _pydantic(exclude: Exclude) -> Any:
+    return {k: True if v is True else _pydantic(v) for k, v in exclude.items()}
+
+
+def _compact(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

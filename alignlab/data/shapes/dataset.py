@@ -1,0 +1,202 @@
+"""`shapes`: generated clips of two or three textured subjects that move as the caption says.
+
+Everything an objective or a metric could ask for is exact: which reference shows which subject,
+visible masks per frame, forward optical flow, entity phrases. A clip is a pure function of
+`(seed, split, index)`. Array letters: T frames, H height, W width, E entities.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alignlab.config.data import ShapesConfig
+from alignlab.data.sample import Reference, Sample
+from alignlab.data.shapes.world import (
+    ACCENTS,
+    BACKDROPS,
+    BACKGROUNDS,
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    TEXTURES,
+    Array,
+    Subject,
+    draw_background,
+    draw_subject,
+)
+
+REFERENCE_RADIUS = 0.40  # of the shorter image side
+SPLIT_STREAMS = {"train": 0, "val": 1}
+
+
+@dataclass(frozen=True)
+class Track:
+    """A subject's rigid motion: centre in pixels, rotation in radians, one value per frame."""
+
+    subject: Subject
+    motion: str
+    radius: float
+    x_T: Array
+    y_T: Array
+    angle_T: Array
+
+
+class ShapesDataset:
+    """Clips of the shapes world (see `alignlab.config.run.ShapesConfig` for the settings).
+
+    Args:
+        config: frames, size, reference counts and clip counts.
+        split: `train` and `val` draw from different random streams.
+    """
+
+    def __init__(self, config: ShapesConfig, split: Literal["train", "val"]) -> None:
+        self.config = config
+        self.split = split
+
+    def __len__(self) -> int:
+        return self.config.train_clips if self.split == "train" else self.config.val_clips
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"shapes has {len(self)} {self.split} clips, no clip {index}")
+        rng = np.random.default_rng([self.config.seed, SPLIT_STREAMS[self.split], index])
+        height, width = self.config.size
+        low, high = self.config.references
+        count = int(rng.integers(low, high + 1))
+        tracks = _draw_tracks(rng, max(count, 1), self.config.frames, height, width)
+        tone, backdrop = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(BACKDROPS))
+        background = draw_background(backdrop, tone, height, width, float(rng.uniform(0, 6.28)))
+        video, masks, flow = render(tracks, background)
+        spoken = ", ".join(f"{_with_article(t.subject.phrase)} moves {t.motion}" for t in tracks)
+        return Sample(
+            key=f"shapes-{self.config.seed}-{self.split}-{index:06d}",
+            video_THWC=torch.from_numpy(video),
+            caption=f"{spoken}, over a {backdrop} {tone} background",
+            references=tuple(draw_reference(t.subject, rng, height, width) for t in tracks[:count]),
+            entities=tuple(t.subject.phrase for t in tracks),
+            masks_ETHW=torch.from_numpy(masks),
+            flow_THWC=torch.from_numpy(flow),
+        )
+
+    def without_masks(self) -> None:
+        """Every clip has entity masks."""
+
+
+def draw_reference(
+    subject: Subject, rng: np.random.Generator, height: int, width: int
+) -> Reference:
+    """The subject alone on white, in a pose of its own (a cross pair: not cut from the clip)."""
+    radius = REFERENCE_RADIUS * min(height, width) * rng.uniform(0.85, 1.1)
+    x, y = _own_coordinates(
+        _one(width / 2 + rng.uniform(-0.05, 0.05) * width),
+        _one(height / 2 + rng.uniform(-0.05, 0.05) * height),
+        _one(rng.uniform(-math.pi, math.pi)),
+        radius,
+        height,
+        width,
+    )
+    rgb, coverage = draw_subject(subject, x[0], y[0], radius)
+    image = 255 + (rgb - 255) * coverage[..., None]
+    return Reference(
+        image_HWC=torch.from_numpy(_to_uint8(image)),
+        mask_HW=torch.from_numpy(coverage > 0.5),
+        name=subject.name,
+        phrase=subject.phrase,
+    )
+
+
+def render(
+    tracks: list[Track], background: Array
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], Array]:
+    """Draws the tracks back to front.
+
+    Returns:
+        uint8 video `(T, H, W, 3)`, bool visible masks `(E, T, H, W)`, and float32 forward flow
+        `(T-1, H, W, 2)` in pixels per frame (x then y), zero on the background.
+    """
+    height, width = background.shape[:2]
+    frames = len(tracks[0].x_T)
+    video = np.repeat(background[None], frames, axis=0)
+    owner = np.full((frames, height, width), -1)
+    for number, track in enumerate(tracks):
+        x, y = _own_coordinates(track.x_T, track.y_T, track.angle_T, track.radius, height, width)
+        rgb, coverage = draw_subject(track.subject, x, y, track.radius)
+        video += (rgb - video) * coverage[..., None]
+        owner[coverage > 0.5] = number
+    masks = np.stack([owner == number for number in range(len(tracks))])
+    return _to_uint8(video), masks, _flow(tracks, masks)
+
+
+def _with_article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _flow(tracks: list[Track], masks_ETHW: NDArray[np.bool_]) -> Array:
+    _, frames, height, width = masks_ETHW.shape
+    yy, xx = np.mgrid[0:height, 0:width].astype(np.float32)
+    flow = np.zeros((frames - 1, height, width, 2), np.float32)
+    for track, mask_THW in zip(tracks, masks_ETHW, strict=True):
+        for t in range(frames - 1):
+            turn = float(track.angle_T[t + 1] - track.angle_T[t])
+            dx, dy = xx - track.x_T[t], yy - track.y_T[t]
+            to_x = track.x_T[t + 1] + dx * math.cos(turn) - dy * math.sin(turn)
+            to_y = track.y_T[t + 1] + dx * math.sin(turn) + dy * math.cos(turn)
+            moved = np.stack([to_x - xx, to_y - yy], axis=-1)
+            flow[t][mask_THW[t]] = moved[mask_THW[t]]
+    return flow
+
+
+def _draw_tracks(
+    rng: np.random.Generator, count: int, frames: int, height: int, width: int
+) -> list[Track]:
+    side = min(height, width)
+    colors = rng.permutation(list(COLORS))[:count]  # distinct, so that phrases are distinct
+    quarters = rng.permutation(4)[:count]  # distinct, so that subjects rarely start overlapped
+    along = np.linspace(-0.5, 0.5, frames).astype(np.float32)
+    tracks = []
+    for color, quarter in zip(colors, quarters, strict=True):
+        subject = Subject(
+            str(rng.choice(SHAPES)),
+            str(color),
+            str(rng.choice(TEXTURES)),
+            str(rng.choice(list(ACCENTS))),
+        )
+        motion = str(rng.choice(list(MOTIONS)))
+        travel = rng.uniform(0.25, 0.4)  # of the side that it crosses, over the whole clip
+        direction = MOTIONS[motion]
+        cx = (0.3 + 0.4 * (quarter % 2) + rng.uniform(-0.05, 0.05)) * width
+        cy = (0.3 + 0.4 * (quarter // 2) + rng.uniform(-0.05, 0.05)) * height
+        turn = rng.uniform(-0.6, 0.6)
+        tracks.append(
+            Track(
+                subject,
+                motion,
+                radius=float(rng.uniform(0.2, 0.25)) * side,
+                x_T=(cx + direction[0] * travel * width * along).astype(np.float32),
+                y_T=(cy + direction[1] * travel * height * along).astype(np.float32),
+                angle_T=(rng.uniform(-math.pi, math.pi) + turn * along).astype(np.float32),
+            )
+        )
+    return tracks
+
+
+def _own_coordinates(
+    x_T: Array, y_T: Array, angle_T: Array, radius: float, height: int, width: int
+) -> tuple[Array, Array]:
+    """Pixel grid seen from the subject: `(T, H, W)` each, in radii."""
+    yy, xx = np.mgrid[0:height, 0:width].astype(np.float32)
+    dx, dy = xx - x_T[:, None, None], yy - y_T[:, None, None]
+    cos, sin = np.cos(angle_T)[:, None, None], np.sin(angle_T)[:, None, None]
+    return (dx * cos + dy * sin) / radius, (-dx * sin + dy * cos) / radius
+
+
+def _one(value: float) -> Array:
+    return np.asarray([value], np.float32)
+
+
+def _to_uint8(image: Array) -> NDArray[np.uint8]:
+    return np.asarray(np.clip(np.rint(image), 0, 255), np.uint8)

@@ -1,0 +1,135 @@
+"""What is measured of a trained model, on the val split and with noise that no seed changes.
+
+Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, N tokens, D width.
+"""
+
+import math
+
+import torch
+
+from alignlab.errors import UserError
+from alignlab.evaluation.generation import generate
+from alignlab.evaluation.token_metrics import ReferenceProbe, VideoProbe
+from alignlab.models.reference_branch import Output, ReferenceBranch
+from alignlab.progress import step_progress
+from alignlab.randomness import generator
+from alignlab.runs.run_folder import RunFolder
+from alignlab.teachers import Teacher, load_teacher
+from alignlab.training.batches import Batch, Encoded, collate
+from alignlab.training.flow_matching import flow_loss, interpolate
+from alignlab.training.optim import averaged_weights
+from alignlab.training.setup import Run
+
+FLOW_BINS = 10
+PROBE_SIGMAS = (0.25, 0.5, 0.75)
+EVAL_SEED = 0  # of validation noise: the same for every run, variant and seed
+
+
+@torch.no_grad()
+def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
+    """All metrics of a run; also writes `samples/`. Uses the moving average, if there is one.
+
+    Keys: `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle of ten noise
+    bins), for each block of `eval.blocks` what `ReferenceProbe` and `VideoProbe` measure against
+    the teacher `eval.teacher`, and of generated clips what `generate` measures.
+    """
+    chosen = run.config.eval
+    clips = [run.val_clips[i] for i in range(min(chosen.clips, len(run.val_clips)))]
+    blocks = run.alignment.blocks if chosen.blocks is None else chosen.blocks
+    alias = run.config.measured_against
+    teacher = teacher_of(run, alias) if alias else None
+    run.wan.transformer.eval()
+    branch = ReferenceBranch(
+        run.wan.transformer,
+        text_to_references=run.config.model.text_to_references,
+        blocks=blocks if teacher else (),
+    )
+    with averaged_weights(run.state), branch:
+        metrics = validation_flow(run, branch, clips)
+        if not math.isfinite(metrics["val/flow"]):
+            raise UserError(
+                f"val/flow is not finite after step {run.state.step}: lower optim.lr, "
+                f"and remove {folder.path} or choose another name"
+            )
+        if teacher is not None and blocks:
+            metrics |= probe(run, branch, clips, teacher)
+        metrics |= generate(run, branch, folder, teacher)
+    run.wan.transformer.train()
+    return metrics
+
+
+def validation_flow(run: Run, branch: ReferenceBranch, clips: list[Encoded]) -> dict[str, float]:
+    """Flow loss at fixed noise, per noise bin and on average (unweighted)."""
+    jobs = [(i, b) for b in range(FLOW_BINS) for i in range(len(clips))]
+    losses: dict[int, list[float]] = {b: [] for b in range(FLOW_BINS)}
+    size = run.config.eval.batch_size
+    with step_progress("val flow", total=len(jobs)) as advance:
+        for start in range(0, len(jobs), size):
+            part = jobs[start : start + size]
+            batch = eval_batch(
+                run, clips, [i for i, _ in part], [(b + 0.5) / FLOW_BINS for _, b in part]
+            )
+            velocity = denoise(run, branch, batch, capture=False).velocity_BCTHW
+            values = flow_loss(velocity, batch.latents_BCTHW, batch.noise_BCTHW).tolist()
+            for (_, b), value in zip(part, values, strict=True):
+                losses[b].append(value)
+            advance(start + len(part), "")
+    bins = {f"val/flow/t{b}": sum(v) / len(v) for b, v in losses.items()}
+    return {"val/flow": sum(bins.values()) / FLOW_BINS, **bins}
+
+
+def probe(
+    run: Run, branch: ReferenceBranch, clips: list[Encoded], teacher: Teacher
+) -> dict[str, float]:
+    """Reference and video tokens of the tapped blocks against a teacher, at three noise levels."""
+    references, videos = ReferenceProbe(), VideoProbe(len(clips))
+    size = run.config.eval.batch_size
+    jobs = [(i, sigma) for sigma in PROBE_SIGMAS for i in range(len(clips))]
+    with step_progress("probe", total=len(jobs)) as advance:
+        for start in range(0, len(jobs), size):
+            part = jobs[start : start + size]
+            batch = eval_batch(run, clips, [i for i, _ in part], [sigma for _, sigma in part])
+            taps = denoise(run, branch, batch, capture=True).taps
+            used = [clips[i] for i, _ in part]
+            references.add(taps, batch, used, [i for i, _ in part], teacher)
+            videos.add(taps, batch, teacher)
+            advance(start + len(part), "")
+    return references.metrics() | videos.metrics()
+
+
+def eval_batch(run: Run, clips: list[Encoded], rows: list[int], sigma: list[float]) -> Batch:
+    """Clips with all their conditions, and noise that depends on clip and noise level alone."""
+    chosen = [clips[i] for i in rows]
+    noise = [
+        torch.randn(
+            clip.latents_CTHW.shape,
+            generator=generator(EVAL_SEED, "val-noise", i, round(level * 1000)),
+        )
+        for clip, i, level in zip(chosen, rows, sigma, strict=True)
+    ]
+    keep = [(True, True)] * len(rows)
+    empty = run.val_clips.empty_text_LD
+    return collate(chosen, noise, sigma, keep, empty, run.accelerator.device)
+
+
+def denoise(run: Run, branch: ReferenceBranch, batch: Batch, *, capture: bool) -> Output:
+    """One forward pass on the batch's noisy clips."""
+    noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
+    with run.accelerator.autocast():
+        return branch(
+            noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references, capture=capture
+        )
+
+
+def teacher_of(run: Run, alias: str) -> Teacher:
+    """A teacher of the recipe: the one that the run aligns with, or else loaded now."""
+    if alias in run.alignment.teachers:
+        return run.alignment.teachers[alias]
+    row = run.config.teachers[alias]
+    return load_teacher(
+        row.family,
+        path=row.path,
+        feature=row.feature,
+        grid=row.grid,
+        device=run.accelerator.device,
+    )

@@ -1,0 +1,139 @@
+"""Clips that a trained model generates for the val split's conditions: written and judged.
+
+Shape letters: T frames, H height, W width, C channels (RGB) or of latents.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignlab.config.data import ShapesConfig
+from alignlab.data.video import write_mp4
+from alignlab.evaluation.generation_metrics import GenerationJudge
+from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.progress import Advance, step_progress
+from alignlab.randomness import generator
+from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.sampling import guidance_of, latent_shape, sample_latents
+from alignlab.teachers import Teacher
+from alignlab.training.batches import Encoded, reference_images
+from alignlab.training.setup import Run
+
+NOISE_SEED = 0  # of the starting noise: the same for every run, variant and seed
+
+
+@torch.no_grad()
+def generate(
+    run: Run, branch: ReferenceBranch, folder: RunFolder, teacher: Teacher | None
+) -> dict[str, float]:
+    """Generates val clips with noise that no seed changes, writes some and judges some.
+
+    The first `eval.sample_clips` go to `samples/`, clip i as `i.mp4` beside `i-real.mp4` and
+    `i-reference-k.png`; `samples.json` lists them with key and caption. The first
+    `eval.generated_clips` are judged (`GenerationJudge`).
+
+    Returns:
+        `gen/<name>`, and as a measure of what is within reach `gen_real/<name>` (`judge_real`).
+        Empty when no clip is judged.
+    """
+    chosen = run.config.eval
+    num_written = min(chosen.sample_clips, len(run.val_clips))
+    num_judged = judged_clips(run)
+    count = max(num_written, num_judged)
+    if not count:
+        return {}
+    rows = []
+    judge = _judge(run, teacher)
+    steps = chosen.sample_steps
+    with step_progress("samples", total=count * steps) as advance:
+        for i in range(count):
+            clip = run.val_clips[i]
+            told = partial(_advance_from, advance, i * steps)
+            video_THWC = generated_clip(run, branch, i, advance=told)
+            if i < num_written:
+                rows.append(_write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps))
+            if i < num_judged:
+                judge.add(video_THWC, clip.sample)
+    if rows:
+        write_text(folder.samples / "samples.json", json.dumps(rows, indent=1))
+    real = judge_real(run, teacher, num_judged)
+    generated = {f"gen/{name}": value for name, value in judge.metrics().items()}
+    return generated | {f"gen_real/{name}": value for name, value in real.items()}
+
+
+def judged_clips(run: Run) -> int:
+    """How many generated clips are judged."""
+    chosen = run.config.eval
+    asked = chosen.sample_clips if chosen.generated_clips is None else chosen.generated_clips
+    return min(asked, len(run.val_clips))
+
+
+def judge_real(run: Run, teacher: Teacher | None, count: int) -> dict[str, float]:
+    """Metrics of the first `count` real clips after the autoencoder.
+
+    No trained weight moves them: they are computed once for all runs that share their caches.
+    """
+    alias = None if teacher is None else run.config.measured_against
+    key = (run.config.teachers[alias].model_dump_json() if alias else None, count)
+    if key not in run.caches.judged:
+        judge = _judge(run, teacher)
+        for i in range(count):
+            clip = run.val_clips[i]
+            judge.add(run.wan.decode(clip.latents_CTHW).cpu(), clip.sample)
+        run.caches.judged[key] = judge.metrics()
+    return run.caches.judged[key]
+
+
+def generated_clip(
+    run: Run, branch: ReferenceBranch, index: int, *, advance: Advance | None = None
+) -> Tensor:
+    """One clip, uint8 `(T, H, W, C)` on the CPU, for caption and references of a val clip.
+
+    Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
+    """
+    clip, device = run.val_clips[index], run.accelerator.device
+    noise = torch.randn(
+        latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
+    )
+    latents = sample_latents(
+        branch,
+        noise.to(device),
+        clip.text_LD.to(device),
+        run.val_clips.empty_text_LD.to(device),
+        clip.references_KCHW.to(device),
+        guidance_of(run.config),
+        advance=advance,
+    )
+    return run.wan.decode(latents).cpu()
+
+
+def _judge(run: Run, teacher: Teacher | None) -> GenerationJudge:
+    data = run.config.data
+    grid = run.wan.latent_grid(data.frames, *data.size)
+    return GenerationJudge(teacher, grid[1:], is_shapes=isinstance(data, ShapesConfig))
+
+
+def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:
+    advance(start + done, note)
+
+
+def _write_sample(
+    folder: Path, i: int, video_THWC: Tensor, clip: Encoded, fps: int
+) -> dict[str, object]:
+    folder.mkdir(exist_ok=True)
+    write_mp4(folder / f"{i}.mp4", video_THWC, fps)
+    write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
+    references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]
+    for name, image_HWC in zip(references, reference_images(clip.sample), strict=True):
+        Image.fromarray(image_HWC.numpy()).save(folder / name)
+    return {
+        "key": clip.sample.key,
+        "caption": clip.sample.caption,
+        "video": f"{i}.mp4",
+        "real": f"{i}-real.mp4",
+        "references": references,
+    }

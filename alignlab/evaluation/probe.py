@@ -1,0 +1,226 @@
+"""A finished run looked into: which blocks see what the teacher sees, at which noise level.
+
+Shape letters: B batch, N tokens, D student width, E teacher width, T, H, W, C frames.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alignlab.config.data import unknown_name
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.evaluation.evaluate import denoise, eval_batch, teacher_of
+from alignlab.evaluation.feature_maps import FeatureClip, feature_clip
+from alignlab.evaluation.token_metrics import CKNNA_K, ReferenceProbe, ReferenceTokens, VideoProbe
+from alignlab.metrics import cka, cknna
+from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.progress import step_progress
+from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.run_folder import RunFolder
+from alignlab.teachers import Teacher
+from alignlab.training import checkpoint
+from alignlab.training.batches import Encoded
+from alignlab.training.setup import Run, build_run
+
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+TOKEN_SIGMA = 0.5  # of the reference tokens that are shown one by one
+MODELS = ("before", "after")  # the model that the run started from, and what it trained
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the map.
+
+    Args:
+        measure: `cknna`, `cka`, `teacher_retrieval`, `silhouette` or `cross_cos`.
+        model: of `MODELS`.
+        block: 0-based; its output is measured.
+        sigma: noise level, 1 is pure noise.
+        value: see `probe_run`.
+    """
+
+    measure: str
+    model: str
+    block: int
+    sigma: float
+    value: float
+
+
+@dataclass(frozen=True)
+class RunProbe:
+    """What `probe_run` found.
+
+    Args:
+        config: the run's recipe.
+        step: of the checkpoint that was probed.
+        teacher: alias of the teacher that tokens are compared with.
+        num_blocks: of the transformer.
+        aligned: blocks that the run's objectives align.
+        clips: how many val clips were measured.
+        cells: the map.
+        chance: what `teacher_retrieval` gives by guessing; None where it was not measured.
+        block: the block of `tokens` and `features`.
+        tokens: foreground reference tokens at noise level 0.5, by model; empty without references.
+        features: the block's video tokens and the teacher's as colours.
+        sample: the clip that the run generated for the same prompt, an mp4; None if there is none.
+    """
+
+    config: RunConfig
+    step: int
+    teacher: str
+    num_blocks: int
+    aligned: tuple[int, ...]
+    clips: int
+    cells: tuple[Cell, ...]
+    chance: float | None
+    block: int
+    tokens: dict[str, ReferenceTokens]
+    features: FeatureClip
+    sample: Path | None
+
+
+@quiet_libraries()
+@torch.no_grad()
+def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = None) -> RunProbe:
+    """Measures every block of a run's model at five noise levels, before and after training.
+
+    On the first `eval.clips` val clips, with the noise of the evaluation: `cknna` (k = 10) and
+    `cka` (unbiased) of video tokens against the teacher's tokens of the same places, about 2,048
+    rows as in `VideoProbe`; `teacher_retrieval`, `silhouette` and `cross_cos` of foreground
+    reference tokens as in `ReferenceProbe`, but with one noise level at a time, so that the linear
+    map of `teacher_retrieval` is fitted on a third of the evaluation's rows. Tokens of all blocks
+    are held at once, of `eval.batch_size` clips.
+
+    Args:
+        run_dir: a run folder with a checkpoint; the newest is taken, and its moving average if
+            the recipe keeps one.
+        teacher: alias of the recipe; None takes `eval.teacher`, or else the first.
+        block: whose tokens are shown one by one; None takes the last aligned block, or else the
+            middle one.
+
+    Raises:
+        UserError: no such run, checkpoint, teacher or block.
+    """
+    folder = RunFolder.open(run_dir)
+    config = folder.config()
+    newest = checkpoint.latest(folder.checkpoints)
+    if newest is None:
+        raise UserError(f"{run_dir}: the run has no checkpoint yet")
+    alias = _chosen_teacher(config, teacher)
+    run = build_run(config)
+    shown = _chosen_block(run, block)
+    eyes = teacher_of(run, alias)
+    clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
+    batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
+    found, taps = {}, {}
+    for model in MODELS:
+        if model == "after":
+            ema = config.optim.ema is not None
+            checkpoint.load_transformer(run.wan.transformer, newest, ema=ema)
+        run.wan.transformer.eval()
+        with _all_blocks(run) as branch:
+            found[model] = _measure(run, branch, clips, eyes, shown, model)
+            taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
+    return RunProbe(
+        config,
+        int(newest.name.removeprefix("step-")),
+        alias,
+        run.wan.num_blocks,
+        run.alignment.blocks,
+        len(clips),
+        tuple(cell for measured in found.values() for cell in measured.cells),
+        found["after"].chance,
+        shown,
+        {model: one.tokens for model, one in found.items() if one.tokens is not None},
+        feature_clip(taps, eyes, batch, clips[0]),
+        _sample_of(folder, clips[0].sample.key),
+    )
+
+
+@dataclass(frozen=True)
+class _Map:
+    cells: list[Cell]
+    chance: float | None
+    tokens: ReferenceTokens | None
+
+
+def _measure(
+    run: Run,
+    branch: ReferenceBranch,
+    clips: list[Encoded],
+    teacher: Teacher,
+    shown: int,
+    model: str,
+) -> _Map:
+    cells: list[Cell] = []
+    chance, tokens = None, None
+    size = run.config.eval.batch_size
+    with step_progress(f"probe {model}", total=len(SIGMAS) * len(clips)) as advance:
+        for place, sigma in enumerate(SIGMAS):
+            references, videos = ReferenceProbe(), VideoProbe(len(clips))
+            for start in range(0, len(clips), size):
+                rows = list(range(start, min(start + size, len(clips))))
+                batch = eval_batch(run, clips, rows, [sigma] * len(rows))
+                taps = denoise(run, branch, batch, capture=True).taps
+                references.add(taps, batch, [clips[i] for i in rows], rows, teacher)
+                videos.add(taps, batch, teacher)
+                advance(place * len(clips) + rows[-1] + 1, "")
+            found = references.metrics()
+            chance = found.get("teacher_retrieval_chance")
+            cells += _cells(found, model, sigma) + _video_cells(videos, model, sigma)
+            if sigma == TOKEN_SIGMA:
+                tokens = references.tokens(shown)
+    return _Map(cells, chance, tokens)
+
+
+def _cells(found: dict[str, float], model: str, sigma: float) -> list[Cell]:
+    """Cells of the metrics that are known by block."""
+    named = [(key.split("/block"), value) for key, value in found.items() if "/block" in key]
+    return [Cell(measure, model, int(b), sigma, value) for (measure, b), value in named]
+
+
+def _video_cells(videos: VideoProbe, model: str, sigma: float) -> list[Cell]:
+    cells = []
+    for block, _, student_ND, teacher_NE in videos.rows():
+        near = cknna(student_ND, teacher_NE, k=CKNNA_K)
+        cells.append(Cell("cknna", model, block, sigma, near))
+        whole = cka(student_ND, teacher_NE, unbiased=True)
+        cells.append(Cell("cka", model, block, sigma, whole))
+    return cells
+
+
+def _all_blocks(run: Run) -> ReferenceBranch:
+    return ReferenceBranch(
+        run.wan.transformer,
+        text_to_references=run.config.model.text_to_references,
+        blocks=range(run.wan.num_blocks),
+    )
+
+
+def _chosen_teacher(config: RunConfig, alias: str | None) -> str:
+    chosen = alias or config.measured_against
+    if chosen is None:
+        raise UserError("teachers: the run's recipe has none to compare the tokens with")
+    if chosen not in config.teachers:
+        raise UserError(f"--teacher: {unknown_name('teacher', chosen, config.teachers)}")
+    return chosen
+
+
+def _chosen_block(run: Run, block: int | None) -> int:
+    count = run.wan.num_blocks
+    if block is None:
+        return max(run.alignment.blocks, default=count // 2)
+    if not 0 <= block < count:
+        raise UserError(f"--block: no block {block}; the transformer has 0 to {count - 1}")
+    return block
+
+
+def _sample_of(folder: RunFolder, key: str) -> Path | None:
+    listing = folder.samples / "samples.json"
+    rows: Sequence[dict[str, str]] = json.loads(listing.read_text()) if listing.exists() else []
+    videos = [folder.samples / row["video"] for row in rows if row["key"] == key]
+    return videos[0] if videos and videos[0].is_file() else None

@@ -1,0 +1,141 @@
+"""How teachers see a data set, before anything is trained: which encoder is worth aligning to?
+
+Shape letters: T frames, P patches of a frame, D width, F frames of all clips, H, W, C pixels.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignlab.config.parts import TeacherConfig
+from alignlab.config.run import RunConfig
+from alignlab.data.registry import build_dataset
+from alignlab.data.sample import Sample
+from alignlab.errors import UserError
+from alignlab.losses.grids import pool_masks
+from alignlab.losses.objective import Features, Grid
+from alignlab.metrics import iicr
+from alignlab.metrics.spatial import spatial_structure
+from alignlab.progress import step_progress
+from alignlab.runs.log_filters import quiet_libraries
+from alignlab.teachers import load_teacher
+
+NEIGHBOURS = (8, 10, 12, 15)  # of Align4Gen's published curve
+
+
+@dataclass(frozen=True)
+class TeacherScore:
+    """What one teacher sees.
+
+    Args:
+        alias: in the recipe.
+        config: its row.
+        grid: (T, H, W) of its tokens for one clip.
+        iicr: IICR-like score by number of neighbours, see `alignlab.metrics.iicr`; without those
+            that the clips have too few frames for.
+        chance: what guessing gives for any of them.
+        spatial: means over frames and clips of `lds`, `cds`, `srss` and `rmsc`
+            (`alignlab.metrics.spatial`); a frame without such pairs of tokens counts in none, and
+            a measure that no frame has is left out: a small grid has no distant tokens, and `srss`
+            needs entity masks.
+    """
+
+    alias: str
+    config: TeacherConfig
+    grid: Grid
+    iicr: dict[int, float]
+    chance: float
+    spatial: dict[str, float]
+
+
+@quiet_libraries()
+def score_teachers(
+    config: RunConfig, *, clips: int | None = None, size: tuple[int, int] | None = None
+) -> list[TeacherScore]:
+    """Scores every teacher of a recipe on its first val clips.
+
+    Args:
+        config: `teachers` and `data` are read.
+        clips: how many; None takes `eval.clips`.
+        size: patches (H, W) of every teacher, by resizing the frames; None takes the teacher's own
+            `grid`, or else one patch per patch size of the frames as they are. Distances are
+            counted in patches, so teachers with other grids are compared at other scales.
+
+    Raises:
+        UserError: the recipe has no teachers or one that cannot be used, or there are fewer than
+            two clips.
+    """
+    if not config.teachers:
+        raise UserError("teachers: the recipe has none to score")
+    dataset = build_dataset(config.data, "val")
+    samples = [dataset[i] for i in range(min(clips or config.eval.clips, len(dataset)))]
+    if len(samples) < 2:
+        raise UserError("teachers are scored on two clips or more, and there is one")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found: list[TeacherScore] = []
+    total = len(config.teachers) * len(samples)
+    with step_progress("score", total=total) as advance:
+        for alias, row in config.teachers.items():
+            teacher = load_teacher(
+                row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
+            )
+            height, width = (side // teacher.patch_size for side in config.data.size)
+            asked = size or teacher.grid or (height, width)
+            features = []
+            for sample in samples:
+                features.append(_on_cpu(teacher.encode(sample.video_THWC[None], asked)))
+                advance(len(found) * len(samples) + len(features), alias)
+            found.append(_score(alias, row, features, samples))
+    return found
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(H, W) of a text such as `14x14`.
+
+    Raises:
+        UserError: another form, or a zero.
+    """
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--grid: {text!r} is no height x width in patches, such as 14x14")
+    return int(match[1]), int(match[2])
+
+
+def _on_cpu(features: Features) -> Features:
+    return Features(features.tokens_BTPD.cpu(), features.grid)
+
+
+def _score(
+    alias: str, config: TeacherConfig, features: list[Features], samples: list[Sample]
+) -> TeacherScore:
+    grid = features[0].grid
+    pooled_FD = torch.cat([f.tokens_BTPD[0].mean(1) for f in features])
+    videos_F = torch.arange(len(features)).repeat_interleave(grid[0])
+    return TeacherScore(
+        alias,
+        config,
+        grid,
+        {k: iicr(pooled_FD, videos_F, k) for k in NEIGHBOURS if k < len(pooled_FD)},
+        (grid[0] - 1) / (len(pooled_FD) - 1),
+        _spatial(features, samples),
+    )
+
+
+def _spatial(features: list[Features], samples: list[Sample]) -> dict[str, float]:
+    values: dict[str, list[float]] = {"lds": [], "cds": [], "srss": [], "rmsc": []}
+    for found, sample in zip(features, samples, strict=True):
+        inside_TP = _foreground(sample, found.grid)
+        for frame, tokens_PD in enumerate(found.tokens_BTPD[0]):
+            inside_P = None if inside_TP is None else inside_TP[frame]
+            for name, value in spatial_structure(tokens_PD, found.grid[1:], inside_P).items():
+                values[name].append(value)
+    return {name: sum(v) / len(v) for name, v in values.items() if v}
+
+
+def _foreground(sample: Sample, grid: Grid) -> Tensor | None:
+    """Which tokens lie mostly on an entity, bool (T, P); None where the masks are unknown."""
+    if sample.masks_ETHW is None:
+        return None
+    return pool_masks(sample.masks_ETHW.any(0)[None], grid)[0] > 0.5

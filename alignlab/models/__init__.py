@@ -1,0 +1,1 @@
+"""The Wan transformer: loading, LoRA, attention backends, reference branch, taps."""

@@ -1,0 +1,217 @@
+"""Reference images beside the video, through the unmodified diffusers Wan transformer.
+
+References are extra latent frames after the video's (RefAlign's layout): the RoPE time index goes
+on, spatial indices stay, the timestep modulation is the video's, self-attention is joint.
+Shape letters: B batch, C channels, T latent frames, H height, W width, K references, L text
+tokens, D width, N tokens.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from alignlab.errors import UserError
+from alignlab.losses.objective import Grid
+from alignlab.models.taps import BlockTokens, Taps, block_tokens
+from alignlab.models.wan import unwrap
+
+COMMUNICATING = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass gives.
+
+    Args:
+        velocity_BCTHW: fp32 prediction for the video's latent frames; the references' is dropped.
+        taps: tapped tokens by block index, carrying the gradient.
+    """
+
+    velocity_BCTHW: Tensor
+    taps: dict[int, BlockTokens]
+
+
+class VideoTextAttention(WanAttnProcessor):
+    """Text cross-attention of the first `num_video_tokens` tokens; zero for the others.
+
+    The reference tokens' part is not computed, as in RefAlign's code.
+    """
+
+    num_video_tokens = 0
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        video_BND = hidden_states[:, : self.num_video_tokens]
+        out_BND = super().__call__(
+            attn, video_BND, encoder_hidden_states, attention_mask, rotary_emb
+        )
+        return F.pad(out_BND, (0, 0, 0, hidden_states.shape[1] - self.num_video_tokens))
+
+
+class ReferenceBranch:
+    """Runs the transformer on videos with references, and taps its blocks.
+
+    A context manager: attention processors and hooks are in place between enter and exit, and the
+    transformer is then as it was. Samples with equally many references run together, so there is
+    no mask, every attention backend works, and no sample sees its neighbours.
+
+    With gradient checkpointing, run the backward pass before a forward pass with another video
+    size: torch.utils.checkpoint otherwise raises, because blocks run again with the newer size.
+
+    Args:
+        transformer: a WanTransformer3DModel, with or without LoRA, DDP, FSDP2 or torch.compile.
+        text_to_references: let reference tokens attend to the text. RefAlign's code does not.
+        blocks: 0-based indices of the blocks to tap.
+
+    Raises:
+        UserError: a block index is out of range, or the patches span several latent frames.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        text_to_references: bool = False,
+        blocks: Sequence[int] = (),
+    ) -> None:
+        self._transformer = transformer
+        self._model = unwrap(transformer)
+        self._text_to_references = text_to_references
+        self._processor = VideoTextAttention()
+        self._attentions: list[Any] = [block.attn2 for block in self._model.blocks]
+        self._originals: list[Any] = []
+        self._taps = Taps(self._model, blocks)
+        self._entered = False
+        patch = tuple(self._model.config["patch_size"])
+        if patch[0] != 1:
+            raise UserError(f"model.path: the transformer's patches {patch} span several frames")
+
+    def __enter__(self) -> Self:
+        self._taps.__enter__()
+        if not self._text_to_references:
+            self._originals = [attention.processor for attention in self._attentions]
+            self._processor._attention_backend = self._originals[0]._attention_backend
+            self._processor._parallel_config = self._originals[0]._parallel_config
+            for attention in self._attentions:
+                attention.set_processor(self._processor)
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._text_to_references:
+            for attention, original in zip(self._attentions, self._originals, strict=True):
+                attention.set_processor(original)
+        self._originals = []
+        self._taps.__exit__(exc_type, exc, traceback)
+        self._entered = False
+
+    def __call__(
+        self,
+        latents_BCTHW: Tensor,
+        timesteps_B: Tensor,
+        text_BLD: Tensor,
+        references: Sequence[Tensor],
+        *,
+        capture: bool = True,
+    ) -> Output:
+        """Predicts the velocity of every video.
+
+        Args:
+            latents_BCTHW: noisy video latents.
+            timesteps_B: 0..1000, one per sample.
+            text_BLD: prompt embeddings.
+            references: per sample (K, C, H, W) clean latents, K >= 0, of the video's size.
+            capture: whether to return the tapped tokens.
+
+        Raises:
+            ValueError: shapes do not fit each other, the patches or the position table.
+        """
+        if not self._entered:
+            raise RuntimeError("call ReferenceBranch inside its with-block")
+        grid = self._token_grid(latents_BCTHW, references)
+        if not len(timesteps_B) == len(text_BLD) == len(references) == len(latents_BCTHW):
+            raise ValueError("latents, timesteps, text and references differ in batch size")
+        self._processor.num_video_tokens = grid[0] * grid[1] * grid[2]
+        dtype = self._model.patch_embedding.weight.dtype
+        velocity: dict[int, Tensor] = {}
+        tapped: dict[int, dict[int, Tensor]] = {}
+        for group in _groups([len(r) for r in references], alone=_communicates(self._transformer)):
+            sequences = [
+                torch.cat([latents_BCTHW[i], references[i].transpose(0, 1)], dim=1) for i in group
+            ]
+            recording: AbstractContextManager[dict[int, Tensor]] = (
+                self._taps.recording() if capture else nullcontext({})
+            )
+            with recording as outputs:
+                out = self._transformer(
+                    hidden_states=torch.stack(sequences).to(dtype),
+                    timestep=torch.stack([timesteps_B[i] for i in group]),
+                    encoder_hidden_states=torch.stack([text_BLD[i] for i in group]).to(dtype),
+                    return_dict=False,
+                )[0]
+            velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
+            for block, tokens in outputs.items():
+                tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
+        order = range(len(references))
+        return Output(
+            torch.stack([velocity[i] for i in order]),
+            {b: block_tokens([rows[i] for i in order], grid) for b, rows in tapped.items()},
+        )
+
+    def _token_grid(self, latents_BCTHW: Tensor, references: Sequence[Tensor]) -> Grid:
+        _, channels, frames, height, width = latents_BCTHW.shape
+        _, patch_h, patch_w = self._model.config["patch_size"]
+        if height % patch_h or width % patch_w:
+            raise ValueError(f"latents {height}x{width} do not divide into {patch_h}x{patch_w}")
+        for reference in references:
+            if reference.ndim != 4 or reference.shape[1:] != (channels, height, width):
+                raise ValueError(
+                    f"reference latents {tuple(reference.shape)} do not match "
+                    f"(K, {channels}, {height}, {width})"
+                )
+        grid = (frames, height // patch_h, width // patch_w)
+        longest = max(frames + max(len(r) for r in references), grid[1], grid[2])
+        if longest > self._model.rope.max_seq_len:
+            raise ValueError(
+                f"{longest} positions exceed the transformer's {self._model.rope.max_seq_len}"
+            )
+        return grid
+
+
+def _communicates(transformer: nn.Module) -> bool:
+    """Whether a forward call waits for other processes."""
+    return any(isinstance(module, COMMUNICATING) for module in transformer.modules())
+
+
+def _groups(num_references: Sequence[int], *, alone: bool) -> list[list[int]]:
+    """Sample indices that run together: those with equally many references.
+
+    Under DDP and FSDP2, every sample runs `alone`. They communicate in each forward call, so all
+    processes must make equally many, whatever references they happened to draw.
+    """
+    if alone:
+        return [[i] for i in range(len(num_references))]
+    return [
+        [i for i, k in enumerate(num_references) if k == count]
+        for count in sorted(set(num_references))
+    ]

@@ -1,0 +1,293 @@
+"""A Wan text-to-video model, loaded from a diffusers pipeline folder.
+
+Shape letters: B batch, C channels, T frames, H height, W width, L text tokens, D width.
+`T`, `H`, `W` count pixels for uint8 tensors and latent cells for latents.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from alignlab.config.parts import LoraConfig
+from alignlab.errors import UserError
+from alignlab.losses.objective import Grid
+from alignlab.models.attention_backends import check_backend
+from alignlab.models.lora import add_lora
+from alignlab.models.model_files import local_folder
+from alignlab.models.text_encoder import TextEncoder
+
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+@dataclass(frozen=True)
+class Wan:
+    """The parts of a Wan pipeline; everything but the transformer is frozen.
+
+    Args:
+        transformer: what is trained; fp32 weights, or a frozen base with a fp32 LoRA.
+        vae: fp32, because Wan's autoencoder loses detail in bf16 (diffusers' own advice).
+        text_encoder: in the recipe's precision.
+        tokenizer: of the text encoder.
+        scheduler: the sampler that the pipeline folder names.
+        folder: where the parts came from; an export copies the frozen ones from here.
+    """
+
+    transformer: WanTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: UMT5EncoderModel
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: Any
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.vae.device)
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.transformer.config["num_layers"])
+
+    @property
+    def student_dim(self) -> int:
+        """Width of the tokens that a tap captures."""
+        config = self.transformer.config
+        return int(config["num_attention_heads"] * config["attention_head_dim"])
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Length that prompts are padded to."""
+        return self._text.max_tokens
+
+    def latent_grid(self, frames: int, height: int, width: int) -> Grid:
+        """The video token grid (T, H, W) of a clip of so many frames and pixels.
+
+        Raises:
+            UserError: the clip does not fit the strides of the autoencoder and the patches.
+        """
+        patch_t, patch_h, patch_w = self.transformer.config["patch_size"]
+        stride_t = self.vae.config["scale_factor_temporal"]
+        stride = self.vae.config["scale_factor_spatial"]
+        if (frames - 1) % stride_t:
+            raise UserError(f"data.frames: {frames} is not a multiple of {stride_t} plus 1")
+        if height % (stride * patch_h) or width % (stride * patch_w):
+            raise UserError(
+                f"data.size: {height}x{width} is not a multiple of "
+                f"{stride * patch_h}x{stride * patch_w} (autoencoder stride times patch)"
+            )
+        latent_frames = 1 + (frames - 1) // stride_t
+        return (
+            latent_frames // patch_t,
+            height // (stride * patch_h),
+            width // (stride * patch_w),
+        )
+
+    @torch.no_grad()
+    def encode_video(self, video_THWC: Tensor) -> Tensor:
+        """uint8 frames to normalised fp32 latents (C, T, H, W).
+
+        Takes the mode of the posterior, so that the same clip always has the same latents, and
+        normalises with the autoencoder's `latents_mean` and `latents_std` as WanPipeline does.
+        """
+        pixels = video_THWC.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        with torch.autocast(self.device.type, enabled=False):
+            latents_BCTHW: Tensor = self.vae.encode(pixels).latent_dist.mode()
+        mean, std = self._latent_statistics
+        return ((latents_BCTHW - mean) / std)[0]
+
+    def encode_image(self, image_HWC: Tensor) -> Tensor:
+        """One uint8 reference image to normalised fp32 latents (C, H, W).
+
+        References are encoded one at a time, each as a clip of one frame (RefAlign's code).
+        """
+        return self.encode_video(image_HWC[None])[:, 0]
+
+    @torch.no_grad()
+    def decode(self, latents_CTHW: Tensor) -> Tensor:
+        """Normalised latents to uint8 frames (T, H, W, C)."""
+        mean, std = self._latent_statistics
+        with torch.autocast(self.device.type, enabled=False):
+            latents_BCTHW = latents_CTHW.to(self.device).float()[None] * std + mean
+            pixels: Tensor = self.vae.decode(latents_BCTHW, return_dict=False)[0][0]
+        frames = ((pixels + 1.0) * 127.5).round().clamp(0, 255)
+        return frames.to(torch.uint8).permute(1, 2, 3, 0)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""
+        return self._text.encode(prompts)
+
+    @cached_property
+    def _text(self) -> TextEncoder:
+        return TextEncoder(self.text_encoder, self.tokenizer)
+
+    @cached_property
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        config, shape = self.vae.config, (1, -1, 1, 1, 1)
+        mean = torch.tensor(config["latents_mean"], device=self.device).view(shape)
+        return mean, torch.tensor(config["latents_std"], device=self.device).view(shape)
+
+
+def load_wan(
+    path: str,
+    *,
+    train: Literal["full", "lora"] = "full",
+    lora: LoraConfig | None = None,
+    attention: str = "native",
+    gradient_checkpointing: bool = False,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Wan:
+    """Loads a diffusers Wan pipeline for training.
+
+    Args:
+        path: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id.
+        train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
+            for bf16); `lora` freezes it and trains an adapter.
+        lora: the adapter; needed by `lora`, refused by `full`.
+        attention: any diffusers attention backend that runs on `device`.
+        gradient_checkpointing: recompute each block in the backward pass.
+        precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
+        device: where everything goes.
+        seed: of the adapter's initial weights.
+
+    Raises:
+        UserError: the folder, the hub id, a LoRA target or the backend cannot be used.
+    """
+    if (lora is None) != (train == "full"):
+        raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
+    patterns = ["model_index.json", "tokenizer/*"]
+    patterns += [pattern for part in COMPONENTS for pattern in _weights(part)]
+    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    scheduler_class = _check_pipeline(folder)
+    frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    transformer = _load_part(
+        WanTransformer3DModel,
+        folder,
+        "transformer",
+        torch_dtype=frozen_dtype if train == "lora" else torch.float32,
+    )
+    vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
+    text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen_dtype)
+    _check_text_to_video(transformer, vae, path)
+    if lora is not None:
+        add_lora(transformer, lora, seed=seed)
+    if gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    check_backend(attention, device, dtype=frozen_dtype)
+    transformer.set_attention_backend(attention)
+    return Wan(
+        transformer=transformer.to(device).train(),
+        vae=vae.to(device).requires_grad_(False).eval(),
+        text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        scheduler=scheduler_class.from_pretrained(folder, subfolder="scheduler"),
+        folder=folder,
+    )
+
+
+def load_text_encoder(
+    path: str,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    device: torch.device | str = "cpu",
+) -> TextEncoder:
+    """Loads the text encoder of a diffusers Wan pipeline and nothing else of it.
+
+    Args:
+        path: pipeline folder, shipped asset or hub id.
+        precision: of its weights.
+        device: where it goes.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    patterns = ["model_index.json", "tokenizer/*", *_weights("text_encoder")]
+    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise UserError(f"model.path: {folder} has no {part}/ folder")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
+    return TextEncoder(
+        model.to(device).requires_grad_(False).eval(),
+        AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+    )
+
+
+def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
+    """The diffusers model inside DDP and torch.compile wrappers."""
+    module: nn.Module | None = transformer
+    while module is not None and not isinstance(module, WanTransformer3DModel):
+        # a compiled module raises when asked for its truth value
+        compiled: nn.Module | None = getattr(module, "_orig_mod", None)
+        module = getattr(module, "module", None) if compiled is None else compiled
+    if not isinstance(module, WanTransformer3DModel):
+        raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
+    return module
+
+
+def _weights(part: str) -> list[str]:
+    """What to fetch of a part; no other kind of file, so that no pickle is loaded."""
+    return [f"{part}/*.{ending}" for ending in ("json", "safetensors")]
+
+
+def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
+    """Loads one model and insists that no weight was left at its random initial value."""
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            subfolder=part,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **dtype,
+        )
+    except OSError as error:
+        raise UserError(f"model.path: cannot load {folder / part}: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(
+            f"model.path: {folder / part} lacks {len(missing)} weights, e.g. {missing[0]}"
+        )
+    return model
+
+
+def _check_pipeline(folder: Path) -> Any:
+    """The scheduler class that `model_index.json` names, once the folder is known to fit."""
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = [part for part in COMPONENTS if not (folder / part).is_dir()]
+    if absent:
+        raise UserError(f"model.path: {folder} has no {absent[0]}/ folder")
+    if index.get("transformer_2", [None, None])[1] is not None:
+        raise UserError(
+            f"model.path: {folder} holds two transformers (Wan 2.2 experts); only pipelines "
+            "with one are supported"
+        )
+    name = str(index.get("scheduler", [None, None])[1])
+    if not hasattr(diffusers, name):
+        raise UserError(f"model.path: {folder / 'model_index.json'}: unknown scheduler {name}")
+    return getattr(diffusers, name)
+
+
+def _check_text_to_video(
+    transformer: WanTransformer3DModel, vae: AutoencoderKLWan, path: str
+) -> None:
+    inputs, latents = transformer.config["in_channels"], vae.config["z_dim"]
+    if inputs != latents:
+        raise UserError(
+            f"model.path: {path} is no text-to-video model: its transformer takes {inputs} "
+            f"channels, its autoencoder gives {latents}"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,1 @@
+"""Run folders, and how files get into them whole."""

@@ -1,0 +1,152 @@
+"""Whether a Stage 2 recipe fits the Stage 1 folder that it names."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.losses import build_objective
+from alignlab.losses.objective import Grid, Objective, ObjectiveConfig
+from alignlab.losses.stage1.folder import Kind, Stage1Info, read_stage1_info
+from alignlab.models.model_files import on_disk
+from alignlab.runs.digest import frozen_digest
+from alignlab.runs.run_folder import RunFolder
+from alignlab.teachers import Teacher
+
+SETTINGS: dict[str, tuple[str, Kind]] = {
+    "sara": ("aligner", "sara"),
+    "moalign": ("head", "moalign"),
+}
+"""By objective: the setting that names a Stage 1 folder, and the kind that it must hold."""
+
+log = logging.getLogger(__name__)
+
+
+class _Named(NamedTuple):
+    """A Stage 1 folder as an objective names it."""
+
+    key: str
+    folder: str
+    kind: Kind
+
+
+def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) -> None:
+    """Refuses a Stage 1 network that was trained on other tokens than the objective will give it.
+
+    An objective that names no Stage 1 folder passes.
+
+    Args:
+        config: the Stage 2 run.
+        alias: of the objective.
+        grid: (T, H, W) of the run's video tokens, whose (H, W) a teacher without a grid of its own
+            is asked for.
+        teacher: the objective's.
+
+    Raises:
+        UserError: the folder cannot be read, or its teacher (family, feature, weights or, where
+            Stage 1 did not record a digest of them, path) or grid is not this run's. The line
+            names both sides.
+    """
+    named = _named(alias, config.objectives[alias])
+    if named is None:
+        return
+    info = _read_info(named)
+    differing = list(_differences(config, alias, info, grid, teacher))
+    if differing:
+        raise UserError(
+            f"{named.key}: {named.folder} was trained on other tokens than this run's: "
+            f"{'; '.join(differing)}; "
+            "train Stage 1 with this run's teacher and grid, or change the run"
+        )
+    if info.text is not None and not _same_model(info.text, config.model.path):
+        log.warning(
+            "%s: %s was trained with the text encoder of %s, this run has that of %s: they must be "
+            "the same",
+            *(named.key, named.folder, info.text, config.model.path),
+        )
+
+
+def stage1_digests(config: RunConfig, objectives: Mapping[str, Objective]) -> dict[str, str]:
+    """Digest of the frozen network of each objective that names a Stage 1 folder, by alias."""
+    named = (a for a, objective in config.objectives.items() if _named(a, objective) is not None)
+    return {alias: frozen_digest(objectives[alias]) for alias in named}
+
+
+def is_finished(config: RunConfig, folder: RunFolder) -> bool:
+    """Whether a run is done, with the Stage 1 networks that its recipe's folders hold now.
+
+    A Stage 1 folder that is gone by now says nothing against the run.
+
+    Raises:
+        UserError: it is done, but with another Stage 1 network, or a folder cannot be read.
+    """
+    result = folder.read_result()
+    if result is None:
+        return False
+    for alias, used in result.get("stage1", {}).items():
+        named = _named(alias, config.objectives[alias])
+        if named is None or on_disk(named.folder) is None:
+            continue
+        if _digest_now(named, config.objectives[alias]) != used:
+            raise UserError(
+                f"{folder.path} holds a run with another Stage 1 network than {named.folder}, "
+                f"which {named.key} names, holds now: bring it back, choose another name, or "
+                "remove the run's folder"
+            )
+    return True
+
+
+def _named(alias: str, objective: ObjectiveConfig) -> _Named | None:
+    if objective.name not in SETTINGS:
+        return None
+    setting, kind = SETTINGS[objective.name]
+    folder = getattr(objective, setting)
+    return None if folder is None else _Named(f"objectives.{alias}.{setting}", folder, kind)
+
+
+def _read_info(named: _Named) -> Stage1Info:
+    try:
+        return read_stage1_info(named.folder, named.kind)
+    except ValueError as error:
+        raise UserError(f"{named.key}: {error}") from error
+
+
+def _digest_now(named: _Named, objective: ObjectiveConfig) -> str:
+    """The digest that a run with the folder's network would have."""
+    widths = dict.fromkeys(objective.teachers, _read_info(named).teacher_dim)
+    try:
+        # the student's width does not matter to what is frozen
+        return frozen_digest(build_objective(objective, student_dim=1, teacher_dims=widths))
+    except ValueError as error:  # such as damaged weights
+        raise UserError(f"{named.key}: {error}") from error
+
+
+def _differences(
+    config: RunConfig, alias: str, info: Stage1Info, grid: Grid, teacher: Teacher
+) -> Iterator[str]:
+    here, there = config.teachers[config.objectives[alias].teachers[0]], info.teacher
+    if here.family != there.family:
+        yield f"teacher family {there.family} there, {here.family} here"
+    if there.weights is None:
+        if not _same_model(there.path, str(here.path)):
+            yield f"teacher path {there.path} there, {here.path} here"
+    elif there.weights != teacher.digest():
+        yield f"teacher weights of {there.path} there, others of {here.path} here"
+    if here.feature != there.feature:
+        yield f"teacher feature {there.feature} there, {here.feature} here"
+    asked = here.grid or grid[1:]
+    if asked != info.grid:
+        yield f"grid {_by(info.grid)} there, {_by(asked)} here"
+
+
+def _by(grid_HW: tuple[int, int]) -> str:
+    return f"{grid_HW[0]}x{grid_HW[1]}"
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two paths or hub ids name one model; a folder may be written in several ways."""
+    folders = on_disk(one), on_disk(other)
+    if folders[0] is None or folders[1] is None:
+        return one == other
+    return folders[0].resolve() == folders[1].resolve()

@@ -1,0 +1,279 @@
+"""All alignment objectives of a run: teachers run once, every term weighted per sample.
+
+Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.config.run import RunConfig
+from alignlab.data.sample import ClipDataset
+from alignlab.errors import UserError
+from alignlab.losses import build_objective
+from alignlab.losses.gate import gate_weights
+from alignlab.losses.grids import describe, pool_masks
+from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
+from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
+from alignlab.models.taps import BlockTokens
+from alignlab.randomness import derive_seed
+from alignlab.stage1.compatibility import check_stage1
+from alignlab.teachers import Teacher, load_teacher
+from alignlab.training.batches import Batch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What the objectives add to a batch's loss.
+
+    Args:
+        loss_B: weighted, scheduled and gated sum over objectives.
+        terms: unweighted terms by alias, for the log; without those that the schedule turned off.
+        samples: by alias, which samples had something to align, bool (B,).
+        weighted: what each objective adds to `loss_B`, by alias.
+    """
+
+    loss_B: Tensor
+    terms: dict[str, Terms]
+    samples: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+
+
+class Alignment(nn.Module):
+    """The objectives of a run (its trainable projectors) and the teachers they read.
+
+    Args:
+        config: the run; `objectives` and `teachers` are read.
+        student_dim: width of the transformer's hidden tokens.
+        grid: (T, H, W) of the video tokens.
+        device: where projectors and teachers go.
+
+    Raises:
+        UserError: a teacher or a Stage 1 network cannot be used.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, student_dim: int, grid: Grid, device: torch.device
+    ) -> None:
+        super().__init__()
+        self._steps = config.steps
+        self._told: set[str] = set()
+        used = {name for o in config.objectives.values() for name in o.teachers}
+        self.teachers: dict[str, Teacher] = {
+            alias: load_teacher(
+                row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
+            )
+            for alias, row in config.teachers.items()
+            if alias in used
+        }
+        dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
+        self.objectives: dict[str, Objective] = {}
+        for alias, objective in config.objectives.items():
+            check_stage1(config, alias, grid, self.teachers[objective.teachers[0]])
+            try:
+                built = build_objective(
+                    objective,
+                    student_dim=student_dim,
+                    teacher_dims=dims,
+                    seed=derive_seed(config.seed, f"projector-{alias}"),
+                )
+            except ValueError as error:  # such as a Stage 1 folder with damaged weights
+                raise UserError(f"objectives.{alias}: {error}") from error
+            self.objectives[alias] = built
+            # prefixed, because an alias may be the name of an attribute
+            self.add_module(f"objective_{alias}", self.objectives[alias])
+        self.to(device)
+        self.watches: dict[str, PlateauWatch] = {}
+        for alias, objective in config.objectives.items():
+            if isinstance(objective.schedule, StopAtPlateau):
+                self.watches[alias] = PlateauWatch(objective.schedule)
+                self.add_module(f"stop_{alias}", self.watches[alias])
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Every block that an objective taps, ascending."""
+        return tuple(sorted({b for o in self.objectives.values() for b in o.config.blocks}))
+
+    def check_data(self, clips: ClipDataset) -> None:
+        """Refuses training clips that lack what an objective needs.
+
+        Raises:
+            UserError: an objective needs entity masks, and a clip has none.
+        """
+        key = clips.without_masks()
+        for alias, objective in self.objectives.items():
+            if key is not None and "masks" in objective.needs:
+                raise UserError(
+                    f"objectives.{alias}: needs entity masks, and {key} has none; add `masks` and "
+                    "`entities` to the data set's metadata (docs/data.md)"
+                )
+
+    def check_processes(self, count: int) -> None:
+        """Refuses several processes where an objective compares the samples of a batch.
+
+        Raises:
+            UserError: each process would see its own share only.
+        """
+        for alias, objective in self.objectives.items():
+            if objective.couples_samples and count > 1:
+                raise UserError(
+                    f"objectives.{alias}: it compares the samples of a batch, which {count} "
+                    "processes would share among them: use one process (or, for refalign, "
+                    "negatives: sample)"
+                )
+
+    def factors(self, step: int) -> dict[str, float]:
+        """What the schedule of each objective that has one makes of its weight at a step."""
+        return {
+            alias: weight_at(
+                objective.config.schedule,
+                step,
+                self._steps,
+                stopped=alias in self.watches and self.watches[alias].stopped,
+            )
+            for alias, objective in self.objectives.items()
+            if not isinstance(objective.config.schedule, Constant)
+        }
+
+    def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
+        """Runs each teacher once and each objective on its tapped tokens.
+
+        An objective whose schedule gives 0 is left out, and so is a teacher that only it reads.
+        """
+        features: dict[tuple[str, str], Features] = {}
+        loss_B = torch.zeros_like(batch.sigma_B)
+        terms: dict[str, Terms] = {}
+        samples: dict[str, Tensor] = {}
+        weighted: dict[str, Tensor] = {}
+        factors = self.factors(step)
+        for alias, objective in self.objectives.items():
+            factor = factors.get(alias, 1.0)
+            if factor == 0:
+                continue
+            config, kind = objective.config, objective.tokens
+            grid = _grid(taps[config.blocks[0]], kind)
+            for name in config.teachers:
+                if (name, kind) not in features:
+                    features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
+            student = {
+                b: taps[b].video if kind == "video" else shared_subjects(taps[b], batch.names)
+                for b in config.blocks
+            }
+            self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
+            chosen = {name: features[name, kind] for name in config.teachers}
+            context = context_of(batch, objective, grid)
+            try:
+                found = objective(student, chosen, context)
+            except ValueError as error:  # such as grids that do not correspond
+                raise UserError(f"objectives.{alias}: {error}") from error
+            scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
+            weighted[alias] = scale_B * found.loss_B
+            loss_B = loss_B + weighted[alias]
+            terms[alias] = found
+            samples[alias] = found.aligned_B if found.aligned_B is not None else _has(batch, kind)
+        return Aligned(loss_B, terms, samples, weighted)
+
+    def _tell(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
+        """Says once per objective which blocks and which token grids meet."""
+        if alias in self._told or not student[0]:
+            return
+        self._told.add(alias)
+        objective = self.objectives[alias]
+        log.info(
+            "%s: %s on %s tokens of block %s; %s",
+            alias,
+            objective.config.name,
+            objective.tokens,
+            _depths(objective.config.blocks),
+            ", ".join(describe(student, teacher, objective.side) for teacher in teachers),
+        )
+
+
+def _has(batch: Batch, kind: str) -> Tensor:
+    """Which samples have tokens of the kind, bool (B,): references may be dropped."""
+    return torch.tensor([kind == "video" or len(images) > 0 for images in batch.references])
+
+
+def context_of(batch: Batch, objective: Objective, grid: Grid) -> Context:
+    """What the objective, whose student tokens fill `grid`, needs to know of the batch's clips."""
+    masks_BTHW = None
+    if "masks" in objective.needs:
+        visible = [_anything_visible(masks_ETHW) for masks_ETHW in batch.masks]
+        masks_BTHW = torch.stack(visible).to(batch.sigma_B.device)
+    return Context(
+        batch.caption_BLD if "text" in objective.needs else None,
+        masks_BTHW,
+        _foreground(batch, grid) if "foreground" in objective.needs else None,
+    )
+
+
+def _anything_visible(masks_ETHW: Tensor | None) -> Tensor:
+    assert masks_ETHW is not None  # `Alignment.check_data`
+    return masks_ETHW.any(0)
+
+
+def _foreground(batch: Batch, grid: Grid) -> Tensor:
+    """Share of each reference token that its subject covers, `(B, N)`, 0 for padding."""
+    shares_BKP = torch.zeros(len(batch.reference_masks), grid[0], grid[1] * grid[2])
+    for row, masks_KHW in enumerate(batch.reference_masks):
+        count = len(masks_KHW)
+        if count:
+            shares_BKP[row, :count] = pool_masks(masks_KHW[None], (count, *grid[1:]))[0]
+    return shares_BKP.flatten(1).to(batch.sigma_B.device)
+
+
+def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:
+    """Reference tokens with one subject id for all references of the batch with the same name.
+
+    A tap numbers references by their slot; two pictures of one subject must not be pushed apart.
+    """
+    slots_BN = tokens.reference.subject_ids_BN
+    assert slots_BN is not None  # reference tokens always carry ids
+    distinct = dict.fromkeys(name for sample in names for name in sample)
+    numbers = {name: number for number, name in enumerate(distinct)}
+    ids_BN = slots_BN.clone()
+    for row, sample in enumerate(names):
+        for slot, name in enumerate(sample):
+            ids_BN[row][slots_BN[row] == slot] = numbers[name]
+    return replace(tokens.reference, subject_ids_BN=ids_BN)
+
+
+def _depths(blocks: tuple[int, ...]) -> str:
+    return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
+
+
+def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:
+    """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
+
+    The teacher's patch grid is the student's, unless it has its own for video; along time it sees
+    every pixel frame. Reference images of all samples go through in one call and are padded with
+    zeros to `(B, K, P, D)`.
+
+    Raises:
+        UserError: reference images for a video teacher.
+    """
+    if kind == "video":
+        return teacher.encode(batch.video_BTHWC, teacher.grid or grid[1:])
+    if teacher.is_video:
+        raise UserError(
+            "teachers: a video teacher takes whole clips, and references are images: give "
+            "objectives on reference tokens an image teacher (dinov2, dinov3, sam2)"
+        )
+    counts = [len(images) for images in batch.reference_images]
+    padded = torch.zeros(
+        len(counts), grid[0], grid[1] * grid[2], teacher.dim, device=batch.sigma_B.device
+    )
+    if sum(counts):
+        flat = teacher.encode(torch.cat(batch.reference_images)[None], grid[1:]).tokens_BTPD[0]
+        for row, rows in enumerate(flat.split(counts)):
+            padded[row, : len(rows)] = rows
+    return Features(padded, grid)
+
+
+def _grid(tokens: BlockTokens, kind: str) -> Grid:
+    return tokens.video.grid if kind == "video" else tokens.reference.grid

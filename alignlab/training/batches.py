@@ -1,0 +1,186 @@
+"""From clips to what the transformer eats: latents, text embeddings, reference latents.
+
+Everything that is drawn here has an address `(seed, purpose, step, sample)`, so the same step of
+two variants sees the same clips, noise levels, noise and dropped conditions.
+Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignlab.config.parts import FlowConfig
+from alignlab.data.sample import ClipDataset, Sample
+from alignlab.models.wan import Wan
+from alignlab.randomness import generator
+from alignlab.training.clip_cache import ClipCache
+from alignlab.training.flow_matching import draw_sigma
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One clip after the frozen encoders, on the CPU."""
+
+    sample: Sample
+    latents_CTHW: Tensor
+    text_LD: Tensor
+    references_KCHW: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs, on the training device.
+
+    `references`, `reference_images` and `reference_masks` hold one tensor per sample, with zero
+    rows where the references were dropped or the clip has none. `caption_BLD` is the text before
+    dropout. `masks` are those of each clip's entities, bool `(E, T, H, W)`, or None if unknown.
+    Both kinds of masks stay on the CPU: few objectives read them.
+    """
+
+    latents_BCTHW: Tensor
+    noise_BCTHW: Tensor
+    sigma_B: Tensor
+    text_BLD: Tensor
+    caption_BLD: Tensor
+    references: list[Tensor]
+    reference_images: list[Tensor]
+    reference_masks: list[Tensor]
+    video_BTHWC: Tensor
+    names: list[list[str]]
+    masks: list[Tensor | None]
+
+
+EncodedCache = ClipCache[Encoded]
+"""Runs of a comparison share one."""
+
+
+class ClipEncoder:
+    """Encodes clips one at a time (a clip's latents never depend on its neighbours).
+
+    Args:
+        wan: the frozen encoders.
+        dataset: where clips come from.
+        cache: encoded clips of this data set and these encoders, from earlier runs or empty.
+    """
+
+    def __init__(self, wan: Wan, dataset: ClipDataset, cache: EncodedCache) -> None:
+        self._wan = wan
+        self._dataset = dataset
+        self._cache = cache
+        self.empty_text_LD = wan.encode_text([""])[0].cpu()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Encoded:
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        sample = self._dataset[index]
+        latents = self._wan.encode_video(sample.video_THWC)
+        references = [self._wan.encode_image(r.image_HWC) for r in sample.references]
+        encoded = Encoded(
+            sample,
+            latents.cpu(),
+            self._wan.encode_text([sample.caption])[0].cpu(),
+            torch.stack(references).cpu() if references else _no_references(latents),
+        )
+        self._cache.put(index, encoded)
+        return encoded
+
+
+def training_batch(
+    clips: ClipEncoder,
+    flow: FlowConfig,
+    *,
+    seed: int,
+    step: int,
+    samples: range,
+    device: torch.device,
+) -> Batch:
+    """The samples `samples` of a step's global batch.
+
+    Args:
+        clips: the training split.
+        flow: noise level distribution and dropout probabilities.
+        seed: the run's seed.
+        step: optimizer step, from 0.
+        samples: positions inside the step's batch; which process or accumulation round handles
+            a position does not change what is drawn for it.
+        device: where the batch goes.
+    """
+    encoded, noise, sigma, keep = [], [], [], []
+    for sample in samples:
+        index = int(torch.randint(len(clips), (), generator=generator(seed, "clip", step, sample)))
+        encoded.append(clips[index])
+        rng = generator(seed, "noise", step, sample)
+        noise.append(torch.randn(encoded[-1].latents_CTHW.shape, generator=rng))
+        sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))
+        keep.append(_draw_kept(flow, generator(seed, "dropout", step, sample)))
+    return collate(encoded, noise, sigma, keep, clips.empty_text_LD, device)
+
+
+def collate(
+    encoded: list[Encoded],
+    noise: list[Tensor],
+    sigma: list[float],
+    keep: list[tuple[bool, bool]],
+    empty_text_LD: Tensor,
+    device: torch.device,
+) -> Batch:
+    """Stacks encoded clips; `keep` says of each whether its text and its references stay."""
+    rows = list(zip(encoded, keep, strict=True))
+    references = [e.references_KCHW if refs else e.references_KCHW[:0] for e, (_, refs) in rows]
+    images = [
+        reference_images(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)
+    ]
+    names = [[r.name for r in e.sample.references] if refs else [] for e, (_, refs) in rows]
+    return Batch(
+        latents_BCTHW=torch.stack([e.latents_CTHW for e in encoded]).to(device),
+        noise_BCTHW=torch.stack(noise).to(device),
+        sigma_B=torch.tensor(sigma, dtype=torch.float32, device=device),
+        text_BLD=torch.stack([e.text_LD if text else empty_text_LD for e, (text, _) in rows]).to(
+            device
+        ),
+        caption_BLD=torch.stack([e.text_LD for e in encoded]).to(device),
+        references=[r.to(device) for r in references],
+        reference_images=[i.to(device) for i in images],
+        reference_masks=[
+            _reference_masks(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)
+        ],
+        video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
+        names=names,
+        masks=[e.sample.masks_ETHW for e in encoded],
+    )
+
+
+def reference_images(sample: Sample) -> Tensor:
+    """uint8 `(K, H, W, C)`, K may be 0."""
+    if not sample.references:
+        return sample.video_THWC[:0]
+    return torch.stack([r.image_HWC for r in sample.references])
+
+
+def _reference_masks(sample: Sample) -> Tensor:
+    """bool `(K, H, W)`, K may be 0."""
+    if not sample.references:
+        return torch.zeros(0, *sample.video_THWC.shape[1:3], dtype=torch.bool)
+    return torch.stack([r.mask_HW for r in sample.references])
+
+
+def _draw_kept(flow: FlowConfig, rng: torch.Generator) -> tuple[bool, bool]:
+    """Whether text and references are kept: one draw decides among text, references, both."""
+    u = float(torch.rand((), generator=rng, dtype=torch.float64))
+    if u < flow.text_dropout:
+        return False, True
+    if u < flow.text_dropout + flow.reference_dropout:
+        return True, False
+    if u < flow.text_dropout + flow.reference_dropout + flow.both_dropout:
+        return False, False
+    return True, True
+
+
+def _no_references(latents_CTHW: Tensor) -> Tensor:
+    channels, _, height, width = latents_CTHW.shape
+    return torch.empty(0, channels, height, width)

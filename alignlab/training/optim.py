@@ -1,0 +1,64 @@
+"""What happens around the optimizer step: learning rate and moving average."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.config.run import RunConfig
+from alignlab.stage1.config import Stage1Config
+from alignlab.training.checkpoint import TrainState
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: RunConfig | Stage1Config, step: int
+) -> None:
+    """The learning rate of a step is a function of the step alone, so nothing is saved of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.optim.lr * lr_scale(config, step)
+
+
+def lr_scale(config: RunConfig | Stage1Config, step: int) -> float:
+    """Warm-up from 0, then constant, or down to 0 along a line or half a cosine."""
+    optim = config.optim
+    if step < optim.warmup:
+        return (step + 1) / optim.warmup
+    done = (step - optim.warmup) / max(1, config.steps - optim.warmup)
+    if optim.schedule == "linear":
+        return 1 - done
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1.0
+
+
+def update_ema(state: TrainState, decay: float | None) -> None:
+    """Moves the average towards the trained weights."""
+    if state.ema is None or decay is None:
+        return
+    with torch.no_grad():
+        for name, parameter in state.transformer.named_parameters():
+            if name in state.ema:
+                state.ema[name].lerp_(parameter, 1 - decay)
+
+
+@contextmanager
+def averaged_weights(state: TrainState) -> Iterator[None]:
+    """Puts the moving average, if there is one, in place of the trained weights for a while."""
+    if state.ema is None:
+        yield
+        return
+    parameters = dict(state.transformer.named_parameters())
+    trained = {name: parameters[name].detach().clone() for name in state.ema}
+    _copy(state.ema, parameters)
+    try:
+        yield
+    finally:
+        _copy(trained, parameters)
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
+    for name, value in values.items():
+        parameters[name].copy_(value)

@@ -1,0 +1,1 @@
+"""Benchmarks: kernels, share of the loss in a step, overhead of the harness."""

@@ -1,0 +1,283 @@
+"""The command `alignlab bench kernels`: which cases, in which order, checked first, written down.
+
+The measuring itself is in `kernels/bench*.py`.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import alignlab
+from alignlab.environment import git_commit, package_version, processor_name
+from alignlab.errors import UserError
+from alignlab.experiments.bench.kernel_plots import draw_plots
+from alignlab.kernels.bench.cases import BLOCKS, OPS, WIDTHS, Case, Op, select_cases
+from alignlab.kernels.bench.check import WrongResult, check
+from alignlab.kernels.bench.csv_file import read_rows, replace_rows, to_csv, to_row
+from alignlab.kernels.bench.floor import minimum_flops
+from alignlab.kernels.bench.run import (
+    MODES,
+    PROVIDERS,
+    LeftOut,
+    Measurement,
+    Provider,
+    measure,
+    missing,
+    num_steps,
+    too_large,
+)
+from alignlab.progress import Advance, step_progress
+from alignlab.runs.run_folder import write_text
+
+CSV_NAME = "all_benchmark_data.csv"
+HEADER = (
+    "case",
+    "impl",
+    "forward ms (p20-p80)",
+    "forward + backward ms",
+    "x floor",
+    "peak extra MB",
+)
+DEFAULT_SECONDS = {"cpu": 5.0, "cuda": 0.5}
+# On a CPU at some 100 GFLOP/s a case then takes minutes, and the memory is a laptop's. On CUDA
+# everything is tried, and what does not fit into its memory is said.
+DEFAULT_MAX_GFLOP = {"cpu": 600.0, "cuda": math.inf}
+DEFAULT_MAX_GIB = {"cpu": 8.0, "cuda": math.inf}
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What to measure.
+
+    Args:
+        device: `cpu` or `cuda`.
+        dtype: of student and teacher.
+        ops: operations.
+        sizes: (subjects, tokens) or (frames, tokens) in place of the table's, unless empty.
+        widths: channels.
+        blocks: blocks of `pull_push`.
+        providers: what to measure; empty: all that can run here.
+        seconds: time for each provider, case and mode.
+        max_gflop: cases are left out whose matrix products, forward and backward, are more.
+        max_gib: `eager` and `compile` are left out where their matrices are larger.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seconds: float
+    max_gflop: float
+    max_gib: float
+    ops: tuple[Op, ...] = OPS
+    sizes: tuple[tuple[int, int], ...] = ()
+    widths: tuple[int, ...] = WIDTHS
+    blocks: tuple[int, ...] = BLOCKS
+    providers: tuple[Provider, ...] = ()
+
+
+@dataclass(frozen=True)
+class KernelFigures:
+    """What was measured, what was not and why, and the files written."""
+
+    measurements: tuple[Measurement, ...]
+    left_out: tuple[LeftOut, ...]
+    files: tuple[Path, ...]
+
+
+def default_folder() -> Path:
+    """`experiments/results/kernels` at the root of a checkout, `runs/kernels` anywhere else."""
+    root = Path(alignlab.__file__).resolve().parent.parent
+    in_checkout = Path.cwd() == root and (root / "pyproject.toml").is_file()
+    return Path("experiments/results/kernels" if in_checkout else "runs/kernels")
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Reads `3x1560,4x1560`: subjects or frames, and the tokens of each.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*", text):
+        raise UserError(
+            f"--sizes {text}: write sizes like 3x1560,24x150 (subjects or frames x tokens)"
+        )
+    return tuple((int(size.split("x")[0]), int(size.split("x")[1])) for size in text.split(","))
+
+
+def parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Reads `768,1024`.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UserError(f"{option} {text}: write numbers like 768,1024")
+    return tuple(map(int, text.split(",")))
+
+
+def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
+    """Checks every provider, measures it, and writes table and plots.
+
+    Rows of earlier calls are kept in the table, unless the same thing was measured again on the
+    same device.
+
+    Raises:
+        UserError: a provider computes something wrong (no speed is reported then), one that was
+            asked for by name cannot run, or no case is left.
+    """
+    if bench.device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
+    left_out: list[LeftOut] = []
+    cases = _affordable(bench, left_out)
+    present = {op: _present(op, bench, left_out) for op in bench.ops}
+    # Once for each operation and width: what a kernel is compiled for.
+    kinds = {(case.op, case.width): case for case in reversed(cases)}
+    with step_progress("checks", total=sum(len(present[op]) for op, _ in kinds)) as advance:
+        right = _check_all(kinds, present, bench, left_out, _counter(advance))
+    jobs = [(case, _fitting(case, right[case.op, case.width], bench, left_out)) for case in cases]
+    found: list[Measurement] = []
+    with step_progress("bench kernels", total=sum(num_steps(chosen) for _, chosen in jobs)) as bar:
+        tell = _counter(bar)
+        for case, providers in jobs:
+            figures, failed = measure(case, providers, bench.device, bench.seconds, tell)
+            found += figures
+            left_out += failed
+    return KernelFigures(tuple(found), tuple(left_out), tuple(_write(found, bench.device, out)))
+
+
+def print_figures(figures: KernelFigures) -> None:
+    """Prints the table, what was left out, and the files."""
+    table = Table(*HEADER)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in _table_rows(figures.measurements):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for what, reason in figures.left_out:
+        console.print(f"left out: {what}: {reason}", markup=False, highlight=False)
+    for path in figures.files:
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _table_rows(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
+    found = {(m.case, m.provider, m.mode, m.metric): m.spread for m in measurements}
+    rows = []
+    for case, provider in product(dict.fromkeys(case for case, *_ in found), PROVIDERS):
+        if (case, provider, "full", "speed") not in found:
+            continue
+        speeds = [found[case, provider, mode, "speed"] for mode in MODES]
+        floor = found.get((case, "floor", "full", "speed"))
+        memory = found.get((case, provider, "full", "memory"))
+        rows.append(
+            (
+                str(case),
+                provider,
+                *(f"{speed.median:.4g} ({speed.p20:.4g}-{speed.p80:.4g})" for speed in speeds),
+                f"{speeds[-1].median / floor.median:.2f}" if floor else "",
+                f"{memory.median:.4g}" if memory else "",
+            )
+        )
+    return rows
+
+
+def _counter(advance: Advance) -> Callable[[str], None]:
+    numbers = itertools.count(1)
+    return lambda note: advance(next(numbers), note)
+
+
+def _affordable(bench: KernelBench, left_out: list[LeftOut]) -> list[Case]:
+    cases = select_cases(
+        bench.ops, bench.dtype, sizes=bench.sizes, widths=bench.widths, blocks=bench.blocks
+    )
+    affordable = []
+    for case in cases:
+        gflop = minimum_flops(case, backward=True) / 1e9
+        if gflop <= bench.max_gflop:
+            affordable.append(case)
+        else:
+            reason = f"{gflop:,.0f} GFLOP, more than --max-gflop {bench.max_gflop:g}"
+            left_out.append(LeftOut(str(case), reason))
+    if not affordable:
+        raise UserError(f"no case is left: {left_out[0].what} is {left_out[0].reason}")
+    return affordable
+
+
+def _present(op: Op, bench: KernelBench, left_out: list[LeftOut]) -> list[Provider]:
+    present: list[Provider] = []
+    for provider in bench.providers or PROVIDERS:
+        reason = missing(op, provider, bench.device)
+        if reason is None:
+            present.append(provider)
+            continue
+        if bench.providers:
+            raise UserError(f"--impl {provider}: {op} cannot run it here: {reason}")
+        left_out.append(LeftOut(f"{provider} of {op}", reason))
+    return present
+
+
+def _fitting(
+    case: Case, providers: list[Provider], bench: KernelBench, left_out: list[LeftOut]
+) -> list[Provider]:
+    reasons = {provider: too_large(case, provider, bench.max_gib) for provider in providers}
+    for provider, reason in reasons.items():
+        if reason is not None:
+            left_out.append(LeftOut(f"{provider} on {case}", f"{reason} (--max-gib)"))
+    return [provider for provider, reason in reasons.items() if reason is None]
+
+
+def _check_all(
+    kinds: Mapping[tuple[Op, int], Case],
+    present: Mapping[Op, list[Provider]],
+    bench: KernelBench,
+    left_out: list[LeftOut],
+    tell: Callable[[str], None],
+) -> dict[tuple[Op, int], list[Provider]]:
+    """Gives the providers that compute the right thing, for each kind of case."""
+    right: dict[tuple[Op, int], list[Provider]] = {kind: [] for kind in kinds}
+    for (op, width), case in kinds.items():
+        for provider in present[op]:
+            try:
+                check(case, provider, bench.device)
+                right[op, width].append(provider)
+            except WrongResult as error:
+                raise UserError(f"{error}; no speed is reported") from None
+            except ValueError as error:
+                if bench.providers:
+                    raise UserError(f"--impl {provider}: {error}") from None
+                left_out.append(LeftOut(f"{provider} of {op}, C={width}", str(error)))
+            tell(f"{provider} on {op}, C={width}")
+    return right
+
+
+def _write(found: list[Measurement], device: torch.device, out: Path) -> list[Path]:
+    facts = {
+        "gpu_name": _device_name(device),
+        "timestamp": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
+        "alignlab_version": alignlab.__version__,
+        "torch_version": torch.__version__,
+        "triton_version": package_version("triton") or "not installed",
+        "commit": git_commit() or "not a git checkout",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    table = out / CSV_NAME
+    new = [to_row(measurement, facts) for measurement in found]
+    rows = replace_rows(read_rows(table), new)
+    write_text(table, to_csv(rows))
+    here = [row for row in rows if row["gpu_name"] == facts["gpu_name"]]
+    return [table, *draw_plots(here, out)]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"

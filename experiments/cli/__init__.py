@@ -1,0 +1,1 @@
+"""Commands and options of the command line that belong to this room."""

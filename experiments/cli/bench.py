@@ -1,0 +1,145 @@
+"""The commands under `alignlab bench`. Heavy imports happen inside them."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
+
+# typer takes no list of Literal
+KernelOp = StrEnum("KernelOp", ["pull_push", "relation"])
+IMPLS: tuple[Literal["eager", "chunked", "triton"], ...] = ("eager", "chunked", "triton")
+KernelImpl = StrEnum("KernelImpl", ["eager", "chunked", "triton"])
+KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunked", "triton"])
+
+
+@bench_app.command("overhead")
+def overhead(
+    recipe: Annotated[str, typer.Argument(help="A run without objectives.")] = "overhead",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),
+    ] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of steps.")] = 40,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Time a training step against a bare forward, backward and AdamW step."""
+    from alignlab.recipe import load_run
+
+    config = load_run(recipe, overrides)
+    from alignlab.experiments.bench.overhead import measure_overhead, write_overhead
+
+    found = measure_overhead(config, pairs=pairs)
+    typer.echo(
+        f"harness {found.harness_s:.4f} s, bare {found.bare_s:.4f} s per step (medians), "
+        f"ratio {found.ratio:.3f} (median of {found.pairs} pairs)"
+    )
+    if out is not None:
+        write_overhead(found, out)
+        typer.echo(f"figures: {out}")
+
+
+@bench_app.command("kernels")
+def kernels(
+    op: Annotated[
+        list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
+    ] = None,
+    impl: Annotated[
+        list[KernelProvider] | None,
+        typer.Option(help="Repeat it for more (default: all that can run here)."),
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Subjects or frames x tokens of each, such as 3x1560,4x1560."),
+    ] = None,
+    widths: Annotated[str, typer.Option(help="Channels of student and teacher.")] = "768,1024",
+    blocks: Annotated[str, typer.Option(help="Blocks that pull_push aligns.")] = "1,9",
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="For each case, mode and impl (default: 5; cuda: 0.5)."),
+    ] = None,
+    max_gflop: Annotated[
+        float | None,
+        typer.Option(min=0, help="Leave out larger cases (default: 600; cuda: no limit)."),
+    ] = None,
+    max_gib: Annotated[
+        float | None,
+        typer.Option(min=0, help="Leave out eager and compile above (default: 8; cuda: no limit)."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder (default: experiments/results/kernels in a checkout, else runs/kernels)."
+        ),
+    ] = None,
+) -> None:
+    """Measure speed and memory of the similarity kernels, after checking what they compute."""
+    import torch
+
+    from alignlab.experiments.bench import kernels as bench
+    from alignlab.kernels.bench.cases import OPS
+    from alignlab.kernels.bench.run import PROVIDERS
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = bench.KernelBench(
+        device=torch.device(name),
+        dtype=getattr(torch, dtype or ("bfloat16" if name == "cuda" else "float32")),
+        seconds=bench.DEFAULT_SECONDS[name] if seconds is None else seconds,
+        max_gflop=bench.DEFAULT_MAX_GFLOP[name] if max_gflop is None else max_gflop,
+        max_gib=bench.DEFAULT_MAX_GIB[name] if max_gib is None else max_gib,
+        ops=tuple(one for one in OPS if one in (op or OPS)),
+        sizes=bench.parse_sizes(sizes) if sizes else (),
+        widths=bench.parse_numbers("--widths", widths),
+        blocks=bench.parse_numbers("--blocks", blocks),
+        providers=tuple(one for one in PROVIDERS if one in (impl or ())),
+    )
+    bench.print_figures(bench.bench_kernels(settings, out or bench.default_folder()))
+
+
+@bench_app.command("share")
+def share(
+    size: Annotated[
+        Literal["wan2.1-1.3b", "smoke"], typer.Option(help="Transformer with random weights.")
+    ] = "wan2.1-1.3b",
+    impl: Annotated[
+        list[KernelImpl] | None,
+        typer.Option(help="Repeat it for more (default: eager chunked; cuda: triton as well)."),
+    ] = None,
+    references: Annotated[int, typer.Option(min=1, help="Reference images.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 10,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Time the alignment loss's share of a training step, by implementation of its kernel."""
+    import torch
+
+    from alignlab.experiments.bench.loss_share import SIZES, measure_share, write_share
+    from alignlab.kernels.pull_push import Impl
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen: list[Impl] = [one for one in IMPLS if one != "triton" or name == "cuda"]
+    if impl:
+        chosen = [one for one in IMPLS if one in impl]
+    found = measure_share(
+        SIZES[size],
+        chosen,
+        references=references,
+        steps=steps,
+        device=torch.device(name),
+    )
+    for side in found:
+        typer.echo(f"{side.side}: {side.step_s:.4f} s per step, loss {side.share:.1%} of it")
+    if out is not None:
+        write_share(found, size, out)
+        typer.echo(f"figures: {out}")

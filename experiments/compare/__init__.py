@@ -1,0 +1,1 @@
+"""Comparisons: recipe, fairness, budget, cost, runs, result."""

@@ -1,0 +1,180 @@
+"""Equal wall time or equal compute: how many steps each variant gets, decided once.
+
+Whatever follows from `steps` follows the variant's own number: the learning rate's decay
+(`optim.schedule`) and a ramp without `end` (`objectives.<alias>.schedule`) reach their end at its
+last step. What a recipe gives in steps (`optim.warmup`, `end`, `checkpoint.every`) stays as it is.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.compare.config import CompareConfig
+from alignlab.experiments.compare.cost import cost_of
+from alignlab.experiments.compare.result import Budget, Cost
+from alignlab.losses.schedule import StopAtPlateau, weight_at
+from alignlab.recipe import has_recipe_hash, recipe_hash
+from alignlab.runs.run_folder import write_text
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """`budget.json`: the decision, and the recipes that it was made for."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    baseline: str
+    recipes: dict[str, str]
+    budget: Budget
+
+
+_KEPT = TypeAdapter(_Kept)
+
+
+def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
+    """Steps of every variant, kept in `folder`/budget.json: a resumed comparison decides nothing.
+
+    A variant that is new to the comparison is added, the others keep their steps.
+
+    Args:
+        config: the comparison; its `budget` says what is equal.
+        folder: of the comparison; exists.
+
+    Returns:
+        None for equal steps.
+
+    Raises:
+        UserError: a variant's step does not always cost the same, a variant sets its own `steps`,
+            the cost cannot be measured, or the folder holds a budget of another recipe.
+    """
+    path = folder / "budget.json"
+    if config.budget == "steps":
+        if path.exists():
+            raise UserError(_other_recipe(path))
+        return None
+    with FileLock(folder / "budget.json.lock"):  # several commands may share the folder
+        return _decided(config, path)
+
+
+def _decided(config: CompareConfig, path: Path) -> Budget:
+    _check_steps(config)
+    _check_constant_cost(config, {v: run.steps for v, run in config.runs.items()})
+    recipes = {v: recipe_hash(_seedless(run)) for v, run in config.runs.items()}
+    known = _read(path)
+    if known is not None:
+        _check_same(path, config, known)
+    budget = None if known is None else known.budget
+    if budget is None or not recipes.keys() <= budget.steps.keys():
+        budget = _decide(config, _measured(config, path.parent), budget)
+        _check_constant_cost(config, budget.steps)
+        hashes = recipes if known is None else known.recipes | recipes
+        kept = _Kept(config.baseline, hashes, budget)
+        write_text(path, _KEPT.dump_json(kept, indent=1).decode() + "\n")
+    for variant in config.variants:
+        log.info("%s: %s gets %d steps", budget.label, variant, budget.steps[variant])
+    return budget
+
+
+def with_budget(config: CompareConfig, budget: Budget | None) -> CompareConfig:
+    """The comparison with every variant's own number of steps."""
+    if budget is None:
+        return config
+    runs = {v: r.model_copy(update={"steps": budget.steps[v]}) for v, r in config.runs.items()}
+    return config.model_copy(update={"runs": runs})
+
+
+def relative_cost(config: CompareConfig, cost: Cost) -> dict[str, float]:
+    """Cost of a step of each variant over that of the baseline's: seconds, or FLOPs."""
+    if config.budget == "wall_time":
+        return {v: cost.variants[v].slower.value for v in config.variants}
+    base = cost.variants[config.baseline].flops
+    return {v: cost.variants[v].flops / base for v in config.variants}
+
+
+def _decide(config: CompareConfig, cost: Cost, known: Budget | None) -> Budget:
+    assert config.budget != "steps"
+    steps = config.runs[config.baseline].steps
+    ratios = relative_cost(config, cost)
+    if known is not None:
+        ratios |= known.ratios
+    return Budget(
+        kind=config.budget,
+        ratios=ratios,
+        steps={v: max(1, round(steps / ratio)) for v, ratio in ratios.items()},
+    )
+
+
+def _measured(config: CompareConfig, folder: Path) -> Cost:
+    cost = cost_of(config, folder)
+    if cost is None:
+        raise UserError(
+            f"budget: {config.budget} needs the cost of a step, which cannot be measured here: the "
+            "baseline and a variant do not fit into memory together; use budget: steps"
+        )
+    if config.budget == "compute" and cost.unknown:
+        raise UserError(
+            f"budget: compute needs FLOPs, and there is no formula for {', '.join(cost.unknown)}; "
+            "set model.attention=native or use another budget"
+        )
+    return cost
+
+
+def _check_steps(config: CompareConfig) -> None:
+    base = config.runs[config.baseline]
+    for variant, run in config.runs.items():
+        if run.steps != base.steps:
+            raise UserError(
+                f"variants.{variant}.steps: nothing reads it with budget: {config.budget}, which "
+                "gives every variant its number of steps; remove it"
+            )
+
+
+def _check_constant_cost(config: CompareConfig, steps: Mapping[str, int]) -> None:
+    """The ratio of one step decides on all steps, so it must hold for all of them."""
+    for variant, run in config.runs.items():
+        for alias, objective in run.objectives.items():
+            schedule, last = objective.schedule, steps[variant] - 1
+            if isinstance(schedule, StopAtPlateau) or not weight_at(schedule, last, last + 1):
+                raise UserError(
+                    f"variants.{variant}.objectives.{alias}.schedule: {schedule.kind} turns the "
+                    "objective off, and a step then costs less than was measured; with "
+                    f"budget: {config.budget} use a schedule that does not, or budget: steps"
+                )
+
+
+def _read(path: Path) -> _Kept | None:
+    if not path.exists():
+        return None
+    try:
+        return _KEPT.validate_json(path.read_bytes())
+    except ValidationError:
+        raise UserError(f"{path}: not a budget: remove the comparison's folder") from None
+
+
+def _check_same(path: Path, config: CompareConfig, known: _Kept) -> None:
+    shared = config.runs.keys() & known.recipes.keys()
+    changed = any(
+        not has_recipe_hash(_seedless(config.runs[variant]), known.recipes[variant])
+        for variant in shared
+    )
+    if changed or (known.baseline, known.budget.kind) != (config.baseline, config.budget):
+        raise UserError(_other_recipe(path))
+
+
+def _other_recipe(path: Path) -> str:
+    return (
+        f"{path} was decided for another recipe: choose another name, or remove the comparison's "
+        "folder"
+    )
+
+
+def _seedless(run: RunConfig) -> RunConfig:
+    return run.model_copy(update={"seed": 0})

@@ -1,0 +1,161 @@
+"""The settings of a comparison: several variants of one run, each over the same seeds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from alignlab.config.data import Settings, unknown_name
+from alignlab.config.dotted import flatten
+from alignlab.config.recipe_file import merge, nested_variants, read_recipe
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_changes, tuning_of
+from alignlab.experiments.launchers.config import LaunchConfig
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.recipe import load_run, numbered_settings, refuse_other_command, to_yaml, validated
+
+COMPARE_KEYS = ("baseline", "seeds", "variants")
+OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
+
+
+class CostConfig(Settings):
+    """How the cost of a training step is measured, after all runs are trained."""
+
+    rounds: int = Field(default=10, ge=6)
+    """Rounds in which a variant and the baseline take a step each. Six are the fewest that give a
+    95% interval of their median."""
+
+
+class CompareConfig(Settings):
+    """Several variants of one run, each over the same seeds."""
+
+    base: RunConfig
+    """What all variants share."""
+    baseline: str
+    """The variant against which differences are tested."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    """Every variant runs once per seed."""
+    allow_differences: tuple[str, ...] = ()
+    """Evaluation settings in which variants may differ, by dotted name."""
+    launch: LaunchConfig = LaunchConfig()
+    """What each run needs of its machine."""
+    budget: Literal["steps", "wall_time", "compute"] = "steps"
+    """What is equal between variants. `wall_time` and `compute` (FLOPs) set each variant's `steps`
+    from the measured cost of its step, so that it gets what the baseline's `steps` cost."""
+    cost: CostConfig | None = CostConfig()
+    """How the cost of a step is measured; null: it is not. Two models are in memory at a time."""
+    variants: dict[str, dict[str, Any]]
+    """What each variant changes in `base`, as nested mappings; `from` names the best.yaml of the
+    sweep that tuned it."""
+    runs: dict[str, RunConfig]
+    """Each variant applied to `base`, with the first seed; see `run`."""
+    tuned: dict[str, Tuning] = Field(default_factory=dict)
+    """The sweeps of the variants that have a `from`."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds:
+            raise ValueError("name at least one seed")
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{list(seeds)} names a seed twice")
+        return seeds
+
+    @model_validator(mode="after")
+    def _baseline_exists(self) -> Self:
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline: {unknown_name('variant', self.baseline, self.variants)}")
+        return self
+
+    @model_validator(mode="after")
+    def _budget_is_measured(self) -> Self:
+        if self.budget != "steps" and self.cost is None:
+            raise ValueError(f"cost: budget: {self.budget} is set from it; remove cost: null")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Folder of the comparison under `output`."""
+        return self.base.name
+
+    @property
+    def output(self) -> str:
+        """Folder of all runs."""
+        return self.base.output
+
+    def run(self, variant: str, seed: int) -> RunConfig:
+        """The run of one variant and seed, named `<name>/<variant>/seed-<seed>`."""
+        name = f"{self.name}/{variant}/seed-{seed}"
+        return self.runs[variant].model_copy(update={"name": name, "seed": seed})
+
+
+def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> CompareConfig:
+    """The config of a comparison; each variant is applied to the base and validated.
+
+    Args:
+        recipe: path of a YAML file, or the name of a shipped recipe such as `demo`.
+        overrides: `dotted.key=value` strings; those of one variant start with `variants.<name>.`.
+
+    Raises:
+        UserError: as `load_run`, when the recipe describes a single run, and when a variant's
+            `from` names no best.yaml of a sweep that searched under the comparison's settings.
+    """
+    mapping = read_recipe(recipe, overrides or [])
+    refuse_other_command(recipe, mapping, "compare")
+    missing = [key for key in COMPARE_KEYS if key not in mapping]
+    if missing:
+        raise UserError(f"{missing[0]}: missing; a comparison needs {', '.join(COMPARE_KEYS)}")
+    if "seed" in mapping:
+        raise UserError("seed: a comparison reads 'seeds'; remove 'seed'")
+    if not mapping["variants"]:
+        raise UserError("variants: name at least one variant")
+    keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
+    asked = {key: mapping.pop(key) for key in keys}
+    base = validated(RunConfig, mapping)
+    variants = nested_variants(asked["variants"])
+    runs, tuned = {}, {}
+    for name, changes in variants.items():
+        applied = changes
+        if "from" in changes:
+            tuned[name], applied = _tuned(name, changes, base)
+        runs[name] = validated(RunConfig, merge(mapping, applied), under=f"variants.{name}")
+    built = {"variants": variants, "base": base, "runs": runs, "tuned": tuned}
+    return validated(CompareConfig, {**asked, **built})
+
+
+def dump_compare(config: CompareConfig) -> str:
+    """The resolved recipe as YAML; loading it again gives an equal config."""
+    resolved = config.base.model_dump(mode="json", exclude={"seed"})
+    included = {*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS}
+    return to_yaml(resolved | config.model_dump(mode="json", include=included))
+
+
+def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """What differs between variants: dotted key -> variant -> value (None where it is not set).
+
+    The seed, and what `recipe_hash` leaves out, are no settings of a variant.
+    """
+    flat = {variant: numbered_settings(run) for variant, run in runs.items()}
+    for settings in flat.values():
+        settings.pop("seed")
+    keys = sorted({key for settings in flat.values() for key in settings})
+    rows = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
+    return {
+        key: row
+        for key, row in rows.items()
+        if any(v != next(iter(row.values())) for v in row.values())
+    }
+
+
+def _tuned(
+    variant: str, changes: Mapping[str, Any], base: RunConfig
+) -> tuple[Tuning, dict[str, Any]]:
+    """The sweep of a variant with `from`, and its changes with what it takes from there."""
+    source, own = changes["from"], {key: v for key, v in changes.items() if key != "from"}
+    sweep = load_sweep(sweep_recipe(variant, source))
+    best, tuning = load_run(source), tuning_of(source, sweep)
+    differing = differing_settings({"base": base, "best": best})
+    taken = tuned_changes(variant, tuning, differing, best, flatten(own))
+    return tuning, merge(taken, own)

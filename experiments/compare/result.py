@@ -1,0 +1,251 @@
+"""What a comparison found: plain data that every report is built from.
+
+`Comparison.save` and `Comparison.load` are an exact JSON round trip: a report can be rebuilt
+without training again. Numbers that are not finite are written "NaN", "Infinity", "-Infinity".
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+
+from alignlab.errors import UserError
+from alignlab.runs.run_folder import write_text
+
+_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class SampleClip:
+    """One generated clip; the same `key` in another run is the same validation prompt.
+
+    Args:
+        key: key of the validation sample.
+        caption: its text condition.
+        video: generated mp4, relative to the run folder.
+        real: the data set's own clip as mp4, relative to the run folder.
+        references: png files of the reference images, relative to the run folder.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    key: str
+    caption: str
+    video: str
+    real: str | None = None
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One variant trained with one seed.
+
+    Args:
+        variant: name of the variant in the recipe.
+        seed: seed of the run.
+        steps: optimizer steps taken.
+        run_dir: run folder, relative to the folder that the report is written to.
+        metrics: final numbers by flat name: `val/flow`, `val/flow/t0` .. `t9`,
+            `retrieval/block3`, `time/step` (s), `memory/peak_mib`, `params/extra`, ...
+            `experiments/report/metric_table.py` holds their meaning; other names are shown as
+            they are.
+        curves: scalars over training by name, each as (step, value) in order of step.
+        samples: generated clips.
+        notes: what the run gave warning of, its numbers in brackets at the end of each.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    variant: str
+    seed: int
+    steps: int
+    run_dir: str
+    metrics: dict[str, float]
+    curves: dict[str, Curve]
+    samples: tuple[SampleClip, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A variant's number over the baseline's, measured once for all seeds.
+
+    Args:
+        value: the median ratio; 1 for the baseline.
+        low, high: interval of the median, at least 95%; None for an exact count.
+        beyond: how far from 1 two equal models were seen; no smaller difference is claimed.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    beyond: float = 0.0
+
+    @property
+    def is_found(self) -> bool:
+        """Whether the whole interval is further from 1 than two equal models are."""
+        low = self.value if self.low is None else self.low
+        high = self.value if self.high is None else self.high
+        return low > 1.0 + self.beyond or high < 1.0 - self.beyond
+
+
+@dataclass(frozen=True)
+class VariantCost:
+    """What a training step of one variant costs.
+
+    Args:
+        seconds: the baseline's median over all rounds, times the variant's ratio.
+        slower: its seconds over the baseline's in the same round.
+        flops: of a step, mean over the clips that were timed.
+        memory_mib: peak on CUDA with this model alone; None on a CPU.
+        parameters: trained ones, projectors included.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    seconds: float
+    slower: Ratio
+    flops: int
+    memory_mib: float | None
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of all variants, measured interleaved in one process (`experiments/compare/cost.py`).
+
+    Args:
+        rounds: timed rounds of each variant against the baseline.
+        data_steps: steps of the run whose clips were used.
+        seed: of the runs that were built.
+        device: where it was measured.
+        beyond: see `Ratio`.
+        variants: by name, the baseline included.
+        unknown: operations whose FLOPs could not be counted.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    rounds: int
+    data_steps: int
+    seed: int
+    device: str
+    beyond: float
+    variants: dict[str, VariantCost]
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Numbers of steps that give every variant the baseline's wall time or compute.
+
+    Args:
+        kind: what is equal.
+        ratios: cost of a step over that of the baseline's, by variant.
+        steps: steps of each variant's runs.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    kind: Literal["wall_time", "compute"]
+    ratios: dict[str, float]
+    steps: dict[str, int]
+
+    @property
+    def label(self) -> str:
+        """Such as "equal wall time"."""
+        return f"equal {self.kind.replace('_', ' ')}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several variants, each trained with the same seeds.
+
+    Args:
+        name: name of the comparison recipe.
+        baseline: the variant that differences are taken to.
+        seeds: seeds asked for, in order.
+        variants: names of the variants, in order of the recipe.
+        recipe: resolved comparison recipe as YAML.
+        differing: every setting in which the resolved recipes of the variants differ, by dotted
+            name: its value per variant. A variant that does not have the setting is left out or
+            None.
+        environment: versions and hardware.
+        duration_s: wall-clock seconds of the whole comparison.
+        command: command line that started it.
+        commit: git commit of alignlab, empty outside a checkout.
+        results: one entry per finished run; a run that is missing is shown as missing.
+        headline: metrics of the summary table, in order; empty takes those that
+            `experiments/report/metric_table.py` marks.
+        allowed: evaluation settings in which the recipe lets variants differ.
+        cost: of a step of each variant; None where it was not measured.
+        budget: of each variant; None for equal steps.
+        tuning: of variants that come from a sweep: what was spent on it -> variant -> value, None
+            for a variant without a sweep. Empty if no variant comes from one.
+    """
+
+    __pydantic_config__ = _CONFIG
+
+    name: str
+    baseline: str
+    seeds: tuple[int, ...]
+    variants: tuple[str, ...]
+    recipe: str
+    differing: dict[str, dict[str, JsonValue]]
+    environment: dict[str, JsonValue]
+    duration_s: float
+    command: str
+    commit: str
+    results: tuple[RunResult, ...]
+    headline: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    cost: Cost | None = None
+    budget: Budget | None = None
+    tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.baseline not in self.variants:
+            raise ValueError(f"baseline {self.baseline!r} is not one of {list(self.variants)}")
+        seen = set()
+        for result in self.results:
+            run = (result.variant, result.seed)
+            if result.variant not in self.variants or result.seed not in self.seeds:
+                raise ValueError(f"run {run} belongs to no variant and seed of {self.name!r}")
+            if run in seen:
+                raise ValueError(f"run {run} is given twice")
+            seen.add(run)
+
+    def run(self, variant: str, seed: int) -> RunResult | None:
+        """The run of `variant` with `seed`, or None when it did not finish."""
+        for result in self.results:
+            if (result.variant, result.seed) == (variant, seed):
+                return result
+        return None
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        write_text(path, _ADAPTER.dump_json(self, indent=1).decode() + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "Comparison":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: no such file, or not the JSON of a comparison.
+        """
+        try:
+            return _ADAPTER.validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; a comparison writes it when it ends") from None
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise UserError(f"{path}: not a comparison: {where}: {first['msg']}") from None
+
+
+_ADAPTER = TypeAdapter(Comparison)

@@ -1,0 +1,233 @@
+"""A comparison: every variant with every seed on the same harness, then one report.
+
+Variants of a seed share initial weights, clips, noise and noise levels, because all of these are
+functions of the seed (`alignlab.randomness`). A finished run is reused, a killed one goes on.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from alignlab.config.run import RunConfig
+from alignlab.distributed.launch_env import refuse_several
+from alignlab.environment import describe_environment
+from alignlab.errors import UserError
+from alignlab.experiments.compare.budget import decide_budget, with_budget
+from alignlab.experiments.compare.config import CompareConfig, dump_compare
+from alignlab.experiments.compare.cost import cost_of
+from alignlab.experiments.compare.fairness import check_fair, differences, tuning_rows
+from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
+from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
+from alignlab.experiments.report.text import print_summary
+from alignlab.experiments.report.write import write_report
+from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.stage1.compatibility import is_finished
+from alignlab.tracking import read_rows
+
+log = logging.getLogger(__name__)
+
+CURVES = ("loss/", "sim/", "grad/", "diag/")
+
+
+def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
+    """Trains what is not trained yet, prints the summary table, returns the report's path.
+
+    Args:
+        config: the recipe.
+        launcher: trains the runs; None: one after another in this process.
+
+    Raises:
+        UserError: a run cannot be trained, variants are measured differently, or the folder holds
+            a comparison of another recipe.
+    """
+    plan = prepare(config)
+    folder = plan.folder
+    _train_missing(plan, launcher or make_launcher("local", config.launch))
+    cost = cost_of(config, folder)
+    comparison = _comparison(plan, cost)
+    comparison.save(folder / "comparison.json")
+    report = write_report(comparison, folder)
+    print_summary(comparison, Console())
+    return report
+
+
+def unfinished(config: CompareConfig) -> list[Path]:
+    """Recipes of the runs that are not finished, each for an `alignlab train` of its own.
+
+    The folders of all runs are made. Once the runs are trained, `compare` takes them as they are.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    plan = prepare(config)
+    return [
+        folder.recipe
+        for key, folder in plan.folders.items()
+        if not is_finished(plan.runs[key], folder)
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison trains, and where.
+
+    Args:
+        folder: of the comparison.
+        config: with the steps that the budget gives each variant.
+        budget: what was decided, if the budget is not in steps.
+        runs: every variant with every seed.
+        folders: theirs; they exist.
+    """
+
+    folder: Path
+    config: CompareConfig
+    budget: Budget | None
+    runs: dict[RunKey, RunConfig]
+    folders: dict[RunKey, RunFolder]
+
+
+def prepare(config: CompareConfig) -> Plan:
+    """Makes the folders of all runs.
+
+    Raises:
+        UserError: variants are measured differently, or a folder holds a run of another recipe.
+    """
+    refuse_several()
+    check_fair(config)
+    folder = Path(config.output) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = decide_budget(config, folder)
+    config = with_budget(config, budget)
+    runs = {
+        (variant, seed): probed(config, variant, seed)
+        for seed in config.seeds
+        for variant in config.variants
+    }
+    # all of them at once: another recipe is refused before hours of training, not after
+    folders = {key: RunFolder.create(run) for key, run in runs.items()}
+    return Plan(folder, config, budget, runs, folders)
+
+
+def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
+    config, folder, folders = plan.config, plan.folder, plan.folders
+    results = tuple(
+        collect(run_folder, variant, seed, folder)
+        for (variant, seed), run_folder in folders.items()
+    )
+    environment = describe_environment() | trained_on(folders)
+    return Comparison(
+        name=config.name,
+        baseline=config.baseline,
+        seeds=config.seeds,
+        variants=tuple(config.variants),
+        recipe=dump_compare(config),
+        differing=differences(config),
+        environment=dict(environment),
+        duration_s=_seconds_so_far(folder),
+        command=" ".join(["alignlab", *sys.argv[1:]]),
+        commit=environment["commit"],
+        results=results,
+        allowed=config.allow_differences,
+        cost=cost,
+        budget=plan.budget,
+        tuning=tuning_rows(config),
+    )
+
+
+def _train_missing(plan: Plan, launch: Launcher) -> None:
+    runs = plan.runs
+    missing = {key: run for key, run in runs.items() if not is_finished(run, plan.folders[key])}
+    if len(missing) < len(runs):
+        log.info("%d of %d runs are finished already", len(runs) - len(missing), len(runs))
+    begin = time.monotonic()
+    earlier = _seconds_so_far(plan.folder)
+
+    def finished(key: RunKey) -> None:
+        seconds = earlier + time.monotonic() - begin
+        write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}))
+
+    if missing:
+        launch(missing, finished)
+
+
+def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
+    """The run of a variant, evaluated on every block that any variant aligns.
+
+    Without this, `none` taps nothing and there would be nothing to compare the others with.
+    """
+    run = config.run(variant, seed)
+    if run.eval.blocks is not None:
+        return run
+    blocks = {
+        block
+        for other in config.runs.values()
+        for objective in other.objectives.values()
+        for block in objective.blocks
+    }
+    chosen = run.eval.model_copy(update={"blocks": tuple(sorted(blocks))})
+    return run.model_copy(update={"eval": chosen})
+
+
+def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
+    """What a finished run left in its folder."""
+    result = run.read_result()
+    if result is None:
+        raise UserError(f"{run.path}: the run is not finished")
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for row in read_rows(run.metrics):
+        for key, value in row.items():
+            if key.startswith(CURVES):
+                curves.setdefault(key, []).append((int(row["step"]), value))
+    listing = run.samples / "samples.json"
+    rows = json.loads(listing.read_text()) if listing.exists() else []
+    return RunResult(
+        variant=variant,
+        seed=seed,
+        steps=result["steps"],
+        run_dir=str(run.path.relative_to(folder)),
+        metrics=result["metrics"],
+        curves={key: tuple(points) for key, points in curves.items()},
+        samples=tuple(_clip(row) for row in rows),
+        notes=tuple(result.get("notes", ())),
+    )
+
+
+def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
+    """Threads, processes, device and torch of the runs; several of a kind are warned of as well."""
+    rows = [
+        json.loads((folder.path / "environment.json").read_text()) for folder in folders.values()
+    ]
+    rows = [{"processes": "1"} | row for row in rows]  # older runs had but one
+    found = {
+        name: sorted({row[name] for row in rows})
+        for name in ("threads", "processes", "device", "torch")
+    }
+    for name, values in found.items():
+        if len(values) > 1:
+            log.warning("%s: runs were trained with %s", name, " and with ".join(values))
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def _clip(row: dict[str, str | list[str]]) -> SampleClip:
+    def under_samples(name: object) -> str:
+        return f"samples/{name}"
+
+    return SampleClip(
+        key=str(row["key"]),
+        caption=str(row["caption"]),
+        video=under_samples(row["video"]),
+        real=under_samples(row["real"]),
+        references=tuple(under_samples(name) for name in row["references"]),
+    )
+
+
+def _seconds_so_far(folder: Path) -> float:
+    """Training time that earlier sessions of a killed comparison already spent."""
+    progress = folder / "progress.json"
+    return float(json.loads(progress.read_text())["seconds"]) if progress.exists() else 0.0

@@ -1,0 +1,202 @@
+"""What a data set looks like: a contact sheet and a page that plays its clips.
+
+Shape letters: T frames, H height, W width, C channels (RGB), E entities.
+"""
+
+import base64
+import colorsys
+import io
+import textwrap
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from alignlab.config.data import DataConfig
+from alignlab.config.recipe_file import read_recipe
+from alignlab.data.registry import build_dataset
+from alignlab.data.sample import Sample
+from alignlab.data.video import encode_mp4
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.recipe import load_run, validated
+from alignlab.stage1.config import Stage1Config
+
+TILE_HEIGHT = 128
+NUM_SHEET_FRAMES = 5
+MARGIN = 6
+FLOW_SATURATION = 0.05  # of the shorter side per frame: the speed drawn at full saturation
+
+_PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
+<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; color: #222; }
+article { border-top: 1px solid #ccc; padding: 1rem 0; }
+figure { display: inline-block; margin: 0 1rem .5rem 0; vertical-align: top; }
+figcaption { font-size: 13px; color: #555; max-width: 11rem; }
+video, img { height: 176px; border: 1px solid #ddd; image-rendering: pixelated; }
+</style>
+<h1>{{ title }}</h1>
+<p>{{ summary }}</p>
+{% for clip in clips %}<article>
+<h2>{{ clip.key }}</h2>
+<p>{{ clip.caption }}</p>
+{% for name, source in clip.videos %}<figure>
+<video src="data:video/mp4;base64,{{ source }}" autoplay loop muted playsinline></video>
+<figcaption>{{ name }}</figcaption></figure>
+{% endfor %}{% for name, source in clip.references %}<figure>
+<img src="data:image/png;base64,{{ source }}" alt="{{ name }}">
+<figcaption>{{ name }}</figcaption></figure>
+{% endfor %}</article>
+{% endfor %}</html>
+""")
+
+
+def preview(config: DataConfig, out: Path, clips: int = 8) -> Path:
+    """Write `out/sheet.png` and `out/index.html` for the first clips of the train split.
+
+    Beside each clip: its caption, its references, and, where the data set knows them, entity
+    masks drawn over the clip and optical flow as colour (hue: direction, right is red and down
+    is green-yellow; saturation: speed).
+
+    Args:
+        config: settings of any data set.
+        out: folder, made when missing.
+        clips: at most so many clips.
+
+    Returns:
+        the page, which holds its media and needs no other file.
+    """
+    dataset = build_dataset(config, "train")
+    samples = [dataset[index] for index in range(min(clips, len(dataset)))]
+    out.mkdir(parents=True, exist_ok=True)
+    sheet = _stacked([_sheet_row(sample) for sample in samples])
+    sheet.save(out / "sheet.png")
+    height, width = config.size
+    page = out / "index.html"
+    page.write_text(
+        _PAGE.render(
+            title=f"{config.name}: {len(samples)} of {len(dataset)} training clips",
+            summary=f"{config.frames} frames of {width}x{height} at {config.fps} fps",
+            clips=[_page_entry(sample, config.fps) for sample in samples],
+        ),
+        "utf-8",
+    )
+    return page
+
+
+def overlay_masks(video_THWC: Tensor, masks_ETHW: Tensor) -> Tensor:
+    """The clip with every entity tinted in its own colour, uint8 `(T, H, W, 3)`."""
+    tinted_THWC = video_THWC.float()
+    for mask_THW, color in zip(masks_ETHW, _colors(len(masks_ETHW)), strict=True):
+        blend_THWC = 0.4 * tinted_THWC + 0.6 * torch.tensor(color)
+        tinted_THWC = torch.where(mask_THW[..., None], blend_THWC, tinted_THWC)
+    return tinted_THWC.round().to(torch.uint8)
+
+
+def flow_colors(flow_THWC: Tensor) -> Tensor:
+    """Flow `(T, H, W, 2)` in pixels per frame as hue (direction) and saturation (speed)."""
+    right_THW, down_THW = flow_THWC.unbind(dim=-1)
+    turns_THW = torch.atan2(down_THW, right_THW) / (2 * torch.pi)
+    full_speed = FLOW_SATURATION * min(flow_THWC.shape[1:3])
+    speed_THW = (torch.hypot(right_THW, down_THW) / full_speed).clamp(max=1.0)
+    offsets_C = torch.tensor([5.0, 3.0, 1.0])
+    sector_THWC = torch.remainder(offsets_C + 6 * turns_THW[..., None], 6)
+    ramp_THWC = torch.minimum(sector_THWC, 4 - sector_THWC).clamp(0, 1)
+    return (255 - 255 * speed_THW[..., None] * ramp_THWC).round().to(torch.uint8)
+
+
+def _page_entry(sample: Sample, fps: float) -> dict[str, object]:
+    videos = [("clip", sample.video_THWC)]
+    if sample.masks_ETHW is not None:
+        label = "masks: " + ", ".join(sample.entities)
+        videos.append((label, overlay_masks(sample.video_THWC, sample.masks_ETHW)))
+    if sample.flow_THWC is not None:
+        videos.append(("optical flow", flow_colors(sample.flow_THWC)))
+    return {
+        "key": sample.key,
+        "caption": sample.caption,
+        "videos": [(name, _base64(encode_mp4(clip, fps))) for name, clip in videos],
+        "references": [
+            (" — ".join(filter(None, (ref.name, ref.phrase))), _base64(_png(ref.image_HWC)))
+            for ref in sample.references
+        ],
+    }
+
+
+def _sheet_row(sample: Sample) -> Image.Image:
+    """Caption above frames, masks and flow of the middle frame, and references."""
+    num_frames = len(sample.video_THWC)
+    shown = torch.linspace(0, num_frames - 1, min(NUM_SHEET_FRAMES, num_frames)).round().int()
+    tiles = [sample.video_THWC[index] for index in shown.tolist()]
+    middle = slice(num_frames // 2, num_frames // 2 + 1)
+    if sample.masks_ETHW is not None:
+        tiles += [*overlay_masks(sample.video_THWC[middle], sample.masks_ETHW[:, middle])]
+    if sample.flow_THWC is not None and num_frames > 1:
+        last = min(num_frames // 2, num_frames - 2)
+        tiles += [*flow_colors(sample.flow_THWC[last : last + 1])]
+    tiles += [reference.image_HWC for reference in sample.references]
+
+    font = ImageFont.load_default(13)
+    images = [_tile(tile) for tile in tiles]
+    width = sum(image.width + MARGIN for image in images) + MARGIN
+    lines = textwrap.wrap(f"{sample.key}: {sample.caption}", max(30, width // 7))
+    row = Image.new("RGB", (width, TILE_HEIGHT + 2 * MARGIN + 17 * len(lines)), "white")
+    draw = ImageDraw.Draw(row)
+    for number, line in enumerate(lines):
+        draw.text((MARGIN, MARGIN + 17 * number), line, fill="black", font=font)
+    left, top = MARGIN, row.height - TILE_HEIGHT - MARGIN
+    for image in images:
+        row.paste(image, (left, top))
+        draw.rectangle((left - 1, top - 1, left + image.width, top + TILE_HEIGHT), outline="gray")
+        left += image.width + MARGIN
+    return row
+
+
+def _tile(image_HWC: Tensor) -> Image.Image:
+    image = Image.fromarray(image_HWC.numpy())
+    return image.resize((max(1, round(image.width * TILE_HEIGHT / image.height)), TILE_HEIGHT))
+
+
+def _stacked(rows: list[Image.Image]) -> Image.Image:
+    width, height = max(row.width for row in rows), sum(row.height for row in rows)
+    sheet = Image.new("RGB", (width, height), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def _colors(num: int) -> list[tuple[float, ...]]:
+    return [tuple(255 * c for c in colorsys.hsv_to_rgb(k / num, 1.0, 1.0)) for k in range(num)]
+
+
+def _png(image_HWC: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image_HWC.numpy())).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _base64(contents: bytes) -> str:
+    return base64.b64encode(contents).decode()
+
+
+def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:
+    """The data settings of a run's or a comparison's recipe.
+
+    Raises:
+        UserError: as `load_run` and `load_compare`.
+    """
+    mapping = read_recipe(recipe, overrides or [])
+    if "variants" in mapping:
+        return load_compare(recipe, overrides).base.data
+    if "space" in mapping:
+        return load_sweep(recipe, overrides).base.data
+    if "stage1" in mapping:
+        return validated(Stage1Config, mapping).data
+    return load_run(recipe, overrides).data

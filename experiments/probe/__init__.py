@@ -1,0 +1,1 @@
+"""Pages and tables that look into runs and teachers."""

@@ -1,0 +1,189 @@
+"""Writes what a probe of a run found: probe.html, one file that needs no network, and probe.csv.
+
+Shape letters: T, H, W, C frames.
+"""
+
+import base64
+import csv
+import io
+from pathlib import Path
+
+from alignlab.data.video import encode_mp4
+from alignlab.errors import UserError
+from alignlab.evaluation.feature_maps import FeatureClip
+from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, probe_run
+from alignlab.experiments.probe.figures import (
+    Chart,
+    MapTable,
+    map_charts,
+    map_tables,
+)
+from alignlab.experiments.probe.tokens import Table, decimals, scatter_of, similarity_of
+from alignlab.experiments.report.formatting import format_number
+from alignlab.experiments.report.page import render
+from alignlab.experiments.report.plot import COLOURS
+from alignlab.runs.run_folder import write_text
+
+MEASURES = {
+    "cknna": (
+        "CKNNA to the teacher",
+        "Video tokens: do a token's ten nearest neighbours agree with the teacher's? 0: no more "
+        "than by chance, 1: fully.",
+    ),
+    "cka": (
+        "CKA to the teacher",
+        "Video tokens: do all similarities among tokens agree with the teacher's? Unbiased: 0 for "
+        "unrelated features.",
+    ),
+    "teacher_retrieval": (
+        "Retrieval in teacher space",
+        "Reference tokens: share that, mapped linearly to the teacher's space, find a teacher "
+        "token of the same subject first.",
+    ),
+    "silhouette": (
+        "Subject silhouette",
+        "Reference tokens: are tokens of a subject closer to each other than to the other subjects "
+        "of their clip? From \N{MINUS SIGN}1 to 1.",
+    ),
+    "cross_cos": (
+        "Cross-subject cosine",
+        "Reference tokens: mean positive cosine between different subjects of a clip; lower is "
+        "better told apart.",
+    ),
+}
+
+
+def probe(
+    run_dir: Path, out: Path, *, teacher: str | None = None, block: int | None = None
+) -> Path:
+    """Probes a run, writes `probe.html` and `probe.csv` into `out` and returns the first's path.
+
+    Args:
+        run_dir: see `probe_run`, as for the other two.
+        out: folder; made if need be, its other files are left alone.
+        teacher: alias of the recipe.
+        block: whose tokens are shown one by one.
+
+    Raises:
+        UserError: as `probe_run`, or `out` is a file.
+    """
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose another --out")
+    found = probe_run(run_dir, teacher=teacher, block=block)
+    out.mkdir(parents=True, exist_ok=True)
+    return write_probe(found, out)
+
+
+def write_probe(found: RunProbe, out: Path) -> Path:
+    """Writes `probe.csv` and `probe.html` into an existing folder."""
+    write_text(out / "probe.csv", probe_csv(found))
+    path = out / "probe.html"
+    write_text(path, _html(found))
+    return path
+
+
+def probe_csv(found: RunProbe) -> str:
+    """The map, a row per measure, model, block and noise level."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("measure", "teacher", "model", "block", "depth", "sigma", "value"))
+    for c in found.cells:
+        rows.writerow(
+            (c.measure, found.teacher, c.model, c.block, c.block + 1, c.sigma, repr(c.value))
+        )
+    return text.getvalue()
+
+
+def _html(found: RunProbe) -> str:
+    tables = map_tables(found.cells, MEASURES)
+    sections: dict[str, list[Chart]] = {
+        f"map-{table.measure}": map_charts(table, found.aligned) for table in tables
+    }
+    similarity, subjects, similarity_table = similarity_of(found)
+    scatter, names, scatter_table = scatter_of(found)
+    sections |= {"similarity": similarity, "scatter": scatter}
+    figures = {
+        f"{name}-{index}": chart.figure
+        for name, charts in sections.items()
+        for index, chart in enumerate(charts)
+    }
+    return render(
+        "probe.html.j2",
+        figures,
+        found=found,
+        lead=lead(found, tables),
+        tables=tables,
+        plain={table.measure: _plain(table) for table in tables},
+        sections=sections,
+        subjects=subjects,
+        similarity_table=similarity_table,
+        scatter_names=dict(zip(names, COLOURS, strict=False)),
+        scatter_table=scatter_table,
+        clips=_clips(found),
+        explained=_explained(found.features),
+        token_sigma=TOKEN_SIGMA,
+        feature_sigma=FeatureClip.SIGMA,
+        format_number=format_number,
+    )
+
+
+def lead(found: RunProbe, tables: list[MapTable]) -> list[str]:
+    """One sentence per measure: its mean over the map before and after, and where it moved most."""
+    sentences = []
+    for table in tables:
+        cells = [
+            (row, column, change)
+            for row in range(len(table.blocks))
+            for column in range(len(SIGMAS))
+            if (change := table.change(row, column)) is not None
+        ]
+        if not cells:
+            continue
+        before, after = (
+            sum(table.values[model][r][c] or 0.0 for r, c, _ in cells) / len(cells)
+            for model in MODELS
+        )
+        row, column, most = max(cells, key=lambda cell: abs(cell[2]))
+        block = table.blocks[row]
+        sentences.append(
+            f"{table.label}: {decimals(before)} before, {decimals(after)} after, mean of the map; "
+            f"the largest change is {decimals(most, '+')} at block {block} (depth {block + 1}), "
+            f"noise level {SIGMAS[column]:g}."
+        )
+    return sentences
+
+
+def _plain(table: MapTable) -> Table:
+    rows = []
+    for place, block in enumerate(table.blocks):
+        texts = []
+        for column in range(len(SIGMAS)):
+            before, after = (table.values[model][place][column] for model in MODELS)
+            texts.append(f"{decimals(before)} → {decimals(after)}")
+        rows.append((f"block {block} (depth {block + 1})", *texts))
+    head = ("block", *(f"noise level {sigma:g}" for sigma in SIGMAS))
+    return Table(f"{table.label}, before → after", head, tuple(rows))
+
+
+def _clips(found: RunProbe) -> dict[str, str | None]:
+    """Clips as data URIs by what they show; None for a clip that is not there."""
+    features, fps = found.features, found.config.data.fps
+    shown = {"real clip": features.real_THWC}
+    shown |= {f"features {model}": frames for model, frames in features.student_THWC.items()}
+    shown[f"features of {found.teacher}"] = features.teacher_THWC
+    uris: dict[str, str | None] = {
+        name: _uri(encode_mp4(frames, fps)) for name, frames in shown.items()
+    }
+    return uris | {
+        "generated by this run": None if found.sample is None else _uri(found.sample.read_bytes())
+    }
+
+
+def _uri(content: bytes) -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _explained(features: FeatureClip) -> Table:
+    head = ("share of variance", *features.explained)
+    values = tuple(f"{share:.0%}" for share in features.explained.values())
+    return Table("Variance in the three components", head, (("shown as colour", *values),))

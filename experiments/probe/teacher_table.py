@@ -1,0 +1,73 @@
+"""Scores of teachers as a table on the terminal and as CSV."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from alignlab.config.recipe_file import read_recipe
+from alignlab.config.run import RunConfig
+from alignlab.evaluation.teacher_score import NEIGHBOURS, TeacherScore
+from alignlab.experiments.compare.config import load_compare
+from alignlab.recipe import load_run
+from alignlab.runs.run_folder import write_text
+
+SPATIAL = ("lds", "cds", "srss", "rmsc")
+READING = (
+    "iicr k: IICR-like, share of a frame's k nearest frames that are of its own clip (cannot reach "
+    "1 once k exceeds the frames of a clip less one); chance: by guessing. lds, cds, srss, rmsc: "
+    "iREPA's measures of spatial structure. Higher is better in all; —: too few frames, too "
+    "small a grid, or no masks."
+)
+
+
+def print_scores(scores: Sequence[TeacherScore]) -> None:
+    """A table with one column per teacher, and how to read it."""
+    table = Table("teacher", *(escape(score.alias) for score in scores))
+    table.add_row("family", *(score.config.family for score in scores))
+    table.add_row("feature", *(str(score.config.feature) for score in scores))
+    table.add_row("frames and patches", *("x".join(map(str, s.grid)) for s in scores))
+    values = zip(*map(_values, scores), strict=True)
+    for name, row in zip(_names(), values, strict=True):
+        table.add_row(name, *("—" if v is None else f"{v:.3f}" for v in row))
+    console = Console()
+    console.print(table)
+    console.print(READING, style="dim", highlight=False)
+
+
+def write_scores(scores: Sequence[TeacherScore], out: Path) -> None:
+    """One row per teacher; a number that could not be taken is left empty."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    head = ("teacher", "family", "path", "feature", "frames", "height", "width")
+    rows.writerow((*head, *(name.replace(" ", "_") for name in _names())))
+    for score in scores:
+        row = score.config
+        values = ("" if v is None else repr(v) for v in _values(score))
+        rows.writerow((score.alias, row.family, row.path, row.feature, *score.grid, *values))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text.getvalue())
+
+
+def _names() -> list[str]:
+    return [*(f"iicr {k}" for k in NEIGHBOURS), "chance", *SPATIAL]
+
+
+def _values(score: TeacherScore) -> list[float | None]:
+    spatial = (score.spatial.get(name) for name in SPATIAL)
+    return [*(score.iicr.get(k) for k in NEIGHBOURS), score.chance, *spatial]
+
+
+def load_teachers(recipe: str, overrides: list[str] | None = None) -> RunConfig:
+    """The run of a recipe, or what the variants of a comparison share.
+
+    Raises:
+        UserError: as `load_run` and `load_compare`.
+    """
+    if "variants" in read_recipe(recipe, overrides or []):
+        return load_compare(recipe, overrides).base
+    return load_run(recipe, overrides)

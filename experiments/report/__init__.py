@@ -1,0 +1,1 @@
+"""Reports: summary, statistics, verdict, charts, tables, pages."""

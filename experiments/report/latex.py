@@ -1,0 +1,95 @@
+"""The summary table as LaTeX: variants down, metrics across, as papers print it."""
+
+from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.report.metric_table import Direction
+from alignlab.experiments.report.summary import SummaryRow
+from alignlab.experiments.report.text import headline
+
+_ARROWS: dict[Direction, str] = {"lower": r"$\downarrow$", "higher": r"$\uparrow$", "none": ""}
+_MARKS = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "_": r"\_",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "\N{MINUS SIGN}": "$-$",
+    "\N{PLUS-MINUS SIGN}": r"$\pm$",
+    "\N{EM DASH}": "---",
+    "\N{DAGGER}": r"\textdagger{}",
+}
+
+
+def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
+    """A `table` that needs the booktabs package: mean, spread, difference and its 95% interval.
+
+    The best mean is bold; a star marks a difference that the verdict claims. Any `|` of a name is
+    text. Compiles with pdfLaTeX, LuaLaTeX and XeLaTeX.
+    """
+    groups = headline(rows)
+    heads = [
+        f"{escape(g[0].quantity.label)} {_ARROWS[g[0].quantity.better]}".strip() for g in groups
+    ]
+    lines = [
+        r"% \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\begin{{tabular}}{{l{'r' * len(groups)}}}",
+        r"\toprule",
+        _line(["variant", *heads]),
+        r"\midrule",
+    ]
+    for place, variant in enumerate(comparison.variants):
+        cells = [group[place] for group in groups]
+        lines.append(_line([escape(variant), *(_value(row) for row in cells)]))
+        if any(row.diff_text for row in cells):
+            lines.append(_line(["", *(_difference(row) for row in cells)]))
+    lines += [
+        r"\bottomrule",
+        r"\end{tabular}",
+        rf"\caption{{{_caption(comparison)}}}",
+        rf"\label{{tab:{''.join(c if c.isalnum() else '-' for c in comparison.name)}}}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX prints as it is.
+
+    >>> escape("50% of a_b")
+    '50\\\\% of a\\\\_b'
+    """
+    return "".join(_MARKS.get(mark, mark) for mark in text.replace("\n", " "))
+
+
+def _line(cells: list[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _value(row: SummaryRow) -> str:
+    text = escape(row.value_text)
+    return rf"\textbf{{{text}}}" if row.is_best else text
+
+
+def _difference(row: SummaryRow) -> str:
+    star = "$^{*}$" if row.change and row.ratio is None else ""  # of seeds alone
+    return rf"{{\footnotesize {escape(row.diff_text)}{star}}}" if row.diff_text else ""
+
+
+def _caption(comparison: Comparison) -> str:
+    num_seeds = len(comparison.seeds)
+    if num_seeds == 1:
+        return f"One seed; below, the difference to {escape(comparison.baseline)}."
+    return (
+        rf"Mean $\pm$ standard deviation over {num_seeds} seeds; below, the paired difference to "
+        f"{escape(comparison.baseline)} with its 95\\% interval. "
+        r"$^{*}$: $p \leq 0.05$ after Holm's correction over the variants."
+    )

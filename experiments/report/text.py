@@ -1,0 +1,202 @@
+"""The report as text: terminal, Markdown and CSV, and the words that every form shares.
+
+LaTeX is in `latex`.
+"""
+
+import csv
+import io
+import json
+
+from pydantic import JsonValue
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from alignlab.experiments.compare.result import Budget, Comparison
+from alignlab.experiments.report.formatting import DASH, format_duration
+from alignlab.experiments.report.metric_table import ARROWS
+from alignlab.experiments.report.run_warnings import alarm_sentences
+from alignlab.experiments.report.summary import (
+    SummaryRow,
+    by_metric,
+    summary_notes,
+    summary_rows,
+)
+from alignlab.experiments.report.verdict import verdict
+
+PRINTED_WARNINGS = 6
+
+# Column of table.csv to field of `Paired`.
+_PAIRED = {
+    "diff_mean": "mean",
+    "diff_std": "std",
+    "diff_low": "low",
+    "diff_high": "high",
+    "num_pairs": "num_pairs",
+    "method": "method",
+    "p_value": "p_value",
+    "sign_flip_p": "sign_flip_p",
+    "holm_p": "holm_p",
+    "hedges_g": "effect_size",
+    "detectable": "detectable",
+}
+# Column of table.csv to field of `Ratio`, of what is measured once for all seeds.
+_RATIO = {"ratio": "value", "ratio_low": "low", "ratio_high": "high"}
+
+
+def print_summary(comparison: Comparison, console: Console) -> None:
+    """Print verdict, warnings, summary table and notes of the report on a terminal."""
+    rows = summary_rows(comparison)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("metric")
+    table.add_column("variant")
+    table.add_column("mean" if len(comparison.seeds) == 1 else "mean ± std", justify="right")
+    if len(comparison.seeds) == 1:
+        table.add_column(Text(f"to {comparison.baseline}"), justify="right")
+    else:
+        table.add_column(Text(f"to {comparison.baseline} [95%]"), justify="right")
+        table.add_column("p", justify="right")
+        table.add_column("better in")
+    for group in headline(rows):
+        for row in group:
+            name = title(row) if row is group[0] else ""
+            style = "bold" if row.is_best else "dim" if row.is_baseline else ""
+            cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
+            texts = [Text(cell, style) for cell in cells[: len(table.columns)]]
+            table.add_row(*texts, end_section=row is group[-1])
+    found = verdict(comparison, rows)
+    for sentence in (found.lead, *found.variants.values()):
+        console.print(Text(sentence, "bold" if sentence is found.lead else ""))
+    warnings = alarm_sentences(comparison)
+    for text in warnings[:PRINTED_WARNINGS]:
+        console.print(Text(f"Warning: {text}", "yellow"))
+    if len(warnings) > PRINTED_WARNINGS:
+        more = len(warnings) - PRINTED_WARNINGS
+        console.print(Text(f"{more} more warnings are in the report.", "yellow"))
+    console.print(table)
+    if found.reading:
+        console.print(Text(found.reading, "dim"))
+    for note in summary_notes(comparison, rows):
+        console.print(Text(note, "dim"))
+
+
+def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
+    """The report without pictures, as Markdown."""
+    names = [_escape(variant) for variant in comparison.variants]
+    found = verdict(comparison, rows)
+    lines = [f"# {_escape(comparison.name)}", "", f"**{_escape(found.lead)}**", ""]
+    lines += [f"- {_escape(text)}" for text in found.variants.values()]
+    lines += ["", _escape(found.reading), ""] if found.reading else [""]
+    warnings = alarm_sentences(comparison)
+    if warnings:
+        lines += ["**Warnings**", "", *(f"- {_escape(text)}" for text in warnings), ""]
+    lines += ["| metric |" + "".join(f" {name} |" for name in names)]
+    lines += ["|---|" + "---:|" * len(names)]
+    for group in headline(rows):
+        cells = [f"**{row.value_text}**" if row.is_best else row.value_text for row in group]
+        lines.append(f"| {_escape(title(group[0]))} | " + " | ".join(cells) + " |")
+        if any(row.diff_text for row in group):
+            lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
+    notes = summary_notes(comparison, rows)
+    lines += ["", reading(comparison), "", *(f"- {_escape(note)}" for note in notes)]
+    lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
+    if comparison.tuning:
+        lines += ["", "## How variants were tuned", ""]
+        lines += _markdown_settings(comparison, comparison.tuning)
+    lines += ["", "## How it was made", ""]
+    made = facts(comparison) | {name: plain(v) for name, v in comparison.environment.items()}
+    lines += [f"- {_escape(name)}: {_escape(text)}" for name, text in made.items()]
+    return "\n".join([*lines, "", "```yaml", comparison.recipe.rstrip(), "```", ""])
+
+
+def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
+    """Every metric of every variant in full precision, one line each; nothing for no number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    seeds = [f"seed_{seed}" for seed in comparison.seeds]
+    columns = ["metric", "better", "variant", "mean", "std", "num_seeds", "is_best"]
+    writer.writerow([*columns, *_PAIRED, *_RATIO, "num_better", "change", *seeds])
+    for row in rows:
+        measured = [row.mean, row.std, len(row.values), int(row.is_best)]
+        paired = [getattr(row.paired, name, None) for name in _PAIRED.values()]
+        paired += [getattr(row.ratio, name, None) for name in _RATIO.values()]
+        values = [row.values.get(seed) for seed in comparison.seeds]
+        start = [row.metric, row.quantity.better, row.variant]
+        writer.writerow([*start, *measured, *paired, row.num_better, row.change, *values])
+    return text.getvalue()
+
+
+def headline(rows: list[SummaryRow]) -> list[list[SummaryRow]]:
+    """The metrics of the summary table, in order."""
+    return [group for group in by_metric(rows) if group[0].headline]
+
+
+def title(row: SummaryRow) -> str:
+    """Name of a metric with an arrow to its better side."""
+    return f"{row.quantity.label} {ARROWS[row.quantity.better]}".rstrip()
+
+
+def _paired(row: SummaryRow) -> str:
+    return f"{row.diff_text} ({row.agreement})" if row.agreement else row.diff_text
+
+
+def reading(comparison: Comparison) -> str:
+    """How to read the summary table."""
+    arrows = "Arrows point to the better side; the best mean is bold."
+    if len(comparison.seeds) == 1:
+        return f"{arrows} Differences are to {comparison.baseline}, with the same seed."
+    return (
+        f"{arrows} Numbers are mean ± sample standard deviation over {len(comparison.seeds)} "
+        f"seeds. Differences are paired, variant minus {comparison.baseline} with the same seed, "
+        "with their 95% interval. A fraction says in how many seeds the variant is better."
+    )
+
+
+def facts(comparison: Comparison) -> dict[str, str]:
+    """How the comparison was made."""
+    return {
+        "command": comparison.command,
+        "commit": comparison.commit or "outside a git checkout",
+        "seeds": ", ".join(str(seed) for seed in comparison.seeds),
+        "runs": f"{len(comparison.results)} of {len(comparison.variants) * len(comparison.seeds)}",
+        "duration": format_duration(comparison.duration_s),
+        "budget": "equal steps" if comparison.budget is None else budget_text(comparison.budget),
+    }
+
+
+def budget_text(budget: Budget) -> str:
+    """What is equal, and the steps and cost of a step that follow from it."""
+    steps = ", ".join(
+        f"{variant} {count:,} ({budget.ratios[variant]:.3f})"
+        for variant, count in budget.steps.items()
+    )
+    return f"{budget.label}: steps {steps}; in parentheses the cost of a step over the baseline's"
+
+
+def plain(value: JsonValue) -> str:
+    """A setting as text: strings as they are, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def value(values: dict[str, JsonValue], variant: str) -> str:
+    """A variant's value of a setting, an em dash when it does not have the setting or leaves it."""
+    found = values.get(variant)
+    return DASH if found is None else plain(found)
+
+
+def _markdown_settings(comparison: Comparison, rows: dict[str, dict[str, JsonValue]]) -> list[str]:
+    if not rows:
+        return ["Nothing: the variants have the same settings."]
+    names = [_escape(variant) for variant in comparison.variants]
+    lines = ["| setting |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
+    for setting, values in rows.items():
+        cells = [_escape(value(values, variant)) for variant in comparison.variants]
+        lines.append(f"| {_escape(setting)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _escape(text: str) -> str:
+    for mark in "\\|<>*_`[]":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("\n", " ")

@@ -1,0 +1,161 @@
+"""Writes what a comparison found: report.html, report.md, table.csv and table.tex.
+
+report.html is one file that needs no network: script, style, charts and clips are inside it, and a
+content security policy forbids the browser to fetch anything.
+"""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignlab.experiments.compare.result import Comparison, SampleClip
+from alignlab.experiments.report.figures import (
+    block_charts,
+    curve_charts,
+    seed_charts,
+    timestep_charts,
+)
+from alignlab.experiments.report.formatting import format_number, format_p
+from alignlab.experiments.report.latex import table_tex
+from alignlab.experiments.report.page import render
+from alignlab.experiments.report.plot import styles
+from alignlab.experiments.report.run_warnings import alarms
+from alignlab.experiments.report.summary import (
+    SummaryRow,
+    by_metric,
+    summary_notes,
+    summary_rows,
+)
+from alignlab.experiments.report.text import (
+    budget_text,
+    facts,
+    headline,
+    markdown,
+    plain,
+    reading,
+    table_csv,
+    title,
+    value,
+)
+from alignlab.experiments.report.verdict import verdict
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One validation prompt: files as data URIs, None for a clip or file that is not there."""
+
+    caption: str
+    references: tuple[str, ...]
+    real: str | None
+    clips: dict[str, str | None]
+
+
+def write_report(comparison: Comparison, folder: Path) -> Path:
+    """Write report.html, report.md, table.csv and table.tex; return the path of the first.
+
+    Args:
+        comparison: the results; their `run_dir` is relative to `folder`.
+        folder: existing folder.
+    """
+    rows = summary_rows(comparison)
+    (folder / "report.md").write_text(markdown(comparison, rows), encoding="utf-8")
+    (folder / "table.csv").write_text(table_csv(comparison, rows), encoding="utf-8")
+    (folder / "table.tex").write_text(table_tex(comparison, rows), encoding="utf-8")
+    path = folder / "report.html"
+    path.write_text(_html(comparison, rows, folder), encoding="utf-8")
+    return path
+
+
+def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
+    sections = {
+        "seeds": seed_charts(comparison, rows),
+        "curves": curve_charts(comparison),
+        "timesteps": timestep_charts(comparison, rows),
+        "blocks": block_charts(comparison, rows),
+    }
+    figures = {
+        f"{name}-{index}": chart.figure
+        for name, charts in sections.items()
+        for index, chart in enumerate(charts)
+    }
+    return render(
+        "report.html.j2",
+        figures,
+        comparison=comparison,
+        verdict=verdict(comparison, rows),
+        alarms=alarms(comparison),
+        reading=reading(comparison),
+        headline=headline(rows),
+        groups=by_metric(rows),
+        notes=summary_notes(comparison, rows),
+        budget=_budget(comparison),
+        settings={
+            setting: {v: value(values, v) for v in comparison.variants}
+            for setting, values in comparison.differing.items()
+        },
+        tuning={
+            setting: {v: value(values, v) for v in comparison.variants}
+            for setting, values in comparison.tuning.items()
+        },
+        sections=sections,
+        prompts=_prompts(comparison, folder),
+        styles=styles(comparison),
+        facts=facts(comparison),
+        environment={name: plain(value) for name, value in comparison.environment.items()},
+        title=title,
+        format_number=format_number,
+        format_p=format_p,
+    )
+
+
+def _budget(comparison: Comparison) -> str:
+    if not comparison.results:
+        return "No run has finished."
+    if comparison.budget is not None:
+        text = budget_text(comparison.budget)
+        return f"{text[0].upper()}{text[1:]}; decided before training (budget.json)."
+    steps = sorted({run.steps for run in comparison.results})
+    if len(steps) == 1:
+        return f"All {len(comparison.results)} runs took {steps[0]:,} steps."
+    taken = {
+        variant: sorted({run.steps for run in comparison.results if run.variant == variant})
+        for variant in comparison.variants
+    }
+    listed = "; ".join(
+        f"{variant}: {', '.join(f'{count:,}' for count in counts) or 'none'}"
+        for variant, counts in taken.items()
+    )
+    return f"Runs did not take the same number of steps: {listed}."
+
+
+def _prompts(comparison: Comparison, folder: Path) -> list[Prompt]:
+    """Validation prompts of the first seed's samples, in the order the runs give them."""
+    found: dict[str, dict[str, tuple[Path, SampleClip]]] = {}
+    for variant in comparison.variants:
+        run = comparison.run(variant, comparison.seeds[0])
+        if run is not None:
+            for clip in run.samples:
+                found.setdefault(clip.key, {})[variant] = (folder / run.run_dir, clip)
+    return [_prompt(comparison, clips) for clips in found.values()]
+
+
+def _prompt(comparison: Comparison, clips: dict[str, tuple[Path, SampleClip]]) -> Prompt:
+    home, first = next(iter(clips.values()))
+    references = (_data_uri(home / name, "image/png") for name in first.references)
+    return Prompt(
+        caption=first.caption,
+        references=tuple(uri for uri in references if uri is not None),
+        real=_data_uri(home / first.real, "video/mp4") if first.real else None,
+        clips={
+            variant: _data_uri(clips[variant][0] / clips[variant][1].video, "video/mp4")
+            if variant in clips
+            else None
+            for variant in comparison.variants
+        },
+    )
+
+
+def _data_uri(path: Path, media_type: str) -> str | None:
+    if not path.is_file():
+        return None
+    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

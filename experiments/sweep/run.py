@@ -1,0 +1,78 @@
+"""A sweep: a search over settings of one run, by one worker or several, on one machine or several.
+
+A killed sweep goes on with the same command; a killed worker's trial goes on from its checkpoint.
+"""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from alignlab.experiments.launchers.sweeps import SweepLauncher, make_sweep_launcher
+from alignlab.experiments.sweep.config import SweepConfig, dump_sweep
+from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
+from alignlab.experiments.sweep.study import create_study, join_study, shown_url, sweep_folder
+from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.worker import check
+from alignlab.runs.run_folder import write_text
+
+log = logging.getLogger(__name__)
+
+
+def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path:
+    """Runs what is not finished of a sweep, prints its best trials and writes the results.
+
+    Args:
+        config: the recipe.
+        launcher: gets the trials run; None: one after another in this process.
+
+    Returns:
+        The page with the results; `best.yaml` and `trials.csv` lie beside it.
+
+    Raises:
+        UserError: the recipe cannot run here, or the storage cannot be used.
+    """
+    check(config)
+    with (launcher or make_sweep_launcher("local"))(config) as run_trials:
+        study = create_study(config)
+        write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
+        log.info("sweep %s: %s", config.name, sweep_folder(config))
+        log.info("watch it with: optuna-dashboard %s", shown_url(config))
+        tracker = SweepTracker(study)
+        tracker.begin_study()
+        with sigterm_interrupts():
+            run_trials(study, tracker)
+    tracker.end_study(best_metrics(study))
+    print_trials(study, Console())
+    return write_results(study)
+
+
+def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
+    """Helps with a sweep that another process began, until all its trials are finished.
+
+    Raises:
+        UserError: there is no such sweep, or it is of another recipe.
+    """
+    check(config)
+    with (launcher or make_sweep_launcher("local"))(config) as run_trials:
+        study = join_study(config)
+        with sigterm_interrupts():
+            run_trials(study, SweepTracker(study))
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """A scheduler's SIGTERM is a Ctrl-C: the running trial is put back."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,271 @@
+"""The search space of a sweep: from dotted recipe keys to Optuna's parameters and back.
+
+A trial's *params* are Optuna's names and values; its *values* are recipe settings by dotted key.
+One key may take several params: blocks `first` to `first + size - 1` are a range.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optuna import Trial
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from pydantic import ValidationError
+
+from alignlab.config.data import unknown_name
+from alignlab.config.run import RunConfig, check_blocks
+from alignlab.config.validation_errors import first_problem
+from alignlab.errors import UserError
+from alignlab.experiments.sweep.config import (
+    BlocksSpace,
+    CategoricalSpace,
+    FloatSpace,
+    IntSpace,
+    Parameter,
+    SweepConfig,
+)
+from alignlab.models.model_files import on_disk
+
+Params = dict[str, Any]
+
+
+def distributions(key: str, parameter: Parameter) -> dict[str, BaseDistribution]:
+    """Optuna's parameters of one recipe key, by name."""
+    match parameter:
+        case FloatSpace():
+            low, high, step = parameter.low, parameter.high, parameter.step
+            return {key: FloatDistribution(low, high, log=parameter.log, step=step)}
+        case IntSpace():
+            low, high, step = parameter.low, parameter.high, parameter.step
+            return {key: IntDistribution(low, high, log=parameter.log, step=step)}
+        case CategoricalSpace():
+            return {key: CategoricalDistribution([label(c) for c in parameter.choices])}
+        case BlocksSpace(choose="single"):
+            return {key: IntDistribution(parameter.first, parameter.last)}
+        case BlocksSpace(choose="range"):
+            return {
+                f"{key}.first": IntDistribution(parameter.first, parameter.last),
+                f"{key}.size": IntDistribution(1, _max_size(parameter)),
+            }
+        case BlocksSpace():
+            # One pick more than is needed chooses a block again, or none: every point is valid.
+            others = range(2, _max_size(parameter) + 1)
+            none = parameter.first - 1
+            return {
+                f"{key}.pick1": IntDistribution(parameter.first, parameter.last),
+                **{f"{key}.pick{i}": IntDistribution(none, parameter.last) for i in others},
+            }
+
+
+def value_of(key: str, parameter: Parameter, params: Params) -> Any:
+    """The recipe's value that a trial's params stand for."""
+    match parameter:
+        case CategoricalSpace():
+            labels = [label(choice) for choice in parameter.choices]
+            return parameter.choices[labels.index(params[key])]
+        case BlocksSpace(choose="single"):
+            return [params[key]]
+        case BlocksSpace(choose="range"):
+            first, size = params[f"{key}.first"], params[f"{key}.size"]
+            return list(range(first, min(first + size - 1, parameter.last) + 1))
+        case BlocksSpace():
+            picked = {params[name] for name in distributions(key, parameter)}
+            return sorted(block for block in picked if block >= parameter.first)
+        case _:
+            return params[key]
+
+
+def suggest_values(trial: Trial, space: Mapping[str, Parameter]) -> dict[str, Any]:
+    """The recipe values of a trial, by dotted key; those of a retried trial are the same again."""
+    values = {}
+    for key, parameter in space.items():
+        params = {
+            name: _suggest(trial, name, d) for name, d in distributions(key, parameter).items()
+        }
+        values[key] = value_of(key, parameter, params)
+    return values
+
+
+def apply_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The run with these settings replaced, as an override would.
+
+    Raises:
+        UserError: the settings do not fit the run, or each other.
+    """
+    recipe = base.model_dump(mode="json", exclude_unset=True)
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        here = recipe
+        for parent in parents:
+            if not isinstance(here.get(parent), dict):
+                here[parent] = {}
+            here = here[parent]
+        here[last] = value
+    try:
+        return RunConfig.model_validate(recipe)
+    except ValidationError as error:
+        raise UserError(first_problem(RunConfig, error)) from None
+
+
+def own_params(config: SweepConfig) -> Params | None:
+    """The params under which a trial is the recipe itself; None if one value lies outside."""
+    found: Params = {}
+    for key, parameter in config.space.items():
+        same = (
+            params
+            for params in _candidates(key, parameter, _setting(config.base, key))
+            if apply_values(config.base, {key: value_of(key, parameter, params)}) == config.base
+        )
+        params = next(same, None)
+        if params is None:
+            return None
+        found |= params
+    return found
+
+
+def grid_points(config: SweepConfig) -> list[Params]:
+    """The params of every combination, the recipe's own first if it is one of them."""
+    axes = [list(_axis(key, parameter)) for key, parameter in config.space.items()]
+    points = [
+        {name: value for part in parts for name, value in part.items()}
+        for parts in itertools.product(*axes)
+    ]
+    own = own_params(config)
+    return sorted(points, key=lambda point: point != own)
+
+
+def check_space(config: SweepConfig) -> None:
+    """Refuses, before any trial, what no run could take.
+
+    Raises:
+        UserError: a key that the recipe does not have, a value that its setting refuses, a block
+            that the transformer does not have.
+    """
+    num_blocks = _num_blocks(config.base)
+    for key, parameter in config.space.items():
+        _setting(config.base, key)
+        for value in _extremes(parameter):
+            try:
+                run = apply_values(config.base, {key: value})
+                if num_blocks is not None:
+                    check_blocks(run, num_blocks)
+            except UserError as error:
+                raise UserError(f"space.{key}: {label(value)} does not fit: {error}") from None
+
+
+def tapped_blocks(config: SweepConfig) -> tuple[int, ...]:
+    """All blocks that any trial may align: all are measured, so that trials can be compared."""
+    runs = [config.base]
+    for key, parameter in config.space.items():
+        runs += [apply_values(config.base, {key: value}) for value in _extremes(parameter)]
+        if isinstance(parameter, BlocksSpace):
+            every = list(range(parameter.first, parameter.last + 1))
+            runs.append(apply_values(config.base, {key: every}))
+    return tuple(sorted({b for run in runs for o in run.objectives.values() for b in o.blocks}))
+
+
+def label(value: Any) -> Any:
+    """A recipe value as Optuna keeps it: lists and mappings become text."""
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    match distribution:
+        case FloatDistribution(low=low, high=high, log=log, step=step):
+            return trial.suggest_float(name, low, high, log=log, step=step)
+        case IntDistribution(low=low, high=high, log=log, step=step):
+            return trial.suggest_int(name, low, high, log=log, step=step)
+        case CategoricalDistribution(choices=choices):
+            return trial.suggest_categorical(name, choices)
+    raise TypeError(distribution)
+
+
+def _max_size(parameter: BlocksSpace) -> int:
+    return parameter.max_size or parameter.count
+
+
+def _candidates(key: str, parameter: Parameter, own: Any) -> Iterator[Params]:
+    """Params that may stand for the recipe's own value."""
+    match parameter:
+        case FloatSpace() | IntSpace():
+            numeric = isinstance(own, int | float) and parameter.low <= own <= parameter.high
+            on_step = numeric and distributions(key, parameter)[key]._contains(own)
+            yield from [{key: own}] if on_step else []
+        case CategoricalSpace():
+            yield from _axis(key, parameter)
+        case BlocksSpace():
+            same = (p for p in _axis(key, parameter) if value_of(key, parameter, p) == own)
+            yield from same
+
+
+def _axis(key: str, parameter: Parameter) -> Iterator[Params]:
+    """Params of every value of a parameter that has finitely many."""
+    match parameter:
+        case FloatSpace(step=None):
+            raise UserError(f"space.{key}: a grid needs a step, or a categorical space")
+        case FloatSpace(low=low, high=high, step=float(step)):
+            count = math.floor((high - low) / step + 1e-9)
+            yield from ({key: low + i * step} for i in range(count + 1))
+        case IntSpace():
+            yield from ({key: v} for v in range(parameter.low, parameter.high + 1, parameter.step))
+        case CategoricalSpace():
+            yield from ({key: label(choice)} for choice in parameter.choices)
+        case BlocksSpace(choose="single"):
+            yield from ({key: b} for b in range(parameter.first, parameter.last + 1))
+        case BlocksSpace(choose="range"):
+            for first in range(parameter.first, parameter.last + 1):
+                longest = min(_max_size(parameter), parameter.last + 1 - first)
+                for size in range(1, longest + 1):
+                    yield {f"{key}.first": first, f"{key}.size": size}
+        case BlocksSpace():
+            yield from _subsets(key, parameter)
+
+
+def _subsets(key: str, parameter: BlocksSpace) -> Iterator[Params]:
+    names = list(distributions(key, parameter))
+    none = parameter.first - 1
+    for size in range(1, len(names) + 1):
+        for blocks in itertools.combinations(range(parameter.first, parameter.last + 1), size):
+            padded = (*blocks, *[none] * (len(names) - size))
+            yield dict(zip(names, padded, strict=True))
+
+
+def _extremes(parameter: Parameter) -> list[Any]:
+    match parameter:
+        case FloatSpace() | IntSpace():
+            return [parameter.low, parameter.high]
+        case CategoricalSpace():
+            return list(parameter.choices)
+        case BlocksSpace():
+            return [[parameter.first], [parameter.last]]
+
+
+def _setting(base: RunConfig, key: str) -> Any:
+    """The recipe's own value.
+
+    Raises:
+        UserError: no such key.
+    """
+    here: Any = base.model_dump(mode="json")
+    for part in key.split("."):
+        if not isinstance(here, dict) or part not in here:
+            names = here if isinstance(here, dict) else ()
+            raise UserError(f"space.{key}: {unknown_name('key', part, names)}")
+        here = here[part]
+    return here
+
+
+def _num_blocks(base: RunConfig) -> int | None:
+    """Read from the model's folder; None for a model that is not there yet."""
+    folder = on_disk(base.model.path)
+    path = None if folder is None else folder / "transformer" / "config.json"
+    if path is None or not path.is_file():
+        return None
+    return int(json.loads(path.read_text())["num_layers"])

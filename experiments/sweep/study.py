@@ -1,0 +1,245 @@
+"""The Optuna study of a sweep: where it is kept, and which trial is next.
+
+A study is made with all its trials, waiting. Workers only ever take waiting trials and never make
+any, so the number of trials is exact however many workers there are; a trial whose worker died
+waits again, under its own number and with the params that it had.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool
+
+from alignlab.config.data import unknown_name
+from alignlab.config.identity import has_hash, settings_hash
+from alignlab.errors import UserError
+from alignlab.experiments.report.metric_table import QUANTITIES, quantity, split_name
+from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
+from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
+from alignlab.experiments.sweep.space import grid_points, own_params
+
+RECIPE_HASH = "alignlab.recipe_hash"
+LOCK_WAIT_S = 60
+Direction = Literal["minimize", "maximize"]
+# What no number of a trial depends on: a sweep may get more trials, or move.
+NUMBERLESS: dict[str, Any] = {
+    "base": dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
+    "trials": True,
+    "storage": True,
+    "launch": True,
+}
+
+
+class SweepStudy:
+    """A study and its storage."""
+
+    def __init__(self, config: SweepConfig, study: optuna.Study, storage: BaseStorage) -> None:
+        self.config = config
+        self.study = study
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(study.study_name)
+        self.size = len(_plan(config))
+        """How many trials there are, or will be once they are all made."""
+        self._lock = FileLock(sweep_folder(config) / ".claims.lock")
+        self._watch = Watch()
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Trials in order of number; without `states`, all."""
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def is_finished(self) -> bool:
+        """Whether all trials that the sweep should have are finished."""
+        trials = self.trials()
+        return len(trials) >= self.size and all(trial.state.is_finished() for trial in trials)
+
+    def claim(self) -> tuple[optuna.Trial, Lease] | None:
+        """Takes the first waiting trial; None while there is none."""
+        with self._lock:  # SQLite cannot lock a row, so two workers could take the same one
+            for waiting in self.trials(TrialState.WAITING):
+                trial_id = self._id(waiting)
+                try:
+                    taken = self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+                except UpdateFinishedTrialError:
+                    continue
+                if taken:
+                    lease = Lease(self._storage, trial_id)
+                    break
+            else:
+                return None
+        self.study.sampler = build_sampler(self.config.sampler, waiting.number)
+        return optuna.Trial(self.study, trial_id), lease
+
+    def put_back(self, number: int, lease: Any) -> None:
+        """Lets a running trial wait again, if the claim on it is still `lease`."""
+        with self._lock:
+            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+            trial = self._storage.get_trial(trial_id)
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get(LEASE) == lease:
+                # first the claim, or the next holder would be judged by a dead one's
+                self._storage.set_trial_user_attr(trial_id, LEASE, None)
+                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+
+    def put_back_dead(self) -> list[int]:
+        """Lets the trials of dead workers wait again; returns their numbers."""
+        dead = [t for t in self.trials(TrialState.RUNNING) if self._watch.is_dead(t)]
+        for trial in dead:
+            self.put_back(trial.number, trial.user_attrs.get(LEASE))
+        return [trial.number for trial in dead]
+
+    def _id(self, trial: FrozenTrial) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+
+
+def sweep_folder(config: SweepConfig) -> Path:
+    """Where everything of a sweep lies."""
+    return Path(config.output) / config.name
+
+
+def storage_url(config: SweepConfig) -> str:
+    """The storage as Optuna's own commands take it (`optuna-dashboard URL`)."""
+    if config.storage is None:
+        return f"sqlite:///{(sweep_folder(config) / 'study.db').resolve()}"
+    return config.storage.removeprefix("journal://")
+
+
+def shown_url(config: SweepConfig) -> str:
+    """The storage without its password."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", storage_url(config))
+
+
+def create_study(config: SweepConfig) -> SweepStudy:
+    """Makes the study with all its trials waiting, or opens it to go on.
+
+    Raises:
+        UserError: the study is of another recipe or larger, or the storage cannot be used.
+    """
+    folder = sweep_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".create.lock"):
+        storage = _open_storage(config)
+        study = optuna.create_study(
+            storage=storage,
+            study_name=config.name,
+            directions=directions(config),
+            pruner=build_pruner(config.pruner, len(config.seeds)),
+            load_if_exists=True,
+        )
+        known = study.user_attrs.get(RECIPE_HASH)
+        if known is None:
+            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
+            with experimental_accepted():
+                study.set_metric_names([metric.name for metric in config.metric])
+        _check_same_sweep(config, known)
+        _add_trials(config, study)
+    return SweepStudy(config, study, storage)
+
+
+def join_study(config: SweepConfig) -> SweepStudy:
+    """Opens the study that another process has made.
+
+    Raises:
+        UserError: there is none, it is of another recipe, or the storage cannot be used.
+    """
+    sweep_folder(config).mkdir(parents=True, exist_ok=True)
+    storage = _open_storage(config)
+    try:
+        study = optuna.load_study(
+            storage=storage,
+            study_name=config.name,
+            pruner=build_pruner(config.pruner, len(config.seeds)),
+        )
+    except KeyError:
+        raise UserError(
+            f"no study {config.name!r} in {shown_url(config)}: "
+            "start the sweep without --join first, or name its storage"
+        ) from None
+    _check_same_sweep(config, study.user_attrs.get(RECIPE_HASH))
+    return SweepStudy(config, study, storage)
+
+
+def directions(config: SweepConfig) -> list[Direction]:
+    """`minimize` or `maximize` for each metric.
+
+    Raises:
+        UserError: a metric whose better side is not known.
+    """
+    found: list[Direction] = []
+    for metric in config.metric:
+        better = quantity(metric.name).better
+        base, _ = split_name(metric.name)
+        if metric.direction is None and base not in QUANTITIES:
+            raise UserError(f"metric: {unknown_name('metric', base, QUANTITIES)}")
+        if metric.direction is None and better == "none":
+            raise UserError(
+                f"metric: {metric.name} has no better side of its own: "
+                f"write {{name: {metric.name}, direction: minimize}} (or maximize)"
+            )
+        found.append(metric.direction or ("minimize" if better == "lower" else "maximize"))
+    return found
+
+
+def _plan(config: SweepConfig) -> Sequence[dict[str, Any] | None]:
+    """The params of every trial, None where the sampler draws them; the recipe's own are first."""
+    if config.sampler.name == "grid":
+        return grid_points(config)
+    assert config.trials is not None
+    return [own_params(config), *[None] * (config.trials - 1)]
+
+
+def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
+    points = _plan(config)
+    present = len(study.get_trials(deepcopy=False))
+    if present > len(points):
+        raise UserError(
+            f"trials: the study has {present} trials already, it cannot shrink to {len(points)}"
+        )
+    for point in points[present:]:
+        attrs = None if point is None else {"fixed_params": point}
+        study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attrs))
+
+
+def _check_same_sweep(config: SweepConfig, known: str | None) -> None:
+    if known is not None and not has_hash(config, known, NUMBERLESS):
+        raise UserError(
+            f"{shown_url(config)} holds a sweep {config.name!r} of another recipe: "
+            "choose another name, or remove the study and its folder"
+        )
+
+
+def _open_storage(config: SweepConfig) -> BaseStorage:
+    url = storage_url(config)
+    if "://" not in url:
+        if not url.endswith((".log", ".journal")) and config.storage == url:
+            raise UserError(
+                f"storage: {url!r} is neither a URL nor a journal file: write sqlite:///PATH, "
+                "postgresql://..., journal:///PATH, or a path that ends in .log or .journal"
+            )
+        Path(url).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(url))
+    engine: dict[str, Any] = {"poolclass": NullPool}  # a server drops what a long run leaves idle
+    if url.startswith("sqlite"):
+        # one writer waits for another; SQLite's own limit of 5 s is short for many workers
+        engine["connect_args"] = {"timeout": LOCK_WAIT_S}
+    try:
+        return get_storage(RDBStorage(url, engine_kwargs=engine))
+    except ImportError as error:
+        raise UserError(
+            f"storage: {shown_url(config)} needs a database driver: {_first_line(error)}; "
+            "for PostgreSQL: pip install 'alignlab[postgres]'"
+        ) from None
+    except (OperationalError, ArgumentError, NoSuchModuleError) as error:
+        raise UserError(f"storage: {shown_url(config)}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,108 @@
+"""A sweep in MLflow: one parent run per study, one run per trial under it, training runs below.
+
+Optuna's study and trials keep the MLflow run ids as user attributes, MLflow's runs the study's
+name and the trial's number as tags.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock
+
+from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.study import SweepStudy, shown_url, sweep_folder
+from alignlab.runs.log_filters import quiet_libraries
+
+MLFLOW_ID = "mlflow_run_id"
+PARENT = "mlflow.parentRunId"
+STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+
+
+class SweepTracker:
+    """Writes the runs of a study and its trials; does nothing with `tracking.mlflow: none`."""
+
+    def __init__(self, sweep: SweepStudy) -> None:
+        self._sweep = sweep
+        self._client: Any = None
+        self._experiment = ""
+        if sweep.config.base.tracking.mlflow != "none":
+            self._connect(sweep.config)
+
+    def begin_study(self) -> None:
+        """Makes the parent run, or opens it again."""
+        if self._client is None:
+            return
+        study = self._sweep.study
+        known = study.user_attrs.get(MLFLOW_ID)
+        if known is not None:
+            self._client.update_run(known, status="RUNNING")
+            return
+        tags = {"optuna.study": study.study_name, "optuna.storage": shown_url(self._sweep.config)}
+        run = self._client.create_run(self._experiment, run_name=study.study_name, tags=tags)
+        study.set_user_attr(MLFLOW_ID, run.info.run_id)
+
+    def end_study(self, metrics: Mapping[str, float]) -> None:
+        """Closes the parent run with the best trial's metrics."""
+        if self._client is not None:
+            run_id = self._sweep.study.user_attrs[MLFLOW_ID]
+            self._log_metrics(run_id, metrics)
+            self._client.set_terminated(run_id, "FINISHED")
+
+    def begin_trial(self, trial: optuna.Trial, values: Mapping[str, Any]) -> None:
+        """Makes the trial's run, or opens it again where the trial is a retried one."""
+        if self._client is None:
+            return
+        known = trial.user_attrs.get(MLFLOW_ID)
+        if known is not None:
+            self._client.update_run(known, status="RUNNING")
+            return
+        study = self._sweep.study
+        tags = {
+            PARENT: study.user_attrs[MLFLOW_ID],
+            "optuna.study": study.study_name,
+            "optuna.trial": str(trial.number),
+        }
+        name = f"{study.study_name}/trial-{trial.number:04d}"
+        run_id = self._client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
+        for key, value in values.items():
+            self._client.log_param(run_id, key, str(value))
+        trial.set_user_attr(MLFLOW_ID, run_id)
+
+    def link_run(self, trial: optuna.Trial, run_folder: Path) -> None:
+        """Puts a training run under its trial."""
+        if self._client is not None:
+            run_id = (run_folder / MLFLOW_ID).read_text().strip()
+            self._client.set_tag(run_id, PARENT, trial.user_attrs[MLFLOW_ID])
+            self._client.set_tag(run_id, "optuna.trial", str(trial.number))
+
+    def end_trial(self, trial: optuna.Trial, state: str, metrics: Mapping[str, float]) -> None:
+        """Closes the trial's run; `state` is Optuna's name of the trial's end."""
+        if self._client is not None:
+            run_id = trial.user_attrs[MLFLOW_ID]
+            self._log_metrics(run_id, metrics)
+            self._client.set_tag(run_id, "optuna.state", state)
+            self._client.set_terminated(run_id, STATUS[state])
+
+    def _log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._client.log_metric(run_id, key, value)
+
+    def _connect(self, config: SweepConfig) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
+        from mlflow import MlflowClient
+
+        uri = config.base.tracking.mlflow
+        database = Path(config.output).resolve() / "mlflow.db"
+        # the same lock as that of the training runs: a new database has one maker
+        with quiet_libraries(), FileLock(f"{database}.lock"):
+            self._client = MlflowClient(f"sqlite:///{database}" if uri == "sqlite" else uri)
+            name = sweep_folder(config).relative_to(config.output).parts[0]
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                artifacts = database.with_name("mlartifacts").as_uri()
+                self._experiment = self._client.create_experiment(name, artifacts)
+            else:
+                self._experiment = found.experiment_id

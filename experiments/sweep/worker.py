@@ -1,0 +1,106 @@
+"""One worker of a sweep: it takes trial after trial, also those of workers that died."""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import optuna
+from optuna.trial import TrialState
+
+from alignlab.distributed.launch_env import refuse_several
+from alignlab.experiments.report.formatting import format_duration
+from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.samplers import check_sampler
+from alignlab.experiments.sweep.space import check_space, own_params
+from alignlab.experiments.sweep.study import SweepStudy, directions
+from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.trial import LostTrialError, TrialRunner
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 2.0
+
+
+def check(config: SweepConfig) -> None:
+    """Refuses, before any trial, what cannot work.
+
+    Raises:
+        UserError: space, sampler or metric do not fit the run.
+    """
+    refuse_several()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_space(config)
+    check_sampler(config)
+    directions(config)
+    if own_params(config) is None:
+        log.info("the recipe's own settings lie outside the space: they are not tried first")
+
+
+def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None:
+    """Takes waiting trials, one after another.
+
+    Args:
+        study: of the sweep.
+        tracker: of the study.
+        stay: until all trials are finished, also those that other workers hold now and that wait
+            again if these die; else until none waits.
+    """
+    runner = TrialRunner(study.config, tracker)
+    begin, done = time.monotonic(), 0
+    while True:
+        claimed = study.claim()
+        if claimed is None:
+            if not stay or study.is_finished():
+                return
+            if not put_back_dead(study):
+                time.sleep(LOOK_EVERY_S)
+            continue
+        trial, lease = claimed
+        try:
+            with lease:
+                runner.run(trial, lease)
+        except BaseException as error:
+            if lease.lost or isinstance(error, LostTrialError):
+                log.info("trial %d: another worker has taken it over", trial.number)
+                continue
+            with deaf():
+                study.put_back(trial.number, lease.claim)
+            raise
+        done += 1
+        announce(study, (time.monotonic() - begin) / done)
+
+
+def put_back_dead(study: SweepStudy) -> bool:
+    """Lets the trials of dead workers wait again; whether there were any."""
+    dead = study.put_back_dead()
+    for number in dead:
+        log.info("trial %d: its worker died, it goes on from its checkpoint", number)
+    return bool(dead)
+
+
+def finished_count(study: SweepStudy) -> int:
+    """How many trials are finished."""
+    return sum(trial.state.is_finished() for trial in study.trials())
+
+
+def announce(study: SweepStudy, seconds_per_trial: float) -> None:
+    """One line on how far the sweep is."""
+    left = len(study.trials(TrialState.WAITING))
+    log.info(
+        "%d of %d trials finished, about %s left for one worker",
+        *(finished_count(study), study.size, format_duration(left * seconds_per_trial)),
+    )
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Ctrl-C reaches a worker twice, from the terminal and from the process that started it."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)

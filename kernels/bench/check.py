@@ -1,0 +1,59 @@
+"""Whether a provider computes the right thing: asked before its speed is reported."""
+
+import torch
+from torch import Tensor
+
+from alignlab.kernels.bench.cases import Case, Inputs, draw_inputs
+from alignlab.kernels.bench.run import Provider, loss_function, with_gradient
+from alignlab.kernels.cosine import unit
+
+# Relative. A gradient jumps where a hinge or a sign does, so that rounding alone moves it: one pair
+# of the checked sizes by up to 0.7 %.
+VALUE_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 0.02
+
+
+class WrongResult(Exception):
+    """A provider differs from the reference by more than rounding explains."""
+
+
+def check(case: Case, provider: Provider, device: torch.device) -> None:
+    """Compares value and gradient with `eager` in float64, on a reduced size of the same kind.
+
+    Allowed is twice the error that comes from rounding the unit vectors to the dtype of the case,
+    which no product of half-precision matrices avoids, and the tolerances above. `floor` is no
+    result, so there is nothing to check.
+
+    Raises:
+        WrongResult: value or gradient is too far off.
+        ValueError: the provider cannot compute this case; the message says why.
+    """
+    if provider == "floor":
+        return
+    reduced = case.reduced()
+    inputs = draw_inputs(reduced, device, seed=0)
+    reference = loss_function(case.op, "eager")
+    truth = with_gradient(reference, inputs.double())
+    found = with_gradient(loss_function(case.op, provider), inputs)
+    rounded = with_gradient(lambda x: reference(_rounded(x)), inputs)
+    tolerances = (VALUE_TOLERANCE, GRADIENT_TOLERANCE)
+    for what, want, have, rough, tolerance in zip(
+        ("value", "gradient"), truth, found, rounded, tolerances, strict=True
+    ):
+        error, allowed = _error(have, want), 2 * _error(rough, want) + tolerance
+        if not error <= allowed:  # NaN too
+            raise WrongResult(
+                f"{provider} is wrong on {reduced}: its {what} is off by {error:.2g} "
+                f"of the reference, {allowed:.2g} is allowed"
+            )
+
+
+def _rounded(inputs: Inputs) -> Inputs:
+    dtype = inputs.student.dtype
+    return Inputs(
+        unit(inputs.student).to(dtype), unit(inputs.teacher).to(dtype), inputs.subject_ids
+    )
+
+
+def _error(have: Tensor, want: Tensor) -> float:
+    return float((have.double() - want).norm() / want.norm())

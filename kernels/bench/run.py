@@ -1,0 +1,193 @@
+"""Speed and memory of the operations: what `alignlab bench kernels` measures of one case.
+
+A provider is an implementation, `compile` (torch.compile of `eager`) or `floor` (the bare matrix
+products). All run the operation with its default settings and sum its terms.
+"""
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from alignlab.kernels.bench.cases import Case, Inputs, Op, draw_inputs
+from alignlab.kernels.bench.floor import floor_step, minimum_flops
+from alignlab.kernels.bench.measure import Spread, Step, peak_extra_mib, time_steps
+from alignlab.kernels.dispatch import Impl
+from alignlab.kernels.pull_push import implementations as pull_push_implementations
+from alignlab.kernels.pull_push import pull_push
+from alignlab.kernels.relation import implementations as relation_implementations
+from alignlab.kernels.relation import relation_distance
+
+Provider = Literal["floor", "eager", "compile", "chunked", "triton"]
+Mode = Literal["forward", "full"]
+Metric = Literal["speed", "memory"]
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+MODES: tuple[Mode, ...] = get_args(Mode)
+UNITS: dict[Metric, str] = {"speed": "ms", "memory": "MB"}
+
+# Held at the peak for each pair of tokens, whatever the dtype of the inputs; measured.
+BYTES_PER_PAIR: dict[tuple[Op, Provider], int] = {
+    ("pull_push", "eager"): 14,
+    ("pull_push", "compile"): 6,
+    ("relation", "eager"): 48,
+    ("relation", "compile"): 10,
+}
+
+Loss = Callable[[Inputs], Tensor]
+
+
+class Measurement(NamedTuple):
+    """One figure: milliseconds, or MiB beyond the inputs; `flops` is the minimum for that case and
+    mode, or what `floor` did, which may be more."""
+
+    case: Case
+    provider: Provider
+    mode: Mode
+    metric: Metric
+    spread: Spread
+    flops: int
+
+
+class LeftOut(NamedTuple):
+    """What was not measured, and why."""
+
+    what: str
+    reason: str
+
+
+def missing(op: Op, provider: Provider, device: torch.device) -> str | None:
+    """Gives the reason why a provider cannot be measured on `device`, or None if it can."""
+    if provider == "floor":
+        return None
+    if provider == "compile":
+        compiler = os.environ.get("CXX", "g++")
+        found = device.type != "cpu" or shutil.which(compiler)
+        return None if found else f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    if provider == "triton" and device.type == "cpu":
+        return "a CPU has only Triton's interpreter, whose speed says nothing"
+    listed = relation_implementations() if op == "relation" else pull_push_implementations()
+    return listed[provider]
+
+
+def too_large(case: Case, provider: Provider, max_gib: float) -> str | None:
+    """Gives the reason if the (N, N) matrices of a provider exceed `max_gib`, else None."""
+    pairs = case.blocks * case.num_tokens**2
+    needed = BYTES_PER_PAIR.get((case.op, provider), 0) * pairs / 1024**3
+    return f"needs about {needed:.1f} GiB, more than {max_gib:g}" if needed > max_gib else None
+
+
+def loss_function(op: Op, provider: Provider) -> Loss:
+    """Builds the sum of the terms that a provider computes from inputs."""
+    impl: Impl = "eager" if provider == "compile" or provider == "floor" else provider
+
+    def pull_push_loss(x: Inputs) -> Tensor:
+        assert x.subject_ids is not None
+        terms = pull_push(x.student, x.teacher, x.subject_ids, impl=impl)
+        return (terms.pull + terms.push).sum()
+
+    def relation_loss(x: Inputs) -> Tensor:
+        terms = relation_distance(x.student, x.teacher, impl=impl)
+        return (terms.spatial + terms.temporal).sum()
+
+    loss = relation_loss if op == "relation" else pull_push_loss
+    if provider != "compile":
+        return loss
+    torch.compiler.reset()  # else the sizes of earlier cases count towards the limit of recompiles
+    compiled: Loss = torch.compile(loss, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def with_gradient(loss: Loss, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Computes the loss and its gradient with respect to the student."""
+    student = inputs.student.detach().requires_grad_()
+    value = loss(inputs._replace(student=student))
+    (gradient,) = torch.autograd.grad(value, student)
+    return value.detach(), gradient
+
+
+def measure(
+    case: Case,
+    providers: Sequence[Provider],
+    device: torch.device,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> tuple[list[Measurement], list[LeftOut]]:
+    """Measures providers on one case: memory first, then time.
+
+    Args:
+        case: what to run.
+        providers: checked before (`bench_check`).
+        device: where.
+        seconds: time for each provider and mode.
+        tell: called with what was just measured; `num_steps` says how often.
+
+    Returns:
+        The figures, and the providers for which a CUDA device had too little memory. `floor` has no
+        memory figure: its buffers are made beforehand.
+    """
+    sets = _input_sets(case, device)
+    losses = {p: loss_function(case.op, p) for p in providers if p != "floor"}
+    found: list[Measurement] = []
+    left_out: list[LeftOut] = []
+    for provider in list(losses):
+        try:
+            found += _memory(case, provider, losses[provider], sets, device)
+        except torch.OutOfMemoryError:
+            del losses[provider]
+            torch.cuda.empty_cache()  # what it held is in blocks that may fit no other provider
+            left_out.append(LeftOut(f"{provider} on {case}", "the device has too little memory"))
+        tell(f"{case}: memory of {provider}")
+    for mode in MODES:
+        steps: dict[Provider, Step] = {p: _step(loss, mode, sets) for p, loss in losses.items()}
+        flops = dict.fromkeys(providers, minimum_flops(case, backward=mode == "full"))
+        if "floor" in providers:
+            steps["floor"], flops["floor"] = floor_step(case, device, backward=mode == "full")
+        for name, times in time_steps(steps, device, seconds).items():
+            found.append(Measurement(case, name, mode, "speed", times, flops[name]))
+        tell(f"{case}: time of {mode}")
+    return found, left_out
+
+
+def _memory(
+    case: Case, provider: Provider, loss: Loss, sets: list[Inputs], device: torch.device
+) -> list[Measurement]:
+    found = []
+    for mode in MODES:
+        peak = peak_extra_mib(_step(loss, mode, sets), device)
+        flops = minimum_flops(case, backward=mode == "full")
+        found.append(Measurement(case, provider, mode, "memory", Spread(peak, peak, peak), flops))
+    return found
+
+
+def num_steps(providers: Sequence[Provider]) -> int:
+    """Counts the calls of `tell` in `measure`."""
+    return len([p for p in providers if p != "floor"]) + len(MODES)
+
+
+def _input_sets(case: Case, device: torch.device) -> list[Inputs]:
+    """Draws as many inputs as do not fit into twice the L2 cache of a CUDA device; else one."""
+    inputs = draw_inputs(case, device, seed=0)
+    if device.type != "cuda":
+        return [inputs]
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return [
+        inputs,
+        *(draw_inputs(case, device, seed) for seed in range(1, 1 + 2 * cache // inputs.nbytes())),
+    ]
+
+
+def _step(loss: Loss, mode: Mode, sets: list[Inputs]) -> Step:
+    rotation = itertools.cycle(sets)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return loss(next(rotation))
+
+    def full() -> tuple[Tensor, Tensor]:
+        return with_gradient(loss, next(rotation))
+
+    return full if mode == "full" else forward

@@ -1,0 +1,1 @@
+"""The frozen Stage 1 networks that SARA and MoAlign read."""

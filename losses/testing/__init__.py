@@ -1,0 +1,1 @@
+"""The checks that every objective passes, also those of other packages."""

@@ -1,0 +1,96 @@
+"""A new setting orphans nothing: hashes of older recipes, of whatever version, still hold."""
+
+from typing import Any
+
+import pytest
+from pydantic import Field, create_model
+
+from alignlab.config.identity import has_hash, settings_hash
+from alignlab.config.parts import EvalConfig, TrainingConfig
+from alignlab.config.run import RunConfig
+from alignlab.experiments.sweep.config import SweepConfig, load_sweep
+from alignlab.experiments.sweep.study import NUMBERLESS
+from alignlab.recipe import has_recipe_hash, load_run, load_stage1_run, recipe_hash
+
+# Written by the code that hashed recipes whole.
+V1_RUNS = {"tiny": "b6bc555c0ea3", "wan21_1.3b": "709ff9f600c3"}
+V1_STAGE1 = {"sara": "7acf09ccf3a1", "moalign": "ce5542bf865c"}
+V1_SWEEP = "60f7d50dea11"
+
+
+def run_of(name: str) -> RunConfig:
+    return load_run(name, ["data.path=x"] if name.startswith("wan") else [])
+
+
+def with_new_settings(config: TrainingConfig) -> TrainingConfig:
+    """The same recipe under classes that have one more setting each, at two levels."""
+    fields: dict[str, Any] = {"added": (str, "as before")}
+    if isinstance(config, RunConfig):
+        new_eval = create_model("EvalConfig", __base__=EvalConfig, added=(int, 3))
+        fields["eval"] = (new_eval, Field(default=new_eval()))
+    new: Any = create_model(type(config).__name__, __base__=type(config), **fields)
+    made: TrainingConfig = new.model_validate(config.model_dump(mode="json"))
+    return made
+
+
+@pytest.mark.parametrize("name", V1_RUNS)
+def test_old_and_new_hashes_of_runs_hold_when_settings_are_added(name: str) -> None:
+    config = run_of(name)
+    later = with_new_settings(config)
+    assert "added" in later.model_dump() and "added" in later.model_dump()["eval"]
+    for known in (V1_RUNS[name], recipe_hash(config)):
+        assert has_recipe_hash(config, known)
+        assert has_recipe_hash(later, known)
+    assert recipe_hash(later) == recipe_hash(config)
+
+
+@pytest.mark.parametrize("kind", V1_STAGE1)
+def test_old_hashes_of_stage1_hold_when_a_setting_is_added(kind: str) -> None:
+    config = load_stage1_run(kind, f"stage1_{kind}")
+    assert has_recipe_hash(config, V1_STAGE1[kind])
+    assert has_recipe_hash(with_new_settings(config), V1_STAGE1[kind])
+
+
+def test_old_and_new_hashes_of_sweeps_hold_when_settings_are_added() -> None:
+    config = load_sweep("sweep_refalign")
+    new: Any = create_model(
+        "SweepConfig", __base__=SweepConfig, added=(int, 1), base=(RunConfig, Field())
+    )
+    values = {name: getattr(config, name) for name in SweepConfig.model_fields}
+    later = new.model_validate(values | {"base": with_new_settings(config.base)})
+    for known in (V1_SWEEP, settings_hash(config, NUMBERLESS)):
+        assert has_hash(config, known, NUMBERLESS)
+        assert has_hash(later, known, NUMBERLESS)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=99", "seed=5", "objectives.ra.weight=0.25", "eval.clips=7", "data.seed=1",
+     "teachers.dino.feature=pre_norm", "optim.ema=0.9", "objectives.ra.gate=t^2",
+     "objectives.b={name: repa, teacher: dino, blocks: [3]}"],
+)  # fmt: skip
+def test_every_number_of_a_recipe_counts(override: str) -> None:
+    config, other = load_run("tiny"), load_run("tiny", [override])
+    assert recipe_hash(config) != recipe_hash(other)
+    assert not has_recipe_hash(other, recipe_hash(config))
+    assert not has_recipe_hash(other, V1_RUNS["tiny"])
+
+
+def test_a_setting_that_is_given_its_default_changes_nothing() -> None:
+    assert recipe_hash(load_run("tiny", ["eval.clips=16"])) == recipe_hash(load_run("tiny"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=other", "output=x", "checkpoint.every=7", "tracking.log_every=3", "data.cache_clips=2"],
+)
+def test_what_changes_no_number_is_left_out(override: str) -> None:
+    assert has_recipe_hash(load_run("tiny", [override]), recipe_hash(load_run("tiny")))
+    assert has_recipe_hash(load_run("tiny", [override]), V1_RUNS["tiny"])
+
+
+def test_two_objectives_with_nothing_but_defaults_are_not_the_same() -> None:
+    base = ["objectives.ra.weight=1.0"]
+    repa = load_run("tiny", [*base, "objectives.x={name: repa, teacher: dino, blocks: [3]}"])
+    irepa = load_run("tiny", [*base, "objectives.x={name: irepa, teacher: dino, blocks: [3]}"])
+    assert recipe_hash(repa) != recipe_hash(irepa)

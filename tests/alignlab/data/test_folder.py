@@ -1,0 +1,299 @@
+"""A folder of real clips: metadata, references, masks, split, and what is refused."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from PIL import Image
+
+from alignlab.config.data import FolderConfig
+from alignlab.data.folder import FolderDataset, held_out_names
+from alignlab.data.registry import DATASETS, build_dataset
+from alignlab.data.sample import Sample
+from alignlab.data.video import write_mp4
+from alignlab.errors import UserError
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Four clips of 24 frames at 12 fps (frame i is gray 20 + 5 i), two references."""
+    levels = 20 + 5 * torch.arange(24, dtype=torch.uint8)
+    video_THWC = levels[:, None, None, None].expand(24, 32, 48, 3)
+    for name in "abcd":
+        write_mp4(tmp_path / "clips" / f"{name}.mp4", video_THWC, 12)
+    (tmp_path / "refs").mkdir()
+    Image.new("RGB", (40, 20), (200, 30, 30)).save(tmp_path / "refs" / "red.png")
+    Image.new("RGB", (20, 40), (30, 30, 200)).save(tmp_path / "refs" / "blue.png")
+    write_jsonl(tmp_path, rows())
+    return tmp_path
+
+
+def rows() -> Rows:
+    return [
+        {
+            "file_name": f"clips/{name}.mp4",
+            "caption": f"Clip {name}, in gray",
+            "references": ["refs/red.png", "refs/blue.png"],
+            "reference_names": ["red one", "blue one"],
+            "reference_phrases": ["a red card", ""],
+        }
+        for name in "abcd"
+    ]
+
+
+def write_jsonl(root: Path, lines: Rows) -> None:
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+
+
+def config(root: Path, **changes: Any) -> FolderConfig:
+    settings = {"frames": 5, "size": (32, 32), "fps": 6, "val_fraction": 0.2, **changes}
+    return FolderConfig(path=str(root), **settings)
+
+
+def all_of(settings: FolderConfig, split: Literal["train", "val"]) -> list[Sample]:
+    dataset = FolderDataset(settings, split)
+    return [dataset[index] for index in range(len(dataset))]
+
+
+def both_splits(root: Path, **changes: Any) -> dict[str, Sample]:
+    settings = config(root, **changes)
+    return {sample.key: sample for sample in all_of(settings, "train") + all_of(settings, "val")}
+
+
+def test_sample_holds_the_row(root: Path) -> None:
+    samples = both_splits(root)
+    assert set(samples) == {f"clips/{name}.mp4" for name in "abcd"}
+    sample = samples["clips/b.mp4"]
+    assert sample.caption == "Clip b, in gray"
+    levels = sample.video_THWC.float().mean(dim=(1, 2, 3))
+    assert ((levels - 20) / 5).round().tolist() == [0, 2, 4, 6, 8]
+    red, blue = sample.references
+    assert (red.name, red.phrase, blue.name, blue.phrase) == (
+        "red one",
+        "a red card",
+        "blue one",
+        "",
+    )
+    assert red.image_HWC.shape == (32, 32, 3) and red.image_HWC[16, 16].tolist() == [200, 30, 30]
+    assert red.mask_HW.sum() == 32 * 16 and (red.image_HWC[~red.mask_HW] == 255).all()
+    assert sample.masks_ETHW is None and sample.flow_THWC is None
+
+
+def test_same_index_gives_the_same_bits(root: Path) -> None:
+    first, second = (FolderDataset(config(root), "train") for _ in range(2))
+    assert len(first) == len(second) > 0
+    assert torch.equal(first[1].video_THWC, second[1].video_THWC)
+    with pytest.raises(IndexError):
+        first[len(first)]
+
+
+def test_csv_and_json_say_the_same_as_jsonl(root: Path) -> None:
+    header = "file_name,text,start,references,reference_names,reference_phrases\n"
+    subjects = "refs/red.png|refs/blue.png,red one|blue one,a red card|"
+    lines = [f'clips/{name}.mp4,"Clip {name}, in gray",,{subjects}' for name in "abcd"]
+    (root / "metadata.csv").write_text("\ufeff" + header + "\n".join(lines), "utf-8")
+    (root / "metadata.json").write_text(json.dumps(rows()))
+    expected = both_splits(root)
+    for metadata in ("metadata.csv", "metadata.json"):
+        found = both_splits(root, metadata=metadata)
+        assert found.keys() == expected.keys()
+        for key, sample in found.items():
+            assert sample.caption == expected[key].caption
+            assert torch.equal(sample.video_THWC, expected[key].video_THWC)
+            labels = [(ref.name, ref.phrase) for ref in sample.references]
+            assert labels == [(ref.name, ref.phrase) for ref in expected[key].references]
+
+
+def test_start_and_repeated_clips_have_their_own_keys(root: Path) -> None:
+    row = rows()[0]
+    write_jsonl(root, [row, {**row, "start": 0.5}, {**row, "caption": "again"}, *rows()[1:]])
+    samples = both_splits(root)
+    assert {"clips/a.mp4", "clips/a.mp4@0.5", "clips/a.mp4#2"} < set(samples)
+    level = samples["clips/a.mp4@0.5"].video_THWC[0].float().mean()
+    assert round(float(level - 20) / 5) == 6
+
+
+def test_references_are_limited_and_default_to_their_path(root: Path) -> None:
+    write_jsonl(root, [{**row, "reference_names": None} for row in rows()])
+    sample = FolderDataset(config(root, references=(0, 1)), "train")[0]
+    assert [reference.name for reference in sample.references] == ["refs/red.png"]
+
+
+def test_it_names_the_first_clip_without_masks(root: Path) -> None:
+    (root / "masks").mkdir()
+    masked = {"masks": "masks", "entities": ["block"]}
+    held_out = {row.key for row in all_of(config(root), "val")}
+    lines = [{**row, **masked} for row in rows()]
+    write_jsonl(root, lines)
+    assert FolderDataset(config(root), "train").without_masks() is None
+    trained = [i for i, row in enumerate(rows()) if row["file_name"] not in held_out]
+    lines[trained[1]] = rows()[trained[1]]
+    write_jsonl(root, lines)
+    found = FolderDataset(config(root), "train").without_masks()
+    assert found == rows()[trained[1]]["file_name"]
+    assert FolderDataset(config(root), "val").without_masks() is None
+
+
+def test_masks_follow_the_frames_of_the_clip(root: Path) -> None:
+    """Entity 2 is a block that moves right by one pixel per source frame; 255 is undecided.
+
+    The clip begins behind the video's second keyframe (x264 sets one at frame 250).
+    """
+    write_mp4(root / "clips" / "a.mp4", torch.zeros(280, 32, 48, 3, dtype=torch.uint8), 12)
+    (root / "masks").mkdir()
+    for index in range(264, 274):
+        labels = Image.new("P", (48, 32), 0)
+        labels.putpalette([level for level in range(256) for _ in range(3)])
+        labels.paste(1, (0, 0, 48, 8))
+        labels.paste(2, (index - 250, 16, index - 242, 24))
+        labels.paste(255, (0, 30, 48, 32))
+        labels.save(root / "masks" / f"{index:05d}.png")
+    masked = {**rows()[0], "start": 22, "masks": "masks", "entities": ["sky", "block"]}
+    write_jsonl(root, [masked, *rows()[1:]])
+    samples = both_splits(root)
+    assert samples["clips/b.mp4"].masks_ETHW is None
+    masks_ETHW = samples["clips/a.mp4@22"].masks_ETHW
+    assert samples["clips/a.mp4@22"].entities == ("sky", "block")
+    assert masks_ETHW is not None and masks_ETHW.shape == (2, 5, 32, 32)
+    assert masks_ETHW[0, :, :8].all() and not masks_ETHW[0, :, 8:].any()
+    for step in range(5):
+        left = 14 + 2 * step - 8  # the crop takes 8 columns off
+        columns = masks_ETHW[1, step, 20].nonzero().flatten().tolist()
+        assert columns == list(range(left, left + 8))
+
+    (root / "masks" / "00270.png").unlink()
+    with pytest.raises(UserError, match=r"00270\.png"):
+        both_splits(root)
+
+
+def test_split_keeps_videos_apart_and_ignores_other_rows() -> None:
+    names = [f"{i}.mp4" for i in range(2000)]
+    held_out = held_out_names(names, 0.1)
+    assert 150 < len(held_out) < 250
+    assert held_out_names(names[:500] * 3, 0.1) == held_out & set(names[:500])
+    assert held_out_names(names, 0.2) > held_out
+    assert len(held_out_names(names[:3], 1e-9)) == 1
+
+
+def test_bad_clips_are_fatal_or_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "clips" / "a.mp4").write_bytes(b"nothing" * 1000)
+    write_mp4(root / "clips" / "b.mp4", torch.zeros(6, 32, 32, 3, dtype=torch.uint8), 12)
+    Image.new("RGB", (8, 8)).save(root / "refs" / "one.png")
+    lines = rows()
+    lines[2] = {"file_name": "clips/c.mp4", "caption": "c"}
+    copies = [{**lines[3], "caption": f"copy {i}"} for i in range(3)]
+    write_jsonl(root, [*lines, *copies])
+    settings = config(root, references=(1, 3), val_fraction=1e-9)
+    kept: list[Sample] = []
+    reasons: list[str] = []
+    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
+    for split in splits:
+        skipping = settings.model_copy(update={"on_bad_video": "skip"})
+        caplog.clear()
+        try:
+            with caplog.at_level(logging.WARNING):
+                kept += all_of(skipping, split)
+        except UserError as error:
+            assert "no clip left" in str(error)
+        reasons += [record.getMessage() for record in caplog.records]
+    assert [sample.caption for sample in kept] == ["Clip d, in gray", "copy 0", "copy 1", "copy 2"]
+    assert len(reasons) <= 2
+    said = " ".join(reasons)
+    for kind in ("1 unreadable", "1 too short", "1 short of references", "first: "):
+        assert kind in said
+
+    with pytest.raises(UserError, match=r"(a\.mp4|b\.mp4|line 3).*on_bad_video=skip"):
+        both_splits(root, references=(1, 3), val_fraction=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"caption": " "}, "line 2: caption is missing or empty"),
+        ({"caption": None}, "line 2: caption is missing or empty"),
+        ({"text": "b"}, "line 2: has both caption and text"),
+        ({"file_name": 3}, "line 2: file_name is missing or empty"),
+        ({"file_name": "../a.mp4"}, "line 2: '../a.mp4' must be a path inside"),
+        ({"file_name": "/etc/passwd"}, "line 2: '/etc/passwd' must be a path inside"),
+        ({"references": ["refs/../../x.png", "refs/red.png"]}, "line 2: .* must be a path inside"),
+        (
+            {"references": ["outside/x.png", "refs/red.png"]},
+            "line 2: .* is a link out of",
+        ),
+        ({"references": "refs/red.png"}, "line 2: references must be a list"),
+        ({"reference_names": ["only"]}, "line 2: 1 reference_names for 2 references"),
+        ({"reference_phrase": ["x"]}, "line 2: unknown column .* did you mean 'reference_phrases'"),
+        ({"start": "soon"}, "line 2: start must be a number"),
+        ({"start": -1}, "line 2: start must be a number"),
+        ({"masks": "refs"}, "line 2: masks and entities go together"),
+    ],
+)
+def test_bad_rows_are_named_by_line(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, change: dict[str, Any], message: str
+) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "x.png").write_bytes((root / "refs" / "red.png").read_bytes())
+    (root / "outside").symlink_to(outside, target_is_directory=True)
+    lines = rows()
+    lines[1].update(change)
+    write_jsonl(root, lines)
+    with pytest.raises(UserError, match=message):
+        FolderDataset(config(root, on_bad_video="skip"), "train")
+
+
+def test_captions_may_hold_any_character(root: Path) -> None:
+    caption = "one\u2028two\x0bthree, “ünï” | \n"
+    lines = [json.dumps({**row, "caption": caption}, ensure_ascii=False) for row in rows()]
+    (root / "metadata.jsonl").write_text("\r\n".join(lines), "utf-8")
+    assert {sample.caption for sample in both_splits(root).values()} == {caption}
+
+
+def test_other_columns_are_ignored(root: Path) -> None:
+    write_jsonl(root, [{**row, "width": 48, "aesthetic": 5.5, "tags": []} for row in rows()])
+    assert len(both_splits(root)) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("metadata.jsonl", '{"file_name": "clips/a.mp4"\n', "line 1: is not valid JSON"),
+        ("metadata.jsonl", '\n["clips/a.mp4"]\n', "line 2: must be an object"),
+        ("metadata.jsonl", "", "lists no clip"),
+        ("metadata.json", '{"file_name": "a"}', "must hold a list"),
+        ("metadata.csv", "file_name,caption\nclips/a.mp4,a, b\n", "line 2: has more cells"),
+        ("metadata.csv", "file_name,caption\nclips/a.mp4,\n", "line 2: caption is missing"),
+        ("metadata.csv", "file_name,caption,start\nclips/a.mp4,a,x\n", "line 2: start 'x'"),
+        ("metadata.csv", "file_name,caption\n" + "a" * 200_000 + ",a\n", "is not valid CSV"),
+        ("metadata.txt", "clips/a.mp4", "must end in .jsonl, .json, .csv"),
+    ],
+)
+def test_bad_metadata_files_are_explained(
+    root: Path, name: str, contents: str, message: str
+) -> None:
+    (root / name).write_text(contents)
+    with pytest.raises(UserError, match=message):
+        FolderDataset(config(root, metadata=name), "train")
+
+
+def test_missing_folder_or_metadata(root: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path: there is no folder"):
+        FolderDataset(config(root / "gone"), "train")
+    with pytest.raises(UserError, match=r"data\.metadata: .* does not exist"):
+        FolderDataset(config(root, metadata="gone.jsonl"), "train")
+
+
+def test_one_video_cannot_be_split(root: Path) -> None:
+    write_jsonl(root, rows()[:1])
+    assert len(FolderDataset(config(root), "val")) == 1
+    with pytest.raises(UserError, match="no clip left in the train split"):
+        FolderDataset(config(root), "train")
+
+
+def test_registry_builds_what_the_recipe_names(root: Path) -> None:
+    assert set(DATASETS) == {"shapes", "folder"}
+    assert isinstance(build_dataset(config(root), "train"), FolderDataset)

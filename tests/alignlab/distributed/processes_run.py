@@ -1,0 +1,130 @@
+"""Runs `alignlab train` in two processes that know each other, as torchrun starts them.
+
+    python processes_run.py RECIPE MOMENT=OUTPUT...
+
+Each MOMENT=OUTPUT is a pair of processes, one pair after the other, forked: torch is imported
+once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, in order, to stdout.
+
+Moments: `whole`, `killed` (both die of SIGKILL after step 5), `unreached` (the samples of the
+second miss the last parameter), `lora`, `again` (nothing is left to do). In others something stops
+them: `drifted` (the second changes its weights at step 1), `teacher` (the second has another
+teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a batch of 3),
+`across` (negatives across the batch), `other` (another recipe than `whole`, in its folder).
+"""
+
+import importlib
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignlab.cli import main as command
+
+train_module: Any = importlib.import_module("alignlab.train")
+alignment: Any = importlib.import_module("alignlab.training.alignment")
+processes: Any = importlib.import_module("alignlab.distributed.ranks")
+train_step, load_teacher = train_module.train_step, alignment.load_teacher
+LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
+OVERRIDES = {
+    "lora": LORA,
+    "odd": ["optim.batch_size=3", "optim.accumulate=1"],
+    "across": ["objectives.ra.negatives=batch"],
+    "other": ["optim.lr=1e-4"],
+}
+
+
+def killed(run: Any, batches: Any) -> Any:
+    scalars = train_step(run, batches)
+    if run.state.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return scalars
+
+
+def drifted(run: Any, batches: Any) -> Any:
+    if run.state.step == 1 and not run.processes.is_main:
+        with torch.no_grad():
+            next(iter(run.state.names)).add_(1e-3)
+    return train_step(run, batches)
+
+
+def unreached(run: Any, batches: Any) -> Any:
+    parameter = list(run.state.names)[-1]
+    if not run.processes.is_main:
+        hook = parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    scalars = train_step(run, batches)
+    if not run.processes.is_main:
+        hook.remove()
+    return scalars
+
+
+def parts(run: Any, batches: Any) -> Any:
+    if run.state.step == 1 and not run.processes.is_main:
+        means = run.processes.means
+        run.processes.means = lambda values: means({"loss/none": torch.ones(2), **values})
+    return train_step(run, batches)
+
+
+def gone(run: Any, batches: Any) -> Any:
+    if run.state.step == 1 and not run.processes.is_main:
+        os._exit(9)
+    return train_step(run, batches)
+
+
+STEPS = {
+    "killed": killed,
+    "drifted": drifted,
+    "unreached": unreached,
+    "parts": parts,
+    "gone": gone,
+}
+
+
+def other_teacher(*args: Any, **settings: Any) -> Any:
+    teacher = load_teacher(*args, **settings)
+    with torch.no_grad():
+        next(iter(teacher._model.parameters())).add_(0.1)
+    return teacher
+
+
+def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    folder, name = os.path.split(output)
+    said = os.open(f"{folder}/{moment}-{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    train_module.train_step = STEPS.get(moment, train_step)
+    if moment == "teacher" and rank:
+        alignment.load_teacher = other_teacher
+    processes.BUCKET = 1000  # many of them, and tensors larger than one
+    sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
+    if moment not in ("whole", "killed", "again", "other"):
+        sys.argv.append("tracking.mlflow=none")  # whose database takes seconds
+    command()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    Path(sys.argv[2].split("=")[1]).parent.mkdir(parents=True, exist_ok=True)
+    for job in sys.argv[2:]:
+        moment, output = job.split("=")
+        port, pids = free_port(), []
+        for rank in range(2):
+            pid = os.fork()
+            if pid == 0:
+                child(rank, port, sys.argv[1], moment, output)
+            pids.append(pid)
+        print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+
+
+main()

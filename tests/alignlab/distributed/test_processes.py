@@ -1,0 +1,222 @@
+"""Two real processes that train one run: as one process would, and as if never interrupted."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from alignlab.cli import app
+from alignlab.recipe import load_run
+from alignlab.tracking import read_rows
+from alignlab.train import train
+
+DRIVER = Path(__file__).with_name("processes_run.py")
+# Clips have no, one, two or three references, so that a process may have none in a round.
+RECIPE_CHANGES = {
+    "steps: 2": "steps: 6",
+    "references: [2, 3]": "references: [0, 3]",
+    "batch_size: 2}": "batch_size: 4, accumulate: 2, ema: 0.9}",
+    "mlflow: none, log_every: 1": "mlflow: sqlite, log_every: 1, diagnose_every: 3",
+}
+PLATEAU = (
+    "  repa: {name: repa, teacher: dino, blocks: [1], projector_dim: 8, "
+    "schedule: {kind: stop_at_plateau, decay: 0.0, patience: 2, min_delta: 9.0}}\noptim:"
+)
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = recipe_file.read_text().replace("optim:", PLATEAU)
+    for before, after in RECIPE_CHANGES.items():
+        assert before in text
+        text = text.replace(before, after)
+    path = tmp_path_factory.mktemp("processes") / "recipe.yaml"
+    path.write_text(text + "checkpoint: {every: 3}\n")
+    return path
+
+
+ENDS = {
+    "whole": "0 0",
+    "killed": "-9 -9",
+    "unreached": "0 0",
+    "lora": "0 0",
+    "drifted": "2 2",
+    "teacher": "2 2",
+    "parts": "2 2",
+    "gone": "2 9",
+    "odd": "2 2",
+    "across": "2 2",
+}
+
+
+@pytest.fixture(scope="module")
+def pairs(recipe: Path) -> Path:
+    """The folder of all outputs, by moment; `killed` went on, and `whole` was asked for again."""
+    folder = recipe.parent
+    ends = drive(recipe, [f"{moment}={folder / moment}" for moment in ENDS])
+    assert dict(zip(ENDS, ends, strict=True)) == ENDS
+    shutil.copytree(folder / "killed", folder / "as-killed")
+    later = {"whole": folder / "killed", "again": folder / "whole", "other": folder / "whole"}
+    ends = drive(recipe, [f"{moment}={output}" for moment, output in later.items()])
+    assert ends == ["0 0", "0 0", "2 2"]
+    return folder
+
+
+def said(pairs: Path, name: str) -> list[str]:
+    """The last line of both processes."""
+    texts = [(pairs / f"{name}.{rank}").read_text() for rank in range(2)]
+    return [text.strip().split("\n")[-1] for text in texts]
+
+
+def drive(recipe: Path, jobs: list[str]) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, DRIVER, recipe, *jobs],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("\n")
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    step = output / "run" / "checkpoints" / "step-000006"
+    return {
+        f"{path.name} {key}": value
+        for path in sorted(step.rglob("*.safetensors"))
+        for key, value in load_file(path).items()
+    }
+
+
+def rows(output: Path) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("time", "memory"))}
+        for row in read_rows(output / "run" / "metrics.jsonl")
+    ]
+
+
+def test_two_processes_train_as_one_does(pairs: Path, recipe: Path, tmp_path: Path) -> None:
+    train(load_run(recipe, [f"output={tmp_path}"]))
+    alone, together = rows(tmp_path), rows(pairs / "whole")
+    assert [row.keys() for row in together] == [row.keys() for row in alone]
+    assert any("sim/repa" in row for row in alone) and not all("sim/repa" in r for r in alone[1:])
+    assert [key for row in alone for key in row if key.startswith("grad/ra/ratio")]
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-5)
+    expected = weights(tmp_path)
+    assert any(key.startswith("optimizer") for key in expected)
+    for key, value in weights(pairs / "whole").items():
+        torch.testing.assert_close(value, expected.pop(key), rtol=1e-3, atol=2e-5, msg=key)
+    assert not expected
+
+
+def test_a_killed_pair_ends_with_the_bits_of_the_uninterrupted_one(pairs: Path) -> None:
+    left = [path.name for path in (pairs / "as-killed" / "run" / "checkpoints").iterdir()]
+    assert left == ["step-000003"]
+    expected, found = weights(pairs / "whole"), weights(pairs / "killed")
+    assert found.keys() == expected.keys()
+    assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+    assert rows(pairs / "killed") == rows(pairs / "whole")
+
+
+def test_one_process_goes_on_where_two_were_killed(
+    pairs: Path, recipe: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pairs / "as-killed", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "mlflow.db").unlink()
+    train(load_run(recipe, [f"output={tmp_path}"]))
+    for one, two in zip(rows(tmp_path), rows(pairs / "whole"), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+
+
+def test_the_first_process_alone_writes_and_speaks(pairs: Path) -> None:
+    with sqlite3.connect(pairs / "whole" / "mlflow.db") as database:
+        assert database.execute("select count(*) from runs").fetchone() == (1,)
+    environment = json.loads((pairs / "whole" / "run" / "environment.json").read_text())
+    assert environment["processes"] == "2"
+    assert (pairs / "again-whole.0").read_text() == f"run folder: {pairs / 'whole' / 'run'}\n"
+    assert (pairs / "again-whole.1").read_text() == ""
+    assert "val flow" in (pairs / "whole-killed.0").read_text()
+    assert (pairs / "whole-killed.1").read_text() == ""
+
+
+def test_a_lora_in_bf16_is_trained_as_by_one_process(
+    pairs: Path, recipe: Path, tmp_path: Path
+) -> None:
+    lora = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
+    train(load_run(recipe, [f"output={tmp_path}", *lora]))
+    for one, two in zip(rows(tmp_path), rows(pairs / "lora"), strict=True):
+        kept = [key for key in one if key in ("loss/total", "loss/flow", "loss/ra", "val/flow")]
+        assert [two[key] for key in kept] == pytest.approx([one[key] for key in kept], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("drifted-drifted", "the processes differ in the norm of the trained weights"),
+        ("teacher-teacher", "the processes differ in the weights of the teacher dino"),
+        ("parts-parts", "the processes log different terms"),
+        (
+            "odd-odd",
+            "optim.batch_size: 3 is no multiple of optim.accumulate times",
+        ),
+        ("across-across", "objectives.ra: it compares the samples of a batch, which 2 processes"),
+        ("other-whole", "run holds a run of another recipe (optim.lr was 0.001, is 0.0001): "),
+    ],
+)
+def test_both_processes_say_why_they_stop(pairs: Path, name: str, line: str) -> None:
+    first, second = said(pairs, name)
+    assert first.startswith("error: ") and line in first
+    assert second.startswith(f"error (process 2 of 2): {first.removeprefix('error: ')[:40]}")
+
+
+def test_nothing_is_saved_of_a_run_that_cannot_go_on(pairs: Path) -> None:
+    assert not (pairs / "odd" / "run").exists()
+    for moment in ("drifted", "teacher", "parts", "gone", "across"):
+        assert not list((pairs / moment).glob("run/checkpoints/step-*"))
+
+
+def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
+    last = said(pairs, "gone-gone")[0]
+    assert last.startswith("error: another process has stopped, its own message says why (")
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+            "WORLD_SIZE is 2, but accelerate joined 1",
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2, but no MASTER_ADDR: start the",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a number"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8, but no WORLD_SIZE"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "accelerate is configured for torch.compile"),
+    ],
+)
+def test_processes_that_would_train_alone_are_refused(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    line: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # as on a machine with a GPU, where accelerate joins nobody without LOCAL_RANK
+    monkeypatch.setattr("alignlab.distributed.ranks.join_on_cpu", lambda: False)
+    result = CliRunner().invoke(app, ["train", str(recipe), f"output={tmp_path}"])
+    assert result.exit_code == 2, result.output
+    assert line in result.stderr and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

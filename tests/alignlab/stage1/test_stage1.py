@@ -1,0 +1,187 @@
+"""`alignlab stage1`: it trains, logs what it measures, and resumes bitwise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from typer.testing import CliRunner, Result
+
+from alignlab.cli import app
+from alignlab.data.shapes.dataset import ShapesDataset
+from alignlab.losses.stage1.folder import load_stage1
+from alignlab.randomness import generator
+from alignlab.recipe import load_stage1_run
+from alignlab.stage1.config import Stage1Config
+from alignlab.stage1.train import build_stage1, step_clips, train_stage1
+from alignlab.tracking import read_rows
+
+DRIVER = Path(__file__).with_name("killed_stage1.py")
+KINDS = ["sara", "moalign"]
+MOMENTS = [
+    "between checkpoints",
+    "right after a checkpoint",
+    "while the result is written",
+]
+
+Recipes = dict[str, Path]
+
+
+def config_of(recipes: Recipes, kind: Any, *overrides: str) -> Stage1Config:
+    return load_stage1_run(kind, recipes[kind], list(overrides))
+
+
+def alignlab(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_trains_and_returns_a_finished_run_as_it_is(
+    recipes: Recipes, kind: Any, tmp_path: Path
+) -> None:
+    arguments = ("stage1", kind, recipes[kind], f"output={tmp_path}")
+    result = alignlab(*arguments)
+    run = tmp_path / "first"
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stdout == f"stage 1 folder: {run / 'stage1'}\n"
+    assert sorted(p.name for p in run.iterdir()) == [
+        *("checkpoints", "environment.json", "metrics.jsonl", "recipe.yaml", "result.json"),
+        "stage1",
+    ]
+    written = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert alignlab(*arguments).exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == written
+
+
+def test_mlflow_has_the_run(recipes: Recipes, tmp_path: Path) -> None:
+    into = [f"output={tmp_path}", "tracking.mlflow=sqlite", "steps=1"]
+    folder = train_stage1(config_of(recipes, "moalign", *into))
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    run = client.get_run((folder.parent / "mlflow_run_id").read_text())
+    assert run.info.status == "FINISHED" and run.data.params["stage1.kind"] == "moalign"
+    assert run.data.metrics["val/flow_l1"] >= 0
+
+
+def test_what_is_logged_and_measured(networks: Recipes) -> None:
+    logged = {
+        "sara": {"loss/total", "loss/bce", "loss/info_nce"},
+        "moalign": {"loss/total"},
+    }
+    ious = {f"val/iou{of}" for of in ("", "_union", "_foreground", "_background", "_caption")}
+    flows = {f"val/flow_l1{of}" for of in ("", "_zero", "_mean", "_clip_mean")}
+    measured = {"sara": ious | {"val/bce"}, "moalign": flows}
+    for kind, folder in networks.items():
+        rows = read_rows(folder.parent / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2, 3, 3]
+        assert all(
+            logged[kind] | {"grad/norm", "lr", "time/step"} <= row.keys() for row in rows[:3]
+        )
+        result = json.loads((folder.parent / "result.json").read_text())
+        assert measured[kind] <= result["metrics"].keys() and result["steps"] == 3
+        assert measured[kind] <= rows[3].keys()
+        for key in measured[kind] - {"val/bce"}:
+            assert 0 <= result["metrics"][key] <= 1, key
+    rates = [row["lr"] for row in read_rows(networks["sara"].parent / "metrics.jsonl")[:3]]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+def test_the_folder_says_what_it_was_trained_on(
+    networks: Recipes, wan_folder: Path, teacher_folder: Path
+) -> None:
+    aligner, sara = load_stage1(networks["sara"], "sara")
+    head, moalign = load_stage1(networks["moalign"], "moalign")
+    for info in (sara, moalign):
+        assert (info.teacher.family, info.teacher.feature) == ("dinov2", "post_norm")
+        assert info.teacher.path == str(teacher_folder)
+        assert (info.teacher_dim, info.grid) == (24, (3, 3))
+    assert (sara.text, moalign.text) == (str(wan_folder), None)
+    assert aligner.saliency(torch.ones(2, 5, 9, 24), torch.ones(2, 4, 32)).shape == (2, 5, 9)
+    assert head.motion(torch.ones(2, 5, 9, 24), (5, 3, 3)).shape == (2, 5, 9, 8)
+
+
+def test_training_lowers_the_losses(recipes: Recipes, tmp_path: Path) -> None:
+    for kind, loss in (("sara", "loss/bce"), ("moalign", "loss/total")):
+        longer = ["steps=30", "optim.lr=1e-2", "optim.schedule=constant", f"output={tmp_path}"]
+        folder = train_stage1(config_of(recipes, kind, *longer, f"name={kind}"))
+        losses = [row[loss] for row in read_rows(folder.parent / "metrics.jsonl")[:-1]]
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), kind
+
+
+@pytest.fixture(scope="module")
+def resumed(recipes: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `killed_stage1.py` leaves."""
+    folder = tmp_path_factory.mktemp("resume")
+    for kind, recipe in recipes.items():
+        text = recipe.read_text().replace("steps: 3", "steps: 7")
+        (folder / f"{kind}.yaml").write_text(text)
+    done = subprocess.run(
+        [sys.executable, DRIVER, folder, *recipes], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def timeless(values: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if not k.startswith(("time", "memory"))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: str) -> None:
+    outputs = resumed / kind
+    left = {
+        moment: sorted(p.name for p in (outputs / f"{moment}-killed").glob("first/checkpoints/*"))
+        for moment in MOMENTS
+    }
+    assert left == {
+        "between checkpoints": ["step-000003"],
+        "right after a checkpoint": ["step-000003", "step-000006"],
+        "while the result is written": ["step-000006", "step-000007"],
+    }
+    assert not list(outputs.glob("*-killed/first/result.json"))
+    assert not list(outputs.glob("*-killed/first/stage1"))
+    assert list(outputs.glob("*-killed/first/.stage1.tmp"))
+    expected = files(outputs / "uninterrupted")
+    assert {"stage1/model.safetensors", "checkpoints/step-000007/state.json"} <= expected.keys()
+    timed = {"recipe.yaml", "environment.json", "metrics.jsonl", "result.json"}
+    for moment in MOMENTS:
+        found = files(outputs / moment)
+        assert found.keys() == expected.keys()
+        assert [n for n in found.keys() - timed if found[n] != expected[n]] == []
+        rows, other = (
+            [timeless(row) for row in read_rows(outputs / name / "first" / "metrics.jsonl")]
+            for name in ("uninterrupted", moment)
+        )
+        assert rows == other and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def files(output: Path) -> dict[str, bytes]:
+    run = output / "first"
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_cache_changes_no_number(recipes: Recipes) -> None:
+    for kind in KINDS:
+        runs = [
+            build_stage1(config_of(recipes, kind, f"data.cache_clips={size}")) for size in (0, 9)
+        ]
+        for run in runs:
+            run.clips[2], run.clips[1]
+        (plain, cached) = (run.task.loss([run.clips[1], run.clips[2]])[0] for run in runs)
+        assert torch.equal(plain, cached)
+        assert runs[1].clips[2] is runs[1].clips[2] and runs[0].clips[2] is not runs[0].clips[2]
+
+
+def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> None:
+    run = build_stage1(config_of(recipes, "sara", "seed=3", "optim.batch_size=5"))
+    dataset = ShapesDataset(run.config.data, "train")  # type: ignore[arg-type]
+    for step in (0, 1, 7):
+        run.state.step = step
+        drawn = [
+            int(torch.randint(len(dataset), (), generator=generator(3, "clip", step, i)))
+            for i in range(5)
+        ]
+        assert [c.caption for c in step_clips(run)] == [dataset[i].caption for i in drawn]

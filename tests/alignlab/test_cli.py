@@ -1,0 +1,178 @@
+"""The command line: what it prints, and the one line and exit code of a mistake."""
+
+import errno
+import sqlite3
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from safetensors import SafetensorError
+from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner, Result
+
+from alignlab.cli import app
+from alignlab.config.recipe_file import shipped_recipes
+from alignlab.experiments.compare.config import load_compare
+from alignlab.losses import OBJECTIVES
+from alignlab.recipe import load_run
+from alignlab.teachers import TEACHERS
+
+COMMANDS = [
+    "train",
+    "stage1",
+    "compare",
+    "sweep",
+    "demo",
+    "sample",
+    "export",
+    "probe",
+    "doctor",
+    "list",
+    "data",
+    "assets",
+    "teachers",
+]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def alignlab(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def refused(*arguments: str) -> str:
+    result = alignlab(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def test_help_names_every_command() -> None:
+    result = alignlab("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert f"│ {command} " in result.stdout
+
+
+def test_the_version_is_told() -> None:
+    assert alignlab("--version").stdout == f"alignlab {version('alignlab')}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, "list objectives", "data preview", "assets build", "teachers score"]
+)
+def test_every_command_has_help(command: str) -> None:
+    result = alignlab(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from alignlab.cli import app;"
+        "asked = [command.split() for command in sys.argv[1:]];"
+        "failed = [a for a in asked if CliRunner().invoke(app, [*a, '--help']).exit_code];"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'mlflow', 'omegaconf',"
+        " 'optuna', 'ray', 'scipy', 'sklearn', 'accelerate', 'plotly', 'matplotlib', 'jinja2'};"
+        "found = failed or heavy & set(sys.modules); sys.exit(str(found) if found else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "", *COMMANDS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_installed_command_answers_from_any_folder(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("alignlab")
+    done = subprocess.run(
+        [command, "train", "nowhere.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nowhere.yaml: no such file") and "tiny" in done.stderr
+
+
+def test_print_config_is_a_recipe(tmp_path: Path) -> None:
+    result = alignlab("train", "tiny", "steps=7", "--print-config")
+    assert result.exit_code == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(result.stdout)
+    assert load_run(path) == load_run("tiny", ["steps=7"])
+
+
+@pytest.mark.parametrize("arguments", [("compare", "demo"), ("demo",)])
+def test_print_config_of_a_comparison(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    result = alignlab(*arguments, "seeds=[5]", "--print-config")
+    path = tmp_path / "printed.yaml"
+    path.write_text(result.stdout)
+    assert load_compare(path) == load_compare("demo", ["seeds=[5]"])
+
+
+def test_a_mistake_is_one_line_and_exit_code_2() -> None:
+    assert "did you mean 'steps'?" in refused("train", "tiny", "setps=3")
+    assert "alignlab compare demo" in refused("train", "demo")
+    assert "names a seed twice" in refused("demo", "seeds=[1,1]")
+
+
+def test_sample_checks_run_and_references(tmp_path: Path) -> None:
+    assert "no such file: nofile.png" in refused(
+        "sample", str(tmp_path), "--prompt", "x", "--reference", "nofile.png"
+    )
+    assert "no run there" in refused("sample", str(tmp_path), "--prompt", "x")
+    assert "no run there" in refused("export", str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+        OSError(errno.EDQUOT, "Disk quota exceeded", "runs/x"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full")),
+    ],
+)
+def test_full_disk_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(config: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("alignlab.train.train", full)
+    result = alignlab("train", "tiny")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the disk is full (")
+    assert result.stderr.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(config: object) -> NoReturn:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("alignlab.train.train", broken)
+    assert isinstance(alignlab("train", "tiny").exception, PermissionError)
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("objectives", list(OBJECTIVES)),
+        ("teachers", list(TEACHERS)),
+        ("recipes", list(shipped_recipes())),
+        ("data", ["shapes", "folder", "data.frames"]),
+    ],
+)
+def test_lists(what: str, names: list[str]) -> None:
+    result = alignlab("list", what)
+    assert result.exit_code == 0
+    for name in names:
+        assert name in result.stdout

@@ -1,0 +1,203 @@
+"""What the real harness owes every objective: exact resume, a clean export, and no effect at 0."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.export import export
+from alignlab.losses.registry import BUILT_IN
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
+from alignlab.recipe import load_run
+from alignlab.runs.run_folder import RunFolder
+from alignlab.tracking import read_rows
+from alignlab.train import train
+from alignlab.training.checkpoint import latest
+from alignlab.training.setup import Caches, new_caches
+
+TrainUntil = Callable[[RunConfig, int], None]
+
+# Their own projectors are 2048 wide: too slow for a test. {stage1}: a folder with both networks.
+SETTINGS: dict[str, str] = {
+    "refalign": "blocks: [0, 2]",
+    "repa": "blocks: [3], projector_dim: 32",
+    "irepa": "blocks: [3]",
+    "align4gen": "blocks: [1], projector_dim: 32, teacher: [dino, shallow]",
+    "videorepa": "blocks: [3], projector_dim: 32",
+    "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
+    "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
+    "crepa": "blocks: [2], projector_dim: 32",
+}
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def stage1(
+    wan_folder: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Untrained Stage 1 networks for the teacher and the grid of the runs."""
+    folder = tmp_path_factory.mktemp("stage1")
+    aligner = SaliencyAligner(
+        SaliencyAlignerConfig(teacher_dim=24, text_dim=32, heads=2, hidden=16, embed_dim=8)
+    )
+    head = MotionHead(MotionHeadConfig(teacher_dim=24, width=6, hidden=8, decoder=4))
+    teacher = Stage1Teacher(family="dinov2", path=str(teacher_folder), feature="post_norm")
+    for kind, module, text in (("sara", aligner, str(wan_folder)), ("moalign", head, None)):
+        (folder / kind).mkdir()
+        info: dict[str, Any] = {
+            "kind": kind,
+            "teacher": teacher,
+            "teacher_dim": 24,
+            "grid": (3, 3),
+            "text": text,
+        }
+        save_stage1(folder / kind, module, Stage1Info(**info, module=module.config))
+    return folder
+
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def make(recipe_file: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`make(name, objective, *overrides)`: a run of three steps with that objective, or none."""
+    dino = load_run(recipe_file).teachers["dino"].path
+    shared = [f"output={tmp_path_factory.mktemp('runs')}", "steps=3", "checkpoint.every=2"]
+    shared += [f"teachers.shallow={{family: dinov2, path: {dino}, feature: 'layer:0'}}"]
+    shared += ["eval.clips=1", "flow.reference_dropout=0", "flow.both_dropout=0"]
+
+    def made(name: str, objective: str | None, *overrides: str) -> RunConfig:
+        chosen = []
+        if objective is not None:
+            settings = SETTINGS[objective].format(stage1=stage1)
+            teacher = "" if "teacher:" in settings else "teacher: dino, "
+            chosen = [f"objectives.ra={{name: {objective}, {teacher}{settings}}}"]
+        config = load_run(recipe_file, [*shared, *chosen, *overrides, f"name={name}"])
+        return config if chosen else config.model_copy(update={"objectives": {}})
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def caches(make: Make) -> Caches:
+    return new_caches(make("any", None))
+
+
+@pytest.fixture(scope="module", params=BUILT_IN)
+def whole(request: pytest.FixtureRequest, make: Make, caches: Caches) -> tuple[str, Path]:
+    """An objective, and its finished run."""
+    name = request.param
+    return name, train(make(name, name), caches=caches)
+
+
+@pytest.fixture(scope="module")
+def plain(make: Make, caches: Caches) -> dict[str, Tensor]:
+    """Weights of the run without objectives, whose gradient is not clipped."""
+    return weights(train(make("plain", None, "optim.grad_clip=1e9"), caches=caches))
+
+
+def newest(run: Path) -> Path:
+    found = latest(run / "checkpoints")
+    assert found is not None
+    return found
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(newest(run) / WEIGHTS)
+
+
+def log_of(run: Path) -> list[dict[str, float]]:
+    """Every row without what depends on the clock."""
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time", "memory"))}
+        for row in read_rows(run / "metrics.jsonl")
+    ]
+
+
+def test_every_objective_has_settings() -> None:
+    assert list(SETTINGS) == list(BUILT_IN)
+
+
+def test_it_trains_and_is_logged(whole: tuple[str, Path], plain: dict[str, Tensor]) -> None:
+    _, run = whole
+    rows = [row for row in log_of(run) if "loss/total" in row]
+    assert len(rows) == 3 and all(row["loss/ra"] != 0 for row in rows)
+    assert any(key.startswith("loss/ra/") for key in rows[0])
+    assert any(not torch.equal(value, plain[name]) for name, value in weights(run).items())
+
+
+def test_its_run_folder_gives_back_its_config(whole: tuple[str, Path], make: Make) -> None:
+    name, run = whole
+    assert RunFolder.open(run).config() == make(name, name)
+
+
+def test_a_killed_run_ends_as_the_uninterrupted_one(
+    whole: tuple[str, Path], make: Make, train_until: TrainUntil, caches: Caches
+) -> None:
+    name, run = whole
+    config = make(f"{name}-killed", name)
+    train_until(config, 2)
+    resumed = train(config, caches=caches)
+    assert newest(resumed).name == newest(run).name == "step-000003"
+    one, two = (sorted(p for p in newest(r).rglob("*") if p.is_file()) for r in (run, resumed))
+    assert [p.name for p in one] == [p.name for p in two]
+    for path, other in zip(one, two, strict=True):
+        assert path.read_bytes() == other.read_bytes(), path.name
+    assert log_of(resumed) == log_of(run)
+
+
+def test_its_export_holds_none_of_its_parameters(
+    whole: tuple[str, Path], wan_folder: Path, tmp_path: Path
+) -> None:
+    _, run = whole
+    exported = export(run, tmp_path / "export")
+    files = [p.relative_to(exported) for p in exported.rglob("*") if p.is_file()]
+    assert sorted(files) == sorted(
+        p.relative_to(wan_folder) for p in wan_folder.rglob("*") if p.is_file()
+    )
+    original, found = load_file(wan_folder / WEIGHTS), load_file(exported / WEIGHTS)
+    assert found.keys() == original.keys()
+    assert all(torch.equal(found[name], value) for name, value in weights(run).items())
+
+
+def test_weight_zero_gives_no_gradient(
+    whole: tuple[str, Path], make: Make, caches: Caches, plain: dict[str, Tensor]
+) -> None:
+    name, _ = whole
+    # with no clipping, which would see the projectors' gradient
+    config = make(f"{name}-zero", name, "objectives.ra.weight=0", "optim.grad_clip=1e9")
+    zero = weights(train(config, caches=caches))
+    assert all(torch.equal(zero[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("name", ["sara", "moalign"])
+def test_a_changed_stage1_network_ends_the_run(
+    name: str, make: Make, caches: Caches, stage1: Path, train_until: TrainUntil
+) -> None:
+    config = make(f"{name}-changed", name)
+    train_until(config, 2)
+    file = stage1 / name / "model.safetensors"
+    saved = file.read_bytes()
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    save_file({**tensors, key: tensors[key] + 1}, file)
+    with pytest.raises(UserError, match=r"Stage 1 network .* has changed"):
+        train(config, caches=caches)
+    file.write_bytes(saved)
+    finished = train(config, caches=caches)
+    # and neither is a finished run returned, unless there is nothing left to compare it with
+    save_file({**tensors, key: tensors[key] + 1}, file)
+    with pytest.raises(UserError, match=r"^[^\n]*another Stage 1 network than [^\n]*$"):
+        train(config, caches=caches)
+    file.write_bytes(saved)
+    moved = (stage1 / name).rename(stage1 / "moved")
+    assert train(config, caches=caches) == finished
+    moved.rename(stage1 / name)

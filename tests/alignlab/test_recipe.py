@@ -1,0 +1,267 @@
+"""Recipes: what is loaded, and the one line that a mistake gets."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from alignlab.config.recipe_file import recipe_folder, shipped_recipes
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.compare.config import (
+    CompareConfig,
+    differing_settings,
+    dump_compare,
+    load_compare,
+)
+from alignlab.experiments.data_preview import load_data
+from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
+from alignlab.recipe import dump, load_run, load_stage1_run, recipe_hash
+from alignlab.stage1.config import Stage1Config
+
+Loader = Callable[[str, list[str]], RunConfig | CompareConfig | SweepConfig | Stage1Config]
+
+
+def message(load: Loader, recipe: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(recipe, list(overrides))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_load_and_load_again_from_their_dump(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = recipe_folder()
+    monkeypatch.chdir(tmp_path)
+    if name == "tuned_refalign":  # reads what a sweep leaves behind
+        shutil.copytree(shipped.with_name("results") / "sweep_refalign", "runs/sweep_refalign")
+    text = (shipped / f"{name}.yaml").read_text()
+    load: Loader = load_compare if "\nvariants:" in text else load_run
+    if "\nspace:" in text:
+        load = load_sweep
+    if "\nstage1:" in text:
+        load = partial(load_stage1_run, "sara" if name == "stage1_sara" else "moalign")
+    config = load(name, [])
+    again = tmp_path / "again.yaml"
+    match config:
+        case CompareConfig():
+            again.write_text(dump_compare(config))
+        case SweepConfig():
+            again.write_text(dump_sweep(config))
+        case _:
+            again.write_text(dump(config))
+    assert load(str(again), []) == config
+    assert shipped_recipes()[name], "the first line of a shipped recipe says what it is"
+
+
+def test_recipe_by_name_with_suffix_and_by_path(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump(load_run("tiny")))
+    assert load_run("tiny") == load_run("tiny.yaml") == load_run(path)
+
+
+def test_a_file_beats_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(tmp_path / "tiny.yaml").write_text(dump(load_run("tiny", ["steps=7"])))
+    monkeypatch.chdir(tmp_path)
+    assert load_run("tiny.yaml").steps == 7
+    assert load_run("tiny").steps != 7
+
+
+def test_overrides() -> None:
+    config = load_run(
+        "tiny", ["steps=7", "objectives.ra.weight=0.3", "data.size=[32,48]", "optim.lr=1e-3"]
+    )
+    assert (config.steps, config.objectives["ra"].weight) == (7, 0.3)
+    assert (config.data.size, config.optim.lr) == ((32, 48), 1e-3)
+
+
+def test_an_override_may_add_an_objective() -> None:
+    added = ["objectives.b.name=repa", "objectives.b.teacher=dino", "objectives.b.blocks=[3]"]
+    assert list(load_run("tiny", added).objectives) == ["ra", "b"]
+    assert list(load_run("tiny", added[::-1]).objectives) == ["ra", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("setps=3", "setps: unknown key 'setps', did you mean 'steps'? valid: name, seed, steps"),
+        ("flow.shfit=3", "flow.shfit: unknown key 'shfit', did you mean 'shift'? valid: sampler"),
+        (
+            "objectives.ra.wieght=1",
+            "objectives.ra.wieght: unknown key 'wieght', did you mean 'weight'? valid: name,",
+        ),
+        (
+            "data.train_clip=1",
+            "data.train_clip: unknown key 'train_clip', did you mean 'train_clips'?",
+        ),
+        ("teachers.dino.familly=x", "teachers.dino.familly: unknown key"),
+        (
+            "objectives.ra.schedule={kind: linear, strt: 3}",
+            "objectives.ra.schedule.strt: unknown key 'strt', did you mean 'start'?",
+        ),
+        ("objectives.rb.weight=1", "objectives.rb: unknown alias 'rb', valid: ra"),
+        ("teachers.din.path=x", "teachers.din: unknown alias 'din', did you mean 'dino'?"),
+        (
+            "objectives.ra.name=refalgin",
+            "objectives.ra.name: unknown value 'refalgin', did you mean",
+        ),
+        ("data.name=shape", "data.name: unknown value 'shape', did you mean 'shapes'?"),
+        (
+            "model.train=ful",
+            "model.train: unknown value 'ful', did you mean 'full'? valid: full, lora",
+        ),
+        (
+            "objectives.ra.schedule=linaer",
+            "objectives.ra.schedule: unknown value 'linaer', did you",
+        ),
+        ("steps=many", "steps: expected a whole number, got 'many'"),
+        ("steps=1.5", "steps: expected a whole number, got 1.5"),
+        ("steps=null", "steps: expected a whole number, got None"),
+        ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
+        (
+            "model.gradient_checkpointing=maybe",
+            "model.gradient_checkpointing: expected true or false",
+        ),
+        ("objectives.ra.blocks=3", "objectives.ra.blocks: expected a list, got 3"),
+        ("objectives.ra.blocks=[a]", "objectives.ra.blocks.0: expected a whole number, got 'a'"),
+        ("model=3", "model: expected a mapping, got 3"),
+        ("objectives.ra=3", "objectives.ra: expected a mapping, got 3"),
+        ("steps=0", "steps: should be greater than or equal to 1, got 0"),
+        ("optim.lr=.nan", "optim.lr: should be a finite number, got nan"),
+        ("data.frames=10", "data.frames: 10 frames do not fill"),
+        ("objectives.ra.teacher=dinoo", "objectives.ra.teacher: unknown teacher 'dinoo', did you"),
+        ("steps", "'steps': an override reads key=value"),
+        ("=3", "'=3': an override reads key=value"),
+        ("optim.betas=[1", "optim.betas=[1"),
+    ],
+)
+def test_one_line_for_a_mistake(override: str, expected: str) -> None:
+    assert expected in message(load_run, "tiny", override)
+
+
+def test_a_misspelt_key_is_told_before_what_it_leaves_missing(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(dump(load_run("tiny")).replace("\nsteps:", "\nsetps:"))
+    text = message(load_run, str(path))
+    assert text.startswith("setps: unknown key")
+    assert text.endswith("(and 1 more problem)")
+
+
+def test_missing_key(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\nsteps: 3\nmodel: {path: y}\ndata: {frames: 9}\n")
+    assert message(load_run, str(path)) == "data: 'name' is missing"
+
+
+def test_missing_recipe_lists_the_shipped_ones() -> None:
+    text = message(load_run, "tinny")
+    assert text.startswith("tinny: no such file")
+    assert "did you mean 'tiny'?" in text and "demo" in text
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "", "3", "a: ${nowhere}\n", "\x00"])
+def test_unreadable_recipe(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(content)
+    assert message(load_run, str(path)).startswith(str(path))
+
+
+def test_wrong_kind_of_recipe_names_the_right_command() -> None:
+    assert "use `alignlab compare demo`" in message(load_run, "demo")
+    assert "use `alignlab train tiny`" in message(load_compare, "tiny")
+
+
+def test_compare_gives_one_run_per_variant_and_seed() -> None:
+    config = load_compare("all_objectives", ["name=mine", "seeds=[3,4]", "steps=5"])
+    run = config.run("refalign-no-push", 4)
+    assert (run.name, run.seed, run.steps) == ("mine/refalign-no-push/seed-4", 4, 5)
+    assert run.objectives["ra"].model_dump()["neg_weight"] == 0.0
+    assert config.run("none", 3).objectives == {}
+
+
+def compare_file(tmp_path: Path, variants: str) -> str:
+    path = tmp_path / "c.yaml"
+    text = dump(load_run("tiny")).replace("seed: 0\n", "", 1)
+    path.write_text(f"{text}seeds: [0]\nbaseline: a\nvariants:\n{variants}")
+    return str(path)
+
+
+def test_a_variant_may_change_anything_by_dotted_key(tmp_path: Path) -> None:
+    variants = "  a: {}\n  b: {flow.weighting: wan_gaussian, objectives: {ra: {weight: 2}}}\n"
+    runs = load_compare(compare_file(tmp_path, variants)).runs
+    assert differing_settings(runs) == {
+        "flow.weighting": {"a": "none", "b": "wan_gaussian"},
+        "objectives.ra.weight": {"a": 1.0, "b": 2.0},
+    }
+
+
+def test_a_variant_with_another_objective_does_not_inherit_constants(tmp_path: Path) -> None:
+    variants = "  a: {}\n  b: {objectives.ra: {name: repa, teacher: dino, blocks: [3]}}\n"
+    objective = load_compare(compare_file(tmp_path, variants)).runs["b"].objectives["ra"]
+    assert (objective.name, objective.blocks) == ("repa", (3,))
+
+
+def test_a_setting_that_one_variant_lacks_is_a_difference() -> None:
+    runs = load_compare("all_objectives").runs
+    table = differing_settings(runs)
+    expected = dict.fromkeys(runs) | {"refalign": 1.0, "refalign-no-push": 0.0}
+    assert table["objectives.ra.neg_weight"] == expected
+    assert "steps" not in table and "name" not in table
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seeds=[0,0]", "seeds: [0, 0] names a seed twice"),
+        ("seeds=[]", "seeds: name at least one seed"),
+        ("baseline=nonee", "baseline: unknown variant 'nonee', did you mean 'none'?"),
+        ("seed=3", "seed: a comparison reads 'seeds'"),
+        ("variants.none.seed=3", "variants.none.seed: the comparison sets it"),
+        ("variants.none=3", "variants.none: expected a mapping"),
+        ("variants=3", "variants: expected a mapping"),
+        ("variants.a/b.steps=3", "variants.a/b: a variant's name"),
+        (
+            "objectives.ra.weight=3",
+            "belongs to variants (refalign, refalign-no-push): override variants.refalign.",
+        ),
+        (
+            "variants.repa.objectives.repa.wight=3",
+            "variants.repa.objectives.repa.wight: unknown key",
+        ),
+        (
+            "variants.repa.objectives.repa.teacher=x",
+            "variants.repa.objectives.repa.teacher: unknown",
+        ),
+        ("steps=0", "steps: should be greater"),
+    ],
+)
+def test_one_line_for_a_mistake_in_a_comparison(override: str, expected: str) -> None:
+    assert expected in message(load_compare, "all_objectives", override)
+
+
+def test_missing_comparison_key(tmp_path: Path) -> None:
+    path = compare_file(tmp_path, "  a: {}\n")
+    Path(path).write_text(Path(path).read_text().replace("baseline: a\n", ""))
+    assert message(load_compare, path).startswith("baseline: missing")
+
+
+def test_data_of_either_kind_of_recipe() -> None:
+    assert load_data("tiny", ["data.frames=13"]).frames == 13
+    assert load_data("demo").name == "shapes"
+
+
+def test_hash_ignores_what_changes_no_number() -> None:
+    config = load_run("tiny")
+    same = ["name=other", "output=elsewhere", "tracking.log_every=3", "data.cache_clips=1"]
+    assert recipe_hash(config) == recipe_hash(load_run("tiny", [*same, "checkpoint.every=3"]))
+    assert recipe_hash(config).startswith("v2-")
+
+
+@pytest.mark.parametrize("override", ["seed=1", "steps=3", "objectives.ra.weight=2", "data.fps=4"])
+def test_hash_tells_runs_apart(override: str) -> None:
+    assert recipe_hash(load_run("tiny")) != recipe_hash(load_run("tiny", [override]))

@@ -1,0 +1,137 @@
+"""A killed run goes on as if nothing had happened: bitwise, on a CPU with as many threads."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignlab.config.run import RunConfig
+from alignlab.environment import continued, describe_environment
+from alignlab.tracking import read_rows
+from alignlab.train import train
+
+DRIVER = Path(__file__).with_name("killed_run.py")
+MOMENTS = [
+    "before any checkpoint",
+    "between checkpoints",
+    "right after a checkpoint",
+    "while writing a checkpoint",
+    "while removing a checkpoint",
+    "while evaluating",
+]
+
+
+@pytest.fixture(scope="module")
+def outputs(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folders by moment: `<moment>-killed`, as the kill left it, and `<moment>`."""
+    folder = tmp_path_factory.mktemp("resume")
+    recipe = folder / "recipe.yaml"
+    text = recipe_file.read_text().replace("steps: 2", "steps: 8")
+    text = text.replace("sample_clips: 0", "sample_clips: 1")
+    text = text.replace("batch_size: 2}", "batch_size: 2, warmup: 2, schedule: cosine, ema: 0.9}")
+    recipe.write_text(text + "checkpoint: {every: 3, keep: 2}\n")
+    uninterrupted = f"never={folder / 'uninterrupted'}"
+    drive(recipe, [uninterrupted, *(f"{moment}={folder / moment}" for moment in MOMENTS)])
+    for moment in MOMENTS:
+        shutil.copytree(folder / moment, folder / f"{moment}-killed")
+    drive(recipe, [f"never={folder / moment}" for moment in MOMENTS])
+    return folder
+
+
+def drive(recipe: Path, jobs: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, DRIVER, recipe, *jobs], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def files(output: Path) -> dict[str, bytes]:
+    run = output / "run"
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def timeless(values: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in values.items() if not k.startswith(("time", "memory"))} | {
+        k: v for k, v in values.items() if k.startswith("timesteps")
+    }
+
+
+def test_the_kills_hit_what_they_aim_at(outputs: Path) -> None:
+    left = {
+        moment: sorted(p.name for p in (outputs / f"{moment}-killed").glob("run/checkpoints/*"))
+        for moment in MOMENTS
+    }
+    assert left == {
+        "before any checkpoint": [],
+        "between checkpoints": ["step-000003"],
+        "right after a checkpoint": ["step-000003", "step-000006"],
+        "while writing a checkpoint": [".step-000006.tmp", "step-000003"],
+        "while removing a checkpoint": [".step-000003.removed", "step-000006", "step-000008"],
+        "while evaluating": ["step-000006", "step-000008"],
+    }
+    assert not list(outputs.glob("*-killed/run/result.json"))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_as_the_uninterrupted_one(outputs: Path, moment: str) -> None:
+    expected, found = files(outputs / "uninterrupted"), files(outputs / moment)
+    assert found.keys() == expected.keys()  # so no temporary file is left either
+    assert any(name.endswith("step-000008/ema.safetensors") for name in expected)
+    # .writer names the process that trained it last
+    exempt = (".writer", "recipe.yaml", "environment.json", "metrics.jsonl", "result.json")
+    names = sorted(expected.keys() - set(exempt))
+    assert [name for name in names if found[name] != expected[name]] == []
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_its_log_is_the_uninterrupted_one(outputs: Path, moment: str) -> None:
+    expected, found = (
+        read_rows(outputs / name / "run" / "metrics.jsonl") for name in ("uninterrupted", moment)
+    )
+    assert [row["step"] for row in expected] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert [timeless(row) for row in found] == [timeless(row) for row in expected]
+    one, two = (
+        json.loads(files(outputs / name)["result.json"]) for name in ("uninterrupted", moment)
+    )
+    assert timeless(one["metrics"]) == timeless(two["metrics"])
+    assert one["steps"] == two["steps"] == 8
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so(
+    make_config: Callable[..., RunConfig],
+    train_until: Callable[[RunConfig, int], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = make_config("steps=3", "checkpoint.every=1")
+    threads = torch.get_num_threads()
+    train_until(config, 1)
+    train_until(config, 2)
+    assert caplog.text == ""
+    try:
+        torch.set_num_threads(threads + 1)
+        folder = train(config)
+    finally:
+        torch.set_num_threads(threads)
+    facts = json.loads((folder / "environment.json").read_text())
+    assert facts == describe_environment() | {
+        "threads": f"{threads}, then {threads + 1}",
+        "processes": "1",
+    }
+    assert f"{folder}: goes on with threads {threads + 1}, after {threads}: " in caplog.text
+    assert caplog.text.count("goes on with") == 1
+
+
+def test_what_a_run_was_trained_on_before_is_kept(tmp_path: Path) -> None:
+    path, facts = tmp_path / "environment.json", {"threads": "1", "torch": "2.13", "command": "a"}
+    assert continued(path, facts) == facts
+    path.write_text(json.dumps({"threads": "2, then 1", "torch": "2.12", "command": "b"}))
+    assert continued(path, facts) == {
+        "threads": "2, then 1",
+        "torch": "2.12, then 2.13",
+        "command": "a",
+    }

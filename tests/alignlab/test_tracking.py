@@ -1,0 +1,161 @@
+"""Where the scalars of a run go: metrics.jsonl and MLflow."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+
+from alignlab.config.run import RunConfig
+from alignlab.recipe import recipe_hash
+from alignlab.runs.run_folder import write_text
+from alignlab.tracking import Tracker, read_rows
+from alignlab.train import train
+
+MakeConfig = Callable[..., RunConfig]
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing in the code catches it."""
+
+
+def only_run(output: Path) -> tuple[MlflowClient, MlflowRun]:
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    (experiment,) = client.search_experiments(filter_string="name != 'Default'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return client, run
+
+
+def test_mlflow_has_the_run_and_a_resumed_run_continues_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("steps=4", "checkpoint.every=2", "tracking.mlflow=sqlite")
+
+    def killed_at_step_3(self: Tracker, step: int, scalars: dict[str, float]) -> None:
+        if step == 3:
+            raise Killed
+        log(self, step, scalars)
+
+    log = Tracker.log
+    monkeypatch.setattr(Tracker, "log", killed_at_step_3)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.undo()
+    _, first = only_run(tmp_path)
+    assert first.info.status == "FAILED"
+    path = train(config)
+
+    client, run = only_run(tmp_path)
+    assert run.info.run_id == first.info.run_id
+    assert run.info.status == "FINISHED"
+    assert (path / "mlflow_run_id").read_text() == run.info.run_id
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.params["objectives.ra.name"] == "refalign"
+    assert run.data.tags["alignlab.recipe_hash"] == recipe_hash(config)
+    assert "alignlab.torch" in run.data.tags
+    logged: dict[tuple[str, int], float] = {}
+    for row in read_rows(path / "metrics.jsonl"):
+        names = row.keys() - {"step", "time"}
+        logged |= {(name, int(row["step"])): row[name] for name in names}
+    assert {name for name, _ in logged} == run.data.metrics.keys()
+    for name in ("loss/total", "loss/ra/pull", "timesteps/t9", "val/flow/t0"):
+        history = {m.step: m.value for m in client.get_metric_history(run.info.run_id, name)}
+        assert history == {step: value for (key, step), value in logged.items() if key == name}
+
+
+def test_a_database_that_does_not_know_the_run_gets_a_new_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = train(make_config("steps=1", "tracking.mlflow=sqlite"))
+    _, first = only_run(tmp_path)
+    (path / "result.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere' / 'mlflow.db'}"
+    train(make_config("steps=1", f"tracking.mlflow={elsewhere}"))
+    _, second = only_run(tmp_path / "elsewhere")
+    assert second.info.run_id != first.info.run_id
+    assert second.data.metrics["val/flow"] == first.data.metrics["val/flow"]
+
+
+def test_rows_written_before_a_kill_are_not_written_twice(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = make_config("steps=3", "checkpoint.every=2")
+    expected = [0, 1, 2, 3, 3]
+
+    def killed(*_: object, **__: object) -> None:
+        raise Killed
+
+    def killed_on_result(path: Path, text: str) -> None:
+        if path.name == "result.json":
+            raise Killed
+        write_text(path, text)
+
+    # before the first checkpoint, after the last one, after the evaluation is logged
+    moments = {"checkpoint.save": killed, "evaluate": killed, "write_text": killed_on_result}
+    for name, replacement in moments.items():
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(f"alignlab.train.{name}", replacement)
+            train(config)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == expected
+    train(config)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == expected
+    assert sum("val/flow" in row for row in rows) == 1
+
+
+def test_a_row_cut_off_by_a_kill_is_written_again(make_config: MakeConfig, tmp_path: Path) -> None:
+    path = train(make_config("steps=2", "checkpoint.every=1", "checkpoint.keep=9"))
+    whole = read_rows(path / "metrics.jsonl")
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(text[: text.index('"step": 2') + 40])
+    (path / "result.json").unlink()
+    shutil.rmtree(path / "checkpoints" / "step-000002")
+    train(make_config("steps=2", "checkpoint.every=1", "checkpoint.keep=9"))
+    again = read_rows(path / "metrics.jsonl")
+    assert [row["step"] for row in again] == [row["step"] for row in whole] == [0, 1, 2, 2]
+    assert again[2]["loss/total"] == whole[2]["loss/total"]
+
+
+def test_training_is_quiet(
+    make_config: MakeConfig,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        train(make_config("tracking.mlflow=sqlite"))
+    assert capfd.readouterr().err == ""
+    assert {record.name.split(".")[0] for record in caplog.records} == {"alignlab"}
+
+
+STARTS = """
+import sys
+from alignlab.recipe import load_run
+from alignlab.runs.run_folder import RunFolder
+from alignlab.tracking import Tracker
+
+config = load_run("tiny", sys.argv[1:])
+with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
+    tracker.log(1, {"loss/total": 1.0})
+"""
+
+
+def test_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    command = [sys.executable, "-c", STARTS, f"output={tmp_path}"]
+    started = [
+        subprocess.Popen([*command, f"name={name}"], stderr=subprocess.PIPE, text=True)
+        for name in names
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiments = client.search_experiments(filter_string="name != 'Default'")
+    assert sorted(e.name for e in experiments) == sorted(names)

@@ -1,0 +1,96 @@
+"""The embedded tiny models: intact, small, loadable without alignlab, and above their floors."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+import alignlab
+from alignlab.models.wan import Wan, load_wan
+from alignlab.teachers import Teacher, load_teacher
+from alignlab.tiny_models.build import checksums
+from alignlab.tiny_models.named import NamedSubjects
+from alignlab.tiny_models.quality import (
+    NAMED_FLOORS,
+    PSNR_FLOOR,
+    RETRIEVAL_FLOOR,
+    held_out_clips,
+    named_subjects,
+    probe_clips,
+    reconstruction_psnr,
+    subject_accuracy,
+)
+
+ASSETS = Path(alignlab.__file__).parent / "assets"
+
+
+@pytest.fixture(scope="module")
+def wan() -> Wan:
+    loaded = load_wan("assets/tiny-wan")
+    loaded.transformer.eval()
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return load_teacher("tiny-dino")
+
+
+def test_files_are_as_built() -> None:
+    assert checksums(ASSETS) == json.loads((ASSETS / "checksums.json").read_text())
+
+
+def test_they_fit_in_ten_megabytes() -> None:
+    total = sum(p.stat().st_size for p in ASSETS.rglob("*") if p.is_file())
+    assert total <= 10_000_000
+
+
+def test_the_pipeline_loads_and_samples_with_diffusers_alone() -> None:
+    pipeline = WanPipeline.from_pretrained(ASSETS / "tiny-wan", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(
+        "a red plain circle moves up, over a plain gray background",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        max_sequence_length=48,
+        output_type="np",
+    ).frames
+    assert frames.shape == (1, 9, 64, 64, 3)
+
+
+def test_the_autoencoder_keeps_the_clips(wan: Wan) -> None:
+    assert reconstruction_psnr(wan, held_out_clips(16)) >= PSNR_FLOOR
+
+
+def test_the_teacher_knows_a_subject_in_another_pose(teacher: Teacher) -> None:
+    assert subject_accuracy(teacher) >= RETRIEVAL_FLOOR
+
+
+@pytest.fixture(scope="module")
+def named(teacher: Teacher) -> NamedSubjects:
+    return NamedSubjects(teacher, probe_clips())
+
+
+def test_base_samples_show_the_subjects_that_the_caption_names(
+    wan: Wan, named: NamedSubjects
+) -> None:
+    found = named_subjects(wan, named, held_out_clips(48))
+    for attribute, floor in asdict(NAMED_FLOORS).items():
+        assert getattr(found, attribute) >= floor, (attribute, found)
+
+
+def test_the_measure_of_named_subjects_tells_right_clips_from_wrong_ones(
+    named: NamedSubjects,
+) -> None:
+    samples = held_out_clips(48)
+    clips = [s.video_THWC for s in samples]
+    right = named.recognised(clips, samples)
+    # a subject may be hidden or leave the frame, and patches of 16 pixels see little of a shape
+    assert right.color >= 0.95 and right.texture >= 0.75 and right.shape >= 0.5
+    wrong = named.recognised(clips[1:] + clips[:1], samples)
+    assert wrong.color <= 0.3 and wrong.texture <= 0.4 and wrong.shape <= 0.3 and wrong.all <= 0.05

@@ -1,0 +1,189 @@
+"""The loss of one batch: which samples count in what, and how terms add up."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from alignlab.config.run import RunConfig
+from alignlab.kernels.pull_push import pull_push
+from alignlab.losses.objective import Terms
+from alignlab.losses.repa import Repa
+from alignlab.train import batch_loss, train_step
+from alignlab.training.alignment import context_of
+from alignlab.training.batches import Batch, Encoded, collate
+from alignlab.training.setup import Run, build_run
+
+MakeConfig = Callable[..., RunConfig]
+
+# REPA's own projector is 2048 wide: too slow for a test
+REPA_SMALL = (
+    "objectives.repa.name=repa",
+    "objectives.repa.teacher=dino",
+    "objectives.repa.blocks=[3]",
+    "objectives.repa.projector_dim=32",
+)
+
+
+def with_references(clip: Encoded, count: int) -> Encoded:
+    sample = replace(clip.sample, references=clip.sample.references[:count])
+    return replace(clip, sample=sample, references_KCHW=clip.references_KCHW[:count])
+
+
+def batch_with(run: Run, counts: list[int], rows: list[int]) -> Batch:
+    """Clip i with `counts[i]` references, for every i of `rows`, at its own noise."""
+    clips = [with_references(run.clips[i], counts[i]) for i in rows]
+    rng = [torch.Generator().manual_seed(i) for i in rows]
+    noise = [
+        torch.randn(c.latents_CTHW.shape, generator=g) for c, g in zip(clips, rng, strict=True)
+    ]
+    sigma = [0.2 + 0.2 * i for i in rows]
+    return collate(
+        clips,
+        noise,
+        sigma,
+        [(True, True)] * len(rows),
+        run.clips.empty_text_LD,
+        torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("text_to_references", ["true", "false"])
+def test_samples_with_and_without_references_share_a_batch(
+    make_config: MakeConfig, text_to_references: str
+) -> None:
+    config = make_config(
+        *REPA_SMALL,
+        "data.references=[3,3]",
+        "flow.weighting=wan_gaussian",
+        "objectives.ra.gate=t^3",
+        "objectives.ra.weight=0.7",
+        f"model.text_to_references={text_to_references}",
+    )
+    run = build_run(config)
+    counts = [0, 3, 1, 2]
+    with run.branch, torch.no_grad():
+        together, found = batch_loss(run, batch_with(run, counts, [0, 1, 2, 3]))
+        alone = [batch_loss(run, batch_with(run, counts, [i])) for i in range(4)]
+    assert all(torch.isfinite(value).all() for value in found.values())
+    torch.testing.assert_close(
+        together, torch.stack([total for total, _ in alone]).mean(), rtol=1e-5, atol=1e-6
+    )
+    for name in ("loss/flow", "loss/ra", "loss/ra/pull", "loss/ra/push", "loss/repa"):
+        each = torch.cat([row[name] for _, row in alone])
+        torch.testing.assert_close(found[name], each, rtol=1e-5, atol=1e-6)
+    bare = alone[0][1]
+    assert bare["loss/ra"] == bare["loss/ra/pull"] == bare["loss/ra/push"] == 0
+    assert alone[2][1]["loss/ra/push"] == 0  # nothing to push away from
+    # the mean cosine is of the samples that have references
+    assert len(bare["sim/ra"]) == 0
+    each = torch.cat([row["sim/ra"] for _, row in alone])
+    torch.testing.assert_close(found["sim/ra"], each, rtol=1e-5, atol=1e-6)
+
+
+def test_foreground_tokens_are_those_that_the_reference_mask_covers(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config("data.references=[3,3]", "objectives.ra.foreground=0.5")
+    run = build_run(config)
+    batch = batch_with(run, [0, 2, 3], [0, 1, 2])
+    found = context_of(batch, run.alignment.objectives["ra"], (3, 4, 4)).foreground_BN
+    assert found is not None and found.shape == (3, 48)
+    assert (found[0] == 0).all() and (found[1, 32:] == 0).all()
+    mask_HW = run.clips[1].sample.references[1].mask_HW
+    tiles = mask_HW.float().unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3))
+    torch.testing.assert_close(found[1, 16:32].view(4, 4), tiles)
+    with run.branch, torch.no_grad():
+        _, scalars = batch_loss(run, batch)
+    assert scalars["loss/ra"][0] == 0 and (scalars["loss/ra"][1:] > 0).all()
+
+
+def test_the_total_is_the_weighted_scheduled_gated_sum(make_config: MakeConfig) -> None:
+    config = make_config(
+        "data.references=[3,3]",
+        "steps=10",
+        "flow.weighting=wan_gaussian",
+        "objectives.ra.gate=t^3",
+        "objectives.ra.weight=0.7",
+        "objectives.ra.schedule.kind=linear",
+    )
+    run = build_run(config)
+    run.state.step = 5
+    batch = batch_with(run, [2, 3], [1])
+    with run.branch, torch.no_grad():
+        total, found = batch_loss(run, batch)
+    expected = run.flow_weights(batch.sigma_B) * found["loss/flow"]
+    expected = expected + 0.7 * 0.5 * batch.sigma_B**3 * found["loss/ra"]
+    torch.testing.assert_close(total, expected.mean())
+
+
+def without_subjects(batch: Batch, rows: list[int]) -> Batch:
+    """The batch with reference masks of these rows that show nothing of their subjects."""
+    masks = list(batch.reference_masks)
+    for row in rows:
+        masks[row] = torch.zeros_like(masks[row])
+    return replace(batch, reference_masks=masks)
+
+
+WATCHED = "{kind: stop_at_plateau, decay: 0.0, patience: 9}"
+
+
+def test_references_that_show_too_little_are_in_no_average(make_config: MakeConfig) -> None:
+    foreground = ["data.references=[3,3]", "objectives.ra.foreground=0.5"]
+    run = build_run(make_config(*foreground, f"objectives.ra.schedule={WATCHED}", "optim.lr=1e-9"))
+    whole = batch_with(run, [1, 2, 3, 0], [0, 1, 2, 3])
+    with run.branch, torch.no_grad():
+        _, full = batch_loss(run, whole)
+        _, found = batch_loss(run, without_subjects(whole, [1]))
+        _, nothing = batch_loss(run, without_subjects(whole, [0, 1, 2]))
+    assert len(full["sim/ra"]) == 3 and (full["sim/ra"] != 0).all()
+    torch.testing.assert_close(found["sim/ra"], full["sim/ra"][[0, 2]])
+    assert torch.equal(found["watched/ra"], found["sim/ra"])
+    assert len(found["loss/ra"]) == 4 and found["loss/ra"][1] == 0
+    assert len(nothing["sim/ra"]) == len(nothing["watched/ra"]) == 0
+    # over accumulation rounds, each sample that is aligned counts the same
+    rounds = [
+        without_subjects(batch_with(run, [1, 2, 3, 0], rows), hidden)
+        for rows, hidden in (([0, 1], [1]), ([2], []), ([3], []), ([1], [0]))
+    ]
+    with run.branch:
+        scalars = train_step(run, rounds)
+    torch.testing.assert_close(scalars["sim/ra"], found["sim/ra"].mean())
+    torch.testing.assert_close(run.alignment.watches["ra"].average.float(), scalars["sim/ra"])
+
+
+def test_what_an_objective_calls_aligned_is_what_a_plateau_sees(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Repa.forward
+
+    def half(*args: Any) -> Terms:
+        aligned_B = torch.tensor([False, True])
+        return replace(forward(*args), similarity_B=None, aligned_B=aligned_B)
+
+    monkeypatch.setattr(Repa, "forward", half)
+    run = build_run(make_config(*REPA_SMALL, f"objectives.repa.schedule={WATCHED}"))
+    with run.branch, torch.no_grad():
+        _, found = batch_loss(run, batch_with(run, [0, 0], [0, 1]))
+    assert torch.equal(found["watched/repa"], -found["loss/repa"][1:])
+    assert "sim/repa" not in found
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16")])
+def test_similarities_are_computed_from_tokens_in_the_precision_of_the_run(
+    make_config: MakeConfig, precision: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build_run(make_config("data.references=[2,2]", f"model.precision={precision}"))
+    seen: list[torch.dtype] = []
+
+    def watched(student: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(student.dtype)
+        return pull_push(student, *args, **options)
+
+    monkeypatch.setattr("alignlab.losses.refalign.pull_push", watched)
+    with run.branch:
+        batch_loss(run, batch_with(run, [2], [0]))
+    assert seen == [getattr(torch, dtype)]

@@ -1,0 +1,161 @@
+"""What a step trains on: the same bits for every variant of a seed."""
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignlab.config.parts import FlowConfig
+from alignlab.config.run import RunConfig
+from alignlab.data.registry import build_dataset
+from alignlab.recipe import load_run
+from alignlab.train import step_batches
+from alignlab.training.batches import Batch, ClipEncoder, EncodedCache, training_batch
+from alignlab.training.setup import Run, build_run
+
+MakeConfig = Callable[..., RunConfig]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(recipe_file: Path) -> Run:
+    return build_run(load_run(recipe_file, ["data.references=[0,3]"]))
+
+
+def samples_of(batches: list[Batch]) -> list[dict[str, object]]:
+    """Every sample of the batches as its own fields."""
+    return [
+        {field.name: getattr(batch, field.name)[i] for field in fields(batch)}
+        for batch in batches
+        for i in range(len(batch.sigma_B))
+    ]
+
+
+def same(one: list[Batch], two: list[Batch]) -> bool:
+    """Whether the batches hold the same samples, bit by bit, in the same order."""
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+        for left, right in zip(samples_of(one), samples_of(two), strict=True)
+        for a, b in zip(left.values(), right.values(), strict=True)
+    )
+
+
+def batch_of(run: Run, step: int, *, seed: int = 0, samples: range = range(2)) -> Batch:
+    return training_batch(
+        run.clips, run.config.flow, seed=seed, step=step, samples=samples, device=CPU
+    )
+
+
+def test_variants_of_a_seed_train_on_the_same_bits(make_config: MakeConfig) -> None:
+    plain = build_run(make_config("name=none", "optim.lr=0.5", aligned=False))
+    other = ["name=repa", "objectives.ra.name=repa", "objectives.ra.blocks=[3]"]
+    torch.manual_seed(7)  # whatever else was drawn in the process
+    repa = build_run(make_config(*other))
+    for step in range(3):
+        plain.state.step = repa.state.step = step
+        assert same(step_batches(plain), step_batches(repa))
+
+
+def test_another_seed_draws_other_clips_noise_levels_and_dropouts(run: Run) -> None:
+    one = [batch_of(run, step, samples=range(8)) for step in range(3)]
+    two = [batch_of(run, step, seed=1, samples=range(8)) for step in range(3)]
+    assert not any(torch.equal(a.noise_BCTHW, b.noise_BCTHW) for a, b in zip(one, two, strict=True))
+    assert not any(torch.equal(a.sigma_B, b.sigma_B) for a, b in zip(one, two, strict=True))
+    assert any(not torch.equal(a.video_BTHWC, b.video_BTHWC) for a, b in zip(one, two, strict=True))
+
+
+def test_steps_and_samples_draw_apart(run: Run) -> None:
+    one, two = batch_of(run, 0), batch_of(run, 1)
+    noises = [*one.noise_BCTHW, *two.noise_BCTHW]
+    assert len({float(noise.sum()) for noise in noises}) == 4
+    assert len({float(sigma) for sigma in [*one.sigma_B, *two.sigma_B]}) == 4
+
+
+def test_accumulation_rounds_change_nothing_that_is_drawn(make_config: MakeConfig) -> None:
+    whole = build_run(make_config("optim.batch_size=4"))
+    split = build_run(make_config("optim.batch_size=4", "optim.accumulate=2", "name=split"))
+    together, rounds = step_batches(whole), step_batches(split)
+    assert [len(batch.sigma_B) for batch in together] == [4]
+    assert [len(batch.sigma_B) for batch in rounds] == [2, 2]
+    assert same(together, rounds)
+
+
+def test_a_cached_clip_is_bitwise_the_uncached_one(run: Run) -> None:
+    config = run.config.data.model_copy(update={"references": (0, 3)})
+    dataset = build_dataset(config, "train")
+    fresh = ClipEncoder(run.wan, dataset, EncodedCache(0))
+    cached = ClipEncoder(run.wan, dataset, EncodedCache(2))
+    for index in (0, 1, 2, 0, 2, 1):  # 0 is dropped from the cache and comes back
+        for clips in (cached, fresh):
+            clips[index]
+        one, two = cached[index], fresh[index]
+        for name in ("latents_CTHW", "text_LD", "references_KCHW"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
+        assert one.sample.key == two.sample.key
+    assert cached[1] is cached[1]
+    assert fresh[1] is not fresh[1]
+
+
+def test_dropped_conditions_are_empty_text_and_no_references(run: Run) -> None:
+    everything = {"text_dropout": 0.0, "reference_dropout": 0.0, "both_dropout": 0.0}
+    kept = {}
+    for case, probability in (
+        ("none", {}),
+        ("text", {"text_dropout": 1.0}),
+        ("references", {"reference_dropout": 1.0}),
+        ("both", {"both_dropout": 1.0}),
+    ):
+        flow = FlowConfig.model_validate({**everything, **probability})
+        kept[case] = training_batch(run.clips, flow, seed=0, step=0, samples=range(8), device=CPU)
+    full = kept["none"]
+    assert sum(len(r) for r in full.references) > 0
+    empty = run.clips.empty_text_LD
+    for case, batch in kept.items():
+        assert torch.equal(batch.latents_BCTHW, full.latents_BCTHW)
+        no_text = case in ("text", "both")
+        assert all(torch.equal(text, empty) == no_text for text in batch.text_BLD)
+        gone = case in ("references", "both")
+        for one, all_of_them in zip(batch.references, full.references, strict=True):
+            assert torch.equal(one, all_of_them[:0] if gone else all_of_them)
+        for images, latents, names in zip(
+            batch.reference_images, batch.references, batch.names, strict=True
+        ):
+            assert len(images) == len(latents) == len(names)
+
+
+def test_conditions_are_dropped_as_often_as_asked(run: Run) -> None:
+    flow = FlowConfig(text_dropout=0.1, reference_dropout=0.2, both_dropout=0.3)
+    clips = ClipEncoder(run.wan, build_dataset(run.config.data, "train"), EncodedCache(99))
+    counts = {(text, references): 0 for text in (True, False) for references in (True, False)}
+    total = 0
+    for step in range(40):
+        batch = training_batch(clips, flow, seed=0, step=step, samples=range(20), device=CPU)
+        full = training_batch(
+            clips,
+            FlowConfig(text_dropout=0, reference_dropout=0, both_dropout=0),
+            seed=0,
+            step=step,
+            samples=range(20),
+            device=CPU,
+        )
+        for i in range(20):
+            if len(full.references[i]):  # of a clip without any it cannot be seen
+                text = torch.equal(batch.text_BLD[i], full.text_BLD[i])
+                counts[text, len(batch.references[i]) > 0] += 1
+                total += 1
+    share = {case: count / total for case, count in counts.items()}
+    assert share[False, True] == pytest.approx(0.1, abs=0.04)
+    assert share[True, False] == pytest.approx(0.2, abs=0.05)
+    assert share[False, False] == pytest.approx(0.3, abs=0.05)
+
+
+def test_clips_are_drawn_evenly(run: Run) -> None:
+    counts = [0] * len(run.clips)
+    videos = [run.clips[i].sample.video_THWC for i in range(len(run.clips))]
+    for step in range(60):
+        for drawn in batch_of(run, step, samples=range(10)).video_BTHWC:
+            counts[[torch.equal(drawn, video) for video in videos].index(True)] += 1
+    assert all(0.5 < count / (600 / len(counts)) < 1.5 for count in counts)
