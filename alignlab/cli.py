@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from alignlab.cli_errors import Commands
-from alignlab.distributed.launch_env import process_rank, refuse_strangers
+from alignlab.distributed import launch_env
 from alignlab.errors import UserError
 from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
@@ -62,22 +62,21 @@ def options(
 
 @app.command()
 def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
-    """Train one run, or go on with it where its last checkpoint left off."""
+    """Train one run, or resume it from its last checkpoint."""
     from alignlab.recipe import dump, load_run
 
     config = load_run(recipe, overrides)
     if print_config:
         typer.echo(dump(config), nl=False)
         return
-    from alignlab.distributed.ranks import leave
+    from alignlab.distributed.ranks import destroy_process_group
     from alignlab.train import train as run
 
-    refuse_strangers()
-    if process_rank() > 0:  # the first process speaks for all
+    if launch_env.rank() > 0:  # rank 0 speaks for all
         logging.getLogger("alignlab").setLevel(logging.ERROR)
     folder = run(config)
-    leave()
-    if process_rank() == 0:
+    destroy_process_group()
+    if launch_env.rank() == 0:
         typer.echo(f"run folder: {folder}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from alignlab.distributed.launch_env import process_count, process_rank
+from alignlab.distributed import launch_env
 from alignlab.errors import UserError
 
 
@@ -36,9 +36,9 @@ class Commands(TyperGroup):
 
 
 def _who() -> str:
-    """Of several processes, those after the first say which they are."""
-    rank = process_rank()
-    return f" (process {rank + 1} of {process_count()})" if rank else ""
+    """Of several ranks, those after rank 0 say which they are."""
+    rank = launch_env.rank()
+    return f" (rank {rank} of {launch_env.world_size()})" if rank else ""
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

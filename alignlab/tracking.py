@@ -13,10 +13,10 @@ from typing import Any, Self
 from filelock import FileLock
 
 from alignlab.config.dotted import flatten
-from alignlab.config.run import RunConfig
+from alignlab.config.parts import TrainingConfig
 from alignlab.recipe import recipe_hash
-from alignlab.runs.run_folder import RunFolder, named_errors, write_text
-from alignlab.stage1.config import Stage1Config
+from alignlab.runs.atomic_files import named_errors, write_text
+from alignlab.runs.run_folder import RunFolder
 
 MAX_PARAM = 6000  # MLflow refuses longer values
 
@@ -37,7 +37,7 @@ class Tracker:
     def __init__(
         self,
         folder: RunFolder,
-        config: RunConfig | Stage1Config,
+        config: TrainingConfig,
         *,
         start: int,
         environment: Mapping[str, str],

@@ -5,17 +5,16 @@ Shape letters: B batch, L blocks, N tokens of all samples, D width.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from alignlab.evaluation.evaluate import denoise, eval_batch
-from alignlab.forward import forward
 from alignlab.metrics.rank import effective_rank
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.taps import BlockTokens
-from alignlab.training.batches import Batch
+from alignlab.training.alignment import Aligned
 from alignlab.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -27,6 +26,9 @@ RANK = "diag/rank/"
 
 Gradients = list[Tensor | None]
 """One per trained parameter of the transformer; None where the loss does not reach it."""
+
+Forward = tuple[Tensor, Aligned]
+"""Weighted flow loss of a micro-batch, (B,), and what the objectives give, with their graph."""
 
 
 class Diagnosis:
@@ -53,7 +55,6 @@ class Diagnosis:
 
     Args:
         run: `run.branch` is entered whenever the diagnosis is called.
-        write: gets step and scalars; the step is the one that is about to be taken, counted from 1.
         every: steps between two diagnoses.
         rows: what an interrupted run had logged, for the first ranks and the alarms raised then.
     """
@@ -61,12 +62,11 @@ class Diagnosis:
     def __init__(
         self,
         run: Run,
-        write: Callable[[int, Mapping[str, float]], None],
         *,
         every: int,
         rows: Iterable[Mapping[str, float]] = (),
     ) -> None:
-        self._run, self._write, self._every = run, write, every
+        self._run, self._every = run, every
         self._alarms = RankAlarms(rows)
         transformer = run.wan.transformer
         named = {*run.alignment.blocks, *(run.config.eval.blocks or ())}
@@ -76,16 +76,21 @@ class Diagnosis:
             blocks=sorted(named or range(len(transformer.blocks))),
         )
 
-    def __call__(self, batches: list[Batch]) -> None:
-        """Diagnoses the step that these batches are for, if it is its turn."""
-        step = self._run.state.step + 1
-        if step != 1 and step % self._every:
-            return
-        found = compare_losses(self._run, batches) | self._ranks()
-        new = self._alarms.see(step, found)
-        self._write(step, found | {"diag/low_ranks": float(self._alarms.low(found))})
-        for note in new:
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 1, is diagnosed before it is taken."""
+        return step == 1 or step % self._every == 0
+
+    def scalars(self, step: int, forwards: Iterable[Forward]) -> dict[str, float]:
+        """Diagnoses the step that these forward passes are for, and warns of low ranks.
+
+        Args:
+            step: that is about to be taken, counted from 1.
+            forwards: of the step's micro-batches, each made when it is asked for.
+        """
+        found = compare_losses(self._run, forwards) | self._ranks()
+        for note in self._alarms.see(step, found):
             log.warning("%s", note)
+        return found | {"diag/low_ranks": float(self._alarms.low(found))}
 
     @torch.no_grad()
     def _ranks(self) -> dict[str, float]:
@@ -147,18 +152,17 @@ class RankAlarms:
         )
 
 
-def compare_losses(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """`grad/<alias>/ratio`, `grad/<alias>/cosine` and `sim/<alias>/block<i>` of a step's batches.
+def compare_losses(run: Run, forwards: Iterable[Forward]) -> dict[str, float]:
+    """`grad/<alias>/ratio`, `grad/<alias>/cosine` and `sim/<alias>/block<i>` of a step.
 
-    Gradients are of the sum over the batches, as the step's are; see `Diagnosis`.
+    Gradients are of the sum over the micro-batches, as the step's are; see `Diagnosis`.
     """
     trained = [p for p in run.wan.transformer.parameters() if p.requires_grad]
     flow: Gradients = [None] * len(trained)
     others: dict[str, Gradients] = {}
     cosines: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        flow_B, aligned = forward(run, batch)
-        _add(flow, run.flow_weights(batch.sigma_B) * flow_B, trained)
+    for flow_B, aligned in forwards:
+        _add(flow, flow_B, trained)
         for alias, loss_B in aligned.weighted.items():
             _add(others.setdefault(alias, [None] * len(trained)), loss_B, trained)
         for alias, terms in aligned.terms.items():
@@ -169,14 +173,14 @@ def compare_losses(run: Run, batches: list[Batch]) -> dict[str, float]:
                     counted_B = similarity_B[aligned.samples[alias]]
                     cosines.setdefault(f"sim/{alias}/block{block}", []).append(counted_B)
     found: dict[str, float] = {}
-    run.processes.average(flow, trained)
+    run.ranks.average(flow, trained)
     for alias, gradients in others.items():
-        run.processes.average(gradients, trained)
+        run.ranks.average(gradients, trained)
         ratio, cosine = compare_gradients(flow, gradients)
         found[f"grad/{alias}/ratio"] = ratio
         if cosine is not None:
             found[f"grad/{alias}/cosine"] = cosine
-    means = run.processes.means({key: torch.cat(values) for key, values in cosines.items()})
+    means = run.ranks.means({key: torch.cat(values) for key, values in cosines.items()})
     return found | {key: float(value) for key, value in means.items()}
 
 

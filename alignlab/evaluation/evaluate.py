@@ -109,13 +109,13 @@ def eval_batch(run: Run, clips: list[Encoded], rows: list[int], sigma: list[floa
     ]
     keep = [(True, True)] * len(rows)
     empty = run.val_clips.empty_text_LD
-    return collate(chosen, noise, sigma, keep, empty, run.accelerator.device)
+    return collate(chosen, noise, sigma, keep, empty, run.device)
 
 
 def denoise(run: Run, branch: ReferenceBranch, batch: Batch, *, capture: bool) -> Output:
     """One forward pass on the batch's noisy clips."""
     noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
-    with run.accelerator.autocast():
+    with run.autocast():
         return branch(
             noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references, capture=capture
         )
@@ -131,5 +131,5 @@ def teacher_of(run: Run, alias: str) -> Teacher:
         path=row.path,
         feature=row.feature,
         grid=row.grid,
-        device=run.accelerator.device,
+        device=run.device,
     )

@@ -17,7 +17,8 @@ from alignlab.evaluation.generation_metrics import GenerationJudge
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
-from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import guidance_of, latent_shape, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded, reference_images
@@ -95,7 +96,7 @@ def generated_clip(
 
     Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
     """
-    clip, device = run.val_clips[index], run.accelerator.device
+    clip, device = run.val_clips[index], run.device
     noise = torch.randn(
         latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
     )

@@ -19,9 +19,8 @@ from alignlab.losses.stage1.folder import Stage1Info
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.randomness import derive_seed
 from alignlab.stage1.config import MoAlignStage1, Stage1Config
-from alignlab.stage1.info import stage1_info
 from alignlab.stage1.optical_flow import dis_flow
-from alignlab.stage1.task import Stage1Task
+from alignlab.stage1.task import Stage1Task, stage1_info
 from alignlab.teachers import Teacher
 
 

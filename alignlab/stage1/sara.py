@@ -25,8 +25,7 @@ from alignlab.losses.stage1.saliency_aligner import (
 from alignlab.models.text_encoder import TextEncoder
 from alignlab.randomness import derive_seed
 from alignlab.stage1.config import SaraStage1, Stage1Config
-from alignlab.stage1.info import stage1_info
-from alignlab.stage1.task import Stage1Task
+from alignlab.stage1.task import Stage1Task, stage1_info
 from alignlab.teachers import Teacher
 
 THRESHOLD = 0.5  # of the area under a mask that makes a token a target, and of saliency for IoU

@@ -7,10 +7,12 @@ from typing import Generic, TypeVar
 from torch import Tensor
 
 from alignlab.data.sample import ClipDataset, Sample
-from alignlab.losses.stage1.folder import Stage1Info
-from alignlab.losses.stage1.motion_head import MotionHead
-from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
-from alignlab.training.clip_cache import ClipCache
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
+from alignlab.stage1.config import Stage1Config
+from alignlab.teachers import Teacher
+from alignlab.training.batches import ClipCache
 
 Clip = TypeVar("Clip")
 
@@ -67,3 +69,32 @@ class TaskClips(Generic[Clip]):
             clip = self._task.encode(self._dataset[index])
             self._cache.put(index, clip)
         return clip
+
+
+def stage1_info(
+    config: Stage1Config,
+    module: SaliencyAlignerConfig | MotionHeadConfig,
+    teacher: Teacher,
+    *,
+    text: str | None = None,
+) -> Stage1Info:
+    """What a Stage 1 training writes beside its weights.
+
+    Args:
+        config: of the training.
+        module: shape of the network.
+        teacher: whose tokens it read.
+        text: the model whose text encoder it read.
+    """
+    row = config.teacher
+    assert row.path is not None and row.feature is not None  # the family's, if left out
+    return Stage1Info(
+        kind=config.stage1.kind,
+        teacher=Stage1Teacher(
+            family=row.family, path=row.path, feature=row.feature, weights=teacher.digest()
+        ),
+        teacher_dim=module.teacher_dim,
+        grid=config.grid,
+        text=text,
+        module=module,
+    )

@@ -113,17 +113,17 @@ class Alignment(nn.Module):
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
 
-    def check_processes(self, count: int) -> None:
-        """Refuses several processes where an objective compares the samples of a batch.
+    def check_world_size(self, world_size: int) -> None:
+        """Refuses several ranks where an objective couples the samples of a batch.
 
         Raises:
-            UserError: each process would see its own share only.
+            UserError: each rank would see its own share only.
         """
         for alias, objective in self.objectives.items():
-            if objective.couples_samples and count > 1:
+            if objective.couples_samples and world_size > 1:
                 raise UserError(
-                    f"objectives.{alias}: it compares the samples of a batch, which {count} "
-                    "processes would share among them: use one process (or, for refalign, "
+                    f"objectives.{alias}: it compares the samples of a batch, which {world_size} "
+                    "ranks would share among them: use one process (or, for refalign, "
                     "negatives: sample)"
                 )
 

@@ -20,7 +20,7 @@ from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.result import Budget, Cost
 from alignlab.losses.schedule import StopAtPlateau, weight_at
 from alignlab.recipe import has_recipe_hash, recipe_hash
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 

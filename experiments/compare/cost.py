@@ -19,7 +19,6 @@ import torch
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.config.run import RunConfig
-from alignlab.distributed.ranks import one_process
 from alignlab.environment import describe_environment, processor_name
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig
@@ -30,11 +29,11 @@ from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.same_code import code_facts
 from alignlab.progress import step_progress
 from alignlab.recipe import recipe_hash
+from alignlab.runs.atomic_files import write_text
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.run_folder import write_text
-from alignlab.train import step_batches, train_step
+from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch
-from alignlab.training.memory import MIB, PeakMemory
+from alignlab.training.measure import MIB, PeakMemory
 from alignlab.training.setup import Caches, build_run, shared_caches
 
 DATA_STEPS = 4
@@ -189,12 +188,14 @@ class _Side:
     def __init__(self, config: RunConfig, caches: dict[str, Caches]) -> None:
         self._resident = _allocated()
         self._run = build_run(config, shared_caches(config, caches))
-        self._device = self._run.accelerator.device
+        self._trainer = RunTrainer(self._run)
+        self._device = self._run.device
 
     def alone(self) -> _Alone:
         """Operations, mean over the clips that are timed, and on CUDA the peak memory."""
         total, unknown = 0, frozenset[str]()
-        with self._run.branch, PeakMemory(self._device) as memory:
+        memory = PeakMemory(self._device)
+        with self._run.branch:
             self._step(self._batches(0))
             for number in range(DATA_STEPS):
                 found = count_flops(partial(self._step, self._batches(number)))
@@ -212,18 +213,15 @@ class _Side:
             return seconds_of(partial(self._step, batches), self._device)
 
     def _batches(self, number: int) -> list[Batch]:
-        run = self._run
-        # accelerate keeps one precision per process: that of the side built last
-        run.processes = one_process(run.config.model.precision)
-        run.state.step = number
-        return step_batches(run)
+        self._run.state.step = number
+        return self._trainer.micro_batches()
 
     def _step(self, batches: list[Batch]) -> None:
         # at the first step no schedule has turned its objective off
         self._run.state.step = 0
         for watch in self._run.alignment.watches.values():
             watch.waited.zero_()
-        train_step(self._run, batches)
+        self._trainer.step(batches)
 
 
 def _beside(

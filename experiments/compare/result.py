@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.errors import UserError
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignlab.config.run import RunConfig
-from alignlab.distributed.launch_env import refuse_several
+from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
 from alignlab.experiments.compare.budget import decide_budget, with_budget
@@ -26,7 +26,8 @@ from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunRes
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
-from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.tracking import read_rows
 
@@ -98,7 +99,7 @@ def prepare(config: CompareConfig) -> Plan:
     Raises:
         UserError: variants are measured differently, or a folder holds a run of another recipe.
     """
-    refuse_several()
+    refuse_several_ranks()
     check_fair(config)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from alignlab.experiments.probe.tokens import Table, decimals, scatter_of, simil
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import render
 from alignlab.experiments.report.plot import COLOURS
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 MEASURES = {
     "cknna": (

@@ -14,7 +14,7 @@ from alignlab.config.run import RunConfig
 from alignlab.evaluation.teacher_score import NEIGHBOURS, TeacherScore
 from alignlab.experiments.compare.config import load_compare
 from alignlab.recipe import load_run
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 SPATIAL = ("lds", "cds", "srss", "rmsc")
 READING = (

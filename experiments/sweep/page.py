@@ -23,7 +23,8 @@ from alignlab.experiments.report.run_warnings import gathered
 from alignlab.experiments.sweep.config import BlocksSpace
 from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
-from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.run_folder import RunFolder
 
 FEW = 2  # charts of one trial show nothing
 CONTOUR_PX = 195  # of a row of panels: less and names run into each other, more and no page holds 3

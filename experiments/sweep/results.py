@@ -20,7 +20,7 @@ from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import ERROR, METRICS, trial_run
 from alignlab.recipe import dump
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 SHOWN_TRIALS = 10
 

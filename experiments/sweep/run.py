@@ -18,7 +18,7 @@ from alignlab.experiments.sweep.results import best_metrics, print_trials, write
 from alignlab.experiments.sweep.study import create_study, join_study, shown_url, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.worker import check
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import optuna
 from optuna.trial import TrialState
 
-from alignlab.distributed.launch_env import refuse_several
+from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.experiments.report.formatting import format_duration
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.samplers import check_sampler
@@ -29,7 +29,7 @@ def check(config: SweepConfig) -> None:
     Raises:
         UserError: space, sampler or metric do not fit the run.
     """
-    refuse_several()
+    refuse_several_ranks()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_space(config)
     check_sampler(config)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
@@ -13,7 +14,8 @@ from alignlab.experiments.compare.run import compare, trained_on
 from alignlab.experiments.launchers import one_run
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
-from alignlab.train import train, train_step
+from alignlab.train import Trainer, train
+from alignlab.training.batches import Batch
 
 MakeCompare = Callable[..., CompareConfig]
 
@@ -142,10 +144,12 @@ def test_a_killed_comparison_goes_on(
     config = make()
     runs: list[str] = []
 
-    def killed_run(run: object, batches: object) -> object:
-        if len(runs) == 2 and getattr(run, "state").step == 1:  # noqa: B009
+    take_step = Trainer.step
+
+    def killed_run(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+        if len(runs) == 2 and trainer.state.step == 1:
             raise Killed
-        return train_step(run, batches)  # type: ignore[arg-type]
+        return take_step(trainer, batches)
 
     def counted(*args: object, **kwargs: object) -> Path:
         runs.append("run")
@@ -155,7 +159,7 @@ def test_a_killed_comparison_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(one_run, "train", counted)
-        patch.setattr("alignlab.train.train_step", killed_run)
+        patch.setattr(Trainer, "step", killed_run)
         with pytest.raises(Killed):
             compare(config)
     folder = Path(config.output) / config.name

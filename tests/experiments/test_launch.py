@@ -31,7 +31,7 @@ from alignlab.experiments.launchers.progress import steps_done
 from alignlab.experiments.launchers.ray_cluster import reservation
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
-from alignlab.runs import one_writer
+from alignlab.runs import run_folder
 from alignlab.runs.run_folder import RunFolder
 
 VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
@@ -39,7 +39,7 @@ VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
 HOLD = """
 import sys, time
 from pathlib import Path
-from alignlab.runs.one_writer import only_writer
+from alignlab.runs.run_folder import only_writer
 with only_writer(Path(sys.argv[1]), wait=True):
     print("held", flush=True)
     time.sleep(300)
@@ -96,10 +96,10 @@ def order_of(run: RunConfig) -> on_node.Order:
 def test_a_run_folder_has_one_writer_until_that_process_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(one_writer, "NOTE_EVERY_S", 0.1)
+    monkeypatch.setattr(run_folder, "NOTE_EVERY_S", 0.1)
     with other_writer(tmp_path, HOLD) as pid:
         with pytest.raises(UserError, match=rf"trained by another process \(.*process {pid}\)"):
-            with one_writer.only_writer(tmp_path, wait=False):
+            with run_folder.only_writer(tmp_path, wait=False):
                 pass
 
         def kill_once_waited_for() -> None:
@@ -111,7 +111,7 @@ def test_a_run_folder_has_one_writer_until_that_process_is_killed(
         killed = threading.Event()
         with caplog.at_level("INFO"):
             threading.Thread(target=kill_once_waited_for, daemon=True).start()
-            with one_writer.only_writer(tmp_path, wait=True):
+            with run_folder.only_writer(tmp_path, wait=True):
                 assert killed.is_set()
 
 
@@ -123,7 +123,7 @@ def test_a_filesystem_without_locks_is_refused(
 
     monkeypatch.setattr("fcntl.flock", missing)
     with pytest.raises(UserError, match="without file locks: mount it with flock"):
-        with one_writer.only_writer(tmp_path, wait=True):
+        with run_folder.only_writer(tmp_path, wait=True):
             pass
 
 

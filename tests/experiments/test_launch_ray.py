@@ -12,7 +12,7 @@ import pytest
 import ray_tools
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
-from alignlab.runs.one_writer import HOLDER
+from alignlab.runs.run_folder import HOLDER
 from alignlab.tracking import read_rows
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")

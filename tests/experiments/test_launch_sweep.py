@@ -24,7 +24,7 @@ from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import create_study, join_study
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 from alignlab.train import train
 
 MakeSweep = Callable[..., SweepConfig]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
+from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import trial as sweep_trial
@@ -17,7 +18,8 @@ from alignlab.experiments.sweep.run import join, sweep
 from alignlab.experiments.sweep.study import join_study
 from alignlab.recipe import load_run
 from alignlab.tracking import read_rows
-from alignlab.train import train, train_step
+from alignlab.train import Trainer, train
+from alignlab.training.batches import Batch
 
 MakeSweep = Callable[..., SweepConfig]
 
@@ -126,16 +128,18 @@ def test_a_killed_sweep_goes_on_as_if_nothing_had_happened(
     """Interrupted in the second trial, after its first checkpoint."""
     steps = 0
 
-    def interrupted(run: object, batches: object) -> object:
+    take_step = Trainer.step
+
+    def interrupted(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         nonlocal steps
         steps += 1
         if steps == 4:
             raise KeyboardInterrupt
-        return train_step(run, batches)  # type: ignore[arg-type]
+        return take_step(trainer, batches)
 
     config = make()
     with monkeypatch.context() as patch:
-        patch.setattr("alignlab.train.train_step", interrupted)
+        patch.setattr(Trainer, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(config)
     left = join_study(config)

@@ -24,12 +24,14 @@ MOMENTS = (
     "right after a checkpoint",
     "while the result is written",
 )
-train: Any = importlib.import_module("alignlab.stage1.train")  # Any, so that names can be replaced
+# Any, so that names can be replaced
+train: Any = importlib.import_module("alignlab.stage1.train")
+checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
 
 
-def die_after(name: str, when: Callable[..., bool]) -> None:
-    """Kills the process once `name(...)` has returned with arguments that fit `when`."""
-    original = getattr(train, name)
+def die_after(module: Any, name: str, when: Callable[..., bool]) -> None:
+    """Kills the process once `module.name(...)` has returned with arguments that fit `when`."""
+    original = getattr(module, name)
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -37,16 +39,16 @@ def die_after(name: str, when: Callable[..., bool]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    setattr(train, name, wrapped)
+    setattr(module, name, wrapped)
 
 
 def prepare(moment: str) -> None:
     if moment == "between checkpoints":
-        die_after("train_step", lambda run, clips: run.state.step == 5)
+        die_after(train.Trainer, "step", lambda trainer, batches: trainer.state.step == 5)
     elif moment == "right after a checkpoint":
-        die_after("save", lambda state, checkpoints: state.step == 6)
+        die_after(checkpoint, "save", lambda state, checkpoints: state.step == 6)
     elif moment == "while the result is written":
-        die_after("save_stage1", lambda folder, module, info: True)
+        die_after(train, "save_stage1", lambda folder, module, info: True)
     elif moment != "never":
         raise ValueError(moment)
 
