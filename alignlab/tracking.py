@@ -30,7 +30,7 @@ class Tracker:
     Args:
         folder: the run folder.
         config: its recipe; `tracking` is read.
-        start: the step that training goes on from.
+        start: the step that training resumes from.
         environment: facts that become MLflow tags.
     """
 
@@ -147,7 +147,7 @@ class Tracker:
 
 
 class SilentTracker(Tracker):
-    """Of a process that leaves the log to another."""
+    """Of a rank that leaves the log to rank 0."""
 
     def __init__(self) -> None:
         self._mlflow = None
@@ -168,7 +168,7 @@ def read_rows(metrics: Path) -> list[dict[str, float]]:
 
 
 def _keep_rows(metrics: Path, start: int) -> None:
-    """Keeps what going on from step `start` will not write again.
+    """Keeps what resuming from step `start` will not write again.
 
     That is nothing for a run that starts anew, and never the evaluation, which comes last.
     """

@@ -1,4 +1,4 @@
-"""Recipe files as plain mappings: found, read, overridden. Nothing here knows the settings.
+"""Recipe files as plain mappings: looked up, read, overridden. Nothing here knows the settings.
 
 A mistake raises `alignlab.errors.UserError` with one line.
 """
@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
 from alignlab.config.dotted import nest
-from alignlab.errors import UserError
+from alignlab.errors import UserError, one_line
 
 NAME_LETTERS = frozenset(string.ascii_letters + string.digits + ".+-_")
 
@@ -93,8 +93,7 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         content = OmegaConf.to_container(loaded)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a readable YAML file: {reason}") from None
+        raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     if isinstance(content.get("variants"), dict):
@@ -103,11 +102,11 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         content["space"] = nest(content["space"])
     _check_overrides(overrides, content)
     try:
-        given = [OmegaConf.from_dotlist([override]) for override in overrides]
-        merged = OmegaConf.merge(OmegaConf.create(content), *given)
+        changes = [OmegaConf.from_dotlist([override]) for override in overrides]
+        merged = OmegaConf.merge(OmegaConf.create(content), *changes)
         resolved = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} {' '.join(overrides)}: {one_line(error)}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -143,8 +142,8 @@ def _check_overrides(overrides: list[str], content: Mapping[Any, Any]) -> None:
         section, _, rest = key.partition(".")
         alias, _, setting = rest.partition(".")
         maker = {"objectives": "name", "teachers": "family"}.get(section)
-        known = _mapping(content.get(section))
-        if maker is None or not setting or alias in known or f"{section}.{alias}.{maker}" in keys:
+        aliases = _mapping(content.get(section))
+        if maker is None or not setting or alias in aliases or f"{section}.{alias}.{maker}" in keys:
             continue
         owners = [
             variant
@@ -156,7 +155,7 @@ def _check_overrides(overrides: list[str], content: Mapping[Any, Any]) -> None:
                 f"{section}.{alias}: belongs to variants ({', '.join(owners)}): "
                 f"override variants.{owners[0]}.{key}"
             )
-        raise UserError(f"{section}.{alias}: {unknown_name('alias', alias, known)}")
+        raise UserError(f"{section}.{alias}: {unknown_name('alias', alias, aliases)}")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -71,11 +71,11 @@ class RunConfig(TrainingConfig):
                 f"or more, not {self.data.frames}"
             )
         for alias, objective in self.objectives.items():
-            chosen = video.intersection(objective.teachers)
-            if chosen and OBJECTIVES[objective.name].tokens == "reference":
+            video_teachers = video.intersection(objective.teachers)
+            if video_teachers and OBJECTIVES[objective.name].tokens == "reference":
                 raise ValueError(
-                    f"objectives.{alias}.teacher: {min(chosen)} takes whole clips, and references "
-                    "are images: name an image teacher (dinov2, dinov3, sam2)"
+                    f"objectives.{alias}.teacher: {min(video_teachers)} takes whole clips, and "
+                    "references are images: name an image teacher (dinov2, dinov3, sam2)"
                 )
         return self
 
@@ -116,9 +116,9 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
     Raises:
         UserError: a block index is outside 0..num_blocks-1.
     """
-    asked = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
-    asked["eval.blocks"] = config.eval.blocks or ()
-    for key, blocks in asked.items():
+    tapped = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
+    tapped["eval.blocks"] = config.eval.blocks or ()
+    for key, blocks in tapped.items():
         for block in blocks:
             if not 0 <= block < num_blocks:
                 raise UserError(

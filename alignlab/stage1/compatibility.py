@@ -138,9 +138,9 @@ def _differences(
         yield f"teacher weights of {there.path} there, others of {here.path} here"
     if here.feature != there.feature:
         yield f"teacher feature {there.feature} there, {here.feature} here"
-    asked = here.grid or grid[1:]
-    if asked != info.grid:
-        yield f"grid {_by(info.grid)} there, {_by(asked)} here"
+    run_grid = here.grid or grid[1:]
+    if run_grid != info.grid:
+        yield f"grid {_by(info.grid)} there, {_by(run_grid)} here"
 
 
 def _by(grid_HW: tuple[int, int]) -> str:

@@ -136,7 +136,7 @@ class SaraTask(Stage1Task[SaraClip]):
         over the other forwards, and `val/iou_caption` compares what the full caption marks with
         all entities: Stage 2 asks so, and no caption is in training.
         """
-        found: dict[str, list[Tensor]] = {}
+        per_clip: dict[str, list[Tensor]] = {}
         for clip in clips:
             texts_BLD = torch.cat([clip.texts_KLD, self._text.encode([clip.caption]).cpu()])
             features_BTPD = clip.features_TPD.expand(len(texts_BLD), -1, -1, -1)
@@ -155,8 +155,8 @@ class SaraTask(Stage1Task[SaraClip]):
                 "val/bce": saliency_bce(logits_BTP[:-1], targets_BTP),
             }
             for name, values in rows.items():
-                found.setdefault(name, []).append(values)
-        joined = {name: torch.cat(values) for name, values in found.items()}
+                per_clip.setdefault(name, []).append(values)
+        joined = {name: torch.cat(values) for name, values in per_clip.items()}
         return {name: float(values.mean()) for name, values in joined.items() if len(values)}
 
     def info(self) -> Stage1Info:

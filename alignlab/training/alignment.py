@@ -62,7 +62,7 @@ class Alignment(nn.Module):
     ) -> None:
         super().__init__()
         self._steps = config.steps
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
             alias: load_teacher(
@@ -164,25 +164,26 @@ class Alignment(nn.Module):
                 b: taps[b].video if kind == "video" else shared_subjects(taps[b], batch.names)
                 for b in config.blocks
             }
-            self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
-            chosen = {name: features[name, kind] for name in config.teachers}
+            self._log_grids(alias, grid, [features[name, kind].grid for name in config.teachers])
+            teacher = {name: features[name, kind] for name in config.teachers}
             context = context_of(batch, objective, grid)
             try:
-                found = objective(student, chosen, context)
+                objective_terms = objective(student, teacher, context)
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
             scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
-            weighted[alias] = scale_B * found.loss_B
+            weighted[alias] = scale_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
-            terms[alias] = found
-            samples[alias] = found.aligned_B if found.aligned_B is not None else _has(batch, kind)
+            terms[alias] = objective_terms
+            aligned_B = objective_terms.aligned_B
+            samples[alias] = _has_tokens(batch, kind) if aligned_B is None else aligned_B
         return Aligned(loss_B, terms, samples, weighted)
 
-    def _tell(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
-        """Says once per objective which blocks and which token grids meet."""
-        if alias in self._told or not student[0]:
+    def _log_grids(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
+        """Logs once per objective which blocks and which token grids meet."""
+        if alias in self._logged or not student[0]:
             return
-        self._told.add(alias)
+        self._logged.add(alias)
         objective = self.objectives[alias]
         log.info(
             "%s: %s on %s tokens of block %s; %s",
@@ -194,7 +195,7 @@ class Alignment(nn.Module):
         )
 
 
-def _has(batch: Batch, kind: str) -> Tensor:
+def _has_tokens(batch: Batch, kind: str) -> Tensor:
     """Which samples have tokens of the kind, bool (B,): references may be dropped."""
     return torch.tensor([kind == "video" or len(images) > 0 for images in batch.references])
 
@@ -239,7 +240,8 @@ def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:
     ids_BN = slots_BN.clone()
     for row, sample in enumerate(names):
         for slot, name in enumerate(sample):
-            ids_BN[row][slots_BN[row] == slot] = numbers[name]
+            # not through a mask, which waits for the device
+            ids_BN[row] = ids_BN[row].where(slots_BN[row] != slot, numbers[name])
     return replace(tokens.reference, subject_ids_BN=ids_BN)
 
 

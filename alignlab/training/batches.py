@@ -135,7 +135,7 @@ def training_batch(
         flow: noise level distribution and dropout probabilities.
         seed: the run's seed.
         step: optimizer step, from 0.
-        samples: positions inside the step's batch; which process or accumulation round handles
+        samples: positions inside the step's batch; which rank or micro-batch handles
             a position does not change what is drawn for it.
         device: where the batch goes.
     """

@@ -123,8 +123,8 @@ class RunState(TrainState):
 
 def latest(checkpoints: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
-    found = _by_step(checkpoints)
-    return found[-1] if found else None
+    folders = _by_step(checkpoints)
+    return folders[-1] if folders else None
 
 
 def step_path(checkpoints: Path, step: int) -> Path:

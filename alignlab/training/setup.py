@@ -159,14 +159,14 @@ def _weight_norm(network: nn.Module) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
-def shared_caches(config: RunConfig, known: dict[str, Caches]) -> Caches:
-    """Those of the runs in `known` whose clips are encoded as this run's are.
+def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
+    """Those of earlier runs whose clips are encoded as this run's are.
 
     That is the same data through the same encoders in the same precision. Where there are none,
-    new ones are put into `known`.
+    new ones are put into `caches`.
     """
     key = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-    return known.setdefault(key, new_caches(config))
+    return caches.setdefault(key, new_caches(config))
 
 
 def new_caches(config: RunConfig) -> Caches:
