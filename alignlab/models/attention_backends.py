@@ -132,9 +132,8 @@ def _difference_to_native(
     expected = _output_and_gradient(query, key, value, AttentionBackendName.NATIVE)
     if actual is None or expected is None:
         return None
-    return max(
-        float((mine - true).abs().max()) for mine, true in zip(actual, expected, strict=True)
-    )
+    pairs = zip(actual, expected, strict=True)
+    return max(float((mine - true).abs().max()) for mine, true in pairs)
 
 
 def _output_and_gradient(
