@@ -6,31 +6,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.data.registry import build_dataset
+from alignlab.data.sample import ClipDataset
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
-from alignlab.losses.stage1.folder import save_stage1
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAlignerConfig
 from alignlab.models.wan import load_text_encoder
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
-from alignlab.stage1.moalign import MoAlignTask
-from alignlab.stage1.sara import SaraTask, check_masks
-from alignlab.stage1.task import Stage1Task, TaskClips
-from alignlab.teachers import load_teacher
+from alignlab.stage1.registry import STAGE1_TASKS
+from alignlab.stage1.task import FrozenModels, Stage1Task
+from alignlab.teachers import Teacher, load_teacher
 from alignlab.tracking import Tracker
 from alignlab.train import Trainer, logged_costs, open_folder
 from alignlab.training import checkpoint
+from alignlab.training.batches import ClipCache
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.setup import adamw
+
+Clip = TypeVar("Clip")
 
 
 @quiet_libraries()
@@ -90,9 +95,10 @@ class Stage1Trainer(Trainer):
     def __init__(self, config: Stage1Config, ranks: Ranks) -> None:
         train_clips = build_dataset(config.data, "train")
         val_clips = build_dataset(config.data, "val")
-        if config.stage1.kind == "sara":
-            check_masks(train_clips, val_clips)
-        self.task = build_task(config, ranks.device)
+        task_class = STAGE1_TASKS[config.stage1.kind]
+        task_class.check_data(train_clips, val_clips)
+        self.models = load_frozen_models(config, ranks.device)
+        self.task = task_class(config.stage1, self.models, seed=config.seed)
         self.clips = TaskClips(self.task, train_clips, config.data.cache_clips)
         self.val_clips = TaskClips(self.task, val_clips, 0)
         optimizer = adamw(list(self.task.network.parameters()), config.optim)
@@ -123,17 +129,68 @@ class Stage1Trainer(Trainer):
         metrics["params/network"] = float(sum(p.numel() for p in network.parameters()))
         tracker.log(self.config.steps, metrics)
         with whole_folder(folder.stage1) as stage1_folder:
-            save_stage1(stage1_folder, network, self.task.info())
+            info = stage1_info(self.config, network.config, self.models.teacher)
+            save_stage1(stage1_folder, network, info)
         result = {"steps": self.config.steps, "metrics": metrics}
         write_text(folder.result, json.dumps(result, indent=1))
 
 
-def build_task(config: Stage1Config, device: torch.device) -> Stage1Task[Any]:
-    """Loads the frozen models of a recipe, and draws the weights of the network."""
-    row = config.teacher
+class TaskClips(Generic[Clip]):
+    """A data set as its task sees it.
+
+    Args:
+        task: encodes one clip at a time, so that a clip never depends on its neighbours.
+        dataset: where samples come from.
+        capacity: encoded clips kept in memory.
+    """
+
+    def __init__(self, task: Stage1Task[Clip], dataset: ClipDataset, capacity: int) -> None:
+        self._task = task
+        self._dataset = dataset
+        self._cache: ClipCache[Clip] = ClipCache(capacity)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Clip:
+        clip = self._cache.get(index)
+        if clip is None:
+            clip = self._task.encode(self._dataset[index])
+            self._cache.put(index, clip)
+        return clip
+
+
+def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenModels:
+    """Loads what the recipe's task reads."""
+    row, text = config.teacher, None
     teacher = load_teacher(row.family, path=row.path, feature=row.feature, device=device)
-    if config.stage1.kind == "moalign":
-        return MoAlignTask(config, teacher, device)
-    assert config.model is not None
-    text = load_text_encoder(config.model.path, precision=config.model.precision, device=device)
-    return SaraTask(config, teacher, text, device)
+    if config.model is not None:
+        model = config.model
+        text = load_text_encoder(model.path, precision=model.precision, device=device)
+    return FrozenModels(teacher, config.grid, text, device)
+
+
+def stage1_info(
+    config: Stage1Config,
+    module: SaliencyAlignerConfig | MotionHeadConfig,
+    teacher: Teacher,
+) -> Stage1Info:
+    """What a Stage 1 training writes beside its weights, and a Stage 2 recipe is checked against.
+
+    Args:
+        config: of the training.
+        module: shape of the network.
+        teacher: whose tokens it read.
+    """
+    row = config.teacher
+    assert row.path is not None and row.feature is not None  # the family's, if left out
+    return Stage1Info(
+        kind=config.stage1.kind,
+        teacher=Stage1Teacher(
+            family=row.family, path=row.path, feature=row.feature, weights=teacher.digest()
+        ),
+        teacher_dim=module.teacher_dim,
+        grid=config.grid,
+        text=None if config.model is None else config.model.path,
+        module=module,
+    )

@@ -116,7 +116,7 @@ class HostSyncs(TorchDispatchMode):
     """Collects the operations for whose result the host would wait on a GPU."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(

@@ -76,7 +76,7 @@ def test_the_recipe_grid_is_what_the_teacher_is_asked_for(recipes: Recipes) -> N
     for kind in KINDS:
         run = trainer_of(config_of(recipes, kind, "teachers.dino.grid=[4,6]"))
         assert run.clips[0].features_TPD.shape == (5, 24, 24)
-        assert run.task.info().grid == (4, 6)
+        assert run.models.grid == (4, 6)
 
 
 def test_a_video_teacher_gives_a_time_step_per_tubelet(recipes: Recipes, tmp_path: Path) -> None:
