@@ -84,9 +84,6 @@ def test_source_file(path: Path) -> None:
     assert unsafe_loads(source) == [], "torch.load without weights_only=True"
     assert source.count("\n") <= MAX_LINES
     assert path.name not in ("utils.py", "helpers.py")
-    if path.is_relative_to(ROOT / "losses"):
-        # jaxtyping would skip its checks of dataclasses
-        assert "from __future__ import annotations" not in source
 
 
 @pytest.mark.parametrize(

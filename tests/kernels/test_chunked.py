@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignlab.kernels import pull_push_chunked, relation_chunked
+from alignlab.kernels import pull_push as pull_push_module
+from alignlab.kernels import relation as relation_module
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.relation import relation_distance
 
@@ -32,7 +33,7 @@ def draw_saliency(*shape: int) -> Tensor:
 def test_chunked_equals_eager_whatever_the_tiles(
     routing: Any, tile_pairs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relation_chunked, "TILE_PAIRS", tile_pairs)
+    monkeypatch.setattr(relation_module, "TILE_PAIRS", tile_pairs)
     # not contiguous, as after a resampling
     student = draw(3, 19, 13, 5).to(dtype).movedim(1, 3).requires_grad_()
     teacher = draw(3, 13, 5, 23, seed=1).to(dtype)
@@ -61,7 +62,7 @@ def test_chunked_equals_eager_whatever_the_tiles(
 def test_pull_push_chunked_equals_eager_whatever_the_panels(
     panel_rows: int, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pull_push_chunked, "PANEL_ROWS", panel_rows)
+    monkeypatch.setattr(pull_push_module, "PANEL_ROWS", panel_rows)
     # not contiguous, as after a transposition; the teacher is shared by three blocks
     student = draw(3, 2, 6, 9).mT.requires_grad_()
     teacher = draw(2, 9, 6, seed=1)
@@ -107,7 +108,7 @@ def watched(module: Any, operation: str, compute: Callable[[], object]) -> _Watc
 def test_relation_never_holds_a_matrix_of_all_pairs(
     routing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relation_chunked, "TILE_PAIRS", 2**12)
+    monkeypatch.setattr(relation_module, "TILE_PAIRS", 2**12)
     student, teacher, saliency = (
         draw(1, 5, 60, 6),
         draw(1, 5, 60, 8, seed=1),
@@ -118,7 +119,7 @@ def test_relation_never_holds_a_matrix_of_all_pairs(
     def largest(impl: Any) -> int:
         setting: dict[str, Any] = {"routing": routing, "tau": 3.0, "impl": impl}
         return watched(
-            relation_chunked,
+            relation_module,
             "_pair_sums",
             lambda: relation_distance(student, teacher, saliency_BTP=saliency, **setting),
         ).largest
@@ -128,13 +129,13 @@ def test_relation_never_holds_a_matrix_of_all_pairs(
 
 
 def test_pull_push_never_holds_a_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_push_chunked, "PANEL_ROWS", 4)
+    monkeypatch.setattr(pull_push_module, "PANEL_ROWS", 4)
     student, teacher = draw(300, 6).requires_grad_(), draw(300, 6, seed=1)
     ids = torch.arange(300) // 100
 
     def largest(impl: Any) -> int:
         return watched(
-            pull_push_chunked, "_pull_push", lambda: pull_push(student, teacher, ids, impl=impl)
+            pull_push_module, "_pull_push", lambda: pull_push(student, teacher, ids, impl=impl)
         ).largest
 
     assert largest("eager") == 300 * 300
@@ -151,8 +152,8 @@ def test_slopes_are_computed_only_for_somebody_who_asks(grad: bool) -> None:
 
     with torch.set_grad_enabled(grad):
         for module, operation in (
-            (pull_push_chunked, "_pull_push"),
-            (relation_chunked, "_pair_sums"),
+            (pull_push_module, "_pull_push"),
+            (relation_module, "_pair_sums"),
         ):
             names = watched(module, operation, both).operations
             assert any("sign_" in name for name in names) == grad
@@ -163,8 +164,8 @@ def test_torch_library_finds_nothing_wrong(with_slope: bool) -> None:
     student = draw(3, 2, 9, 6).requires_grad_(with_slope)
     ids = torch.stack([IDS, MIXED])
     arguments = (student, draw(2, 9, 6, seed=1), ids, 0.3, 0.9, with_slope)
-    torch.library.opcheck(pull_push_chunked._pull_push, arguments)
+    torch.library.opcheck(pull_push_module._pull_push, arguments)
     tokens = draw(2, 3, 4, 6).requires_grad_(with_slope)
     saliency, factors = draw_saliency(2, 3, 4), draw_saliency(3, 3)
     relation = (tokens, draw(2, 3, 4, 5, seed=1), saliency, factors, "or", 0.1, with_slope)
-    torch.library.opcheck(relation_chunked._pair_sums, relation)
+    torch.library.opcheck(relation_module._pair_sums, relation)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from alignlab.kernels import relation, relation_triton
 from alignlab.kernels.dispatch import interpreted
-from alignlab.kernels.relation import Relation, relation_eager
-from alignlab.kernels.relation_terms import pair_weight
+from alignlab.kernels.relation import Relation, pair_weight, relation_distance, relation_eager
 from alignlab.kernels.relation_triton_kernels import TILES, Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,7 +245,7 @@ def test_compiles_into_one_graph() -> None:
         pytest.param(
             torch.bfloat16,
             4,
-            "computes bfloat16 wrongly",
+            "computes bfloat16 products wrongly",
             marks=pytest.mark.skipif(not interpreted(), reason="not interpreted"),
         ),
     ],
@@ -258,4 +257,4 @@ def test_what_the_kernels_cannot_do_is_refused(
     wrong = wrong.to(dtype)
     for pair in ((fine, wrong), (wrong, fine)):
         with pytest.raises(ValueError, match=message):
-            relation_triton.relation_triton(*pair, fine[..., 0], "uniform", 0.0, math.inf)
+            relation_distance(*pair, impl="triton")
