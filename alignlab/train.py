@@ -18,10 +18,10 @@ from alignlab.distributed.ranks import Processes, join_processes
 from alignlab.distributed.replicas import check_replicas
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
-from alignlab.evaluation.diagnostics import Diagnosis, RankAlarms
+from alignlab.evaluation.diagnostics import Diagnosis
 from alignlab.evaluation.evaluate import evaluate
-from alignlab.evaluation.generation import judged_clips
-from alignlab.evaluation.run_warnings import sample_alarms
+from alignlab.evaluation.generation import num_measured_clips
+from alignlab.evaluation.run_warnings import RankWarnings, sample_warnings
 from alignlab.forward import forward
 from alignlab.randomness import generator
 from alignlab.runs.log_filters import quiet_libraries
@@ -140,7 +140,7 @@ def diagnosis_of(run: Run, folder: RunFolder, tracker: Tracker) -> Diagnosis | N
     if every is None:
         return None
     rows = read_rows(folder.metrics) if run.processes.is_main else []
-    return Diagnosis(run, tracker.log, every=every, rows=rows)
+    return Diagnosis(run, tracker.log, every=every, logged=rows)
 
 
 def step_batches(run: Run) -> list[Batch]:
@@ -232,7 +232,7 @@ def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
     metrics["params/extra"] = float(sum(p.numel() for p in projectors))
     tracker.log(run.config.steps, metrics)
     used = stage1_digests(run.config, run.alignment.objectives)
-    notes = RankAlarms(rows).notes + sample_alarms(metrics, judged_clips(run))
+    notes = RankWarnings(rows).texts + sample_warnings(metrics, num_measured_clips(run))
     result = {"steps": run.config.steps, "metrics": metrics, "stage1": used, "notes": notes}
     write_text(folder.result, json.dumps(result, indent=1))
 

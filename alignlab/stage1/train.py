@@ -27,7 +27,7 @@ from alignlab.stage1.moalign import MoAlignTask
 from alignlab.stage1.sara import SaraTask, check_masks
 from alignlab.stage1.task import Stage1Task, TaskClips
 from alignlab.step_loop import run_steps
-from alignlab.teachers import load_teacher
+from alignlab.teachers import teacher_from
 from alignlab.tracking import Tracker, read_rows
 from alignlab.training.checkpoint import latest
 from alignlab.training.memory import PeakMemory
@@ -94,8 +94,7 @@ def build_stage1(config: Stage1Config) -> Stage1Run:
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     if config.stage1.kind == "sara":
         check_masks(dataset, val_dataset)
-    row = config.teacher
-    teacher = load_teacher(row.family, path=row.path, feature=row.feature, device=device)
+    teacher = teacher_from(config.teacher, device=device)
     task: Stage1Task[Any]
     if config.stage1.kind == "sara":
         assert config.model is not None
