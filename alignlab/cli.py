@@ -266,14 +266,14 @@ def list_recipes() -> None:
 @list_app.command("data")
 def list_data() -> None:
     """Data sets and their settings."""
-    from alignlab.config.data import FolderConfig, ShapesConfig
+    from alignlab.data.registry import DATASETS
 
-    for config in (ShapesConfig, FolderConfig):
+    for name, dataset in DATASETS.items():
         rows = []
-        for key, field in config.model_fields.items():
+        for key, field in dataset.config.model_fields.items():
             default = "required" if field.is_required() else str(field.default)
             rows.append((f"data.{key}", default, field.description or "which data set this is"))
-        _print_table((str(config.model_fields["name"].default), "default", "meaning"), rows)
+        _print_table((name, "default", "meaning"), rows)
 
 
 @data_app.command("preview")

@@ -22,10 +22,10 @@ from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import Ranks, join_ranks
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
-from alignlab.evaluation.diagnostics import Diagnosis, RankAlarms
+from alignlab.evaluation.diagnostics import Diagnosis
 from alignlab.evaluation.evaluate import evaluate
-from alignlab.evaluation.generation import judged_clips
-from alignlab.evaluation.run_warnings import sample_alarms
+from alignlab.evaluation.generation import num_measured_clips
+from alignlab.evaluation.run_warnings import RankWarnings, sample_warnings
 from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers, write_text
 from alignlab.runs.log_filters import quiet_libraries
@@ -319,7 +319,7 @@ class RunTrainer(Trainer):
         every = self.config.tracking.diagnose_every
         if every is not None:
             rows = read_rows(folder.metrics) if self.ranks.is_main else []
-            self._diagnosis = Diagnosis(self.run, every=every, rows=rows)
+            self._diagnosis = Diagnosis(self.run, every=every, logged=rows)
         with self.run.branch:
             yield
 
@@ -342,8 +342,8 @@ class RunTrainer(Trainer):
         metrics["params/extra"] = float(sum(p.numel() for p in projectors))
         tracker.log(self.config.steps, metrics)
         digests = stage1_digests(self.config, self.run.alignment.objectives)
-        notes = RankAlarms(read_rows(folder.metrics)).notes
-        notes += sample_alarms(metrics, judged_clips(self.run))
+        notes = RankWarnings(read_rows(folder.metrics)).texts
+        notes += sample_warnings(metrics, num_measured_clips(self.run))
         result = {
             "steps": self.config.steps,
             "metrics": metrics,

@@ -15,9 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from alignlab.config.data import DataConfig
 from alignlab.config.recipe_file import read_recipe
-from alignlab.data.registry import build_dataset
+from alignlab.data.registry import DataConfig, build_dataset
 from alignlab.data.sample import Sample
 from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.config import load_compare

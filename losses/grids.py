@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from alignlab.losses.objective import Grid, Side
 
+FOREGROUND = 0.5  # of a token's area: what is mostly on a subject counts as showing it
+
 
 def match_grid(teacher_BTPD: Tensor, teacher_grid: Grid, student_grid: Grid) -> Tensor:
     """Resamples teacher tokens to the student's grid; equal grids are returned as they are.
@@ -161,6 +163,15 @@ def pool_masks(masks_BTHW: Tensor, grid: Grid) -> Tensor:
         pooled: Tensor = masks[:, 1:].unflatten(1, (frames, -1)).mean(2)
         return pooled
     raise ValueError(f"cannot match masks of {given} frames to the token grid {grid}")
+
+
+def covered_share(masks_THW: Tensor, grid: Grid) -> Tensor:
+    """Share of each token's area that a mask covers, (T, P): `pool_masks` of one clip.
+
+    Images of their own count as frames, one each. A token is foreground where the share is above
+    `FOREGROUND`.
+    """
+    return pool_masks(masks_THW[None], grid)[0]
 
 
 def describe(student_grid: Grid, teacher_grid: Grid, side: Side = "student") -> str:

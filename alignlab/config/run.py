@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Self, Union
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from alignlab.config.data import DataConfig, ShapesConfig, unknown_name
+from alignlab.config.data import unknown_name
 from alignlab.config.parts import (
     EvalConfig,
     FlowConfig,
@@ -18,6 +18,7 @@ from alignlab.config.parts import (
     TeacherConfig,
     TrainingConfig,
 )
+from alignlab.data.registry import DataConfig
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.objective import ObjectiveConfig
@@ -96,12 +97,13 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
-        if isinstance(self.data, ShapesConfig):
+        available = self.data.num_val_clips
+        if available is not None:
             for key in ("clips", "sample_clips", "generated_clips"):
-                asked = getattr(self.eval, key) or 0
-                if asked > self.data.val_clips:
+                count = getattr(self.eval, key) or 0
+                if count > available:
                     raise ValueError(
-                        f"eval.{key}: {asked} is more than data.val_clips, {self.data.val_clips}"
+                        f"eval.{key}: {count} is more than data.val_clips, {available}"
                     )
         return self
 

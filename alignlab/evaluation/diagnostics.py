@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignlab.evaluation.evaluate import denoise, eval_batch
+from alignlab.evaluation.run_warnings import RANK, RankWarnings
 from alignlab.metrics.rank import effective_rank
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.taps import BlockTokens
@@ -19,10 +20,8 @@ from alignlab.training.setup import Run
 
 log = logging.getLogger(__name__)
 
-RANK_SHARE = 0.5  # ours: no published threshold
 RANK_SIGMA = 0.5
-RANK_TOKENS = 1024  # rows of which a rank is taken: its cost grows with their cube
-RANK = "diag/rank/"
+RANK_TOKENS = 1024  # tokens of which a rank is taken: its cost grows with their cube
 
 Gradients = list[Tensor | None]
 """One per trained parameter of the transformer; None where the loss does not reach it."""
@@ -46,7 +45,7 @@ class Diagnosis:
       val clips at noise level 0.5, the same every time. Blocks are those of the objectives and
       `eval.blocks`, or all if neither names one
     - `diag/low_ranks`: how many of these are below half of their first value; each such feature is
-      also warned of once, and noted in `result.json` (`RankAlarms`)
+      also warned of once, and noted in `result.json` (`RankWarnings`)
 
     It costs a forward pass of transformer and teachers on the step's batches, a backward pass of
     the flow loss, one of each objective, and a forward pass without gradients on the val clips; in
@@ -56,7 +55,7 @@ class Diagnosis:
     Args:
         run: `run.branch` is entered whenever the diagnosis is called.
         every: steps between two diagnoses.
-        rows: what an interrupted run had logged, for the first ranks and the alarms raised then.
+        logged: what an interrupted run had logged, for the first ranks and the warnings given then.
     """
 
     def __init__(
@@ -64,16 +63,16 @@ class Diagnosis:
         run: Run,
         *,
         every: int,
-        rows: Iterable[Mapping[str, float]] = (),
+        logged: Iterable[Mapping[str, float]] = (),
     ) -> None:
         self._run, self._every = run, every
-        self._alarms = RankAlarms(rows)
+        self._warnings = RankWarnings(logged)
         transformer = run.wan.transformer
-        named = {*run.alignment.blocks, *(run.config.eval.blocks or ())}
+        blocks = {*run.alignment.blocks, *(run.config.eval.blocks or ())}
         self._branch = ReferenceBranch(
             transformer,
             text_to_references=run.config.model.text_to_references,
-            blocks=sorted(named or range(len(transformer.blocks))),
+            blocks=sorted(blocks or range(len(transformer.blocks))),
         )
 
     def is_due(self, step: int) -> bool:
@@ -81,16 +80,16 @@ class Diagnosis:
         return step == 1 or step % self._every == 0
 
     def scalars(self, step: int, forwards: Iterable[Forward]) -> dict[str, float]:
-        """Diagnoses the step that these forward passes are for, and warns of low ranks.
+        """Diagnoses a step, and warns of ranks that are low for the first time.
 
         Args:
             step: that is about to be taken, counted from 1.
             forwards: of the step's micro-batches, each made when it is asked for.
         """
-        found = compare_losses(self._run, forwards) | self._ranks()
-        for note in self._alarms.see(step, found):
-            log.warning("%s", note)
-        return found | {"diag/low_ranks": float(self._alarms.low(found))}
+        scalars = loss_gradients(self._run, forwards) | self._ranks()
+        for text in self._warnings.see(step, scalars):
+            log.warning("%s", text)
+        return scalars | {"diag/low_ranks": float(self._warnings.low(scalars))}
 
     @torch.no_grad()
     def _ranks(self) -> dict[str, float]:
@@ -101,58 +100,13 @@ class Diagnosis:
         with self._branch:
             taps = denoise(run, self._branch, batch, capture=True).taps
         return {
-            f"{RANK}{kind}/block{block}": effective_rank(_thinned(rows_ND))
+            f"{RANK}{kind}/block{block}": effective_rank(_thinned(tokens_ND))
             for block, tokens in taps.items()
-            for kind, rows_ND in _rows(tokens).items()
+            for kind, tokens_ND in _by_kind(tokens).items()
         }
 
 
-class RankAlarms:
-    """Effective ranks that fell below half of their first value: collapse, or washed-out features.
-
-    Args:
-        rows: logged so far, in order; `diag/rank/...` is read.
-
-    `notes` holds one text per alarm, its numbers in brackets at the end.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
-        self._first: dict[str, float] = {}
-        self._raised: set[str] = set()
-        self.notes: list[str] = []
-        for row in rows:
-            self.see(int(row["step"]), row)
-
-    def see(self, step: int, scalars: Mapping[str, float]) -> list[str]:
-        """Takes a diagnosis, and says which features it is the first to find low."""
-        new = []
-        for key, value in scalars.items():
-            if not key.startswith(RANK):
-                continue
-            first = self._first.setdefault(key, value)
-            if key in self._raised or value >= RANK_SHARE * first:
-                continue
-            self._raised.add(key)
-            kind, block = key.removeprefix(RANK).split("/block")
-            new.append(
-                f"the effective rank of the {kind} tokens of block {block} fell under "
-                f"{RANK_SHARE:.0%} of its first value: the features may be collapsing; lower the "
-                "objective's weight, or stop it earlier (schedule) "
-                f"[{value:.3g} of {first:.3g} at step {step}]"
-            )
-        self.notes += new
-        return new
-
-    def low(self, scalars: Mapping[str, float]) -> int:
-        """How many ranks of a diagnosis that was seen are low."""
-        return sum(
-            value < RANK_SHARE * self._first[key]
-            for key, value in scalars.items()
-            if key.startswith(RANK)
-        )
-
-
-def compare_losses(run: Run, forwards: Iterable[Forward]) -> dict[str, float]:
+def loss_gradients(run: Run, forwards: Iterable[Forward]) -> dict[str, float]:
     """`grad/<alias>/ratio`, `grad/<alias>/cosine` and `sim/<alias>/block<i>` of a step.
 
     Gradients are of the sum over the micro-batches, as the step's are; see `Diagnosis`.
@@ -172,19 +126,19 @@ def compare_losses(run: Run, forwards: Iterable[Forward]) -> dict[str, float]:
                 ):
                     counted_B = similarity_B[aligned.samples[alias]]
                     cosines.setdefault(f"sim/{alias}/block{block}", []).append(counted_B)
-    found: dict[str, float] = {}
+    scalars: dict[str, float] = {}
     run.ranks.average(flow, trained)
     for alias, gradients in others.items():
         run.ranks.average(gradients, trained)
-        ratio, cosine = compare_gradients(flow, gradients)
-        found[f"grad/{alias}/ratio"] = ratio
+        ratio, cosine = gradient_ratio(flow, gradients)
+        scalars[f"grad/{alias}/ratio"] = ratio
         if cosine is not None:
-            found[f"grad/{alias}/cosine"] = cosine
+            scalars[f"grad/{alias}/cosine"] = cosine
     means = run.ranks.means({key: torch.cat(values) for key, values in cosines.items()})
-    return found | {key: float(value) for key, value in means.items()}
+    return scalars | {key: float(value) for key, value in means.items()}
 
 
-def compare_gradients(flow: Gradients, other: Gradients) -> tuple[float, float | None]:
+def gradient_ratio(flow: Gradients, other: Gradients) -> tuple[float, float | None]:
     """Norm of `other` over that of `flow`, and their cosine, where both are not None.
 
     The cosine is None where one of the norms is 0, and the ratio infinite where only the flow's is.
@@ -207,24 +161,24 @@ def _add(total: Gradients, loss_B: Tensor, trained: list[Tensor]) -> None:
     """Adds the gradient of the batch's mean loss; `.grad` is left alone, and so is the graph."""
     if not loss_B.requires_grad:
         return
-    found = torch.autograd.grad(loss_B.mean(), trained, retain_graph=True, allow_unused=True)
-    for place, gradient in enumerate(found):
+    gradients = torch.autograd.grad(loss_B.mean(), trained, retain_graph=True, allow_unused=True)
+    for place, gradient in enumerate(gradients):
         before = total[place]
         if gradient is not None:
             total[place] = gradient if before is None else before + gradient
 
 
-def _rows(tokens: BlockTokens) -> dict[str, Tensor]:
+def _by_kind(tokens: BlockTokens) -> dict[str, Tensor]:
     """Video tokens and reference tokens of all samples, without padding, (N, D) each."""
     ids_BN = tokens.reference.subject_ids_BN
     assert ids_BN is not None  # reference tokens always carry ids
-    rows = {
+    sets = {
         "video": tokens.video.tokens_BND.flatten(0, 1),
         "reference": tokens.reference.tokens_BND[ids_BN >= 0],
     }
-    return {kind: rows_ND.float() for kind, rows_ND in rows.items() if len(rows_ND)}
+    return {kind: tokens_ND.float() for kind, tokens_ND in sets.items() if len(tokens_ND)}
 
 
-def _thinned(rows_ND: Tensor) -> Tensor:
-    step = math.ceil(len(rows_ND) / RANK_TOKENS)
-    return rows_ND[::step]
+def _thinned(tokens_ND: Tensor) -> Tensor:
+    step = math.ceil(len(tokens_ND) / RANK_TOKENS)
+    return tokens_ND[::step]

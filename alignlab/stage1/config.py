@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from alignlab.config.data import SIZE_STEP, DataConfig, Settings, ShapesConfig
+from alignlab.config.data import SIZE_STEP, Settings
 from alignlab.config.parts import AdamWConfig, TeacherConfig, TrainingConfig
 from alignlab.config.run import MIN_VIDEO_FRAMES
+from alignlab.data.registry import DataConfig
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import Stage1Settings
 from alignlab.teachers import TEACHERS
@@ -72,11 +73,9 @@ class Stage1Config(TrainingConfig):
 
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
-        asked = self.stage1.val_clips
-        if isinstance(self.data, ShapesConfig) and asked > self.data.val_clips:
-            raise ValueError(
-                f"stage1.val_clips: {asked} is more than data.val_clips, {self.data.val_clips}"
-            )
+        count, available = self.stage1.val_clips, self.data.num_val_clips
+        if available is not None and count > available:
+            raise ValueError(f"stage1.val_clips: {count} is more than data.val_clips, {available}")
         return self
 
     @property

@@ -27,7 +27,7 @@ from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import FrozenModels, Stage1Task
-from alignlab.teachers import Teacher, load_teacher
+from alignlab.teachers import Teacher
 from alignlab.tracking import Tracker
 from alignlab.train import Trainer, logged_costs, open_folder
 from alignlab.training import checkpoint
@@ -162,8 +162,7 @@ class TaskClips(Generic[Clip]):
 
 def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenModels:
     """Loads what the recipe's task reads."""
-    row, text = config.teacher, None
-    teacher = load_teacher(row.family, path=row.path, feature=row.feature, device=device)
+    teacher, text = teacher_from(config.teacher, device=device), None
     if config.model is not None:
         model = config.model
         text = load_text_encoder(model.path, precision=model.precision, device=device)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,20 @@ from alignlab.models.model_files import local_folder
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.registry import TEACHERS, TeacherRow
 from alignlab.teachers.teacher import Teacher
+
+if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
+    from alignlab.config.parts import TeacherConfig
+
+
+def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
+    """The teacher that a recipe's `teachers.<alias>` says; see `load_teacher`."""
+    return load_teacher(
+        config.family,
+        path=config.path,
+        feature=config.feature,
+        grid=config.grid,
+        device=device,
+    )
 
 
 def load_teacher(

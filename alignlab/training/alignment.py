@@ -15,13 +15,13 @@ from alignlab.data.sample import ClipDataset
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
-from alignlab.losses.grids import describe, pool_masks
+from alignlab.losses.grids import covered_share, describe
 from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens
 from alignlab.randomness import derive_seed
 from alignlab.stage1.compatibility import check_stage1
-from alignlab.teachers import Teacher, load_teacher
+from alignlab.teachers import Teacher, teacher_from
 from alignlab.training.batches import Batch
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,8 @@ class Alignment(nn.Module):
         self._logged: set[str] = set()
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
-            alias: load_teacher(
-                row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
-            )
-            for alias, row in config.teachers.items()
+            alias: teacher_from(teacher, device=device)
+            for alias, teacher in config.teachers.items()
             if alias in used
         }
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
@@ -224,7 +222,7 @@ def _foreground(batch: Batch, grid: Grid) -> Tensor:
     for row, masks_KHW in enumerate(batch.reference_masks):
         count = len(masks_KHW)
         if count:
-            shares_BKP[row, :count] = pool_masks(masks_KHW[None], (count, *grid[1:]))[0]
+            shares_BKP[row, :count] = covered_share(masks_KHW, (count, *grid[1:]))
     return shares_BKP.flatten(1).to(batch.sigma_B.device)
 
 

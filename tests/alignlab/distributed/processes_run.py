@@ -27,7 +27,7 @@ from alignlab.cli import main as command
 train_module: Any = importlib.import_module("alignlab.train")
 alignment: Any = importlib.import_module("alignlab.training.alignment")
 ranks: Any = importlib.import_module("alignlab.distributed.ranks")
-take_step, load_teacher = train_module.Trainer.step, alignment.load_teacher
+take_step, teacher_from = train_module.Trainer.step, alignment.teacher_from
 LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
 OVERRIDES = {
     "lora": LORA,
@@ -84,7 +84,7 @@ STEPS = {
 
 
 def other_teacher(*args: Any, **settings: Any) -> Any:
-    teacher = load_teacher(*args, **settings)
+    teacher = teacher_from(*args, **settings)
     with torch.no_grad():
         next(iter(teacher._model.parameters())).add_(0.1)
     return teacher
@@ -99,7 +99,7 @@ def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
     os.dup2(said, 2)
     train_module.Trainer.step = STEPS.get(moment, take_step)
     if moment == "teacher" and rank:
-        alignment.load_teacher = other_teacher
+        alignment.teacher_from = other_teacher
     ranks.BUCKET = 1000  # many of them, and tensors larger than one
     sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
     if moment not in ("whole", "killed", "again", "other"):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.evaluation.diagnostics import Forward, RankAlarms, compare_losses
+from alignlab.evaluation.diagnostics import Forward, loss_gradients
+from alignlab.evaluation.run_warnings import RankWarnings
 from alignlab.metrics.rank import effective_rank
 from alignlab.recipe import load_stage1_run, recipe_hash
 from alignlab.tracking import read_rows
@@ -113,7 +114,7 @@ def test_ratio_and_cosine_are_those_of_the_losses_gradients(make_config: MakeCon
     batches = RunTrainer(run).micro_batches()
     with run.branch:
         total = gradients(run, batches)
-        found = compare_losses(run, forwards(run))
+        found = loss_gradients(run, forwards(run))
         assert all(p.grad is None for p in run.wan.transformer.parameters())
     with plain.branch:
         flow = gradients(plain, batches)
@@ -131,7 +132,7 @@ def test_a_batch_with_nothing_to_align_has_ratio_0_and_no_cosine(make_config: Ma
     run = build_run(make_config("flow.text_dropout=0.0", "flow.both_dropout=0.0",
                                 "flow.reference_dropout=1.0"))  # fmt: skip
     with run.branch:
-        found = compare_losses(run, forwards(run))
+        found = loss_gradients(run, forwards(run))
     assert found == {"grad/ra/ratio": 0.0}
 
 
@@ -145,7 +146,7 @@ def test_cosines_by_block_average_to_the_logged_one(make_config: MakeConfig) -> 
     run = build_run(make_config(*settings))
     batches = RunTrainer(run).micro_batches()
     with run.branch:
-        found = compare_losses(run, forwards(run))
+        found = loss_gradients(run, forwards(run))
         with torch.no_grad():
             _, logged = RunTrainer(run).losses(batches[0])
     for alias, blocks in {"ra": (0, 2), **dict.fromkeys(("repa", "irepa", "align4gen", "crepa"),
@@ -193,13 +194,13 @@ def test_a_resumed_run_compares_with_its_first_ranks(
     assert len(caplog.records) == 4
 
 
-def test_alarms_of_a_resumed_run_know_what_was_logged_before() -> None:
+def test_warnings_of_a_resumed_run_know_what_was_logged_before() -> None:
     key = "diag/rank/video/block1"
     rows = [{"step": 1.0, key: 10.0, "loss/flow": 1.0}, {"step": 5.0, "loss/flow": 0.1}]
-    alarms = RankAlarms(rows)
-    assert alarms.see(9, {key: 5.0}) == []
-    assert len(alarms.see(10, {key: 4.9})) == 1
-    assert RankAlarms([*rows, {"step": 10.0, key: 4.9}]).see(11, {key: 4.0}) == []
+    warnings = RankWarnings(rows)
+    assert warnings.see(9, {key: 5.0}) == []
+    assert len(warnings.see(10, {key: 4.9})) == 1
+    assert RankWarnings([*rows, {"step": 10.0, key: 4.9}]).see(11, {key: 4.0}) == []
 
 
 def test_stage_1_has_no_such_setting() -> None:
