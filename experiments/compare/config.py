@@ -112,9 +112,9 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
     if not mapping["variants"]:
         raise UserError("variants: name at least one variant")
     keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
-    asked = {key: mapping.pop(key) for key in keys}
+    settings = {key: mapping.pop(key) for key in keys}
     base = validated(RunConfig, mapping)
-    variants = nested_variants(asked["variants"])
+    variants = nested_variants(settings["variants"])
     runs, tuned = {}, {}
     for name, changes in variants.items():
         applied = changes
@@ -122,7 +122,7 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
             tuned[name], applied = _tuned(name, changes, base)
         runs[name] = validated(RunConfig, merge(mapping, applied), under=f"variants.{name}")
     built = {"variants": variants, "base": base, "runs": runs, "tuned": tuned}
-    return validated(CompareConfig, {**asked, **built})
+    return validated(CompareConfig, {**settings, **built})
 
 
 def dump_compare(config: CompareConfig) -> str:
@@ -141,11 +141,11 @@ def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any
     for settings in flat.values():
         settings.pop("seed")
     keys = sorted({key for settings in flat.values() for key in settings})
-    rows = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
+    by_key = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
     return {
-        key: row
-        for key, row in rows.items()
-        if any(v != next(iter(row.values())) for v in row.values())
+        key: values
+        for key, values in by_key.items()
+        if any(value != next(iter(values.values())) for value in values.values())
     }
 
 
