@@ -1,6 +1,7 @@
 """The layout holds: imports go one way, nothing shadows another package, every file is packaged."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,15 @@ RANKS = {
     "alignlab.cli": 4,
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+# `cli.py` assembles the commands of all rooms.
+HARNESS = [p for p in SOURCES if p.is_relative_to(ROOT / "alignlab") and p.name != "cli.py"]
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 59
+# What is built on single runs belongs to experiments/.
+EXPERIMENT_WORDS = frozenset(
+    "compare comparison comparisons variant variants sweep sweeps budget budgets report reports "
+    "page pages".split()
+)
 
 
 def module_of(path: Path) -> str:
@@ -141,3 +150,74 @@ def test_type_checkers_find_the_rooms(room: str) -> None:
     link = ROOT / "typings" / "alignlab" / room
     assert link.is_symlink() and link.resolve() == ROOT / room
     assert not (link.parent / "__init__.py").exists()
+
+
+def long_functions(source: str) -> list[str]:
+    """Functions of too many lines, decorators not counted; Triton kernels may be long."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
+        and not any(ast.unparse(d).startswith("triton.jit") for d in node.decorator_list)
+    ]
+
+
+def identifiers(source: str) -> Iterator[str]:
+    """Every name in a file's code: of modules, classes, functions, arguments, attributes."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant):
+            continue
+        for _, value in ast.iter_fields(node):
+            names = value if isinstance(value, list) else [value]
+            yield from (name for name in names if isinstance(name, str))
+
+
+def experiment_names(source: str) -> list[str]:
+    """Identifiers with a word of the room `experiments`, split at underscores and camel case."""
+    return sorted(
+        {
+            name
+            for name in identifiers(source)
+            for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
+            if word.lower() in EXPERIMENT_WORDS
+        }
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short(path: Path) -> None:
+    assert long_functions(path.read_text()) == []
+
+
+def test_a_long_function_is_seen() -> None:
+    body = "    x = 1\n" * (MAX_FUNCTION_LINES - 1)
+    assert long_functions(f"def f():\n{body}") == []
+    assert long_functions(f"def f():\n{body}    x = 2\n") == ["f"]
+    assert long_functions(f"class A:\n @cached\n async def g(self):\n{body}    x = 2\n") == ["g"]
+    assert long_functions(f"@triton.jit(debug=True)\ndef kernel(x):\n{body}    x = 2\n") == []
+
+
+@pytest.mark.parametrize("path", HARNESS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_harness_knows_nothing_of_experiments(path: Path) -> None:
+    assert experiment_names(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("def compare(): pass", ["compare"]),
+        ("def f(max_budget): pass", ["max_budget"]),
+        ("class SweepConfig: pass", ["SweepConfig"]),
+        ("HTMLReport = 1", ["HTMLReport"]),
+        ("x.variants = f(page=1)", ["page", "variants"]),
+        ("import a.comparison as b", ["a.comparison"]),
+        ("from a.reports import b", ["a.reports"]),
+        ("from a import b as sweeps", ["sweeps"]),
+        ("def f():\n    global pages", ["pages"]),
+        ('"""Compare variants."""\nx = "report"  # sweep', []),
+        ("comparable = reporter = homepage = pagesize = invariant = 1", []),
+    ],
+)
+def test_a_name_of_experiments_is_seen(source: str, names: list[str]) -> None:
+    assert experiment_names(source) == names

@@ -27,7 +27,7 @@ from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import FrozenModels, Stage1Task
-from alignlab.teachers import Teacher
+from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker
 from alignlab.train import Trainer, logged_costs, open_folder
 from alignlab.training import checkpoint

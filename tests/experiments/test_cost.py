@@ -307,6 +307,8 @@ def test_the_interval_holds_the_median() -> None:
     assert median_interval([float(i) for i in range(10)]) == (1.0, 8.0)
     with pytest.raises(ValueError, match="it takes 6"):
         median_interval([1.0] * 5)
+    assert median_interval([2.0, 1.0, 2.0, 2.0, 3.0, 2.0, 2.0]) == (1.0, 3.0)
+    assert median_interval([2.0] * 9) == (2.0, 2.0)
     draws = torch.rand(4000, 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ends = [median_interval(row) for row in draws.tolist()]
     share = sum(low <= 0.5 <= high for low, high in ends) / len(ends)
