@@ -116,7 +116,7 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
     keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
     settings = {key: mapping.pop(key) for key in keys}
     base = validated(RunConfig, mapping)
-    variants = nested_variants(settings["variants"])
+    variants = _checked_variants(settings["variants"])
     runs, tuned = {}, {}
     for name, changes in variants.items():
         applied = changes
