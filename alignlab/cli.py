@@ -157,8 +157,8 @@ def sweep(
     if print_config:
         typer.echo(dump_sweep(config), nl=False)
         return
-    from alignlab.experiments.launchers.sweeps import make_sweep_launcher
     from alignlab.experiments.sweep import run as command
+    from alignlab.experiments.sweep.launch import make_sweep_launcher
 
     given = [recipe, *(overrides or ())]
     runs_trials = make_sweep_launcher(

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""The one exception whose message is meant for the person at the keyboard, and text of others."""
 
 
 class UserError(Exception):
@@ -7,3 +7,13 @@ class UserError(Exception):
     The message is one line that names the thing and the fix; the command line prints it
     without a traceback and exits with code 2.
     """
+
+
+def one_line(error: object) -> str:
+    """The text of an error with every run of white space as one space."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: object) -> str:
+    """The first line of an error's text that is not empty."""
+    return str(error).strip().split("\n", 1)[0]

@@ -22,13 +22,12 @@ from alignlab.experiments.compare.run import compare, probed
 from alignlab.experiments.launchers import (
     local,
     make_launcher,
-    on_node,
-    one_run,
+    node,
     same_code,
 )
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.progress import steps_done
 from alignlab.experiments.launchers.ray_cluster import reservation
+from alignlab.experiments.launchers.ray_runs import steps_done
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
 from alignlab.runs import one_writer
@@ -84,7 +83,7 @@ def other_writer(folder: Path, code: str) -> Iterator[int]:
         holder.communicate()
 
 
-def order_of(run: RunConfig) -> on_node.Order:
+def order_of(run: RunConfig) -> node.Order:
     return {
         "directory": os.getcwd(),
         "folder": str(Path(run.output) / run.name),
@@ -141,7 +140,7 @@ def test_the_local_launcher_computes_with_the_recipes_threads(
     config: CompareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(one_run, "train", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(local, "train", lambda *_, **__: seen.append(torch.get_num_threads()))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     before = torch.get_num_threads()
     runs = {("none", 0): config.run("none", 0)}
@@ -167,6 +166,17 @@ def test_a_machine_that_has_less_than_a_run_needs_is_refused(
     with pytest.raises(UserError) as info:
         local.check_machine(LaunchConfig.model_validate(needs))
     assert line in str(info.value)
+
+
+def test_a_machine_that_does_not_tell_its_affinity_has_all_its_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    local.check_machine(LaunchConfig(cpus=3))
+    with pytest.raises(UserError, match=r"launch.cpus: a run needs 4, this machine has 3"):
+        local.check_machine(LaunchConfig(cpus=4))
 
 
 def test_a_recipe_says_what_a_run_needs(config: CompareConfig, tmp_path: Path) -> None:
@@ -225,7 +235,7 @@ def test_auto_does_not_wait_for_a_cluster_that_has_ended(
         launch({("none", 0): config.run("none", 0)}, lambda key: None)
 
 
-Spoil = Callable[[on_node.Order], None]
+Spoil = Callable[[node.Order], None]
 
 
 @pytest.mark.parametrize(
@@ -239,12 +249,12 @@ Spoil = Callable[[on_node.Order], None]
 def test_a_node_that_cannot_train_alike_says_why(
     spoil: Spoil, line: str, run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_node, "VISIBLE_S", 0.0)
+    monkeypatch.setattr(node, "VISIBLE_S", 0.0)
     order = order_of(run)
     order["code"] = dict(order["code"])
     spoil(order)
     with pytest.raises(UserError, match=line):
-        on_node.train_run(order)
+        node.train_run(order)
 
 
 def test_a_node_trains_in_the_senders_folder_and_leaves_a_log(run: RunConfig) -> None:
@@ -254,14 +264,14 @@ def test_a_node_trains_in_the_senders_folder_and_leaves_a_log(run: RunConfig) ->
         threads = torch.get_num_threads() + 1
         order = order_of(run) | {"folder": run.name, "threads": threads}
         os.chdir("/")
-        on_node.train_run(order)
+        node.train_run(order)
     finally:
         os.chdir(here)
     folder = RunFolder(Path(run.output) / run.name)
     assert folder.read_result() is not None and steps_done(folder) == run.steps
     facts = json.loads((folder.path / "environment.json").read_text())
     assert facts["threads"] == str(threads)
-    assert f"process {os.getpid()} on " in (folder.path / on_node.LOG).read_text()
+    assert f"process {os.getpid()} on " in (folder.path / node.LOG).read_text()
 
 
 def test_code_from_another_commit_may_train_if_its_files_are_the_same() -> None:

@@ -101,7 +101,7 @@ def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
         assert driver.wait(WAIT_S) == 0, log.read_text()
     text = log.read_text()
     variant, seed = killed.parent.name, killed.name.removeprefix("seed-")
-    assert f"{variant}, seed {seed}: its worker died" in text and "goes on from step" in text
+    assert f"{variant}, seed {seed}: its worker died" in text and "resumes from step" in text
     assert "runs to train: 4, nodes: 2; each run takes 1 CPU\n" in text and "report: " in text
     rows = read_rows(killed / "metrics.jsonl")
     assert rows[1]["time"] < when < rows[-1]["time"], "the steps before the kill are kept"

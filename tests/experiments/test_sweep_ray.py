@@ -101,7 +101,7 @@ def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_ha
     text = log.read_text()
     assert f"trials to run: {TRIALS}, nodes: 2; each takes 1 CPU\n" in text
     assert "worker " in text and " died (" in text
-    assert f"trial {number}: its worker died, it goes on from its checkpoint" in text
+    assert f"trial {number}: its worker died, it resumes from its checkpoint" in text
     assert "Traceback" not in text and "results: " in text
     trials = study.trials()
     assert [trial.number for trial in trials] == list(range(TRIALS))

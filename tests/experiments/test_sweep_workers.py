@@ -19,8 +19,8 @@ from optuna.trial import TrialState
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.launch import device_of
 from alignlab.experiments.sweep.lease import LEASE
-from alignlab.experiments.sweep.local_workers import device_of
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.tracking import read_rows
 
@@ -109,7 +109,7 @@ def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
     text = (tmp_path / "out.txt").read_text()
     assert "was killed by signal 9" in text
     logs = "".join(path.read_text() for path in folder.glob("worker-*.log"))
-    assert logs.count(f"trial {number}: its worker died, it goes on from its checkpoint") == 1
+    assert logs.count(f"trial {number}: its worker died, it resumes from its checkpoint") == 1
     check_every_trial(folder, study, 4)
     rows = read_rows(folder / f"trial-{number:04d}" / "seed-0" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(13), 12]
