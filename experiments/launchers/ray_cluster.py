@@ -96,14 +96,6 @@ class RayTasks(Generic[Key]):
     ) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
-        errors = cluster.ray.exceptions
-        self._lost = (
-            errors.WorkerCrashedError,
-            errors.NodeDiedError,
-            errors.LocalRayletDiedError,
-            errors.OutOfMemoryError,
-            errors.ObjectLostError,
-        )
         self._request = reservation(needs, cluster.nodes())
         self.threads = needs.cpus or 1
         entry = _entry(job.__module__, job.__name__, self._request["num_gpus"])
@@ -134,10 +126,10 @@ class RayTasks(Generic[Key]):
             key = self._running.pop(ref)
             try:
                 yield Ended(key, self._ray.get(ref), None)
-            except self._lost as loss:
-                yield Ended(key, None, type(loss).__name__)
             except self._ray.exceptions.RayTaskError as failure:
                 raise failure.cause from failure
+            except self._ray.exceptions.RayError as loss:  # of its process, its node, memory, ...
+                yield Ended(key, None, type(loss).__name__)
 
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""

@@ -24,9 +24,10 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
@@ -40,9 +41,9 @@ LOST_SIGNAL = signal.SIGUSR2
 
 
 class Lease:
-    """Renews a claim on a trial until it is left; a context manager for the main thread.
+    """A claim on a trial.
 
-    If another process has taken the trial over (this one was suspended for longer than the grace
+    If another process takes the trial over (this one was suspended for longer than the grace
     time), `lost` becomes true and the main thread gets a KeyboardInterrupt.
     """
 
@@ -57,30 +58,21 @@ class Lease:
             "host": platform.node(),
             "beat": 0,
         }
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_often, daemon=True)
-        self.renew()
+        self._renew()
 
-    def __enter__(self) -> Self:
-        self._handler = signal.signal(LOST_SIGNAL, signal.default_int_handler)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        signal.signal(LOST_SIGNAL, self._handler)
-
-    def renew(self) -> None:
-        """One more beat."""
-        claim = self.claim | {"beat": self.claim["beat"] + 1}
-        self._storage.set_trial_user_attr(self._trial_id, LEASE, claim)
-        self.claim = claim
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews the claim every `BEAT_S` seconds for a while; for the main thread."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self._renew_until, args=(stop,), daemon=True)
+        handler = signal.signal(LOST_SIGNAL, signal.default_int_handler)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            signal.signal(LOST_SIGNAL, handler)
 
     def is_held(self) -> bool:
         """Whether the trial is this process's, running or finished by it."""
@@ -88,14 +80,19 @@ class Lease:
         claim = trial.user_attrs.get(LEASE) or {}
         return trial.state != TrialState.WAITING and claim.get("owner") == self.claim["owner"]
 
-    def _renew_often(self) -> None:
-        while not self._stop.wait(BEAT_S):
+    def _renew(self) -> None:
+        claim = self.claim | {"beat": self.claim["beat"] + 1}
+        self._storage.set_trial_user_attr(self._trial_id, LEASE, claim)
+        self.claim = claim
+
+    def _renew_until(self, stop: threading.Event) -> None:
+        while not stop.wait(BEAT_S):
             try:
                 if not self.is_held():
                     self.lost = True
                     _thread.interrupt_main(LOST_SIGNAL)
                     return
-                self.renew()
+                self._renew()
             except UpdateFinishedTrialError:
                 return
             except StorageInternalError:

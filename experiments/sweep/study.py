@@ -93,7 +93,7 @@ class SweepStudy:
             trial = self._storage.get_trial(trial_id)
             if trial.state != TrialState.RUNNING or trial.user_attrs.get(LEASE) != claim:
                 return False
-            # first the claim, or the next holder would be judged by a dead one's
+            # first the claim: the next holder is not silent because the dead one was
             self._storage.set_trial_user_attr(trial_id, LEASE, None)
             self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
             return True
@@ -181,7 +181,7 @@ def directions(config: SweepConfig) -> list[Direction]:
     """`minimize` or `maximize` for each metric.
 
     Raises:
-        UserError: a metric whose better side is not known.
+        UserError: a metric with no better side.
     """
     sides: list[Direction] = []
     for metric in config.metric:

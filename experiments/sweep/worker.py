@@ -50,16 +50,17 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
     runner = TrialRunner(study.config, tracker)
     begin, done = time.monotonic(), 0
     while True:
+        if stay:
+            study.put_back_dead()  # first: later trials learn from theirs
         claimed = study.claim()
         if claimed is None:
             if not stay or study.is_finished():
                 return
-            if not study.put_back_dead():
-                time.sleep(LOOK_EVERY_S)
+            time.sleep(LOOK_EVERY_S)
             continue
         trial, lease = claimed
         try:
-            with lease:
+            with lease.renewed():
                 runner.run(trial, lease)
         except BaseException as error:
             if lease.lost or isinstance(error, LostTrialError):

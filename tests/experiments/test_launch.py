@@ -64,9 +64,9 @@ def config(recipe_file: Path, tmp_path: Path) -> CompareConfig:
 @pytest.fixture
 def run(recipe_file: Path, tmp_path: Path) -> RunConfig:
     """A run whose folder exists, as a launcher gets it."""
-    found = load_run(recipe_file, [f"output={tmp_path}"])
-    RunFolder.create(found)
-    return found
+    config = load_run(recipe_file, [f"output={tmp_path}"])
+    RunFolder.create(config)
+    return config
 
 
 @contextmanager
@@ -193,8 +193,8 @@ def test_ray_reserves_what_a_run_needs() -> None:
     plain, fast = {"CPU": 8.0, "memory": 2e10}, {"CPU": 4.0, "GPU": 2.0, "memory": 2e10}
     assert reservation(LaunchConfig(), [plain]) == {"num_cpus": 1, "num_gpus": 0}
     assert reservation(LaunchConfig(), [plain, fast]) == {"num_cpus": 1, "num_gpus": 1}
-    asked = LaunchConfig(cpus=4, gpus=0, memory_gib=2)
-    assert reservation(asked, [fast]) == {"num_cpus": 4, "num_gpus": 0, "memory": 2**31}
+    needs = LaunchConfig(cpus=4, gpus=0, memory_gib=2)
+    assert reservation(needs, [fast]) == {"num_cpus": 4, "num_gpus": 0, "memory": 2**31}
 
 
 @pytest.mark.parametrize(
@@ -287,13 +287,13 @@ def test_a_changed_file_is_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(same_code, "ROOMS", {"alignlab": str(tmp_path)})
     (tmp_path / "assets").mkdir()
     files = [tmp_path / "train.py", tmp_path / "assets" / "weights.safetensors"]
-    found = set()
+    digests = set()
     for path in (tmp_path / "notes.txt", *files):
         path.write_text("x")
-        found.add(code_facts.__wrapped__()["files"])
+        digests.add(code_facts.__wrapped__()["files"])
     files[0].write_text("y")
-    found.add(code_facts.__wrapped__()["files"])
-    assert len(found) == 4
+    digests.add(code_facts.__wrapped__()["files"])
+    assert len(digests) == 4
 
 
 def test_steps_are_read_from_whole_rows(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ trials: 2
 
 @pytest.fixture
 def recipe(recipe_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "given.yaml"
+    path = tmp_path / "base.yaml"
     path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
     return path
 
@@ -138,7 +138,7 @@ def test_the_local_worker_computes_with_the_recipes_threads(
     assert seen == [before + 1] and torch.get_num_threads() == before
 
 
-def test_a_sweep_goes_on_with_other_needs(make: MakeSweep, tmp_path: Path) -> None:
+def test_a_sweep_resumes_with_other_needs(make: MakeSweep, tmp_path: Path) -> None:
     config = make("launch={cpus: 3, gpus: 0.5, memory_gib: 8}")
     assert config.launch == LaunchConfig(cpus=3, gpus=0.5, memory_gib=8)
     (tmp_path / "again.yaml").write_text(dump_sweep(config))

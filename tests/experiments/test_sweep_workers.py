@@ -142,8 +142,8 @@ def test_two_workers_share_a_postgresql_server(recipe: Path, tmp_path: Path) -> 
 @contextmanager
 def postgres_server() -> Iterator[str]:
     """A server of Debian's postgresql with data of its own, run by a user that is not root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not versions:
         pytest.skip("needs PostgreSQL's server: apt-get install -y postgresql")
     user = "postgres" if os.geteuid() == 0 else None
     # not under pytest's folder, which other users may not enter
@@ -156,7 +156,7 @@ def postgres_server() -> Iterator[str]:
 
     def call(program: str, *arguments: str) -> None:
         subprocess.run(
-            [found[-1] / program, "-D", home / "data", *arguments],
+            [versions[-1] / program, "-D", home / "data", *arguments],
             user=user,
             cwd=home,
             check=True,
@@ -175,7 +175,7 @@ def postgres_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_workers_error_is_told(recipe: Path, tmp_path: Path) -> None:
+def test_a_workers_error_ends_the_sweep_with_its_line(recipe: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "trials=2", "teachers.dino.path=assets/nothing"]
     done = subprocess.run(
         command(recipe, *overrides, "--workers", "2"), capture_output=True, text=True, check=False
