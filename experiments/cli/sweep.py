@@ -26,8 +26,8 @@ def sweep(
     if print_config:
         typer.echo(dump_sweep(config), nl=False)
         return
-    from alignlab.experiments.launchers.sweeps import make_sweep_launcher
     from alignlab.experiments.sweep import run
+    from alignlab.experiments.sweep.launch import make_sweep_launcher
 
     command = [recipe, *(overrides or ())]
     trial_launcher = make_sweep_launcher(

@@ -49,7 +49,7 @@ def write_page(study: SweepStudy, best: FrozenTrial | None) -> Path:
 
 def trial_warnings(study: SweepStudy) -> dict[int, list[str]]:
     """What the runs of a trial gave warning of, by number, of those that lie on this machine."""
-    found = {}
+    texts_by_trial = {}
     for trial in study.trials():
         notes = {}
         for seed in study.config.seeds:
@@ -59,22 +59,22 @@ def trial_warnings(study: SweepStudy) -> dict[int, list[str]]:
                 notes[seed] = result.get("notes", [])
         texts = gather_warnings(notes, len(study.config.seeds))
         if texts:
-            found[trial.number] = texts
-    return found
+            texts_by_trial[trial.number] = texts
+    return texts_by_trial
 
 
 def sweep_charts(study: SweepStudy) -> list[Chart]:
     """Every chart that the finished trials have something for."""
     if len(study.trials(TrialState.COMPLETE)) < FEW:
         return []
-    found = []
+    drawn = []
     for index, metric in enumerate(study.config.metric):
-        found += _metric_charts(study, index, metric.name)
+        drawn += _metric_charts(study, index, metric.name)
     if len(study.config.metric) in (2, 3):
         figure = charts.plot_pareto_front(study.study)
         reading = "Red trials: none is better in every metric."
-        found.append(_chart("Pareto front", reading, figure))
-    return found
+        drawn.append(_chart("Pareto front", reading, figure))
+    return drawn
 
 
 def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
@@ -85,15 +85,15 @@ def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
 
     shown: dict[str, Any] = {"target_name": name} | ({"target": target} if several else {})
     history = charts.plot_optimization_history(study.study, **shown)
-    found = [_chart(f"{name}: history", "Every trial, and the best so far.", history)]
+    drawn = [_chart(f"{name}: history", "Every trial, and the best so far.", history)]
     varied = _varied(study)
     if not varied:
-        return found
+        return drawn
     importances = _importances(study, index, varied)
     bars = go.Figure(go.Bar(x=list(importances.values()), y=list(importances), orientation="h"))
     bars.update_yaxes(autorange="reversed")
     reading = "Share of each setting in what sets good trials apart (PED-ANOVA)."
-    found.append(_chart(f"{name}: importance", reading, bars))
+    drawn.append(_chart(f"{name}: importance", reading, bars))
     plots: list[tuple[str, str, Callable[..., go.Figure], list[str]]] = [
         ("slice", "Each setting by itself.", charts.plot_slice, varied),
         ("parallel", "One line per trial.", charts.plot_parallel_coordinate, varied),
@@ -105,8 +105,8 @@ def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
         figure = draw(study.study, params=params, **shown)
         if kind == "contour" and len(params) > 2:  # two make one panel, three a panel per pair
             figure.update_layout(height=CONTOUR_PX * len(params))
-        found.append(_chart(f"{name}: {kind}", reading, figure))
-    return found + _block_charts(study, index, name)
+        drawn.append(_chart(f"{name}: {kind}", reading, figure))
+    return drawn + _block_charts(study, index, name)
 
 
 def _importances(study: SweepStudy, index: int, varied: list[str]) -> dict[str, float]:
@@ -131,13 +131,13 @@ def _varied(study: SweepStudy) -> list[str]:
 
 
 def _block_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
-    found = []
+    drawn = []
     for key, parameter in study.config.space.items():
         if isinstance(parameter, BlocksSpace):
             reading = "Mean over the trials that chose both blocks; the diagonal: that block."
             figure = _block_map(study, key, parameter, index)
-            found.append(_chart(f"{name}: {key}", reading, figure))
-    return found
+            drawn.append(_chart(f"{name}: {key}", reading, figure))
+    return drawn
 
 
 def _block_map(study: SweepStudy, key: str, parameter: BlocksSpace, index: int) -> go.Figure:
@@ -172,8 +172,8 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
     for metric, value, own in zip(
         study.config.metric, best.values, first.values or [math.nan] * 9, strict=False
     ):
-        known = first.state == TrialState.COMPLETE and "fixed_params" in first.system_attrs
-        against = f" (the recipe's own settings: {format_number(own)})" if known else ""
+        has_own = first.state == TrialState.COMPLETE and "fixed_params" in first.system_attrs
+        against = f" (the recipe's own settings: {format_number(own)})" if has_own else ""
         parts.append(f"{metric.name} {format_number(value)}{against}")
     return (
         f"Trial {best.number} is the best of {len(study.trials(TrialState.COMPLETE))} finished "

@@ -11,7 +11,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, trained_on
-from alignlab.experiments.launchers import one_run
+from alignlab.experiments.launchers import local
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import Trainer, train
@@ -119,7 +119,7 @@ def test_finished_runs_are_reused(
 ) -> None:
     folder = report.parent
     before, earlier = stamps(folder), Comparison.load(folder / "comparison.json")
-    monkeypatch.setattr(one_run, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     assert compare(load_compare(recipe, [f"output={folder.parent}"])) == report
     assert stamps(folder) == before
     again = Comparison.load(folder / "comparison.json")
@@ -158,7 +158,7 @@ def test_a_killed_comparison_goes_on(
         return train(*args, **kwargs)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_run, "train", counted)
+        patch.setattr(local, "train", counted)
         patch.setattr(Trainer, "step", killed_run)
         with pytest.raises(Killed):
             compare(config)
@@ -188,7 +188,7 @@ def test_a_changed_recipe_is_refused_before_anything_is_trained(
     config = make("seeds=[0]")
     (tmp_path / "pair").mkdir()
     compare(config)
-    monkeypatch.setattr(one_run, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     with pytest.raises(UserError, match="another recipe"):
         compare(make("seeds=[0]", "steps=3"))
     # seed 1 is still to be trained, but the variant that changed comes later

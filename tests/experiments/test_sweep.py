@@ -122,7 +122,7 @@ def test_joining_needs_a_study(make: MakeSweep) -> None:
         join(make())
 
 
-def test_a_killed_sweep_goes_on_as_if_nothing_had_happened(
+def test_a_killed_sweep_resumes_as_if_nothing_had_happened(
     make: MakeSweep, finished: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the second trial, after its first checkpoint."""
