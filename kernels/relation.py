@@ -212,7 +212,7 @@ def _pair_sums(
     with_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the sums of weighted distances and of weights over pairs, (S, B) each, and the
-    slopes of the former towards unit student vectors, (S, B, T, P, D), without sums unless
+    slopes of the former towards unit student vectors, (S, B, T, P, D), empty unless
     `with_slopes`. `factor_ST` says how much a pair counts in each sum by its distance in frames."""
     batch, frames, tokens, _ = student_BTPD.shape
     sums_SB = factor_ST.new_zeros(len(factor_ST), batch)

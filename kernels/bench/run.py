@@ -65,12 +65,9 @@ def missing(op: Op, provider: Provider, device: torch.device) -> str | None:
         return None
     if provider == "compile":
         compiler = os.environ.get("CXX", "g++")
-        can_compile = device.type != "cpu" or shutil.which(compiler)
-        return (
-            None
-            if can_compile
-            else f"torch.compile needs a C++ compiler, and there is no {compiler}"
-        )
+        if device.type == "cpu" and not shutil.which(compiler):
+            return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+        return None
     if provider == "triton" and device.type == "cpu":
         return "a CPU has only Triton's interpreter, whose speed says nothing"
     reasons = relation_implementations() if op == "relation" else pull_push_implementations()

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that need not be present, and reports registers, spills and memory.
+"""Compiles Triton kernels for GPUs that need not be present: registers, spills, memory.
 
 Triton must not be in interpreter mode, so the work is done in a process of its own, which runs this
 file: builds come in as JSON and facts go out as JSON.
