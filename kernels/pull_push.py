@@ -99,7 +99,7 @@ def _pull_push(
     with_slope: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes pull and push (...), each token's cosine with its own teacher token (..., N), and
-    the push's slope towards unit student vectors (..., N, C), without tokens unless asked for."""
+    the push's slope towards unit student vectors (..., N, C), empty unless `with_slope`."""
     *lead, tokens, width = student.shape
     push = student.new_zeros(lead, dtype=accumulation_dtype(student, teacher))
     cosine = push.new_zeros(*lead, tokens)

@@ -95,6 +95,25 @@ def plain_means(relation: Relation, frames: int, tokens: int, tau: float = math.
     )
 
 
+def plain_relation(
+    student_BTPD: Tensor,
+    teacher_BTPD: Tensor,
+    *,
+    margin: float = 0.0,
+    tau: float = math.inf,
+    impl: Impl = "auto",
+) -> Relation:
+    """Computes the three means of uniform routing divided by counts of pairs: see `plain_means`.
+
+    Arguments and errors are those of `relation_distance`, but the teacher may require a gradient:
+    none reaches it.
+    """
+    relation = relation_distance(
+        student_BTPD, teacher_BTPD.detach(), margin=margin, tau=tau, impl=impl
+    )
+    return plain_means(relation, student_BTPD.shape[1], student_BTPD.shape[2], tau)
+
+
 def mean_relation(relations: Sequence[Relation]) -> Relation:
     """Averages each of the three means over several relations, such as those of several blocks."""
     return Relation(*(torch.stack(terms).mean(0) for terms in zip(*relations, strict=True)))
@@ -193,8 +212,8 @@ def _pair_sums(
     with_slopes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the sums of weighted distances and of weights over pairs, (S, B) each, and the
-    slopes of the former towards unit student vectors, (S, B, T, P, D), without sums unless asked
-    for. `factor_ST` says how much a pair counts in each sum by its distance in frames."""
+    slopes of the former towards unit student vectors, (S, B, T, P, D), empty unless
+    `with_slopes`. `factor_ST` says how much a pair counts in each sum by its distance in frames."""
     batch, frames, tokens, _ = student_BTPD.shape
     sums_SB = factor_ST.new_zeros(len(factor_ST), batch)
     weights_SB = torch.zeros_like(sums_SB)

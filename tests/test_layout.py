@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from alignlab.losses.objective import Objective
+from alignlab.losses.registry import BUILT_IN
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "losses", "alignlab", "experiments")
 # A file may import modules of its own rank and of lower ones.
@@ -221,3 +224,32 @@ def test_the_harness_knows_nothing_of_experiments(path: Path) -> None:
 )
 def test_a_name_of_experiments_is_seen(source: str, names: list[str]) -> None:
     assert experiment_names(source) == names
+
+
+MODULES = {module_of(path): path for path in SOURCES}
+
+
+def imported_files(module: str) -> set[str]:
+    """Files of this project that are imported with a module, not only when a function runs."""
+    tree = ast.parse(MODULES[module].read_text())
+    statements: list[ast.stmt] = [
+        node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = set(imported(ast.Module(statements, [])))
+    return {file for name in names for file in (name, name.rpartition(".")[0]) if file in MODULES}
+
+
+def longest_import_chain(module: str) -> list[str]:
+    chains = [longest_import_chain(name) for name in sorted(imported_files(module))]
+    return [module, *max(chains, key=len, default=[])]
+
+
+@pytest.mark.parametrize("objective", BUILT_IN.values(), ids=list(BUILT_IN))
+def test_import_closure_of_a_loss_file_is_at_most_3_deep(objective: type[Objective]) -> None:
+    assert len(longest_import_chain(objective.__module__)) - 1 <= 3
+
+
+def test_an_import_chain_is_followed_to_its_end() -> None:
+    chain = longest_import_chain("alignlab.losses.sara")
+    assert chain[:2] == ["alignlab.losses.sara", "alignlab.losses.stage1.folder"]
+    assert len(chain) == 4 and not imported_files(chain[-1])

@@ -39,7 +39,7 @@ def test_chunked_equals_eager_whatever_the_tiles(
     teacher = draw(3, 13, 5, 23, seed=1).to(dtype)
     student.data[0, 1, 2] = 0.0
     upstream = draw(3, 3, seed=2).to(dtype)
-    found = {}
+    outcomes = {}
     for impl in ("eager", "chunked"):
         relation = relation_distance(
             student,
@@ -52,9 +52,9 @@ def test_chunked_equals_eager_whatever_the_tiles(
         )
         values = torch.stack(relation)
         (grad,) = torch.autograd.grad((values * upstream).sum(), student)
-        found[impl] = values.detach(), grad
+        outcomes[impl] = values.detach(), grad
     tolerance: dict[str, Any] = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
-    torch.testing.assert_close(found["chunked"], found["eager"], **tolerance)
+    torch.testing.assert_close(outcomes["chunked"], outcomes["eager"], **tolerance)
 
 
 @pytest.mark.parametrize("panel_rows", [1, 2, 100])
@@ -67,13 +67,13 @@ def test_pull_push_chunked_equals_eager_whatever_the_panels(
     student = draw(3, 2, 6, 9).mT.requires_grad_()
     teacher = draw(2, 9, 6, seed=1)
     upstream = draw(2, 3, 2, seed=2)
-    found = {}
+    outcomes = {}
     for impl in ("eager", "chunked"):
         margins = {"pos_margin": 0.7, "neg_margin": 0.9}
         values = torch.stack(pull_push(student, teacher, ids, impl=impl, **margins))
         (grad,) = torch.autograd.grad((values * upstream).sum(), student)
-        found[impl] = values.detach(), grad
-    torch.testing.assert_close(found["chunked"], found["eager"])
+        outcomes[impl] = values.detach(), grad
+    torch.testing.assert_close(outcomes["chunked"], outcomes["eager"])
 
 
 class _Watch(TorchDispatchMode):

@@ -39,7 +39,7 @@ def builds() -> dict[str, Any]:
     both, default = (80, 90), kernels.Tile(0, 0, 0, 4, 3)  # Triton's own defaults
     subjects = dict(TILE=kernels.SUBJECT_TILE)
     hole = dict(ROWS=128, COLUMNS=kernels.HOLE_COLUMNS, Q=64)
-    found = {
+    launches = {
         "subjects": build("subjects_kernel", 2, subjects, default, both),
         "unit": build("unit_kernel", 2, kernels.unit_constants(WIDTH), default, both),
         "hole": build("hole_kernel", 2, hole, default, both),
@@ -47,11 +47,11 @@ def builds() -> dict[str, Any]:
     for (size, arch), tile in kernels.OVERLAP_TILES.items():
         constants = kernels.overlap_constants(tile, size, WIDTH, keep=True)
         name = f"overlap-{8 * size}bit-sm{arch}"
-        found[name] = build("overlap_kernel", size, constants, tile, (arch,))
+        launches[name] = build("overlap_kernel", size, constants, tile, (arch,))
     for size, tile in kernels.GRADIENT_TILES.items():
         constants = kernels.gradient_constants(size, WIDTH)
-        found[f"gradient-{8 * size}bit"] = build("gradient_kernel", size, constants, tile, both)
-    return found
+        launches[f"gradient-{8 * size}bit"] = build("gradient_kernel", size, constants, tile, both)
+    return launches
 
 
 BUILDS = builds()

@@ -67,10 +67,12 @@ def assert_no_worse_than_plain(
     every product, norm and sum in the dtype of the inputs."""
     rounded = student.to(dtype), arguments[0].to(dtype), *arguments[1:]
     truth = both(relation_eager, rounded[0], torch.float64, *rounded[1:])
-    found = both(relation_triton.relation_triton, rounded[0], dtype, *rounded[1:])
+    computed = both(relation_triton.relation_triton, rounded[0], dtype, *rounded[1:])
     monkeypatch.setattr(relation, "accumulation_dtype", lambda x, *_: x.dtype)
     plain = both(relation_eager, rounded[0], dtype, *rounded[1:])
-    for want, have, careless, tolerance in zip(truth, found, plain, TOLERANCES[dtype], strict=True):
+    for want, have, careless, tolerance in zip(
+        truth, computed, plain, TOLERANCES[dtype], strict=True
+    ):
         assert torch.isfinite(want).all()
         # float16 alone overflows in places: no excuse then
         allowed = (careless - want).norm().nan_to_num(0.0, posinf=0.0)
@@ -151,8 +153,8 @@ def test_order_of_tiles_and_fresh_memory_change_no_bit(
 def test_weights_in_closed_form_equal_their_sum(routing: Any) -> None:
     saliency = draw_saliency(2, 3, 50).float()
     pairs = pair_weight(saliency[:, :, None, :, None], saliency[:, None, :, None], routing)
-    found = relation_triton.weight_sums(saliency, routing)
-    torch.testing.assert_close(found, pairs.double().sum((3, 4)))
+    sums = relation_triton.weight_sums(saliency, routing)
+    torch.testing.assert_close(sums, pairs.double().sum((3, 4)))
 
 
 def test_pairs_that_weigh_or_cost_nothing() -> None:
@@ -189,10 +191,10 @@ def test_the_dtypes_may_differ() -> None:
     student, teacher = draw(1, 2, 9, 8), draw(1, 2, 9, 8, seed=1)
     saliency = draw_saliency(1, 2, 9)
     student = student.half().requires_grad_()
-    found = relation_triton.relation_triton(student, teacher.float(), saliency, "or", 0.0, 2.0)
+    means = relation_triton.relation_triton(student, teacher.float(), saliency, "or", 0.0, 2.0)
     want = relation_eager(student.double(), teacher.float().double(), saliency, "or", 0.0, 2.0)
-    torch.testing.assert_close(torch.stack(found).double(), torch.stack(want), atol=1e-6, rtol=0.0)
-    (gradient,) = torch.autograd.grad(torch.stack(found).sum(), student)
+    torch.testing.assert_close(torch.stack(means).double(), torch.stack(want), atol=1e-6, rtol=0.0)
+    (gradient,) = torch.autograd.grad(torch.stack(means).sum(), student)
     assert gradient.dtype == torch.float16
 
 
