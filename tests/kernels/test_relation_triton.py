@@ -12,6 +12,7 @@ from alignlab.kernels.dispatch import interpreted
 from alignlab.kernels.relation import Relation, relation_eager
 from alignlab.kernels.relation_terms import pair_weight
 from alignlab.kernels.relation_triton_kernels import TILES, Tiles
+from random_tensors import draw_double
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -37,8 +38,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    return draw_double(*shape, seed=seed).to(DEVICE)
 
 
 def draw_saliency(*shape: int) -> Tensor:
