@@ -14,6 +14,7 @@ from alignlab.experiments.launchers import one_run
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import train, train_step
+from small_recipes import comparison_recipe
 
 MakeCompare = Callable[..., CompareConfig]
 
@@ -33,12 +34,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = recipe_file.read_text().split("\n")
-    start = lines.index("objectives:")
-    shared = "\n".join(lines[:start] + lines[start + 2 :])
-    shared = shared.replace("sample_clips: 0", "sample_clips: 1").replace("name: run", "name: pair")
     path = tmp_path_factory.mktemp("pair") / "pair.yaml"
-    path.write_text(shared + "checkpoint: {every: 1}\n" + VARIANTS)
+    comparison_recipe(recipe_file, path, "checkpoint: {every: 1}\n" + VARIANTS)
+    path.write_text(path.read_text().replace("sample_clips: 0", "sample_clips: 1"))
     return path
 
 

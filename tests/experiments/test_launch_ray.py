@@ -14,6 +14,7 @@ from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
 from alignlab.runs.one_writer import HOLDER
 from alignlab.tracking import read_rows
+from small_recipes import comparison_recipe
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
 
@@ -34,11 +35,7 @@ variants:
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = recipe_file.read_text().replace("name: run", "name: pair").split("\n")
-    start = lines.index("objectives:")
-    path = tmp_path_factory.mktemp("pair") / "pair.yaml"
-    path.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
-    return path
+    return comparison_recipe(recipe_file, tmp_path_factory.mktemp("pair") / "pair.yaml", VARIANTS)
 
 
 def arguments(recipe: Path, output: Path, *given: str) -> list[str]:

@@ -18,6 +18,7 @@ from alignlab.experiments.sweep.study import join_study
 from alignlab.recipe import load_run
 from alignlab.tracking import read_rows
 from alignlab.train import train, train_step
+from small_recipes import sweep_recipe
 
 MakeSweep = Callable[..., SweepConfig]
 
@@ -33,9 +34,7 @@ trials: 3
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path_factory.mktemp("sweep") / "sweep.yaml", SWEEP)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, sweep_folder
 from alignlab.tracking import read_rows
+from small_recipes import sweep_recipe
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
 
@@ -35,9 +36,7 @@ metric: val/flow
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path_factory.mktemp("sweep") / "sweep.yaml", SWEEP)
 
 
 @pytest.fixture(scope="module")

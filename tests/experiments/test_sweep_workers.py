@@ -23,6 +23,7 @@ from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.local_workers import device_of
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.tracking import read_rows
+from small_recipes import sweep_recipe
 
 WAIT_S = 900  # ends a test that hangs, no other: everything takes longer on a busy machine
 SWEEP = """
@@ -36,9 +37,7 @@ metric: val/flow
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("workers") / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path_factory.mktemp("workers") / "sweep.yaml", SWEEP)
 
 
 def command(recipe: Path, *arguments: str) -> list[str]:
