@@ -14,6 +14,8 @@ from alignlab.experiments.launchers import one_run
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import train, train_step
+from kills import Killed
+from run_contents import timeless
 from small_recipes import comparison_recipe
 
 MakeCompare = Callable[..., CompareConfig]
@@ -26,10 +28,6 @@ variants:
   aligned:
     objectives.ra: {name: refalign, teacher: dino, blocks: [0, 2], gate: t^3}
 """
-
-
-class Killed(BaseException):
-    """Ends a comparison as a kill would: nothing in the code catches it."""
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +55,7 @@ def stamps(folder: Path) -> dict[Path, int]:
 
 
 def numbers(comparison: Comparison) -> dict[tuple[str, int], dict[str, float]]:
-    return {
-        (run.variant, run.seed): {
-            name: value
-            for name, value in run.metrics.items()
-            if not name.startswith(("time/", "memory/"))
-        }
-        for run in comparison.results
-    }
+    return {(run.variant, run.seed): timeless(run.metrics) for run in comparison.results}
 
 
 def no_training(*_: object, **__: object) -> None:

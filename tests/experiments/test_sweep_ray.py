@@ -1,6 +1,5 @@
 """Sweeps on real Ray clusters: two nodes one of which is killed, a SIGTERM, an error, a storage."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, sweep_folder
 from alignlab.tracking import read_rows
+from run_contents import read_table, timeless
 from small_recipes import sweep_recipe
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
@@ -57,11 +57,7 @@ def arguments(recipe: Path, output: Path, *given: str) -> list[str]:
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
     """The trials, without what is measured by a clock."""
-    with (folder / "trials.csv").open() as file:
-        return [
-            {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
-            for row in csv.DictReader(file)
-        ]
+    return [timeless(row) for row in read_table(folder / "trials.csv")]
 
 
 def caught_trial(study: SweepStudy, below: int, driver: subprocess.Popen[bytes]) -> tuple[int, int]:
