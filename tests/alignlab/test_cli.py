@@ -11,14 +11,13 @@ from typing import NoReturn
 import pytest
 from safetensors import SafetensorError
 from sqlalchemy.exc import OperationalError
-from typer.testing import CliRunner, Result
 
-from alignlab.cli import app
 from alignlab.config.recipe_file import shipped_recipes
 from alignlab.experiments.compare.config import load_compare
 from alignlab.losses import OBJECTIVES
 from alignlab.recipe import load_run
 from alignlab.teachers import TEACHERS
+from command_line import alignlab, refused
 
 COMMANDS = [
     "train",
@@ -35,23 +34,6 @@ COMMANDS = [
     "assets",
     "teachers",
 ]
-
-
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def alignlab(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def refused(*arguments: str) -> str:
-    result = alignlab(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def test_help_names_every_command() -> None:

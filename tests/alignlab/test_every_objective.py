@@ -19,10 +19,10 @@ from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.recipe import load_run
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training.checkpoint import latest
 from alignlab.training.setup import Caches, build_run, new_caches
+from run_contents import timeless_rows
 
 TrainUntil = Callable[[RunConfig, int], None]
 
@@ -181,10 +181,7 @@ def weights(run: Path) -> dict[str, Tensor]:
 
 def log_of(run: Path) -> list[dict[str, float]]:
     """Every row without what depends on the clock."""
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time", "memory"))}
-        for row in read_rows(run / "metrics.jsonl")
-    ]
+    return timeless_rows(run)
 
 
 def test_every_objective_has_settings() -> None:

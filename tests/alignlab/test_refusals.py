@@ -3,19 +3,11 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from alignlab.cli import app
 from alignlab.data.shapes.dataset import ShapesDataset
+from command_line import alignlab, refused
 
 MASKS = "{name: sara, teacher: dino, blocks: [1], projector_dim: 8, saliency: masks, routing: %s}"
-
-
-def error_of(recipe: Path, *overrides: str) -> str:
-    result = CliRunner().invoke(app, ["train", str(recipe), *overrides])
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def test_clips_without_the_masks_that_an_objective_needs(
@@ -23,14 +15,12 @@ def test_clips_without_the_masks_that_an_objective_needs(
 ) -> None:
     monkeypatch.setattr(ShapesDataset, "without_masks", lambda dataset: f"{dataset.split}-7.mp4")
     into = f"output={tmp_path}"
-    message = error_of(recipe_file, into, f"objectives={{sa: {MASKS % 'or'}}}")
+    message = refused("train", recipe_file, into, f"objectives={{sa: {MASKS % 'or'}}}")
     assert "objectives.sa: needs entity masks, and train-7.mp4 has none; add `masks`" in message
     assert not list(tmp_path.rglob("metrics.jsonl"))
     # no objective of these needs any
     unread = f"objectives={{sa: {MASKS % 'uniform'}}}"
-    assert (
-        CliRunner().invoke(app, ["train", str(recipe_file), into, unread, "name=b"]).exit_code == 0
-    )
+    assert alignlab("train", recipe_file, into, unread, "name=b").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -44,11 +34,11 @@ def test_an_implementation_that_cannot_run_here(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    message = error_of(recipe_file, f"output={tmp_path}", f"objectives={{al: {settings}}}")
+    message = refused("train", recipe_file, f"output={tmp_path}", f"objectives={{al: {settings}}}")
     assert message.startswith("error: objectives.al: ") and "triton" in message
     assert not list(tmp_path.rglob("result.json"))
 
 
 def test_an_implementation_that_does_not_exist(recipe_file: Path, tmp_path: Path) -> None:
-    message = error_of(recipe_file, f"output={tmp_path}", "objectives.ra.impl=tritn")
+    message = refused("train", recipe_file, f"output={tmp_path}", "objectives.ra.impl=tritn")
     assert "objectives.ra.impl: unknown value 'tritn', did you mean 'triton'?" in message

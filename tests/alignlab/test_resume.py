@@ -12,10 +12,10 @@ import torch
 
 from alignlab.config.run import RunConfig
 from alignlab.environment import continued, describe_environment
-from alignlab.tracking import read_rows
 from alignlab.train import train
+from run_contents import file_contents, timeless_metrics, timeless_rows
 
-DRIVER = Path(__file__).with_name("killed_run.py")
+DRIVER = Path(__file__).parents[1] / "helpers" / "killed_run.py"
 MOMENTS = [
     "before any checkpoint",
     "between checkpoints",
@@ -51,14 +51,7 @@ def drive(recipe: Path, jobs: list[str]) -> None:
 
 
 def files(output: Path) -> dict[str, bytes]:
-    run = output / "run"
-    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
-
-
-def timeless(values: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in values.items() if not k.startswith(("time", "memory"))} | {
-        k: v for k, v in values.items() if k.startswith("timesteps")
-    }
+    return file_contents(output / "run")
 
 
 def test_the_kills_hit_what_they_aim_at(outputs: Path) -> None:
@@ -90,16 +83,13 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(outputs: Path, moment: str) 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_its_log_is_the_uninterrupted_one(outputs: Path, moment: str) -> None:
-    expected, found = (
-        read_rows(outputs / name / "run" / "metrics.jsonl") for name in ("uninterrupted", moment)
-    )
+    runs = [outputs / name / "run" for name in ("uninterrupted", moment)]
+    expected, found = map(timeless_rows, runs)
     assert [row["step"] for row in expected] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
-    assert [timeless(row) for row in found] == [timeless(row) for row in expected]
-    one, two = (
-        json.loads(files(outputs / name)["result.json"]) for name in ("uninterrupted", moment)
-    )
-    assert timeless(one["metrics"]) == timeless(two["metrics"])
-    assert one["steps"] == two["steps"] == 8
+    assert found == expected
+    one, two = map(timeless_metrics, runs)
+    assert one == two
+    assert [json.loads((run / "result.json").read_text())["steps"] for run in runs] == [8, 8]
 
 
 def test_a_run_that_goes_on_with_other_threads_says_so(

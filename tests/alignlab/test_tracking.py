@@ -16,12 +16,9 @@ from alignlab.recipe import recipe_hash
 from alignlab.runs.atomic_files import write_text
 from alignlab.tracking import Tracker, read_rows
 from alignlab.train import train
+from kills import Killed
 
 MakeConfig = Callable[..., RunConfig]
-
-
-class Killed(BaseException):
-    """Ends a run as a kill would: nothing in the code catches it."""
 
 
 def only_run(output: Path) -> tuple[MlflowClient, MlflowRun]:

@@ -15,6 +15,7 @@ from alignlab.experiments.compare.result import Comparison, Cost, Ratio, Variant
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import local
 from alignlab.tracking import read_rows
+from small_recipes import comparison_recipe
 
 Make = Callable[..., CompareConfig]
 
@@ -31,12 +32,9 @@ variants:
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = recipe_file.read_text().replace("name: run", "name: equal").split("\n")
-    start = lines.index("objectives:")
-    text = "\n".join(lines[:start] + lines[start + 2 :])
-    text = text.replace("optim: {", "optim: {schedule: linear, ")
     path = tmp_path_factory.mktemp("budget") / "equal.yaml"
-    path.write_text(text + VARIANTS)
+    comparison_recipe(recipe_file, path, VARIANTS)
+    path.write_text(path.read_text().replace("optim: {", "optim: {schedule: linear, ", 1))
     return path
 
 

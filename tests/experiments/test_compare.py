@@ -16,6 +16,9 @@ from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
+from kills import Killed
+from run_contents import timeless
+from small_recipes import comparison_recipe
 
 MakeCompare = Callable[..., CompareConfig]
 
@@ -29,18 +32,11 @@ variants:
 """
 
 
-class Killed(BaseException):
-    """Ends a comparison as a kill would: nothing in the code catches it."""
-
-
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = recipe_file.read_text().split("\n")
-    start = lines.index("objectives:")
-    shared = "\n".join(lines[:start] + lines[start + 2 :])
-    shared = shared.replace("sample_clips: 0", "sample_clips: 1").replace("name: run", "name: pair")
     path = tmp_path_factory.mktemp("pair") / "pair.yaml"
-    path.write_text(shared + "checkpoint: {every: 1}\n" + VARIANTS)
+    comparison_recipe(recipe_file, path, "checkpoint: {every: 1}\n" + VARIANTS)
+    path.write_text(path.read_text().replace("sample_clips: 0", "sample_clips: 1"))
     return path
 
 
@@ -61,14 +57,7 @@ def stamps(folder: Path) -> dict[Path, int]:
 
 
 def numbers(comparison: Comparison) -> dict[tuple[str, int], dict[str, float]]:
-    return {
-        (run.variant, run.seed): {
-            name: value
-            for name, value in run.metrics.items()
-            if not name.startswith(("time/", "memory/"))
-        }
-        for run in comparison.results
-    }
+    return {(run.variant, run.seed): timeless(run.metrics) for run in comparison.results}
 
 
 def no_training(*_: object, **__: object) -> None:

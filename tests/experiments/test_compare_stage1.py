@@ -10,6 +10,7 @@ from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import local
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
+from small_recipes import comparison_recipe
 
 VARIANTS = """
 baseline: none
@@ -41,10 +42,8 @@ def no_training(*_: object, **__: object) -> None:
 def test_runs_with_another_stage1_network_are_refused_before_anything_is_trained(
     recipe_file: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared, rest = recipe_file.read_text().split("objectives:\n")
-    rest = rest.split("\n", 1)[1]
-    recipe, head = tmp_path / "pair.yaml", tmp_path / "head"
-    recipe.write_text(shared + rest + VARIANTS.format(head=head))
+    head = tmp_path / "head"
+    recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS.format(head=head))
     write_head(head, str(teacher_folder), seed=0)
     report = compare(load_compare(recipe, [f"output={tmp_path}"]))
     monkeypatch.setattr(local, "train", no_training)

@@ -28,6 +28,8 @@ from alignlab.experiments.report.verdict import verdict
 from alignlab.experiments.report.write import write_report
 from alignlab.train import RunTrainer, Trainer
 from alignlab.training.batches import Batch
+from made_comparisons import make_comparison
+from small_recipes import comparison_recipe
 
 Make = Callable[..., CompareConfig]
 
@@ -45,11 +47,7 @@ variants:
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = recipe_file.read_text().replace("name: run", "name: dear").split("\n")
-    start = lines.index("objectives:")
-    path = tmp_path_factory.mktemp("cost") / "dear.yaml"
-    path.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
-    return path
+    return comparison_recipe(recipe_file, tmp_path_factory.mktemp("cost") / "dear.yaml", VARIANTS)
 
 
 @pytest.fixture
@@ -227,20 +225,7 @@ def made_up(cost: Cost | None, seeds: int = 3) -> Comparison:
         for v in variants
         for seed in range(seeds)
     )
-    return Comparison(
-        name="made up",
-        baseline="none",
-        seeds=tuple(range(seeds)),
-        variants=variants,
-        recipe="",
-        differing={},
-        environment={},
-        duration_s=1.0,
-        command="",
-        commit="",
-        results=results,
-        cost=cost,
-    )
+    return make_comparison(results, cost=cost)
 
 
 def made_up_cost() -> Cost:

@@ -5,6 +5,7 @@ from pathlib import Path
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare
+from small_recipes import comparison_recipe
 
 VARIANTS = """
 baseline: none
@@ -17,10 +18,7 @@ variants:
 
 
 def test_every_variant_is_diagnosed_in_the_same_blocks(recipe_file: Path, tmp_path: Path) -> None:
-    lines = recipe_file.read_text().split("\n")
-    start = lines.index("objectives:")
-    recipe = tmp_path / "pair.yaml"
-    recipe.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
+    recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
     settings = ["steps=1", "tracking.diagnose_every=1", "data.references=[3,3]"]
     report = compare(load_compare(recipe, [f"output={tmp_path}", *settings]))
     curves = {

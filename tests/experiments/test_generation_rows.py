@@ -5,6 +5,7 @@ from alignlab.experiments.report.metric_table import QUANTITIES, quantity
 from alignlab.experiments.report.summary import by_metric, summary_rows
 from alignlab.experiments.report.text import headline
 from alignlab.experiments.report.verdict import verdict
+from made_comparisons import make_comparison
 
 GENERATED = [name for name in QUANTITIES if name.startswith("gen/")]
 
@@ -26,19 +27,7 @@ def comparison() -> Comparison:
         for variant in ("none", "ra")
         for seed in range(3)
     )
-    return Comparison(
-        name="made up",
-        baseline="none",
-        seeds=(0, 1, 2),
-        variants=("none", "ra"),
-        recipe="name: made up\n",
-        differing={},
-        environment={},
-        duration_s=1.0,
-        command="alignlab compare",
-        commit="",
-        results=results,
-    )
+    return make_comparison(results)
 
 
 def test_copy_paste_follows_identity_in_every_table() -> None:

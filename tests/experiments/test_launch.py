@@ -32,6 +32,7 @@ from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
 from alignlab.runs import run_folder
 from alignlab.runs.run_folder import RunFolder
+from small_recipes import comparison_recipe
 
 VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
 # The second, without alignlab, is ready sooner.
@@ -54,10 +55,7 @@ with FileLock(sys.argv[1] + "/.writer.lock"):
 
 @pytest.fixture
 def config(recipe_file: Path, tmp_path: Path) -> CompareConfig:
-    path = tmp_path / "pair.yaml"
-    lines = recipe_file.read_text().replace("name: run", "name: pair").split("\n")
-    start = lines.index("objectives:")
-    path.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
+    path = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
     return load_compare(path, [f"output={tmp_path}"])
 
 

@@ -1,6 +1,5 @@
 """Comparisons on real Ray clusters: two nodes one of which is killed, an interrupt, an error."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,8 @@ from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
 from alignlab.runs.run_folder import HOLDER
 from alignlab.tracking import read_rows
+from run_contents import timeless_metrics
+from small_recipes import comparison_recipe
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
 
@@ -34,11 +35,7 @@ variants:
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = recipe_file.read_text().replace("name: run", "name: pair").split("\n")
-    start = lines.index("objectives:")
-    path = tmp_path_factory.mktemp("pair") / "pair.yaml"
-    path.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
-    return path
+    return comparison_recipe(recipe_file, tmp_path_factory.mktemp("pair") / "pair.yaml", VARIANTS)
 
 
 def arguments(recipe: Path, output: Path, *options: str) -> list[str]:
@@ -61,11 +58,7 @@ def caught_run(folder: Path, below: int, driver: subprocess.Popen[bytes]) -> Pat
 def numbers(folder: Path) -> dict[str, dict[str, float]]:
     """Metrics of all runs that are functions of the recipe."""
     return {
-        str(path.parent.relative_to(folder)): {
-            name: value
-            for name, value in json.loads(path.read_text())["metrics"].items()
-            if not name.startswith(("time/", "memory/"))
-        }
+        str(path.parent.relative_to(folder)): timeless_metrics(path.parent)
         for path in folder.glob("*/seed-*/result.json")
     }
 

@@ -26,6 +26,7 @@ from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import create_study, join_study
 from alignlab.runs.atomic_files import write_text
 from alignlab.train import train
+from small_recipes import sweep_recipe
 
 MakeSweep = Callable[..., SweepConfig]
 
@@ -41,9 +42,7 @@ trials: 2
 
 @pytest.fixture
 def recipe(recipe_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path / "sweep.yaml", SWEEP)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignlab.cli import app
+from small_recipes import comparison_recipe
 
 VARIANTS = "cost: null\nbaseline: none\nseeds: [0, 1]\nvariants:\n  none: {}\n"
 
@@ -18,11 +19,7 @@ def invoke(*arguments: str) -> str:
 
 @pytest.fixture
 def recipe(recipe_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "pair.yaml"
-    lines = recipe_file.read_text().replace("name: run", "name: pair").split("\n")
-    start = lines.index("objectives:")
-    path.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
-    return path
+    return comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
 
 
 def test_runs_trained_one_by_one_are_taken_as_they_are(

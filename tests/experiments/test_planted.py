@@ -10,6 +10,7 @@ from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.report.summary import SummaryRow, summary_rows
 from alignlab.experiments.report.verdict import verdict
+from small_recipes import comparison_recipe
 
 # `again` is the baseline under another name; `still` has a rate at which it hardly learns.
 VARIANTS = """
@@ -25,11 +26,8 @@ variants:
 @pytest.fixture(scope="module")
 def report(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fifteen runs of two steps."""
-    lines = recipe_file.read_text().replace("name: run", "name: planted").split("\n")
-    start = lines.index("objectives:")
     folder = tmp_path_factory.mktemp("planted")
-    recipe = folder / "planted.yaml"
-    recipe.write_text("\n".join(lines[:start] + lines[start + 2 :]) + VARIANTS)
+    recipe = comparison_recipe(recipe_file, folder / "planted.yaml", VARIANTS)
     return compare(load_compare(recipe, [f"output={folder}"]))
 
 

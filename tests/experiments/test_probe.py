@@ -1,6 +1,5 @@
 """`alignlab probe`: its numbers are those of the evaluation, its pictures show what they say."""
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2Model
-from typer.testing import CliRunner, Result
 
-from alignlab.cli import app
 from alignlab.evaluation.evaluate import PROBE_SIGMAS
 from alignlab.evaluation.feature_maps import pca_colours, tsne_points
 from alignlab.evaluation.probe import SIGMAS, RunProbe, probe_run
@@ -20,6 +17,8 @@ from alignlab.evaluation.teacher_score import score_teachers
 from alignlab.experiments.probe.page import write_probe
 from alignlab.recipe import load_run
 from alignlab.train import train
+from command_line import alignlab
+from run_contents import read_table
 
 Trained = Callable[..., Path]
 
@@ -46,20 +45,12 @@ def found(run: Path) -> RunProbe:
     return probe_run(run)
 
 
-def alignlab(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["probe", *arguments])
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_command_writes_map_and_page(run: Path, tmp_path: Path) -> None:
-    result = alignlab(str(run), "--out", str(tmp_path / "out"), "--teacher", "dino", "--block", "1")
+    out = tmp_path / "out"
+    result = alignlab("probe", run, "--out", out, "--teacher", "dino", "--block", "1")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"probe: {tmp_path / 'out' / 'probe.html'}\n"
-    rows = read(tmp_path / "out" / "probe.csv")
+    rows = read_table(tmp_path / "out" / "probe.csv")
     cells = {(r["measure"], r["model"], int(r["block"]), float(r["sigma"])) for r in rows}
     assert len(cells) == len(rows)
     measures = ("cknna", "cka", "teacher_retrieval", "silhouette", "cross_cos")
@@ -148,7 +139,7 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
         ((str(run), "--block", "4"), "no block 4; the transformer has 0 to 3"),
         ((str(run), "--out", str(tmp_path / "file")), "is a file"),
     ):
-        result = alignlab(*arguments)
+        result = alignlab("probe", *arguments)
         assert result.exit_code == 2
         assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
 

@@ -23,6 +23,7 @@ from alignlab.experiments.report.charts import BASELINE_COLOUR, COLOURS, PAPERS,
 from alignlab.experiments.report.summary import joined, summary_rows
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
+from made_comparisons import make_comparison
 
 NASTY = "</script><script>alert(1)</script><img src=http://evil.example/x.png>"
 SEEDS = (0, 1)
@@ -66,22 +67,19 @@ def run_result(folder: Path, variant: str, index: int, seed: int) -> RunResult:
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
     variants = ("none", "ra", NASTY)
-    return Comparison(
+    return make_comparison(
+        (
+            run_result(tmp_path, variant, index, seed)
+            for index, variant in enumerate(variants)
+            for seed in SEEDS
+        ),
         name="a demo",
-        baseline="none",
-        seeds=SEEDS,
-        variants=variants,
         recipe=f"name: a demo\nnote: {NASTY}\n",
         differing={"objectives.ra.blocks": {"ra": [0, 1], NASTY: None}, "x": {"none": NASTY}},
         environment={"torch": "2.13.0", "threads": 2},
         duration_s=75.0,
         command="alignlab compare demo",
         commit="0123abc",
-        results=tuple(
-            run_result(tmp_path, variant, index, seed)
-            for index, variant in enumerate(variants)
-            for seed in SEEDS
-        ),
     )
 
 

@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from alignlab.experiments.compare.result import Comparison, RunResult, SampleClip
 from alignlab.experiments.report.write import write_report
+from made_comparisons import make_comparison
 
 # Runs after the page's own script; what it finds is read back from the dumped page.
 PROBE = """
@@ -56,11 +57,8 @@ def comparison(flow: dict[str, float]) -> Comparison:
         for variant, value in flow.items()
         for seed in range(3)
     )
-    return Comparison(
-        "a demo", "none", (0, 1, 2), tuple(flow), "steps: 10\n",
-        {f"optim.{name}": {"none": 1, "slow": 2} for name in ("lr", "warmup")},
-        {}, 1.0, "alignlab compare", "", results,
-    )  # fmt: skip
+    differing = {f"optim.{name}": {"none": 1, "slow": 2} for name in ("lr", "warmup")}
+    return make_comparison(results, name="a demo", recipe="steps: 10\n", differing=differing)
 
 
 @pytest.fixture(scope="module")

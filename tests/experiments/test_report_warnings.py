@@ -13,6 +13,7 @@ from alignlab.experiments.report.run_warnings import gather_warnings, warning_se
 from alignlab.experiments.report.text import PRINTED_WARNINGS, print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.run_folder import RunFolder
+from made_comparisons import make_comparison
 
 PALE = "clips <b>are</b> pale"
 
@@ -35,19 +36,7 @@ def comparison(warnings: dict[tuple[str, int], tuple[str, ...]], seeds: int = 3)
         for variant in ("none", "ra")
         for seed in range(seeds)
     )
-    return Comparison(
-        name="made up",
-        baseline="none",
-        seeds=tuple(range(seeds)),
-        variants=("none", "ra"),
-        recipe="name: made up\n",
-        differing={},
-        environment={},
-        duration_s=1.0,
-        command="alignlab compare",
-        commit="",
-        results=results,
-    )
+    return make_comparison(results)
 
 
 def texts(made: Comparison, folder: Path) -> tuple[str, str, str]:

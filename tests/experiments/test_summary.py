@@ -19,6 +19,7 @@ from alignlab.experiments.report.formatting import (
 )
 from alignlab.experiments.report.metric_table import quantity
 from alignlab.experiments.report.summary import SummaryRow, footnotes, joined, summary_rows
+from made_comparisons import make_comparison
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -34,19 +35,7 @@ def comparison(
         for variant, runs in values.items()
         for seed, metrics in runs.items()
     )
-    return Comparison(
-        name="made up",
-        baseline=baseline,
-        seeds=seeds,
-        variants=tuple(values),
-        recipe="name: made up\n",
-        differing={},
-        environment={},
-        duration_s=1.0,
-        command="alignlab compare",
-        commit="",
-        results=results,
-    )
+    return make_comparison(results, baseline=baseline, seeds=seeds, variants=tuple(values))
 
 
 def flow(**variants: list[float]) -> Comparison:

@@ -1,6 +1,5 @@
 """Small real sweeps in this process: results, pruning, failures, Pareto fronts, MLflow."""
 
-import csv
 import json
 import re
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from alignlab.recipe import load_run
 from alignlab.tracking import read_rows
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
+from run_contents import read_table, timeless, timeless_metrics
+from small_recipes import sweep_recipe
 
 MakeSweep = Callable[..., SweepConfig]
 
@@ -35,9 +36,7 @@ trials: 3
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path_factory.mktemp("sweep") / "sweep.yaml", SWEEP)
 
 
 @pytest.fixture
@@ -58,8 +57,7 @@ def folder_of(config: SweepConfig) -> Path:
 
 
 def rows_of(config: SweepConfig) -> list[dict[str, str]]:
-    with (folder_of(config) / "trials.csv").open() as file:
-        return list(csv.DictReader(file))
+    return read_table(folder_of(config) / "trials.csv")
 
 
 def metric_of(run: Path, name: str = "val/flow") -> float:
@@ -75,9 +73,8 @@ def test_the_best_recipe_reproduces_its_own_metric(finished: SweepConfig, tmp_pa
     assert metric_of(run) == min(values)
     assert f"val/flow {min(values)!r}" in path.read_text().split("\n")[0]
     best = folder_of(finished) / rows[values.index(min(values))]["folder"] / "seed-0"
-    for name, value in json.loads((run / "result.json").read_text())["metrics"].items():
-        if not name.startswith(("time/", "memory/")):
-            assert metric_of(best, name) == value, name
+    for name, value in timeless_metrics(run).items():
+        assert metric_of(best, name) == value, name
 
 
 def test_the_recipes_own_settings_come_first_and_all_are_measured_alike(
@@ -147,10 +144,7 @@ def test_a_killed_sweep_resumes_as_if_nothing_had_happened(
     assert states == [TrialState.COMPLETE, TrialState.WAITING, TrialState.WAITING]
     assert left.trials()[1].params, "the trial keeps what it drew"
     sweep(config)
-    again, once = rows_of(config), rows_of(finished)
-    for row in (*again, *once):
-        for key in [key for key in row if key.startswith(("time/", "memory/"))]:
-            del row[key]
+    again, once = ([timeless(row) for row in rows_of(one)] for one in (config, finished))
     assert again == once
     rows = read_rows(folder_of(config) / "trial-0001" / "seed-0" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 2]

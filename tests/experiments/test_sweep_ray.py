@@ -1,6 +1,5 @@
 """Sweeps on real Ray clusters: two nodes one of which is killed, a SIGTERM, an error, a storage."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -16,6 +15,8 @@ from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, sweep_folder
 from alignlab.tracking import read_rows
+from run_contents import read_table, timeless
+from small_recipes import sweep_recipe
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'alignlab[ray]'")
 
@@ -35,9 +36,7 @@ metric: val/flow
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path_factory.mktemp("sweep") / "sweep.yaml", SWEEP)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +57,7 @@ def arguments(recipe: Path, output: Path, *options: str) -> list[str]:
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
     """The trials, without what is measured by a clock."""
-    with (folder / "trials.csv").open() as file:
-        return [
-            {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
-            for row in csv.DictReader(file)
-        ]
+    return [timeless(row) for row in read_table(folder / "trials.csv")]
 
 
 def caught_trial(study: SweepStudy, below: int, driver: subprocess.Popen[bytes]) -> tuple[int, int]:

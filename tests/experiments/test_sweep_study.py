@@ -20,6 +20,7 @@ from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Watch
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study, shown_url
 from alignlab.train import train
+from small_recipes import sweep_recipe
 
 MakeSweep = Callable[..., SweepConfig]
 
@@ -33,8 +34,7 @@ trials: 3
 
 @pytest.fixture
 def make(recipe_file: Path, tmp_path: Path) -> MakeSweep:
-    path = tmp_path / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
+    path = sweep_recipe(recipe_file, tmp_path / "sweep.yaml", SWEEP)
     return lambda *overrides: load_sweep(path, [f"output={tmp_path}", *overrides])
 
 

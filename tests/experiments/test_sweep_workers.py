@@ -1,6 +1,5 @@
 """Several worker processes on one study: SQLite, a journal file, a real PostgreSQL server."""
 
-import csv
 import importlib.util
 import os
 import shutil
@@ -23,6 +22,8 @@ from alignlab.experiments.sweep.launch import device_of
 from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.tracking import read_rows
+from run_contents import read_table
+from small_recipes import sweep_recipe
 
 WAIT_S = 900  # ends a test that hangs, no other: everything takes longer on a busy machine
 SWEEP = """
@@ -36,9 +37,7 @@ metric: val/flow
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("workers") / "sweep.yaml"
-    path.write_text(recipe_file.read_text().replace("name: run", "name: sweep") + SWEEP)
-    return path
+    return sweep_recipe(recipe_file, tmp_path_factory.mktemp("workers") / "sweep.yaml", SWEEP)
 
 
 def command(recipe: Path, *arguments: str) -> list[str]:
@@ -81,8 +80,7 @@ def check_every_trial(folder: Path, study: SweepStudy, count: int) -> None:
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     results = sorted(path.parts[-3] for path in folder.glob("trial-*/seed-0/result.json"))
     assert results == [f"trial-{number:04d}" for number in range(count)]
-    with (folder / "trials.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder / "trials.csv")
     assert [row["state"] for row in rows] == ["complete"] * count
     for trial, row in zip(trials, rows, strict=True):
         assert float(row["val/flow"]) == trial.value

@@ -1,23 +1,23 @@
 """`alignlab teachers score`: a teacher's scores on a recipe's clips."""
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from alignlab.cli import app
 from alignlab.evaluation.teacher_score import score_teachers
 from alignlab.metrics import iicr
 from alignlab.metrics.spatial import spatial_structure
 from alignlab.recipe import load_run
 from alignlab.teachers import load_teacher
+from command_line import alignlab
+from run_contents import read_table
 
 
-def alignlab(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["teachers", "score", *arguments], env={"COLUMNS": "200"})
+def score(*arguments: str) -> Result:
+    return alignlab("teachers", "score", *arguments)
 
 
 def manhattan(size: tuple[int, int]) -> list[tuple[int, int, int]]:
@@ -90,11 +90,10 @@ def test_the_command_scores_every_teacher(recipe_file: Path, tmp_path: Path) -> 
     folder = load_run(recipe_file).teachers["dino"].path
     other = f"teachers.first={{family: dinov2, path: {folder}, feature: 'layer:0'}}"
     out = tmp_path / "made" / "scores.csv"
-    result = alignlab(str(recipe_file), other, "--grid", "5x4", "--clips", "3", "--out", str(out))
+    result = score(str(recipe_file), other, "--grid", "5x4", "--clips", "3", "--out", str(out))
     assert result.exit_code == 0, result.output
     assert "dino" in result.stdout and "first" in result.stdout and "5x5x4" in result.stdout
-    with out.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(out)
     assert [row["teacher"] for row in rows] == ["dino", "first"]
     assert rows[0]["feature"] == "post_norm" and rows[1]["feature"] == "layer:0"
     for row in rows:
@@ -128,7 +127,7 @@ def test_a_comparison_is_scored_too_and_mistakes_are_one_line(
     comparison = tmp_path / "comparison.yaml"
     comparison.write_text(text)
     out = tmp_path / "teachers.csv"
-    assert alignlab(str(comparison), "--clips", "2", "--out", str(out)).exit_code == 0
+    assert score(str(comparison), "--clips", "2", "--out", str(out)).exit_code == 0
     assert out.is_file()
     bare = tmp_path / "bare.yaml"
     bare.write_text("name: bare\nsteps: 1\nmodel: {path: x}\ndata: {name: shapes}\n")
@@ -137,6 +136,6 @@ def test_a_comparison_is_scored_too_and_mistakes_are_one_line(
         ((str(bare),), "has none to score"),
         ((str(recipe_file), "data.val_clips=1", "eval.clips=1"), "two clips or more"),
     ):
-        result = alignlab(*arguments, "--out", str(out))
+        result = score(*arguments, "--out", str(out))
         assert result.exit_code == 2, result.output
         assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr

@@ -14,6 +14,7 @@ from alignlab.experiments.compare.run import compare
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.recipe import load_run
+from small_recipes import comparison_recipe, sweep_recipe
 
 Make = Callable[..., CompareConfig]
 
@@ -37,8 +38,7 @@ variants:
 def swept(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished sweep of two trials; not to be changed."""
     folder = tmp_path_factory.mktemp("sweeps")
-    recipe = folder / "ra.yaml"
-    recipe.write_text(recipe_file.read_text().replace("name: run", "name: ra") + SPACE)
+    recipe = sweep_recipe(recipe_file, folder / "ra.yaml", SPACE)
     sweep(load_sweep(recipe, [f"output={folder}"]))
     return folder / "ra"
 
@@ -56,13 +56,9 @@ def folder(swept: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def make(recipe_file: Path, folder: Path, tmp_path: Path) -> Make:
     """`make("...", "key=value")`: a baseline and a variant with these changes."""
-    lines = recipe_file.read_text().replace("name: run", "name: fair").split("\n")
-    start = lines.index("objectives:")
-    shared = "\n".join(lines[:start] + lines[start + 2 :])
 
     def config(changes: str = f"from: {folder}/best.yaml", *overrides: str) -> CompareConfig:
-        path = tmp_path / "fair.yaml"
-        path.write_text(shared + VARIANTS % changes)
+        path = comparison_recipe(recipe_file, tmp_path / "fair.yaml", VARIANTS % changes)
         return load_compare(path, [f"output={tmp_path}", *overrides])
 
     return config

@@ -5,33 +5,22 @@ import re
 
 import pytest
 
-from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.compare.result import RunResult
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.verdict import Verdict, verdict
+from made_comparisons import make_comparison
 
 Runs = dict[str, list[dict[str, float]]]
 WIGGLE = (0.0, 0.003, -0.002, 0.001, -0.001, 0.002, -0.003, 0.0005, 0.0015, -0.0015, 0.0)
 
 
 def said(variants: Runs, baseline: str = "none") -> Verdict:
-    num_seeds = max(len(runs) for runs in variants.values())
-    found = Comparison(
-        name="made up",
-        baseline=baseline,
-        seeds=tuple(range(num_seeds)),
-        variants=tuple(variants),
-        recipe="",
-        differing={},
-        environment={},
-        duration_s=1.0,
-        command="",
-        commit="",
-        results=tuple(
-            RunResult(variant, seed, 10, "", metrics, {})
-            for variant, runs in variants.items()
-            for seed, metrics in enumerate(runs)
-        ),
-    )
+    results = [
+        RunResult(variant, seed, 10, "", metrics, {})
+        for variant, runs in variants.items()
+        for seed, metrics in enumerate(runs)
+    ]
+    found = make_comparison(results, baseline=baseline, variants=tuple(variants))
     return verdict(found, summary_rows(found))
 
 

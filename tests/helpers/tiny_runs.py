@@ -11,6 +11,7 @@ from alignlab.config.run import RunConfig
 from alignlab.recipe import load_run
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
+from kills import Killed
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
@@ -86,10 +87,6 @@ def lora_run(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("lora")
     lora = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "optim.lr=0.1"]
     return train(load_run(recipe_file, [f"output={output}", *lora]))
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the program handles it."""
 
 
 @pytest.fixture

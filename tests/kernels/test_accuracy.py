@@ -15,14 +15,11 @@ from torch import Tensor
 from alignlab.kernels.dispatch import interpreted
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.relation import relation_distance
+from random_tensors import draw_double as draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 SIZES = [1, 63, 100, 257]
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @dataclass(frozen=True)

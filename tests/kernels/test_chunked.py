@@ -12,19 +12,12 @@ from alignlab.kernels import pull_push as pull_push_module
 from alignlab.kernels import relation as relation_module
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.relation import relation_distance
+from random_tensors import draw_double as draw
+from random_tensors import draw_saliency
 
 ROUTINGS: list[Any] = ["or", "and", "xor", "uniform"]
 IDS = torch.tensor([0, 0, 1, 1, 1, 2, 2, -1, -1])
 MIXED = torch.tensor([1, -1, 0, 2, 1, 0, -1, 1, 2])
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def draw_saliency(*shape: int) -> Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)

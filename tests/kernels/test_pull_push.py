@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alignlab.kernels.pull_push import PullPush, pull_push
+from random_tensors import draw_double as draw
+from random_tensors import golden_pair
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(6, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
+SINE, COSINE = golden_pair(6, 4)
 PAIRS_OF_TOKENS = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
@@ -21,11 +22,6 @@ PAIRS_OF_TOKENS = torch.tensor([0, 0, 1, 1, 2, 2])
 def compute(request: pytest.FixtureRequest) -> Any:
     """Each implementation in pure torch; Triton's, which takes no float64, has its own tests."""
     return partial(pull_push, impl=request.param)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def by_loops(

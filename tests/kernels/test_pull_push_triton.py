@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import random_tensors
 from alignlab.kernels import pull_push_triton as module
 from alignlab.kernels import pull_push_triton_kernels as kernels
 from alignlab.kernels.pull_push import PullPush, pull_push, pull_push_eager
@@ -32,8 +33,7 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    return random_tensors.draw(*shape, seed=seed).to(DEVICE, dtype)
 
 
 def subjects(batch: int, tokens: int, seed: int = 0) -> Tensor:

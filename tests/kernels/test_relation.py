@@ -17,10 +17,11 @@ from alignlab.kernels.relation import (
     plain_means,
     relation_distance,
 )
+from random_tensors import draw_double as draw
+from random_tensors import draw_saliency, golden_pair, golden_saliency
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 3, 2, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
-SALIENCY = 0.5 * torch.sin(torch.arange(1, 7, dtype=torch.float64)).reshape(1, 3, 2) + 0.5
+SINE, COSINE = golden_pair(1, 3, 2, 4)
+SALIENCY = golden_saliency()
 
 ROUTINGS: list[Any] = ["or", "and", "xor", "uniform"]
 every_impl = pytest.mark.parametrize("impl", ["eager", "chunked"])
@@ -31,16 +32,6 @@ every_routing = pytest.mark.parametrize("routing", ROUTINGS)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few pairs, so that every frame takes several and the last one is smaller."""
     monkeypatch.setattr(relation_module, "TILE_PAIRS", 64)  # two rows of 2 x 15 pairs
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def draw_saliency(*shape: int, seed: int = 9) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def by_loops(

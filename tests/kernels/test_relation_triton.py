@@ -11,6 +11,7 @@ from alignlab.kernels import relation, relation_triton
 from alignlab.kernels.dispatch import interpreted
 from alignlab.kernels.relation import Relation, pair_weight, relation_distance, relation_eager
 from alignlab.kernels.relation_triton_kernels import TILES, Tiles
+from random_tensors import draw_double
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
@@ -36,8 +37,7 @@ def use(monkeypatch: pytest.MonkeyPatch, tiles: Tiles) -> None:
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    return draw_double(*shape, seed=seed).to(DEVICE)
 
 
 def draw_saliency(*shape: int) -> Tensor:

@@ -18,14 +18,10 @@ from alignlab.losses.align4gen import (
 from alignlab.losses.grids import match_grid
 from alignlab.losses.objective import Features, Tokens
 from alignlab.losses.repa import repa_loss
+from random_tensors import draw, golden_pair
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 6, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
+SINE, COSINE = golden_pair(1, 6, 4)
 GRID = (3, 2, 2)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(**settings: Any) -> Align4Gen:

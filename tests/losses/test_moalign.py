@@ -17,14 +17,10 @@ from alignlab.losses.objective import Features, Tokens
 from alignlab.losses.projector import deep_projector
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
+from random_tensors import draw, golden_pair
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 3, 2, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
+SINE, COSINE = golden_pair(1, 3, 2, 4)
 GRID, TEACHER_GRID = (3, 2, 2), (9, 2, 2)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def save(folder: Path, seed: int = 0, width: int = 3, teacher_dim: int = 8) -> MotionHead:

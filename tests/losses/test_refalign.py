@@ -15,14 +15,10 @@ from alignlab.losses.refalign import (
     RefAlignConfig,
     reference_alignment_loss,
 )
+from random_tensors import draw, golden_pair
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 6, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
+SINE, COSINE = golden_pair(1, 6, 4)
 IDS = torch.tensor([[0, 0, 1, 1, 2, 2]])
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(**settings: Any) -> RefAlign:

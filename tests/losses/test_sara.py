@@ -10,14 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignlab.losses.sara import SaraConfig, info_nce, routed_relation_loss
+from random_tensors import draw, golden_pair, golden_saliency
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 3, 2, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
-SALIENCY = 0.5 * torch.sin(torch.arange(1, 7, dtype=torch.float64)).reshape(1, 3, 2) + 0.5
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+SINE, COSINE = golden_pair(1, 3, 2, 4)
+SALIENCY = golden_saliency()
 
 
 def draw_saliency(*shape: int, seed: int = 5) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from alignlab.losses.grids import match_grid, match_student
 from alignlab.losses.objective import Context, Features, Grid, Tokens
@@ -13,13 +12,10 @@ from alignlab.losses.sara import Sara, SaraConfig, routed_relation_loss
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
+from random_tensors import draw
 
 GRID, TEACHER_GRID = (3, 2, 2), (9, 2, 2)
 TEACHER = Stage1Teacher(family="dinov2", path="somewhere", feature="post_norm")
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def save(folder: Path, seed: int = 0, teacher_dim: int = 8) -> SaliencyAligner:

@@ -23,16 +23,13 @@ from alignlab.losses.stage1.saliency_aligner import (
     SaliencyAlignerConfig,
     saliency_bce,
 )
+from random_tensors import draw
 
 ALIGNER = SaliencyAlignerConfig(
     teacher_dim=12, text_dim=6, depth_self=2, heads=3, hidden=8, embed_dim=5
 )
 HEAD = MotionHeadConfig(teacher_dim=12, width=4, hidden=8, decoder=6)
 TEACHER = Stage1Teacher(family="tiny-dino", path="assets/tiny-dino", feature="post_norm")
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def text(*lengths: int) -> Tensor:

@@ -11,14 +11,10 @@ from torch.nn import functional as F
 
 from alignlab.losses.objective import Features, Grid, Terms, Tokens
 from alignlab.losses.videorepa import VideoRepa, VideoRepaConfig, token_relation_loss
+from random_tensors import draw, golden_pair
 
-K = torch.arange(1, 25, dtype=torch.float64).reshape(1, 3, 2, 4)
-SINE, COSINE = torch.sin(K), torch.cos(K / 2)
+SINE, COSINE = golden_pair(1, 3, 2, 4)
 GRID = (3, 2, 4)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def build(**settings: Any) -> VideoRepa:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from alignlab.cli import app
 from alignlab.recipe import load_run
-from alignlab.tracking import read_rows
 from alignlab.train import train
+from run_contents import timeless_rows
 
 DRIVER = Path(__file__).with_name("processes_run.py")
 # Clips have no, one, two or three references, so that a process may have none in a round.
@@ -97,10 +97,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def rows(output: Path) -> list[dict[str, float]]:
-    return [
-        {key: value for key, value in row.items() if not key.startswith(("time", "memory"))}
-        for row in read_rows(output / "run" / "metrics.jsonl")
-    ]
+    return timeless_rows(output / "run")
 
 
 def test_two_processes_train_as_one_does(pairs: Path, recipe: Path, tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from alignlab.evaluation.diagnostics import Forward, loss_gradients
 from alignlab.evaluation.run_warnings import RankWarnings
 from alignlab.metrics.rank import effective_rank
 from alignlab.recipe import load_stage1_run, recipe_hash
-from alignlab.tracking import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training.batches import Batch
 from alignlab.training.measure import StepClock
 from alignlab.training.setup import Run, build_run
+from run_contents import timeless_rows
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
@@ -46,13 +46,8 @@ def weights(run: Path) -> dict[str, bytes]:
     }
 
 
-def timeless(row: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in row.items() if not k.startswith(("time", "memory"))}
-
-
 def diagnosed(run: Path) -> list[dict[str, float]]:
-    rows = read_rows(run / "metrics.jsonl")
-    return [timeless(row) for row in rows if any(k.startswith(DIAGNOSED) for k in row)]
+    return [row for row in timeless_rows(run) if any(k.startswith(DIAGNOSED) for k in row)]
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -69,8 +64,8 @@ def test_training_keeps_its_bits(make_config: MakeConfig, kind: str) -> None:
         assert row.keys() >= {"sim/ra/block0", "sim/ra/block2", "diag/low_ranks"}
         for kind_of_token in ("video", "reference"):
             assert 1 < row[f"diag/rank/{kind_of_token}/block2"] <= 48
-    others = [timeless(r) for r in read_rows(looked / "metrics.jsonl") if "diag/low_ranks" not in r]
-    assert others == [timeless(row) for row in read_rows(plain / "metrics.jsonl")]
+    others = [row for row in timeless_rows(looked) if "diag/low_ranks" not in row]
+    assert others == timeless_rows(plain)
     assert recipe_hash(config) == recipe_hash(make_config("name=plain", *common))
 
 
@@ -86,7 +81,7 @@ def test_a_killed_diagnosed_run_ends_as_the_uninterrupted_one(
     assert [row["step"] for row in diagnosed(whole)] == [1, 2, 4]
     for path in (whole, end):
         assert json.loads((path / "result.json").read_text())["notes"] == []
-    rows = [[timeless(r) for r in read_rows(path / "metrics.jsonl")] for path in (whole, end)]
+    rows = [timeless_rows(path) for path in (whole, end)]
     assert rows[0] == rows[1]
 
 

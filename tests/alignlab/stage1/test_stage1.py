@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from typer.testing import CliRunner, Result
 
-from alignlab.cli import app
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.distributed.ranks import single_rank
 from alignlab.losses.stage1.folder import load_stage1
@@ -20,8 +18,10 @@ from alignlab.recipe import load_stage1_run
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, train_stage1
 from alignlab.tracking import read_rows
+from command_line import alignlab
+from run_contents import file_contents, timeless_rows
 
-DRIVER = Path(__file__).with_name("killed_stage1.py")
+DRIVER = Path(__file__).parents[2] / "helpers" / "killed_stage1.py"
 KINDS = ["sara", "moalign"]
 MOMENTS = [
     "between checkpoints",
@@ -38,10 +38,6 @@ def config_of(recipes: Recipes, kind: Any, *overrides: str) -> Stage1Config:
 
 def trainer_of(config: Stage1Config) -> Stage1Trainer:
     return Stage1Trainer(config, single_rank("fp32"))
-
-
-def alignlab(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,10 +126,6 @@ def resumed(recipes: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def timeless(values: dict[str, float]) -> dict[str, float]:
-    return {k: v for k, v in values.items() if not k.startswith(("time", "memory"))}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: str) -> None:
     outputs = resumed / kind
@@ -149,23 +141,16 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: st
     assert not list(outputs.glob("*-killed/first/result.json"))
     assert not list(outputs.glob("*-killed/first/stage1"))
     assert list(outputs.glob("*-killed/first/.stage1.tmp"))
-    expected = files(outputs / "uninterrupted")
+    expected = file_contents(outputs / "uninterrupted" / "first")
     assert {"stage1/model.safetensors", "checkpoints/step-000007/state.json"} <= expected.keys()
     timed = {"recipe.yaml", "environment.json", "metrics.jsonl", "result.json"}
     for moment in MOMENTS:
-        found = files(outputs / moment)
+        found = file_contents(outputs / moment / "first")
         assert found.keys() == expected.keys()
         assert [n for n in found.keys() - timed if found[n] != expected[n]] == []
-        rows, other = (
-            [timeless(row) for row in read_rows(outputs / name / "first" / "metrics.jsonl")]
-            for name in ("uninterrupted", moment)
-        )
+        rows = timeless_rows(outputs / "uninterrupted" / "first")
+        other = timeless_rows(outputs / moment / "first")
         assert rows == other and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 7]
-
-
-def files(output: Path) -> dict[str, bytes]:
-    run = output / "first"
-    return {p.relative_to(run).as_posix(): p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
 def test_a_cache_changes_no_number(recipes: Recipes) -> None:

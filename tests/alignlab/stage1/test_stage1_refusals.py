@@ -3,26 +3,14 @@
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from alignlab.cli import app
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.experiments.data_preview import load_data
 from alignlab.recipe import dump, load_stage1_run
+from command_line import alignlab, refused
 
 KINDS = ["sara", "moalign"]
 Recipes = dict[str, Path]
-
-
-def alignlab(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-
-
-def refused(*arguments: str | Path) -> str:
-    result = alignlab(*arguments)
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 @pytest.mark.parametrize(

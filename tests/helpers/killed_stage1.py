@@ -7,17 +7,16 @@ beside it `MOMENT-killed`, as the kill left it. Each training is a process of it
 """
 
 import importlib
-import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alignlab.recipe import load_stage1_run
+from kills import die_after, fork
 
 MOMENTS = (
     "between checkpoints",
@@ -27,19 +26,6 @@ MOMENTS = (
 # Any, so that names can be replaced
 train: Any = importlib.import_module("alignlab.stage1.train")
 checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
-
-
-def die_after(module: Any, name: str, when: Callable[..., bool]) -> None:
-    """Kills the process once `module.name(...)` has returned with arguments that fit `when`."""
-    original = getattr(module, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if when(*args):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(module, name, wrapped)
 
 
 def prepare(moment: str) -> None:
@@ -53,17 +39,15 @@ def prepare(moment: str) -> None:
         raise ValueError(moment)
 
 
+def train_until(recipe: Path, kind: Any, moment: str, output: Path) -> None:
+    prepare(moment)
+    train.train_stage1(load_stage1_run(kind, recipe, [f"output={output}"]))
+
+
 def run(recipe: Path, kind: Any, moment: str, output: Path) -> None:
     """Trains in a child process, which has to end as the moment says."""
-    child = os.fork()
-    if child == 0:
-        prepare(moment)
-        train.train_stage1(load_stage1_run(kind, recipe, [f"output={output}"]))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    if killed == (moment == "never") or (not killed and status):
-        sys.exit(f"{kind}, {moment}: ended with {status}")
+    work = partial(train_until, recipe, kind, moment, output)
+    fork(f"{kind}, {moment}", work, dies=moment != "never")
 
 
 def main() -> None:

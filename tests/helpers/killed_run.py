@@ -8,9 +8,8 @@ Each MOMENT=OUTPUT is a process of its own, one after the other. `never` lets th
 import importlib
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignlab.recipe import load_run
+from kills import die, die_after, fork
 
 # Any, so that their names can be replaced
 checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
@@ -25,25 +25,6 @@ atomic_files: Any = importlib.import_module("alignlab.runs.atomic_files")
 train_module: Any = importlib.import_module("alignlab.train")
 Trainer = train_module.Trainer
 rmtree = shutil.rmtree
-died = Path()  # is written by a process that kills itself, so that no other kill passes for it
-
-
-def die() -> None:
-    died.touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_after(module: Any, name: str, when: Callable[..., bool]) -> None:
-    """Kills the process once `module.name(...)` has returned with arguments that fit `when`."""
-    original = getattr(module, name)
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if when(*args):
-            die()
-        return result
-
-    setattr(module, name, wrapped)
 
 
 def half_written(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -77,23 +58,16 @@ def prepare(moment: str) -> None:
         raise ValueError(moment)
 
 
+def run(recipe: str, moment: str, output: str) -> None:
+    prepare(moment)
+    train_module.train(load_run(recipe, [f"output={output}"]))
+
+
 def main() -> None:
-    global died
     torch.set_num_threads(1)
     for job in sys.argv[2:]:
         moment, output = job.split("=")
-        died = Path(f"{output}.died")
-        child = os.fork()
-        if child == 0:
-            prepare(moment)
-            train_module.train(load_run(sys.argv[1], [f"output={output}"]))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        if killed and (moment == "never" or not died.exists()):
-            sys.exit(f"{job}: killed by another process, or for want of memory")
-        if killed == (moment == "never") or (not killed and status):
-            sys.exit(f"{job}: ended with {status}")
+        fork(job, partial(run, sys.argv[1], moment, output), dies=moment != "never")
 
 
 main()

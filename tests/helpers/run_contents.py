@@ -1,0 +1,45 @@
+"""What a run leaves behind, in forms that can be compared."""
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from alignlab.tracking import read_rows
+
+Value = TypeVar("Value")
+
+
+def timeless(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The values without those that a clock or the memory gives."""
+    return {
+        key: value
+        for key, value in values.items()
+        if key != "time" and not key.startswith(("time/", "memory/"))
+    }
+
+
+def timeless_rows(run: Path) -> list[dict[str, float]]:
+    """The rows of a run's log, without what a clock or the memory gives."""
+    return [timeless(row) for row in read_rows(run / "metrics.jsonl")]
+
+
+def timeless_metrics(run: Path) -> dict[str, float]:
+    """The metrics of a finished run, without what a clock or the memory gives."""
+    return timeless(json.loads((run / "result.json").read_text())["metrics"])
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file in a folder, by its path in there."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
