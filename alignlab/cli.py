@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -73,12 +73,12 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
 
 
 def stage1(
-    kind: Annotated[Literal["sara", "moalign"], typer.Argument(help="Which network.")],
+    kind: Annotated[str, typer.Argument(help="Which network: sara or moalign.")],
     recipe: Recipe,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Train the network that SARA or MoAlign freezes, or go on where its checkpoint left off."""
+    """Train the network that SARA or MoAlign freezes, or resume it from its last checkpoint."""
     from alignlab.recipe import dump, load_stage1_run
 
     config = load_stage1_run(kind, recipe, overrides)

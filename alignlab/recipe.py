@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
+from alignlab.config.data import unknown_name
 from alignlab.config.dotted import flatten
 from alignlab.config.identity import has_hash, identity, settings_hash
 from alignlab.config.parts import TrainingConfig
@@ -19,6 +20,7 @@ from alignlab.config.run import RunConfig
 from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.stage1.config import Stage1Config
+from alignlab.stage1.registry import STAGE1_TASKS
 
 # Settings that change no number of a run.
 NUMBERLESS: dict[str, Any] = {
@@ -58,8 +60,11 @@ def load_stage1_run(
         overrides: `dotted.key=value` strings, applied over the file.
 
     Raises:
-        UserError: as `load_run`, and when the recipe is no Stage 1 training or of another kind.
+        UserError: as `load_run`, and when there is no such kind, or the recipe is no Stage 1
+            training or of another kind.
     """
+    if kind not in STAGE1_TASKS:
+        raise UserError(f"alignlab stage1: {unknown_name('kind', kind, STAGE1_TASKS)}")
     mapping = read_recipe(recipe, overrides or [])
     if "stage1" not in mapping:
         refuse_other_command(recipe, mapping, "stage1")

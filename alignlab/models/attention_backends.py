@@ -8,10 +8,10 @@ import warnings
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
-    _check_attention_backend_requirements,
-    _maybe_download_kernel_for_backend,
+    attention_backend,
     dispatch_attention_fn,
 )
+from diffusers.utils import is_kernels_available
 from torch import Tensor
 
 from alignlab.config.data import unknown_name
@@ -78,17 +78,15 @@ def available_backends(
     reasons: dict[str, str | None] = {}
     for name in backend_names():
         if name.endswith("_hub"):
-            reasons[name] = _hub_reason(AttentionBackendName(name))
+            reasons[name] = _hub_reason()
         else:
             reasons[name] = _why_not(AttentionBackendName(name), torch.device(device), dtype)
     return reasons
 
 
-def _hub_reason(backend: AttentionBackendName) -> str:
-    try:
-        _check_attention_backend_requirements(backend)
-    except RuntimeError as error:
-        return _reason(error)
+def _hub_reason() -> str:
+    if not is_kernels_available():
+        return "Hugging Face's package `kernels` is not installed: pip install kernels"
     return "not tried: its kernel is downloaded when a recipe asks for it"
 
 
@@ -105,9 +103,8 @@ def _why_not(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            _check_attention_backend_requirements(backend)
-            _maybe_download_kernel_for_backend(backend)
-            difference = _difference_to_native(query, key, value, backend)
+            with attention_backend(backend):  # checks what it needs, and gets its kernel
+                difference = _difference_to_native(query, key, value, backend)
         except PROBE_ERRORS as error:
             return _reason(error, *_kernel_warnings(error, caught))
     if difference is None:

@@ -37,7 +37,6 @@ class Wan:
         vae: fp32, because Wan's autoencoder loses detail in bf16 (diffusers' own advice).
         text_encoder: in the recipe's precision.
         tokenizer: of the text encoder.
-        scheduler: the sampler that the pipeline folder names.
         folder: where the parts came from; an export copies the frozen ones from here.
     """
 
@@ -45,7 +44,6 @@ class Wan:
     vae: AutoencoderKLWan
     text_encoder: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
-    scheduler: Any
     folder: Path
 
     @property
@@ -61,11 +59,6 @@ class Wan:
         """Width of the tokens that a tap captures."""
         config = self.transformer.config
         return int(config["num_attention_heads"] * config["attention_head_dim"])
-
-    @property
-    def max_text_tokens(self) -> int:
-        """Length that prompts are padded to."""
-        return self._text.max_tokens
 
     def latent_grid(self, frames: int, height: int, width: int) -> Grid:
         """The video token grid (T, H, W) of a clip of so many frames and pixels.
@@ -167,7 +160,7 @@ def load_wan(
     patterns = ["model_index.json", "tokenizer/*"]
     patterns += [pattern for part in COMPONENTS for pattern in _weights(part)]
     folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
-    scheduler_class = _check_pipeline(folder)
+    _check_pipeline(folder)
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     transformer = _load_part(
         WanTransformer3DModel,
@@ -189,7 +182,6 @@ def load_wan(
         vae=vae.to(device).requires_grad_(False).eval(),
         text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        scheduler=scheduler_class.from_pretrained(folder, subfolder="scheduler"),
         folder=folder,
     )
 
@@ -261,8 +253,8 @@ def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) 
     return model
 
 
-def _check_pipeline(folder: Path) -> Any:
-    """The scheduler class that `model_index.json` names, once the folder is known to fit."""
+def _check_pipeline(folder: Path) -> None:
+    """Refuses a folder that is no pipeline with one transformer and a scheduler of diffusers."""
     index = json.loads((folder / "model_index.json").read_text())
     absent = [part for part in COMPONENTS if not (folder / part).is_dir()]
     if absent:
@@ -275,7 +267,6 @@ def _check_pipeline(folder: Path) -> Any:
     name = str(index.get("scheduler", [None, None])[1])
     if not hasattr(diffusers, name):
         raise UserError(f"model.path: {folder / 'model_index.json'}: unknown scheduler {name}")
-    return getattr(diffusers, name)
 
 
 def _check_text_to_video(

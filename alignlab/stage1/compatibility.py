@@ -9,17 +9,11 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Grid, Objective, ObjectiveConfig
-from alignlab.losses.stage1.folder import Kind, Stage1Info, read_stage1_info
+from alignlab.losses.stage1.folder import Kind, Stage1Info, read_stage1_info, stage1_rows
 from alignlab.models.model_files import on_disk
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
-
-SETTINGS: dict[str, tuple[str, Kind]] = {
-    "sara": ("aligner", "sara"),
-    "moalign": ("head", "moalign"),
-}
-"""By objective: the setting that names a Stage 1 folder, and the kind that it must hold."""
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +95,11 @@ def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
 
 
 def _named(alias: str, objective: ObjectiveConfig) -> _Named | None:
-    if objective.name not in SETTINGS:
+    row = stage1_rows().get(objective.name)
+    folder = None if row is None else getattr(objective, row.setting)
+    if row is None or folder is None:
         return None
-    setting, kind = SETTINGS[objective.name]
-    folder = getattr(objective, setting)
-    return None if folder is None else _Named(f"objectives.{alias}.{setting}", folder, kind)
+    return _Named(f"objectives.{alias}.{row.setting}", folder, objective.name)
 
 
 def _read_info(named: _Named) -> Stage1Info:
