@@ -52,7 +52,7 @@ def draw_plots(rows: list[Row], out: Path) -> list[Path]:
     plots: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         plots[row["kernel_name"], _config(row)["dtype"]].append(row)
-    return [_draw(op, dtype, found, out) for (op, dtype), found in plots.items()]
+    return [_draw(op, dtype, drawn, out) for (op, dtype), drawn in plots.items()]
 
 
 def roofline_share(rows: list[Row], mode: str) -> Lines:
@@ -77,17 +77,17 @@ def _rate(row: Row) -> float:
 
 
 def _config(row: Row) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(row["extra_benchmark_config_str"])
-    return found
+    config: dict[str, Any] = json.loads(row["extra_benchmark_config_str"])
+    return config
 
 
 def _lines(rows: list[Row], metric: str, mode: str) -> Lines:
-    found: Lines = {}
+    lines: Lines = {}
     for row in rows:
         if (row["metric_name"], row["kernel_operation_mode"]) == (metric, mode):
             values = (float(row[f"y_value_{quantile}"]) for quantile in (50, 20, 80))
-            found.setdefault(row["kernel_provider"], []).append(Point(int(row["x_value"]), *values))
-    return found
+            lines.setdefault(row["kernel_provider"], []).append(Point(int(row["x_value"]), *values))
+    return lines
 
 
 def _draw(op: str, dtype: str, rows: list[Row], out: Path) -> Path:

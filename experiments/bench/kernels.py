@@ -1,6 +1,6 @@
 """The command `alignlab bench kernels`: which cases, in which order, checked first, written down.
 
-The measuring itself is in `kernels/bench*.py`.
+The measuring itself is in `kernels/bench/`.
 """
 
 import itertools
@@ -49,7 +49,7 @@ HEADER = (
 )
 DEFAULT_SECONDS = {"cpu": 5.0, "cuda": 0.5}
 # On a CPU at some 100 GFLOP/s a case then takes minutes, and the memory is a laptop's. On CUDA
-# everything is tried, and what does not fit into its memory is said.
+# everything is tried, and what does not fit into its memory is named.
 DEFAULT_MAX_GFLOP = {"cpu": 600.0, "cuda": math.inf}
 DEFAULT_MAX_GIB = {"cpu": 8.0, "cuda": math.inf}
 
@@ -131,7 +131,7 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
 
     Raises:
         UserError: a provider computes something wrong (no speed is reported then), one that was
-            asked for by name cannot run, or no case is left.
+            named cannot run, or no case is left.
     """
     if bench.device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
@@ -143,14 +143,16 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
     with step_progress("checks", total=sum(len(present[op]) for op, _ in kinds)) as advance:
         right = _check_all(kinds, present, bench, left_out, _counter(advance))
     jobs = [(case, _fitting(case, right[case.op, case.width], bench, left_out)) for case in cases]
-    found: list[Measurement] = []
-    with step_progress("bench kernels", total=sum(num_steps(chosen) for _, chosen in jobs)) as bar:
-        tell = _counter(bar)
+    measured: list[Measurement] = []
+    steps = sum(num_steps(providers) for _, providers in jobs)
+    with step_progress("bench kernels", total=steps) as advance:
+        advance_one = _counter(advance)
         for case, providers in jobs:
-            figures, failed = measure(case, providers, bench.device, bench.seconds, tell)
-            found += figures
+            figures, failed = measure(case, providers, bench.device, bench.seconds, advance_one)
+            measured += figures
             left_out += failed
-    return KernelFigures(tuple(found), tuple(left_out), tuple(_write(found, bench.device, out)))
+    files = _write(measured, bench.device, out)
+    return KernelFigures(tuple(measured), tuple(left_out), tuple(files))
 
 
 def print_figures(figures: KernelFigures) -> None:
@@ -169,14 +171,14 @@ def print_figures(figures: KernelFigures) -> None:
 
 
 def _table_rows(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
-    found = {(m.case, m.provider, m.mode, m.metric): m.spread for m in measurements}
+    spreads = {(m.case, m.provider, m.mode, m.metric): m.spread for m in measurements}
     rows = []
-    for case, provider in product(dict.fromkeys(case for case, *_ in found), PROVIDERS):
-        if (case, provider, "full", "speed") not in found:
+    for case, provider in product(dict.fromkeys(case for case, *_ in spreads), PROVIDERS):
+        if (case, provider, "full", "speed") not in spreads:
             continue
-        speeds = [found[case, provider, mode, "speed"] for mode in MODES]
-        floor = found.get((case, "floor", "full", "speed"))
-        memory = found.get((case, provider, "full", "memory"))
+        speeds = [spreads[case, provider, mode, "speed"] for mode in MODES]
+        floor = spreads.get((case, "floor", "full", "speed"))
+        memory = spreads.get((case, provider, "full", "memory"))
         rows.append(
             (
                 str(case),
@@ -190,6 +192,7 @@ def _table_rows(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
 
 
 def _counter(advance: Advance) -> Callable[[str], None]:
+    """`advance` by one step at each call."""
     numbers = itertools.count(1)
     return lambda note: advance(next(numbers), note)
 
@@ -239,7 +242,7 @@ def _check_all(
     present: Mapping[Op, list[Provider]],
     bench: KernelBench,
     left_out: list[LeftOut],
-    tell: Callable[[str], None],
+    advance_one: Callable[[str], None],
 ) -> dict[tuple[Op, int], list[Provider]]:
     """Gives the providers that compute the right thing, for each kind of case."""
     right: dict[tuple[Op, int], list[Provider]] = {kind: [] for kind in kinds}
@@ -254,11 +257,11 @@ def _check_all(
                 if bench.providers:
                     raise UserError(f"--impl {provider}: {error}") from None
                 left_out.append(LeftOut(f"{provider} of {op}, C={width}", str(error)))
-            tell(f"{provider} on {op}, C={width}")
+            advance_one(f"{provider} on {op}, C={width}")
     return right
 
 
-def _write(found: list[Measurement], device: torch.device, out: Path) -> list[Path]:
+def _write(measured: list[Measurement], device: torch.device, out: Path) -> list[Path]:
     facts = {
         "gpu_name": _device_name(device),
         "timestamp": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
@@ -269,11 +272,11 @@ def _write(found: list[Measurement], device: torch.device, out: Path) -> list[Pa
     }
     out.mkdir(parents=True, exist_ok=True)
     table = out / CSV_NAME
-    new = [to_row(measurement, facts) for measurement in found]
+    new = [to_row(measurement, facts) for measurement in measured]
     rows = replace_rows(read_rows(table), new)
     write_text(table, to_csv(rows))
-    here = [row for row in rows if row["gpu_name"] == facts["gpu_name"]]
-    return [table, *draw_plots(here, out)]
+    of_device = [row for row in rows if row["gpu_name"] == facts["gpu_name"]]
+    return [table, *draw_plots(of_device, out)]
 
 
 def _device_name(device: torch.device) -> str:

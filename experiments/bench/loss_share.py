@@ -11,6 +11,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,10 +91,8 @@ def measure_share(
         ValueError: an implementation cannot run here.
     """
     step = _Step(size, references, device)
-    sides: dict[str, Callable[[], object]] = {"none": lambda: step(None)}
-    for impl in impls:
-        objective = step.refalign(impl)
-        sides[impl] = lambda objective=objective: step(objective)  # type: ignore[misc]
+    sides: dict[str, Callable[[], object]] = {"none": partial(step, None)}
+    sides |= {impl: partial(step, step.refalign(impl)) for impl in impls}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     with step_progress("share", total=steps + WARMUP_STEPS) as advance:
         for number in range(steps + WARMUP_STEPS):
@@ -174,7 +173,7 @@ class _Step:
 
 def write_share(shares: Sequence[Share], size: str, out: Path) -> None:
     """Keeps the figures with the environment that they belong to."""
-    rows = [asdict(share) for share in shares]
-    found = {"size": size, "sides": rows, "environment": describe_environment()}
+    sides = [asdict(share) for share in shares]
+    content = {"size": size, "sides": sides, "environment": describe_environment()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(found, indent=1) + "\n")
+    write_text(out, json.dumps(content, indent=1) + "\n")

@@ -8,7 +8,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -124,9 +124,8 @@ def bare_step(run: Run) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor], Non
     return step
 
 
-def write_overhead(found: Overhead, out: Path) -> None:
+def write_overhead(overhead: Overhead, out: Path) -> None:
     """Keeps the figures with the environment that they belong to."""
-    facts = describe_environment()
-    row = {**found.__dict__, "environment": facts}
+    content = asdict(overhead) | {"environment": describe_environment()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(row, indent=1) + "\n")
+    write_text(out, json.dumps(content, indent=1) + "\n")
