@@ -92,13 +92,13 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
     for name in row.part:
         config = getattr(config, name, config)
     try:
-        with _no_load_report():
+        with _quiet_loading():
             model, info = model_class.from_pretrained(
                 **source,
                 config=config,
                 key_mapping={row.part_prefix: ""} if row.part_prefix else None,
                 dtype=dtype,
-                ignore_mismatched_sizes=True,  # judged below
+                ignore_mismatched_sizes=True,  # checked below
                 local_files_only=True,
                 output_loading_info=True,
             )
@@ -134,7 +134,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_load_report() -> Iterator[None]:
+def _quiet_loading() -> Iterator[None]:
     """Silences transformers' table of the weights of the parts that are not run."""
     from transformers.utils import logging
 
