@@ -63,15 +63,18 @@ def feature_clip(
     matched_TPE = match_grid(features.tokens_BTPD, features.grid, grid)[0].float().cpu()
     missing = grid[0] - len(matched_TPE)
     matched_TPE = torch.cat([matched_TPE[:1]] * missing + [matched_TPE])
-    rows = [tokens.video.tokens_BND[0].float().cpu() for tokens in taps.values()]
-    colours, explained = pca_colours(rows)
+    student = [tokens.video.tokens_BND[0].float().cpu() for tokens in taps.values()]
+    colours, explained = pca_colours(student)
     teacher_colours, teacher_explained = pca_colours([matched_TPE.flatten(0, 1)])
     video_THWC = clip.sample.video_THWC
     size = tuple(video_THWC.shape[:3])
     return FeatureClip(
         clip.sample.caption,
         video_THWC,
-        {model: _like_video(found, grid, size) for model, found in zip(taps, colours, strict=True)},
+        {
+            model: _like_video(colours_NC, grid, size)
+            for model, colours_NC in zip(taps, colours, strict=True)
+        },
         _like_video(teacher_colours[0], grid, size),
         dict(zip((*taps, "teacher"), (*explained, *teacher_explained), strict=True)),
     )
@@ -110,15 +113,15 @@ def pca_colours(sets: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
 
 
 def tsne_points(features_ND: Tensor) -> Tensor:
-    """t-SNE of unit rows, `(N, 2)`: scikit-learn's, started from PCA with seed 0.
+    """t-SNE of unit features, `(N, 2)`: scikit-learn's, started from PCA with seed 0.
 
     A picture, not a measure: distances between groups and their sizes mean nothing.
     """
-    rows = unit_rows(features_ND.double()).numpy()
-    perplexity = min(PERPLEXITY, (len(rows) - 1) / 3)
-    chosen = TSNE(perplexity=perplexity, init="pca", random_state=0)
+    unit_ND = unit_rows(features_ND.double()).numpy()
+    perplexity = min(PERPLEXITY, (len(unit_ND) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="pca", random_state=0)
     with threadpool_limits(1):  # its sums would otherwise depend on the number of threads
-        return torch.from_numpy(chosen.fit_transform(rows))
+        return torch.from_numpy(tsne.fit_transform(unit_ND))
 
 
 def _like_video(colours_NC: Tensor, grid: tuple[int, int, int], size: Sequence[int]) -> Tensor:

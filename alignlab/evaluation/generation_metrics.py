@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.shapes.dataset import REFERENCE_RADIUS
-from alignlab.data.shapes.detect import Found, direction, find_subjects
+from alignlab.data.shapes.detect import Regions, direction, find_subjects
 from alignlab.evaluation.named_subjects import AttributeProbes, Recognised
 from alignlab.losses.grids import covered_share
 from alignlab.metrics import (
@@ -66,7 +66,7 @@ class GeneratedClip:
     probes: AttributeProbes | None = None
 
     @cached_property
-    def subjects(self) -> Found | None:
+    def subjects(self) -> Regions | None:
         """Where the frames show the entities; None where the data do not name them by colour."""
         if not self.subjects_by_colour:
             return None
@@ -97,11 +97,11 @@ class GeneratedClip:
     @cached_property
     def appearances(self) -> list[Appearances]:
         """By reference; empty where subjects cannot be found or compared."""
-        teacher, found, reference_KD = self.teacher, self.subjects, self.reference_features_KD
-        if teacher is None or found is None or reference_KD is None:
+        teacher, regions, reference_KD = self.teacher, self.subjects, self.reference_features_KD
+        if teacher is None or regions is None or reference_KD is None:
             return []
         return [
-            self._appearances(teacher, found.masks_ETHW, reference_KD, k)
+            self._appearances(teacher, regions.masks_ETHW, reference_KD, k)
             for k in range(len(reference_KD))
         ]
 

@@ -56,7 +56,7 @@ def spatial_structure(
     distance_NN = (place_N2[:, None] - place_N2).abs().sum(2)
     cosine_NN = unit_ND @ unit_ND.T
     close_NN = (distance_NN > 0) & (distance_NN <= near)
-    found = {
+    measures = {
         "lds": _difference(cosine_NN, close_NN, distance_NN >= far),
         "cds": _decay(cosine_NN, distance_NN, min(reach, height + width - 2)),
         "rmsc": float((unit_ND - unit_ND.mean(0)).square().sum(1).mean().sqrt()),
@@ -66,8 +66,8 @@ def spatial_structure(
         inside_N = inside_N.to(unit_ND.device)
         own_NN = inside_N[:, None] & inside_N & close_NN
         other_NN = inside_N[:, None] & ~inside_N & (distance_NN >= far)
-        found["srss"] = _difference(cosine_NN, own_NN, other_NN)
-    return {name: value for name, value in found.items() if value is not None}
+        measures["srss"] = _difference(cosine_NN, own_NN, other_NN)
+    return {name: value for name, value in measures.items() if value is not None}
 
 
 def _difference(cosine_NN: Tensor, left_NN: Tensor, right_NN: Tensor) -> float | None:

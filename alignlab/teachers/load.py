@@ -98,7 +98,7 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
                 config=config,
                 key_mapping={row.part_prefix: ""} if row.part_prefix else None,
                 dtype=dtype,
-                ignore_mismatched_sizes=True,  # judged below
+                ignore_mismatched_sizes=True,  # checked below
                 local_files_only=True,
                 output_loading_info=True,
             )

@@ -21,7 +21,7 @@ class TeacherRow:
         feature: used when a recipe names none.
         features: which kinds of feature there are (see `Teacher`).
         mean, std: normalisation of pixels that were scaled to 0..1.
-        resize: filter, with antialiasing, for frames that do not have the asked size already.
+        resize: filter, with antialiasing, for frames that do not have the requested size already.
         class_tokens: tokens before the patches, besides the `num_register_tokens` that the
             model's config counts.
         video: the model takes whole clips in tubelets (`tubelet_size` of its config), not frames.
@@ -58,7 +58,7 @@ _SAM2 = ("sam2", "sam2_video", "sam2_vision_model", "sam2_hiera_det_model")
 # DINOv2, DINOv3, SAM 2 and V-JEPA 2 by default, the released VideoMAE checkpoints by their
 # preprocessor_config.json (their processor's own default is 0.5), and the code of REPA, RefAlign
 # and VideoREPA. None crops here, and none resizes to its training size: frames get the size that
-# gives the asked number of patches.
+# gives the requested number of patches.
 TEACHERS: dict[str, TeacherRow] = {
     # REPA: after the final norm, bicubic.
     "dinov2": TeacherRow(_DINOV2, path="facebook/dinov2-base", feature="post_norm"),
@@ -120,6 +120,6 @@ def parse_feature(family: str, feature: str) -> tuple[str, int]:
     kind, number = (match[1], match[2]) if match else ("", None)
     kind = kind if number is None else f"{kind}:k"
     if kind not in kinds or (kind == "stage:k" and not int(number or 0)):
-        known = ", ".join(kinds)
-        raise ValueError(f"{feature!r} is not a feature of {family}: {known} (k a number)")
+        valid = ", ".join(kinds)
+        raise ValueError(f"{feature!r} is not a feature of {family}: {valid} (k a number)")
     return kind, int(number or 0)

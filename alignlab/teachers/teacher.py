@@ -75,7 +75,7 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:
-        """Patch features of uint8 frames, fp32, on a grid of the asked size.
+        """Patch features of uint8 frames, fp32, on a grid of the requested size.
 
         Frames are resized to `grid * patch_size` pixels, so that the features need no
         interpolation: 480x832 frames for a 30x52 grid and patch 16 stay as they are (RefAlign),
@@ -127,7 +127,7 @@ class Teacher:
         return self._feature.read(out)[:, self._num_prefix :].float()
 
     def _frame_size(self, grid_HW: tuple[int, int]) -> tuple[int, int]:
-        """Pixels of a frame that give the asked grid."""
+        """Pixels of a frame that give the requested grid."""
         stride, multiple = self._feature.stride, self._feature.multiple
         height, width = (count * stride for count in grid_HW)
         if height % multiple or width % multiple:

@@ -63,11 +63,11 @@ def config_values(config: dict[str, Any]) -> dict[str, Any]:
 
 def weights(folder: Path) -> dict[str, Tensor]:
     """Reads the folder's weights under transformers' names."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, value in load_file(file).items():
-            found |= _renamed(name.removeprefix("model."), value)
-    return found
+            tensors |= _renamed(name.removeprefix("model."), value)
+    return tensors
 
 
 def _renamed(name: str, value: Tensor) -> dict[str, Tensor]:

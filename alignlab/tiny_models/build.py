@@ -1,7 +1,7 @@
 """`alignlab assets build`: trains the embedded tiny models from nothing, stage by stage.
 
-Stages `vae`, `dino` and `wan` each keep their state in the work folder, so a killed build goes on
-where it was. Weights are written in half precision.
+Stages `vae`, `dino` and `wan` each keep their state in the work folder, so a killed build resumes
+there. Weights are written in half precision.
 """
 
 import hashlib

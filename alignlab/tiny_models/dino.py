@@ -90,7 +90,7 @@ def _losses(model: DinoWithHeads, samples: list[Sample], frames: list[int]) -> d
     images += [samples[i].references[k].image_HWC for i, k in references]
     tokens_BPD = model.patches(torch.stack(images))
     seen, shown, labels, patches = [], [], [], []
-    for row, (i, k) in enumerate(references):
+    for number, (i, k) in enumerate(references):
         masks = samples[i].masks_ETHW
         assert masks is not None  # shapes always has masks
         in_clip = coverage(masks[k, frames[i]])
@@ -98,14 +98,14 @@ def _losses(model: DinoWithHeads, samples: list[Sample], frames: list[int]) -> d
         name = samples[i].references[k].name
         for weight_P, tokens_PD in (
             (in_clip, tokens_BPD[i]),
-            (in_reference, tokens_BPD[len(samples) + row]),
+            (in_reference, tokens_BPD[len(samples) + number]),
         ):
-            chosen = tokens_PD[weight_P > 0.4]
-            patches.append(chosen)
-            labels += [name] * len(chosen)
+            on_subject_ND = tokens_PD[weight_P > 0.4]
+            patches.append(on_subject_ND)
+            labels += [name] * len(on_subject_ND)
         if in_clip.sum() > 1.0:  # pooled features of a hardly visible subject say nothing
             seen.append(pool(tokens_BPD[i], in_clip))
-            shown.append(pool(tokens_BPD[len(samples) + row], in_reference))
+            shown.append(pool(tokens_BPD[len(samples) + number], in_reference))
     logits = torch.stack(seen) @ torch.stack(shown).T / TEMPERATURE
     target = torch.arange(len(logits))
     contrast = F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)

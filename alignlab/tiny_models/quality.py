@@ -18,13 +18,14 @@ from alignlab.data.shapes.world import Subject, all_subjects
 from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.evaluation.metric_registry import NAMED_SUBJECT_METRICS
 from alignlab.evaluation.named_subjects import AttributeProbes
+from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan
 from alignlab.randomness import generator
+from alignlab.sampling import Guidance, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.tiny_models.clips import SIZE, ClipPool, shapes_clips
 from alignlab.tiny_models.dino import coverage, pool
 from alignlab.tiny_models.vae import to_signed
-from alignlab.training.flow_matching import euler_sample
 
 HELD_OUT_SEED = 2000
 PSNR_FLOOR = 24.0
@@ -112,19 +113,14 @@ def generate(
     wan: Wan, caption: str, seed: int, *, steps: int = 20, guidance: float = 3.0
 ) -> Tensor:
     """One text-to-video clip of the base model, uint8 `(T, H, W, C)`."""
-    empty, text = wan.encode_text(["", caption])
+    empty_LD, text_LD = wan.encode_text(["", caption])
     shape = (int(wan.vae.config.z_dim), 3, SIZE[0] // 8, SIZE[1] // 8)
     noise = torch.randn(shape, generator=generator(seed, "quality"))
-    text_BLD = torch.stack([empty, text])
-
-    def velocity_at(latents: Tensor, sigma: float) -> Tensor:
-        timesteps = torch.full((2,), sigma * 1000)
-        pair = latents.expand(2, *latents.shape)
-        without, with_text = wan.transformer(pair, timesteps, text_BLD, return_dict=False)[0]
-        guided: Tensor = without + guidance * (with_text - without)
-        return guided
-
-    return wan.decode(euler_sample(velocity_at, noise, steps=steps, shift=3.0))
+    no_references = noise.new_empty(0, shape[0], *shape[2:])
+    settings = Guidance(steps, shift=3.0, text=guidance, reference=0.0)
+    with ReferenceBranch(wan.transformer) as branch:
+        latents = sample_latents(branch, noise, text_LD, empty_LD, no_references, settings)
+    return wan.decode(latents)
 
 
 def _pooled(teacher: Teacher, subject: Subject, rng: np.random.Generator) -> Tensor:

@@ -4,7 +4,7 @@ Matrices and convolution kernels are trained with Muon. On the tiny autoencoder,
 reach 22.1 dB where AdamW reaches 16.7 dB (16 images per step, same time per step).
 
 A stage's state is one safetensors file, written to a temporary name and renamed, so that a
-killed build goes on from its last save.
+killed build resumes from its last save.
 """
 
 import math
@@ -150,7 +150,7 @@ def _load(
     optimizers: StageOptimizers,
     ema: dict[str, Tensor],
 ) -> int:
-    """Restores a saved state, if there is one, and returns the step to go on from."""
+    """Restores a saved state, if there is one, and returns the step to resume from."""
     if not path.exists():
         return 0
     tensors = load_file(path)

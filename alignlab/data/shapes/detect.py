@@ -40,7 +40,7 @@ _HUES_Q3, _COLOURS_Q = _palette()
 
 
 @dataclass(frozen=True)
-class Found:
+class Regions:
     """The coloured parts of a clip.
 
     Args:
@@ -52,7 +52,7 @@ class Found:
     parts_T: Tensor
 
 
-def find_subjects(video_THWC: Tensor, phrases: tuple[str, ...]) -> Found:
+def find_subjects(video_THWC: Tensor, phrases: tuple[str, ...]) -> Regions:
     """Looks for the subjects that phrases such as "red striped circle" name.
 
     A pixel belongs to the colour whose hue (its RGB less their mean) is nearest, full or paled;
@@ -80,7 +80,7 @@ def find_subjects(video_THWC: Tensor, phrases: tuple[str, ...]) -> Found:
             parts[t] += count
             if colour in wanted:
                 masks[wanted.index(colour), t] = region_HW
-    return Found(torch.from_numpy(masks), torch.from_numpy(parts))
+    return Regions(torch.from_numpy(masks), torch.from_numpy(parts))
 
 
 def direction(mask_THW: Tensor) -> str | None:

@@ -2,14 +2,15 @@
 
 import json
 import logging
+import pkgutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
 from PIL import Image
 
-from alignlab.config.data import FolderConfig
+from alignlab.config.data import ClipsConfig, FolderConfig
 from alignlab.data.folder import FolderDataset, held_out_names
 from alignlab.data.registry import DATASETS, build_dataset
 from alignlab.data.sample import Sample
@@ -295,5 +296,15 @@ def test_one_video_cannot_be_split(root: Path) -> None:
 
 
 def test_registry_builds_what_the_recipe_names(root: Path) -> None:
-    assert set(DATASETS) == {"shapes", "folder"}
+    assert set(DATASETS) >= {"shapes", "folder"}
+    for name, row in DATASETS.items():
+        assert get_args(row.config.model_fields["name"].annotation) == (name,)
+        assert {
+            "frames",
+            "size",
+            "fps",
+            "references",
+            "cache_clips",
+        } <= row.config.model_fields.keys()
+        assert issubclass(row.config, ClipsConfig) and callable(pkgutil.resolve_name(row.dataset))
     assert isinstance(build_dataset(config(root), "train"), FolderDataset)
