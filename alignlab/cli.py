@@ -1,7 +1,7 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,11 +9,13 @@ from typing import Annotated, Literal
 import typer
 
 from alignlab.cli_errors import Commands
-from alignlab.distributed.launch_env import process_rank, refuse_strangers
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, RunFolder
+from alignlab.distributed import launch_env
 from alignlab.errors import UserError
 from alignlab.experiments.cli.bench import bench_app
-from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
-from alignlab.experiments.cli.probe import probe, teachers_app
+from alignlab.experiments.cli.compare import compare, demo
+from alignlab.experiments.cli.probe import preview, probe, teachers_app
+from alignlab.experiments.cli.sweep import sweep
 
 app = typer.Typer(
     cls=Commands,
@@ -31,20 +33,11 @@ app.add_typer(assets_app, name="assets")
 app.add_typer(bench_app, name="bench")
 app.add_typer(teachers_app, name="teachers")
 
-Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),
-]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
-]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/tiny.")]
 KeptModel = StrEnum("KeptModel", ["vae", "dino"])  # typer takes no list of Literal
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from alignlab import __version__
 
         typer.echo(f"alignlab {__version__}")
@@ -60,28 +53,25 @@ def options(
     """Compare alignment losses for video diffusion transformers."""
 
 
-@app.command()
 def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig = False) -> None:
-    """Train one run, or go on with it where its last checkpoint left off."""
+    """Train one run, or resume it from its last checkpoint."""
     from alignlab.recipe import dump, load_run
 
     config = load_run(recipe, overrides)
     if print_config:
         typer.echo(dump(config), nl=False)
         return
-    from alignlab.distributed.ranks import leave
+    from alignlab.distributed.ranks import destroy_process_group
     from alignlab.train import train as run
 
-    refuse_strangers()
-    if process_rank() > 0:  # the first process speaks for all
+    if launch_env.rank() > 0:  # rank 0 speaks for all
         logging.getLogger("alignlab").setLevel(logging.ERROR)
     folder = run(config)
-    leave()
-    if process_rank() == 0:
+    destroy_process_group()
+    if launch_env.rank() == 0:
         typer.echo(f"run folder: {folder}")
 
 
-@app.command()
 def stage1(
     kind: Annotated[Literal["sara", "moalign"], typer.Argument(help="Which network.")],
     recipe: Recipe,
@@ -100,77 +90,6 @@ def stage1(
     typer.echo(f"stage 1 folder: {train_stage1(config)}")
 
 
-@app.command()
-def compare(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    launcher: LauncherName = "local",
-    ray_address: RayAddress = None,
-    list_runs: Annotated[
-        bool, typer.Option("--list-runs", help="Print the recipes of untrained runs and stop.")
-    ] = False,
-    print_config: PrintConfig = False,
-) -> None:
-    """Train every variant of a comparison over its seeds and write the report."""
-    from alignlab.experiments.compare.config import dump_compare, load_compare
-
-    config = load_compare(recipe, overrides)
-    if print_config:
-        typer.echo(dump_compare(config), nl=False)
-        return
-    from alignlab.experiments.compare.run import compare as run
-    from alignlab.experiments.compare.run import unfinished
-    from alignlab.experiments.launchers import make_launcher
-
-    if list_runs:
-        if launcher != "local" or ray_address is not None:
-            raise UserError("--list-runs: nothing is trained, so leave out --launcher")
-        for path in unfinished(config):
-            typer.echo(path)
-        return
-    trains = make_launcher(launcher, config.launch, ray_address=ray_address)
-    typer.echo(f"report: {run(config, launcher=trains)}")
-
-
-@app.command()
-def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:
-    """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
-    compare("demo", overrides, print_config=print_config)
-
-
-@app.command()
-def sweep(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    workers: Workers = None,
-    join: Annotated[
-        bool, typer.Option("--join", help="Help with a sweep begun elsewhere, on its storage.")
-    ] = False,
-    launcher: LauncherName = "local",
-    ray_address: RayAddress = None,
-    print_config: PrintConfig = False,
-) -> None:
-    """Search the settings of a run with Optuna, or go on where a killed sweep left off."""
-    from alignlab.experiments.sweep.config import dump_sweep, load_sweep
-
-    config = load_sweep(recipe, overrides)
-    if print_config:
-        typer.echo(dump_sweep(config), nl=False)
-        return
-    from alignlab.experiments.launchers.sweeps import make_sweep_launcher
-    from alignlab.experiments.sweep import run as command
-
-    given = [recipe, *(overrides or ())]
-    runs_trials = make_sweep_launcher(
-        launcher, workers=workers, command=given, join=join, ray_address=ray_address
-    )
-    if join:
-        command.join(config, launcher=runs_trials)
-    else:
-        typer.echo(f"results: {command.sweep(config, launcher=runs_trials)}")
-
-
-@app.command()
 def sample(
     run: RunFolder,
     prompt: Annotated[str, typer.Option(help="What the video shows.")],
@@ -209,7 +128,6 @@ def sample(
     typer.echo(f"video: {written}")
 
 
-@app.command()
 def export(
     run: RunFolder,
     out: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/export).")] = None,
@@ -220,15 +138,27 @@ def export(
     typer.echo(f"exported: {write(run, out or run / 'export')}")
 
 
-app.command()(probe)
-
-
-@app.command()
 def doctor() -> None:
     """Show versions and which devices, attention backends, kernels and models work here."""
-    from alignlab.doctor import report
+    from alignlab.doctor import print_diagnosis
 
-    report()
+    print_diagnosis()
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    train,
+    stage1,
+    compare,
+    demo,
+    sweep,
+    sample,
+    export,
+    probe,
+    doctor,
+)
+"""In the order of `alignlab --help`."""
+for command in COMMANDS:
+    app.command()(command)
 
 
 @list_app.command("objectives")
@@ -267,28 +197,17 @@ def list_recipes() -> None:
 @list_app.command("data")
 def list_data() -> None:
     """Data sets and their settings."""
-    from alignlab.config.data import FolderConfig, ShapesConfig
+    from alignlab.data.registry import DATASETS
 
-    for config in (ShapesConfig, FolderConfig):
+    for name, dataset in DATASETS.items():
         rows = []
-        for key, field in config.model_fields.items():
+        for key, field in dataset.config.model_fields.items():
             default = "required" if field.is_required() else str(field.default)
             rows.append((f"data.{key}", default, field.description or "which data set this is"))
-        _print_table((str(config.model_fields["name"].default), "default", "meaning"), rows)
+        _print_table((name, "default", "meaning"), rows)
 
 
-@data_app.command("preview")
-def preview(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("preview"),
-    clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 8,
-) -> None:
-    """Write a page with clips of a recipe's data set, their captions, references and masks."""
-    from alignlab.experiments.data_preview import load_data
-    from alignlab.experiments.data_preview import preview as write
-
-    typer.echo(f"preview: {write(load_data(recipe, overrides), out, clips)}")
+data_app.command("preview")(preview)
 
 
 @data_app.command("real-clips")

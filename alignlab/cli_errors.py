@@ -1,4 +1,4 @@
-"""What the command line says of errors: one line on stderr for what a user can mend."""
+"""Errors on the command line: one line on stderr for what a user can mend."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from alignlab.distributed.launch_env import process_count, process_rank
+from alignlab.distributed import launch_env
 from alignlab.errors import UserError
 
 
@@ -16,12 +16,12 @@ class Commands(TyperGroup):
     """Turns what a user can mend into one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
-        who = ""
+        rank = ""
         try:
-            who = _who()
+            rank = _rank()
             return super().invoke(ctx)
         except _user_errors() as error:
-            typer.echo(f"error{who}: {error}", err=True)
+            typer.echo(f"error{rank}: {error}", err=True)
             raise typer.Exit(2) from None
         except _write_errors() as error:
             if not _disk_is_full(error):
@@ -35,10 +35,10 @@ class Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
-def _who() -> str:
-    """Of several processes, those after the first say which they are."""
-    rank = process_rank()
-    return f" (process {rank + 1} of {process_count()})" if rank else ""
+def _rank() -> str:
+    """Which rank this is, for ranks above 0."""
+    rank = launch_env.rank()
+    return f" (rank {rank} of {launch_env.world_size()})" if rank else ""
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

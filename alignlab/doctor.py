@@ -1,6 +1,5 @@
 """What works on this machine: versions, devices, attention backends, kernels, models."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -12,19 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 import alignlab
-from alignlab.kernels import pull_push
+from alignlab.environment import PACKAGES as ENVIRONMENT_PACKAGES
+from alignlab.environment import package_version
+from alignlab.kernels import pull_push, relation
 from alignlab.models.attention_backends import available_backends
 from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
 
 # Distribution -> the extra of alignlab that brings it, "" for what is always needed.
 PACKAGES = {
-    "torch": "",
-    "triton": "",
-    "diffusers": "",
-    "transformers": "",
-    "accelerate": "",
-    "peft": "",
+    **dict.fromkeys(ENVIRONMENT_PACKAGES, ""),
     "optuna": "",
     "mlflow": "",
     "pydantic": "",
@@ -32,17 +28,16 @@ PACKAGES = {
     "av": "",
     "opencv-python-headless": "",
     "scipy": "",
-    "safetensors": "",
     "xformers": "gpu",
     "ray": "ray",
     "sam2": "sam2",
 }
 WAN_MODELS = ("assets/tiny-wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-KERNELS = {"pull_push": pull_push.implementations}
+KERNELS = {"pull_push": pull_push.implementations, "relation": relation.implementations}
 GIB = 2**30
 
 
-def report(console: Console | None = None) -> None:
+def print_diagnosis(console: Console | None = None) -> None:
     """Print everything below as tables; a thing that does not work comes with its reason."""
     console = console or Console()
     devices = device_lines()
@@ -50,7 +45,7 @@ def report(console: Console | None = None) -> None:
     console.print(_table("Devices", ("device", "what it is"), list(devices.items())))
     for device in devices:
         backends = [(name, why or "works") for name, why in available_backends(device).items()]
-        backends.sort(key=lambda row: row[1] != "works")
+        backends.sort(key=_fails)
         title = f"Attention backends on {device} (model.attention)"
         console.print(_table(title, ("backend", "state"), backends))
     kernels = [
@@ -66,10 +61,8 @@ def package_versions() -> dict[str, str]:
     """Versions of Python, alignlab and the packages it stands on."""
     versions = {"python": platform.python_version(), "alignlab": alignlab.__version__}
     for package, extra in PACKAGES.items():
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "missing" + (f" (extra {extra})" if extra else "")
+        missing = f"missing (extra {extra})" if extra else "missing"
+        versions[package] = package_version(package) or missing
     return versions
 
 
@@ -92,10 +85,14 @@ def device_lines() -> dict[str, str]:
 
 
 def model_states() -> dict[str, str]:
-    """Known models, and those teachers' models that recipes name by family: where they are."""
-    teachers = {row.path: f"teacher {family}" for family, row in TEACHERS.items()}
+    """Wan models, and the models of teachers that recipes name by family alone: where they are."""
+    teachers = {teacher.path: f"teacher {family}" for family, teacher in TEACHERS.items()}
     kinds = dict.fromkeys(WAN_MODELS, "Wan") | teachers
     return {f"{path} ({kind})": _where(path) for path, kind in kinds.items()}
+
+
+def _fails(backend: tuple[str, str]) -> bool:
+    return backend[1] != "works"
 
 
 def _where(path: str) -> str:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 CHANGE_BITS = ("device", "threads", "processes", "torch")
 THEN = ", then "
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "safetensors")
+"""Those that numbers depend on."""
 
 
 def describe_environment() -> dict[str, str]:
@@ -37,25 +38,26 @@ def describe_environment() -> dict[str, str]:
 
 
 def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
-    """Facts of a run that goes on from a checkpoint, and a warning if it does so elsewhere.
+    """Facts of a run that is resumed from a checkpoint, and a warning if anything changed.
 
-    On another device, with other threads, processes or another torch, sums are taken in another
-    order: the run then ends with other last bits than uninterrupted. Such a fact is given as
-    `1, then 2`.
+    On another device, with other threads, another number of processes or another torch, sums are
+    taken in another order: the run then ends with other last bits than uninterrupted. Such a fact
+    is given as `1, then 2`.
 
     Args:
         earlier: the run's `environment.json`, if there is one.
         now: the facts of this process.
     """
-    known: dict[str, str] = json.loads(earlier.read_text()) if earlier.exists() else {}
+    before: dict[str, str] = json.loads(earlier.read_text()) if earlier.exists() else {}
+    if before:
+        before = {"processes": "1"} | before  # older runs had one process and do not say so
     facts = dict(now)
-    known = {"processes": "1", **known} if known else known  # older runs had but one
-    for name in (name for name in CHANGE_BITS if name in known and name in now):
-        facts[name] = known[name]
-        if (last := known[name].split(THEN)[-1]) != now[name]:
+    for name in (name for name in CHANGE_BITS if name in before and name in now):
+        facts[name] = before[name]
+        if (last := before[name].split(THEN)[-1]) != now[name]:
             facts[name] += THEN + now[name]
             log.warning(
-                "%s: goes on with %s %s, after %s: the last bits of its numbers depend on it",
+                "%s: resumed with %s %s, after %s: the last bits of its numbers depend on it",
                 earlier.parent,
                 name,
                 now[name],
@@ -85,11 +87,11 @@ def git_commit() -> str | None:
     folder = Path(alignlab.__file__).resolve().parent.parent
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
-    shown = subprocess.run(
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=9"],
         cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
-    return shown.stdout.strip() or None
+    return described.stdout.strip() or None

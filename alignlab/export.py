@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignlab.errors import UserError
-from alignlab.runs.run_folder import RunFolder, whole_folder
+from alignlab.runs.atomic_files import whole_folder
+from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
 from alignlab.training import checkpoint
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alignlab.distributed.launch_env import process_rank
+from alignlab.distributed import launch_env
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ Advance = Callable[[int, str], None]
 @contextmanager
 def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
     """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds."""
-    if process_rank() > 0:  # the first process speaks for all
+    if launch_env.rank() > 0:  # rank 0 speaks for all
         yield lambda done, note: None
         return
     console = Console(stderr=True)

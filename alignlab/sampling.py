@@ -45,14 +45,14 @@ class Guidance:
 
 def guidance_of(config: RunConfig) -> Guidance:
     """The sampling settings of a recipe; the shift is the training's unless it has its own."""
-    chosen = config.eval
+    settings = config.eval
     trained = 1.0 if config.flow.sampler == "uniform" else config.flow.shift
-    shift = trained if chosen.sample_shift is None else chosen.sample_shift
+    shift = trained if settings.sample_shift is None else settings.sample_shift
     return Guidance(
-        chosen.sample_steps,
+        settings.sample_steps,
         shift,
-        chosen.text_guidance,
-        chosen.reference_guidance,
+        settings.text_guidance,
+        settings.reference_guidance,
         config.model.precision,
     )
 

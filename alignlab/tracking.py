@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,10 +13,10 @@ from typing import Any, Self
 from filelock import FileLock
 
 from alignlab.config.dotted import flatten
-from alignlab.config.run import RunConfig
+from alignlab.config.parts import TrainingConfig
 from alignlab.recipe import recipe_hash
-from alignlab.runs.run_folder import RunFolder, named_errors, write_text
-from alignlab.stage1.config import Stage1Config
+from alignlab.runs.atomic_files import named_errors, write_text
+from alignlab.runs.run_folder import RunFolder
 
 MAX_PARAM = 6000  # MLflow refuses longer values
 
@@ -30,14 +30,14 @@ class Tracker:
     Args:
         folder: the run folder.
         config: its recipe; `tracking` is read.
-        start: the step that training goes on from.
+        start: the step that training resumes from.
         environment: facts that become MLflow tags.
     """
 
     def __init__(
         self,
         folder: RunFolder,
-        config: RunConfig | Stage1Config,
+        config: TrainingConfig,
         *,
         start: int,
         environment: Mapping[str, str],
@@ -64,7 +64,7 @@ class Tracker:
 
             now = int(time.time() * 1000)
             metrics = [Metric(key, value, now, step) for key, value in scalars.items()]
-            with self._database_errors():
+            with _database_errors(self._config):
                 self._mlflow.log_batch(self._run_id, metrics=metrics)
 
     def __exit__(
@@ -84,40 +84,12 @@ class Tracker:
                 raise
 
     def _start_mlflow(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
-        from mlflow import MlflowClient
-
-        uri = self._config.tracking.mlflow
         id_file = self._folder.path / "mlflow_run_id"
-        with self._database_errors(), self._database_lock():
-            client = MlflowClient(f"sqlite:///{self._database}" if uri == "sqlite" else uri)
+        with mlflow_client(self._config) as client:
             self._mlflow = client
             known = self._continue_run(id_file.read_text().strip()) if id_file.exists() else None
             self._run_id = known or self._create_run()
         write_text(id_file, self._run_id)
-
-    @property
-    def _database(self) -> Path:
-        return Path(self._config.output).resolve() / "mlflow.db"
-
-    def _database_lock(self) -> AbstractContextManager[Any]:
-        """Runs that start at once must not all create the tables of the same new database."""
-        if self._config.tracking.mlflow != "sqlite":
-            return nullcontext()
-        return FileLock(f"{self._database}.lock")
-
-    @contextmanager
-    def _database_errors(self) -> Iterator[None]:
-        """A full disk under MLflow's database is the OSError that it is everywhere else."""
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import OperationalError
-
-        try:
-            yield
-        except (MlflowException, OperationalError) as error:
-            if "disk is full" not in str(error):
-                raise
-            raise OSError(errno.ENOSPC, "No space left on device", str(self._database)) from error
 
     def _continue_run(self, run_id: str) -> str | None:
         from mlflow.exceptions import MlflowException
@@ -131,23 +103,17 @@ class Tracker:
         return run_id
 
     def _create_run(self) -> str:
-        name = self._config.name.split("/")[0]
-        experiment = self._mlflow.get_experiment_by_name(name)
-        if experiment is None:
-            artifacts = self._database.with_name("mlartifacts").as_uri()
-            experiment_id = self._mlflow.create_experiment(name, artifact_location=artifacts)
-        else:
-            experiment_id = experiment.experiment_id
+        experiment = experiment_id(self._mlflow, self._config)
         tags = {f"alignlab.{key}": value[:MAX_PARAM] for key, value in self._environment.items()}
         tags["alignlab.recipe_hash"] = recipe_hash(self._config)
-        run = self._mlflow.create_run(experiment_id, run_name=self._config.name, tags=tags)
+        run = self._mlflow.create_run(experiment, run_name=self._config.name, tags=tags)
         for key, value in flatten(self._config.model_dump(mode="json")).items():
             self._mlflow.log_param(run.info.run_id, key, str(value)[:MAX_PARAM])
         return str(run.info.run_id)
 
 
 class SilentTracker(Tracker):
-    """Of a process that leaves the log to another."""
+    """Of a rank that leaves the log to rank 0."""
 
     def __init__(self) -> None:
         self._mlflow = None
@@ -159,6 +125,51 @@ class SilentTracker(Tracker):
         pass
 
 
+@contextmanager
+def mlflow_client(config: TrainingConfig) -> Iterator[Any]:
+    """MLflow's client of a recipe, whose `tracking.mlflow` is not `none`.
+
+    While this is entered, no other process does the same with a database in `output`: runs that
+    start at once must not all create its tables, or an experiment of the same name.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
+    from mlflow import MlflowClient
+
+    uri, database = config.tracking.mlflow, _mlflow_database(config)
+    lock = FileLock(f"{database}.lock") if uri == "sqlite" else nullcontext()
+    with _database_errors(config), lock:
+        yield MlflowClient(f"sqlite:///{database}" if uri == "sqlite" else uri)
+
+
+def experiment_id(client: Any, config: TrainingConfig) -> str:
+    """Id of the MLflow experiment of a run, comparison or sweep; it is created if need be."""
+    name = config.name.split("/")[0]
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    artifacts = _mlflow_database(config).with_name("mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=artifacts))
+
+
+@contextmanager
+def _database_errors(config: TrainingConfig) -> Iterator[None]:
+    """A full disk under MLflow's database is the OSError that it is everywhere else."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    try:
+        yield
+    except (MlflowException, OperationalError) as error:
+        if "disk is full" not in str(error):
+            raise
+        database = str(_mlflow_database(config))
+        raise OSError(errno.ENOSPC, "No space left on device", database) from error
+
+
+def _mlflow_database(config: TrainingConfig) -> Path:
+    return Path(config.output).resolve() / "mlflow.db"
+
+
 def read_rows(metrics: Path) -> list[dict[str, float]]:
     """Rows of `metrics.jsonl`; a last line cut off by a kill is left out."""
     if not metrics.exists():
@@ -168,7 +179,7 @@ def read_rows(metrics: Path) -> list[dict[str, float]]:
 
 
 def _keep_rows(metrics: Path, start: int) -> None:
-    """Keeps what going on from step `start` will not write again.
+    """Keeps what resuming from step `start` will not write again.
 
     That is nothing for a run that starts anew, and never the evaluation, which comes last.
     """

@@ -1,52 +1,55 @@
-"""One training run: read it from top to bottom in `train`.
+"""One training, from opening its folder to its evaluation: read it from top to bottom.
 
-Shape letters: B batch.
+`train` opens a run, `Trainer.fit` is the loop, `Trainer.step` the optimizer step, and
+`RunTrainer.losses` the forward pass with its alignment losses. Stage 1 (`alignlab.stage1.train`)
+goes through the same loop and step with a trainer of its own. Shape letters: B batch.
 """
 
 import json
 import statistics
-from contextlib import ExitStack
-from itertools import islice, product
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
+from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
-from alignlab.distributed.ranks import Processes, join_processes
-from alignlab.distributed.replicas import check_replicas
+from alignlab.distributed.ranks import Ranks, join_ranks
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
-from alignlab.evaluation.diagnostics import Diagnosis, RankAlarms
+from alignlab.evaluation.diagnostics import Diagnosis
 from alignlab.evaluation.evaluate import evaluate
-from alignlab.evaluation.generation import judged_clips
-from alignlab.evaluation.run_warnings import sample_alarms
-from alignlab.forward import forward
-from alignlab.randomness import generator
+from alignlab.evaluation.generation import num_measured_clips
+from alignlab.evaluation.run_warnings import RankWarnings, sample_warnings
+from alignlab.progress import step_progress
+from alignlab.runs.atomic_files import clear_leftovers, write_text
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.one_writer import only_writer
-from alignlab.runs.run_folder import RunFolder, clear_leftovers, write_text
+from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
-from alignlab.step_loop import run_steps
 from alignlab.tracking import SilentTracker, Tracker, read_rows
 from alignlab.training import checkpoint
+from alignlab.training.alignment import Aligned
 from alignlab.training.batches import Batch, training_batch
-from alignlab.training.flow_matching import draw_sigma
-from alignlab.training.memory import PeakMemory
+from alignlab.training.checkpoint import TrainState
+from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
+from alignlab.training.measure import PeakMemory, StepClock
+from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import set_learning_rate, update_ema
-from alignlab.training.setup import Caches, Run, build_run
-
-HISTOGRAM_DRAWS = 10_000
+from alignlab.training.setup import Caches, Run, build_run, check_ranks_agree
 
 
 @quiet_libraries()
 def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False) -> Path:
-    """Trains, or goes on with, the run `<output>/<name>`, evaluates it and returns its folder.
+    """Trains, or resumes, the run `<output>/<name>`, evaluates it and returns its folder.
 
     A finished run is returned as it is. Called in each of several processes that torchrun or
     `accelerate launch` started, it trains one run with all of them; at its end, such a program
-    calls `alignlab.distributed.ranks.leave`.
+    calls `alignlab.distributed.ranks.destroy_process_group`.
 
     Args:
         config: the recipe.
@@ -58,191 +61,302 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
             the run, or the run is finished with another Stage 1 network than its recipe's folder
             holds now.
     """
-    processes = join_processes(config.model.precision)
-    processes.share(config.optim.accumulate, config.optim.batch_size)  # refused before any work
-    with ExitStack() as held:
-        folder, finished, found = processes.on_main(lambda: open_run(config, held, wait=wait))
-        if finished:
-            return folder.path
-        if found is not None and not found.exists():
-            raise UserError(f"{found} is not on this machine: output must lie where all see it")
-        run = build_run(config, caches, processes)
-        if found is not None:
-            checkpoint.restore(run.state, found)
-        check_replicas(run)
-        go_on(run, folder, found)
-    return folder.path
+    ranks = join_ranks(config.model.precision)
+    # refused before any work
+    ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
+    with ExitStack() as locks:
+        opened = ranks.on_main(open_folder, config, locks, wait=wait)
+        if opened.is_finished:
+            return opened.folder.path
+        newest = opened.newest
+        if newest is not None and not newest.exists():
+            raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        run = build_run(config, caches, ranks)
+        if newest is not None:
+            checkpoint.restore(run.state, newest)
+        check_ranks_agree(run)
+        RunTrainer(run).fit(opened.folder, newest)
+    return opened.folder.path
 
 
-def open_run(
-    config: RunConfig, held: ExitStack, *, wait: bool
-) -> tuple[RunFolder, bool, Path | None]:
-    """The run's folder, whether the run is finished, and its newest checkpoint.
+class OpenedFolder(NamedTuple):
+    """A run folder before its training, whether that is finished, and the newest checkpoint."""
+
+    folder: RunFolder
+    is_finished: bool
+    newest: Path | None
+
+
+def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> OpenedFolder:
+    """Opens the folder of a training, which may be an interrupted one.
 
     Args:
         config: the recipe.
-        held: keeps the lock of a folder that will be written.
+        locks: keeps the lock of a folder that will be written.
         wait: for another command that trains this run; else refuse.
+
+    Raises:
+        UserError: the folder holds another recipe, another command trains there, or it is finished
+            with another Stage 1 network.
     """
     folder = RunFolder.create(config)
     if not folder.result.exists():
-        held.enter_context(only_writer(folder.path, wait=wait))
+        locks.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
-    return folder, is_finished(config, folder), checkpoint.latest(folder.checkpoints)
+    newest = checkpoint.latest(folder.checkpoints)
+    return OpenedFolder(folder, is_finished(config, folder), newest)
 
 
-def go_on(run: Run, folder: RunFolder, found: Path | None) -> None:
-    """Trains from where the run stands, on the checkpoint `found` if any, to its result."""
-    config, processes = run.config, run.processes
-    tracker: Tracker = SilentTracker()
-    if processes.is_main:
-        environment = describe_environment() | {"processes": str(processes.count)}
-        if found is not None:
+class Trainer(ABC):
+    """The loop and the step of every training; what differs is in the abstract methods.
+
+    Args:
+        config: the recipe.
+        ranks: this rank and those that train with it.
+        state: what the training changes.
+    """
+
+    def __init__(self, config: TrainingConfig, ranks: Ranks, state: TrainState) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.state = state
+
+    def fit(self, folder: RunFolder, newest: Path | None) -> None:
+        """Trains from where the state stands to the last step, and evaluates.
+
+        Args:
+            folder: of the run; this process holds its lock.
+            newest: the checkpoint that the state stands on, if any.
+
+        Raises:
+            UserError: a scalar or a weight stopped being finite.
+        """
+        config, state, ranks = self.config, self.state, self.ranks
+        memory = PeakMemory(ranks.device)
+        nonfinite, clock, note = NonFiniteWatch(ranks.device), StepClock(ranks.device), ""
+        with self._tracker(folder, resumed=newest is not None) as tracker:
+            ranks.barrier()  # a tracking server may be slow
+            with (
+                self.prepared(folder, tracker),
+                step_progress(config.name, total=config.steps, done=state.step) as advance,
+            ):
+                clock.restart()
+                while state.step < config.steps:
+                    clock.step_begins()
+                    batches = self.micro_batches()
+                    clock.data_ready()
+                    if self.is_diagnosis_due():
+                        with clock.paused():
+                            tracker.log(state.step + 1, self.diagnose(batches))
+                    scalars = self.step(batches)
+                    nonfinite.check(state.step, scalars)
+                    is_last = state.step == config.steps
+                    is_saved = is_last or state.step % config.checkpoint.every == 0
+                    if is_saved:
+                        # a finite loss says nothing of the weights that its step left behind
+                        norm = get_total_norm(list(state.names))
+                        nonfinite.check(state.step, {"weights": norm})
+                    if is_saved or state.step % config.tracking.log_every == 0:
+                        nonfinite.raise_if_broken(newest)
+                        row = {key: float(value) for key, value in scalars.items()}
+                        row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
+                        tracker.log(state.step, row)
+                        note = f"loss {row['loss/total']:.4f}"
+                        if is_saved:
+                            newest = self.save(folder)
+                        clock.restart()
+                    advance(state.step, note)
+                if ranks.is_main:
+                    self.finish(folder, tracker)
+                ranks.barrier()
+
+    def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
+        """One optimizer step on the micro-batches; returns its scalars, still on the device."""
+        config, state = self.config, self.state
+        set_learning_rate(state.optimizer, config, state.step)
+        parts: list[dict[str, Tensor]] = []
+        for batch in batches:
+            loss, per_sample = self.losses(batch)
+            torch.autograd.backward(loss / len(batches))
+            parts.append(per_sample)
+        parameters = list(state.names)
+        self.ranks.average_gradients(parameters)
+        norm = clip_grad_norm_(parameters, config.optim.grad_clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        keys = {key: None for part in parts for key in part}
+        per_sample = {k: torch.cat([part[k] for part in parts if k in part]) for k in keys}
+        scalars = self.ranks.means(per_sample)
+        settings = self.after_step(scalars) | {"lr": state.optimizer.param_groups[0]["lr"]}
+        state.step += 1
+        exact = {key: torch.tensor(value, dtype=torch.float64) for key, value in settings.items()}
+        return scalars | {"grad/norm": norm} | exact
+
+    def save(self, folder: RunFolder) -> Path:
+        """Writes a checkpoint, of weights that all ranks agree on."""
+        state, ranks = self.state, self.ranks
+        if ranks.world_size > 1:
+            norm = float(get_total_norm(list(state.names)))
+            ranks.check_same("the norm of the trained weights", norm)
+        if ranks.is_main:
+            checkpoint.save(state, folder.checkpoints, keep=self.config.checkpoint.keep)
+        ranks.barrier()  # here: the group that averages gradients has a shorter timeout
+        return checkpoint.step_path(folder.checkpoints, state.step)
+
+    def _tracker(self, folder: RunFolder, *, resumed: bool) -> Tracker:
+        """Writes `environment.json` and gives the tracker; silent on all ranks but the main one."""
+        if not self.ranks.is_main:
+            return SilentTracker()
+        environment = describe_environment() | {"processes": str(self.ranks.world_size)}
+        if resumed:
             environment = continued(folder.path / "environment.json", environment)
         write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
-        tracker = Tracker(folder, config, start=run.state.step, environment=environment)
-    with tracker, PeakMemory(run.accelerator.device) as memory, run.branch:
-        processes.wait()  # a tracking server may be slow
-        if run.state.step == 0:
-            tracker.log(0, timestep_histogram(config))
-        run_steps(
-            config,
-            run.state,
-            run.accelerator.device,
-            tracker,
-            memory,
-            found,
-            draw=lambda: step_batches(run),
-            step=lambda batches: train_step(run, batches),
-            save=lambda: save(run, folder),
-            look=diagnosis_of(run, folder, tracker),
-        )
-        if processes.is_main:
-            finish(run, folder, tracker)
-        processes.wait()
+        return Tracker(folder, self.config, start=self.state.step, environment=environment)
+
+    @abstractmethod
+    def micro_batches(self) -> Sequence[Any]:
+        """This rank's share of the next step's samples, on the device."""
+
+    @abstractmethod
+    def losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, and its terms by their log names, per sample, detached."""
+
+    @abstractmethod
+    def finish(self, folder: RunFolder, tracker: Tracker) -> None:
+        """Evaluates and writes `result.json`, which marks the run as finished."""
+
+    def prepared(self, folder: RunFolder, tracker: Tracker) -> AbstractContextManager[None]:
+        """What is in place while the training runs."""
+        return nullcontext()
+
+    def is_diagnosis_due(self) -> bool:
+        """Whether `diagnose` is asked before the next step."""
+        return False
+
+    def diagnose(self, batches: Sequence[Any]) -> Mapping[str, float]:
+        """Looks into the step before it is taken, and leaves the state as it is."""
+        return {}
+
+    def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """What follows an optimizer step; gives the exact settings that the step used."""
+        return {}
 
 
-def save(run: Run, folder: RunFolder) -> Path:
-    """Writes a checkpoint, of weights that all processes agree on."""
-    state = run.state
-    if run.processes.count > 1:
-        norm = float(get_total_norm(list(state.names)))
-        run.processes.check_same("the norm of the trained weights", norm)
-    if run.processes.is_main:
-        checkpoint.save(state, folder.checkpoints, keep=run.config.checkpoint.keep)
-    run.processes.wait()  # here: the group that averages gradients has less patience
-    return checkpoint.step_path(folder.checkpoints, state.step)
+class RunTrainer(Trainer):
+    """Flow matching with alignment losses.
 
-
-def diagnosis_of(run: Run, folder: RunFolder, tracker: Tracker) -> Diagnosis | None:
-    """What `tracking.diagnose_every` asks for, if anything."""
-    every = run.config.tracking.diagnose_every
-    if every is None:
-        return None
-    rows = read_rows(folder.metrics) if run.processes.is_main else []
-    return Diagnosis(run, tracker.log, every=every, rows=rows)
-
-
-def step_batches(run: Run) -> list[Batch]:
-    """This process's share of the step's samples, one batch per accumulation round."""
-    return [
-        training_batch(
-            run.clips,
-            run.config.flow,
-            seed=run.config.seed,
-            step=run.state.step,
-            samples=samples,
-            device=run.accelerator.device,
-        )
-        for samples in run.processes.share(run.config.optim.accumulate, run.config.optim.batch_size)
-    ]
-
-
-def train_step(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
-    """One optimizer step; returns its scalars, still on the device."""
-    config, state = run.config, run.state
-    set_learning_rate(state.optimizer, config, state.step)
-    rounds: list[dict[str, Tensor]] = []
-    for batch in batches:
-        loss, per_sample = batch_loss(run, batch)
-        torch.autograd.backward(loss / len(batches))
-        rounds.append(per_sample)
-    parameters = list(state.names)
-    average_gradients(run.processes, parameters)
-    norm = clip_grad_norm_(parameters, config.optim.grad_clip)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    update_ema(state, config.optim.ema)
-    keys = {key: None for found in rounds for key in found}
-    values = {key: torch.cat([found[key] for found in rounds if key in found]) for key in keys}
-    scalars = run.processes.means(values)
-    used = {f"schedule/{alias}": f for alias, f in run.alignment.factors(state.step).items()}
-    used["lr"] = state.optimizer.param_groups[0]["lr"]
-    watch_plateaus(run, scalars)
-    state.step += 1
-    exact = {key: torch.tensor(value, dtype=torch.float64) for key, value in used.items()}
-    return scalars | {"grad/norm": norm} | exact
-
-
-def average_gradients(processes: Processes, parameters: list[nn.Parameter]) -> None:
-    """Makes every process step with the gradient of the whole batch."""
-    gradients = [parameter.grad for parameter in parameters]
-    processes.average(gradients, parameters)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-
-
-def watch_plateaus(run: Run, scalars: dict[str, Tensor]) -> None:
-    """Shows each plateau schedule the mean of what it watches over the whole step."""
-    for alias, watch in run.alignment.watches.items():
-        seen = scalars.get(f"watched/{alias}")
-        if seen is not None and not watch.stopped:
-            watch.see(run.state.step, float(seen))
-
-
-def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow loss plus alignment of one batch, and every term of it by its log name, per sample.
-
-    Similarities, and what plateaus watch, are of the samples that had something to align: (0,) if
-    none had, so that all processes have the same names.
+    Args:
+        run: everything that the run trains with. Enter `run.branch` before taking steps by hand.
     """
-    flow_B, aligned = forward(run, batch)
-    total_B = run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
-    found = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
-    for alias, terms in aligned.terms.items():
-        found[f"loss/{alias}"] = terms.loss_B.detach()
-        found |= {f"loss/{alias}/{name}": part for name, part in terms.parts.items()}
-        counted_B, similarity_B = aligned.samples[alias], terms.similarity_B
-        if similarity_B is not None:
-            found[f"sim/{alias}"] = similarity_B[counted_B]
-        if alias in run.alignment.watches:
-            watched_B = -terms.loss_B.detach() if similarity_B is None else similarity_B
-            found[f"watched/{alias}"] = watched_B[counted_B]
-    return total_B.mean(), found
+
+    config: RunConfig
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.config, run.ranks, run.state)
+        self.run = run
+        self._diagnosis: Diagnosis | None = None
+
+    def micro_batches(self) -> list[Batch]:
+        optim = self.config.optim
+        return [
+            training_batch(
+                self.run.clips,
+                self.config.flow,
+                seed=self.config.seed,
+                step=self.state.step,
+                samples=samples,
+                device=self.ranks.device,
+            )
+            for samples in self.ranks.micro_batches(optim.accumulate, optim.batch_size)
+        ]
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow loss plus alignment of one micro-batch, and every term by its log name, per sample.
+
+        Similarities, and what plateaus watch, are of the samples that had something to align: (0,)
+        if none had, so that all ranks have the same names.
+        """
+        flow_B, aligned = self.forward(batch)
+        total_B = self.run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
+        terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
+        for alias, objective_terms in aligned.terms.items():
+            terms[f"loss/{alias}"] = objective_terms.loss_B.detach()
+            terms |= {f"loss/{alias}/{part}": v for part, v in objective_terms.parts.items()}
+            aligned_B, similarity_B = aligned.samples[alias], objective_terms.similarity_B
+            if similarity_B is not None:
+                terms[f"sim/{alias}"] = similarity_B[aligned_B]
+            if alias in self.run.alignment.watches:
+                loss_B = objective_terms.loss_B.detach()
+                watched_B = -loss_B if similarity_B is None else similarity_B
+                terms[f"watched/{alias}"] = watched_B[aligned_B]
+        return total_B.mean(), terms
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Aligned]:
+        """Flow loss of every sample, (B,) and not yet weighted, and what the objectives give."""
+        run = self.run
+        noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
+        with run.autocast():
+            out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
+            # projectors run as the transformer does; kernels and frozen networks leave autocast
+            aligned: Aligned = run.alignment(out.taps, batch, self.state.step)
+        return flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW), aligned
+
+    def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """Moves the average of the weights, and shows plateau schedules what they watch."""
+        update_ema(self.run.state, self.config.optim.ema)
+        factors = self.run.alignment.factors(self.state.step)
+        for alias, watch in self.run.alignment.watches.items():
+            watched = scalars.get(f"watched/{alias}")
+            if watched is not None and not watch.stopped:
+                watch.see(self.state.step, float(watched))
+        return {f"schedule/{alias}": factor for alias, factor in factors.items()}
+
+    @contextmanager
+    def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
+        """Reference branch and taps; logs the noise levels that the run will draw."""
+        if self.state.step == 0:
+            tracker.log(0, timestep_histogram(self.config))
+        every = self.config.tracking.diagnose_every
+        if every is not None:
+            rows = read_rows(folder.metrics) if self.ranks.is_main else []
+            self._diagnosis = Diagnosis(self.run, every=every, logged=rows)
+        with self.run.branch:
+            yield
+
+    def is_diagnosis_due(self) -> bool:
+        return self._diagnosis is not None and self._diagnosis.is_due(self.state.step + 1)
+
+    def diagnose(self, batches: Sequence[Batch]) -> dict[str, float]:
+        assert self._diagnosis is not None
+        return self._diagnosis.scalars(self.state.step + 1, self.weighted_forwards(batches))
+
+    def weighted_forwards(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Aligned]]:
+        """Forward passes of the step, one at a time: each holds a graph."""
+        for batch in batches:
+            flow_B, aligned = self.forward(batch)
+            yield self.run.flow_weights(batch.sigma_B) * flow_B, aligned
+
+    def finish(self, folder: RunFolder, tracker: Tracker) -> None:
+        metrics = evaluate(self.run, folder) | logged_costs(folder)
+        projectors = [p for p in self.run.alignment.parameters() if p.requires_grad]
+        metrics["params/extra"] = float(sum(p.numel() for p in projectors))
+        tracker.log(self.config.steps, metrics)
+        digests = stage1_digests(self.config, self.run.alignment.objectives)
+        notes = RankWarnings(read_rows(folder.metrics)).texts
+        notes += sample_warnings(metrics, num_measured_clips(self.run))
+        result = {
+            "steps": self.config.steps,
+            "metrics": metrics,
+            "stage1": digests,
+            "notes": notes,
+        }
+        write_text(folder.result, json.dumps(result, indent=1))
 
 
-def finish(run: Run, folder: RunFolder, tracker: Tracker) -> None:
-    """Evaluates the trained model and writes `result.json`, which marks the run as finished."""
-    metrics = evaluate(run, folder)
-    rows = read_rows(folder.metrics)
-    for key in ("time/step", "memory/peak_mib"):
-        values = [row[key] for row in rows if key in row]
-        metrics[key] = statistics.median(values) if key == "time/step" else max(values)
-    projectors = [p for p in run.alignment.parameters() if p.requires_grad]
-    metrics["params/extra"] = float(sum(p.numel() for p in projectors))
-    tracker.log(run.config.steps, metrics)
-    used = stage1_digests(run.config, run.alignment.objectives)
-    notes = RankAlarms(rows).notes + sample_alarms(metrics, judged_clips(run))
-    result = {"steps": run.config.steps, "metrics": metrics, "stage1": used, "notes": notes}
-    write_text(folder.result, json.dumps(result, indent=1))
-
-
-def timestep_histogram(config: RunConfig) -> dict[str, float]:
-    """Share of the noise levels in each tenth of [0, 1], over the run's first 10,000 draws."""
-    every = product(range(config.steps), range(config.optim.batch_size))
-    addresses = list(islice(every, HISTOGRAM_DRAWS))
-    counts = [0] * 10
-    for step, sample in addresses:
-        sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample))
-        counts[min(9, int(sigma * 10))] += 1
-    return {f"timesteps/t{i}": count / len(addresses) for i, count in enumerate(counts)}
+def logged_costs(folder: RunFolder) -> dict[str, float]:
+    """Median of the logged step times, and the largest of the logged memory peaks."""
+    rows = [row for row in read_rows(folder.metrics) if "time/step" in row]
+    return {
+        "time/step": statistics.median(row["time/step"] for row in rows),
+        "memory/peak_mib": max(row["memory/peak_mib"] for row in rows),
+    }

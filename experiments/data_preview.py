@@ -3,7 +3,6 @@
 Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 """
 
-import base64
 import colorsys
 import io
 import textwrap
@@ -15,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from alignlab.config.data import DataConfig
 from alignlab.config.recipe_file import read_recipe
-from alignlab.data.registry import build_dataset
+from alignlab.data.registry import DataConfig, build_dataset
 from alignlab.data.sample import Sample
 from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.report.page import data_uri
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.recipe import load_run, validated
 from alignlab.stage1.config import Stage1Config
@@ -46,10 +45,10 @@ video, img { height: 176px; border: 1px solid #ddd; image-rendering: pixelated; 
 <h2>{{ clip.key }}</h2>
 <p>{{ clip.caption }}</p>
 {% for name, source in clip.videos %}<figure>
-<video src="data:video/mp4;base64,{{ source }}" autoplay loop muted playsinline></video>
+<video src="{{ source }}" autoplay loop muted playsinline></video>
 <figcaption>{{ name }}</figcaption></figure>
 {% endfor %}{% for name, source in clip.references %}<figure>
-<img src="data:image/png;base64,{{ source }}" alt="{{ name }}">
+<img src="{{ source }}" alt="{{ name }}">
 <figcaption>{{ name }}</figcaption></figure>
 {% endfor %}</article>
 {% endfor %}</html>
@@ -120,10 +119,13 @@ def _page_entry(sample: Sample, fps: float) -> dict[str, object]:
     return {
         "key": sample.key,
         "caption": sample.caption,
-        "videos": [(name, _base64(encode_mp4(clip, fps))) for name, clip in videos],
+        "videos": [(name, data_uri(encode_mp4(clip, fps), "video/mp4")) for name, clip in videos],
         "references": [
-            (" — ".join(filter(None, (ref.name, ref.phrase))), _base64(_png(ref.image_HWC)))
-            for ref in sample.references
+            (
+                " — ".join(filter(None, (reference.name, reference.phrase))),
+                data_uri(_png(reference.image_HWC), "image/png"),
+            )
+            for reference in sample.references
         ],
     }
 
@@ -180,10 +182,6 @@ def _png(image_HWC: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image_HWC.numpy())).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _base64(contents: bytes) -> str:
-    return base64.b64encode(contents).decode()
 
 
 def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:

@@ -35,36 +35,41 @@ class Operation(Generic[F]):
     name: str
     table: Mapping[str, F]
     eager_tokens: int
-    _told: set[str] = field(default_factory=set, compare=False)
+    _logged: set[str] = field(default_factory=set, compare=False)
 
     def implementations(self) -> dict[str, str | None]:
         """Lists every implementation, with the reason it cannot run here or None if it can."""
         return {name: triton_missing() if name == "triton" else None for name in self.table}
 
-    def choose(self, impl: str, tokens: Tensor) -> F:
-        """Gives the implementation that `impl` asks for, for `tokens` (..., N, C).
+    def choose(self, impl: str, student: Tensor, teacher: Tensor, tokens: int) -> F:
+        """Gives the implementation that `impl` asks for.
+
+        Args:
+            impl: "auto" or a name of the table.
+            student: as the operation gets it, (..., C).
+            teacher: likewise.
+            tokens: how many tokens of a sample are compared with each other.
 
         Raises:
             ValueError: there is no such implementation, or it cannot run here.
         """
-        name = self._auto(tokens) if impl == "auto" else impl
+        name = self._auto(student, tokens) if impl == "auto" else impl
         if name not in self.table:
-            known = ", ".join(["auto", *self.table])
-            raise ValueError(f"{self.name} has no implementation {impl!r}; choose {known}")
+            choices = ", ".join(["auto", *self.table])
+            raise ValueError(f"{self.name} has no implementation {impl!r}; choose {choices}")
         if name == "triton":
-            _refuse_triton(self.name, tokens)
+            refuse_for_triton(self.name, student, teacher)
         return self.table[name]
 
-    def _auto(self, tokens: Tensor) -> str:
-        count, width = tokens.shape[-2:]
-        choice = "eager" if count <= self.eager_tokens else "chunked"
+    def _auto(self, student: Tensor, tokens: int) -> str:
+        choice = "eager" if tokens <= self.eager_tokens else "chunked"
         if not torch.compiler.is_compiling():
             message = (
-                f"{self.name}: {choice} on {tokens.device.type}, {tokens.dtype}, N={count}, "
-                f"C={width}"
+                f"{self.name}: {choice} on {student.device.type}, {student.dtype}, N={tokens}, "
+                f"C={student.shape[-1]}"
             )
-            if message not in self._told:
-                self._told.add(message)
+            if message not in self._logged:
+                self._logged.add(message)
                 _log.info(message)
         return choice
 
@@ -83,13 +88,30 @@ def triton_missing() -> str | None:
     return "needs a CUDA device"
 
 
-def _refuse_triton(operation: str, tokens: Tensor) -> None:
-    reason = triton_missing()
-    if reason is None and tokens.device.type != "cuda" and not interpreted():
-        reason = f"needs CUDA tensors, got {tokens.device.type}"
-    if reason is None and tokens.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        reason = f"takes float32, float16 and bfloat16, got {tokens.dtype}"
-    if reason is None and tokens.dtype == torch.bfloat16 and interpreted():
-        reason = "Triton's interpreter computes bfloat16 products wrongly"
-    if reason is not None:
-        raise ValueError(f"{operation}: impl='triton' cannot run: {reason}")
+def refuse_for_triton(operation: str, *inputs: Tensor) -> None:
+    """Refuses what no Triton kernel here can compute, for every operation and in one place.
+
+    Args:
+        operation: as in messages.
+        inputs: the vectors that are compared, (..., C).
+
+    Raises:
+        ValueError: this machine or the tensors' device cannot run Triton, a dtype is not one of the
+            kernels', or there are no channels.
+    """
+    for tensor in inputs:
+        reason = triton_missing() or _unfit_for_triton(tensor)
+        if reason is not None:
+            raise ValueError(f"{operation}: impl='triton' cannot run: {reason}")
+
+
+def _unfit_for_triton(tensor: Tensor) -> str | None:
+    if tensor.device.type != "cuda" and not interpreted():
+        return f"needs CUDA tensors, got {tensor.device.type}"
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes float32, float16 and bfloat16, got {tensor.dtype}"
+    if tensor.dtype == torch.bfloat16 and interpreted():
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if tensor.shape[-1] == 0:
+        return "needs at least one channel"
+    return None

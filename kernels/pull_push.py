@@ -5,21 +5,42 @@ With cosines c_ij between student token i and teacher token j:
     pull = mean over valid i                              [(1 - c_ii) - pos_margin]_+
     push = mean over valid (i, j) of different subjects   [neg_margin - (1 - c_ij)]_+
 
-Shape letters: N tokens, C channels; `...` leading dimensions (batch, blocks), one value each.
+Below: the terms, the plain reference, the chunked implementation, and the operation that chooses
+among them (Triton's is in pull_push_triton.py).
+
+Shape letters: N tokens, C channels, V valid tokens, R rows of a panel, W columns of it; `...`
+leading dimensions (batch, blocks), one value each.
 """
 
+import math
 from collections.abc import Callable
+from itertools import accumulate, product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from alignlab.kernels.cosine import accumulation_dtype, refuse_teacher_gradient, unit
+from alignlab.kernels.cosine import (
+    NORM_EPS,
+    accumulation_dtype,
+    add_product,
+    factor_dtype,
+    refuse_teacher_gradient,
+    unit,
+    unit_backward,
+)
 from alignlab.kernels.dispatch import Impl as Impl
 from alignlab.kernels.dispatch import Operation
-from alignlab.kernels.pull_push_chunked import pull_push_chunked
-from alignlab.kernels.pull_push_terms import PullPush as PullPush
 
 EAGER_TOKENS = 256
+PANEL_ROWS = 512
+
+
+class PullPush(NamedTuple):
+    """The two terms, one value per leading index, both >= 0."""
+
+    pull: Tensor
+    push: Tensor
 
 
 def pull_push_eager(
@@ -49,6 +70,157 @@ def pull_push_eager(
     overlap = (student @ teacher.mT - (1.0 - neg_margin)).relu()
     push = torch.where(cross, overlap, 0.0).sum((-2, -1)) / cross.sum((-2, -1)).clamp_min(1)
     return PullPush(pull, push)
+
+
+def pull_push_chunked(
+    student: Tensor, teacher: Tensor, subject_ids: Tensor, pos_margin: float, neg_margin: float
+) -> PullPush:
+    """Computes the same from panels of at most `PANEL_ROWS` student tokens; memory is O(N*C).
+
+    The push's slope towards unit student vectors is (panel > 0) @ teacher, nearly free once the
+    panel is there, so it is computed in the forward pass. No (N, N) matrix is ever held, and only
+    pairs of different subjects are computed at all.
+
+    Half-precision inputs on a GPU are multiplied in their own dtype, unit vectors rounded to it;
+    sums are float32 all the same.
+    """
+    with_slope = student.requires_grad and torch.is_grad_enabled()
+    pull, push, _, _ = _pull_push(student, teacher, subject_ids, pos_margin, neg_margin, with_slope)
+    return PullPush(pull, push)
+
+
+@torch.library.custom_op("alignlab::pull_push_chunked", mutates_args=())
+def _pull_push(
+    student: Tensor,
+    teacher: Tensor,
+    subject_ids: Tensor,
+    pos_margin: float,
+    neg_margin: float,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes pull and push (...), each token's cosine with its own teacher token (..., N), and
+    the push's slope towards unit student vectors (..., N, C), empty unless `with_slope`."""
+    *lead, tokens, width = student.shape
+    push = student.new_zeros(lead, dtype=accumulation_dtype(student, teacher))
+    cosine = push.new_zeros(*lead, tokens)
+    slope = push.new_zeros(*lead, tokens if with_slope else 0, width)
+    teacher = teacher.expand_as(student)
+    ids = subject_ids.reshape(math.prod(subject_ids.shape[:-1]), tokens)
+    subjects = [_subjects(ids_N) for ids_N in ids]
+    which = torch.arange(len(ids)).view(subject_ids.shape[:-1]).expand(lead)
+    for index in product(*map(range, lead)):
+        sample = student[index], teacher[index], subjects[int(which[index])]
+        push[index] = _sample(*sample, 1.0 - neg_margin, cosine[index], slope[index])
+    pays, share = _pull_parts(cosine, subject_ids, pos_margin)
+    return (pays * share).sum(-1), push, cosine, slope
+
+
+@_pull_push.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    subject_ids: Tensor,
+    pos_margin: float,
+    neg_margin: float,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *lead, tokens, width = student.shape
+    pull = student.new_empty(lead, dtype=accumulation_dtype(student, teacher))
+    slope = pull.new_empty(*lead, tokens if with_slope else 0, width)
+    return pull, torch.empty_like(pull), pull.new_empty(*lead, tokens), slope
+
+
+def _pull_parts(cosine: Tensor, subject_ids: Tensor, pos_margin: float) -> tuple[Tensor, Tensor]:
+    """What each token pays for the pull and its share in the mean, (..., N) each."""
+    valid = (subject_ids >= 0).expand_as(cosine)
+    share = valid.to(cosine.dtype) / valid.sum(-1, keepdim=True).clamp_min(1)
+    return (1.0 - cosine - pos_margin).relu(), share
+
+
+class _Subjects(NamedTuple):
+    """The valid tokens of one sample, subject after subject."""
+
+    tokens: slice | Tensor
+    runs: list[tuple[int, int]]  # each subject's part of `tokens`
+    pairs: int  # ordered pairs of different subjects
+
+
+def _subjects(ids_N: Tensor) -> _Subjects:
+    valid_V = (ids_N >= 0).nonzero()[:, 0]
+    order_V = valid_V[ids_N[valid_V].argsort(stable=True)]
+    sizes = ids_N[order_V].unique_consecutive(return_counts=True)[1].tolist()
+    stops = list(accumulate(sizes))
+    runs = list(zip([0, *stops], stops, strict=False))
+    pairs = len(order_V) ** 2 - sum(size**2 for size in sizes)
+    first = int(valid_V[0]) if runs else 0
+    together = slice(first, first + len(order_V))
+    if torch.equal(order_V, torch.arange(together.start, together.stop, device=ids_N.device)):
+        return _Subjects(together, runs, pairs)  # a slice of the student is a view
+    return _Subjects(order_V, runs, pairs)
+
+
+def _sample(
+    student_NC: Tensor,
+    teacher_NC: Tensor,
+    subjects: _Subjects,
+    threshold: float,
+    cosine_N: Tensor,
+    slope_NC: Tensor,
+) -> Tensor | float:
+    """Gives the push of one sample, and fills in its cosines and, if it has any rows, the slope."""
+    tokens, runs, pairs = subjects
+    dtype = cosine_N.dtype
+    factor = factor_dtype(student_NC, dtype)
+    student_VC, teacher_VC = student_NC[tokens], unit(teacher_NC[tokens], dtype).to(factor)
+    cosine_V = cosine_N.new_empty(len(teacher_VC))
+    slope_VC = slope_NC[tokens] if len(slope_NC) else None
+    buffer = teacher_VC.new_empty(PANEL_ROWS * len(teacher_VC))
+    total = cosine_N.new_zeros(())
+    for start, stop in runs:
+        for first in range(start, stop, PANEL_ROWS):
+            rows = slice(first, min(first + PANEL_ROWS, stop))
+            unit_RC = unit(student_VC[rows], dtype).to(factor)
+            cosine_V[rows] = torch.linalg.vecdot(unit_RC, teacher_VC[rows])
+            for others_WC in (teacher_VC[:start], teacher_VC[stop:]):
+                panel_RW = buffer[: len(unit_RC) * len(others_WC)].view(len(unit_RC), -1)
+                torch.mm(unit_RC, others_WC.T, out=panel_RW)
+                if threshold != 0:
+                    panel_RW.sub_(threshold)
+                total += panel_RW.relu_().sum(dtype=dtype)
+                if slope_VC is not None:
+                    add_product(slope_VC[rows], panel_RW.sign_(), others_WC)
+    cosine_N[tokens] = cosine_V
+    if slope_VC is not None:
+        slope_VC.div_(max(pairs, 1))
+        if isinstance(tokens, Tensor):
+            slope_NC[tokens] = slope_VC
+    return total / max(pairs, 1)
+
+
+def _setup_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, teacher, subject_ids, ctx.pos_margin, *_ = inputs
+    _, _, cosine, slope = output
+    ctx.mark_non_differentiable(cosine, slope)
+    ctx.save_for_backward(student, teacher, subject_ids, cosine, slope)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_chunked(
+    ctx: Any, pull_grad: Tensor | None, push_grad: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    student, teacher, subject_ids, cosine, slope = ctx.saved_tensors
+    dtype = cosine.dtype
+    grad = torch.zeros_like(slope) if push_grad is None else slope * push_grad[..., None, None]
+    if pull_grad is not None:
+        pays, share = _pull_parts(cosine, subject_ids, ctx.pos_margin)
+        pulled = torch.where(pays > 0, share, 0.0) * pull_grad[..., None]
+        norm = torch.linalg.vector_norm(teacher, dim=-1, dtype=dtype).clamp_min(NORM_EPS)
+        grad.addcmul_((pulled / norm)[..., None], teacher, value=-1)
+    grad = unit_backward(grad, student).masked_fill((subject_ids < 0)[..., None], 0.0)
+    return grad, *[None] * 5
+
+
+_pull_push.register_autograd(_backward_chunked, setup_context=_setup_chunked)
 
 
 def pull_push_triton(
@@ -104,7 +276,7 @@ def pull_push(
     """
     _check(student, teacher, subject_ids)
     refuse_teacher_gradient("pull_push", teacher)
-    compute = OPERATION.choose(impl, student)
+    compute = OPERATION.choose(impl, student, teacher, student.shape[-2])
     with torch.autocast(student.device.type, enabled=False):
         return compute(student, teacher, subject_ids, pos_margin, neg_margin)
 

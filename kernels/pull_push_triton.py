@@ -2,7 +2,7 @@
 
 Forward: the similarities of a tile of pairs go straight into row sums and a packed mask of the
 active pairs. Backward: the mask times the teacher, then the gradient of the L2 norm. Both skip
-pairs of one subject and padding, where these fill whole tiles.
+pairs of one subject and padding, where these fill whole kernels.
 
 Shape letters: Z leading index of the student, B of teacher and ids (z belongs to sample z % B), N
 tokens, C channels, T tiles, W packed words, S sums.
@@ -16,11 +16,8 @@ import triton
 from torch import Tensor
 
 from alignlab.kernels import pull_push_triton_kernels as kernels
-from alignlab.kernels import pull_push_triton_tiles as tiles
-from alignlab.kernels.bit_planes import words_per_row
-from alignlab.kernels.pull_push_terms import PullPush
-
-_INTERPRETED: bool = triton.knobs.runtime.interpret
+from alignlab.kernels.pull_push import PullPush
+from alignlab.kernels.triton_common import words_per_row
 
 
 def pull_push_triton(
@@ -32,12 +29,9 @@ def pull_push_triton(
 ) -> PullPush:
     """Computes both terms on a GPU, or in Triton's interpreter, without an (N, N) matrix of floats.
 
-    Leading dimensions that teacher and ids merely repeat cost them no memory.
-
-    Raises:
-        ValueError: a dtype or device that the kernels cannot do, or vectors without channels.
+    Leading dimensions that teacher and ids merely repeat cost them no memory. What the kernels
+    cannot compute `dispatch.refuse_for_triton` has refused.
     """
-    _check(student, teacher)
     if student.numel() == 0:
         zero = student.sum((-2, -1), dtype=torch.float32)
         return PullPush(zero, zero)
@@ -57,18 +51,6 @@ def pull_push_triton(
     overlap_LBN = overlap_ZN.view_as(miss_LBN)
     push_LB = overlap_LBN.sum(-1) / others_BN.sum(-1).clamp_min(1)
     return PullPush(pull_LB.reshape(lead), push_LB.reshape(lead))
-
-
-def _check(student: Tensor, teacher: Tensor) -> None:
-    for x in (student, teacher):
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"impl='triton' takes float32, float16 and bfloat16, got {x.dtype}")
-        if _INTERPRETED and x.dtype == torch.bfloat16:
-            raise ValueError("impl='triton': Triton's interpreter computes bfloat16 wrongly")
-    if not _INTERPRETED and not student.is_cuda:
-        raise ValueError(f"impl='triton' needs a CUDA device, got tensors on {student.device}")
-    if student.shape[-1] == 0:
-        raise ValueError("impl='triton' needs at least one channel")
 
 
 def _per_sample(teacher: Tensor, subject_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +75,8 @@ def pull_push_triton_subjects(ids_BN: Tensor) -> tuple[Tensor, Tensor]:
     others_BN = torch.empty_like(subject_BN)
     batch, tokens = ids_BN.shape
     with torch.cuda.device_of(ids_BN):
-        kernels.subjects_kernel[(triton.cdiv(tokens, tiles.SUBJECT_TILE), batch)](
-            ids_BN, subject_BN, others_BN, tokens, TILE=tiles.SUBJECT_TILE
+        kernels.subjects_kernel[(triton.cdiv(tokens, kernels.SUBJECT_TILE), batch)](
+            ids_BN, subject_BN, others_BN, tokens, TILE=kernels.SUBJECT_TILE
         )
     return subject_BN, others_BN
 
@@ -108,8 +90,8 @@ def _(ids_BN: Tensor) -> tuple[Tensor, Tensor]:
 def _empty_outputs(student_ZNC: Tensor, teacher_BNC: Tensor, keep: bool) -> tuple[Tensor, ...]:
     """Makes the outputs of `pull_push_triton_rows`, but for the two sums."""
     blocks, tokens, _ = student_ZNC.shape
-    plane = tiles.GRADIENT_TILES[student_ZNC.element_size()].depth
-    words = words_per_row(tokens, tiles.MASK_BITS, plane) if keep else 0
+    plane = kernels.GRADIENT_TILES[student_ZNC.element_size()].depth
+    words = words_per_row(tokens, kernels.MASK_BITS, plane) if keep else 0
     cosine_ZN = student_ZNC.new_empty(blocks, tokens, dtype=torch.float32)
     words_ZNW = student_ZNC.new_empty(blocks, tokens, words, dtype=torch.uint8)
     unit_BNC = torch.empty_like(teacher_BNC, dtype=student_ZNC.dtype)
@@ -131,10 +113,10 @@ def pull_push_triton_rows(
     outputs = _empty_outputs(student_ZNC, teacher_BNC, keep)
     cosine_ZN, norm_ZN, unit_BNC, words_ZNW = outputs
     (blocks, tokens, width), batch = student_ZNC.shape, len(teacher_BNC)
-    tile = tiles.overlap_tile(student_ZNC)
+    tile = kernels.overlap_tile(student_ZNC)
     column_tiles = triton.cdiv(tokens, tile.columns)
     sums_SZTN = cosine_ZN.new_empty(1 + keep, blocks, column_tiles, tokens)
-    constants = tiles.unit_constants(width)
+    constants = kernels.unit_constants(width)
     with torch.cuda.device_of(student_ZNC):
         kernels.unit_kernel[(triton.cdiv(tokens, constants["ROWS"]), batch)](
             *(student_ZNC, teacher_BNC, subject_BN, unit_BNC, norm_ZN, cosine_ZN),
@@ -144,7 +126,7 @@ def pull_push_triton_rows(
         kernels.overlap_kernel[(triton.cdiv(tokens, tile.rows) * column_tiles, blocks)](
             *(student_ZNC, unit_BNC, subject_BN, norm_ZN, sums_SZTN, words_ZNW),
             *(tokens, batch, blocks, threshold),
-            **tiles.overlap_constants(tile, student_ZNC.element_size(), width, keep),
+            **kernels.overlap_constants(tile, student_ZNC.element_size(), width, keep),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -179,18 +161,18 @@ def pull_push_triton_backward(
     """Computes the student's gradient from those of cosine and overlap and from what was kept."""
     grad_ZNC = torch.empty_like(student_ZNC)
     (blocks, tokens, width), batch = student_ZNC.shape, len(unit_BNC)
-    tile = tiles.GRADIENT_TILES[student_ZNC.element_size()]
+    tile = kernels.GRADIENT_TILES[student_ZNC.element_size()]
     row_tiles = triton.cdiv(tokens, tile.rows)
     hole_BT3 = subject_BN.new_empty(batch, row_tiles, 3)
     with torch.cuda.device_of(student_ZNC):
         kernels.hole_kernel[(row_tiles, batch)](
-            subject_BN, hole_BT3, tokens, ROWS=tile.rows, COLUMNS=tiles.HOLE_COLUMNS, Q=tile.depth
+            subject_BN, hole_BT3, tokens, ROWS=tile.rows, COLUMNS=kernels.HOLE_COLUMNS, Q=tile.depth
         )
         kernels.gradient_kernel[(row_tiles * triton.cdiv(width, tile.columns), blocks)](
             *(grad_cosine_ZN.contiguous(), grad_overlap_ZN.contiguous(), student_ZNC, unit_BNC),
             *(subject_BN, cosine_ZN, reach_ZN, norm_ZN, words_ZNW, hole_BT3, grad_ZNC),
             *(tokens, batch),
-            **tiles.gradient_constants(student_ZNC.element_size(), width),
+            **kernels.gradient_constants(student_ZNC.element_size(), width),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -1,13 +1,88 @@
-"""The Triton kernels of pull_push.
+"""The Triton kernels of pull_push, and the tiles that they are compiled for.
 
-Shape letters: M rows of a tile (student tokens), N columns (teacher tokens), Q columns of a plane
-of the mask, C channels of a step.
+What they are for is said in pull_push_triton.py. Shape letters: M rows of a tile (student tokens),
+N columns (teacher tokens), Q columns of a plane of the mask, C channels of a step.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from alignlab.kernels.bit_planes import first_word, plane_bit
+from alignlab.kernels.cosine import NORM_EPS
+from alignlab.kernels.triton_common import (
+    clamped,
+    first_word,
+    has_wgmma,
+    plane_bit,
+    product_precision,
+    rows_per_program,
+)
+
+
+class Tile(NamedTuple):
+    """An outcome of `rows` x `columns`, computed in steps of `depth`, and how that is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# By bytes per element and architecture (80 stands for all before 90). The largest that compile
+# without spilling registers. An overlap tile is as wide as a group of the packed mask, which has
+# four planes; a gradient tile is as deep as one.
+OVERLAP_TILES = {
+    (2, 80): Tile(64, 256, 64, 8, 3),
+    (2, 90): Tile(128, 256, 64, 8, 3),
+    (4, 80): Tile(64, 128, 32, 8, 3),
+    (4, 90): Tile(128, 128, 32, 8, 3),
+}
+GRADIENT_TILES = {2: Tile(128, 256, 64, 8, 3), 4: Tile(128, 64, 32, 8, 3)}
+MASK_BITS = 2
+SUBJECT_TILE = 64
+HOLE_COLUMNS = 1024
+
+
+def overlap_tile(x: Tensor) -> Tile:
+    """Gives the entry of `OVERLAP_TILES` for the device of `x`; the interpreter counts as sm_90."""
+    return OVERLAP_TILES[x.element_size(), 90 if has_wgmma(x) or not x.is_cuda else 80]
+
+
+def unit_constants(width: int) -> dict[str, Any]:
+    """What `unit_kernel` is compiled for."""
+    channels = triton.next_power_of_2(width)
+    return dict(C=width, BLOCK_C=channels, ROWS=rows_per_program(channels), EPS=NORM_EPS)
+
+
+def overlap_constants(tile: Tile, element_size: int, width: int, keep: bool) -> dict[str, Any]:
+    """What `overlap_kernel` is compiled for."""
+    return dict(
+        C=width,
+        KEEP=keep,
+        ROWS=tile.rows,
+        DEPTH=tile.depth,
+        Q=GRADIENT_TILES[element_size].depth,
+        BITS=MASK_BITS,
+        PRECISION=product_precision(element_size),
+        EPS=NORM_EPS,
+    )
+
+
+def gradient_constants(element_size: int, width: int) -> dict[str, Any]:
+    """What `gradient_kernel` is compiled for."""
+    tile = GRADIENT_TILES[element_size]
+    return dict(
+        C=width,
+        ROWS=tile.rows,
+        CHANNELS=tile.columns,
+        Q=tile.depth,
+        BITS=MASK_BITS,
+        PRECISION=product_precision(element_size),
+        EPS=NORM_EPS,
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -27,12 +102,6 @@ def subjects_kernel(ids_ptr, subject_ptr, others_ptr, num_tokens, TILE: tl.const
         others_M += tl.sum(tl.where(same_MN | (id_N < 0)[None, :], 0, 1), 1)
     tl.store(subject_ptr + base + row_M, tl.where(id_M < 0, -1, first_M), mask=inside_M)
     tl.store(others_ptr + base + row_M, tl.where(id_M < 0, 0, others_M), mask=inside_M)
-
-
-@triton.jit
-def _clamped(norm, EPS: tl.constexpr):
-    # where, since a maximum would turn NaN into EPS
-    return tl.where(norm < EPS, EPS, norm)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "batch", "blocks"])
@@ -63,7 +132,7 @@ def unit_kernel(
     read_MC = valid_M[:, None] & (channel_C < C)[None, :]
     teacher_MC = tl.load(teacher_ptr + at_MC, mask=read_MC, other=0.0).to(tl.float32)
     norm_M = tl.sqrt_rn(tl.sum(teacher_MC * teacher_MC, 1))
-    unit_MC = teacher_MC / _clamped(norm_M, EPS)[:, None]
+    unit_MC = teacher_MC / clamped(norm_M, EPS)[:, None]
     write_MC = inside_M[:, None] & (channel_C < C)[None, :]
     tl.store(unit_ptr + at_MC, unit_MC.to(unit_ptr.dtype.element_ty), mask=write_MC)
     for block in range(0, blocks):
@@ -71,7 +140,7 @@ def unit_kernel(
         at_MC = at_M[:, None] * C + channel_C[None, :]
         student_MC = tl.load(student_ptr + at_MC, mask=read_MC, other=0.0).to(tl.float32)
         norm_M = tl.sqrt_rn(tl.sum(student_MC * student_MC, 1))
-        cosine_M = tl.sum(student_MC * unit_MC, 1) / _clamped(norm_M, EPS)
+        cosine_M = tl.sum(student_MC * unit_MC, 1) / clamped(norm_M, EPS)
         tl.store(norm_ptr + at_M, norm_M, mask=inside_M)
         tl.store(cosine_ptr + at_M, cosine_M, mask=inside_M)
 
@@ -207,7 +276,7 @@ def overlap_kernel(
         )
         # The student is not normalised: what its products are compared with is scaled instead.
         norm_M = tl.load(norm_ptr + block * num_tokens + row_M, mask=inside_M, other=0.0)
-        scale_M = _clamped(norm_M, EPS)
+        scale_M = clamped(norm_M, EPS)
         least_M = threshold * scale_M
         for plane in tl.static_range(4):
             column_Q = column_tile * COLUMNS + plane * Q + tl.arange(0, Q)
@@ -325,7 +394,7 @@ def gradient_kernel(
     norm_M = tl.load(norm_ptr + at_M, mask=inside_M, other=0.0)
     pull_M = tl.load(grad_cosine_ptr + at_M, mask=inside_M, other=0.0)
     push_M = tl.load(grad_overlap_ptr + at_M, mask=inside_M, other=0.0)
-    scale_M = 1.0 / _clamped(norm_M, EPS)
+    scale_M = 1.0 / clamped(norm_M, EPS)
     # Below EPS the norm is a constant.
     slope_M = tl.where(norm_M < EPS, 0.0, pull_M * cosine_M + push_M * reach_M) * scale_M
     first_channel = tl.program_id(0) % channel_tiles * CHANNELS

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignlab.kernels.cosine import NORM_EPS
-from alignlab.kernels.relation_terms import DENOMINATOR_EPS, Relation, Routing
+from alignlab.kernels.relation import DENOMINATOR_EPS, Relation, Routing
 from alignlab.kernels.relation_triton_kernels import (
     Tiles,
     distance_constants,
@@ -37,8 +37,6 @@ from alignlab.kernels.relation_triton_kernels import (
 # super-tiles of SUPER squares, whose vectors do.
 CACHED_SQUARES = 32
 SUPER = 8
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_INTERPRETED: bool = triton.knobs.runtime.interpret
 _FIXED_POINT = 2.0**40
 
 
@@ -76,12 +74,9 @@ def relation_triton(
     Unit vectors are rounded to the dtype of the input, or to the wider one if student and teacher
     differ; sums are float32. Beside the unit vectors, memory is 2 bits per pair if a gradient is
     needed, and 4 bytes per 1,024 pairs. Frames are filled up to a multiple of 32 tokens: clips of
-    many tiny frames are better left to the other implementations.
-
-    Raises:
-        ValueError: a dtype or device that the kernels cannot do, or vectors without channels.
+    many tiny frames are better left to the other implementations. What the kernels cannot compute
+    `dispatch.refuse_for_triton` has refused.
     """
-    _check(student_BTPD, teacher_BTPD)
     saliency_BTP = saliency_BTP.float()
     sums_BTT, _ = relation_triton_sums(
         student_BTPD,
@@ -106,18 +101,6 @@ def relation_triton(
     return Relation(
         weighted_mean(same_TT), weighted_mean(decay_TT), weighted_mean(torch.ones_like(same_TT))
     )
-
-
-def _check(student_BTPD: Tensor, teacher_BTPD: Tensor) -> None:
-    for x in (student_BTPD, teacher_BTPD):
-        if x.dtype not in _DTYPES:
-            raise ValueError(f"impl='triton' takes float32, float16 and bfloat16, got {x.dtype}")
-        if _INTERPRETED and x.dtype == torch.bfloat16:
-            raise ValueError("Triton's interpreter computes bfloat16 wrongly: use another dtype")
-        if x.shape[3] == 0:
-            raise ValueError("impl='triton' needs at least one channel")
-    if not _INTERPRETED and not student_BTPD.is_cuda:
-        raise ValueError(f"impl='triton' needs a CUDA device, got tensors on {student_BTPD.device}")
 
 
 def weight_sums(saliency_BTP: Tensor, routing: str) -> Tensor:

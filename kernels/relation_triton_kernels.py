@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alignlab.kernels.bit_planes import pack_planes, plane_bit
+from alignlab.kernels.triton_common import (
+    clamped,
+    has_wgmma,
+    pack_planes,
+    plane_bit,
+    product_precision,
+    rows_per_program,
+)
 
 
 class Tiles(NamedTuple):
@@ -44,13 +51,11 @@ TILES = {
     (4, False): Tiles(16, 2, 32, 128, 1, (4, 4)),
 }
 WARPS = 8
-_ROW_ELEMENTS = 4096
 
 
 def tiles_for(x: Tensor, dtype: torch.dtype) -> Tiles:
-    """Gives the row of `TILES` for unit vectors of `dtype` on the device of `x`."""
-    wgmma = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return TILES[dtype.itemsize, wgmma]
+    """Gives the entry of `TILES` for unit vectors of `dtype` on the device of `x`."""
+    return TILES[dtype.itemsize, has_wgmma(x)]
 
 
 def row_constants(x_BTPD: Tensor, unit_BND: Tensor) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def row_constants(x_BTPD: Tensor, unit_BND: Tensor) -> dict[str, Any]:
     return {
         "WIDTH": x_BTPD.shape[-1],
         "UNIT_WIDTH": unit_BND.shape[-1],
-        "ROWS": max(1, _ROW_ELEMENTS // channels),
+        "ROWS": rows_per_program(channels),
         "CHANNELS": channels,
     }
 
@@ -76,7 +81,7 @@ def distance_constants(
         "Q": tiles.block,
         "SQUARES": tiles.squares,
         "DEPTH": tiles.depth,
-        "PRECISION": _precision(student_BND),
+        "PRECISION": product_precision(student_BND.element_size()),
         "num_warps": WARPS,
         "num_stages": tiles.stages[0],
     }
@@ -91,15 +96,10 @@ def slope_constants(student_BND: Tensor, tiles: Tiles, routing: str) -> dict[str
         "Q": tiles.block,
         "CHANNELS": math.gcd(tiles.channels, width),
         "PLANES": tiles.planes,
-        "PRECISION": _precision(student_BND),
+        "PRECISION": product_precision(student_BND.element_size()),
         "num_warps": WARPS,
         "num_stages": tiles.stages[1],
     }
-
-
-def _precision(unit_BND: Tensor) -> str:
-    """Three products of tensor cores are as good as one in float32; half precision needs one."""
-    return "tf32x3" if unit_BND.dtype == torch.float32 else "ieee"
 
 
 # Codes: the distance grows with the student's cosine (bit 0), falls (bit 1) or is flat (no bit).
@@ -121,7 +121,7 @@ def unit_kernel(
     real_RC = (frame_R1 < frames) & (token_R1 < tokens) & (channel_1C < WIDTH)
     vector_RC = tl.load(tokens_ptr + row_R1 * WIDTH + channel_1C, mask=real_RC, other=0.0)
     vector_RC = vector_RC.to(tl.float32)
-    vector_RC /= _clamped(_norm(vector_RC), eps)
+    vector_RC /= clamped(_norm(vector_RC), eps)
     unit_RC = unit_ptr + (sample * places + place_R1) * UNIT_WIDTH + channel_1C
     tl.store(unit_RC, vector_RC, mask=(place_R1 < places) & (channel_1C < UNIT_WIDTH))
 
@@ -129,12 +129,6 @@ def unit_kernel(
 @triton.jit
 def _norm(vector_RC):
     return tl.sqrt(tl.sum(vector_RC * vector_RC, axis=1))[:, None]
-
-
-@triton.jit
-def _clamped(norm_R1, eps):
-    # Not a maximum, which would hide a NaN.
-    return tl.where(norm_R1 < eps, eps, norm_R1)
 
 
 @triton.jit
@@ -234,7 +228,7 @@ def _finish_square(
     # The cosine of a rounded unit vector with itself is not quite 1.
     gap_SS = tl.where(row_S[:, None] == col_S[None, :], 0.0, gap_SS)
     distance_SS = tl.abs(gap_SS)
-    # Not a maximum, for the same reason as above.
+    # Not a maximum, which would hide a NaN.
     distance_SS = tl.where(distance_SS <= margin, 0.0, distance_SS - margin)
     if ROUTING != "uniform":
         first_S = tl.load(saliency_ptr + row_S)
@@ -337,7 +331,7 @@ def norm_gradient_kernel(
     slope_RC = tl.load(slope_ptr + channel_1C, mask=real_RC, other=0.0)
     slope_RC *= tl.load(scale_ptr + sample)
     norm_R1 = _norm(vector_RC)
-    clamped_R1 = _clamped(norm_R1, eps)
+    clamped_R1 = clamped(norm_R1, eps)
     unit_RC = vector_RC / clamped_R1
     # A clamped norm is a constant, as for torch.
     along_R1 = tl.where(norm_R1 < eps, 0.0, tl.sum(slope_RC * unit_RC, axis=1)[:, None])

@@ -23,7 +23,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
-from alignlab.losses.repa import repa_loss
+from alignlab.losses.repa import cosine_terms, repa_loss
 
 Normalization = Literal["joint", "per_teacher"]
 
@@ -134,12 +134,12 @@ class Align4Gen(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        chosen = [teacher[alias] for alias in self.config.teachers]
+        teachers = [teacher[alias] for alias in self.config.teachers]
         per_block = []
         for block in self.config.blocks:
             tapped = student[block]
             projected_BND = project(self.projectors[f"block_{block}"], tapped.tokens_BND)
-            matched = [match_grid(x.tokens_BTPD, x.grid, tapped.grid) for x in chosen]
+            matched = [match_grid(x.tokens_BTPD, x.grid, tapped.grid) for x in teachers]
             # A first frame that one teacher left out is compared with none.
             frames = min(x.shape[1] for x in matched)
             per_block.append(
@@ -149,6 +149,4 @@ class Align4Gen(Objective):
                     normalization=self.config.normalization,
                 )
             )
-        loss_B = torch.stack(per_block).mean(0)
-        cosine_LB = -torch.stack(per_block).detach()
-        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)
+        return cosine_terms(torch.stack(per_block), len(per_block))

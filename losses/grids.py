@@ -14,13 +14,17 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width. A
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignlab.losses.objective import Grid, Side
+Grid = tuple[int, int, int]
+"""(T, H, W) of a token set, in row-major order; for reference tokens (K, H, W)."""
+Side = Literal["student", "teacher"]
+
+FOREGROUND = 0.5  # of a token's area: what is mostly on a subject counts as showing it
 
 
 def match_grid(teacher_BTPD: Tensor, teacher_grid: Grid, student_grid: Grid) -> Tensor:
@@ -63,9 +67,9 @@ def _resized(image_MDHW: Tensor, size: tuple[int, int]) -> Tensor:
     return resized
 
 
-def _space_mode(given: Sequence[int], size: Sequence[int]) -> str:
+def _space_mode(before: Sequence[int], after: Sequence[int]) -> str:
     """Means where the grid shrinks, since interpolation would skip tokens there."""
-    return "area" if size[0] <= given[0] and size[1] <= given[1] else "bilinear"
+    return "area" if after[0] <= before[0] and after[1] <= before[1] else "bilinear"
 
 
 def match_student(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -> Tensor:
@@ -150,17 +154,26 @@ def pool_masks(masks_BTHW: Tensor, grid: Grid) -> Tensor:
     Raises:
         ValueError: the frames do not correspond.
     """
-    given, frames = masks_BTHW.shape[1], grid[0]
+    pixel_frames, frames = masks_BTHW.shape[1], grid[0]
     masks = F.interpolate(masks_BTHW.float(), size=grid[1:], mode="area").flatten(2)
-    if given == frames:
+    if pixel_frames == frames:
         return masks
-    if 1 < frames < given and (given - 1) % (frames - 1) == 0:
+    if 1 < frames < pixel_frames and (pixel_frames - 1) % (frames - 1) == 0:
         groups = masks[:, 1:].unflatten(1, (frames - 1, -1))
         return torch.cat([masks[:, :1], groups.mean(2)], dim=1)
-    if 0 < frames < given and (given - 1) % frames == 0:
+    if 0 < frames < pixel_frames and (pixel_frames - 1) % frames == 0:
         pooled: Tensor = masks[:, 1:].unflatten(1, (frames, -1)).mean(2)
         return pooled
-    raise ValueError(f"cannot match masks of {given} frames to the token grid {grid}")
+    raise ValueError(f"cannot match masks of {pixel_frames} frames to the token grid {grid}")
+
+
+def covered_share(masks_THW: Tensor, grid: Grid) -> Tensor:
+    """Share of each token's area that a mask covers, (T, P): `pool_masks` of one clip.
+
+    Images of their own count as frames, one each. A token is foreground where the share is above
+    `FOREGROUND`.
+    """
+    return pool_masks(masks_THW[None], grid)[0]
 
 
 def describe(student_grid: Grid, teacher_grid: Grid, side: Side = "student") -> str:

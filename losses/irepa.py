@@ -5,7 +5,6 @@ tokens, which takes away what all tokens share.
 Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import torch
@@ -13,17 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.losses.grids import common_grid
-from alignlab.losses.objective import (
-    NO_CONTEXT,
-    Context,
-    Features,
-    Objective,
-    ObjectiveConfig,
-    Terms,
-    Tokens,
-)
+from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.projector import irepa_projector, project_frames
-from alignlab.losses.repa import repa_loss, spatial_zscore
+from alignlab.losses.repa import PairwiseAlignment, repa_loss, spatial_zscore
 
 
 def irepa_loss(student_BTPD: Tensor, teacher_BTPD: Tensor, *, gamma: float = 0.6) -> Tensor:
@@ -60,7 +51,7 @@ class IRepaConfig(ObjectiveConfig):
 
 
 @final
-class IRepa(Objective):
+class IRepa(PairwiseAlignment):
     """Minus the cosine of convolved video tokens with a spatially z-scored teacher.
 
     One projector for each pair of block and teacher.
@@ -69,47 +60,16 @@ class IRepa(Objective):
     Config: ClassVar[type[ObjectiveConfig]] = IRepaConfig
     tokens: ClassVar[Literal["video", "reference"]] = "video"
     paper: ClassVar[str] = "2512.10794"
+    config: IRepaConfig
 
-    def __init__(
-        self,
-        config: IRepaConfig,
-        *,
-        student_dim: int,
-        teacher_dims: Mapping[str, int],
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.config: IRepaConfig = config
-        generator = torch.Generator().manual_seed(seed)
-        # Teachers are numbered, since an alias need not be a valid module name.
-        self.projectors = nn.ModuleDict(
-            {
-                f"block_{block}_teacher_{number}": irepa_projector(
-                    student_dim, teacher_dims[alias], generator
-                )
-                for block in config.blocks
-                for number, alias in enumerate(config.teachers)
-            }
+    def _projector(
+        self, student_dim: int, teacher_dim: int, generator: torch.Generator
+    ) -> nn.Module:
+        return irepa_projector(student_dim, teacher_dim, generator)
+
+    def _loss(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
+        projected_BND = project_frames(projector, tapped.tokens_BND, tapped.grid)
+        student_BTPD, teacher_BTPD = common_grid(
+            projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
         )
-
-    def forward(
-        self,
-        student: Mapping[int, Tokens],
-        teacher: Mapping[str, Features],
-        context: Context = NO_CONTEXT,
-    ) -> Terms:
-        per_pair = []
-        for block in self.config.blocks:
-            tapped = student[block]
-            for number, alias in enumerate(self.config.teachers):
-                features = teacher[alias]
-                projector = self.projectors[f"block_{block}_teacher_{number}"]
-                projected_BND = project_frames(projector, tapped.tokens_BND, tapped.grid)
-                ours_BTPD, theirs_BTPD = common_grid(
-                    projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
-                )
-                per_pair.append(irepa_loss(ours_BTPD, theirs_BTPD, gamma=self.config.gamma))
-        loss_B = torch.stack(per_pair).mean(0)
-        cosine_PB = -torch.stack(per_pair).detach()
-        cosine_LB = cosine_PB.unflatten(0, (len(self.config.blocks), -1)).mean(1)
-        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)
+        return irepa_loss(student_BTPD, teacher_BTPD, gamma=self.config.gamma)

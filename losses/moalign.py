@@ -6,14 +6,13 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_means, relation_distance
+from alignlab.kernels.relation import Impl, mean_relation, plain_relation
 from alignlab.losses.grids import common_grid
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -26,7 +25,8 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, deep_projector, project
-from alignlab.losses.stage1.folder import load_stage1
+from alignlab.losses.stage1.folder import load_for_teacher
+from alignlab.losses.stage1.motion_head import MotionHead
 
 
 def motion_relation_loss(
@@ -48,14 +48,8 @@ def motion_relation_loss(
     Raises:
         ValueError: shapes do not fit, `tau` is not above 0, or `impl` cannot run.
     """
-    means = _means(student_BTPD, motion_BTPD, tau, impl)
+    means = plain_relation(student_BTPD, motion_BTPD, tau=tau, impl=impl)
     return means.spatial + means.temporal
-
-
-def _means(student_BTPD: Tensor, motion_BTPD: Tensor, tau: float, impl: Impl) -> Relation:
-    relation = relation_distance(student_BTPD, motion_BTPD.detach(), tau=tau, impl=impl)
-    _, frames, tokens, _ = student_BTPD.shape
-    return plain_means(relation, frames, tokens, tau)
 
 
 class MoAlignConfig(ObjectiveConfig):
@@ -104,13 +98,11 @@ class MoAlign(Objective):
     ) -> None:
         super().__init__()
         self.config: MoAlignConfig = config
-        self.head, info = load_stage1(Path(config.head), "moalign")
-        width = teacher_dims[config.teacher]
-        if info.teacher_dim != width:
-            raise ValueError(
-                f"{config.head} reads teacher tokens of width {info.teacher_dim}, "
-                f"{config.teacher} has {width}"
-            )
+        head = load_for_teacher(
+            config.head, "moalign", config.teacher, teacher_dims[config.teacher]
+        )
+        assert isinstance(head, MotionHead)
+        self.head = head
         generator = torch.Generator().manual_seed(seed)
         self.projectors = nn.ModuleDict(
             {
@@ -145,7 +137,9 @@ class MoAlign(Objective):
                 features.grid,
                 config.grid,
             )
-            per_block.append(_means(student_BTPD, target_BTPD, config.tau, config.impl))
+            per_block.append(
+                plain_relation(student_BTPD, target_BTPD, tau=config.tau, impl=config.impl)
+            )
         mean = mean_relation(per_block)
         parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
         return Terms(mean.spatial + mean.temporal, parts)

@@ -13,11 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from alignlab.losses.gate import Gate, NoGate
+from alignlab.losses.grids import Grid as Grid
+from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
-
-Grid = tuple[int, int, int]
-"""(T, H, W) of a token set, in row-major order; for reference tokens (K, H, W)."""
-Side = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Terms:
     """What an objective hands to the harness, one value per sample.
 
     The names in `parts` and what is None are the same for every batch, also one without references:
-    processes that train together take means over all their samples by name.
+    ranks take means over the samples of all of them by name.
 
     Args:
         loss_B: what is minimised, before weight, schedule and gate; carries the gradient.

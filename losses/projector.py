@@ -1,7 +1,7 @@
-"""The small networks that map student tokens to the width of a teacher.
+"""The small networks that map student tokens to the width of a teacher, and initial weights.
 
-Initial weights are drawn from a generator that the caller seeds: building a projector neither
-depends on global random state nor disturbs it.
+Initial weights, also those of the Stage 1 networks, come from a generator or a seed that the caller
+gives: building a network neither depends on global random state nor disturbs it.
 Shape letters: B batch, T frames, N tokens of all frames, D width.
 """
 
@@ -11,8 +11,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-
-from alignlab.losses.objective import Grid
 
 REPA_HIDDEN = 2048
 
@@ -85,7 +83,7 @@ def project(projector: nn.Module, tokens: Tensor) -> Tensor:
     return projected
 
 
-def project_frames(projector: nn.Module, tokens_BND: Tensor, grid: Grid) -> Tensor:
+def project_frames(projector: nn.Module, tokens_BND: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Applies a convolution to each frame's token grid, as `project` does to each token.
 
     Args:
@@ -97,6 +95,31 @@ def project_frames(projector: nn.Module, tokens_BND: Tensor, grid: Grid) -> Tens
     frames = tokens_BND.reshape(batch * grid[0], grid[1], grid[2], width).permute(0, 3, 1, 2)
     projected = project(projector, frames)
     return projected.flatten(2).mT.reshape(batch, -1, projected.shape[1])
+
+
+def draw_initial_weights(module: nn.Module, seed: int) -> None:
+    """Fills a Stage 1 network that was built on the meta device, in place, on the CPU.
+
+    Matrices and convolution kernels: Xavier-uniform. Biases: zero. Gains of norms: one.
+
+    Args:
+        module: its parameters have names that end in `weight` or `bias`, and it has no buffers.
+        seed: of the weights; global random state is neither read nor changed.
+    """
+    module.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        _draw_initial(name, parameter, generator)
+
+
+@torch.no_grad()
+def _draw_initial(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    if parameter.ndim > 1:
+        nn.init.xavier_uniform_(parameter, generator=generator)
+    elif name.endswith("bias"):
+        nn.init.zeros_(parameter)
+    else:
+        nn.init.ones_(parameter)
 
 
 def _empty(in_dim: int, out_dim: int, *, bias: bool) -> nn.Linear:

@@ -57,7 +57,7 @@ def reference_alignment_loss(
         negatives: "sample" pushes from the other subjects of the same sample (code, at its batch
             of 1); "batch" from those of all samples, where ids must tell subjects apart across
             samples. Then the push is one mean over the batch, which every sample with a valid
-            token carries. In a run, that batch is one accumulation round.
+            token carries. In a run, that batch is one micro-batch.
         impl: see `alignlab.kernels.pull_push.pull_push`.
 
     Returns:

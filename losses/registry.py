@@ -1,19 +1,27 @@
-"""The table of objectives. To add one: a file, a row here, a row in the contract test, a section
-in README.md. Other packages add theirs by entry points (`alignlab.losses.plugins`)."""
+"""The tables of objectives and of the Stage 1 networks that some of them read.
+
+To add an objective: a file, a row here, a row in the contract test, a section in README.md. Other
+packages add theirs by entry points.
+"""
 
 import functools
 from collections.abc import Mapping
+from typing import Literal, get_args, get_origin
 
 from alignlab.losses.align4gen import Align4Gen
 from alignlab.losses.crepa import Crepa
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.moalign import MoAlign
 from alignlab.losses.objective import Objective, ObjectiveConfig
-from alignlab.losses.plugins import installed_objectives
+from alignlab.losses.plugins import registrations
 from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
+from alignlab.losses.stage1.folder import Stage1Row, stage1_rows
 from alignlab.losses.videorepa import VideoRepa
+
+GROUP = "alignlab.objectives"
+"""Entry point group under which other packages register objectives."""
 
 BUILT_IN: dict[str, type[Objective]] = {
     "refalign": RefAlign,
@@ -27,10 +35,54 @@ BUILT_IN: dict[str, type[Objective]] = {
 }
 
 OBJECTIVES: dict[str, type[Objective]]
-"""`BUILT_IN` and what installed packages add, looked up when it is first asked for.
+"""`BUILT_IN` and what installed packages add, looked up at its first use.
 
 Not at import: a package's objective imports this package, which would import it in turn.
 """
+
+STAGE1: dict[str, Stage1Row]
+"""Stage 1 networks by the name of the objective that reads them, those of installed packages
+included. The table is beside the code that loads them (`alignlab.losses.stage1.folder`), which
+objectives import."""
+
+
+def installed_objectives(built_in: Mapping[str, type[Objective]]) -> dict[str, type[Objective]]:
+    """Loads the objectives of other packages, by name, in the order of their names.
+
+    Args:
+        built_in: rows whose names are taken.
+
+    Raises:
+        PluginError: a name is taken, or what it stands for is no final `Objective` whose
+            `Config.name` is that name.
+    """
+    objectives: dict[str, type[Objective]] = {}
+    for registration in registrations(GROUP, "objective", built_in):
+        problem = _problem(registration.loaded, registration.name)
+        if problem is not None:
+            raise registration.refusal(problem)
+        objective = registration.loaded
+        assert isinstance(objective, type) and issubclass(objective, Objective)
+        objectives[registration.name] = objective
+    return objectives
+
+
+def _problem(thing: object, name: str) -> str | None:
+    """Says what keeps a thing from being the objective `name`."""
+    if not (isinstance(thing, type) and issubclass(thing, Objective)):
+        return "is no class derived from alignlab.losses.objective.Objective"
+    if not getattr(thing, "__final__", False):
+        return "is not final: put @typing.final above the class"
+    if getattr(thing, "tokens", None) not in ("video", "reference"):
+        return 'must say which tokens it taps: tokens = "video" or "reference"'
+    config = getattr(thing, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, ObjectiveConfig)):
+        return "has no Config derived from alignlab.losses.objective.ObjectiveConfig"
+    field = config.model_fields["name"]
+    is_literal = get_origin(field.annotation) is Literal and get_args(field.annotation) == (name,)
+    if not is_literal or field.default != name:
+        return f'has a Config without the line: name: Literal["{name}"] = "{name}"'
+    return None
 
 
 @functools.cache
@@ -38,9 +90,11 @@ def _all_objectives() -> dict[str, type[Objective]]:
     return BUILT_IN | installed_objectives(BUILT_IN)
 
 
-def __getattr__(name: str) -> dict[str, type[Objective]]:
+def __getattr__(name: str) -> object:
     if name == "OBJECTIVES":
         return _all_objectives()
+    if name == "STAGE1":
+        return stage1_rows()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,6 +4,7 @@ With iREPA's spatial z-score of the teacher (arXiv 2512.10794), which `irepa` bu
 Shape letters: B batch, T frames, P tokens per frame, N tokens, D width.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
@@ -82,8 +83,74 @@ class RepaConfig(ObjectiveConfig):
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
 
 
+def cosine_terms(loss_PB: Tensor, blocks: int) -> Terms:
+    """Averages the negative mean cosines of several blocks, or of pairs of block and teacher.
+
+    Args:
+        loss_PB: (pairs, B), the pairs of one block side by side; as many for every block.
+        blocks: how many blocks there are.
+    """
+    loss_B = loss_PB.mean(0)
+    cosine_LB = -loss_PB.detach().unflatten(0, (blocks, -1)).mean(1)
+    return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)
+
+
+class PairwiseAlignment(Objective):
+    """What REPA and iREPA share: a projector and a loss for each pair of block and teacher.
+
+    A subclass says what they are; the loss is their mean over all pairs.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        *,
+        student_dim: int,
+        teacher_dims: Mapping[str, int],
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(seed)
+        self.projectors = nn.ModuleDict(
+            {
+                _pair(block, number): self._projector(student_dim, teacher_dims[alias], generator)
+                for block in config.blocks
+                for number, alias in enumerate(config.teachers)
+            }
+        )
+
+    @abstractmethod
+    def _projector(
+        self, student_dim: int, teacher_dim: int, generator: torch.Generator
+    ) -> nn.Module:
+        """Builds the projector of one pair."""
+
+    @abstractmethod
+    def _loss(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
+        """Computes minus the mean cosine of one pair, (B,)."""
+
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
+        per_pair = [
+            self._loss(self.projectors[_pair(block, number)], student[block], teacher[alias])
+            for block in self.config.blocks
+            for number, alias in enumerate(self.config.teachers)
+        ]
+        return cosine_terms(torch.stack(per_pair), len(self.config.blocks))
+
+
+def _pair(block: int, number: int) -> str:
+    """Names a projector. Teachers are numbered, since an alias need not be a module's name."""
+    return f"block_{block}_teacher_{number}"
+
+
 @final
-class Repa(Objective):
+class Repa(PairwiseAlignment):
     """Minus the cosine of video tokens with the teacher's tokens at the same places.
 
     One projector for each pair of block and teacher, averaged over all.
@@ -92,47 +159,16 @@ class Repa(Objective):
     Config: ClassVar[type[ObjectiveConfig]] = RepaConfig
     tokens: ClassVar[Literal["video", "reference"]] = "video"
     paper: ClassVar[str] = "2410.06940"
+    config: RepaConfig
 
-    def __init__(
-        self,
-        config: RepaConfig,
-        *,
-        student_dim: int,
-        teacher_dims: Mapping[str, int],
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        self.config: RepaConfig = config
-        generator = torch.Generator().manual_seed(seed)
-        # Teachers are numbered, since an alias need not be a valid module name.
-        self.projectors = nn.ModuleDict(
-            {
-                f"block_{block}_teacher_{number}": repa_projector(
-                    student_dim, teacher_dims[alias], config.projector_dim, generator
-                )
-                for block in config.blocks
-                for number, alias in enumerate(config.teachers)
-            }
+    def _projector(
+        self, student_dim: int, teacher_dim: int, generator: torch.Generator
+    ) -> nn.Module:
+        return repa_projector(student_dim, teacher_dim, self.config.projector_dim, generator)
+
+    def _loss(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
+        projected_BND = project(projector, tapped.tokens_BND)
+        student_BTPD, teacher_BTPD = common_grid(
+            projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
         )
-
-    def forward(
-        self,
-        student: Mapping[int, Tokens],
-        teacher: Mapping[str, Features],
-        context: Context = NO_CONTEXT,
-    ) -> Terms:
-        per_pair = []
-        for block in self.config.blocks:
-            tapped = student[block]
-            for number, alias in enumerate(self.config.teachers):
-                features = teacher[alias]
-                projector = self.projectors[f"block_{block}_teacher_{number}"]
-                projected_BND = project(projector, tapped.tokens_BND)
-                ours_BTPD, theirs_BTPD = common_grid(
-                    projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
-                )
-                per_pair.append(repa_loss(ours_BTPD.flatten(1, 2), theirs_BTPD.flatten(1, 2)))
-        loss_B = torch.stack(per_pair).mean(0)
-        cosine_PB = -torch.stack(per_pair).detach()
-        cosine_LB = cosine_PB.unflatten(0, (len(self.config.blocks), -1)).mean(1)
-        return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)
+        return repa_loss(student_BTPD.flatten(1, 2), teacher_BTPD.flatten(1, 2))

@@ -5,7 +5,6 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width, L
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, final
 
 import torch
@@ -27,7 +26,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
-from alignlab.losses.stage1.folder import load_stage1
+from alignlab.losses.stage1.folder import load_for_teacher
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
 
 
@@ -179,12 +178,9 @@ class Sara(Objective):
         )
         self.aligner: SaliencyAligner | None = None
         if config.aligner is not None and config.routing != "uniform":
-            self.aligner, info = load_stage1(Path(config.aligner), "sara")
-            if info.teacher_dim != width:
-                raise ValueError(
-                    f"{config.aligner} reads teacher tokens of width {info.teacher_dim}, "
-                    f"{config.teacher} has {width}"
-                )
+            aligner = load_for_teacher(config.aligner, "sara", config.teacher, width)
+            assert isinstance(aligner, SaliencyAligner)
+            self.aligner = aligner
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -242,11 +238,11 @@ class Sara(Objective):
             assert context.masks_BTHW is not None  # `needs` asks for them
             return pool_masks(context.masks_BTHW, features.grid)
         assert context.text_BLD is not None
-        known, given = self.aligner.config.text_dim, context.text_BLD.shape[-1]
-        if given != known:
+        trained_dim, text_dim = self.aligner.config.text_dim, context.text_BLD.shape[-1]
+        if text_dim != trained_dim:
             raise ValueError(
-                f"{self.config.aligner} knows texts of width {known}, this text encoder's have "
-                f"{given}: train Stage 1 with the model of this run"
+                f"{self.config.aligner} knows texts of width {trained_dim}, this text encoder's "
+                f"have {text_dim}: train Stage 1 with the model of this run"
             )
         # frozen: in the precision of its weights, as teachers are
         with torch.autocast(features.tokens_BTPD.device.type, enabled=False):

@@ -112,7 +112,7 @@ def weight_at(
 class PlateauWatch(nn.Module):
     """Decides when a `StopAtPlateau` stops. All that it remembers is in its buffers.
 
-    Keep it on the CPU: it counts in float64 and is asked at every step.
+    Keep it on the CPU: it counts in float64 and is read at every step.
 
     Args:
         schedule: from the objective's config.

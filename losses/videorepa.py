@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_means, relation_distance
+from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_relation
 from alignlab.losses.grids import common_grid, drops_first_frame
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -59,13 +59,8 @@ def token_relation_loss(
     Raises:
         ValueError: shapes do not fit, a setting has no meaning, or `impl` cannot run.
     """
-    return _reduced(_means(student_BTPD, teacher_BTPD, margin, impl), reduction)
-
-
-def _means(student_BTPD: Tensor, teacher_BTPD: Tensor, margin: float, impl: Impl) -> Relation:
-    relation = relation_distance(student_BTPD, teacher_BTPD.detach(), margin=margin, impl=impl)
-    _, frames, tokens, _ = student_BTPD.shape
-    return plain_means(relation, frames, tokens)
+    means = plain_relation(student_BTPD, teacher_BTPD, margin=margin, impl=impl)
+    return _reduced(means, reduction)
 
 
 def _reduced(means: Relation, reduction: Reduction) -> Tensor:
@@ -170,7 +165,9 @@ class VideoRepa(Objective):
             student_BTPD, teacher_BTPD = student_BTPD[:, 1:], teacher_BTPD[:, 1:]
         if not student_BTPD.shape[1]:
             raise ValueError("videorepa: first_frame=drop leaves nothing of a clip of one frame")
-        return _means(student_BTPD, teacher_BTPD, self.config.margin, self.config.impl)
+        return plain_relation(
+            student_BTPD, teacher_BTPD, margin=self.config.margin, impl=self.config.impl
+        )
 
     def _pooled(self, block: int, projected: Tokens) -> Tokens:
         pool, (frames, height, width) = self.config.pool, projected.grid

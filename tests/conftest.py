@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny_runs import (
+ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
+KERNELS = Path(__file__).parent / "kernels"
+
+# Read when triton is first imported.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Below the environment variables, since these import Triton.
+from tiny_runs import (  # noqa: E402
     full_run,
     lora_run,
     make_config,
@@ -19,7 +29,7 @@ from tiny_runs import (
     teacher_folder,
     train_until,
 )
-from tiny_wan import wan_folder
+from tiny_wan import wan_folder  # noqa: E402
 
 __all__ = [
     "full_run",
@@ -30,15 +40,6 @@ __all__ = [
     "train_until",
     "wan_folder",
 ]
-
-ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
-KERNELS = Path(__file__).parent / "kernels"
-
-# Read when triton is first imported.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-if not ON_GPU:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -68,8 +68,31 @@ Size = Annotated[tuple[int, int], AfterValidator(_whole_patches)]
 Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]
 
 
-class ShapesConfig(Settings):
+class ClipsConfig(Settings):
+    """Base of every data set's settings; which there are: `alignlab.data.registry.DATASETS`."""
+
+    if TYPE_CHECKING:  # every data set declares these, with defaults of its own
+        name: str
+        frames: int
+        size: tuple[int, int]
+        fps: int
+        references: tuple[int, int]
+        cache_clips: int
+
+    subjects_by_colour: ClassVar[bool] = False
+    """Whether a caption names each subject by a colour of the world of `shapes` that no other
+    subject of the clip has: `alignlab.data.shapes.detect` then finds it in any clip."""
+
+    @property
+    def num_val_clips(self) -> int | None:
+        """Size of the val split, where the settings alone say it."""
+        return None
+
+
+class ShapesConfig(ClipsConfig):
     """The generated data set: textured subjects that move as the caption says."""
+
+    subjects_by_colour: ClassVar[bool] = True
 
     name: Literal["shapes"] = "shapes"
     frames: Frames = 9
@@ -89,8 +112,13 @@ class ShapesConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """Seed of the world. It is not the run's seed: all seeds of a comparison share the data."""
 
+    @property
+    def num_val_clips(self) -> int:
+        """Size of the val split."""
+        return self.val_clips
 
-class FolderConfig(Settings):
+
+class FolderConfig(ClipsConfig):
     """A folder of videos with a metadata file (see docs/data.md for its columns)."""
 
     name: Literal["folder"] = "folder"
@@ -112,6 +140,3 @@ class FolderConfig(Settings):
     """Encoded clips kept in memory, 0 for none: 480x832 clips take about 100 MB each."""
     on_bad_video: Literal["error", "skip"] = "error"
     """What to do with a row whose video or references are missing, unreadable or too few/short."""
-
-
-DataConfig = Annotated[ShapesConfig | FolderConfig, Field(discriminator="name")]

@@ -29,14 +29,14 @@ def identity(config: BaseModel, exclude: Exclude | None = None) -> dict[str, Any
     The tag that picks one of several classes (`name: repa`, `kind: float`) is always there.
     """
     left_out = exclude or {}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if left_out.get(name) is True:
             continue
         if _is_tag(field) or value != field.get_default(call_default_factory=True):
-            found[name] = _plain(value, left_out.get(name) or {})
-    return found
+            settings[name] = _plain(value, left_out.get(name) or {})
+    return settings
 
 
 def settings_hash(config: BaseModel, exclude: Exclude | None = None) -> str:

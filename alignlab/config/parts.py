@@ -160,7 +160,7 @@ class AdamWConfig(Settings):
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient. REPA's."""
     batch_size: int = Field(default=1, ge=1)
-    """Samples per step, all processes and accumulation rounds together."""
+    """Samples per step, all ranks and micro-batches together."""
     warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -178,7 +178,7 @@ class OptimConfig(AdamWConfig):
     """AdamW, its schedule, and what a run does around it."""
 
     accumulate: int = Field(default=1, ge=1)
-    """Rounds over which a step's samples are spread to save memory; divides `batch_size`."""
+    """Micro-batches that a step's samples are spread over to save memory; divides `batch_size`."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights, used for evaluation and export."""
 

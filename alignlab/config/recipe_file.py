@@ -1,10 +1,9 @@
-"""Recipe files as plain mappings: found, read, overridden. Nothing here knows the settings.
+"""Recipe files as plain mappings: looked up, read, overridden. Nothing here knows the settings.
 
 A mistake raises `alignlab.errors.UserError` with one line.
 """
 
 import importlib.util
-import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
 from alignlab.config.dotted import nest
-from alignlab.errors import UserError
-
-NAME_LETTERS = frozenset(string.ascii_letters + string.digits + ".+-_")
+from alignlab.errors import UserError, one_line
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -51,31 +48,13 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-def nested_variants(variants: Any) -> dict[str, dict[str, Any]]:
-    """Variants with dotted keys (`objectives.ra: {...}`) as nested mappings."""
-    if not isinstance(variants, dict):
-        raise UserError("variants: expected a mapping of variant names to changes")
-    nested = {}
-    for name, changes in variants.items():
-        if not isinstance(changes, dict):
-            raise UserError(f"variants.{name}: expected a mapping of changes, {{}} for none")
-        if not set(str(name)) <= NAME_LETTERS or set(str(name)) <= {"."}:
-            raise UserError(
-                f"variants.{name}: a variant's name is made of letters, digits and .+-_"
-            )
-        for key in ("name", "seed", "output"):
-            if key in changes:
-                raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")
-        nested[str(name)] = _nest(changes)
-    return nested
-
-
-def _nest(changes: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
+def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes with dotted keys (`objectives.ra: {...}`) as nested mappings."""
+    merged: dict[str, Any] = {}
     for key, value in changes.items():
         first, _, rest = str(key).partition(".")
-        nested = merge(nested, {first: _nest({rest: value}) if rest else value})
-    return nested
+        merged = merge(merged, {first: nested({rest: value}) if rest else value})
+    return merged
 
 
 def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
@@ -93,21 +72,23 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         content = OmegaConf.to_container(loaded)
     except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a readable YAML file: {reason}") from None
+        raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     if isinstance(content.get("variants"), dict):
-        content["variants"] = nested_variants(content["variants"])
+        content["variants"] = {
+            name: nested(changes) if isinstance(changes, dict) else changes
+            for name, changes in content["variants"].items()
+        }
     if isinstance(content.get("space"), dict):
         content["space"] = nest(content["space"])
     _check_overrides(overrides, content)
     try:
-        given = [OmegaConf.from_dotlist([override]) for override in overrides]
-        merged = OmegaConf.merge(OmegaConf.create(content), *given)
+        changes = [OmegaConf.from_dotlist([override]) for override in overrides]
+        merged = OmegaConf.merge(OmegaConf.create(content), *changes)
         resolved = OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path} {' '.join(overrides)}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} {' '.join(overrides)}: {one_line(error)}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -143,20 +124,20 @@ def _check_overrides(overrides: list[str], content: Mapping[Any, Any]) -> None:
         section, _, rest = key.partition(".")
         alias, _, setting = rest.partition(".")
         maker = {"objectives": "name", "teachers": "family"}.get(section)
-        known = _mapping(content.get(section))
-        if maker is None or not setting or alias in known or f"{section}.{alias}.{maker}" in keys:
+        aliases = _mapping(content.get(section))
+        if maker is None or not setting or alias in aliases or f"{section}.{alias}.{maker}" in keys:
             continue
         owners = [
-            variant
-            for variant, changes in _mapping(content.get("variants")).items()
-            if alias in _mapping(changes.get(section))
+            name
+            for name, changes in _mapping(content.get("variants")).items()
+            if alias in _mapping(_mapping(changes).get(section))
         ]
         if owners:
             raise UserError(
                 f"{section}.{alias}: belongs to variants ({', '.join(owners)}): "
                 f"override variants.{owners[0]}.{key}"
             )
-        raise UserError(f"{section}.{alias}: {unknown_name('alias', alias, known)}")
+        raise UserError(f"{section}.{alias}: {unknown_name('alias', alias, aliases)}")
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

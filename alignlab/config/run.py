@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Self, Union
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from alignlab.config.data import DataConfig, ShapesConfig, unknown_name
+from alignlab.config.data import unknown_name
 from alignlab.config.parts import (
     EvalConfig,
     FlowConfig,
@@ -18,6 +18,7 @@ from alignlab.config.parts import (
     TeacherConfig,
     TrainingConfig,
 )
+from alignlab.data.registry import DataConfig
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.objective import ObjectiveConfig
@@ -71,11 +72,11 @@ class RunConfig(TrainingConfig):
                 f"or more, not {self.data.frames}"
             )
         for alias, objective in self.objectives.items():
-            chosen = video.intersection(objective.teachers)
-            if chosen and OBJECTIVES[objective.name].tokens == "reference":
+            video_teachers = video.intersection(objective.teachers)
+            if video_teachers and OBJECTIVES[objective.name].tokens == "reference":
                 raise ValueError(
-                    f"objectives.{alias}.teacher: {min(chosen)} takes whole clips, and references "
-                    "are images: name an image teacher (dinov2, dinov3, sam2)"
+                    f"objectives.{alias}.teacher: {min(video_teachers)} takes whole clips, and "
+                    "references are images: name an image teacher (dinov2, dinov3, sam2)"
                 )
         return self
 
@@ -96,12 +97,13 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
-        if isinstance(self.data, ShapesConfig):
+        available = self.data.num_val_clips
+        if available is not None:
             for key in ("clips", "sample_clips", "generated_clips"):
-                asked = getattr(self.eval, key) or 0
-                if asked > self.data.val_clips:
+                count = getattr(self.eval, key) or 0
+                if count > available:
                     raise ValueError(
-                        f"eval.{key}: {asked} is more than data.val_clips, {self.data.val_clips}"
+                        f"eval.{key}: {count} is more than data.val_clips, {available}"
                     )
         return self
 
@@ -116,9 +118,9 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
     Raises:
         UserError: a block index is outside 0..num_blocks-1.
     """
-    asked = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
-    asked["eval.blocks"] = config.eval.blocks or ()
-    for key, blocks in asked.items():
+    tapped = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
+    tapped["eval.blocks"] = config.eval.blocks or ()
+    for key, blocks in tapped.items():
         for block in blocks:
             if not 0 <= block < num_blocks:
                 raise UserError(

@@ -47,9 +47,15 @@ class DecodedClip:
     pixel_aspect: float
 
 
-def read_clip(
-    path: Path, *, frames: int, fps: float, size_HW: tuple[int, int], start_s: float = 0.0
-) -> Tensor:
+def decode_clip(
+    path: Path,
+    *,
+    frames: int,
+    fps: float,
+    size_HW: tuple[int, int],
+    start_s: float = 0.0,
+    seek: bool = False,
+) -> DecodedClip:
     """Decode `frames` frames at `fps`, resized to cover `size_HW` and cropped at the centre.
 
     Frame k is the last one that starts at or before `start_s + k / fps` (give or take
@@ -63,32 +69,11 @@ def read_clip(
         fps: frames per second of the result.
         size_HW: height and width of the result.
         start_s: seconds after the first frame of the file.
-
-    Returns:
-        uint8 `(T, H, W, 3)`.
+        seek: jump to a keyframe near the start, which is faster; frame indices then count from
+            that keyframe.
 
     Raises:
         ClipError: unreadable file, no video stream, or fewer frames than asked for.
-    """
-    return decode_clip(
-        path, frames=frames, fps=fps, size_HW=size_HW, start_s=start_s, seek=True
-    ).video_THWC
-
-
-def decode_clip(
-    path: Path,
-    *,
-    frames: int,
-    fps: float,
-    size_HW: tuple[int, int],
-    start_s: float = 0.0,
-    seek: bool = False,
-) -> DecodedClip:
-    """As `read_clip`, and say where the frames came from.
-
-    Args:
-        seek: jump to a keyframe near the start, which is faster; frame indices then count from
-            that keyframe.
     """
     if frames < 1 or fps <= 0 or start_s < 0:
         raise ValueError(f"impossible clip: frames={frames}, fps={fps}, start_s={start_s}")
@@ -114,10 +99,10 @@ def decode_clip(
 
 
 def probe_clip(path: Path, *, frames: int, fps: float, start_s: float = 0.0) -> None:
-    """Check cheaply, without decoding the clip, that `read_clip` would succeed.
+    """Check cheaply, without decoding the clip, that `decode_clip` would succeed.
 
     Raises:
-        ClipError: as `read_clip`.
+        ClipError: as `decode_clip`.
     """
     last_needed_s = start_s + (frames - 1) / fps
     end_s = shown_until(path, last_needed_s)

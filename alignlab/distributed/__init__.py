@@ -1,1 +1,1 @@
-"""The processes that train one run together."""
+"""The ranks that train one run together."""

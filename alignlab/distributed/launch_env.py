@@ -1,57 +1,85 @@
-"""What torchrun or `accelerate launch` say in the environment of each process. Imports no torch."""
+"""The environment variables that torchrun or `accelerate launch` set. Imports no torch."""
 
 import os
 
 from alignlab.errors import UserError
 
 # Set by srun and by MPI in each of several processes that they start.
-OTHERS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+# Set by `accelerate launch` for what no run here uses.
+ACCELERATE_MODES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
 
 
-def process_count() -> int:
+def world_size() -> int:
     """How many processes were started together."""
     return _number("WORLD_SIZE", 1)
 
 
-def process_rank() -> int:
+def rank() -> int:
     """Which of them this one is, from 0."""
-    return _number("RANK", 0) if process_count() > 1 else 0
+    return _number("RANK", 0) if world_size() > 1 else 0
 
 
-def refuse_several() -> None:
+def local_rank() -> int:
+    """Which of the processes on this machine this one is, from 0: the number of its GPU."""
+    return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
+
+
+def refuse_several_ranks() -> None:
     """For everything but the training of one run.
 
     Raises:
         UserError: this process is one of several.
     """
-    if process_count() > 1:
+    if world_size() > 1:
         raise UserError(
-            f"started as {process_count()} processes (WORLD_SIZE), and only `alignlab train` is "
+            f"started as {world_size()} processes (WORLD_SIZE), and only `alignlab train` is "
             "for several: start this without accelerate or torchrun (docs/clusters.md)"
         )
 
 
-def refuse_strangers() -> None:
-    """For the training of one run, which several processes can only do if they know each other.
+def check_launch() -> None:
+    """For the training of one run: whether its processes can form a process group.
 
     Raises:
-        UserError: several were started, and not everything tells them of each other.
+        UserError: several were started, but no process group is described, or accelerate is
+            configured for what no run here uses.
     """
-    for name in OTHERS:
+    for name in OTHER_LAUNCHERS:
         if "WORLD_SIZE" not in os.environ and _number(name, 1) > 1:
             raise UserError(
                 f"{name}={os.environ[name]}, but no WORLD_SIZE: start one torchrun on each node "
                 "and let it start the processes (docs/clusters.md)"
             )
-    if process_count() > 1 and "MASTER_ADDR" not in os.environ:
+    if world_size() > 1:
+        for name in ("MASTER_ADDR", "LOCAL_RANK"):
+            if name not in os.environ:
+                raise UserError(
+                    f"WORLD_SIZE={world_size()}, but no {name}: start the processes with "
+                    "torchrun, or unset WORLD_SIZE for a single one (docs/clusters.md)"
+                )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    modes = [mode for name, mode in ACCELERATE_MODES.items() if _is_set(name)]
+    modes += ["torch.compile"] if compiler != "no" else []
+    if modes:
         raise UserError(
-            f"WORLD_SIZE={process_count()}, but no MASTER_ADDR: start the processes with torchrun, "
-            "or unset WORLD_SIZE for a single one (docs/clusters.md)"
+            f"accelerate is configured for {modes[0]}, which nothing here does: use torchrun, or a "
+            "configuration without it (docs/clusters.md)"
         )
 
 
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
 def _number(name: str, default: int) -> int:
-    given = os.environ.get(name) or str(default)
-    if not given.isdecimal():
-        raise UserError(f"{name}={given}: not a number; unset it, or start with torchrun")
-    return int(given)
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"{name}={text}: not a number; unset it, or start with torchrun")
+    return int(text)

@@ -1,107 +1,124 @@
-"""The processes that train one run together, as torchrun or `accelerate launch` starts them.
+"""The ranks that train one run together, as torchrun or `accelerate launch` starts them.
 
-Each holds all weights and takes an equal share of every step's samples; gradients are averaged once
-per step, after all accumulation rounds. Nothing communicates inside a forward or backward pass, so
+Each rank holds all weights and takes an equal share of every step's samples; gradients are averaged
+once per step, after all micro-batches. Nothing communicates inside a forward or backward pass, so
 taps, gradient checkpointing and samples with different numbers of references need no special case.
-The first process alone writes the run folder and evaluates.
+Rank 0 alone writes the run folder and evaluates.
 """
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, DynamoBackend
-from torch import Tensor
+from torch import Tensor, nn
 
-from alignlab.distributed.launch_env import process_count, refuse_several
-from alignlab.errors import UserError
+from alignlab.distributed import launch_env
+from alignlab.errors import UserError, first_line
 
 Value = TypeVar("Value")
+Args = ParamSpec("Args")
 
-# The others wait this long for the first process to evaluate; NCCL would call minutes a hang.
-PATIENCE = timedelta(days=1)
+# The others wait this long for rank 0 to evaluate; NCCL would call minutes a hang.
+LONG_TIMEOUT = timedelta(days=1)
 BUCKET = 2**25  # numbers averaged in one call: 128 MiB in fp32
-KINDS = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
-class Processes:
-    """This process and those that train with it; without any, every method is free.
+class Ranks:
+    """This rank and those that train with it; without any, every method is free.
 
-    All processes must call the same methods in the same order. Each of them raises a UserError
-    where another process has stopped.
+    All ranks must call the same methods in the same order. Each of them raises a UserError where
+    another rank has stopped.
 
     Args:
-        accelerator: of this process.
+        device: of this rank.
+        precision: `bf16` runs the transformer under autocast, `fp32` does not.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.count = accelerator.num_processes
-        self.is_main = accelerator.is_main_process
-        self._device = accelerator.device
-        self._patient = _patient_group() if self.count > 1 else None
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self.device = device
+        self.precision = precision
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self._group = _long_timeout_group() if self.world_size > 1 else None
 
-    def share(self, rounds: int, batch_size: int) -> list[range]:
-        """Positions in the step's batch that this process handles, one range per round.
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder and evaluates."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The mixed precision of the run."""
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def micro_batches(self, accumulate: int, batch_size: int) -> list[range]:
+        """Positions in the step's batch that this rank handles, one range per micro-batch.
 
         Raises:
-            UserError: the batch does not divide into rounds and processes.
+            UserError: the batch does not divide into micro-batches and ranks.
         """
-        size, left = divmod(batch_size, rounds * self.count)
+        size, left = divmod(batch_size, accumulate * self.world_size)
         if left or not size:
             raise UserError(
                 f"optim.batch_size: {batch_size} is no multiple of optim.accumulate times "
-                f"processes, {rounds} x {self.count}"
+                f"ranks, {accumulate} x {self.world_size}"
             )
-        index = self.accelerator.process_index
-        begins = [(i * self.count + index) * size for i in range(rounds)]
+        begins = [(i * self.world_size + self.rank) * size for i in range(accumulate)]
         return [range(begin, begin + size) for begin in begins]
 
-    def on_main(self, work: Callable[[], Value]) -> Value:
-        """What `work` gives in the first process, in all of them. They wait for it.
+    def on_main(
+        self, work: Callable[Args, Value], *args: Args.args, **settings: Args.kwargs
+    ) -> Value:
+        """What `work` gives on rank 0, on all ranks. They wait for it.
 
         Raises:
-            UserError: of `work`, in all processes.
+            UserError: of `work`, on all ranks.
         """
-        if self.count == 1:
-            return work()
-        told: list[Any] = [None, None]
+        if self.world_size == 1:
+            return work(*args, **settings)
+        shared: list[Any] = [None, None]  # value, error
         if self.is_main:
             try:
-                told[0] = work()
+                shared[0] = work(*args, **settings)
             except UserError as error:
-                told[1] = error
-        with _together():
-            dist.broadcast_object_list(told, src=0, group=self._patient)
-        if told[1] is not None:
-            raise told[1]
-        value: Value = told[0]
+                shared[1] = error
+        with _all_alive():
+            dist.broadcast_object_list(shared, src=0, group=self._group)
+        if shared[1] is not None:
+            raise shared[1]
+        value: Value = shared[0]
         return value
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.count > 1:
-            with _together():
-                dist.barrier(group=self._patient)
+    def barrier(self) -> None:
+        """Waits until all ranks are here, for as long as an evaluation may take."""
+        if self.world_size > 1:
+            with _all_alive():
+                dist.barrier(group=self._group)
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Makes every rank step with the gradient of the whole batch."""
+        gradients = [parameter.grad for parameter in parameters]
+        self.average(gradients, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def average(self, gradients: list[Tensor | None], like: Sequence[Tensor]) -> None:
-        """Averages gradients over the processes, in place.
+        """Averages gradients over the ranks, in place.
 
         Args:
-            gradients: of this process; None where its samples did not reach a parameter, which
-                becomes a gradient if those of another process did.
+            gradients: of this rank; None where its samples did not reach a parameter, which
+                becomes a gradient if those of another rank did.
             like: a tensor of the shape of each.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return
-        reached = torch.tensor([float(g is not None) for g in gradients], device=self._device)
+        reached = torch.tensor([float(g is not None) for g in gradients], device=self.device)
         _reduce(reached)
         places = [place for place, count in enumerate(reached.tolist()) if count]
         for place in places:
@@ -110,27 +127,27 @@ class Processes:
         for bucket in _buckets([g for p in places if (g := gradients[p]) is not None]):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             _reduce(flat)
-            flat /= self.count
+            flat /= self.world_size
             for gradient, part in zip(
                 bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True
             ):
                 gradient.copy_(part.view_as(gradient))
 
     def means(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean over the samples of all processes, in fp32; without keys that no sample has.
+        """Mean over the samples of all ranks, in fp32; without keys that no sample has.
 
         Args:
-            values: by key, one per sample of this process, (B,); B may be 0 and differ.
+            values: by key, one per sample of this rank, (B,); B may be 0 and differ.
 
         Raises:
-            UserError: another process has other keys.
+            UserError: another rank has other keys.
         """
         if not values:
             return {}
         keys = sorted(values)
-        sums = torch.stack([values[key].float().sum().to(self._device) for key in keys])
+        sums = torch.stack([values[key].float().sum().to(self.device) for key in keys])
         counts = [len(values[key]) for key in keys]
-        if self.count > 1:
+        if self.world_size > 1:
             self._check_keys(keys)
             total = torch.stack([sums, sums.new_tensor(counts)])
             _reduce(total)
@@ -143,114 +160,101 @@ class Processes:
         return {key: means[key] for key in values if key in means}
 
     def check_same(self, what: str, value: object) -> None:
-        """Refuses to go on if something that all processes must share differs among them.
+        """Stops if something that all ranks must share differs among them.
 
         Raises:
             UserError: its `repr` differs.
         """
-        if self.count == 1:
+        if self.world_size == 1:
             return
-        found: list[Any] = [None] * self.count
-        with _together():
-            dist.all_gather_object(found, repr(value), group=self._patient)
-        if len(set(found)) > 1:
+        values: list[Any] = [None] * self.world_size
+        with _all_alive():
+            dist.all_gather_object(values, repr(value), group=self._group)
+        if len(set(values)) > 1:
             raise UserError(
-                f"the processes differ in {what} ({', '.join(found)}): give all of them the same "
+                f"the ranks differ in {what} ({', '.join(values)}): give all of them the same "
                 "recipe, files, software and kind of device"
             )
 
     def _check_keys(self, keys: Sequence[str]) -> None:
         digest = float(zlib.crc32("\n".join(keys).encode()))
-        ends = torch.tensor([digest, -digest], dtype=torch.float64, device=self._device)
+        ends = torch.tensor([digest, -digest], dtype=torch.float64, device=self.device)
         _reduce(ends, dist.ReduceOp.MAX)
         largest, smallest = ends.tolist()
         if largest != -smallest:
             raise UserError(
-                "the processes log different terms: an objective must name the same parts "
+                "the ranks log different terms: an objective must name the same parts "
                 f"for every batch; here: {', '.join(keys)}"
             )
 
 
-def join_processes(precision: str) -> Processes:
-    """This process, its device and mixed precision, and the processes started with it.
+def join_ranks(precision: str) -> Ranks:
+    """This rank, its device and mixed precision, in a process group with those started with it.
 
     Raises:
-        UserError: they cannot be joined, or accelerate is configured for what no run here uses.
+        UserError: they cannot form a process group, or accelerate is configured for what no run
+            here uses.
     """
-    # accelerate keeps the first precision of a process; runs of a comparison may differ in it.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        cpu=join_on_cpu(), mixed_precision="bf16" if precision == "bf16" else "no"
-    )
-    if accelerator.num_processes != process_count():
-        raise UserError(
-            f"WORLD_SIZE is {process_count()}, but accelerate joined {accelerator.num_processes}: "
-            "start the processes with torchrun, which sets LOCAL_RANK too (docs/clusters.md)"
-        )
-    kind = accelerator.distributed_type
-    compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-    if kind not in KINDS or compiles:
-        asked = "torch.compile" if compiles else kind.value
-        raise UserError(
-            f"accelerate is configured for {asked}, which nothing here does: use torchrun, or a "
-            "configuration without it (docs/clusters.md)"
-        )
-    return Processes(accelerator)
+    launch_env.check_launch()
+    device = _device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch_env.world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(device, precision)
 
 
-def join_on_cpu() -> bool:
-    """Whether accelerate must be told of the CPU, without which it joins none that have no GPU."""
-    return process_count() > 1 and not torch.cuda.is_available()
-
-
-def one_process(precision: str) -> Processes:
-    """`join_processes` for what one process does alone.
+def single_rank(precision: str) -> Ranks:
+    """`join_ranks` for what one process does alone.
 
     Raises:
         UserError: it was started as several.
     """
-    refuse_several()
-    return join_processes(precision)
+    launch_env.refuse_several_ranks()
+    return join_ranks(precision)
 
 
-def leave() -> None:
-    """Parts from the other processes, if any; they cannot be joined again."""
-    _patient_group.cache_clear()
-    PartialState().destroy_process_group()
+def destroy_process_group() -> None:
+    """Leaves the process group, if there is one; it cannot be joined again."""
+    _long_timeout_group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", launch_env.local_rank())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 @cache
-def _patient_group() -> dist.ProcessGroup:
+def _long_timeout_group() -> dist.ProcessGroup:
     """A second group, on the CPU, for what takes long."""
     try:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     except RuntimeError as error:
         raise UserError(
-            f"the processes do not reach each other ({_first_line(error)}): name the network "
+            f"the ranks do not reach each other ({first_line(error)}): name the network "
             "interface of each node in GLOO_SOCKET_IFNAME"
         ) from error
-    assert isinstance(group, dist.ProcessGroup)  # every process is in it
+    assert isinstance(group, dist.ProcessGroup)  # every rank is in it
     return group
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """Says in one line that another process is gone."""
+def _all_alive() -> Iterator[None]:
+    """Says in one line that another rank is gone."""
     try:
         yield
     except RuntimeError as error:
         raise UserError(
-            f"another process has stopped, its own message says why ({_first_line(error)})"
+            f"another rank has stopped, its own message says why ({first_line(error)})"
         ) from error
 
 
 def _reduce(values: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-    with _together():
+    with _all_alive():
         dist.all_reduce(values, how)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -5,28 +5,29 @@ Shape letters: B batch, L blocks, N tokens of all samples, D width.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from alignlab.evaluation.evaluate import denoise, eval_batch
-from alignlab.forward import forward
+from alignlab.evaluation.run_warnings import RANK, RankWarnings
 from alignlab.metrics.rank import effective_rank
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.taps import BlockTokens
-from alignlab.training.batches import Batch
+from alignlab.training.alignment import Aligned
 from alignlab.training.setup import Run
 
 log = logging.getLogger(__name__)
 
-RANK_SHARE = 0.5  # ours: no published threshold
 RANK_SIGMA = 0.5
-RANK_TOKENS = 1024  # rows of which a rank is taken: its cost grows with their cube
-RANK = "diag/rank/"
+RANK_TOKENS = 1024  # tokens of which a rank is taken: its cost grows with their cube
 
 Gradients = list[Tensor | None]
 """One per trained parameter of the transformer; None where the loss does not reach it."""
+
+Forward = tuple[Tensor, Aligned]
+"""Weighted flow loss of a micro-batch, (B,), and what the objectives give, with their graph."""
 
 
 class Diagnosis:
@@ -44,7 +45,7 @@ class Diagnosis:
       val clips at noise level 0.5, the same every time. Blocks are those of the objectives and
       `eval.blocks`, or all if neither names one
     - `diag/low_ranks`: how many of these are below half of their first value; each such feature is
-      also warned of once, and noted in `result.json` (`RankAlarms`)
+      also warned of once, and noted in `result.json` (`RankWarnings`)
 
     It costs a forward pass of transformer and teachers on the step's batches, a backward pass of
     the flow loss, one of each objective, and a forward pass without gradients on the val clips; in
@@ -53,39 +54,42 @@ class Diagnosis:
 
     Args:
         run: `run.branch` is entered whenever the diagnosis is called.
-        write: gets step and scalars; the step is the one that is about to be taken, counted from 1.
         every: steps between two diagnoses.
-        rows: what an interrupted run had logged, for the first ranks and the alarms raised then.
+        logged: what an interrupted run had logged, for the first ranks and the warnings given then.
     """
 
     def __init__(
         self,
         run: Run,
-        write: Callable[[int, Mapping[str, float]], None],
         *,
         every: int,
-        rows: Iterable[Mapping[str, float]] = (),
+        logged: Iterable[Mapping[str, float]] = (),
     ) -> None:
-        self._run, self._write, self._every = run, write, every
-        self._alarms = RankAlarms(rows)
+        self._run, self._every = run, every
+        self._warnings = RankWarnings(logged)
         transformer = run.wan.transformer
-        named = {*run.alignment.blocks, *(run.config.eval.blocks or ())}
+        blocks = {*run.alignment.blocks, *(run.config.eval.blocks or ())}
         self._branch = ReferenceBranch(
             transformer,
             text_to_references=run.config.model.text_to_references,
-            blocks=sorted(named or range(len(transformer.blocks))),
+            blocks=sorted(blocks or range(len(transformer.blocks))),
         )
 
-    def __call__(self, batches: list[Batch]) -> None:
-        """Diagnoses the step that these batches are for, if it is its turn."""
-        step = self._run.state.step + 1
-        if step != 1 and step % self._every:
-            return
-        found = compare_losses(self._run, batches) | self._ranks()
-        new = self._alarms.see(step, found)
-        self._write(step, found | {"diag/low_ranks": float(self._alarms.low(found))})
-        for note in new:
-            log.warning("%s", note)
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 1, is diagnosed before it is taken."""
+        return step == 1 or step % self._every == 0
+
+    def scalars(self, step: int, forwards: Iterable[Forward]) -> dict[str, float]:
+        """Diagnoses a step, and warns of ranks that are low for the first time.
+
+        Args:
+            step: that is about to be taken, counted from 1.
+            forwards: of the step's micro-batches, each made when it is asked for.
+        """
+        scalars = loss_gradients(self._run, forwards) | self._ranks()
+        for text in self._warnings.see(step, scalars):
+            log.warning("%s", text)
+        return scalars | {"diag/low_ranks": float(self._warnings.low(scalars))}
 
     @torch.no_grad()
     def _ranks(self) -> dict[str, float]:
@@ -96,69 +100,23 @@ class Diagnosis:
         with self._branch:
             taps = denoise(run, self._branch, batch, capture=True).taps
         return {
-            f"{RANK}{kind}/block{block}": effective_rank(_thinned(rows_ND))
+            f"{RANK}{kind}/block{block}": effective_rank(_thinned(tokens_ND))
             for block, tokens in taps.items()
-            for kind, rows_ND in _rows(tokens).items()
+            for kind, tokens_ND in _by_kind(tokens).items()
         }
 
 
-class RankAlarms:
-    """Effective ranks that fell below half of their first value: collapse, or washed-out features.
+def loss_gradients(run: Run, forwards: Iterable[Forward]) -> dict[str, float]:
+    """`grad/<alias>/ratio`, `grad/<alias>/cosine` and `sim/<alias>/block<i>` of a step.
 
-    Args:
-        rows: logged so far, in order; `diag/rank/...` is read.
-
-    `notes` holds one text per alarm, its numbers in brackets at the end.
-    """
-
-    def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
-        self._first: dict[str, float] = {}
-        self._raised: set[str] = set()
-        self.notes: list[str] = []
-        for row in rows:
-            self.see(int(row["step"]), row)
-
-    def see(self, step: int, scalars: Mapping[str, float]) -> list[str]:
-        """Takes a diagnosis, and says which features it is the first to find low."""
-        new = []
-        for key, value in scalars.items():
-            if not key.startswith(RANK):
-                continue
-            first = self._first.setdefault(key, value)
-            if key in self._raised or value >= RANK_SHARE * first:
-                continue
-            self._raised.add(key)
-            kind, block = key.removeprefix(RANK).split("/block")
-            new.append(
-                f"the effective rank of the {kind} tokens of block {block} fell under "
-                f"{RANK_SHARE:.0%} of its first value: the features may be collapsing; lower the "
-                "objective's weight, or stop it earlier (schedule) "
-                f"[{value:.3g} of {first:.3g} at step {step}]"
-            )
-        self.notes += new
-        return new
-
-    def low(self, scalars: Mapping[str, float]) -> int:
-        """How many ranks of a diagnosis that was seen are low."""
-        return sum(
-            value < RANK_SHARE * self._first[key]
-            for key, value in scalars.items()
-            if key.startswith(RANK)
-        )
-
-
-def compare_losses(run: Run, batches: list[Batch]) -> dict[str, float]:
-    """`grad/<alias>/ratio`, `grad/<alias>/cosine` and `sim/<alias>/block<i>` of a step's batches.
-
-    Gradients are of the sum over the batches, as the step's are; see `Diagnosis`.
+    Gradients are of the sum over the micro-batches, as the step's are; see `Diagnosis`.
     """
     trained = [p for p in run.wan.transformer.parameters() if p.requires_grad]
     flow: Gradients = [None] * len(trained)
     others: dict[str, Gradients] = {}
     cosines: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        flow_B, aligned = forward(run, batch)
-        _add(flow, run.flow_weights(batch.sigma_B) * flow_B, trained)
+    for flow_B, aligned in forwards:
+        _add(flow, flow_B, trained)
         for alias, loss_B in aligned.weighted.items():
             _add(others.setdefault(alias, [None] * len(trained)), loss_B, trained)
         for alias, terms in aligned.terms.items():
@@ -168,19 +126,19 @@ def compare_losses(run: Run, batches: list[Batch]) -> dict[str, float]:
                 ):
                     counted_B = similarity_B[aligned.samples[alias]]
                     cosines.setdefault(f"sim/{alias}/block{block}", []).append(counted_B)
-    found: dict[str, float] = {}
-    run.processes.average(flow, trained)
+    scalars: dict[str, float] = {}
+    run.ranks.average(flow, trained)
     for alias, gradients in others.items():
-        run.processes.average(gradients, trained)
-        ratio, cosine = compare_gradients(flow, gradients)
-        found[f"grad/{alias}/ratio"] = ratio
+        run.ranks.average(gradients, trained)
+        ratio, cosine = gradient_ratio(flow, gradients)
+        scalars[f"grad/{alias}/ratio"] = ratio
         if cosine is not None:
-            found[f"grad/{alias}/cosine"] = cosine
-    means = run.processes.means({key: torch.cat(values) for key, values in cosines.items()})
-    return found | {key: float(value) for key, value in means.items()}
+            scalars[f"grad/{alias}/cosine"] = cosine
+    means = run.ranks.means({key: torch.cat(values) for key, values in cosines.items()})
+    return scalars | {key: float(value) for key, value in means.items()}
 
 
-def compare_gradients(flow: Gradients, other: Gradients) -> tuple[float, float | None]:
+def gradient_ratio(flow: Gradients, other: Gradients) -> tuple[float, float | None]:
     """Norm of `other` over that of `flow`, and their cosine, where both are not None.
 
     The cosine is None where one of the norms is 0, and the ratio infinite where only the flow's is.
@@ -203,24 +161,24 @@ def _add(total: Gradients, loss_B: Tensor, trained: list[Tensor]) -> None:
     """Adds the gradient of the batch's mean loss; `.grad` is left alone, and so is the graph."""
     if not loss_B.requires_grad:
         return
-    found = torch.autograd.grad(loss_B.mean(), trained, retain_graph=True, allow_unused=True)
-    for place, gradient in enumerate(found):
+    gradients = torch.autograd.grad(loss_B.mean(), trained, retain_graph=True, allow_unused=True)
+    for place, gradient in enumerate(gradients):
         before = total[place]
         if gradient is not None:
             total[place] = gradient if before is None else before + gradient
 
 
-def _rows(tokens: BlockTokens) -> dict[str, Tensor]:
+def _by_kind(tokens: BlockTokens) -> dict[str, Tensor]:
     """Video tokens and reference tokens of all samples, without padding, (N, D) each."""
     ids_BN = tokens.reference.subject_ids_BN
     assert ids_BN is not None  # reference tokens always carry ids
-    rows = {
+    sets = {
         "video": tokens.video.tokens_BND.flatten(0, 1),
         "reference": tokens.reference.tokens_BND[ids_BN >= 0],
     }
-    return {kind: rows_ND.float() for kind, rows_ND in rows.items() if len(rows_ND)}
+    return {kind: tokens_ND.float() for kind, tokens_ND in sets.items() if len(tokens_ND)}
 
 
-def _thinned(rows_ND: Tensor) -> Tensor:
-    step = math.ceil(len(rows_ND) / RANK_TOKENS)
-    return rows_ND[::step]
+def _thinned(tokens_ND: Tensor) -> Tensor:
+    step = math.ceil(len(tokens_ND) / RANK_TOKENS)
+    return tokens_ND[::step]

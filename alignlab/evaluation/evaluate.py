@@ -8,13 +8,13 @@ import math
 import torch
 
 from alignlab.errors import UserError
+from alignlab.evaluation.collectors import ReferenceCollector, VideoCollector
 from alignlab.evaluation.generation import generate
-from alignlab.evaluation.token_metrics import ReferenceProbe, VideoProbe
 from alignlab.models.reference_branch import Output, ReferenceBranch
 from alignlab.progress import step_progress
 from alignlab.randomness import generator
 from alignlab.runs.run_folder import RunFolder
-from alignlab.teachers import Teacher, load_teacher
+from alignlab.teachers import Teacher, teacher_from
 from alignlab.training.batches import Batch, Encoded, collate
 from alignlab.training.flow_matching import flow_loss, interpolate
 from alignlab.training.optim import averaged_weights
@@ -22,7 +22,7 @@ from alignlab.training.setup import Run
 
 FLOW_BINS = 10
 PROBE_SIGMAS = (0.25, 0.5, 0.75)
-EVAL_SEED = 0  # of validation noise: the same for every run, variant and seed
+EVAL_SEED = 0  # of validation noise: the same for every run, whatever its recipe and seed
 
 
 @torch.no_grad()
@@ -30,12 +30,16 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
     """All metrics of a run; also writes `samples/`. Uses the moving average, if there is one.
 
     Keys: `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle of ten noise
-    bins), for each block of `eval.blocks` what `ReferenceProbe` and `VideoProbe` measure against
-    the teacher `eval.teacher`, and of generated clips what `generate` measures.
+    bins), for each block of `eval.blocks` the `REFERENCE_METRICS` and `VIDEO_METRICS` of
+    `metric_registry.py` against the teacher `eval.teacher`, and of generated clips what `generate`
+    measures.
+
+    Raises:
+        UserError: the validation loss is not finite.
     """
-    chosen = run.config.eval
-    clips = [run.val_clips[i] for i in range(min(chosen.clips, len(run.val_clips)))]
-    blocks = run.alignment.blocks if chosen.blocks is None else chosen.blocks
+    config = run.config.eval
+    clips = [run.val_clips[i] for i in range(min(config.clips, len(run.val_clips)))]
+    blocks = run.alignment.blocks if config.blocks is None else config.blocks
     alias = run.config.measured_against
     teacher = teacher_of(run, alias) if alias else None
     run.wan.transformer.eval()
@@ -52,7 +56,7 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
                 f"and remove {folder.path} or choose another name"
             )
         if teacher is not None and blocks:
-            metrics |= probe(run, branch, clips, teacher)
+            metrics |= block_metrics(run, branch, clips, teacher)
         metrics |= generate(run, branch, folder, teacher)
     run.wan.transformer.train()
     return metrics
@@ -78,11 +82,11 @@ def validation_flow(run: Run, branch: ReferenceBranch, clips: list[Encoded]) -> 
     return {"val/flow": sum(bins.values()) / FLOW_BINS, **bins}
 
 
-def probe(
+def block_metrics(
     run: Run, branch: ReferenceBranch, clips: list[Encoded], teacher: Teacher
 ) -> dict[str, float]:
     """Reference and video tokens of the tapped blocks against a teacher, at three noise levels."""
-    references, videos = ReferenceProbe(), VideoProbe(len(clips))
+    references, videos = ReferenceCollector(), VideoCollector(len(clips))
     size = run.config.eval.batch_size
     jobs = [(i, sigma) for sigma in PROBE_SIGMAS for i in range(len(clips))]
     with step_progress("probe", total=len(jobs)) as advance:
@@ -90,32 +94,35 @@ def probe(
             part = jobs[start : start + size]
             batch = eval_batch(run, clips, [i for i, _ in part], [sigma for _, sigma in part])
             taps = denoise(run, branch, batch, capture=True).taps
-            used = [clips[i] for i, _ in part]
-            references.add(taps, batch, used, [i for i, _ in part], teacher)
+            numbers = [i for i, _ in part]
+            references.add(taps, batch, [clips[i] for i in numbers], numbers, teacher)
             videos.add(taps, batch, teacher)
             advance(start + len(part), "")
     return references.metrics() | videos.metrics()
 
 
-def eval_batch(run: Run, clips: list[Encoded], rows: list[int], sigma: list[float]) -> Batch:
-    """Clips with all their conditions, and noise that depends on clip and noise level alone."""
-    chosen = [clips[i] for i in rows]
+def eval_batch(run: Run, clips: list[Encoded], numbers: list[int], sigma: list[float]) -> Batch:
+    """The clips at these places, with all their conditions.
+
+    A clip's noise depends on its place and noise level alone.
+    """
+    batch_clips = [clips[i] for i in numbers]
     noise = [
         torch.randn(
             clip.latents_CTHW.shape,
             generator=generator(EVAL_SEED, "val-noise", i, round(level * 1000)),
         )
-        for clip, i, level in zip(chosen, rows, sigma, strict=True)
+        for clip, i, level in zip(batch_clips, numbers, sigma, strict=True)
     ]
-    keep = [(True, True)] * len(rows)
+    keep = [(True, True)] * len(numbers)
     empty = run.val_clips.empty_text_LD
-    return collate(chosen, noise, sigma, keep, empty, run.accelerator.device)
+    return collate(batch_clips, noise, sigma, keep, empty, run.device)
 
 
 def denoise(run: Run, branch: ReferenceBranch, batch: Batch, *, capture: bool) -> Output:
     """One forward pass on the batch's noisy clips."""
     noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
-    with run.accelerator.autocast():
+    with run.autocast():
         return branch(
             noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references, capture=capture
         )
@@ -125,11 +132,4 @@ def teacher_of(run: Run, alias: str) -> Teacher:
     """A teacher of the recipe: the one that the run aligns with, or else loaded now."""
     if alias in run.alignment.teachers:
         return run.alignment.teachers[alias]
-    row = run.config.teachers[alias]
-    return load_teacher(
-        row.family,
-        path=row.path,
-        feature=row.feature,
-        grid=row.grid,
-        device=run.accelerator.device,
-    )
+    return teacher_from(run.config.teachers[alias], device=run.device)

@@ -1,4 +1,4 @@
-"""Clips that a trained model generates for the val split's conditions: written and judged.
+"""Clips that a trained model generates for the val split's conditions: written and measured.
 
 Shape letters: T frames, H height, W width, C channels (RGB) or of latents.
 """
@@ -11,68 +11,69 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignlab.config.data import ShapesConfig
 from alignlab.data.video import write_mp4
-from alignlab.evaluation.generation_metrics import GenerationJudge
+from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
-from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import guidance_of, latent_shape, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded, reference_images
 from alignlab.training.setup import Run
 
-NOISE_SEED = 0  # of the starting noise: the same for every run, variant and seed
+NOISE_SEED = 0  # of the starting noise: the same for every run, whatever its recipe and seed
 
 
 @torch.no_grad()
 def generate(
     run: Run, branch: ReferenceBranch, folder: RunFolder, teacher: Teacher | None
 ) -> dict[str, float]:
-    """Generates val clips with noise that no seed changes, writes some and judges some.
+    """Generates val clips with noise that no seed changes, writes some and measures some.
 
     The first `eval.sample_clips` go to `samples/`, clip i as `i.mp4` beside `i-real.mp4` and
     `i-reference-k.png`; `samples.json` lists them with key and caption. The first
-    `eval.generated_clips` are judged (`GenerationJudge`).
+    `eval.generated_clips` are measured (`metric_registry.GENERATION_METRICS`).
 
     Returns:
-        `gen/<name>`, and as a measure of what is within reach `gen_real/<name>` (`judge_real`).
-        Empty when no clip is judged.
+        `gen/<name>`, and as a measure of what is within reach `gen_real/<name>`
+        (`real_clip_metrics`). Empty when no clip is measured.
     """
-    chosen = run.config.eval
-    num_written = min(chosen.sample_clips, len(run.val_clips))
-    num_judged = judged_clips(run)
-    count = max(num_written, num_judged)
+    config = run.config.eval
+    num_written = min(config.sample_clips, len(run.val_clips))
+    num_measured = num_measured_clips(run)
+    count = max(num_written, num_measured)
     if not count:
         return {}
-    rows = []
-    judge = _judge(run, teacher)
-    steps = chosen.sample_steps
+    listing = []
+    collector = _collector(run, teacher)
+    steps = config.sample_steps
     with step_progress("samples", total=count * steps) as advance:
         for i in range(count):
             clip = run.val_clips[i]
-            told = partial(_advance_from, advance, i * steps)
-            video_THWC = generated_clip(run, branch, i, advance=told)
+            advance_clip = partial(_advance_from, advance, i * steps)
+            video_THWC = generated_clip(run, branch, i, advance=advance_clip)
             if i < num_written:
-                rows.append(_write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps))
-            if i < num_judged:
-                judge.add(video_THWC, clip.sample)
-    if rows:
-        write_text(folder.samples / "samples.json", json.dumps(rows, indent=1))
-    real = judge_real(run, teacher, num_judged)
-    generated = {f"gen/{name}": value for name, value in judge.metrics().items()}
+                files = _write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps)
+                listing.append(files)
+            if i < num_measured:
+                collector.add(video_THWC, clip.sample)
+    if listing:
+        write_text(folder.samples / "samples.json", json.dumps(listing, indent=1))
+    real = real_clip_metrics(run, teacher, num_measured)
+    generated = {f"gen/{name}": value for name, value in collector.metrics().items()}
     return generated | {f"gen_real/{name}": value for name, value in real.items()}
 
 
-def judged_clips(run: Run) -> int:
-    """How many generated clips are judged."""
-    chosen = run.config.eval
-    asked = chosen.sample_clips if chosen.generated_clips is None else chosen.generated_clips
-    return min(asked, len(run.val_clips))
+def num_measured_clips(run: Run) -> int:
+    """How many generated clips are measured."""
+    config = run.config.eval
+    count = config.sample_clips if config.generated_clips is None else config.generated_clips
+    return min(count, len(run.val_clips))
 
 
-def judge_real(run: Run, teacher: Teacher | None, count: int) -> dict[str, float]:
+def real_clip_metrics(run: Run, teacher: Teacher | None, count: int) -> dict[str, float]:
     """Metrics of the first `count` real clips after the autoencoder.
 
     No trained weight moves them: they are computed once for all runs that share their caches.
@@ -80,11 +81,11 @@ def judge_real(run: Run, teacher: Teacher | None, count: int) -> dict[str, float
     alias = None if teacher is None else run.config.measured_against
     key = (run.config.teachers[alias].model_dump_json() if alias else None, count)
     if key not in run.caches.judged:
-        judge = _judge(run, teacher)
+        collector = _collector(run, teacher)
         for i in range(count):
             clip = run.val_clips[i]
-            judge.add(run.wan.decode(clip.latents_CTHW).cpu(), clip.sample)
-        run.caches.judged[key] = judge.metrics()
+            collector.add(run.wan.decode(clip.latents_CTHW).cpu(), clip.sample)
+        run.caches.judged[key] = collector.metrics()
     return run.caches.judged[key]
 
 
@@ -95,7 +96,7 @@ def generated_clip(
 
     Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
     """
-    clip, device = run.val_clips[index], run.accelerator.device
+    clip, device = run.val_clips[index], run.device
     noise = torch.randn(
         latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
     )
@@ -111,10 +112,10 @@ def generated_clip(
     return run.wan.decode(latents).cpu()
 
 
-def _judge(run: Run, teacher: Teacher | None) -> GenerationJudge:
+def _collector(run: Run, teacher: Teacher | None) -> GenerationCollector:
     data = run.config.data
     grid = run.wan.latent_grid(data.frames, *data.size)
-    return GenerationJudge(teacher, grid[1:], is_shapes=isinstance(data, ShapesConfig))
+    return GenerationCollector(teacher, grid[1:], subjects_by_colour=data.subjects_by_colour)
 
 
 def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:

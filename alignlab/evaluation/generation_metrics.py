@@ -1,10 +1,14 @@
-"""What generated clips show, held against their references, captions and real clips.
+"""What one generated clip shows, held against its references, its caption and the real clip.
 
+Each public function is the `measure` of a row in `metric_registry.py`: it takes a `GeneratedClip`
+and gives the values that the clip adds to the metric, none where it cannot be measured there.
 docs/metrics.md has every formula, and what each measure cannot tell. Shape letters: T frames, P
-patches, D width, K references, E entities, H height, W width, C channels (RGB).
+patches, D width, K references, E entities, H height, W width, C channels (RGB), N clips.
 """
 
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +17,8 @@ from torch import Tensor
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.shapes.dataset import REFERENCE_RADIUS
 from alignlab.data.shapes.detect import Found, direction, find_subjects
+from alignlab.evaluation.named_subjects import AttributeProbes, Recognised
+from alignlab.losses.grids import covered_share
 from alignlab.metrics import (
     colourfulness,
     copy_paste,
@@ -25,125 +31,235 @@ from alignlab.metrics import (
 from alignlab.teachers import Teacher
 
 
-class GenerationJudge:
-    """Collects clips and averages what it measures of them. Metrics:
-
-    - of any clip: `contrast` (RMS), `colourfulness` (Hasler and Suesstrunk), `colour_cast`
-      against the real clips with the same captions, `flicker` (VBench) and `motion_amplitude`
-      (OpenS2V-Eval) unless it is one frame, and with a teacher `frechet` against the same clips
-    - of clips with references: `copy_paste_proxy`, and with an image teacher
-      `reference_match_proxy`, the cosine of a reference and the patch most like it
-    - in the world of `shapes`: `found_proxy`, `entities_proxy`, `motion_proxy`, and with an image
-      teacher `identity_proxy` and `confusion_proxy` of the subjects that `find_subjects` finds
-
-    What cannot be measured is left out, never zero.
+@dataclass(frozen=True)
+class Appearances:
+    """How a clip's frames show the subject of one reference, to the teacher.
 
     Args:
-        teacher: whose features are compared; None leaves out what needs one.
-        grid_HW: its patches on a frame or reference.
-        is_shapes: whether captions and subjects are those of `shapes`.
+        cosine_T: of cutout and reference, 0 in a frame that does not show the subject.
+        confused_T: bool, of the frames that show it alone: the cutout is nearer to another
+            reference of the clip. Empty where there is no other.
     """
 
-    def __init__(
-        self, teacher: Teacher | None, grid_HW: tuple[int, int], *, is_shapes: bool
-    ) -> None:
-        self._teacher = teacher
-        # one grid, so that references and frames are seen at the same scale
-        self._grid_HW = (teacher.grid if teacher is not None else None) or grid_HW
-        self._is_shapes = is_shapes
-        self._values: dict[str, list[float]] = defaultdict(list)
-        self._shown: list[Tensor] = []
-        self._real: list[Tensor] = []
-        self._lab_gaps: list[Tensor] = []
+    cosine_T: list[float]
+    confused_T: list[bool]
 
-    def add(self, video_THWC: Tensor, sample: Sample) -> None:
-        """Measures a uint8 clip that was generated for the conditions of `sample`."""
-        self._values["contrast"].append(rms_contrast(video_THWC))
-        self._values["colourfulness"].append(colourfulness(video_THWC))
-        self._lab_gaps.append(mean_lab(video_THWC) - mean_lab(sample.video_THWC))
-        if len(video_THWC) > 1:
-            self._values["flicker"].append(temporal_flickering(video_THWC))
-            self._values["motion_amplitude"].append(motion_amplitude(video_THWC))
-        for reference in sample.references:
-            share = copy_paste(video_THWC, reference.image_HWC, reference.mask_HW)
-            if share is not None:
-                self._values["copy_paste_proxy"].append(share)
-        found = find_subjects(video_THWC, sample.entities) if self._is_shapes else None
-        if found is not None:
-            self._add_found(found, sample)
-        if self._teacher is not None:
-            self._add_features(self._teacher, video_THWC, sample, found)
 
-    def metrics(self) -> dict[str, float]:
-        """Means over everything added."""
-        means = {name: sum(values) / len(values) for name, values in self._values.items()}
-        if self._lab_gaps:
-            means["colour_cast"] = float(torch.stack(self._lab_gaps).mean(0).norm())
-        if sum(len(rows) for rows in self._real) > 1:
-            means["frechet"] = frechet_distance(torch.cat(self._shown), torch.cat(self._real))
-        return means
+@dataclass(frozen=True)
+class GeneratedClip:
+    """A clip, the sample it was generated for, and what several metrics need of it, computed once.
 
-    def _add_found(self, found: Found, sample: Sample) -> None:
-        self._values["found_proxy"] += (
-            found.masks_ETHW.flatten(2).any(2).flatten().double().tolist()
+    Args:
+        video_THWC: uint8 frames.
+        sample: its conditions, and the real clip.
+        teacher: whose features are compared; None leaves out what needs one.
+        grid_HW: its patches on a frame or reference.
+        subjects_by_colour: as the data set's settings say (`ClipsConfig`).
+        probes: fitted attribute probes; None leaves out what needs them.
+    """
+
+    video_THWC: Tensor
+    sample: Sample
+    teacher: Teacher | None
+    grid_HW: tuple[int, int]
+    subjects_by_colour: bool
+    probes: AttributeProbes | None = None
+
+    @cached_property
+    def subjects(self) -> Found | None:
+        """Where the frames show the entities; None where the data do not name them by colour."""
+        if not self.subjects_by_colour:
+            return None
+        return find_subjects(self.video_THWC, self.sample.entities)
+
+    @cached_property
+    def features_TPD(self) -> Tensor | None:
+        """The teacher's features of the clip; a video teacher's T counts tubelets."""
+        return None if self.teacher is None else self._encoded(self.teacher, self.video_THWC)
+
+    @cached_property
+    def real_features_TPD(self) -> Tensor | None:
+        """The teacher's features of the real clip."""
+        return None if self.teacher is None else self._encoded(self.teacher, self.sample.video_THWC)
+
+    @cached_property
+    def reference_features_KD(self) -> Tensor | None:
+        """Unit features of the references; None without any, and for a video teacher."""
+        references = self.sample.references
+        if self.teacher is None or self.teacher.is_video or not references:
+            return None
+        return self._pooled(
+            self.teacher,
+            torch.stack([r.image_HWC for r in references]),
+            torch.stack([r.mask_HW for r in references]),
         )
-        wrong_T = (found.parts_T - len(sample.entities)).abs()
-        self._values["entities_proxy"] += wrong_T.double().tolist()
-        if len(found.parts_T) < 2:
-            return
-        for phrase, mask_THW in zip(sample.entities, found.masks_ETHW, strict=True):
-            says = f"{phrase} moves {direction(mask_THW)}"
-            self._values["motion_proxy"].append(float(says in sample.caption))
 
-    def _add_features(
-        self, teacher: Teacher, video_THWC: Tensor, sample: Sample, found: Found | None
-    ) -> None:
-        tokens_TPD, real_TPD = (
-            teacher.encode(clip[None], self._grid_HW).tokens_BTPD[0].cpu()
-            for clip in (video_THWC, sample.video_THWC)
-        )
-        self._shown.append(tokens_TPD.mean(1))
-        self._real.append(real_TPD.mean(1))
-        if teacher.is_video or not sample.references:
-            return
-        reference_KD = self._pooled(
-            teacher,
-            torch.stack([r.image_HWC for r in sample.references]),
-            torch.stack([r.mask_HW for r in sample.references]),
-        )
-        match_TPK = F.normalize(tokens_TPD, dim=-1) @ reference_KD.T
-        self._values["reference_match_proxy"] += match_TPK.amax(1).mean(0).tolist()
-        if found is not None:
-            self._add_identity(teacher, video_THWC, sample, found, reference_KD)
+    @cached_property
+    def appearances(self) -> list[Appearances]:
+        """By reference; empty where subjects cannot be found or compared."""
+        teacher, found, reference_KD = self.teacher, self.subjects, self.reference_features_KD
+        if teacher is None or found is None or reference_KD is None:
+            return []
+        return [
+            self._appearances(teacher, found.masks_ETHW, reference_KD, k)
+            for k in range(len(reference_KD))
+        ]
 
-    def _add_identity(
-        self,
-        teacher: Teacher,
-        video_THWC: Tensor,
-        sample: Sample,
-        found: Found,
-        reference_KD: Tensor,
-    ) -> None:
-        for k, reference in enumerate(sample.references):
-            mask_THW = found.masks_ETHW[sample.entities.index(reference.phrase)]
-            seen = mask_THW.flatten(1).any(1).nonzero()[:, 0].tolist()
-            cosines = [0.0] * len(mask_THW)
-            if seen:
-                cut = [cutout(video_THWC[t], mask_THW[t], reference) for t in seen]
-                images, masks = (torch.stack(part) for part in zip(*cut, strict=True))
-                cosine_TK = self._pooled(teacher, images, masks) @ reference_KD.T
-                for t, value in zip(seen, cosine_TK[:, k].tolist(), strict=True):
-                    cosines[t] = value
-                if len(reference_KD) > 1:
-                    confused_T = cosine_TK.argmax(1) != k
-                    self._values["confusion_proxy"] += confused_T.double().tolist()
-            self._values["identity_proxy"] += cosines
+    @cached_property
+    def recognised(self) -> list[Recognised]:
+        """By named subject, which of its attributes the probes recognise; empty without probes."""
+        if self.probes is None or self.features_TPD is None:
+            return []
+        return self.probes.recognised(self.features_TPD, self.grid_HW, self.sample)
+
+    def _appearances(
+        self, teacher: Teacher, masks_ETHW: Tensor, reference_KD: Tensor, k: int
+    ) -> Appearances:
+        reference = self.sample.references[k]
+        mask_THW = masks_ETHW[self.sample.entities.index(reference.phrase)]
+        shown = mask_THW.flatten(1).any(1).nonzero()[:, 0].tolist()
+        cosines = [0.0] * len(mask_THW)
+        if not shown:
+            return Appearances(cosines, [])
+        cutouts = [cutout(self.video_THWC[t], mask_THW[t], reference) for t in shown]
+        images, masks = (torch.stack(part) for part in zip(*cutouts, strict=True))
+        cosine_TK = self._pooled(teacher, images, masks) @ reference_KD.T
+        for t, value in zip(shown, cosine_TK[:, k].tolist(), strict=True):
+            cosines[t] = value
+        has_others = len(reference_KD) > 1
+        return Appearances(cosines, (cosine_TK.argmax(1) != k).tolist() if has_others else [])
+
+    def _encoded(self, teacher: Teacher, video_THWC: Tensor) -> Tensor:
+        return teacher.encode(video_THWC[None], self.grid_HW).tokens_BTPD[0].cpu()
 
     def _pooled(self, teacher: Teacher, images_KHWC: Tensor, masks_KHW: Tensor) -> Tensor:
         """Unit features of the masked part of each image, `(K, D)`."""
-        tokens_KPD = teacher.encode(images_KHWC[None], self._grid_HW).tokens_BTPD[0].cpu()
-        share_KP = F.adaptive_avg_pool2d(masks_KHW[:, None].float(), self._grid_HW).flatten(1)
+        tokens_KPD = self._encoded(teacher, images_KHWC)
+        share_KP = covered_share(masks_KHW, (len(masks_KHW), *self.grid_HW))
         return F.normalize((tokens_KPD * share_KP[..., None]).sum(1), dim=-1)
+
+
+def contrast(clip: GeneratedClip) -> list[float]:
+    """RMS contrast."""
+    return [rms_contrast(clip.video_THWC)]
+
+
+def colour(clip: GeneratedClip) -> list[float]:
+    """Hasler and Suesstrunk's colourfulness."""
+    return [colourfulness(clip.video_THWC)]
+
+
+def lab_gap(clip: GeneratedClip) -> list[Tensor]:
+    """Mean CIELAB colour less that of the real clip, `(3,)`."""
+    return [mean_lab(clip.video_THWC) - mean_lab(clip.sample.video_THWC)]
+
+
+def norm_of_mean(gaps: Sequence[Tensor]) -> float:
+    """Length of the mean vector: what the clips share, while gaps of their own cancel."""
+    return float(torch.stack(list(gaps)).mean(0).norm())
+
+
+def flicker(clip: GeneratedClip) -> list[float]:
+    """VBench's temporal flickering score; not of a single frame."""
+    return [temporal_flickering(clip.video_THWC)] if len(clip.video_THWC) > 1 else []
+
+
+def motion(clip: GeneratedClip) -> list[float]:
+    """OpenS2V-Eval's motion amplitude; not of a single frame."""
+    return [motion_amplitude(clip.video_THWC)] if len(clip.video_THWC) > 1 else []
+
+
+def pasted(clip: GeneratedClip) -> list[float]:
+    """Copy-paste share of each reference that has something to be recognised by."""
+    shares = [
+        copy_paste(clip.video_THWC, reference.image_HWC, reference.mask_HW)
+        for reference in clip.sample.references
+    ]
+    return [share for share in shares if share is not None]
+
+
+def subjects_shown(clip: GeneratedClip) -> list[float]:
+    """Of each entity and frame: whether the entity is found."""
+    if clip.subjects is None:
+        return []
+    values: list[float] = clip.subjects.masks_ETHW.flatten(2).any(2).flatten().double().tolist()
+    return values
+
+
+def entities_off(clip: GeneratedClip) -> list[float]:
+    """Of each frame: how many coloured parts there are too many or too few."""
+    if clip.subjects is None:
+        return []
+    wrong_T = (clip.subjects.parts_T - len(clip.sample.entities)).abs()
+    values: list[float] = wrong_T.double().tolist()
+    return values
+
+
+def moves_as_captioned(clip: GeneratedClip) -> list[float]:
+    """Of each entity: whether its region moves where the caption says; not of a single frame."""
+    if clip.subjects is None or len(clip.subjects.parts_T) < 2:
+        return []
+    pairs = zip(clip.sample.entities, clip.subjects.masks_ETHW, strict=True)
+    return [float(f"{name} moves {direction(mask)}" in clip.sample.caption) for name, mask in pairs]
+
+
+def reference_match(clip: GeneratedClip) -> list[float]:
+    """Of each reference: mean over frames of the cosine with the patch most like it."""
+    if clip.reference_features_KD is None or clip.features_TPD is None:
+        return []
+    match_TPK = F.normalize(clip.features_TPD, dim=-1) @ clip.reference_features_KD.T
+    values: list[float] = match_TPK.amax(1).mean(0).tolist()
+    return values
+
+
+def identity(clip: GeneratedClip) -> list[float]:
+    """Of each reference and frame: cosine of cutout and reference, 0 where none is shown."""
+    return [cosine for shown in clip.appearances for cosine in shown.cosine_T]
+
+
+def confusion(clip: GeneratedClip) -> list[float]:
+    """Of each cutout: whether it is nearer to another reference of the clip than to its own."""
+    return [float(confused) for shown in clip.appearances for confused in shown.confused_T]
+
+
+def frame_features(clip: GeneratedClip) -> list[tuple[Tensor, Tensor]]:
+    """Features of the frames of the clip and of the real one, `(T, D)` each."""
+    if clip.features_TPD is None or clip.real_features_TPD is None:
+        return []
+    return [(clip.features_TPD.mean(1), clip.real_features_TPD.mean(1))]
+
+
+def frechet(features: Sequence[tuple[Tensor, Tensor]]) -> float | None:
+    """Fréchet distance of all clips' frames from the real ones'; None of a single frame."""
+    shown, real = zip(*features, strict=True)
+    if sum(map(len, real)) < 2:
+        return None
+    return frechet_distance(torch.cat(shown), torch.cat(real))
+
+
+def named_color(clip: GeneratedClip) -> list[float]:
+    """Of each named subject: whether its colour is recognised."""
+    return [float(subject.color) for subject in clip.recognised]
+
+
+def named_motion(clip: GeneratedClip) -> list[float]:
+    """Of each named subject: whether its motion is recognised."""
+    return [float(subject.motion) for subject in clip.recognised]
+
+
+def named_texture(clip: GeneratedClip) -> list[float]:
+    """Of each named subject: whether its texture is recognised."""
+    return [float(subject.texture) for subject in clip.recognised]
+
+
+def named_shape(clip: GeneratedClip) -> list[float]:
+    """Of each named subject: whether its shape is recognised."""
+    return [float(subject.shape) for subject in clip.recognised]
+
+
+def named_all(clip: GeneratedClip) -> list[float]:
+    """Of each named subject: whether colour, motion, texture and shape are recognised together."""
+    return [float(all(subject)) for subject in clip.recognised]
 
 
 def cutout(frame_HWC: Tensor, mask_HW: Tensor, like: Reference) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,11 @@ import torch
 from alignlab.config.data import unknown_name
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.evaluation.collectors import ReferenceCollector, VideoCollector
 from alignlab.evaluation.evaluate import denoise, eval_batch, teacher_of
 from alignlab.evaluation.feature_maps import FeatureClip, feature_clip
-from alignlab.evaluation.token_metrics import CKNNA_K, ReferenceProbe, ReferenceTokens, VideoProbe
-from alignlab.metrics import cka, cknna
+from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
+from alignlab.metrics import cka
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
 from alignlab.runs.log_filters import quiet_libraries
@@ -90,10 +91,10 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
 
     On the first `eval.clips` val clips, with the noise of the evaluation: `cknna` (k = 10) and
     `cka` (unbiased) of video tokens against the teacher's tokens of the same places, about 2,048
-    rows as in `VideoProbe`; `teacher_retrieval`, `silhouette` and `cross_cos` of foreground
-    reference tokens as in `ReferenceProbe`, but with one noise level at a time, so that the linear
-    map of `teacher_retrieval` is fitted on a third of the evaluation's rows. Tokens of all blocks
-    are held at once, of `eval.batch_size` clips.
+    of them as in `VideoCollector`; `teacher_retrieval`, `silhouette` and `cross_cos` of foreground
+    reference tokens as in `ReferenceCollector`, but with one noise level at a time, so that the
+    linear map of `teacher_retrieval` is fitted on a third of the evaluation's tokens. Tokens of all
+    blocks are held at once, of `eval.batch_size` clips.
 
     Args:
         run_dir: a run folder with a checkpoint; the newest is taken, and its moving average if
@@ -110,20 +111,20 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
         raise UserError(f"{run_dir}: the run has no checkpoint yet")
-    alias = _chosen_teacher(config, teacher)
+    alias = _teacher_alias(config, teacher)
     run = build_run(config)
-    shown = _chosen_block(run, block)
-    eyes = teacher_of(run, alias)
+    shown = _shown_block(run, block)
+    loaded_teacher = teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
-    found, taps = {}, {}
+    maps, taps = {}, {}
     for model in MODELS:
         if model == "after":
             ema = config.optim.ema is not None
             checkpoint.load_transformer(run.wan.transformer, newest, ema=ema)
         run.wan.transformer.eval()
         with _all_blocks(run) as branch:
-            found[model] = _measure(run, branch, clips, eyes, shown, model)
+            maps[model] = _measure(run, branch, clips, loaded_teacher, shown, model)
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
     return RunProbe(
         config,
@@ -132,11 +133,11 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
         run.wan.num_blocks,
         run.alignment.blocks,
         len(clips),
-        tuple(cell for measured in found.values() for cell in measured.cells),
-        found["after"].chance,
+        tuple(cell for measured in maps.values() for cell in measured.cells),
+        maps["after"].chance,
         shown,
-        {model: one.tokens for model, one in found.items() if one.tokens is not None},
-        feature_clip(taps, eyes, batch, clips[0]),
+        {model: one.tokens for model, one in maps.items() if one.tokens is not None},
+        feature_clip(taps, loaded_teacher, batch, clips[0]),
         _sample_of(folder, clips[0].sample.key),
     )
 
@@ -161,34 +162,33 @@ def _measure(
     size = run.config.eval.batch_size
     with step_progress(f"probe {model}", total=len(SIGMAS) * len(clips)) as advance:
         for place, sigma in enumerate(SIGMAS):
-            references, videos = ReferenceProbe(), VideoProbe(len(clips))
+            references, videos = ReferenceCollector(), VideoCollector(len(clips))
             for start in range(0, len(clips), size):
-                rows = list(range(start, min(start + size, len(clips))))
-                batch = eval_batch(run, clips, rows, [sigma] * len(rows))
+                numbers = list(range(start, min(start + size, len(clips))))
+                batch = eval_batch(run, clips, numbers, [sigma] * len(numbers))
                 taps = denoise(run, branch, batch, capture=True).taps
-                references.add(taps, batch, [clips[i] for i in rows], rows, teacher)
+                references.add(taps, batch, [clips[i] for i in numbers], numbers, teacher)
                 videos.add(taps, batch, teacher)
-                advance(place * len(clips) + rows[-1] + 1, "")
-            found = references.metrics()
-            chance = found.get("teacher_retrieval_chance")
-            cells += _cells(found, model, sigma) + _video_cells(videos, model, sigma)
+                advance(place * len(clips) + numbers[-1] + 1, "")
+            metrics = references.metrics()
+            chance = metrics.get("teacher_retrieval_chance")
+            cells += _cells(metrics, model, sigma) + _video_cells(videos, model, sigma)
             if sigma == TOKEN_SIGMA:
                 tokens = references.tokens(shown)
     return _Map(cells, chance, tokens)
 
 
-def _cells(found: dict[str, float], model: str, sigma: float) -> list[Cell]:
+def _cells(metrics: dict[str, float], model: str, sigma: float) -> list[Cell]:
     """Cells of the metrics that are known by block."""
-    named = [(key.split("/block"), value) for key, value in found.items() if "/block" in key]
+    named = [(key.split("/block"), value) for key, value in metrics.items() if "/block" in key]
     return [Cell(measure, model, int(b), sigma, value) for (measure, b), value in named]
 
 
-def _video_cells(videos: VideoProbe, model: str, sigma: float) -> list[Cell]:
+def _video_cells(videos: VideoCollector, model: str, sigma: float) -> list[Cell]:
     cells = []
-    for block, _, student_ND, teacher_NE in videos.rows():
-        near = cknna(student_ND, teacher_NE, k=CKNNA_K)
-        cells.append(Cell("cknna", model, block, sigma, near))
-        whole = cka(student_ND, teacher_NE, unbiased=True)
+    for block, _, tokens in videos.tokens():
+        cells.append(Cell("cknna", model, block, sigma, agreement(tokens)))
+        whole = cka(tokens.student_ND, tokens.teacher_NE, unbiased=True)
         cells.append(Cell("cka", model, block, sigma, whole))
     return cells
 
@@ -201,16 +201,16 @@ def _all_blocks(run: Run) -> ReferenceBranch:
     )
 
 
-def _chosen_teacher(config: RunConfig, alias: str | None) -> str:
-    chosen = alias or config.measured_against
-    if chosen is None:
+def _teacher_alias(config: RunConfig, alias: str | None) -> str:
+    alias = alias or config.measured_against
+    if alias is None:
         raise UserError("teachers: the run's recipe has none to compare the tokens with")
-    if chosen not in config.teachers:
-        raise UserError(f"--teacher: {unknown_name('teacher', chosen, config.teachers)}")
-    return chosen
+    if alias not in config.teachers:
+        raise UserError(f"--teacher: {unknown_name('teacher', alias, config.teachers)}")
+    return alias
 
 
-def _chosen_block(run: Run, block: int | None) -> int:
+def _shown_block(run: Run, block: int | None) -> int:
     count = run.wan.num_blocks
     if block is None:
         return max(run.alignment.blocks, default=count // 2)
@@ -221,6 +221,6 @@ def _chosen_block(run: Run, block: int | None) -> int:
 
 def _sample_of(folder: RunFolder, key: str) -> Path | None:
     listing = folder.samples / "samples.json"
-    rows: Sequence[dict[str, str]] = json.loads(listing.read_text()) if listing.exists() else []
-    videos = [folder.samples / row["video"] for row in rows if row["key"] == key]
+    clips: Sequence[dict[str, str]] = json.loads(listing.read_text()) if listing.exists() else []
+    videos = [folder.samples / clip["video"] for clip in clips if clip["key"] == key]
     return videos[0] if videos and videos[0].is_file() else None

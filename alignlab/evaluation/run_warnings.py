@@ -1,13 +1,17 @@
-"""Alarms about generated clips that are washed out, or too strong, beside real ones."""
+"""What a run gives warning of: generated clips that are washed out, features that collapse.
+
+A warning is one text, its numbers in brackets at the end. It is logged, and kept in `notes` of
+`result.json`.
+"""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 log = logging.getLogger(__name__)
 
-# Ours; no threshold is published. In 27 runs of nine variants of the committed comparisons, 12
-# clips each, clips kept 0.72 to 1.02 of the contrast and 0.97 to 1.30 of the colourfulness. Those
-# of the base model, which has never seen references and makes pale clips of them, kept 0.52 of it.
+# Ours; no threshold is published. In 27 runs of nine recipes, 12 clips each, clips kept 0.72 to
+# 1.02 of the contrast and 0.97 to 1.30 of the colourfulness. Those of the base model, which has
+# never seen references and makes pale clips of them, kept 0.52 of it.
 KEPT = 2 / 3
 # Clips differ: of so many of the same runs' clips, 1 in 40 sets keeps less contrast than that by
 # chance; of two, 1 in 11.
@@ -15,32 +19,31 @@ MIN_CLIPS = 4
 # Below these there is nothing to lose: five grey levels of 255 (ours), and what people call
 # slightly colourful.
 LEAST = {"contrast": 0.02, "colourfulness": 15.0}
+RANK_SHARE = 0.5  # ours: no published threshold
+RANK = "diag/rank/"
 
 
-def sample_alarms(metrics: Mapping[str, float], clips: int) -> list[str]:
-    """Warns of a lost or an overdone contrast or colourfulness of generated clips.
+def sample_warnings(metrics: Mapping[str, float], clips: int) -> list[str]:
+    """Warns of a lost or an overdone contrast or colourfulness of generated clips, and logs it.
 
-    They are held against the real clips with the same captions, after the same autoencoder: an
-    alarm is raised below 2/3 of theirs, or above 3/2. The base model is no measure: it may well be
+    They are held against the real clips with the same captions, after the same autoencoder: below
+    2/3 of theirs, or above 3/2, there is a warning. The base model is no measure: it may well be
     the pale one.
 
     Args:
         metrics: `gen/...` and `gen_real/...` are read.
-        clips: number of clips that were judged; with fewer than four there is no alarm.
-
-    Returns:
-        One note per alarm, its numbers in brackets at the end.
+        clips: number of clips that were measured; of fewer than four there is no warning.
     """
-    notes = []
+    texts = []
     for name, least in LEAST.items():
         shown, real = metrics.get(f"gen/{name}"), metrics.get(f"gen_real/{name}")
         if shown is None or real is None or real < least or clips < MIN_CLIPS:
             continue
         if KEPT <= shown / real <= 1 / KEPT:
             continue
-        notes.append(f"{_what(name, shown < real)} [{shown:.3g} of {real:.3g}]")
-        log.warning("%s", notes[-1])
-    return notes
+        texts.append(f"{_what(name, shown < real)} [{shown:.3g} of {real:.3g}]")
+        log.warning("%s", texts[-1])
+    return texts
 
 
 def _what(name: str, is_less: bool) -> str:
@@ -53,3 +56,48 @@ def _what(name: str, is_less: bool) -> str:
         f"generated clips have more than {1 / KEPT:.0%} of the real clips' {name}: lower "
         "eval.text_guidance or eval.reference_guidance"
     )
+
+
+class RankWarnings:
+    """Effective ranks that fell below half of their first value: collapse, or washed-out features.
+
+    Args:
+        logged: scalars by step so far, in order; `diag/rank/...` is read.
+
+    `texts` holds all warnings, in order.
+    """
+
+    def __init__(self, logged: Iterable[Mapping[str, float]] = ()) -> None:
+        self._first: dict[str, float] = {}
+        self._low: set[str] = set()
+        self.texts: list[str] = []
+        for scalars in logged:
+            self.see(int(scalars["step"]), scalars)
+
+    def see(self, step: int, scalars: Mapping[str, float]) -> list[str]:
+        """Takes a diagnosis, and warns of each feature that is low for the first time."""
+        new = []
+        for key, value in scalars.items():
+            if not key.startswith(RANK):
+                continue
+            first = self._first.setdefault(key, value)
+            if key in self._low or value >= RANK_SHARE * first:
+                continue
+            self._low.add(key)
+            kind, block = key.removeprefix(RANK).split("/block")
+            new.append(
+                f"the effective rank of the {kind} tokens of block {block} fell under "
+                f"{RANK_SHARE:.0%} of its first value: the features may be collapsing; lower the "
+                "objective's weight, or stop it earlier (schedule) "
+                f"[{value:.3g} of {first:.3g} at step {step}]"
+            )
+        self.texts += new
+        return new
+
+    def low(self, scalars: Mapping[str, float]) -> int:
+        """How many ranks of a diagnosis that was seen are low."""
+        return sum(
+            value < RANK_SHARE * self._first[key]
+            for key, value in scalars.items()
+            if key.startswith(RANK)
+        )

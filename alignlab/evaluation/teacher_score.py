@@ -14,13 +14,13 @@ from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
 from alignlab.data.sample import Sample
 from alignlab.errors import UserError
-from alignlab.losses.grids import pool_masks
+from alignlab.losses.grids import FOREGROUND, covered_share
 from alignlab.losses.objective import Features, Grid
 from alignlab.metrics import iicr
 from alignlab.metrics.spatial import spatial_structure
 from alignlab.progress import step_progress
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.teachers import load_teacher
+from alignlab.teachers import teacher_from
 
 NEIGHBOURS = (8, 10, 12, 15)  # of Align4Gen's published curve
 
@@ -31,7 +31,7 @@ class TeacherScore:
 
     Args:
         alias: in the recipe.
-        config: its row.
+        config: its settings.
         grid: (T, H, W) of its tokens for one clip.
         iicr: IICR-like score by number of neighbours, see `alignlab.metrics.iicr`; without those
             that the clips have too few frames for.
@@ -74,21 +74,19 @@ def score_teachers(
     if len(samples) < 2:
         raise UserError("teachers are scored on two clips or more, and there is one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found: list[TeacherScore] = []
+    scores: list[TeacherScore] = []
     total = len(config.teachers) * len(samples)
     with step_progress("score", total=total) as advance:
-        for alias, row in config.teachers.items():
-            teacher = load_teacher(
-                row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
-            )
+        for alias, teacher_config in config.teachers.items():
+            teacher = teacher_from(teacher_config, device=device)
             height, width = (side // teacher.patch_size for side in config.data.size)
-            asked = size or teacher.grid or (height, width)
+            grid_HW = size or teacher.grid or (height, width)
             features = []
             for sample in samples:
-                features.append(_on_cpu(teacher.encode(sample.video_THWC[None], asked)))
-                advance(len(found) * len(samples) + len(features), alias)
-            found.append(_score(alias, row, features, samples))
-    return found
+                features.append(_on_cpu(teacher.encode(sample.video_THWC[None], grid_HW)))
+                advance(len(scores) * len(samples) + len(features), alias)
+            scores.append(_score(alias, teacher_config, features, samples))
+    return scores
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -125,11 +123,11 @@ def _score(
 
 def _spatial(features: list[Features], samples: list[Sample]) -> dict[str, float]:
     values: dict[str, list[float]] = {"lds": [], "cds": [], "srss": [], "rmsc": []}
-    for found, sample in zip(features, samples, strict=True):
-        inside_TP = _foreground(sample, found.grid)
-        for frame, tokens_PD in enumerate(found.tokens_BTPD[0]):
+    for seen, sample in zip(features, samples, strict=True):
+        inside_TP = _foreground(sample, seen.grid)
+        for frame, tokens_PD in enumerate(seen.tokens_BTPD[0]):
             inside_P = None if inside_TP is None else inside_TP[frame]
-            for name, value in spatial_structure(tokens_PD, found.grid[1:], inside_P).items():
+            for name, value in spatial_structure(tokens_PD, seen.grid[1:], inside_P).items():
                 values[name].append(value)
     return {name: sum(v) / len(v) for name, v in values.items() if v}
 
@@ -138,4 +136,4 @@ def _foreground(sample: Sample, grid: Grid) -> Tensor | None:
     """Which tokens lie mostly on an entity, bool (T, P); None where the masks are unknown."""
     if sample.masks_ETHW is None:
         return None
-    return pool_masks(sample.masks_ETHW.any(0)[None], grid)[0] > 0.5
+    return covered_share(sample.masks_ETHW.any(0), grid) > FOREGROUND

@@ -10,9 +10,8 @@ from alignlab.metrics.frechet import frechet_distance as frechet_distance
 from alignlab.metrics.iicr import iicr as iicr
 from alignlab.metrics.retrieval import retrieval_chance as retrieval_chance
 from alignlab.metrics.retrieval import subject_retrieval as subject_retrieval
+from alignlab.metrics.retrieval import teacher_retrieval as teacher_retrieval
 from alignlab.metrics.separability import cross_subject_cosine as cross_subject_cosine
-from alignlab.metrics.separability import inter_intra_ratio as inter_intra_ratio
 from alignlab.metrics.separability import silhouette as silhouette
-from alignlab.metrics.teacher_retrieval import teacher_retrieval as teacher_retrieval
 from alignlab.metrics.video import motion_amplitude as motion_amplitude
 from alignlab.metrics.video import temporal_flickering as temporal_flickering

@@ -6,6 +6,8 @@ Shape letters: N and M rows (tokens, frames or images), D width, K neighbours.
 import torch
 from torch import Tensor
 
+from alignlab.kernels.cosine import unit
+
 EPS = 1e-12
 _CHUNK = 1024
 
@@ -43,8 +45,7 @@ def label_rows(name: str, labels_N: Tensor, rows: int) -> Tensor:
 
 def unit_rows(features_ND: Tensor) -> Tensor:
     """L2-normalise each row, the norm clamped at 1e-12 (a zero row stays zero)."""
-    norm_N1: Tensor = torch.linalg.vector_norm(features_ND, dim=1, keepdim=True)
-    return features_ND / norm_N1.clamp_min(EPS)
+    return unit(features_ND, features_ND.dtype)
 
 
 def nearest(

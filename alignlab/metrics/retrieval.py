@@ -1,9 +1,8 @@
 """Does a token's nearest neighbour belong to the same subject?
 
 Cosine similarity, float64. A negative label marks padding, which is left out on both sides.
-`alignlab.metrics.teacher_retrieval` asks the same across two feature spaces.
 
-Shape letters: N query rows, M gallery rows, D width, K neighbours.
+Shape letters: N query rows, M gallery or fit rows, D and E widths.
 """
 
 import torch
@@ -15,34 +14,19 @@ _CHUNK = 1024
 
 
 def subject_retrieval(
-    query_ND: Tensor,
-    query_labels_N: Tensor,
-    gallery_MD: Tensor,
-    gallery_labels_M: Tensor,
-    k: int = 1,
-    *,
-    leave_one_out: bool = False,
-    query_images_N: Tensor | None = None,
-    gallery_images_M: Tensor | None = None,
+    query_ND: Tensor, query_labels_N: Tensor, gallery_MD: Tensor, gallery_labels_M: Tensor
 ) -> float:
     """Share of query tokens whose nearest gallery token by cosine carries the same label.
 
-    Tokens of one image resemble each other whatever their subject (shared background, position,
-    place in the sequence), so with one image per subject a leave-one-out score says "same image",
-    not "same subject". Give image ids to leave the query's own image out of the gallery. A query
-    without any allowed gallery token of its label cannot succeed and is not counted.
+    A query without any gallery token of its label cannot succeed and is not counted. Query and
+    gallery are two sets: of one set, every token would be its own neighbour.
 
     Args:
         query_ND, query_labels_N: tokens to look up and their subjects.
         gallery_MD, gallery_labels_M: tokens to look in and their subjects.
-        k: neighbours that vote; a tie goes to the label of the nearest tied neighbour.
-        leave_one_out: query and gallery are the same tokens in the same order; a token is not its
-            own neighbour.
-        query_images_N, gallery_images_M: int, the image a token is of; given together.
 
     Raises:
-        ValueError: bad shapes or values, k out of range, both kinds of exclusion at once, or no
-            query that could succeed.
+        ValueError: bad shapes or values, or no query that could succeed.
     """
     query_ND = feature_rows("query_ND", query_ND)
     gallery_MD = feature_rows("gallery_MD", gallery_MD)
@@ -51,111 +35,115 @@ def subject_retrieval(
             f"query_ND and gallery_MD must have one width, got {query_ND.shape[1]} "
             f"and {gallery_MD.shape[1]}"
         )
-    query = _Side("query", query_labels_N, query_ND.shape[0], query_ND.device)
-    gallery = _Side("gallery", gallery_labels_M, gallery_MD.shape[0], gallery_MD.device)
-    _set_exclusion(query, gallery, leave_one_out, query_images_N, gallery_images_M)
-    query_ND, gallery_MD = query_ND[query.real], gallery_MD[gallery.real]
-    if not 1 <= k <= gallery_MD.shape[0]:
-        raise ValueError(f"k must be in 1 .. {gallery_MD.shape[0]} gallery tokens, got {k}")
-    counted_N = _counted(_candidates(query, gallery)[1])
-    indices_NK, cosine_NK = nearest(
-        query_ND, gallery_MD, k, query_ids_N=query.ids, gallery_ids_M=gallery.ids
-    )
-    votes_NK = torch.where(cosine_NK.isfinite(), gallery.labels[indices_NK], -1)
-    return float((_elected(votes_NK) == query.labels)[counted_N].double().mean())
+    query_labels_N = label_rows("query labels", query_labels_N, len(query_ND)).to(query_ND.device)
+    gallery_labels_M = label_rows("gallery labels", gallery_labels_M, len(gallery_MD))
+    gallery_labels_M = gallery_labels_M.to(gallery_MD.device)
+    real_N, real_M = query_labels_N >= 0, gallery_labels_M >= 0
+    query_labels_N, gallery_labels_M = query_labels_N[real_N], gallery_labels_M[real_M]
+    counted_N = _positives(query_labels_N, gallery_labels_M) > 0
+    indices_N1, _ = nearest(query_ND[real_N], gallery_MD[real_M], 1)
+    is_right_N = gallery_labels_M[indices_N1[:, 0]] == query_labels_N
+    return float(is_right_N[counted_N].double().mean())
 
 
-def retrieval_chance(
-    query_labels_N: Tensor,
-    gallery_labels_M: Tensor,
-    *,
-    leave_one_out: bool = False,
-    query_images_N: Tensor | None = None,
-    gallery_images_M: Tensor | None = None,
-) -> float:
-    """What `subject_retrieval` with k = 1 gives for neighbours drawn at random.
+def retrieval_chance(query_labels_N: Tensor, gallery_labels_M: Tensor) -> float:
+    """What `subject_retrieval` gives for neighbours drawn at random.
 
-    The mean, over the same counted queries, of the share of allowed gallery tokens that carry the
-    query's label: 1 / S for S subjects with equally many tokens and nothing left out.
+    The mean, over the same counted queries, of the share of gallery tokens that carry the query's
+    label: 1 / S for S subjects with equally many tokens.
 
     Raises:
         ValueError: as `subject_retrieval`.
     """
-    query = _Side("query", query_labels_N, query_labels_N.numel(), query_labels_N.device)
-    gallery = _Side("gallery", gallery_labels_M, gallery_labels_M.numel(), query_labels_N.device)
-    _set_exclusion(query, gallery, leave_one_out, query_images_N, gallery_images_M)
-    allowed_N, positives_N = _candidates(query, gallery)
-    counted_N = _counted(positives_N)
-    return float((positives_N[counted_N] / allowed_N[counted_N]).mean())
+    query_labels_N = label_rows("query labels", query_labels_N, query_labels_N.numel())
+    gallery_labels_M = label_rows("gallery labels", gallery_labels_M, gallery_labels_M.numel())
+    gallery_labels_M = gallery_labels_M.to(query_labels_N.device)
+    gallery_labels_M = gallery_labels_M[gallery_labels_M >= 0]
+    positives_N = _positives(query_labels_N[query_labels_N >= 0], gallery_labels_M)
+    return float((positives_N[positives_N > 0] / len(gallery_labels_M)).mean())
 
 
-class _Side:
-    """Labels and exclusion ids of one side, padding removed."""
+def teacher_retrieval(
+    student_fit_MD: Tensor,
+    teacher_fit_ME: Tensor,
+    student_ND: Tensor,
+    teacher_NE: Tensor,
+    labels_N: Tensor,
+    *,
+    ridge: float = 1e-2,
+) -> float:
+    """Share of student tokens whose nearest *teacher* token, after a linear map, is of its subject.
 
-    def __init__(self, name: str, labels_N: Tensor, rows: int, device: torch.device) -> None:
-        labels_N = label_rows(f"{name} labels", labels_N, rows).to(device)
-        self.name = name
-        self.rows = rows
-        self.real = labels_N >= 0
-        self.labels = labels_N[self.real]
-        self.ids: Tensor | None = None
+    Student and teacher features live in different spaces. A student trained without alignment has
+    no projector into the teacher's, and a trained projector would be a head that the loss itself
+    tuned. So every student is read alike: by the best *linear* map (ridge regression) from its
+    tokens to the teacher's, fitted on other clips.
 
-    def set_ids(self, ids_N: Tensor) -> None:
-        ids_N = label_rows(f"{self.name} images", ids_N, self.rows)
-        self.ids = ids_N.to(self.real.device)[self.real]
+    1. Standardise both sides per channel with mean and (population) standard deviation of the fit
+       rows; a channel that is constant over the fit rows becomes 0.
+    2. `W = (X'X / M + ridge I)^-1 X'Y / M` on the standardised fit rows X, Y. Channels have unit
+       variance, so `ridge` is a fraction of a channel's variance, whatever the features' scale.
+    3. Map the held-out student rows with W; look each up by cosine among the standardised teacher
+       rows of `teacher_NE`, its own among them.
+
+    The gallery is the teacher's alone, hence the same for every student: differences are
+    differences of the students. Sound only if fit and held-out rows come from different clips and
+    M is well above D. Chance level: `retrieval_chance(labels_N, labels_N)`; 1 / S for S balanced
+    subjects. A student that carries nothing of the subject scores about chance.
+
+    Args:
+        student_fit_MD, teacher_fit_ME: the same tokens seen by both, from the fit clips.
+        student_ND, teacher_NE: the same tokens seen by both, from held-out clips.
+        labels_N: int subject of each held-out token, negative = padding.
+        ridge: no published value; 1e-2 is small against the unit variance of a channel.
+
+    Raises:
+        ValueError: shapes that do not pair up, bad values, fewer than 2 fit rows, ridge <= 0, or no
+            token that could succeed.
+    """
+    student_fit_MD = feature_rows("student_fit_MD", student_fit_MD, minimum=2)
+    teacher_fit_ME = feature_rows("teacher_fit_ME", teacher_fit_ME, minimum=2)
+    student_ND = feature_rows("student_ND", student_ND)
+    teacher_NE = feature_rows("teacher_NE", teacher_NE)
+    _same("rows", "student_fit_MD", student_fit_MD, "teacher_fit_ME", teacher_fit_ME)
+    _same("rows", "student_ND", student_ND, "teacher_NE", teacher_NE)
+    _same("width", "student_fit_MD", student_fit_MD, "student_ND", student_ND)
+    _same("width", "teacher_fit_ME", teacher_fit_ME, "teacher_NE", teacher_NE)
+    if not ridge > 0.0:
+        raise ValueError(f"ridge must be positive, got {ridge}")
+    inputs_MD, held_out_ND = _standardise(student_fit_MD, student_ND)
+    targets_ME, gallery_NE = _standardise(teacher_fit_ME, teacher_NE)
+    rows = inputs_MD.shape[0]
+    identity_DD = torch.eye(inputs_MD.shape[1], dtype=inputs_MD.dtype, device=inputs_MD.device)
+    moment_DD = inputs_MD.T @ inputs_MD / rows + ridge * identity_DD
+    map_DE = torch.linalg.solve(moment_DD, inputs_MD.T @ targets_ME / rows)
+    return subject_retrieval(held_out_ND @ map_DE, labels_N, gallery_NE, labels_N)
 
 
-def _set_exclusion(
-    query: _Side,
-    gallery: _Side,
-    leave_one_out: bool,
-    query_images_N: Tensor | None,
-    gallery_images_M: Tensor | None,
-) -> None:
-    if (query_images_N is None) != (gallery_images_M is None):
-        raise ValueError("query_images_N and gallery_images_M must be given together")
-    if query_images_N is not None and gallery_images_M is not None:
-        if leave_one_out:
-            raise ValueError("leave_one_out and image ids exclude each other: give one")
-        query.set_ids(query_images_N)
-        gallery.set_ids(gallery_images_M)
-    elif leave_one_out:
-        if not torch.equal(query.real, gallery.real) or not torch.equal(
-            query.labels, gallery.labels
-        ):
-            raise ValueError("leave_one_out needs the same tokens as query and gallery")
-        query.set_ids(torch.arange(query.rows))
-        gallery.set_ids(torch.arange(gallery.rows))
-
-
-def _candidates(query: _Side, gallery: _Side) -> tuple[Tensor, Tensor]:
-    """Per query: how many gallery tokens are allowed, and how many of those have its label."""
-    allowed, positives = [], []
-    for start in range(0, query.labels.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        same_NM = query.labels[part, None] == gallery.labels
-        allowed_NM = torch.ones_like(same_NM)
-        if query.ids is not None and gallery.ids is not None:
-            allowed_NM = query.ids[part, None] != gallery.ids
-        allowed.append(allowed_NM.sum(1))
-        positives.append((allowed_NM & same_NM).sum(1))
-    if not allowed:
+def _positives(query_labels_N: Tensor, gallery_labels_M: Tensor) -> Tensor:
+    """Per query, how many gallery tokens have its label, float64."""
+    if not len(query_labels_N):
         raise ValueError("every query token is padding")
-    return torch.cat(allowed).double(), torch.cat(positives).double()
+    chunks = query_labels_N.split(_CHUNK)
+    positives_N = torch.cat([(part[:, None] == gallery_labels_M).sum(1) for part in chunks])
+    if not bool((positives_N > 0).any()):
+        raise ValueError("no query has a gallery token of its own label")
+    return positives_N.double()
 
 
-def _counted(positives_N: Tensor) -> Tensor:
-    counted_N = positives_N > 0
-    if not bool(counted_N.any()):
-        raise ValueError("no query has an allowed gallery token of its own label")
-    return counted_N
+def _standardise(fit_MD: Tensor, other_ND: Tensor) -> tuple[Tensor, Tensor]:
+    mean_D = fit_MD.mean(0)
+    spread_D = fit_MD.std(0, correction=0)
+    # A constant channel has no scale; what float64 rounding leaves of it is no signal.
+    constant_D = spread_D <= 1e-10 * (mean_D.abs() + spread_D.max())
+    scale_D = torch.where(constant_D, torch.inf, spread_D)
+    return (fit_MD - mean_D) / scale_D, (other_ND - mean_D) / scale_D
 
 
-def _elected(votes_NK: Tensor) -> Tensor:
-    """The label with most votes; among equals the one voted for first; -1 is no vote."""
-    k = votes_NK.shape[1]
-    agreeing_NKK = (votes_NK[:, :, None] == votes_NK[:, None, :]) & (votes_NK >= 0)[:, :, None]
-    # Earlier places win ties: k votes weigh more than any difference in place.
-    place_K = torch.arange(k, 0, -1, device=votes_NK.device)
-    best_N1 = (agreeing_NKK.sum(2) * (k + 1) + place_K).argmax(1, keepdim=True)
-    return votes_NK.gather(1, best_N1).squeeze(1)
+def _same(what: str, left: str, left_tensor: Tensor, right: str, right_tensor: Tensor) -> None:
+    axis = 0 if what == "rows" else 1
+    if left_tensor.shape[axis] != right_tensor.shape[axis]:
+        raise ValueError(
+            f"{left} and {right} must have the same {what}, got {left_tensor.shape[axis]} "
+            f"and {right_tensor.shape[axis]}"
+        )

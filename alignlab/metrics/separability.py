@@ -67,28 +67,6 @@ def cross_subject_cosine(
     return total / pairs
 
 
-def inter_intra_ratio(features_ND: Tensor, labels_N: Tensor) -> float:
-    """Mean distance between subjects over mean distance within a subject; higher is better.
-
-    Means are over pairs of tokens; 1e-12 is added to both, so collapsed features give about 1
-    and the ratio is always finite.
-
-    Raises:
-        ValueError: bad shapes or values, fewer than two subjects, no subject with two tokens.
-    """
-    unit_ND, subject_N, subjects = _labelled(features_ND, labels_N)
-    sums_SD, counts_S = _subject_sums(unit_ND, subject_N, subjects)
-    intra_pairs = (counts_S * (counts_S - 1.0)).sum()
-    if intra_pairs == 0:
-        raise ValueError("no subject has two tokens, so there is no distance within a subject")
-    rows = float(unit_ND.shape[0])
-    itself = unit_ND.square().sum()
-    intra = intra_pairs - (sums_SD.square().sum() - itself)
-    everything = rows * (rows - 1.0) - (sums_SD.sum(0).square().sum() - itself)
-    inter_pairs = rows * rows - counts_S.square().sum()
-    return float(((everything - intra) / inter_pairs + EPS) / (intra / intra_pairs + EPS))
-
-
 def _labelled(features_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, int]:
     """Unit rows and subject numbers 0 .. S - 1 of the tokens that are not padding, and S."""
     features_ND = feature_rows("features_ND", features_ND)

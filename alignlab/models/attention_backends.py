@@ -15,7 +15,7 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from alignlab.config.data import unknown_name
-from alignlab.errors import UserError
+from alignlab.errors import UserError, one_line
 
 PROBE_SHAPE = (1, 64, 2, 64)  # (B, N, H, D): the smallest that every backend's kernels accept
 TOLERANCE = 0.1  # int8 attention stays well below, wrong results are far above
@@ -88,7 +88,7 @@ def _hub_reason(backend: AttentionBackendName) -> str:
     try:
         _check_attention_backend_requirements(backend)
     except RuntimeError as error:
-        return _one_line(error)
+        return _reason(error)
     return "not tried: its kernel is downloaded when a recipe asks for it"
 
 
@@ -109,7 +109,7 @@ def _why_not(
             _maybe_download_kernel_for_backend(backend)
             difference = _difference_to_native(query, key, value, backend)
         except PROBE_ERRORS as error:
-            return _one_line(error, *_kernel_warnings(error, caught))
+            return _reason(error, *_kernel_warnings(error, caught))
     if difference is None:
         return "it has no gradient, so it cannot train"
     if not difference < TOLERANCE:  # also true of a NaN
@@ -128,11 +128,12 @@ def _difference_to_native(
     query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName
 ) -> float | None:
     """Largest difference of output and gradient to torch's attention; None without gradient."""
-    found = _output_and_gradient(query, key, value, backend)
+    actual = _output_and_gradient(query, key, value, backend)
     expected = _output_and_gradient(query, key, value, AttentionBackendName.NATIVE)
-    if found is None or expected is None:
+    if actual is None or expected is None:
         return None
-    return max(float((mine - true).abs().max()) for mine, true in zip(found, expected, strict=True))
+    pairs = zip(actual, expected, strict=True)
+    return max(float((mine - true).abs().max()) for mine, true in pairs)
 
 
 def _output_and_gradient(
@@ -148,5 +149,5 @@ def _output_and_gradient(
     return output.detach().float(), gradient.float()
 
 
-def _one_line(*messages: object) -> str:
-    return " ".join(" ".join(str(message) for message in messages).split()).rstrip(".")
+def _reason(*messages: object) -> str:
+    return " ".join(map(one_line, messages)).rstrip(".")

@@ -17,8 +17,8 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def on_disk(source: str) -> Path | None:
     """The local folder or, failing that, the shipped asset (`assets/...`) of that name, if any."""
     shipped = [_PACKAGE / source] if source.startswith("assets/") else []
-    found = (folder for folder in (Path(source).expanduser(), *shipped) if folder.is_dir())
-    return next(found, None)
+    folders = (folder for folder in (Path(source).expanduser(), *shipped) if folder.is_dir())
+    return next(folders, None)
 
 
 def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[str]) -> Path:

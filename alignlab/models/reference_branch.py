@@ -199,7 +199,7 @@ class ReferenceBranch:
 
 
 def _communicates(transformer: nn.Module) -> bool:
-    """Whether a forward call waits for other processes."""
+    """Whether a forward call waits for other ranks."""
     return any(isinstance(module, COMMUNICATING) for module in transformer.modules())
 
 
@@ -207,7 +207,7 @@ def _groups(num_references: Sequence[int], *, alone: bool) -> list[list[int]]:
     """Sample indices that run together: those with equally many references.
 
     Under DDP and FSDP2, every sample runs `alone`. They communicate in each forward call, so all
-    processes must make equally many, whatever references they happened to draw.
+    ranks must make equally many, whatever references they happened to draw.
     """
     if alone:
         return [[i] for i in range(len(num_references))]

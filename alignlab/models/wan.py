@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from alignlab.config.parts import LoraConfig
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
 from alignlab.models.lora import add_lora
@@ -252,7 +252,7 @@ def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) 
             **dtype,
         )
     except OSError as error:
-        raise UserError(f"model.path: cannot load {folder / part}: {_first_line(error)}") from error
+        raise UserError(f"model.path: cannot load {folder / part}: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -287,7 +287,3 @@ def _check_text_to_video(
             f"model.path: {path} is no text-to-video model: its transformer takes {inputs} "
             f"channels, its autoencoder gives {latents}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

@@ -1,4 +1,4 @@
-"""What lies where in a run folder, and how files get there whole.
+"""What lies where in a run folder, and the lock that gives it one writer at a time.
 
 recipe.yaml        the resolved recipe
 environment.json   versions, commit, hardware
@@ -9,23 +9,37 @@ stage1/            the trained network, of a Stage 1 training
 result.json        final metrics, digests of the Stage 1 networks that were used, notes of what the
                    diagnosis and the generated clips gave warning of; its presence says that the
                    run is finished
+.writer.lock       the lock of the process that writes here
+
+A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
+still live: behind a broken network, say. The lock is the kernel's (flock), so that it ends with the
+process that holds it, however that ends. On NFS the server keeps it: for a node that is gone, until
+its lease has run out (NFSv4, 90 s unless configured).
 """
 
+import errno
 import json
+import logging
 import os
-import re
-import shutil
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 
+from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
-from alignlab.stage1.config import Stage1Config
+from alignlab.runs.atomic_files import write_text
+
+log = logging.getLogger(__name__)
+
+LOCK = ".writer.lock"
+HOLDER = ".writer"
+NOTE_EVERY_S = 60.0
 
 
 class RunFolder:
@@ -41,8 +55,8 @@ class RunFolder:
         self.result = path / "result.json"
 
     @classmethod
-    def create(cls, config: RunConfig | Stage1Config) -> "RunFolder":
-        """Makes the folder, or opens it to go on with the same recipe.
+    def create(cls, config: TrainingConfig) -> "RunFolder":
+        """Makes the folder, or opens it to resume the same recipe.
 
         Raises:
             UserError: it holds a run of another recipe.
@@ -83,69 +97,44 @@ class RunFolder:
         return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with named_errors(path):
-            temporary.write_text(text)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` at the end, and goes away on an error.
+def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Holds the lock of a run folder.
 
-    An existing `path` is replaced. What a killed process left behind is cleared first.
+    Args:
+        folder: of the run; it exists.
+        wait: wait while another process holds it; a line in the log says so every minute.
+
+    Raises:
+        UserError: another process holds it and `wait` is false, or the filesystem has no locks.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove_folder(temporary)
-    temporary.mkdir(parents=True)
+    # no soft lock: its marker would outlive a killed process
+    lock = FileLock(folder / LOCK, fallback_to_soft=False)
+    while True:
+        try:
+            lock.acquire(timeout=NOTE_EVERY_S if wait else 0)
+            break
+        except Timeout:
+            if not wait:
+                raise UserError(
+                    f"{folder} is being trained by another process ({_holder(folder)}): "
+                    "wait for it, or end it"
+                ) from None
+            log.info("waiting for the process that trains here (%s)", _holder(folder))
+        except OSError as error:
+            if error.errno != errno.ENOSYS:
+                raise
+            raise UserError(
+                f"{folder} is on a filesystem without file locks: mount it with flock, or choose "
+                "another output"
+            ) from error
     try:
-        with named_errors(path):
-            yield temporary
-            remove_folder(path)
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def named_errors(path: Path) -> Iterator[None]:
-    """Makes the OSError of a failed write say where, in `filename`.
-
-    Python leaves the name out where a file could be opened but not written; safetensors and
-    `shutil.copytree` have the error number in their message alone.
-    """
-    try:
+        write_text(folder / HOLDER, f"{platform.node()}, process {os.getpid()}")
         yield
-    except (SafetensorError, shutil.Error) as error:
-        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    finally:
+        lock.release()
 
 
-def clear_leftovers(parent: Path) -> None:
-    """Removes folders that a killed process left half written or half removed in `parent`."""
-    for ending in ("tmp", "removed"):
-        for leftover in parent.glob(f".*.{ending}"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-
-
-def remove_folder(path: Path) -> None:
-    """Removes a folder that may be gone; renamed first, so that none is ever half there."""
-    if not path.exists():
-        return
-    doomed = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
+def _holder(folder: Path) -> str:
+    holder = folder / HOLDER
+    return holder.read_text() if holder.exists() else "unknown"

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
@@ -73,8 +74,8 @@ def stage1_digests(config: RunConfig, objectives: Mapping[str, Objective]) -> di
     return {alias: frozen_digest(objectives[alias]) for alias in named}
 
 
-def is_finished(config: RunConfig, folder: RunFolder) -> bool:
-    """Whether a run is done, with the Stage 1 networks that its recipe's folders hold now.
+def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
+    """Whether a training is done; a run, with the Stage 1 networks that its folders hold now.
 
     A Stage 1 folder that is gone by now says nothing against the run.
 
@@ -84,6 +85,8 @@ def is_finished(config: RunConfig, folder: RunFolder) -> bool:
     result = folder.read_result()
     if result is None:
         return False
+    if not isinstance(config, RunConfig):
+        return True
     for alias, used in result.get("stage1", {}).items():
         named = _named(alias, config.objectives[alias])
         if named is None or on_disk(named.folder) is None:
@@ -135,9 +138,9 @@ def _differences(
         yield f"teacher weights of {there.path} there, others of {here.path} here"
     if here.feature != there.feature:
         yield f"teacher feature {there.feature} there, {here.feature} here"
-    asked = here.grid or grid[1:]
-    if asked != info.grid:
-        yield f"grid {_by(info.grid)} there, {_by(asked)} here"
+    run_grid = here.grid or grid[1:]
+    if run_grid != info.grid:
+        yield f"grid {_by(info.grid)} there, {_by(run_grid)} here"
 
 
 def _by(grid_HW: tuple[int, int]) -> str:

@@ -1,13 +1,24 @@
 """Settings of a Stage 1 training, as frozen pydantic models."""
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
-from alignlab.config.data import SIZE_STEP, DataConfig, Settings, ShapesConfig
+from alignlab.config.data import SIZE_STEP, Settings
 from alignlab.config.parts import AdamWConfig, TeacherConfig, TrainingConfig
 from alignlab.config.run import MIN_VIDEO_FRAMES
+from alignlab.data.registry import DataConfig
+from alignlab.stage1.registry import STAGE1_TASKS
+from alignlab.stage1.task import Stage1Settings
 from alignlab.teachers import TEACHERS
+
+if TYPE_CHECKING:
+    AnyStage1 = Stage1Settings
+else:
+    AnyStage1 = Annotated[
+        Union[tuple(task.Settings for task in STAGE1_TASKS.values())],  # noqa: UP007
+        Field(discriminator="kind"),
+    ]
 
 
 class TextModelConfig(Settings):
@@ -19,62 +30,15 @@ class TextModelConfig(Settings):
     """Of the text encoder; Stage 2's `model.precision`."""
 
 
-class NetworkSettings(Settings):
-    """What both kinds of Stage 1 have."""
-
-    val_clips: int = Field(default=32, ge=1)
-    """Val clips that are measured at the end, taken from the start of the split."""
-
-
-class SaraStage1(NetworkSettings):
-    """SARA's saliency aligner (losses/stage1/saliency_aligner.py)."""
-
-    kind: Literal["sara"]
-    depth_cross: int = Field(default=2, ge=1)
-    """Blocks in which visual tokens attend to the text. SARA's."""
-    depth_self: int = Field(default=4, ge=0)
-    """Blocks in which visual tokens attend to each other. SARA's."""
-    heads: int = Field(default=8, ge=1)
-    """Attention heads; divides the teacher's width. SARA's."""
-    hidden: int = Field(default=512, ge=1)
-    """Hidden width of the saliency head. SARA's."""
-    embed_dim: int = Field(default=512, ge=1)
-    """Width of the space in which clips and texts are compared. Ours."""
-    attention: Literal["clip", "frame"] = "clip"
-    """What self-attention sees: the tokens of the clip, or of one frame (T times cheaper)."""
-    background: str | None = "background"
-    """Text whose target is everything outside the entities; null: no such forward. Ours: SARA has
-    a caption of the scene without its entities, which data sets here do not have."""
-    nce_weight: float = Field(default=1.0, ge=0)
-    """Weight of InfoNCE beside the masks' cross-entropy. SARA's: 1."""
-    temperature: float = Field(default=0.07, gt=0)
-    """Temperature of InfoNCE. SARA's."""
-
-
-class MoAlignStage1(NetworkSettings):
-    """MoAlign's motion head (losses/stage1/motion_head.py)."""
-
-    kind: Literal["moalign"]
-    width: int = Field(default=64, ge=1)
-    """Width of the motion space. MoAlign's."""
-    hidden: int = Field(default=256, ge=1)
-    """Width of the convolution before it. Ours."""
-    decoder: int = Field(default=128, ge=1)
-    """Width of the flow decoder. Ours."""
-    flow: Literal["auto", "dis"] = "auto"
-    """Flow to learn: `auto` takes the data set's where it has exact flow, else OpenCV's DIS;
-    `dis` always estimates."""
-
-
 class Stage1Config(TrainingConfig):
     """One Stage 1 training."""
 
     model: TextModelConfig | None = None
-    """Whose text encoder embeds the phrases; `sara` only."""
+    """Whose text encoder embeds the phrases, for a task that reads text (`sara`)."""
     data: DataConfig
     teachers: dict[str, TeacherConfig]
     """The one teacher whose tokens the network reads, by alias."""
-    stage1: Annotated[SaraStage1 | MoAlignStage1, Field(discriminator="kind")]
+    stage1: SerializeAsAny[AnyStage1]
     """Which network, and its settings."""
     optim: AdamWConfig = AdamWConfig()
     """`optim.batch_size` counts clips; `sara` runs each with every entity, all, and background."""
@@ -98,19 +62,20 @@ class Stage1Config(TrainingConfig):
     @model_validator(mode="after")
     def _text_is_read(self) -> Self:
         kind = self.stage1.kind
-        if kind == "sara" and self.model is None:
-            raise ValueError("model: missing; the aligner reads the embeddings of its text encoder")
-        if kind == "moalign" and self.model is not None:
-            raise ValueError("model: nothing reads it with stage1.kind: moalign; remove it")
+        reads_text = STAGE1_TASKS[kind].reads_text
+        if reads_text and self.model is None:
+            raise ValueError(
+                f"model: missing; stage1.kind: {kind} reads the embeddings of its text encoder"
+            )
+        if not reads_text and self.model is not None:
+            raise ValueError(f"model: nothing reads it with stage1.kind: {kind}; remove it")
         return self
 
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
-        asked = self.stage1.val_clips
-        if isinstance(self.data, ShapesConfig) and asked > self.data.val_clips:
-            raise ValueError(
-                f"stage1.val_clips: {asked} is more than data.val_clips, {self.data.val_clips}"
-            )
+        count, available = self.stage1.val_clips, self.data.num_val_clips
+        if available is not None and count > available:
+            raise ValueError(f"stage1.val_clips: {count} is more than data.val_clips, {available}")
         return self
 
     @property

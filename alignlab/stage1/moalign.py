@@ -6,23 +6,20 @@ pixels, C the two directions (x, y), D width of the teacher.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, Literal, final
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from alignlab.data.sample import Sample
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
-from alignlab.losses.stage1.folder import Stage1Info
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.randomness import derive_seed
-from alignlab.stage1.config import MoAlignStage1, Stage1Config
-from alignlab.stage1.info import stage1_info
 from alignlab.stage1.optical_flow import dis_flow
-from alignlab.stage1.task import Stage1Task
-from alignlab.teachers import Teacher
+from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
 
 
 @dataclass(frozen=True)
@@ -34,34 +31,44 @@ class MoAlignClip:
     flow_TPC: Tensor
 
 
+class MoAlignStage1(Stage1Settings):
+    """MoAlign's motion head (losses/stage1/motion_head.py)."""
+
+    kind: Literal["moalign"]
+    width: int = Field(default=64, ge=1)
+    """Width of the motion space. MoAlign's."""
+    hidden: int = Field(default=256, ge=1)
+    """Width of the convolution before it. Ours."""
+    decoder: int = Field(default=128, ge=1)
+    """Width of the flow decoder. Ours."""
+    flow: Literal["auto", "dis"] = "auto"
+    """Flow to learn: `auto` takes the data set's where it has exact flow, else OpenCV's DIS;
+    `dis` always estimates."""
+
+
 @final
 class MoAlignTask(Stage1Task[MoAlignClip]):
-    """Mean absolute error of the flow that is decoded from the motion space.
+    """Mean absolute error of the flow that is decoded from the motion space."""
 
-    Args:
-        config: of the training; `stage1` is of kind `moalign`.
-        teacher: gives the tokens.
-        device: where the network goes.
-    """
-
+    Settings: ClassVar[type[Stage1Settings]] = MoAlignStage1
+    reads_text: ClassVar[bool] = False
     network: MotionHead
 
-    def __init__(self, config: Stage1Config, teacher: Teacher, device: torch.device) -> None:
-        assert isinstance(config.stage1, MoAlignStage1)
-        self._config, self._settings = config, config.stage1
-        self._teacher, self._device = teacher, device
+    def __init__(self, settings: Stage1Settings, models: FrozenModels, *, seed: int) -> None:
+        assert isinstance(settings, MoAlignStage1)
+        self._settings, self._models = settings, models
         shape = MotionHeadConfig(
-            teacher_dim=teacher.dim,
-            width=config.stage1.width,
-            hidden=config.stage1.hidden,
-            decoder=config.stage1.decoder,
+            teacher_dim=models.teacher.dim,
+            width=settings.width,
+            hidden=settings.hidden,
+            decoder=settings.decoder,
         )
-        seed = derive_seed(config.seed, "stage1-moalign")
-        self.network = MotionHead(shape, seed=seed).to(device)
+        network = MotionHead(shape, seed=derive_seed(seed, "stage1-moalign"))
+        self.network = network.to(models.device)
 
     def encode(self, sample: Sample) -> MoAlignClip:
         """Teacher tokens and flow of one clip."""
-        features = self._teacher.encode(sample.video_THWC[None], self._config.grid)
+        features = self._models.teacher.encode(sample.video_THWC[None], self._models.grid)
         if features.grid[0] < 2:
             raise UserError(
                 f"data.frames: {len(sample.video_THWC)} frames give the teacher "
@@ -74,7 +81,7 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
 
     def loss(self, clips: Sequence[MoAlignClip]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean absolute error of the decoded flow, in token-grid units."""
-        flow_BTPC = torch.stack([clip.flow_TPC for clip in clips]).to(self._device)
+        flow_BTPC = torch.stack([clip.flow_TPC for clip in clips]).to(self._models.device)
         total = flow_l1(self._decoded(clips), flow_BTPC).mean()
         return total, {"loss/total": total.detach()}
 
@@ -100,13 +107,9 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
             for name, guess in guesses.items()
         }
 
-    def info(self) -> Stage1Info:
-        """What the head was trained on."""
-        return stage1_info(self._config, self.network.config, self._teacher)
-
     def _decoded(self, clips: Sequence[MoAlignClip]) -> Tensor:
         grid = clips[0].grid
-        features_BTPD = torch.stack([clip.features_TPD for clip in clips]).to(self._device)
+        features_BTPD = torch.stack([clip.features_TPD for clip in clips]).to(self._models.device)
         flow_BTPC: Tensor = self.network.flow(self.network.motion(features_BTPD, grid), grid)
         return flow_BTPC
 

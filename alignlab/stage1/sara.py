@@ -7,27 +7,23 @@ D width of the teacher.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, Literal, final
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from alignlab.data.sample import ClipDataset, Sample
 from alignlab.errors import UserError
 from alignlab.losses.grids import pool_masks
 from alignlab.losses.sara import info_nce
-from alignlab.losses.stage1.folder import Stage1Info
 from alignlab.losses.stage1.saliency_aligner import (
     SaliencyAligner,
     SaliencyAlignerConfig,
     saliency_bce,
 )
-from alignlab.models.text_encoder import TextEncoder
 from alignlab.randomness import derive_seed
-from alignlab.stage1.config import SaraStage1, Stage1Config
-from alignlab.stage1.info import stage1_info
-from alignlab.stage1.task import Stage1Task
-from alignlab.teachers import Teacher
+from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
 
 THRESHOLD = 0.5  # of the area under a mask that makes a token a target, and of saliency for IoU
 
@@ -53,47 +49,74 @@ class SaraClip:
     caption: str
 
 
+class SaraStage1(Stage1Settings):
+    """SARA's saliency aligner (losses/stage1/saliency_aligner.py)."""
+
+    kind: Literal["sara"]
+    depth_cross: int = Field(default=2, ge=1)
+    """Blocks in which visual tokens attend to the text. SARA's."""
+    depth_self: int = Field(default=4, ge=0)
+    """Blocks in which visual tokens attend to each other. SARA's."""
+    heads: int = Field(default=8, ge=1)
+    """Attention heads; divides the teacher's width. SARA's."""
+    hidden: int = Field(default=512, ge=1)
+    """Hidden width of the saliency head. SARA's."""
+    embed_dim: int = Field(default=512, ge=1)
+    """Width of the space in which clips and texts are compared. Ours."""
+    attention: Literal["clip", "frame"] = "clip"
+    """What self-attention sees: the tokens of the clip, or of one frame (T times cheaper)."""
+    background: str | None = "background"
+    """Text whose target is everything outside the entities; null: no such forward. Ours: SARA has
+    a caption of the scene without its entities, which data sets here do not have."""
+    nce_weight: float = Field(default=1.0, ge=0)
+    """Weight of InfoNCE beside the masks' cross-entropy. SARA's: 1."""
+    temperature: float = Field(default=0.07, gt=0)
+    """Temperature of InfoNCE. SARA's."""
+
+
 @final
 class SaraTask(Stage1Task[SaraClip]):
-    """Cross-entropy against masks plus InfoNCE from clip to text.
+    """Cross-entropy against masks plus InfoNCE from clip to text."""
 
-    Args:
-        config: of the training; `stage1` is of kind `sara`.
-        teacher: gives the tokens.
-        text: embeds the phrases.
-        device: where the network goes.
-    """
-
+    Settings: ClassVar[type[Stage1Settings]] = SaraStage1
+    reads_text: ClassVar[bool] = True
     network: SaliencyAligner
 
-    def __init__(
-        self, config: Stage1Config, teacher: Teacher, text: TextEncoder, device: torch.device
-    ) -> None:
-        assert isinstance(config.stage1, SaraStage1)
-        self._config, self._settings = config, config.stage1
-        self._teacher, self._text, self._device = teacher, text, device
-        if teacher.dim % config.stage1.heads:
+    def __init__(self, settings: Stage1Settings, models: FrozenModels, *, seed: int) -> None:
+        assert isinstance(settings, SaraStage1) and models.text is not None
+        self._settings, self._models, self._text = settings, models, models.text
+        teacher_dim = models.teacher.dim
+        if teacher_dim % settings.heads:
             raise UserError(
-                f"stage1.heads: {config.stage1.heads} does not divide the teacher's width, "
-                f"{teacher.dim}"
+                f"stage1.heads: {settings.heads} does not divide the teacher's width, {teacher_dim}"
             )
         shape = SaliencyAlignerConfig(
-            teacher_dim=teacher.dim,
-            text_dim=text.dim,
-            depth_cross=config.stage1.depth_cross,
-            depth_self=config.stage1.depth_self,
-            heads=config.stage1.heads,
-            hidden=config.stage1.hidden,
-            embed_dim=config.stage1.embed_dim,
-            attention=config.stage1.attention,
+            teacher_dim=teacher_dim,
+            text_dim=models.text.dim,
+            depth_cross=settings.depth_cross,
+            depth_self=settings.depth_self,
+            heads=settings.heads,
+            hidden=settings.hidden,
+            embed_dim=settings.embed_dim,
+            attention=settings.attention,
         )
-        seed = derive_seed(config.seed, "stage1-sara")
-        self.network = SaliencyAligner(shape, seed=seed).to(device)
+        network = SaliencyAligner(shape, seed=derive_seed(seed, "stage1-sara"))
+        self.network = network.to(models.device)
+
+    @classmethod
+    def check_data(cls, *datasets: ClipDataset) -> None:
+        for dataset in datasets:
+            key = dataset.without_masks()
+            if key is not None:
+                raise UserError(
+                    f"{key}: has no entity masks, which SARA's Stage 1 learns from; add `masks` "
+                    "and `entities` to the data set's metadata (docs/data.md)"
+                )
 
     def encode(self, sample: Sample) -> SaraClip:
         """Teacher tokens, text embeddings and targets of one clip."""
-        assert sample.masks_ETHW is not None and sample.entities  # `check_masks`
-        features = self._teacher.encode(sample.video_THWC[None], self._config.grid)
+        assert sample.masks_ETHW is not None and sample.entities  # `check_data`
+        features = self._models.teacher.encode(sample.video_THWC[None], self._models.grid)
         union_1THW = sample.masks_ETHW.any(0, keepdim=True)
         texts = [*sample.entities, ", ".join(sample.entities)]
         masks = [sample.masks_ETHW, union_1THW]
@@ -117,9 +140,9 @@ class SaraTask(Stage1Task[SaraClip]):
         other, so only the first of them is in InfoNCE.
         """
         features_BTPD = torch.cat([c.features_TPD.expand(len(c.texts), -1, -1, -1) for c in clips])
-        texts_BLD = torch.cat([c.texts_KLD for c in clips]).to(self._device)
-        targets_BTP = torch.cat([c.targets_KTP for c in clips]).to(self._device)
-        output = self.network(features_BTPD.to(self._device), texts_BLD)
+        texts_BLD = torch.cat([c.texts_KLD for c in clips]).to(self._models.device)
+        targets_BTP = torch.cat([c.targets_KTP for c in clips]).to(self._models.device)
+        output = self.network(features_BTPD.to(self._models.device), texts_BLD)
         bce = saliency_bce(output.logits_BTP, targets_BTP).mean()
         visual_BE, text_BE = self.network.embed(output, texts_BLD)
         first = _first_of_each([text for clip in clips for text in clip.texts])
@@ -137,12 +160,12 @@ class SaraTask(Stage1Task[SaraClip]):
         over the other forwards, and `val/iou_caption` compares what the full caption marks with
         all entities: Stage 2 asks so, and no caption is in training.
         """
-        found: dict[str, list[Tensor]] = {}
+        per_clip: dict[str, list[Tensor]] = {}
         for clip in clips:
             texts_BLD = torch.cat([clip.texts_KLD, self._text.encode([clip.caption]).cpu()])
             features_BTPD = clip.features_TPD.expand(len(texts_BLD), -1, -1, -1)
             logits_BTP = self.network(
-                features_BTPD.to(self._device), texts_BLD.to(self._device)
+                features_BTPD.to(self._models.device), texts_BLD.to(self._models.device)
             ).logits_BTP.cpu()
             targets_BTP, n = clip.targets_KTP, clip.entities
             union_1TP = targets_BTP[n, None]
@@ -156,30 +179,9 @@ class SaraTask(Stage1Task[SaraClip]):
                 "val/bce": saliency_bce(logits_BTP[:-1], targets_BTP),
             }
             for name, values in rows.items():
-                found.setdefault(name, []).append(values)
-        joined = {name: torch.cat(values) for name, values in found.items()}
+                per_clip.setdefault(name, []).append(values)
+        joined = {name: torch.cat(values) for name, values in per_clip.items()}
         return {name: float(values.mean()) for name, values in joined.items() if len(values)}
-
-    def info(self) -> Stage1Info:
-        """What the aligner was trained on."""
-        model = self._config.model
-        assert model is not None
-        return stage1_info(self._config, self.network.config, self._teacher, text=model.path)
-
-
-def check_masks(*datasets: ClipDataset) -> None:
-    """Refuses data sets without entity masks, which the network learns from.
-
-    Raises:
-        UserError: a clip has none.
-    """
-    for dataset in datasets:
-        key = dataset.without_masks()
-        if key is not None:
-            raise UserError(
-                f"{key}: has no entity masks, which SARA's Stage 1 learns from; add `masks` and "
-                "`entities` to the data set's metadata (docs/data.md)"
-            )
 
 
 def mask_iou(marked_BTP: Tensor, target_BTP: Tensor) -> Tensor:

@@ -1,161 +1,195 @@
-"""One Stage 1 training: read it from top to bottom in `train_stage1`."""
+"""One Stage 1 training, in the loop of every training (`alignlab.train.Trainer`)."""
 
 import json
 import math
-import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from alignlab.data.registry import build_dataset
-from alignlab.distributed.launch_env import refuse_several
-from alignlab.distributed.ranks import one_process
-from alignlab.environment import continued, describe_environment
+from alignlab.data.sample import ClipDataset
+from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
-from alignlab.losses.stage1.folder import save_stage1
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.losses.stage1.motion_head import MotionHeadConfig
+from alignlab.losses.stage1.saliency_aligner import SaliencyAlignerConfig
 from alignlab.models.wan import load_text_encoder
 from alignlab.randomness import generator
+from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.run_folder import RunFolder, clear_leftovers, whole_folder, write_text
-from alignlab.stage1.checkpoint import Stage1State, restore, save
+from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
-from alignlab.stage1.moalign import MoAlignTask
-from alignlab.stage1.sara import SaraTask, check_masks
-from alignlab.stage1.task import Stage1Task, TaskClips
-from alignlab.step_loop import run_steps
-from alignlab.teachers import load_teacher
-from alignlab.tracking import Tracker, read_rows
-from alignlab.training.checkpoint import latest
-from alignlab.training.memory import PeakMemory
-from alignlab.training.optim import set_learning_rate
+from alignlab.stage1.registry import STAGE1_TASKS
+from alignlab.stage1.task import FrozenModels, Stage1Task
+from alignlab.teachers import Teacher, teacher_from
+from alignlab.tracking import Tracker
+from alignlab.train import Trainer, logged_costs, open_folder
+from alignlab.training import checkpoint
+from alignlab.training.batches import ClipCache
+from alignlab.training.checkpoint import TrainState
+from alignlab.training.setup import adamw
 
-
-@dataclass
-class Stage1Run:
-    """Everything that a training works with, built once from its recipe."""
-
-    config: Stage1Config
-    device: torch.device
-    task: Stage1Task[Any]
-    state: Stage1State
-    clips: TaskClips[Any]
-    val_clips: TaskClips[Any]
+Clip = TypeVar("Clip")
 
 
 @quiet_libraries()
 def train_stage1(config: Stage1Config) -> Path:
-    """Trains, or goes on with, `<output>/<name>`, and returns its subfolder `stage1`.
+    """Trains, or resumes, `<output>/<name>`, and returns its subfolder `stage1`.
 
     That is the folder that a Stage 2 recipe names. A finished training is returned as it is.
 
     Raises:
-        UserError: the recipe cannot run here, or a loss stopped being finite.
+        UserError: the recipe cannot run here, another command trains it, or a loss stopped being
+            finite.
     """
-    refuse_several()
-    folder = RunFolder.create(config)
-    if folder.read_result() is not None:
-        return folder.stage1
-    clear_leftovers(folder.checkpoints)
-    clear_leftovers(folder.path)
-    run = build_stage1(config)
-    found = latest(folder.checkpoints)
-    if found is not None:
-        restore(run.state, found)
-    environment = describe_environment()
-    if found is not None:
-        environment = continued(folder.path / "environment.json", environment)
-    write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
-    with (
-        Tracker(folder, config, start=run.state.step, environment=environment) as tracker,
-        PeakMemory(run.device) as memory,
-    ):
-        run_steps(
-            config,
-            run.state,
-            run.device,
-            tracker,
-            memory,
-            found,
-            draw=lambda: step_clips(run),
-            step=lambda clips: train_step(run, clips),
-            save=lambda: save(run.state, folder.checkpoints, keep=config.checkpoint.keep),
-        )
-        finish(run, folder, tracker)
-    return folder.stage1
+    ranks = single_rank("fp32")
+    with ExitStack() as locks:
+        opened = open_folder(config, locks, wait=False)
+        if opened.is_finished:
+            return opened.folder.stage1
+        clear_leftovers(opened.folder.path)
+        trainer = Stage1Trainer(config, ranks)
+        if opened.newest is not None:
+            checkpoint.restore(trainer.state, opened.newest)
+        trainer.fit(opened.folder, opened.newest)
+    return opened.folder.stage1
 
 
-def build_stage1(config: Stage1Config) -> Stage1Run:
-    """Loads the frozen models and the data of a recipe, and draws the network's weights."""
-    device = one_process("fp32").accelerator.device
-    dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
-    if config.stage1.kind == "sara":
-        check_masks(dataset, val_dataset)
+@dataclass
+class Stage1State(TrainState):
+    """What a Stage 1 training changes.
+
+    Args:
+        network: what is trained.
+    """
+
+    network: nn.Module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.network.named_parameters()
+
+    def write_weights(self, folder: Path) -> None:
+        weights = {name: p.detach().cpu().contiguous() for p, name in self.names.items()}
+        save_file(weights, folder / "network.safetensors")
+
+    def read_weights(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(load_file(checkpoint / "network.safetensors"))
+
+
+class Stage1Trainer(Trainer):
+    """Trains the network of a Stage 1 task.
+
+    Args:
+        config: the recipe; its frozen models and data are loaded, the network's weights drawn.
+        ranks: a single one.
+    """
+
+    config: Stage1Config
+
+    def __init__(self, config: Stage1Config, ranks: Ranks) -> None:
+        train_clips = build_dataset(config.data, "train")
+        val_clips = build_dataset(config.data, "val")
+        task_class = STAGE1_TASKS[config.stage1.kind]
+        task_class.check_data(train_clips, val_clips)
+        self.models = load_frozen_models(config, ranks.device)
+        self.task = task_class(config.stage1, self.models, seed=config.seed)
+        self.clips = TaskClips(self.task, train_clips, config.data.cache_clips)
+        self.val_clips = TaskClips(self.task, val_clips, 0)
+        optimizer = adamw(list(self.task.network.parameters()), config.optim)
+        super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
+
+    def micro_batches(self) -> list[list[Any]]:
+        """The clips of the step's batch, drawn as those of a Stage 2 run are."""
+        config, step = self.config, self.state.step
+        rngs = [generator(config.seed, "clip", step, i) for i in range(config.optim.batch_size)]
+        indices = [int(torch.randint(len(self.clips), (), generator=rng)) for rng in rngs]
+        return [[self.clips[index] for index in indices]]
+
+    def losses(self, batch: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, terms = self.task.loss(batch)
+        return loss, {name: term[None] for name, term in terms.items()}  # of the whole batch
+
+    def finish(self, folder: RunFolder, tracker: Tracker) -> None:
+        """Measures the network, writes `stage1/`, and `result.json`."""
+        network = self.task.network.eval()
+        measured = range(min(self.config.stage1.val_clips, len(self.val_clips)))
+        metrics = self.task.evaluate(self.val_clips[i] for i in measured)
+        if not all(math.isfinite(value) for value in metrics.values()):
+            raise UserError(
+                f"the network is not finite after step {self.state.step}: lower optim.lr, "
+                f"and remove {folder.path} or choose another name"
+            )
+        metrics |= logged_costs(folder)
+        metrics["params/network"] = float(sum(p.numel() for p in network.parameters()))
+        tracker.log(self.config.steps, metrics)
+        with whole_folder(folder.stage1) as stage1_folder:
+            info = stage1_info(self.config, network.config, self.models.teacher)
+            save_stage1(stage1_folder, network, info)
+        result = {"steps": self.config.steps, "metrics": metrics}
+        write_text(folder.result, json.dumps(result, indent=1))
+
+
+class TaskClips(Generic[Clip]):
+    """A data set as its task sees it.
+
+    Args:
+        task: encodes one clip at a time, so that a clip never depends on its neighbours.
+        dataset: where samples come from.
+        capacity: encoded clips kept in memory.
+    """
+
+    def __init__(self, task: Stage1Task[Clip], dataset: ClipDataset, capacity: int) -> None:
+        self._task = task
+        self._dataset = dataset
+        self._cache: ClipCache[Clip] = ClipCache(capacity)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Clip:
+        clip = self._cache.get(index)
+        if clip is None:
+            clip = self._task.encode(self._dataset[index])
+            self._cache.put(index, clip)
+        return clip
+
+
+def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenModels:
+    """Loads what the recipe's task reads."""
+    teacher, text = teacher_from(config.teacher, device=device), None
+    if config.model is not None:
+        model = config.model
+        text = load_text_encoder(model.path, precision=model.precision, device=device)
+    return FrozenModels(teacher, config.grid, text, device)
+
+
+def stage1_info(
+    config: Stage1Config,
+    module: SaliencyAlignerConfig | MotionHeadConfig,
+    teacher: Teacher,
+) -> Stage1Info:
+    """What a Stage 1 training writes beside its weights, and a Stage 2 recipe is checked against.
+
+    Args:
+        config: of the training.
+        module: shape of the network.
+        teacher: whose tokens it read.
+    """
     row = config.teacher
-    teacher = load_teacher(row.family, path=row.path, feature=row.feature, device=device)
-    task: Stage1Task[Any]
-    if config.stage1.kind == "sara":
-        assert config.model is not None
-        text = load_text_encoder(config.model.path, precision=config.model.precision, device=device)
-        task = SaraTask(config, teacher, text, device)
-    else:
-        task = MoAlignTask(config, teacher, device)
-    optimizer = torch.optim.AdamW(
-        task.network.parameters(),
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
+    assert row.path is not None and row.feature is not None  # the family's, if left out
+    return Stage1Info(
+        kind=config.stage1.kind,
+        teacher=Stage1Teacher(
+            family=row.family, path=row.path, feature=row.feature, weights=teacher.digest()
+        ),
+        teacher_dim=module.teacher_dim,
+        grid=config.grid,
+        text=None if config.model is None else config.model.path,
+        module=module,
     )
-    return Stage1Run(
-        config,
-        device,
-        task,
-        Stage1State(task.network, optimizer),
-        TaskClips(task, dataset, config.data.cache_clips),
-        TaskClips(task, val_dataset, 0),
-    )
-
-
-def step_clips(run: Stage1Run) -> list[Any]:
-    """The clips of the step's batch, drawn as those of a Stage 2 run are."""
-    config, step = run.config, run.state.step
-    rngs = [generator(config.seed, "clip", step, i) for i in range(config.optim.batch_size)]
-    return [run.clips[int(torch.randint(len(run.clips), (), generator=rng))] for rng in rngs]
-
-
-def train_step(run: Stage1Run, clips: list[Any]) -> dict[str, Tensor]:
-    """One optimizer step; returns its scalars, still on the device."""
-    state = run.state
-    set_learning_rate(state.optimizer, run.config, state.step)
-    loss, terms = run.task.loss(clips)
-    torch.autograd.backward(loss)
-    norm = clip_grad_norm_(list(state.names), run.config.optim.grad_clip)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    rate = state.optimizer.param_groups[0]["lr"]
-    return terms | {"grad/norm": norm, "lr": torch.tensor(rate, dtype=torch.float64)}
-
-
-def finish(run: Stage1Run, folder: RunFolder, tracker: Tracker) -> None:
-    """Measures the network, writes `stage1/`, and `result.json`, which marks the run as done."""
-    network = run.state.network.eval()
-    measured = range(min(run.config.stage1.val_clips, len(run.val_clips)))
-    metrics = run.task.evaluate(run.val_clips[i] for i in measured)
-    if not all(math.isfinite(value) for value in metrics.values()):
-        raise UserError(
-            f"the network is not finite after step {run.state.step}: lower optim.lr, "
-            f"and remove {folder.path} or choose another name"
-        )
-    rows = [row for row in read_rows(folder.metrics) if "time/step" in row]
-    metrics["time/step"] = statistics.median(row["time/step"] for row in rows)
-    metrics["memory/peak_mib"] = max(row["memory/peak_mib"] for row in rows)
-    metrics["params/network"] = float(sum(p.numel() for p in network.parameters()))
-    tracker.log(run.config.steps, metrics)
-    with whole_folder(folder.stage1) as written:
-        save_stage1(written, run.task.network, run.task.info())
-    result = {"steps": run.config.steps, "metrics": metrics}
-    write_text(folder.result, json.dumps(result, indent=1))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,20 @@ from alignlab.models.model_files import local_folder
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.registry import TEACHERS, TeacherRow
 from alignlab.teachers.teacher import Teacher
+
+if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
+    from alignlab.config.parts import TeacherConfig
+
+
+def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
+    """The teacher that a recipe's `teachers.<alias>` says; see `load_teacher`."""
+    return load_teacher(
+        config.family,
+        path=config.path,
+        feature=config.feature,
+        grid=config.grid,
+        device=device,
+    )
 
 
 def load_teacher(
@@ -78,7 +92,7 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
     for name in row.part:
         config = getattr(config, name, config)
     try:
-        with _no_load_report():
+        with _quiet_loading():
             model, info = model_class.from_pretrained(
                 **source,
                 config=config,
@@ -120,7 +134,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_load_report() -> Iterator[None]:
+def _quiet_loading() -> Iterator[None]:
     """Silences transformers' table of the weights of the parts that are not run."""
     from transformers.utils import logging
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,12 +19,12 @@ from alignlab.models.wan import load_wan
 from alignlab.teachers import load_teacher
 from alignlab.tiny_models.clips import ClipPool, shapes_clips
 from alignlab.tiny_models.dino import train_dino
-from alignlab.tiny_models.named import NamedSubjects, Recognised
 from alignlab.tiny_models.quality import (
-    autoencoded_subjects,
+    autoencoded_clips,
+    fitted_probes,
+    generated_clips,
     held_out_clips,
     named_subjects,
-    probe_clips,
     reconstruction_psnr,
     subject_accuracy,
 )
@@ -132,16 +131,14 @@ def measure(folder: Path) -> dict[str, float]:
     wan = load_wan(str(folder / "tiny-wan"))
     teacher = load_teacher("tiny-dino", path=str(folder / "tiny-dino"))
     samples = held_out_clips(48)
-    named = NamedSubjects(teacher, probe_clips())
+    probes = fitted_probes(teacher)
+    generated = named_subjects(teacher, probes, generated_clips(wan, samples), samples)
+    autoencoded = named_subjects(teacher, probes, autoencoded_clips(wan, samples), samples)
     figures = {
         "vae_psnr_db": reconstruction_psnr(wan, samples),
         "dino_subject_accuracy": subject_accuracy(teacher),
-        **_prefixed("wan_named", named_subjects(wan, named, samples)),
-        **_prefixed("autoencoded_named", autoencoded_subjects(wan, named, samples)),
+        **{f"wan_{name}": value for name, value in generated.items()},
+        **{f"autoencoded_{name}": value for name, value in autoencoded.items()},
     }
     log.info("quality: %s", figures)
     return {key: round(value, 4) for key, value in figures.items()}
-
-
-def _prefixed(prefix: str, found: Recognised) -> dict[str, float]:
-    return {f"{prefix}_{name}": value for name, value in asdict(found).items()}

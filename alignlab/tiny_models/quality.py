@@ -5,6 +5,7 @@ again. Shape letters: B batch, P patches, D width, S subjects.
 """
 
 import random
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -14,12 +15,14 @@ from torch import Tensor
 from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import draw_reference
 from alignlab.data.shapes.world import Subject, all_subjects
+from alignlab.evaluation.collectors import GenerationCollector
+from alignlab.evaluation.metric_registry import NAMED_SUBJECT_METRICS
+from alignlab.evaluation.named_subjects import AttributeProbes
 from alignlab.models.wan import Wan
 from alignlab.randomness import generator
 from alignlab.teachers import Teacher
 from alignlab.tiny_models.clips import SIZE, ClipPool, shapes_clips
 from alignlab.tiny_models.dino import coverage, pool
-from alignlab.tiny_models.named import NamedSubjects, Recognised
 from alignlab.tiny_models.vae import to_signed
 from alignlab.training.flow_matching import euler_sample
 
@@ -28,12 +31,14 @@ PSNR_FLOOR = 24.0
 RETRIEVAL_FLOOR = 0.9
 PROBE_SEED = 3000
 PROBE_CLIPS = 300
-NAMED_FLOORS = Recognised(color=0.8, motion=0.48, texture=0.3, shape=0.2, all=0.02)
-
-
-def probe_clips() -> list[Sample]:
-    """Clips that the probes of `NamedSubjects` are fitted to."""
-    return ClipPool(shapes_clips(PROBE_CLIPS, seed=PROBE_SEED)).samples
+# of `NAMED_SUBJECT_METRICS`
+NAMED_FLOORS = {
+    "named_color": 0.8,
+    "named_motion": 0.48,
+    "named_texture": 0.3,
+    "named_shape": 0.2,
+    "named_all": 0.02,
+}
 
 
 def held_out_clips(count: int) -> list[Sample]:
@@ -58,37 +63,54 @@ def subject_accuracy(teacher: Teacher, subjects: int = 200) -> float:
     look up the nearest of the other. Chance is 1 / `subjects`.
     """
     rng = np.random.default_rng(HELD_OUT_SEED)
-    chosen = random.Random(HELD_OUT_SEED).sample(all_subjects(), subjects)
-    poses = [torch.stack([_pooled(teacher, s, rng) for s in chosen]) for _ in range(2)]
+    drawn = random.Random(HELD_OUT_SEED).sample(all_subjects(), subjects)
+    poses = [torch.stack([_pooled(teacher, s, rng) for s in drawn]) for _ in range(2)]
     nearest = (poses[0] @ poses[1].T).argmax(1)
     return float((nearest == torch.arange(subjects)).float().mean())
 
 
+def fitted_probes(teacher: Teacher) -> AttributeProbes:
+    """Attribute probes of the teacher, fitted on clips of a seed of their own."""
+    clips = ClipPool(shapes_clips(PROBE_CLIPS, seed=PROBE_SEED)).samples
+    return AttributeProbes(teacher, clips, _grid(teacher))
+
+
 def named_subjects(
-    wan: Wan,
-    measure: NamedSubjects,
-    samples: list[Sample],
-    *,
-    steps: int = 20,
-    guidance: float = 3.0,
-) -> Recognised:
-    """Do clips that the base model generates from a caption show the subjects that it names?
+    teacher: Teacher, probes: AttributeProbes, clips: Iterable[Tensor], samples: list[Sample]
+) -> dict[str, float]:
+    """`NAMED_SUBJECT_METRICS`: do uint8 clips show the subjects that the samples' captions name?
 
-    The same measure on autoencoded real clips says what the autoencoder and the teacher allow.
+    Of clips that the base model generates (`generate`) it says what the model can; of real clips
+    that went through the autoencoder, what autoencoder and teacher allow.
     """
-    clips = [generate(wan, s.caption, number, steps, guidance) for number, s in enumerate(samples)]
-    return measure.recognised(clips, samples)
-
-
-def autoencoded_subjects(wan: Wan, measure: NamedSubjects, samples: list[Sample]) -> Recognised:
-    """The measure on real clips that went through the autoencoder: the ceiling for samples."""
-    return measure.recognised(
-        [wan.decode(wan.encode_video(s.video_THWC)) for s in samples], samples
+    collector = GenerationCollector(
+        teacher,
+        _grid(teacher),
+        subjects_by_colour=False,
+        probes=probes,
+        metrics=NAMED_SUBJECT_METRICS,
     )
+    for clip_THWC, sample in zip(clips, samples, strict=True):
+        collector.add(clip_THWC, sample)
+    return collector.metrics()
+
+
+def generated_clips(wan: Wan, samples: list[Sample]) -> Iterator[Tensor]:
+    """One clip of the base model for each caption."""
+    for number, sample in enumerate(samples):
+        yield generate(wan, sample.caption, number)
+
+
+def autoencoded_clips(wan: Wan, samples: list[Sample]) -> Iterator[Tensor]:
+    """Each clip as it comes out of the autoencoder."""
+    for sample in samples:
+        yield wan.decode(wan.encode_video(sample.video_THWC))
 
 
 @torch.no_grad()
-def generate(wan: Wan, caption: str, seed: int, steps: int, guidance: float) -> Tensor:
+def generate(
+    wan: Wan, caption: str, seed: int, *, steps: int = 20, guidance: float = 3.0
+) -> Tensor:
     """One text-to-video clip of the base model, uint8 `(T, H, W, C)`."""
     empty, text = wan.encode_text(["", caption])
     shape = (int(wan.vae.config.z_dim), 3, SIZE[0] // 8, SIZE[1] // 8)
@@ -107,6 +129,10 @@ def generate(wan: Wan, caption: str, seed: int, steps: int, guidance: float) -> 
 
 def _pooled(teacher: Teacher, subject: Subject, rng: np.random.Generator) -> Tensor:
     reference = draw_reference(subject, rng, *SIZE)
-    grid = (SIZE[0] // teacher.patch_size, SIZE[1] // teacher.patch_size)
-    tokens = teacher.encode(reference.image_HWC[None, None], grid).tokens_BTPD[0, 0]
+    tokens = teacher.encode(reference.image_HWC[None, None], _grid(teacher)).tokens_BTPD[0, 0]
     return pool(tokens, coverage(reference.mask_HW))
+
+
+def _grid(teacher: Teacher) -> tuple[int, int]:
+    """The teacher's patches on a clip of the assets."""
+    return SIZE[0] // teacher.patch_size, SIZE[1] // teacher.patch_size

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.progress import step_progress
-from alignlab.training.optimizer_state import SEPARATOR, named_state, restore_state
+from alignlab.training.checkpoint import SEPARATOR, named_state, restore_state
 
 EMA_DECAY = 0.999
 WARMUP = 50

@@ -22,6 +22,7 @@ from alignlab.randomness import generator
 from alignlab.tiny_models.stage import train_stage
 from alignlab.tiny_models.text import TEXT_DIM, build_text_encoder
 from alignlab.tiny_models.vae import Z_DIM, to_signed
+from alignlab.training.flow_matching import flow_loss, interpolate, shifted
 
 BATCH = 64
 ENCODE_BATCH = 16
@@ -121,13 +122,13 @@ def train_wan(
         x0 = latents_NCTHW[pick]
         noise = torch.randn(x0.shape, generator=rng)
         u = torch.sigmoid(torch.randn(BATCH, generator=rng))
-        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u))[:, None, None, None, None]
-        noisy = (1 - sigma) * x0 + sigma * noise
+        sigma_B = shifted(u, SHIFT)
+        noisy = interpolate(x0, noise, sigma_B)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = model.transformer(
-                noisy, sigma.flatten() * 1000, model.encode(ids, mask), return_dict=False
+                noisy, sigma_B * 1000, model.encode(ids, mask), return_dict=False
             )[0]
-        return {"flow": (velocity.float() - (noise - x0)).square().mean()}
+        return {"flow": flow_loss(velocity, x0, noise).mean()}
 
     train_stage("wan", model, loss_at, steps=steps, work=work)
     return model.eval().requires_grad_(False)

@@ -15,13 +15,13 @@ from alignlab.data.sample import ClipDataset
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
-from alignlab.losses.grids import describe, pool_masks
+from alignlab.losses.grids import covered_share, describe
 from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens
 from alignlab.randomness import derive_seed
 from alignlab.stage1.compatibility import check_stage1
-from alignlab.teachers import Teacher, load_teacher
+from alignlab.teachers import Teacher, teacher_from
 from alignlab.training.batches import Batch
 
 log = logging.getLogger(__name__)
@@ -62,13 +62,11 @@ class Alignment(nn.Module):
     ) -> None:
         super().__init__()
         self._steps = config.steps
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
-            alias: load_teacher(
-                row.family, path=row.path, feature=row.feature, grid=row.grid, device=device
-            )
-            for alias, row in config.teachers.items()
+            alias: teacher_from(teacher, device=device)
+            for alias, teacher in config.teachers.items()
             if alias in used
         }
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
@@ -113,17 +111,17 @@ class Alignment(nn.Module):
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
 
-    def check_processes(self, count: int) -> None:
-        """Refuses several processes where an objective compares the samples of a batch.
+    def check_world_size(self, world_size: int) -> None:
+        """Refuses several ranks where an objective couples the samples of a batch.
 
         Raises:
-            UserError: each process would see its own share only.
+            UserError: each rank would see its own share only.
         """
         for alias, objective in self.objectives.items():
-            if objective.couples_samples and count > 1:
+            if objective.couples_samples and world_size > 1:
                 raise UserError(
-                    f"objectives.{alias}: it compares the samples of a batch, which {count} "
-                    "processes would share among them: use one process (or, for refalign, "
+                    f"objectives.{alias}: it compares the samples of a batch, which {world_size} "
+                    "ranks would share among them: use one process (or, for refalign, "
                     "negatives: sample)"
                 )
 
@@ -164,25 +162,26 @@ class Alignment(nn.Module):
                 b: taps[b].video if kind == "video" else shared_subjects(taps[b], batch.names)
                 for b in config.blocks
             }
-            self._tell(alias, grid, [features[name, kind].grid for name in config.teachers])
-            chosen = {name: features[name, kind] for name in config.teachers}
+            self._log_grids(alias, grid, [features[name, kind].grid for name in config.teachers])
+            teacher = {name: features[name, kind] for name in config.teachers}
             context = context_of(batch, objective, grid)
             try:
-                found = objective(student, chosen, context)
+                objective_terms = objective(student, teacher, context)
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
             scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
-            weighted[alias] = scale_B * found.loss_B
+            weighted[alias] = scale_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
-            terms[alias] = found
-            samples[alias] = found.aligned_B if found.aligned_B is not None else _has(batch, kind)
+            terms[alias] = objective_terms
+            aligned_B = objective_terms.aligned_B
+            samples[alias] = _has_tokens(batch, kind) if aligned_B is None else aligned_B
         return Aligned(loss_B, terms, samples, weighted)
 
-    def _tell(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
-        """Says once per objective which blocks and which token grids meet."""
-        if alias in self._told or not student[0]:
+    def _log_grids(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
+        """Logs once per objective which blocks and which token grids meet."""
+        if alias in self._logged or not student[0]:
             return
-        self._told.add(alias)
+        self._logged.add(alias)
         objective = self.objectives[alias]
         log.info(
             "%s: %s on %s tokens of block %s; %s",
@@ -194,7 +193,7 @@ class Alignment(nn.Module):
         )
 
 
-def _has(batch: Batch, kind: str) -> Tensor:
+def _has_tokens(batch: Batch, kind: str) -> Tensor:
     """Which samples have tokens of the kind, bool (B,): references may be dropped."""
     return torch.tensor([kind == "video" or len(images) > 0 for images in batch.references])
 
@@ -223,7 +222,7 @@ def _foreground(batch: Batch, grid: Grid) -> Tensor:
     for row, masks_KHW in enumerate(batch.reference_masks):
         count = len(masks_KHW)
         if count:
-            shares_BKP[row, :count] = pool_masks(masks_KHW[None], (count, *grid[1:]))[0]
+            shares_BKP[row, :count] = covered_share(masks_KHW, (count, *grid[1:]))
     return shares_BKP.flatten(1).to(batch.sigma_B.device)
 
 
@@ -239,7 +238,8 @@ def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:
     ids_BN = slots_BN.clone()
     for row, sample in enumerate(names):
         for slot, name in enumerate(sample):
-            ids_BN[row][slots_BN[row] == slot] = numbers[name]
+            # not through a mask, which waits for the device
+            ids_BN[row] = ids_BN[row].where(slots_BN[row] != slot, numbers[name])
     return replace(tokens.reference, subject_ids_BN=ids_BN)
 
 

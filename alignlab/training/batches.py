@@ -1,11 +1,13 @@
-"""From clips to what the transformer eats: latents, text embeddings, reference latents.
+"""Encodes clips into training batches: latents, text embeddings, reference latents.
 
 Everything that is drawn here has an address `(seed, purpose, step, sample)`, so the same step of
 two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,9 @@ from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Sample
 from alignlab.models.wan import Wan
 from alignlab.randomness import generator
-from alignlab.training.clip_cache import ClipCache
 from alignlab.training.flow_matching import draw_sigma
+
+Clip = TypeVar("Clip")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,34 @@ class Batch:
     masks: list[Tensor | None]
 
 
+class ClipCache(Generic[Clip]):
+    """Encoded clips by index, least recently used dropped first.
+
+    Encoding is deterministic, so a cache changes no number.
+
+    Args:
+        capacity: how many are kept.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._clips: OrderedDict[int, Clip] = OrderedDict()
+
+    def get(self, index: int) -> Clip | None:
+        """The clip, if it is kept."""
+        if index not in self._clips:
+            return None
+        self._clips.move_to_end(index)
+        return self._clips[index]
+
+    def put(self, index: int, clip: Clip) -> None:
+        """Keeps a clip, and drops the least recently used ones beyond the capacity."""
+        self._clips[index] = clip
+        while len(self._clips) > self._capacity:
+            self._clips.popitem(last=False)
+
+
 EncodedCache = ClipCache[Encoded]
-"""Runs of a comparison share one."""
 
 
 class ClipEncoder:
@@ -106,7 +135,7 @@ def training_batch(
         flow: noise level distribution and dropout probabilities.
         seed: the run's seed.
         step: optimizer step, from 0.
-        samples: positions inside the step's batch; which process or accumulation round handles
+        samples: positions inside the step's batch; which rank or micro-batch handles
             a position does not change what is drawn for it.
         device: where the batch goes.
     """

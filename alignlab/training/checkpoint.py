@@ -7,11 +7,16 @@ checkpoints/step-000500/
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
     state.json                           step, hash of frozen Stage 1 networks
+
+Stage 1 has `network.safetensors` in place of the first three.
 """
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -20,50 +25,106 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.errors import UserError
+from alignlab.runs.atomic_files import remove_folder, whole_folder
 from alignlab.runs.digest import frozen_digest
-from alignlab.runs.run_folder import remove_folder, whole_folder
-from alignlab.training.optimizer_state import named_state, restore_state
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
+SEPARATOR = "|"  # between the name of a parameter and that of its optimizer state
 
 
 @dataclass
-class TrainState:
-    """All that changes during training.
+class TrainState(ABC):
+    """All that changes during a training, whatever it trains.
+
+    Args:
+        optimizer: over `names`.
+        step: optimizer steps done.
+
+    `names` holds the trained parameters with the names that a checkpoint gives them.
+    """
+
+    optimizer: torch.optim.Optimizer
+    step: int = field(default=0, kw_only=True)
+    names: dict[nn.Parameter, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = {p: name for name, p in self.named_parameters() if p.requires_grad}
+
+    @abstractmethod
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters by their name in a checkpoint."""
+
+    @abstractmethod
+    def write_weights(self, folder: Path) -> None:
+        """Writes everything but the optimizer and the step."""
+
+    @abstractmethod
+    def read_weights(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+        """Puts back what `write_weights` wrote; `facts` is what `state.json` says.
+
+        Raises:
+            UserError: the checkpoint does not belong to this training.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """What `state.json` says."""
+        return {"step": self.step}
+
+
+@dataclass
+class RunState(TrainState):
+    """What a run trains.
 
     Args:
         transformer: the diffusers model itself, without wrappers.
         objectives: projectors of all objectives; may have no parameter.
-        optimizer: over `names`.
         ema: moving average of the trained transformer parameters by name, or None.
-        step: optimizer steps done.
     """
 
     transformer: WanTransformer3DModel
     objectives: nn.Module
-    optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor] | None
-    step: int = 0
-    names: dict[nn.Parameter, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.names = {
-            p: f"{part}.{name}"
-            for part, module in (("transformer", self.transformer), ("objectives", self.objectives))
-            for name, p in module.named_parameters()
-            if p.requires_grad
-        }
 
     @property
     def is_lora(self) -> bool:
+        """Whether an adapter is trained instead of all weights."""
         return bool(getattr(self.transformer, "peft_config", None))
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for part, module in (("transformer", self.transformer), ("objectives", self.objectives)):
+            for name, parameter in module.named_parameters():
+                yield f"{part}.{name}", parameter
+
+    def write_weights(self, folder: Path) -> None:
+        if self.is_lora:
+            save_lora(self.transformer, folder)
+        else:
+            self.transformer.save_pretrained(folder / "transformer")
+        save_file(_trained(self.objectives), folder / "objectives.safetensors")
+        if self.ema is not None:
+            save_file(self.ema, folder / "ema.safetensors")
+
+    def read_weights(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+        if facts["frozen"] != frozen_digest(self.objectives):
+            raise UserError(
+                f"{checkpoint}: a Stage 1 network that the objectives read has changed since; "
+                "bring it back, or start a new run under another name"
+            )
+        load_transformer(self.transformer, checkpoint)
+        _restore_trained(self.objectives, load_file(checkpoint / "objectives.safetensors"))
+        if self.ema is not None:
+            for name, value in load_file(checkpoint / "ema.safetensors").items():
+                self.ema[name].copy_(value)
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"frozen": frozen_digest(self.objectives)}
 
 
 def latest(checkpoints: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
-    found = _by_step(checkpoints)
-    return found[-1] if found else None
+    folders = _by_step(checkpoints)
+    return folders[-1] if folders else None
 
 
 def step_path(checkpoints: Path, step: int) -> Path:
@@ -81,18 +142,23 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
     """Writes `step-<step>` and removes all but the newest `keep` checkpoints."""
     target = step_path(checkpoints, state.step)
     with whole_folder(target) as folder:
-        if state.is_lora:
-            save_lora(state.transformer, folder)
-        else:
-            state.transformer.save_pretrained(folder / "transformer")
-        save_file(_trained(state.objectives), folder / "objectives.safetensors")
+        state.write_weights(folder)
         save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
-        if state.ema is not None:
-            save_file(state.ema, folder / "ema.safetensors")
-        facts = {"step": state.step, "frozen": frozen_digest(state.objectives)}
-        (folder / "state.json").write_text(json.dumps(facts))
+        (folder / "state.json").write_text(json.dumps(state.facts()))
     prune(checkpoints, keep)
     return target
+
+
+def restore(state: TrainState, checkpoint: Path) -> None:
+    """Puts a checkpoint back into a freshly built state.
+
+    Raises:
+        UserError: the checkpoint belongs to another kind of training.
+    """
+    facts = json.loads((checkpoint / "state.json").read_text())
+    state.read_weights(checkpoint, facts)
+    restore_state(state.optimizer, state.names, load_file(checkpoint / "optimizer.safetensors"))
+    state.step = int(facts["step"])
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
@@ -105,27 +171,6 @@ def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
         transformer_lora_layers=get_peft_model_state_dict(transformer),
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
-
-
-def restore(state: TrainState, checkpoint: Path) -> None:
-    """Puts a checkpoint back into a freshly built state.
-
-    Raises:
-        UserError: the checkpoint belongs to another kind of training.
-    """
-    facts = json.loads((checkpoint / "state.json").read_text())
-    if facts["frozen"] != frozen_digest(state.objectives):
-        raise UserError(
-            f"{checkpoint}: a Stage 1 network that the objectives read has changed since; "
-            "bring it back, or start a new run under another name"
-        )
-    load_transformer(state.transformer, checkpoint)
-    _restore_trained(state.objectives, load_file(checkpoint / "objectives.safetensors"))
-    restore_state(state.optimizer, state.names, load_file(checkpoint / "optimizer.safetensors"))
-    if state.ema is not None:
-        for name, value in load_file(checkpoint / "ema.safetensors").items():
-            state.ema[name].copy_(value)
-    state.step = int(facts["step"])
 
 
 def load_transformer(
@@ -179,3 +224,34 @@ def _restore_trained(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         odd = sorted(tensors.keys() ^ expected)[0]
         raise UserError(f"checkpoint: the objectives of the recipe do not fit it, e.g. {odd}")
     module.load_state_dict(tensors, strict=False)
+
+
+def named_state(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict[str, Tensor]:
+    """Every state tensor under `<parameter name>|<state name>`.
+
+    Args:
+        optimizer: an optimizer whose state values are tensors (AdamW's are).
+        names: the name of each parameter that it updates.
+    """
+    return {
+        f"{names[parameter]}{SEPARATOR}{key}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_state(
+    optimizer: torch.optim.Optimizer, names: dict[Any, str], tensors: dict[str, Tensor]
+) -> None:
+    """Puts back what `named_state` gave. `step` counters stay on the CPU, as torch keeps them.
+
+    Raises:
+        KeyError: a tensor belongs to no parameter of this optimizer.
+    """
+    by_name = {name: parameter for parameter, name in names.items()}
+    for key, value in tensors.items():
+        name, state_name = key.rsplit(SEPARATOR, 1)
+        parameter = by_name[name]
+        device = "cpu" if state_name == "step" else parameter.device
+        # a copy: on a CPU the loaded tensor may be a view of the checkpoint's file
+        optimizer.state[parameter][state_name] = value.to(device, copy=True)

@@ -5,13 +5,16 @@ sigma in (0, 1] is the noise level after the shift, 1 is pure noise; the model's
 """
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import islice, pairwise, product
 
 import torch
 from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
+from alignlab.config.run import RunConfig
+from alignlab.randomness import generator
 
+HISTOGRAM_DRAWS = 10_000
 TRAIN_STEPS = 1000  # the discrete noise levels of Wan and of RefAlign's code
 
 
@@ -38,6 +41,17 @@ def draw_sigma(config: FlowConfig, rng: torch.Generator) -> float:
         return float(shifted(u, config.shift))
     pick = int(torch.randint(TRAIN_STEPS, (), generator=rng))
     return float(train_levels(config)[pick])
+
+
+def timestep_histogram(config: RunConfig) -> dict[str, float]:
+    """Share of the noise levels in each tenth of [0, 1], over the run's first 10,000 draws."""
+    every = product(range(config.steps), range(config.optim.batch_size))
+    addresses = list(islice(every, HISTOGRAM_DRAWS))
+    counts = [0] * 10
+    for step, sample in addresses:
+        sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample))
+        counts[min(9, int(sigma * 10))] += 1
+    return {f"timesteps/t{i}": count / len(addresses) for i, count in enumerate(counts)}
 
 
 class FlowWeights:

@@ -8,7 +8,7 @@ from torch import Tensor
 from alignlab.errors import UserError
 
 
-class FiniteWatch:
+class NonFiniteWatch:
     """Remembers, on the device, the first step at which each scalar was not finite."""
 
     def __init__(self, device: torch.device) -> None:

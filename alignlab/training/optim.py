@@ -7,20 +7,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.run import RunConfig
-from alignlab.stage1.config import Stage1Config
-from alignlab.training.checkpoint import TrainState
+from alignlab.config.parts import TrainingConfig
+from alignlab.training.checkpoint import RunState
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: RunConfig | Stage1Config, step: int
-) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> None:
     """The learning rate of a step is a function of the step alone, so nothing is saved of it."""
     for group in optimizer.param_groups:
         group["lr"] = config.optim.lr * lr_scale(config, step)
 
 
-def lr_scale(config: RunConfig | Stage1Config, step: int) -> float:
+def lr_scale(config: TrainingConfig, step: int) -> float:
     """Warm-up from 0, then constant, or down to 0 along a line or half a cosine."""
     optim = config.optim
     if step < optim.warmup:
@@ -33,7 +30,7 @@ def lr_scale(config: RunConfig | Stage1Config, step: int) -> float:
     return 1.0
 
 
-def update_ema(state: TrainState, decay: float | None) -> None:
+def update_ema(state: RunState, decay: float | None) -> None:
     """Moves the average towards the trained weights."""
     if state.ema is None or decay is None:
         return
@@ -44,7 +41,7 @@ def update_ema(state: TrainState, decay: float | None) -> None:
 
 
 @contextmanager
-def averaged_weights(state: TrainState) -> Iterator[None]:
+def averaged_weights(state: RunState) -> Iterator[None]:
     """Puts the moving average, if there is one, in place of the trained weights for a while."""
     if state.ema is None:
         yield

@@ -1,18 +1,22 @@
 """Everything that a run trains with, built once from its recipe."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from torch import Tensor, nn
 
+from alignlab.config.parts import AdamWConfig
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_dataset
-from alignlab.distributed.ranks import Processes, one_process
+from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
+from alignlab.recipe import recipe_hash
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
-from alignlab.training.checkpoint import TrainState
+from alignlab.training.checkpoint import RunState
 from alignlab.training.flow_matching import FlowWeights
 
 
@@ -21,10 +25,10 @@ class Run:
     """Everything that a run trains with, built once from its recipe."""
 
     config: RunConfig
-    processes: Processes
+    ranks: Ranks
     wan: Wan
     alignment: Alignment
-    state: TrainState
+    state: RunState
     clips: ClipEncoder
     val_clips: ClipEncoder
     flow_weights: FlowWeights
@@ -32,14 +36,18 @@ class Run:
     caches: "Caches"
 
     @property
-    def accelerator(self) -> Accelerator:
-        """The device of this process and its mixed precision."""
-        return self.processes.accelerator
+    def device(self) -> torch.device:
+        """Where this rank trains."""
+        return self.ranks.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The run's mixed precision."""
+        return self.ranks.autocast()
 
 
 @dataclass
 class Caches:
-    """What the runs of a comparison share: encoded clips, and what is measured of the real ones.
+    """What runs on the same data share: encoded clips, and what is measured of the real ones.
 
     Args:
         train: clips of the train split.
@@ -53,23 +61,19 @@ class Caches:
     judged: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
 
 
-def build_run(
-    config: RunConfig,
-    caches: Caches | None = None,
-    processes: Processes | None = None,
-) -> Run:
+def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | None = None) -> Run:
     """Loads the models and data of a recipe; projectors are built before the optimizer.
 
     Args:
         config: the recipe.
         caches: encoded clips of earlier runs; None: none yet.
-        processes: this process and those that train with it; None: it is alone.
+        ranks: this rank and those that train with it; None: it is alone.
 
     Raises:
-        UserError: the recipe cannot run here, or this process is not alone and nothing joins it.
+        UserError: the recipe cannot run here, or this process is one of several and no process
+            group was joined.
     """
-    processes = processes or one_process(config.model.precision)
-    accelerator = processes.accelerator
+    ranks = ranks or single_rank(config.model.precision)
     dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
     wan = load_wan(
         config.model.path,
@@ -78,15 +82,14 @@ def build_run(
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
         precision=config.model.precision,
-        device=accelerator.device,
+        device=ranks.device,
         seed=config.seed,
     )
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
-    alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=accelerator.device)
+    alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=ranks.device)
     alignment.check_data(dataset)
-    alignment.check_processes(processes.count)
-    state = _initial_state(config, wan, alignment)
+    alignment.check_world_size(ranks.world_size)
     caches = caches or new_caches(config)
     branch = ReferenceBranch(
         wan.transformer,
@@ -95,10 +98,10 @@ def build_run(
     )
     return Run(
         config,
-        processes,
+        ranks,
         wan,
         alignment,
-        state,
+        _initial_state(config, wan, alignment),
         ClipEncoder(wan, dataset, caches.train),
         ClipEncoder(wan, val_dataset, caches.val),
         FlowWeights(config.flow),
@@ -107,29 +110,63 @@ def build_run(
     )
 
 
-def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> TrainState:
-    trained = [*wan.transformer.parameters(), *alignment.parameters()]
-    optimizer = torch.optim.AdamW(
-        [p for p in trained if p.requires_grad],
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
+def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
+    """AdamW with the recipe's settings over the parameters that are trained."""
+    return torch.optim.AdamW(
+        [p for p in parameters if p.requires_grad],
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
     )
+
+
+def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunState:
+    parameters = [*wan.transformer.parameters(), *alignment.parameters()]
     ema = None
     if config.optim.ema is not None:
         named = wan.transformer.named_parameters()
         ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
-    return TrainState(wan.transformer, alignment, optimizer, ema)
+    return RunState(adamw(parameters, config.optim), wan.transformer, alignment, ema)
 
 
-def shared_caches(config: RunConfig, known: dict[str, Caches]) -> Caches:
-    """Those of the runs in `known` whose clips are encoded as this run's are.
+def check_ranks_agree(run: Run) -> None:
+    """Compares recipe, number of clips, digests of teachers and norms of all other weights.
+
+    Raises:
+        UserError: the ranks differ.
+    """
+    ranks = run.ranks
+    if ranks.world_size == 1:
+        return
+    ranks.check_same("the recipe", recipe_hash(run.config))
+    ranks.check_same("the number of clips", (len(run.clips), len(run.val_clips)))
+    for alias, teacher in run.alignment.teachers.items():
+        ranks.check_same(f"the weights of the teacher {alias}", teacher.digest()[:12])
+    networks: dict[str, nn.Module] = {
+        "the transformer": run.wan.transformer,
+        "the autoencoder": run.wan.vae,
+        "the text encoder": run.wan.text_encoder,
+        "the objectives": run.alignment,
+    }
+    for name, network in networks.items():
+        ranks.check_same(f"the weights of {name}", float(_weight_norm(network)))
+
+
+@torch.no_grad()
+def _weight_norm(network: nn.Module) -> Tensor:
+    """Norm of all parameters, in fp32."""
+    norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in network.parameters()]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
+    """Those of earlier runs whose clips are encoded as this run's are.
 
     That is the same data through the same encoders in the same precision. Where there are none,
-    new ones are put into `known`.
+    new ones are put into `caches`.
     """
     key = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-    return known.setdefault(key, new_caches(config))
+    return caches.setdefault(key, new_caches(config))
 
 
 def new_caches(config: RunConfig) -> Caches:

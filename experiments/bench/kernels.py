@@ -36,7 +36,7 @@ from alignlab.kernels.bench.run import (
     too_large,
 )
 from alignlab.progress import Advance, step_progress
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 CSV_NAME = "all_benchmark_data.csv"
 HEADER = (

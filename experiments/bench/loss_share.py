@@ -26,7 +26,7 @@ from alignlab.losses.objective import Features
 from alignlab.losses.refalign import RefAlignConfig
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 WARMUP_STEPS = 2
 

@@ -21,8 +21,8 @@ from alignlab.environment import describe_environment
 from alignlab.errors import UserError
 from alignlab.experiments.compare.measure import seconds_of
 from alignlab.progress import step_progress
-from alignlab.runs.run_folder import write_text
-from alignlab.train import step_batches, train_step
+from alignlab.runs.atomic_files import write_text
+from alignlab.train import RunTrainer
 from alignlab.training.setup import Run, build_run
 
 WARMUP_PAIRS = 3
@@ -39,7 +39,7 @@ class Overhead:
 
 
 def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
-    """Times `train_step` against a bare forward + backward + AdamW step.
+    """Times `Trainer.step` against a bare forward + backward + AdamW step.
 
     The bare side gets its batch for nothing (latents, noise and references ready in memory); the
     harness draws and assembles it from cached clips, which is part of what it costs.
@@ -54,23 +54,23 @@ def measure_overhead(config: RunConfig, *, pairs: int = 40) -> Overhead:
     """
     _check_comparable(config)
     run = build_run(config)
-    bare = bare_step(run)
+    trainer, bare = RunTrainer(run), bare_step(run)
     times: list[tuple[float, float]] = []
     with run.branch, step_progress("overhead", total=pairs + WARMUP_PAIRS) as advance:
         for pair in range(pairs + WARMUP_PAIRS):
-            (batch,) = step_batches(run)  # also fills the cache, so that neither side encodes
+            (batch,) = trainer.micro_batches()  # also fills the cache, so that neither side encodes
             noise, sigma = batch.noise_BCTHW, batch.sigma_B.view(-1, 1, 1, 1, 1)
             noisy = (1 - sigma) * batch.latents_BCTHW + sigma * noise
             references = torch.stack(batch.references).transpose(1, 2)
             inputs = (torch.cat([noisy, references], dim=2), batch.sigma_B * 1000, batch.text_BLD)
             target = noise - batch.latents_BCTHW
             sides: list[Callable[[], object]] = [
-                lambda: train_step(run, step_batches(run)),
+                lambda: trainer.step(trainer.micro_batches()),
                 partial(bare, inputs, target),
             ]
             seconds = [0.0, 0.0]
             for side in (0, 1) if pair % 2 else (1, 0):
-                seconds[side] = seconds_of(sides[side], run.accelerator.device)
+                seconds[side] = seconds_of(sides[side], run.device)
             times.append((seconds[0], seconds[1]))
             advance(pair + 1, "")
     kept = times[WARMUP_PAIRS:]
@@ -114,7 +114,7 @@ def bare_step(run: Run) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor], Non
 
     def step(inputs: tuple[Tensor, Tensor, Tensor], target: Tensor) -> None:
         latents, timesteps, text = inputs
-        with run.accelerator.autocast():
+        with run.autocast():
             out = model(latents, timesteps, text, return_dict=False)[0]
         F.mse_loss(out[:, :, : target.shape[2]].float(), target).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from alignlab.cli_options import Overrides
+
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
 # typer takes no list of Literal
@@ -14,16 +16,18 @@ IMPLS: tuple[Literal["eager", "chunked", "triton"], ...] = ("eager", "chunked", 
 KernelImpl = StrEnum("KernelImpl", ["eager", "chunked", "triton"])
 KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunked", "triton"])
 
+Device = Annotated[
+    Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
+]
+Figures = Annotated[Path | None, typer.Option(help="JSON file for the figures.")]
+
 
 @bench_app.command("overhead")
 def overhead(
     recipe: Annotated[str, typer.Argument(help="A run without objectives.")] = "overhead",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     pairs: Annotated[int, typer.Option(min=1, help="Timed pairs of steps.")] = 40,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    out: Figures = None,
 ) -> None:
     """Time a training step against a bare forward, backward and AdamW step."""
     from alignlab.recipe import load_run
@@ -31,13 +35,13 @@ def overhead(
     config = load_run(recipe, overrides)
     from alignlab.experiments.bench.overhead import measure_overhead, write_overhead
 
-    found = measure_overhead(config, pairs=pairs)
+    result = measure_overhead(config, pairs=pairs)
     typer.echo(
-        f"harness {found.harness_s:.4f} s, bare {found.bare_s:.4f} s per step (medians), "
-        f"ratio {found.ratio:.3f} (median of {found.pairs} pairs)"
+        f"harness {result.harness_s:.4f} s, bare {result.bare_s:.4f} s per step (medians), "
+        f"ratio {result.ratio:.3f} (median of {result.pairs} pairs)"
     )
     if out is not None:
-        write_overhead(found, out)
+        write_overhead(result, out)
         typer.echo(f"figures: {out}")
 
 
@@ -50,9 +54,7 @@ def kernels(
         list[KernelProvider] | None,
         typer.Option(help="Repeat it for more (default: all that can run here)."),
     ] = None,
-    device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
@@ -116,10 +118,8 @@ def share(
     ] = None,
     references: Annotated[int, typer.Option(min=1, help="Reference images.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 10,
-    device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    device: Device = None,
+    out: Figures = None,
 ) -> None:
     """Time the alignment loss's share of a training step, by implementation of its kernel."""
     import torch
@@ -128,18 +128,18 @@ def share(
     from alignlab.kernels.pull_push import Impl
 
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen: list[Impl] = [one for one in IMPLS if one != "triton" or name == "cuda"]
+    impls: list[Impl] = [one for one in IMPLS if one != "triton" or name == "cuda"]
     if impl:
-        chosen = [one for one in IMPLS if one in impl]
-    found = measure_share(
+        impls = [one for one in IMPLS if one in impl]
+    shares = measure_share(
         SIZES[size],
-        chosen,
+        impls,
         references=references,
         steps=steps,
         device=torch.device(name),
     )
-    for side in found:
+    for side in shares:
         typer.echo(f"{side.side}: {side.step_s:.4f} s per step, loss {side.share:.1%} of it")
     if out is not None:
-        write_share(found, size, out)
+        write_share(shares, size, out)
         typer.echo(f"figures: {out}")

@@ -1,15 +1,20 @@
-"""`alignlab probe` and `alignlab teachers`. Heavy imports happen inside them."""
+"""`alignlab probe`, `alignlab teachers score` and `alignlab data preview`.
+
+Heavy imports happen inside them.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from alignlab.cli_options import Overrides, Recipe, RunFolder
+
 teachers_app = typer.Typer(help="Choose a teacher.", no_args_is_help=True)
 
 
 def probe(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, such as runs/tiny.")],
+    run: RunFolder,
     teacher: Annotated[
         str | None,
         typer.Option(help="Alias of the recipe (default: eval.teacher, or else the first)."),
@@ -29,10 +34,7 @@ def probe(
 @teachers_app.command("score")
 def score(
     recipe: Annotated[str, typer.Argument(help="A run or a comparison: its teachers and data.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),
-    ] = None,
+    overrides: Overrides = None,
     clips: Annotated[
         int | None, typer.Option(min=2, help="Val clips (default: eval.clips).")
     ] = None,
@@ -47,7 +49,20 @@ def score(
     from alignlab.experiments.probe.teacher_table import load_teachers, print_scores, write_scores
 
     size = None if grid is None else parse_size(grid)
-    found = score_teachers(load_teachers(recipe, overrides), clips=clips, size=size)
-    print_scores(found)
-    write_scores(found, out)
+    scores = score_teachers(load_teachers(recipe, overrides), clips=clips, size=size)
+    print_scores(scores)
+    write_scores(scores, out)
     typer.echo(f"figures: {out}")
+
+
+def preview(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("preview"),
+    clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 8,
+) -> None:
+    """Write a page with clips of a recipe's data set, their captions, references and masks."""
+    from alignlab.experiments.data_preview import load_data
+    from alignlab.experiments.data_preview import preview as write
+
+    typer.echo(f"preview: {write(load_data(recipe, overrides), out, clips)}")

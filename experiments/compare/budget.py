@@ -20,13 +20,13 @@ from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.result import Budget, Cost
 from alignlab.losses.schedule import StopAtPlateau, weight_at
 from alignlab.recipe import has_recipe_hash, recipe_hash
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _BudgetFile:
     """`budget.json`: the decision, and the recipes that it was made for."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -36,7 +36,7 @@ class _Kept:
     budget: Budget
 
 
-_KEPT = TypeAdapter(_Kept)
+_BUDGET_FILE = TypeAdapter(_BudgetFile)
 
 
 def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
@@ -68,16 +68,16 @@ def _decided(config: CompareConfig, path: Path) -> Budget:
     _check_steps(config)
     _check_constant_cost(config, {v: run.steps for v, run in config.runs.items()})
     recipes = {v: recipe_hash(_seedless(run)) for v, run in config.runs.items()}
-    known = _read(path)
-    if known is not None:
-        _check_same(path, config, known)
-    budget = None if known is None else known.budget
+    kept = _read(path)
+    if kept is not None:
+        _check_same(path, config, kept)
+    budget = None if kept is None else kept.budget
     if budget is None or not recipes.keys() <= budget.steps.keys():
         budget = _decide(config, _measured(config, path.parent), budget)
         _check_constant_cost(config, budget.steps)
-        hashes = recipes if known is None else known.recipes | recipes
-        kept = _Kept(config.baseline, hashes, budget)
-        write_text(path, _KEPT.dump_json(kept, indent=1).decode() + "\n")
+        hashes = recipes if kept is None else kept.recipes | recipes
+        content = _BudgetFile(config.baseline, hashes, budget)
+        write_text(path, _BUDGET_FILE.dump_json(content, indent=1).decode() + "\n")
     for variant in config.variants:
         log.info("%s: %s gets %d steps", budget.label, variant, budget.steps[variant])
     return budget
@@ -99,12 +99,12 @@ def relative_cost(config: CompareConfig, cost: Cost) -> dict[str, float]:
     return {v: cost.variants[v].flops / base for v in config.variants}
 
 
-def _decide(config: CompareConfig, cost: Cost, known: Budget | None) -> Budget:
+def _decide(config: CompareConfig, cost: Cost, earlier: Budget | None) -> Budget:
     assert config.budget != "steps"
     steps = config.runs[config.baseline].steps
     ratios = relative_cost(config, cost)
-    if known is not None:
-        ratios |= known.ratios
+    if earlier is not None:
+        ratios |= earlier.ratios
     return Budget(
         kind=config.budget,
         ratios=ratios,
@@ -150,22 +150,22 @@ def _check_constant_cost(config: CompareConfig, steps: Mapping[str, int]) -> Non
                 )
 
 
-def _read(path: Path) -> _Kept | None:
+def _read(path: Path) -> _BudgetFile | None:
     if not path.exists():
         return None
     try:
-        return _KEPT.validate_json(path.read_bytes())
+        return _BUDGET_FILE.validate_json(path.read_bytes())
     except ValidationError:
         raise UserError(f"{path}: not a budget: remove the comparison's folder") from None
 
 
-def _check_same(path: Path, config: CompareConfig, known: _Kept) -> None:
-    shared = config.runs.keys() & known.recipes.keys()
+def _check_same(path: Path, config: CompareConfig, kept: _BudgetFile) -> None:
+    shared = config.runs.keys() & kept.recipes.keys()
     changed = any(
-        not has_recipe_hash(_seedless(config.runs[variant]), known.recipes[variant])
+        not has_recipe_hash(_seedless(config.runs[variant]), kept.recipes[variant])
         for variant in shared
     )
-    if changed or (known.baseline, known.budget.kind) != (config.baseline, config.budget):
+    if changed or (kept.baseline, kept.budget.kind) != (config.baseline, config.budget):
         raise UserError(_other_recipe(path))
 
 

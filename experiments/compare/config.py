@@ -1,5 +1,6 @@
 """The settings of a comparison: several variants of one run, each over the same seeds."""
 
+import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -8,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.dotted import flatten
-from alignlab.config.recipe_file import merge, nested_variants, read_recipe
+from alignlab.config.recipe_file import merge, nested, read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_changes, tuning_of
@@ -17,6 +18,7 @@ from alignlab.experiments.sweep.config import load_sweep
 from alignlab.recipe import load_run, numbered_settings, refuse_other_command, to_yaml, validated
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
+NAME_LETTERS = frozenset(string.ascii_letters + string.digits + ".+-_")
 OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
 
 
@@ -112,9 +114,9 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
     if not mapping["variants"]:
         raise UserError("variants: name at least one variant")
     keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
-    asked = {key: mapping.pop(key) for key in keys}
+    settings = {key: mapping.pop(key) for key in keys}
     base = validated(RunConfig, mapping)
-    variants = nested_variants(asked["variants"])
+    variants = _checked_variants(settings["variants"])
     runs, tuned = {}, {}
     for name, changes in variants.items():
         applied = changes
@@ -122,7 +124,30 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
             tuned[name], applied = _tuned(name, changes, base)
         runs[name] = validated(RunConfig, merge(mapping, applied), under=f"variants.{name}")
     built = {"variants": variants, "base": base, "runs": runs, "tuned": tuned}
-    return validated(CompareConfig, {**asked, **built})
+    return validated(CompareConfig, {**settings, **built})
+
+
+def _checked_variants(variants: Any) -> dict[str, dict[str, Any]]:
+    """The changes of every variant, as nested mappings.
+
+    Raises:
+        UserError: what is no mapping, a name that is no folder's, a setting of the comparison.
+    """
+    if not isinstance(variants, dict):
+        raise UserError("variants: expected a mapping of variant names to changes")
+    checked = {}
+    for name, changes in variants.items():
+        if not isinstance(changes, dict):
+            raise UserError(f"variants.{name}: expected a mapping of changes, {{}} for none")
+        if not set(str(name)) <= NAME_LETTERS or set(str(name)) <= {"."}:
+            raise UserError(
+                f"variants.{name}: a variant's name is made of letters, digits and .+-_"
+            )
+        for key in ("name", "seed", "output"):
+            if key in changes:
+                raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")
+        checked[str(name)] = nested(changes)
+    return checked
 
 
 def dump_compare(config: CompareConfig) -> str:
@@ -141,11 +166,11 @@ def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any
     for settings in flat.values():
         settings.pop("seed")
     keys = sorted({key for settings in flat.values() for key in settings})
-    rows = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
+    by_key = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
     return {
-        key: row
-        for key, row in rows.items()
-        if any(v != next(iter(row.values())) for v in row.values())
+        key: values
+        for key, values in by_key.items()
+        if any(value != next(iter(values.values())) for value in values.values())
     }
 
 

@@ -8,7 +8,6 @@ way: what it differs by is no cost of a loss, and no smaller difference is claim
 
 import gc
 import logging
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import torch
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+from scipy import stats
 
 from alignlab.config.run import RunConfig
-from alignlab.distributed.ranks import one_process
 from alignlab.environment import describe_environment, processor_name
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig
@@ -30,23 +29,24 @@ from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.same_code import code_facts
 from alignlab.progress import step_progress
 from alignlab.recipe import recipe_hash
+from alignlab.runs.atomic_files import write_text
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.run_folder import write_text
-from alignlab.train import step_batches, train_step
+from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch
-from alignlab.training.memory import MIB, PeakMemory
+from alignlab.training.measure import MIB, PeakMemory
 from alignlab.training.setup import Caches, build_run, shared_caches
 
 DATA_STEPS = 4
 """The clips and noise levels of the run's first steps, over and over: all sides see the same."""
 CONFIDENCE = 0.95
+MIN_VALUES = 6  # fewer give no interval of a median at this confidence
 COPY = "a copy of the baseline"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CostFile:
     """`cost.json`: what was measured, and what has to be equal for it to be used again."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -55,13 +55,13 @@ class _Kept:
     cost: Cost
 
 
-_KEPT = TypeAdapter(_Kept)
+_COST_FILE = TypeAdapter(_CostFile)
 
 
 def cost_of(config: CompareConfig, folder: Path) -> Cost | None:
     """Cost of a comparison's variants: read from `folder`/cost.json, or measured and kept there.
 
-    What is there is used again if variants, rounds, code and hardware are the same.
+    A kept cost is used again if variants, rounds, code and hardware are the same.
 
     Returns:
         None where the recipe says `cost: null`, or where baseline and variant do not fit into
@@ -74,14 +74,14 @@ def cost_of(config: CompareConfig, folder: Path) -> Cost | None:
         return None
     # as the runs are trained
     with threads(config.launch.cpus):
-        return _kept_or_measured(config, folder / "cost.json")
+        return _read_or_measured(config, folder / "cost.json")
 
 
-def _kept_or_measured(config: CompareConfig, path: Path) -> Cost | None:
+def _read_or_measured(config: CompareConfig, path: Path) -> Cost | None:
     key = _key(config)
     if path.exists():
         try:
-            kept = _KEPT.validate_json(path.read_bytes())
+            kept = _COST_FILE.validate_json(path.read_bytes())
         except ValidationError:
             raise UserError(f"{path}: not a measured cost: remove the file") from None
         if kept.key == key:
@@ -94,7 +94,7 @@ def _kept_or_measured(config: CompareConfig, path: Path) -> Cost | None:
             "set cost=null to leave it out"
         )
         return None
-    write_text(path, _KEPT.dump_json(_Kept(key, cost), indent=1).decode() + "\n")
+    write_text(path, _COST_FILE.dump_json(_CostFile(key, cost), indent=1).decode() + "\n")
     return cost
 
 
@@ -124,7 +124,7 @@ def measure_cost(config: CompareConfig) -> Cost:
         torch.OutOfMemoryError: two of them do not fit into memory.
     """
     if config.cost is None:
-        raise ValueError("the recipe asks for no cost")
+        raise ValueError("cost: null in the recipe")
     rounds, caches = config.cost.rounds, dict[str, Caches]()
     runs = {v: config.run(v, config.seeds[0]) for v in config.variants}
     base = _Side(runs[config.baseline], caches)
@@ -164,18 +164,17 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     >>> median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
     (1.0, 6.0)
     """
-    count, ordered = len(values), sorted(values)
-    outside, place = 2.0 * 0.5**count, 0
-    if outside > 1 - CONFIDENCE:
-        raise ValueError(f"{count} values: it takes 6 for an interval of their median")
-    while (wider := outside + 2.0 * math.comb(count, place + 1) * 0.5**count) <= 1 - CONFIDENCE:
-        outside, place = wider, place + 1
-    return ordered[place], ordered[-1 - place]
+    if len(values) < MIN_VALUES:
+        raise ValueError(
+            f"{len(values)} values: it takes {MIN_VALUES} for an interval of their median"
+        )
+    interval = stats.quantile_test(values, p=0.5).confidence_interval(CONFIDENCE)
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
 class _Alone:
-    """What a side needs, whatever the other does; for its fields see `VariantCost`."""
+    """What a side needs, whatever the other does; its fields are those of `VariantCost`."""
 
     flops: int
     unknown: frozenset[str]
@@ -189,16 +188,18 @@ class _Side:
     def __init__(self, config: RunConfig, caches: dict[str, Caches]) -> None:
         self._resident = _allocated()
         self._run = build_run(config, shared_caches(config, caches))
-        self._device = self._run.accelerator.device
+        self._trainer = RunTrainer(self._run)
+        self._device = self._run.device
 
     def alone(self) -> _Alone:
         """Operations, mean over the clips that are timed, and on CUDA the peak memory."""
         total, unknown = 0, frozenset[str]()
-        with self._run.branch, PeakMemory(self._device) as memory:
+        memory = PeakMemory(self._device)
+        with self._run.branch:
             self._step(self._batches(0))
             for number in range(DATA_STEPS):
-                found = count_flops(partial(self._step, self._batches(number)))
-                total, unknown = total + found.total, unknown | found.unknown
+                count = count_flops(partial(self._step, self._batches(number)))
+                total, unknown = total + count.total, unknown | count.unknown
             peak = None
             if self._device.type == "cuda":
                 peak = memory.peak_mib() - self._resident
@@ -212,18 +213,15 @@ class _Side:
             return seconds_of(partial(self._step, batches), self._device)
 
     def _batches(self, number: int) -> list[Batch]:
-        run = self._run
-        # accelerate keeps one precision per process: that of the side built last
-        run.processes = one_process(run.config.model.precision)
-        run.state.step = number
-        return step_batches(run)
+        self._run.state.step = number
+        return self._trainer.micro_batches()
 
     def _step(self, batches: list[Batch]) -> None:
         # at the first step no schedule has turned its objective off
         self._run.state.step = 0
         for watch in self._run.alignment.watches.values():
             watch.waited.zero_()
-        train_step(self._run, batches)
+        self._trainer.step(batches)
 
 
 def _beside(

@@ -14,14 +14,14 @@ def differences(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
     return differing_settings({v: config.run(v, config.seeds[0]) for v in config.variants})
 
 
-def tuning_rows(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
+def tuning_facts(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
     """What was spent on tuning each variant, None without a sweep; empty if none has a sweep."""
     if not config.tuned:
         return {}
-    facts = {v: found.model_dump(mode="json") for v, found in config.tuned.items()}
+    tunings = {v: tuning.model_dump(mode="json") for v, tuning in config.tuned.items()}
     names = ("sweep", "trials", "seeds", "steps", "metric", "searched")
     return {
-        f"tuning.{name}": {v: facts[v][name] if v in facts else None for v in config.variants}
+        f"tuning.{name}": {v: tunings[v][name] if v in tunings else None for v in config.variants}
         for name in names
     }
 
@@ -30,33 +30,32 @@ def check_fair(config: CompareConfig) -> None:
     """Refuse variants that are measured differently, or tuned with different means.
 
     `eval`, `data`, the teacher that tokens are measured against, and the shift of noise levels that
-    clips are generated with must be equal, and so must the
-    number of trials of the sweeps that variants come from, and the steps, seeds and metric of a
-    trial, but for the settings named in `allow_differences`. A variant without a sweep has 0
-    trials; the baseline may have none where the sweeps searched nothing but objectives, which it
-    does not have.
+    clips are generated with must be equal. So must the number of trials of the sweeps that variants
+    come from, and the steps, seeds and metric of a trial. Settings named in `allow_differences` may
+    differ. A variant without a sweep has 0 trials; the baseline may have none where the sweeps
+    searched nothing but objectives, which it does not have.
 
     Raises:
         UserError: a setting differs, or `allow_differences` names none of these.
     """
     measured = {v: run.measured_against for v, run in config.runs.items()}
-    rows = differences(config)
+    differing = differences(config)
     if len(set(measured.values())) > 1:
-        rows["eval.teacher"] = {**measured}
+        differing["eval.teacher"] = {**measured}
     shifts = {v: guidance_of(run).shift for v, run in config.runs.items() if _generates(run)}
     if len(set(shifts.values())) > 1:
-        rows["eval.sample_shift"] = {**shifts}
-    rows |= _unequal_tuning(config)
+        differing["eval.sample_shift"] = {**shifts}
+    differing |= _unequal_tuning(config)
     teachers = (f"teachers.{alias}." for alias in set(measured.values()))
     fixed = ("eval.", "data.", "tuning.", *teachers)
     for name in config.allow_differences:
-        if name not in rows or not name.startswith(fixed):
-            valid = [setting for setting in rows if setting.startswith(fixed)]
+        if name not in differing or not name.startswith(fixed):
+            valid = [setting for setting in differing if setting.startswith(fixed)]
             raise UserError(
                 f"allow_differences: {unknown_name('difference', name, valid)} "
                 "(evaluation settings in which variants differ)"
             )
-    for setting, values in rows.items():
+    for setting, values in differing.items():
         if setting.startswith(fixed) and setting not in config.allow_differences:
             shown = ", ".join(f"{variant}: {value}" for variant, value in values.items())
             how = "tuned" if setting.startswith("tuning.") else "measured"
@@ -67,16 +66,16 @@ def check_fair(config: CompareConfig) -> None:
 
 
 def _unequal_tuning(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
-    rows = tuning_rows(config)
-    if not rows:
+    facts = tuning_facts(config)
+    if not facts:
         return {}
     trials = {v: config.tuned[v].trials if v in config.tuned else 0 for v in config.variants}
-    searched = {key for found in config.tuned.values() for key in found.searched}
+    searched = {key for tuning in config.tuned.values() for key in tuning.searched}
     if trials[config.baseline] == 0 and all(key.startswith("objectives.") for key in searched):
         del trials[config.baseline]
     compared: dict[str, dict[str, JsonValue]] = {"tuning.trials": {**trials}}
     for name in ("tuning.steps", "tuning.seeds", "tuning.metric"):
-        compared[name] = {v: value for v, value in rows[name].items() if value is not None}
+        compared[name] = {v: value for v, value in facts[name].items() if value is not None}
     return {
         name: values
         for name, values in compared.items()

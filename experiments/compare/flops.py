@@ -63,10 +63,10 @@ def _relation_chunked(student: Tensor, teacher: Tensor, *rest: Any, **__: Any) -
     batch, frames, tokens, width = student.shape
     within = batch * frames * tokens**2
     across = within * (frames - 1) // 2
-    found = 2 * (width + teacher.shape[-1]) * (within + across)
+    flops = 2 * (width + teacher.shape[-1]) * (within + across)
     if with_slopes:
-        found += 2 * width * (within + 2 * across * (len(factor_ST) - 1))
-    return found
+        flops += 2 * width * (within + 2 * across * (len(factor_ST) - 1))
+    return flops
 
 
 def _relation_sums(student: Tensor, teacher: Tensor, *_: Any, **__: Any) -> int:
@@ -154,13 +154,13 @@ class _Unknown(TorchDispatchMode):
 
 
 def _mapping() -> dict[Any, _Formula]:
-    found = {}
+    mapping = {}
     for namespace, formulas in FORMULAS.items():
         operations = getattr(torch.ops, namespace)
         for name, formula in formulas.items():
             if hasattr(operations, name):  # those of Triton come with their module
-                found[getattr(operations, name)] = _Formula(formula)
-    return found
+                mapping[getattr(operations, name)] = _Formula(formula)
+    return mapping
 
 
 def _pairs_of_others(ids: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What a comparison found: plain data that every report is built from.
+"""The result of a comparison: plain data that every report is built from.
 
 `Comparison.save` and `Comparison.load` are an exact JSON round trip: a report can be rebuilt
 without training again. Numbers that are not finite are written "NaN", "Infinity", "-Infinity".
@@ -6,12 +6,12 @@ without training again. Numbers that are not finite are written "NaN", "Infinity
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.errors import UserError
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -54,7 +54,7 @@ class RunResult:
             they are.
         curves: scalars over training by name, each as (step, value) in order of step.
         samples: generated clips.
-        notes: what the run gave warning of, its numbers in brackets at the end of each.
+        notes: warnings of the run, the numbers of each in brackets at its end.
     """
 
     __pydantic_config__ = _CONFIG
@@ -87,7 +87,7 @@ class Ratio:
     beyond: float = 0.0
 
     @property
-    def is_found(self) -> bool:
+    def is_claimed(self) -> bool:
         """Whether the whole interval is further from 1 than two equal models are."""
         low = self.value if self.low is None else self.low
         high = self.value if self.high is None else self.high
@@ -169,7 +169,7 @@ class Comparison:
     Args:
         name: name of the comparison recipe.
         baseline: the variant that differences are taken to.
-        seeds: seeds asked for, in order.
+        seeds: of the recipe, in order.
         variants: names of the variants, in order of the recipe.
         recipe: resolved comparison recipe as YAML.
         differing: every setting in which the resolved recipes of the variants differ, by dotted
@@ -180,8 +180,6 @@ class Comparison:
         command: command line that started it.
         commit: git commit of alignlab, empty outside a checkout.
         results: one entry per finished run; a run that is missing is shown as missing.
-        headline: metrics of the summary table, in order; empty takes those that
-            `experiments/report/metric_table.py` marks.
         allowed: evaluation settings in which the recipe lets variants differ.
         cost: of a step of each variant; None where it was not measured.
         budget: of each variant; None for equal steps.
@@ -202,7 +200,6 @@ class Comparison:
     command: str
     commit: str
     results: tuple[RunResult, ...]
-    headline: tuple[str, ...] = ()
     allowed: tuple[str, ...] = ()
     cost: Cost | None = None
     budget: Budget | None = None
@@ -248,4 +245,13 @@ class Comparison:
             raise UserError(f"{path}: not a comparison: {where}: {first['msg']}") from None
 
 
-_ADAPTER = TypeAdapter(Comparison)
+def _without_headline(content: Any) -> Any:
+    """Older files hold metrics for the summary table, which nothing reads."""
+    if isinstance(content, dict):
+        return {key: value for key, value in content.items() if key != "headline"}
+    return content
+
+
+_ADAPTER: TypeAdapter[Comparison] = TypeAdapter(
+    Annotated[Comparison, BeforeValidator(_without_headline)]
+)

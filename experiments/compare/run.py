@@ -1,7 +1,7 @@
 """A comparison: every variant with every seed on the same harness, then one report.
 
 Variants of a seed share initial weights, clips, noise and noise levels, because all of these are
-functions of the seed (`alignlab.randomness`). A finished run is reused, a killed one goes on.
+functions of the seed (`alignlab.randomness`). A finished run is reused, a killed one is resumed.
 """
 
 import json
@@ -11,22 +11,24 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from alignlab.config.run import RunConfig
-from alignlab.distributed.launch_env import refuse_several
+from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
 from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
-from alignlab.experiments.compare.fairness import check_fair, differences, tuning_rows
+from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
-from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.tracking import read_rows
 
@@ -98,7 +100,7 @@ def prepare(config: CompareConfig) -> Plan:
     Raises:
         UserError: variants are measured differently, or a folder holds a run of another recipe.
     """
-    refuse_several()
+    refuse_several_ranks()
     check_fair(config)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         allowed=config.allow_differences,
         cost=cost,
         budget=plan.budget,
-        tuning=tuning_rows(config),
+        tuning=tuning_facts(config),
     )
 
 
@@ -170,8 +172,8 @@ def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
         for objective in other.objectives.values()
         for block in objective.blocks
     }
-    chosen = run.eval.model_copy(update={"blocks": tuple(sorted(blocks))})
-    return run.model_copy(update={"eval": chosen})
+    evaluation = run.eval.model_copy(update={"blocks": tuple(sorted(blocks))})
+    return run.model_copy(update={"eval": evaluation})
 
 
 def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
@@ -185,7 +187,7 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
             if key.startswith(CURVES):
                 curves.setdefault(key, []).append((int(row["step"]), value))
     listing = run.samples / "samples.json"
-    rows = json.loads(listing.read_text()) if listing.exists() else []
+    clips = json.loads(listing.read_text()) if listing.exists() else []
     return RunResult(
         variant=variant,
         seed=seed,
@@ -193,41 +195,40 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         run_dir=str(run.path.relative_to(folder)),
         metrics=result["metrics"],
         curves={key: tuple(points) for key, points in curves.items()},
-        samples=tuple(_clip(row) for row in rows),
+        samples=tuple(_clip(clip) for clip in clips),
         notes=tuple(result.get("notes", ())),
     )
 
 
 def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
-    """Threads, processes, device and torch of the runs; several of a kind are warned of as well."""
-    rows = [
-        json.loads((folder.path / "environment.json").read_text()) for folder in folders.values()
+    """Threads, processes, device and torch of the runs; several of a kind are logged."""
+    environments = [
+        # older runs had one process and do not say so
+        {"processes": "1"} | json.loads((folder.path / "environment.json").read_text())
+        for folder in folders.values()
     ]
-    rows = [{"processes": "1"} | row for row in rows]  # older runs had but one
-    found = {
-        name: sorted({row[name] for row in rows})
+    facts = {
+        name: sorted({environment[name] for environment in environments})
         for name in ("threads", "processes", "device", "torch")
     }
-    for name, values in found.items():
+    for name, values in facts.items():
         if len(values) > 1:
             log.warning("%s: runs were trained with %s", name, " and with ".join(values))
-    return {name: ", ".join(values) for name, values in found.items()}
+    return {name: ", ".join(values) for name, values in facts.items()}
 
 
-def _clip(row: dict[str, str | list[str]]) -> SampleClip:
-    def under_samples(name: object) -> str:
-        return f"samples/{name}"
-
+def _clip(clip: dict[str, Any]) -> SampleClip:
+    """An entry of a run's `samples.json`, its files relative to the run's folder."""
     return SampleClip(
-        key=str(row["key"]),
-        caption=str(row["caption"]),
-        video=under_samples(row["video"]),
-        real=under_samples(row["real"]),
-        references=tuple(under_samples(name) for name in row["references"]),
+        key=clip["key"],
+        caption=clip["caption"],
+        video=f"samples/{clip['video']}",
+        real=f"samples/{clip['real']}",
+        references=tuple(f"samples/{name}" for name in clip["references"]),
     )
 
 
 def _seconds_so_far(folder: Path) -> float:
-    """Training time that earlier sessions of a killed comparison already spent."""
+    """Training time before a killed comparison was resumed."""
     progress = folder / "progress.json"
     return float(json.loads(progress.read_text())["seconds"]) if progress.exists() else 0.0

@@ -20,7 +20,7 @@ FINISHED = ("complete", "pruned", "fail")
 
 
 class Tuning(Settings):
-    """The sweep that found a variant's settings."""
+    """The sweep that a variant's settings come from."""
 
     sweep: str
     """Its `best.yaml`, as the recipe names it."""

@@ -12,12 +12,14 @@ import torch
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.one_run import RunKey, shown, train_one
-from alignlab.training.setup import Caches
+from alignlab.train import train
+from alignlab.training.setup import Caches, shared_caches
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
+
+RunKey = tuple[str, int]  # variant, seed
 
 
 def launch_local(
@@ -38,6 +40,27 @@ def launch_local(
             finished(key)
 
 
+def train_one(run: RunConfig, caches: dict[str, Caches], *, wait: bool) -> None:
+    """Trains, or resumes, a run whose folder exists, as the only process that writes there.
+
+    Args:
+        run: its recipe.
+        caches: encoded clips of the runs that this process has trained; those that this run can
+            share are used, new ones are added.
+        wait: wait for another process that trains the run; else refuse.
+
+    Raises:
+        UserError: the run cannot be trained, or another process trains it and `wait` is false.
+    """
+    train(run, caches=shared_caches(run, caches), wait=wait)
+
+
+def shown(key: RunKey) -> str:
+    """A run as messages name it."""
+    variant, seed = key
+    return f"{variant}, seed {seed}"
+
+
 def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
     """Refuses a machine that has less than its runs need.
 
@@ -49,12 +72,12 @@ def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
         UserError: it names the setting.
     """
     who = "a run needs" if runs == 1 else f"{runs} workers need"
-    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cpus, gpus = num_cpus(), torch.cuda.device_count()
     if needs.cpus is not None and runs * needs.cpus > cpus:
         raise UserError(f"launch.cpus: {who} {runs * needs.cpus}, this machine has {cpus}")
     if needs.gpus and (not gpus or ceil(runs / gpus) * needs.gpus > 1):
-        asked = f"{needs.gpus:g}" if runs == 1 else f"{needs.gpus:g} each"
-        raise UserError(f"launch.gpus: {who} {asked}, this machine has {gpus or 'none'}")
+        share = f"{needs.gpus:g}" if runs == 1 else f"{needs.gpus:g} each"
+        raise UserError(f"launch.gpus: {who} {share}, this machine has {gpus or 'none'}")
     if needs.gpus == 0 and gpus:
         raise UserError(
             "launch.gpus: 0, but a run in this process would use the machine's GPU: "
@@ -67,6 +90,13 @@ def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
                 f"launch.memory_gib: {who} {runs * needs.memory_gib:g}, "
                 f"this machine has {memory_gib:.1f}"
             )
+
+
+def num_cpus() -> int:
+    """CPUs that this process may use; all of them where the system cannot say (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

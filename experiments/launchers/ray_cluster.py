@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.on_node import JobName, Order
+from alignlab.experiments.launchers.node import Order
 
 log = logging.getLogger(__name__)
 
+MOST_DEATHS = 5  # of a task that gets no further
 NOTE_EVERY_S = 60.0
 CONNECT_S = 10.0
 STOP_S = 30.0  # a task that is told to end finishes what it is writing
@@ -61,33 +62,46 @@ class Ended(NamedTuple, Generic[Key]):
     loss: str | None
 
 
+class Deaths(Generic[Key]):
+    """How often the process of a task died since the task last got further.
+
+    The owner of a lost task starts it again, not Ray's `max_retries` (tried with Ray 2.60). Ray
+    counts all deaths: with `max_retries=4`, a task that gets further each time, on nodes that come
+    and go, is given up at its fifth start; with -1, one that never gets further starts for ever.
+    Nor does Ray tell the caller of a death.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[Key, tuple[object, int]] = {}
+
+    def count(self, key: Key, progress: object) -> int:
+        """Counts one more; `progress` is anything that changes as the task gets further."""
+        before, deaths = self._counts.get(key, (progress, 0))
+        deaths = deaths + 1 if progress == before else 1
+        self._counts[key] = (progress, deaths)
+        return deaths
+
+
 class RayTasks(Generic[Key]):
     """The tasks of one command, each with its own key and the same resources.
 
     Args:
         cluster: where they run.
         needs: what Ray reserves for each.
-        job: what they do.
+        job: a function of a module, which the node imports.
     """
 
-    def __init__(self, cluster: RayCluster, needs: LaunchConfig, job: JobName) -> None:
+    def __init__(
+        self, cluster: RayCluster, needs: LaunchConfig, job: Callable[[Any], None]
+    ) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
-        errors = cluster.ray.exceptions
-        self._lost = (
-            errors.WorkerCrashedError,
-            errors.NodeDiedError,
-            errors.LocalRayletDiedError,
-            errors.OutOfMemoryError,
-            errors.ObjectLostError,
-        )
         self._request = reservation(needs, cluster.nodes())
         self.threads = needs.cpus or 1
-        # a lost task is started again by its owner, not by Ray: its deaths are counted
-        entry = _entry(job, self._request["num_gpus"])
+        entry = _entry(job.__module__, job.__name__, self._request["num_gpus"])
         self._task = cluster.ray.remote(max_retries=0, **self._request)(entry)
         self._running: dict[Any, Key] = {}
-        self._told = time.monotonic() - NOTE_EVERY_S
+        self._warned = time.monotonic() - NOTE_EVERY_S
 
     @property
     def running(self) -> set[Key]:
@@ -112,10 +126,10 @@ class RayTasks(Generic[Key]):
             key = self._running.pop(ref)
             try:
                 yield Ended(key, self._ray.get(ref), None)
-            except self._lost as loss:
-                yield Ended(key, None, type(loss).__name__)
             except self._ray.exceptions.RayTaskError as failure:
                 raise failure.cause from failure
+            except self._ray.exceptions.RayError as loss:  # of its process, its node, memory, ...
+                yield Ended(key, None, type(loss).__name__)
 
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""
@@ -131,15 +145,15 @@ class RayTasks(Generic[Key]):
         """How many tasks the nodes hold at once while they do nothing else."""
         return sum(_room(node, self._request) for node in self._cluster.nodes())
 
-    def tell_of_room(self) -> None:
+    def warn_without_room(self) -> None:
         """A line each minute while no node could ever hold a task: a cluster may get one later.
 
         Raises:
             UserError: this cluster gets no more nodes.
         """
-        if time.monotonic() - self._told < NOTE_EVERY_S:
+        if time.monotonic() - self._warned < NOTE_EVERY_S:
             return
-        self._told = time.monotonic()
+        self._warned = time.monotonic()
         if self.room():
             return
         if not self._cluster.may_grow:
@@ -166,21 +180,22 @@ def reservation(needs: LaunchConfig, nodes: list[dict[str, float]]) -> dict[str,
     gpus = needs.gpus
     if gpus is None:
         gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-    found = {"num_cpus": float(needs.cpus or 1), "num_gpus": gpus}
+    request = {"num_cpus": float(needs.cpus or 1), "num_gpus": gpus}
     if needs.memory_gib is not None:
-        found["memory"] = needs.memory_gib * GIB
-    return found
+        request["memory"] = needs.memory_gib * GIB
+    return request
 
 
 def _room(node: Mapping[str, float], request: Mapping[str, float]) -> int:
-    asked = {RESOURCES[name]: value for name, value in request.items() if value}
-    return min(int(node.get(name, 0) / value) for name, value in asked.items())
+    amounts = {RESOURCES[name]: amount for name, amount in request.items() if amount}
+    return min(int(node.get(name, 0) / amount) for name, amount in amounts.items())
 
 
-def _entry(job: JobName, gpus: float) -> Callable[[Order], str | None]:
+def _entry(module: str, function: str, gpus: float) -> Callable[[Order], str | None]:
     """The task. Ray sends it by value, so that a node without alignlab can say so."""
 
     def carry_out(order: Order) -> str | None:
+        import importlib
         import os
         import socket
 
@@ -188,11 +203,12 @@ def _entry(job: JobName, gpus: float) -> Callable[[Order], str | None]:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs from no task that takes none
         try:
             from alignlab.errors import UserError
-            from alignlab.experiments.launchers.on_node import JOBS
+
+            job = getattr(importlib.import_module(module), function)
         except ImportError as error:
             return f"node {socket.gethostname()}: {error}: install the same alignlab on every node"
         try:
-            JOBS[job](order)
+            job(order)
         except UserError as error:
             return str(error)
         return None
@@ -229,7 +245,7 @@ def connected(address: str | None) -> Iterator[RayCluster]:
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        line = str(error).strip().split("\n", 1)[0]
+        line = first_line(error)
         if address == "auto":
             line = "no node of a cluster here: start one with `ray start`, or name HOST:PORT"
         raise UserError(f"Ray at {address}: {line}") from error
@@ -242,8 +258,8 @@ def connected(address: str | None) -> Iterator[RayCluster]:
 def _check_reachable(address: str) -> None:
     """Ray itself waits many minutes for a cluster that is not there."""
     if address == "auto":  # as Ray resolves it; the file may name a cluster that has ended
-        known = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-        latest = known.read_text().strip() if known.exists() else ""
+        file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+        latest = file.read_text().strip() if file.exists() else ""
         address = os.environ.get("RAY_ADDRESS") or latest
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():

@@ -15,26 +15,14 @@ from torch import Tensor
 from alignlab.evaluation.feature_maps import tsne_points
 from alignlab.evaluation.probe import MODELS, SIGMAS, Cell
 from alignlab.evaluation.token_metrics import ReferenceTokens
-from alignlab.experiments.report.plot import COLOURS
+from alignlab.experiments.report.charts import COLOURS, Chart, Json, axis, layout
 from alignlab.metrics.features import unit_rows
 
-Json = dict[str, JsonValue]
-
 FEW_SUBJECTS = len(COLOURS)
-_INK = "#374151"
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
 _DIVERGING: list[JsonValue] = [
     [0.0, "#b35806"], [0.25, "#f1a340"], [0.5, "#e9e9ec"], [0.75, "#79a8d8"], [1.0, "#0b5394"],
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart: its title, what to read it by, and the plotly.js figure."""
-
-    title: str
-    caption: str
-    figure: JsonValue
 
 
 @dataclass(frozen=True)
@@ -61,15 +49,15 @@ class MapTable:
         return None if before is None or after is None else after - before
 
 
-def map_tables(cells: Sequence[Cell], known: Mapping[str, tuple[str, str]]) -> list[MapTable]:
-    """A table for each known measure that was taken, in the order of `known` (label, hint)."""
-    found = {(c.measure, c.model, c.block, c.sigma): c.value for c in cells}
+def map_tables(cells: Sequence[Cell], measures: Mapping[str, tuple[str, str]]) -> list[MapTable]:
+    """A table for each of `measures` (label, hint) that was taken, in their order."""
+    values_of = {(c.measure, c.model, c.block, c.sigma): c.value for c in cells}
     tables = []
-    for measure, (label, hint) in known.items():
+    for measure, (label, hint) in measures.items():
         blocks = tuple(sorted({c.block for c in cells if c.measure == measure}))
         if blocks:
             values = {
-                model: [[found.get((measure, model, b, s)) for s in SIGMAS] for b in blocks]
+                model: [[values_of.get((measure, model, b, s)) for s in SIGMAS] for b in blocks]
                 for model in MODELS
             }
             tables.append(MapTable(measure, label, hint, blocks, values))
@@ -124,8 +112,8 @@ def similarity_charts(sets: Mapping[str, Tensor], subjects_N: Tensor) -> list[Ch
         subjects_N: int, ascending: tokens of one subject lie together.
     """
     cosines = {
-        title: unit_rows(rows_ND.double()) @ unit_rows(rows_ND.double()).T
-        for title, rows_ND in sets.items()
+        title: unit_rows(features_ND.double()) @ unit_rows(features_ND.double()).T
+        for title, features_ND in sets.items()
     }
     low = min(float(cosine_NN.min()) for cosine_NN in cosines.values())
     counts = torch.unique_consecutive(subjects_N, return_counts=True)[1]
@@ -196,24 +184,12 @@ def scatter_chart(
     return Chart(title, "", {"data": traces, "layout": layout})
 
 
-def _layout(height: int) -> Json:
-    return {
-        "height": height,
-        "margin": {"l": 44, "r": 8, "t": 8, "b": 44},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": _INK},
-    }
-
-
 def _axis(title: str) -> Json:
-    return {
-        "title": {"text": title, "standoff": 6},
-        "gridcolor": "#eceff3",
-        "linecolor": "#d1d5db",
-        "zeroline": False,
-        "automargin": True,
-    }
+    return axis(title, standoff=6)
+
+
+def _layout(height: int) -> Json:
+    return layout(height, left=44, right=8, bottom=44)
 
 
 def _bar() -> Json:

@@ -1,9 +1,8 @@
-"""Writes what a probe of a run found: probe.html, one file that needs no network, and probe.csv.
+"""Writes the probe of a run: probe.html, one file that needs no network, and probe.csv.
 
 Shape letters: T, H, W, C frames.
 """
 
-import base64
 import csv
 import io
 from pathlib import Path
@@ -12,17 +11,12 @@ from alignlab.data.video import encode_mp4
 from alignlab.errors import UserError
 from alignlab.evaluation.feature_maps import FeatureClip
 from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, probe_run
-from alignlab.experiments.probe.figures import (
-    Chart,
-    MapTable,
-    map_charts,
-    map_tables,
-)
+from alignlab.experiments.probe.figures import MapTable, map_charts, map_tables
 from alignlab.experiments.probe.tokens import Table, decimals, scatter_of, similarity_of
+from alignlab.experiments.report.charts import COLOURS, Chart, figures_of
 from alignlab.experiments.report.formatting import format_number
-from alignlab.experiments.report.page import render
-from alignlab.experiments.report.plot import COLOURS
-from alignlab.runs.run_folder import write_text
+from alignlab.experiments.report.page import data_uri, render
+from alignlab.runs.atomic_files import write_text
 
 MEASURES = {
     "cknna": (
@@ -69,49 +63,44 @@ def probe(
     """
     if out.is_file():
         raise UserError(f"{out} is a file: choose another --out")
-    found = probe_run(run_dir, teacher=teacher, block=block)
+    result = probe_run(run_dir, teacher=teacher, block=block)
     out.mkdir(parents=True, exist_ok=True)
-    return write_probe(found, out)
+    return write_probe(result, out)
 
 
-def write_probe(found: RunProbe, out: Path) -> Path:
+def write_probe(result: RunProbe, out: Path) -> Path:
     """Writes `probe.csv` and `probe.html` into an existing folder."""
-    write_text(out / "probe.csv", probe_csv(found))
+    write_text(out / "probe.csv", probe_csv(result))
     path = out / "probe.html"
-    write_text(path, _html(found))
+    write_text(path, _html(result))
     return path
 
 
-def probe_csv(found: RunProbe) -> str:
+def probe_csv(result: RunProbe) -> str:
     """The map, a row per measure, model, block and noise level."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("measure", "teacher", "model", "block", "depth", "sigma", "value"))
-    for c in found.cells:
+    for c in result.cells:
         rows.writerow(
-            (c.measure, found.teacher, c.model, c.block, c.block + 1, c.sigma, repr(c.value))
+            (c.measure, result.teacher, c.model, c.block, c.block + 1, c.sigma, repr(c.value))
         )
     return text.getvalue()
 
 
-def _html(found: RunProbe) -> str:
-    tables = map_tables(found.cells, MEASURES)
+def _html(result: RunProbe) -> str:
+    tables = map_tables(result.cells, MEASURES)
     sections: dict[str, list[Chart]] = {
-        f"map-{table.measure}": map_charts(table, found.aligned) for table in tables
+        f"map-{table.measure}": map_charts(table, result.aligned) for table in tables
     }
-    similarity, subjects, similarity_table = similarity_of(found)
-    scatter, names, scatter_table = scatter_of(found)
+    similarity, subjects, similarity_table = similarity_of(result)
+    scatter, names, scatter_table = scatter_of(result)
     sections |= {"similarity": similarity, "scatter": scatter}
-    figures = {
-        f"{name}-{index}": chart.figure
-        for name, charts in sections.items()
-        for index, chart in enumerate(charts)
-    }
     return render(
         "probe.html.j2",
-        figures,
-        found=found,
-        lead=lead(found, tables),
+        figures_of(sections),
+        probe=result,
+        lead=lead(result, tables),
         tables=tables,
         plain={table.measure: _plain(table) for table in tables},
         sections=sections,
@@ -119,15 +108,15 @@ def _html(found: RunProbe) -> str:
         similarity_table=similarity_table,
         scatter_names=dict(zip(names, COLOURS, strict=False)),
         scatter_table=scatter_table,
-        clips=_clips(found),
-        explained=_explained(found.features),
+        clips=_clips(result),
+        explained=_explained(result.features),
         token_sigma=TOKEN_SIGMA,
         feature_sigma=FeatureClip.SIGMA,
         format_number=format_number,
     )
 
 
-def lead(found: RunProbe, tables: list[MapTable]) -> list[str]:
+def lead(result: RunProbe, tables: list[MapTable]) -> list[str]:
     """One sentence per measure: its mean over the map before and after, and where it moved most."""
     sentences = []
     for table in tables:
@@ -165,22 +154,20 @@ def _plain(table: MapTable) -> Table:
     return Table(f"{table.label}, before → after", head, tuple(rows))
 
 
-def _clips(found: RunProbe) -> dict[str, str | None]:
+def _clips(result: RunProbe) -> dict[str, str | None]:
     """Clips as data URIs by what they show; None for a clip that is not there."""
-    features, fps = found.features, found.config.data.fps
+    features, fps = result.features, result.config.data.fps
     shown = {"real clip": features.real_THWC}
     shown |= {f"features {model}": frames for model, frames in features.student_THWC.items()}
-    shown[f"features of {found.teacher}"] = features.teacher_THWC
-    uris: dict[str, str | None] = {
-        name: _uri(encode_mp4(frames, fps)) for name, frames in shown.items()
-    }
-    return uris | {
-        "generated by this run": None if found.sample is None else _uri(found.sample.read_bytes())
-    }
+    shown[f"features of {result.teacher}"] = features.teacher_THWC
+    clips = {name: encode_mp4(frames, fps) for name, frames in shown.items()}
+    uris: dict[str, str | None] = {name: _uri(content) for name, content in clips.items()}
+    generated = None if result.sample is None else _uri(result.sample.read_bytes())
+    return uris | {"generated by this run": generated}
 
 
 def _uri(content: bytes) -> str:
-    return f"data:video/mp4;base64,{base64.b64encode(content).decode('ascii')}"
+    return data_uri(content, "video/mp4")
 
 
 def _explained(features: FeatureClip) -> Table:

@@ -14,7 +14,7 @@ from alignlab.config.run import RunConfig
 from alignlab.evaluation.teacher_score import NEIGHBOURS, TeacherScore
 from alignlab.experiments.compare.config import load_compare
 from alignlab.recipe import load_run
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 SPATIAL = ("lds", "cds", "srss", "rmsc")
 READING = (
@@ -32,8 +32,8 @@ def print_scores(scores: Sequence[TeacherScore]) -> None:
     table.add_row("feature", *(str(score.config.feature) for score in scores))
     table.add_row("frames and patches", *("x".join(map(str, s.grid)) for s in scores))
     values = zip(*map(_values, scores), strict=True)
-    for name, row in zip(_names(), values, strict=True):
-        table.add_row(name, *("—" if v is None else f"{v:.3f}" for v in row))
+    for name, numbers in zip(_names(), values, strict=True):
+        table.add_row(name, *("—" if v is None else f"{v:.3f}" for v in numbers))
     console = Console()
     console.print(table)
     console.print(READING, style="dim", highlight=False)
@@ -46,9 +46,10 @@ def write_scores(scores: Sequence[TeacherScore], out: Path) -> None:
     head = ("teacher", "family", "path", "feature", "frames", "height", "width")
     rows.writerow((*head, *(name.replace(" ", "_") for name in _names())))
     for score in scores:
-        row = score.config
+        config = score.config
         values = ("" if v is None else repr(v) for v in _values(score))
-        rows.writerow((score.alias, row.family, row.path, row.feature, *score.grid, *values))
+        facts = (score.alias, config.family, config.path, config.feature, *score.grid)
+        rows.writerow((*facts, *values))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text.getvalue())
 

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from alignlab.evaluation.probe import MODELS, RunProbe
 from alignlab.evaluation.token_metrics import ReferenceTokens
-from alignlab.experiments.probe.figures import (
-    Chart,
-    scatter_chart,
-    shown_subjects,
-    similarity_charts,
-)
+from alignlab.experiments.probe.figures import scatter_chart, shown_subjects, similarity_charts
+from alignlab.experiments.report.charts import Chart
 from alignlab.metrics import silhouette
 from alignlab.metrics.features import unit_rows
 
@@ -38,31 +34,31 @@ def decimals(value: float | None, sign: str = "") -> str:
     return "—" if value is None else f"{value:{sign}.3f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _sets(found: RunProbe, chosen_N: Tensor) -> dict[str, Tensor]:
-    """Features of chosen reference tokens: before, after, and the teacher's."""
-    sets = {model: tokens.student_ND[chosen_N] for model, tokens in found.tokens.items()}
-    teacher_NE = found.tokens[MODELS[0]].teacher_NE
-    return sets if teacher_NE is None else sets | {found.teacher: teacher_NE[chosen_N]}
+def _sets(result: RunProbe, index_N: Tensor) -> dict[str, Tensor]:
+    """Features of these reference tokens: before, after, and the teacher's."""
+    sets = {model: tokens.student_ND[index_N] for model, tokens in result.tokens.items()}
+    teacher_NE = result.tokens[MODELS[0]].teacher_NE
+    return sets if teacher_NE is None else sets | {result.teacher: teacher_NE[index_N]}
 
 
-def similarity_of(found: RunProbe) -> tuple[list[Chart], dict[str, str], Table | None]:
+def similarity_of(result: RunProbe) -> tuple[list[Chart], dict[str, str], Table | None]:
     """Heat maps of the first clip with several subjects, and mean cosines between them."""
-    tokens = found.tokens.get(MODELS[0])
-    chosen_N = None if tokens is None else _clip_of_several(tokens)
-    if tokens is None or chosen_N is None:
+    tokens = result.tokens.get(MODELS[0])
+    index_N = None if tokens is None else _clip_of_several(tokens)
+    if tokens is None or index_N is None:
         return [], {}, None
-    subjects_N = tokens.subjects_N[chosen_N]
-    chosen_N = _thinned(chosen_N[subjects_N.argsort(stable=True)], MOST_CELLS)
-    subjects_N = tokens.subjects_N[chosen_N]
-    sets = _sets(found, chosen_N)
+    subjects_N = tokens.subjects_N[index_N]
+    index_N = _thinned(index_N[subjects_N.argsort(stable=True)], MOST_CELLS)
+    subjects_N = tokens.subjects_N[index_N]
+    sets = _sets(result, index_N)
     numbers = subjects_N.unique().tolist()
     letters = {chr(ord("A") + i): tokens.names[n] for i, n in enumerate(numbers)}
     pairs = [(i, j) for i in range(len(numbers)) for j in range(i, len(numbers))]
     rows = []
     for i, j in pairs:
         means = (
-            _mean_cosine(rows_ND, subjects_N == numbers[i], subjects_N == numbers[j])
-            for rows_ND in sets.values()
+            _mean_cosine(features_ND, subjects_N == numbers[i], subjects_N == numbers[j])
+            for features_ND in sets.values()
         )
         name = f"{chr(65 + i)} with {'itself' if i == j else chr(65 + j)}"
         rows.append((name, *map(decimals, means)))
@@ -70,42 +66,42 @@ def similarity_of(found: RunProbe) -> tuple[list[Chart], dict[str, str], Table |
     return similarity_charts(sets, subjects_N), letters, table
 
 
-def _thinned(chosen_N: Tensor, most: int) -> Tensor:
+def _thinned(index_N: Tensor, most: int) -> Tensor:
     """At most so many, evenly."""
-    return chosen_N[:: math.ceil(len(chosen_N) / most)]
+    return index_N[:: math.ceil(len(index_N) / most)]
 
 
 def _clip_of_several(tokens: ReferenceTokens) -> Tensor | None:
     for clip in tokens.clips_N.unique().tolist():
-        chosen_N: Tensor = (tokens.clips_N == clip).nonzero()[:, 0]
-        if len(tokens.subjects_N[chosen_N].unique()) > 1:
-            return chosen_N
+        index_N: Tensor = (tokens.clips_N == clip).nonzero()[:, 0]
+        if len(tokens.subjects_N[index_N].unique()) > 1:
+            return index_N
     return None
 
 
-def _mean_cosine(rows_ND: Tensor, left_N: Tensor, right_N: Tensor) -> float | None:
+def _mean_cosine(features_ND: Tensor, left_N: Tensor, right_N: Tensor) -> float | None:
     """Over pairs of different tokens; None where a subject has one token."""
-    unit_ND = unit_rows(rows_ND.double())
-    chosen_NN = (left_N[:, None] & right_N) & ~torch.eye(len(unit_ND), dtype=torch.bool)
-    return float((unit_ND @ unit_ND.T)[chosen_NN].mean()) if chosen_NN.any() else None
+    unit_ND = unit_rows(features_ND.double())
+    pairs_NN = (left_N[:, None] & right_N) & ~torch.eye(len(unit_ND), dtype=torch.bool)
+    return float((unit_ND @ unit_ND.T)[pairs_NN].mean()) if pairs_NN.any() else None
 
 
-def scatter_of(found: RunProbe) -> tuple[list[Chart], list[str], Table | None]:
+def scatter_of(result: RunProbe) -> tuple[list[Chart], list[str], Table | None]:
     """t-SNE of up to eight subjects' tokens, and the silhouette behind each picture."""
-    tokens = found.tokens.get(MODELS[0])
+    tokens = result.tokens.get(MODELS[0])
     if tokens is None:
         return [], [], None
     numbers = shown_subjects(tokens)
     if len(numbers) < 2:
         return [], [], None
     names = {number: tokens.names[number] for number in numbers}
-    chosen_N = torch.isin(tokens.subjects_N, torch.tensor(numbers)).nonzero()[:, 0]
-    chosen_N = _thinned(chosen_N, MOST_POINTS)
-    subjects_N = tokens.subjects_N[chosen_N]
-    sets = _sets(found, chosen_N)
+    index_N = torch.isin(tokens.subjects_N, torch.tensor(numbers)).nonzero()[:, 0]
+    index_N = _thinned(index_N, MOST_POINTS)
+    subjects_N = tokens.subjects_N[index_N]
+    sets = _sets(result, index_N)
     charts = [scatter_chart(title, x, subjects_N, names) for title, x in sets.items()]
     values = tuple(decimals(silhouette(x, subjects_N)) for x in sets.values())
     head = ("features of", *sets)
-    label = f"silhouette of {len(chosen_N)} tokens"
+    label = f"silhouette of {len(index_N)} tokens"
     table = Table("Silhouette of the subjects shown", head, ((label, *values),))
     return charts, list(names.values()), table

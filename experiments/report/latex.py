@@ -1,11 +1,10 @@
 """The summary table as LaTeX: variants down, metrics across, as papers print it."""
 
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.report.metric_table import Direction
 from alignlab.experiments.report.summary import SummaryRow
 from alignlab.experiments.report.text import headline
 
-_ARROWS: dict[Direction, str] = {"lower": r"$\downarrow$", "higher": r"$\uparrow$", "none": ""}
+_ARROWS = {"lower": r"$\downarrow$", "higher": r"$\uparrow$", "none": ""}
 _MARKS = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -30,7 +29,7 @@ _MARKS = {
 def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """A `table` that needs the booktabs package: mean, spread, difference and its 95% interval.
 
-    The best mean is bold; a star marks a difference that the verdict claims. Any `|` of a name is
+    The best mean is bold; a star marks a difference that the verdict claims. A `|` in a name is
     text. Compiles with pdfLaTeX, LuaLaTeX and XeLaTeX.
     """
     groups = headline(rows)

@@ -1,4 +1,6 @@
-"""What the metrics of a report are called, and which way is better.
+"""What a report makes of the metrics' table: order, parts of names, costs.
+
+Labels and directions are those of `alignlab.evaluation.metric_registry`.
 
 A metric name is a base name and an optional part: `retrieval/block3` is `retrieval` at block 3,
 `retrieval/mean` its mean over blocks, `val/flow/t7` is `val/flow` in timestep bin 7.
@@ -6,9 +8,10 @@ A metric name is a base name and an optional part: `retrieval/block3` is `retrie
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
 
-Direction = Literal["lower", "higher", "none"]
+from alignlab.evaluation.metric_registry import METRICS
+from alignlab.evaluation.metric_registry import Direction as Direction
+
 ARROWS: dict[Direction, str] = {"lower": "↓", "higher": "↑", "none": ""}
 
 _PART = re.compile(r"/(?:block(?P<block>\d+)|t(?P<bin>\d)|(?P<mean>mean))$")
@@ -16,7 +19,7 @@ _PART = re.compile(r"/(?:block(?P<block>\d+)|t(?P<bin>\d)|(?P<mean>mean))$")
 
 @dataclass(frozen=True)
 class Quantity:
-    """One row of the table below.
+    """What a report shows of one metric.
 
     Args:
         label: what a reader calls it.
@@ -33,37 +36,49 @@ class Quantity:
     slower: bool = False
 
 
-# Of generated clips (docs/metrics.md). Identity stands beside copy-paste, because pasting the
-# reference raises it. Motion makes frames differ as flicker does: neither has a better side. Nor
-# have contrast and colourfulness: those of the real clips are right.
-_GENERATED: dict[str, Quantity] = {
-    "identity_proxy": Quantity("subject identity (proxy)", "higher", headline=True),
-    "copy_paste_proxy": Quantity("copy-paste (proxy)", "lower", headline=True),
-    "confusion_proxy": Quantity("subject confusion (proxy)", "lower", headline=True),
-    "reference_match_proxy": Quantity("best match of a reference (proxy)", "higher"),
-    "found_proxy": Quantity("named subjects shown (proxy)", "higher"),
-    "entities_proxy": Quantity("entities too many or too few (proxy)", "lower"),
-    "motion_proxy": Quantity("motion as captioned (proxy)", "higher"),
-    "frechet": Quantity("Fréchet distance of frames", "lower"),
-    "contrast": Quantity("RMS contrast"),
-    "colourfulness": Quantity("colourfulness (Hasler and Süsstrunk)"),
-    "colour_cast": Quantity("colour cast (CIELAB difference)", "lower"),
-    "flicker": Quantity("temporal flickering score (VBench)"),
-    "motion_amplitude": Quantity("motion amplitude (OpenS2V)"),
-}
+# A report's order where it is not that of the table of metrics, whose other rows follow. Identity
+# stands beside copy-paste, because pasting the reference raises it.
+_FIRST = (
+    "val/flow",
+    "retrieval",
+    "teacher_retrieval",
+    "teacher_retrieval_chance",
+    "silhouette",
+    "cross_cos",
+    "cknna",
+    "gen/identity_proxy",
+    "gen/copy_paste_proxy",
+    "gen/confusion_proxy",
+    "gen/reference_match_proxy",
+    "gen/found_proxy",
+    "gen/entities_proxy",
+    "gen/motion_proxy",
+    "gen/frechet",
+)
 
-# In the order of the summary table. Agreement with the teacher (CKNNA) is what an alignment loss
-# trains, not a goal in itself: no direction.
+
+# No run measures it any more; results of older ones may have it.
+_OLDER = {"retrieval": Quantity("subject retrieval", "higher", headline=True)}
+
+
+def _quantities() -> dict[str, Quantity]:
+    """Every metric in a report's order, then what the real clips have of it, which has no side."""
+    known = _OLDER | {
+        name: Quantity(metric.label, metric.better, metric.headline)
+        for name, metric in METRICS.items()
+    }
+    ordered = {name: known[name] for name in dict.fromkeys((*_FIRST, *METRICS))}
+    real = {
+        name.replace("gen/", "gen_real/"): Quantity(f"{shown.label}, real clips")
+        for name, shown in ordered.items()
+        if name.startswith("gen/")
+    }
+    return ordered | real
+
+
+# In the order of the summary table: metrics, then what every run costs.
 QUANTITIES: dict[str, Quantity] = {
-    "val/flow": Quantity("validation flow loss", "lower", headline=True),
-    "retrieval": Quantity("subject retrieval", "higher", headline=True),
-    "teacher_retrieval": Quantity("retrieval in teacher space", "higher", headline=True),
-    "teacher_retrieval_chance": Quantity("retrieval in teacher space by chance"),
-    "silhouette": Quantity("subject silhouette", "higher", headline=True),
-    "cross_cos": Quantity("cross-subject cosine", "lower", headline=True),
-    "cknna": Quantity("CKNNA to teacher"),
-    **{f"gen/{name}": row for name, row in _GENERATED.items()},
-    **{f"gen_real/{name}": Quantity(f"{r.label}, real clips") for name, r in _GENERATED.items()},
+    **_quantities(),
     "time/step": Quantity("step time (s)", "lower", headline=True, cost=True, slower=True),
     "memory/peak_mib": Quantity("peak memory (MiB)", "lower", headline=True, cost=True),
     "params/extra": Quantity("extra parameters", "lower", headline=True, cost=True),

@@ -1,5 +1,6 @@
 """Pages that need no network: style, script, charts and clips are inside one HTML file."""
 
+import base64
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -33,6 +34,11 @@ def render(template: str, figures: Mapping[str, JsonValue], **values: Any) -> st
         plotly=Markup(plotly.offline.get_plotlyjs()),
         **values,
     )
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """A file's bytes as an address that holds them, such as "data:image/png;base64,..."."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _source(name: str) -> str:

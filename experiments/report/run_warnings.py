@@ -1,42 +1,42 @@
-"""What runs gave warning of (`notes` of result.json), gathered over seeds."""
+"""The warnings of the runs (`notes` in result.json), gathered over seeds."""
 
 from collections.abc import Mapping, Sequence
 
 from alignlab.experiments.compare.result import Comparison
 
 
-def alarms(comparison: Comparison) -> dict[str, list[str]]:
-    """Warnings of each variant that has any, in order of the recipe; see `gathered`."""
-    found = {}
+def warnings_by_variant(comparison: Comparison) -> dict[str, list[str]]:
+    """Warnings of each variant that has any, in order of the recipe; see `gather_warnings`."""
+    by_variant = {}
     for variant in comparison.variants:
         runs = {seed: comparison.run(variant, seed) for seed in comparison.seeds}
-        notes = {seed: run.notes for seed, run in runs.items() if run is not None}
-        texts = gathered(notes, len(comparison.seeds))
+        warnings = {seed: run.notes for seed, run in runs.items() if run is not None}
+        texts = gather_warnings(warnings, len(comparison.seeds))
         if texts:
-            found[variant] = texts
-    return found
+            by_variant[variant] = texts
+    return by_variant
 
 
-def alarm_sentences(comparison: Comparison) -> list[str]:
+def warning_sentences(comparison: Comparison) -> list[str]:
     """The same as one list: "variant refalign, seeds 0 and 2: ..."."""
     colon = ": " if len(comparison.seeds) == 1 else ", "
     return [
         f"variant {variant}{colon}{text}"
-        for variant, texts in alarms(comparison).items()
+        for variant, texts in warnings_by_variant(comparison).items()
         for text in texts
     ]
 
 
-def gathered(notes: Mapping[int, Sequence[str]], num_seeds: int) -> list[str]:
+def gather_warnings(warnings: Mapping[int, Sequence[str]], num_seeds: int) -> list[str]:
     """One text per warning, with the seeds that gave it and what each of them measured.
 
     Args:
-        notes: of all runs, by seed. The brackets at the end of a note hold its numbers; notes that
-            agree in the rest are one warning.
-        num_seeds: asked for; a single one is not named.
+        warnings: of all runs, by seed. The brackets at the end of a warning hold its numbers;
+            warnings that agree in the rest are one.
+        num_seeds: of the recipe; a single one is not named.
     """
     measured: dict[str, dict[int, str]] = {}
-    for seed, texts in notes.items():
+    for seed, texts in warnings.items():
         for text in texts:
             what, bracket, numbers = text.rpartition(" [")
             if not bracket or not numbers.endswith("]"):

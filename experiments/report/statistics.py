@@ -79,7 +79,7 @@ class Paired:
         return self.mean == 0.0 and self.std == 0.0
 
     @property
-    def is_found(self) -> bool:
+    def is_claimed(self) -> bool:
         """Whether a difference may be claimed: enough pairs, an interval, Holm's p at most 5%."""
         enough = self.num_pairs >= MIN_PAIRS and self.low is not None
         return enough and self.holm_p is not None and self.holm_p <= ALPHA
@@ -101,10 +101,10 @@ def paired_statistics(
         if values and all(math.isfinite(value) for value in values)
     }
     num_tests = sum(len(values) > 1 for values in usable.values())
-    found = {v: _paired(values, scale, num_tests) for v, values in usable.items()}
-    tested = {v: one.p_value for v, one in found.items() if one.p_value is not None}
+    paired = {v: _paired(values, scale, num_tests) for v, values in usable.items()}
+    tested = {v: one.p_value for v, one in paired.items() if one.p_value is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {v: dataclasses.replace(one, holm_p=corrected.get(v)) for v, one in found.items()}
+    return {v: dataclasses.replace(one, holm_p=corrected.get(v)) for v, one in paired.items()}
 
 
 def without_rounding(value: float, scale: float) -> float:
@@ -152,7 +152,7 @@ def interval(values_RN: Array, method: Method) -> tuple[Array, Array]:
     # A bootstrap spreads by the standard deviation with n and has normal tails; widening its level
     # gives it those of n - 1 and of t (Hesterberg's expanded percentile interval).
     widened = quantile * math.sqrt(num_values / (num_values - 1))
-    found = stats.bootstrap(
+    ends = stats.bootstrap(
         (values_RN,),
         np.mean,
         axis=-1,
@@ -162,14 +162,14 @@ def interval(values_RN: Array, method: Method) -> tuple[Array, Array]:
         batch=_batch(values_RN),
         rng=0,
     ).confidence_interval
-    return found.low, found.high
+    return ends.low, ends.high
 
 
 def p_value(values_RN: Array, method: Method) -> Array:
     """Two-sided p-value of each row's mean, (R,): Student's t or, for "bootstrap", sign flips."""
     if method == "t":
         return np.asarray(stats.ttest_1samp(values_RN, 0.0, axis=-1).pvalue)
-    found = stats.permutation_test(
+    flips = stats.permutation_test(
         (values_RN,),
         np.mean,
         axis=-1,
@@ -179,11 +179,11 @@ def p_value(values_RN: Array, method: Method) -> Array:
         batch=_batch(values_RN),
         rng=0,
     )
-    return np.asarray(found.pvalue)
+    return np.asarray(flips.pvalue)
 
 
 def method_for(num_pairs: int, num_tests: int) -> Method:
-    """How so many pairs are judged when the smallest of `num_tests` p-values decides first."""
+    """How so many pairs are tested when the smallest of `num_tests` p-values decides first."""
     # With very many variants not even the smallest sign-flip p-value passes Holm's first step.
     can_pass = num_tests * 2.0 ** (1 - num_pairs) <= ALPHA
     return "bootstrap" if num_pairs >= BOOTSTRAP_PAIRS and can_pass else "t"

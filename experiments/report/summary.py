@@ -1,28 +1,151 @@
 """The numbers of a report, computed once for every form of it.
 
-Every table (HTML, Markdown, CSV, terminal) is made of `SummaryRow`, text included, so they cannot
-disagree. Differences are paired: variant minus baseline with the same seed, hence with the same
-initial weights, samples, noise and timesteps.
+Every table (HTML, Markdown, CSV, LaTeX, terminal) is made of `SummaryRow`, text included, so they
+cannot disagree. Differences are paired: variant minus baseline with the same seed, hence with the
+same initial weights, samples, noise and timesteps.
 """
 
 import dataclasses
 import math
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.report.cost_rows import cost_groups, cost_notes
+from alignlab.experiments.compare.result import Comparison, Ratio
+from alignlab.experiments.report.formatting import (
+    DASH,
+    format_interval,
+    format_number,
+    format_p,
+    format_spread,
+)
 from alignlab.experiments.report.metric_table import (
     QUANTITIES,
     REPLACED_BY,
+    Quantity,
     block_of,
     quantity,
     split_name,
 )
-from alignlab.experiments.report.statistics import paired_statistics, without_rounding
-from alignlab.experiments.report.summary_row import SummaryRow as SummaryRow
-from alignlab.experiments.report.summary_row import joined as joined
-from alignlab.experiments.report.summary_row import ratio_text as ratio_text
+from alignlab.experiments.report.statistics import Paired, paired_statistics, without_rounding
+
+# Metrics of the finished runs, by variant and seed.
+RunMetrics = dict[tuple[str, int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One metric of one variant.
+
+    Args:
+        metric: flat name.
+        quantity: meaning of the metric.
+        headline: in the summary table.
+        variant, is_baseline: the variant, and whether differences are taken to it.
+        num_seeds, num_runs: seeds of the recipe, and how many of them finished.
+        values: number per seed, for the seeds that have one.
+        mean, std: over seeds; the sample standard deviation (n - 1), None with fewer than two
+            seeds; both None when there is no number, NaN and None when one is not finite.
+        differences: variant minus baseline per seed, for the seeds that both have.
+        paired: statistics of `differences`; None for the baseline, and when no seed is shared or a
+            difference is not finite.
+        num_better: of `differences`, how many lie on the better side; None without a better side.
+        is_best: best mean of the variants; never of a cost, or with a number missing anywhere.
+        ratio: over the baseline, of a cost that is measured once for all seeds and has no values
+            per seed.
+    """
+
+    metric: str
+    quantity: Quantity
+    headline: bool
+    variant: str
+    is_baseline: bool
+    num_seeds: int
+    num_runs: int
+    values: dict[int, float]
+    mean: float | None
+    std: float | None
+    differences: dict[int, float]
+    paired: Paired | None
+    num_better: int | None
+    is_best: bool = False
+    ratio: Ratio | None = None
+
+    @property
+    def text(self) -> tuple[str, str]:
+        """Mean and spread as shown; an em dash for no number, no spread with one seed."""
+        return (DASH, "") if self.mean is None else format_spread(self.mean, self.std)
+
+    @property
+    def value_text(self) -> str:
+        """Mean and spread in one text, with a dagger when seeds are missing or not finite."""
+        return joined(self.text) + ("†" if self.flag else "")
+
+    @property
+    def diff_text(self) -> str:
+        """Paired difference and its 95% interval as shown; empty for the baseline."""
+        if self.is_baseline:
+            return ""
+        if self.ratio is not None:
+            return ratio_text(self.ratio, sign=True)
+        if self.paired is None:
+            return DASH
+        mean, low, high = self.paired.mean, self.paired.low, self.paired.high
+        if low is None or high is None or low == high:
+            return format_number(mean, sign=True)
+        return format_interval(mean, low, high, sign=True)
+
+    @property
+    def agreement(self) -> str:
+        """In how many of several seeds the variant beats the baseline: "2/3"; empty for a cost."""
+        is_equal = self.paired is not None and self.paired.is_equal
+        if self.num_better is None or len(self.differences) < 2 or self.quantity.cost or is_equal:
+            return ""
+        return f"{self.num_better}/{len(self.differences)}"
+
+    @property
+    def change(self) -> str:
+        """What may be claimed: "better", "worse", "changed" (no better side), "" for nothing."""
+        if self.ratio is not None:
+            if not self.ratio.is_claimed:
+                return ""
+            return "worse" if self.ratio.value > 1.0 else "better"
+        if self.paired is None or not self.paired.is_claimed:
+            return ""
+        if self.quantity.better == "none":
+            return "changed"
+        is_better = (self.paired.mean > 0.0) == (self.quantity.better == "higher")
+        return "better" if is_better else "worse"
+
+    @property
+    def p_text(self) -> str:
+        """Holm-corrected p-value as shown; empty where there is none, or no spread behind it."""
+        if self.paired is None or self.paired.holm_p is None or self.paired.low is None:
+            return ""
+        return format_p(self.paired.holm_p)
+
+    @property
+    def flag(self) -> str:
+        """Why this number is not what it should be, or empty."""
+        if self.ratio is not None:
+            return ""
+        if not self.values:
+            return "not measured"
+        parts = []
+        if len(self.values) < self.num_seeds:
+            parts.append(f"{len(self.values)} of {self.num_seeds} seeds")
+        infinite = [str(seed) for seed, value in self.values.items() if not math.isfinite(value)]
+        if infinite:
+            parts.append(f"not finite with seed {', '.join(infinite)}")
+        return "; ".join(parts)
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether a finished run lacks this number, or has one that is not finite."""
+        if self.ratio is not None:
+            return False
+        finite = [value for value in self.values.values() if math.isfinite(value)]
+        return len(finite) < max(self.num_runs, 1)
 
 
 def summary_rows(comparison: Comparison) -> list[SummaryRow]:
@@ -31,17 +154,15 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
     Costs that were measured once for all seeds stand before those that the runs logged, and take
     the place of what `REPLACED_BY` names in the summary table.
     """
-    numbers = {(run.variant, run.seed): run.metrics for run in comparison.results}
-    measured = cost_groups(comparison)
-    chosen = set(comparison.headline)
+    runs = {(run.variant, run.seed): run.metrics for run in comparison.results}
+    costs = _cost_groups(comparison)
     groups: list[list[SummaryRow]] = []
-    for metric in _ordered(comparison, {name for run in numbers.values() for name in run}):
-        headline = metric in chosen if chosen else quantity(metric).headline
-        headline = headline and REPLACED_BY.get(metric) not in measured
-        group = [_row(comparison, numbers, metric, v, headline) for v in comparison.variants]
+    for metric in sorted({name for metrics in runs.values() for name in metrics}, key=_place):
+        headline = quantity(metric).headline and REPLACED_BY.get(metric) not in costs
+        group = [_row(comparison, runs, metric, v, headline) for v in comparison.variants]
         groups.append(_with_best(_with_statistics(group)))
     place = next((i for i, g in enumerate(groups) if g[0].quantity.cost), len(groups))
-    groups[place:place] = measured.values()
+    groups[place:place] = costs.values()
     return [row for group in groups for row in group]
 
 
@@ -53,7 +174,7 @@ def by_metric(rows: Iterable[SummaryRow]) -> list[list[SummaryRow]]:
     return list(groups.values())
 
 
-def summary_notes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
+def footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
     """What a reader must know before trusting the tables, one sentence each."""
     notes = []
     missing = [
@@ -72,7 +193,7 @@ def summary_notes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
             f"One seed ({comparison.seeds[0]}) only: no spread is known, and a difference may be "
             "that seed's alone."
         )
-    notes.extend(cost_notes(comparison, rows))
+    notes.extend(_cost_footnotes(comparison, rows))
     if comparison.allowed:
         names = ", ".join(comparison.allowed)
         notes.append(
@@ -90,48 +211,50 @@ def summary_notes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
     return notes
 
 
-Numbers = dict[tuple[str, int], dict[str, float]]
+def joined(texts: tuple[str, str]) -> str:
+    """Mean and spread in one text: "0.412 ± 0.004"."""
+    return " ± ".join(text for text in texts if text)
 
 
-def _ordered(comparison: Comparison, names: set[str]) -> list[str]:
-    # A metric asked for by name that no run has is shown, as missing.
-    chosen = list(comparison.headline)
-    order = list(QUANTITIES)
+def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:
+    """A ratio as a change in percent: "+3.1% [2.0%, 4.2%]", or "+12.34%" of an exact count."""
+    change = 100.0 * (ratio.value - 1.0)
+    if ratio.low is None or ratio.high is None:
+        return f"{format_number(without_rounding(change, 100.0), sign=sign)}%"
+    low, high = (100.0 * (end - 1.0) for end in (ratio.low, ratio.high))
+    return format_interval(change, low, high, sign=sign, unit="%")
 
-    def place(name: str) -> tuple[bool, bool, int, str, int, str]:
-        base, part = split_name(name)
-        known, block = quantity(name), block_of(name)
-        rank = order.index(base) if base in order else len(order)
-        return known.cost, not known.headline, rank, base, -1 if block is None else block, part
 
-    return chosen + sorted(names - set(chosen), key=place)
+def _place(metric: str) -> tuple[bool, bool, int, str, int, str]:
+    """Sort key of a metric: headline first, costs last, then the order of `QUANTITIES`."""
+    base, part = split_name(metric)
+    meaning, block = quantity(metric), block_of(metric)
+    bases = list(QUANTITIES)
+    rank = bases.index(base) if base in bases else len(bases)
+    return meaning.cost, not meaning.headline, rank, base, -1 if block is None else block, part
 
 
 def _row(
-    comparison: Comparison, numbers: Numbers, metric: str, variant: str, headline: bool
+    comparison: Comparison, runs: RunMetrics, metric: str, variant: str, headline: bool
 ) -> SummaryRow:
-    known, is_baseline = quantity(metric), variant == comparison.baseline
-
-    def of(name: str) -> dict[int, float]:
-        found = {seed: numbers.get((name, seed), {}).get(metric) for seed in comparison.seeds}
-        return {seed: value for seed, value in found.items() if value is not None}
-
-    values, base = of(variant), of(comparison.baseline)
+    meaning, is_baseline = quantity(metric), variant == comparison.baseline
+    values = _by_seed(comparison, runs, metric, variant)
+    base = _by_seed(comparison, runs, metric, comparison.baseline)
     shared = [] if is_baseline else [seed for seed in values if seed in base]
     differences = {seed: _difference(values[seed], base[seed]) for seed in shared}
     mean, std = _spread(list(values.values()))
     num_better = None
-    if known.better != "none" and not is_baseline:
-        sign = -1.0 if known.better == "lower" else 1.0
+    if meaning.better != "none" and not is_baseline:
+        sign = -1.0 if meaning.better == "lower" else 1.0
         num_better = sum(sign * difference > 0.0 for difference in differences.values())
     return SummaryRow(
         metric=metric,
-        quantity=known,
+        quantity=meaning,
         headline=headline,
         variant=variant,
         is_baseline=is_baseline,
         num_seeds=len(comparison.seeds),
-        num_runs=sum(name == variant for name, _ in numbers),
+        num_runs=sum(name == variant for name, _ in runs),
         values=values,
         mean=mean,
         std=std,
@@ -139,6 +262,14 @@ def _row(
         paired=None,
         num_better=num_better,
     )
+
+
+def _by_seed(
+    comparison: Comparison, runs: RunMetrics, metric: str, variant: str
+) -> dict[int, float]:
+    """The variant's numbers of a metric, of the seeds that have one."""
+    values = {seed: runs.get((variant, seed), {}).get(metric) for seed in comparison.seeds}
+    return {seed: value for seed, value in values.items() if value is not None}
 
 
 def _difference(value: float, base: float) -> float:
@@ -160,15 +291,83 @@ def _with_statistics(group: list[SummaryRow]) -> list[SummaryRow]:
     """The rows of one metric with their paired statistics, corrected over its variants."""
     sizes = [abs(v) for row in group for v in row.values.values() if math.isfinite(v)]
     differences = {row.variant: list(row.differences.values()) for row in group}
-    found = paired_statistics(differences, max(sizes, default=0.0))
-    return [dataclasses.replace(row, paired=found.get(row.variant)) for row in group]
+    paired = paired_statistics(differences, max(sizes, default=0.0))
+    return [dataclasses.replace(row, paired=paired.get(row.variant)) for row in group]
 
 
 def _with_best(group: list[SummaryRow]) -> list[SummaryRow]:
-    known = group[0].quantity
+    meaning = group[0].quantity
     means = [row.mean for row in group if row.mean is not None]
-    is_judged = known.better != "none" and not known.cost
-    if not is_judged or any(row.flag for row in group) or len(set(means)) < 2:
+    has_best = meaning.better != "none" and not meaning.cost
+    if not has_best or any(row.flag for row in group) or len(set(means)) < 2:
         return group
-    best = min(means) if known.better == "lower" else max(means)
+    best = min(means) if meaning.better == "lower" else max(means)
     return [dataclasses.replace(row, is_best=row.mean == best) for row in group]
+
+
+def _cost_groups(comparison: Comparison) -> dict[str, list[SummaryRow]]:
+    """Rows of the measured cost of a step of each variant, by metric."""
+    if comparison.cost is None:
+        return {}
+    costs = comparison.cost.variants
+    base = costs[comparison.baseline]
+    measured: dict[str, dict[str, tuple[float, Ratio]]] = {
+        "cost/step": {v: (cost.seconds, cost.slower) for v, cost in costs.items()},
+        "cost/gflop": {
+            v: (cost.flops / 1e9, Ratio(cost.flops / base.flops)) for v, cost in costs.items()
+        },
+    }
+    if base.memory_mib is not None:
+        measured["cost/memory_mib"] = {
+            v: (cost.memory_mib, Ratio(cost.memory_mib / base.memory_mib))
+            for v, cost in costs.items()
+            if cost.memory_mib is not None
+        }
+    return {
+        metric: [_cost_row(comparison, metric, v, *values[v]) for v in comparison.variants]
+        for metric, values in measured.items()
+    }
+
+
+def _cost_row(
+    comparison: Comparison, metric: str, variant: str, mean: float, ratio: Ratio
+) -> SummaryRow:
+    return SummaryRow(
+        metric=metric,
+        quantity=quantity(metric),
+        headline=quantity(metric).headline,
+        variant=variant,
+        is_baseline=variant == comparison.baseline,
+        num_seeds=len(comparison.seeds),
+        num_runs=sum(run.variant == variant for run in comparison.results),
+        values={},
+        mean=mean,
+        std=None,
+        differences={},
+        paired=None,
+        num_better=None,
+        ratio=ratio,
+    )
+
+
+def _cost_footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
+    """How the cost of a step was measured, or that step times depend on the order of the runs."""
+    cost = comparison.cost
+    if cost is None:
+        if any(row.metric == "time/step" and row.headline and row.values for row in rows):
+            return [
+                "Step times are of runs made one after another: they depend on their order and on "
+                "what else the machine did. `cost: {rounds: 10}` measures them interleaved."
+            ]
+        return []
+    text = (
+        f"Cost of a step: variant and baseline took turns in one process, {cost.rounds} rounds on "
+        f"{cost.device}, with every objective on. Change of step time: median of the ratios of a "
+        "round; brackets: interval of that median from order statistics, at least 95%; seconds: "
+        "the baseline's median times that ratio. Two copies of the baseline differed by up to "
+        f"{100.0 * cost.beyond:.2g}%, and no smaller change is claimed. FLOPs: matrix products, "
+        "convolutions and attention, teachers included."
+    )
+    if cost.unknown:
+        text += f" Not in the FLOPs, for want of a formula: {', '.join(cost.unknown)}."
+    return [text]

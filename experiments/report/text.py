@@ -16,11 +16,11 @@ from rich.text import Text
 from alignlab.experiments.compare.result import Budget, Comparison
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
-from alignlab.experiments.report.run_warnings import alarm_sentences
+from alignlab.experiments.report.run_warnings import warning_sentences
 from alignlab.experiments.report.summary import (
     SummaryRow,
     by_metric,
-    summary_notes,
+    footnotes,
     summary_rows,
 )
 from alignlab.experiments.report.verdict import verdict
@@ -46,7 +46,7 @@ _RATIO = {"ratio": "value", "ratio_low": "low", "ratio_high": "high"}
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
-    """Print verdict, warnings, summary table and notes of the report on a terminal."""
+    """Print verdict, warnings, summary table and footnotes of the report on a terminal."""
     rows = summary_rows(comparison)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("metric")
@@ -65,30 +65,30 @@ def print_summary(comparison: Comparison, console: Console) -> None:
             cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
             texts = [Text(cell, style) for cell in cells[: len(table.columns)]]
             table.add_row(*texts, end_section=row is group[-1])
-    found = verdict(comparison, rows)
-    for sentence in (found.lead, *found.variants.values()):
-        console.print(Text(sentence, "bold" if sentence is found.lead else ""))
-    warnings = alarm_sentences(comparison)
+    claims = verdict(comparison, rows)
+    for sentence in (claims.lead, *claims.variants.values()):
+        console.print(Text(sentence, "bold" if sentence is claims.lead else ""))
+    warnings = warning_sentences(comparison)
     for text in warnings[:PRINTED_WARNINGS]:
         console.print(Text(f"Warning: {text}", "yellow"))
     if len(warnings) > PRINTED_WARNINGS:
         more = len(warnings) - PRINTED_WARNINGS
         console.print(Text(f"{more} more warnings are in the report.", "yellow"))
     console.print(table)
-    if found.reading:
-        console.print(Text(found.reading, "dim"))
-    for note in summary_notes(comparison, rows):
+    if claims.reading:
+        console.print(Text(claims.reading, "dim"))
+    for note in footnotes(comparison, rows):
         console.print(Text(note, "dim"))
 
 
 def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """The report without pictures, as Markdown."""
     names = [_escape(variant) for variant in comparison.variants]
-    found = verdict(comparison, rows)
-    lines = [f"# {_escape(comparison.name)}", "", f"**{_escape(found.lead)}**", ""]
-    lines += [f"- {_escape(text)}" for text in found.variants.values()]
-    lines += ["", _escape(found.reading), ""] if found.reading else [""]
-    warnings = alarm_sentences(comparison)
+    claims = verdict(comparison, rows)
+    lines = [f"# {_escape(comparison.name)}", "", f"**{_escape(claims.lead)}**", ""]
+    lines += [f"- {_escape(text)}" for text in claims.variants.values()]
+    lines += ["", _escape(claims.reading), ""] if claims.reading else [""]
+    warnings = warning_sentences(comparison)
     if warnings:
         lines += ["**Warnings**", "", *(f"- {_escape(text)}" for text in warnings), ""]
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
@@ -98,15 +98,16 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
         lines.append(f"| {_escape(title(group[0]))} | " + " | ".join(cells) + " |")
         if any(row.diff_text for row in group):
             lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
-    notes = summary_notes(comparison, rows)
+    notes = footnotes(comparison, rows)
     lines += ["", reading(comparison), "", *(f"- {_escape(note)}" for note in notes)]
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
         lines += ["", "## How variants were tuned", ""]
         lines += _markdown_settings(comparison, comparison.tuning)
     lines += ["", "## How it was made", ""]
-    made = facts(comparison) | {name: plain(v) for name, v in comparison.environment.items()}
-    lines += [f"- {_escape(name)}: {_escape(text)}" for name, text in made.items()]
+    provenance = facts(comparison)
+    provenance |= {name: as_text(v) for name, v in comparison.environment.items()}
+    lines += [f"- {_escape(name)}: {_escape(text)}" for name, text in provenance.items()]
     return "\n".join([*lines, "", "```yaml", comparison.recipe.rstrip(), "```", ""])
 
 
@@ -174,24 +175,33 @@ def budget_text(budget: Budget) -> str:
     return f"{budget.label}: steps {steps}; in parentheses the cost of a step over the baseline's"
 
 
-def plain(value: JsonValue) -> str:
-    """A setting as text: strings as they are, anything else as JSON."""
+def as_text(value: JsonValue) -> str:
+    """Strings as they are, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def value(values: dict[str, JsonValue], variant: str) -> str:
-    """A variant's value of a setting, an em dash when it does not have the setting or leaves it."""
-    found = values.get(variant)
-    return DASH if found is None else plain(found)
+def setting_table(
+    comparison: Comparison, settings: dict[str, dict[str, JsonValue]]
+) -> dict[str, dict[str, str]]:
+    """Settings as text, by name and variant; an em dash where a variant does not set it."""
+    return {
+        name: {
+            variant: DASH if values.get(variant) is None else as_text(values[variant])
+            for variant in comparison.variants
+        }
+        for name, values in settings.items()
+    }
 
 
-def _markdown_settings(comparison: Comparison, rows: dict[str, dict[str, JsonValue]]) -> list[str]:
-    if not rows:
+def _markdown_settings(
+    comparison: Comparison, settings: dict[str, dict[str, JsonValue]]
+) -> list[str]:
+    if not settings:
         return ["Nothing: the variants have the same settings."]
     names = [_escape(variant) for variant in comparison.variants]
     lines = ["| setting |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
-    for setting, values in rows.items():
-        cells = [_escape(value(values, variant)) for variant in comparison.variants]
+    for setting, texts in setting_table(comparison, settings).items():
+        cells = [_escape(text) for text in texts.values()]
         lines.append(f"| {_escape(setting)} | " + " | ".join(cells) + " |")
     return lines
 

@@ -34,35 +34,35 @@ def verdict(comparison: Comparison, rows: list[SummaryRow]) -> Verdict:
     """Says for every variant which headline quantities it changes, and what could not be seen.
 
     Quantities are those of the summary table that have a better side, and the step time. A change
-    is claimed where `Paired.is_found`.
+    is claimed where `Paired.is_claimed`.
     """
     others = [variant for variant in comparison.variants if variant != comparison.baseline]
     if not others:
         lead = f"Only the baseline {comparison.baseline} is here: there is nothing to compare."
         return Verdict(lead, {}, "")
-    judged = [group for group in by_metric(rows) if _is_judged(group[0])]
-    if all(group[0].quantity.cost for group in judged):
+    groups = [group for group in by_metric(rows) if _has_verdict(group[0])]
+    if all(group[0].quantity.cost for group in groups):
         return Verdict("No headline metric with a better side was measured.", {}, "")
     num_seeds = len(comparison.seeds)
     if num_seeds < MIN_PAIRS:
         count = "One seed" if num_seeds == 1 else f"{num_seeds} seeds"
         lead = f"{count}: no verdict. It takes {MIN_PAIRS} seeds to tell an effect from luck."
         return Verdict(lead, {}, "")
-    of = {v: [row for group in judged for row in group if row.variant == v] for v in others}
-    base = {group[0].metric: row for group in judged for row in group if row.is_baseline}
+    by_variant = {v: [row for group in groups for row in group if row.variant == v] for v in others}
+    base = {group[0].metric: row for group in groups for row in group if row.is_baseline}
     return Verdict(
-        _lead(comparison, of),
-        {variant: _sentence(variant, of[variant], base) for variant in others},
-        _reading(comparison, of),
+        _lead(comparison, by_variant),
+        {variant: _sentence(variant, by_variant[variant], base) for variant in others},
+        _reading(comparison, by_variant),
     )
 
 
-def _is_judged(row: SummaryRow) -> bool:
-    known = row.quantity
-    return row.headline and known.better != "none" and (known.slower or not known.cost)
+def _has_verdict(row: SummaryRow) -> bool:
+    meaning = row.quantity
+    return row.headline and meaning.better != "none" and (meaning.slower or not meaning.cost)
 
 
-def _lead(comparison: Comparison, of: dict[str, list[SummaryRow]]) -> str:
+def _lead(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) -> str:
     against = f"Against {comparison.baseline}, over {len(comparison.seeds)} seeds"
     if comparison.budget is not None:
         against += f" at {comparison.budget.label}"
@@ -70,7 +70,7 @@ def _lead(comparison: Comparison, of: dict[str, list[SummaryRow]]) -> str:
     for change in ("better", "worse"):
         names = [
             variant
-            for variant, rows in of.items()
+            for variant, rows in by_variant.items()
             if any(row.change == change and not row.quantity.cost for row in rows)
         ]
         if names:
@@ -81,19 +81,19 @@ def _lead(comparison: Comparison, of: dict[str, list[SummaryRow]]) -> str:
 def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow]) -> str:
     """ "refalign (5 seeds): raises subject retrieval by 0.12 [0.07, 0.16] (better); no ..."."""
     clauses = [_claim(row, base[row.metric]) for row in rows if row.change]
-    rest = [row for row in rows if not row.change]
-    same = [_name(row) for row in rest if row.paired is not None and row.paired.is_equal]
-    if same:
-        clauses.append(f"exactly the baseline's {_listed(same, 'and')}")
-    unseen = [
+    unchanged = [row for row in rows if not row.change]
+    equal = [_name(row) for row in unchanged if row.paired is not None and row.paired.is_equal]
+    if equal:
+        clauses.append(f"exactly the baseline's {_listed(equal, 'and')}")
+    undetected = [
         f"{_name(row)} (could have seen {_detectable(row, base[row.metric])})"
-        for row in rest
+        for row in unchanged
         if row.paired is not None and row.paired.detectable is not None
     ]
-    unseen += [f"{_name(row)} ({row.diff_text})" for row in rest if row.ratio is not None]
-    if unseen:
-        clauses.append(f"no detectable change in {_listed(unseen, 'or')}")
-    unknown = [f"{_name(row)} ({why})" for row in rest if (why := _why_unknown(row))]
+    undetected += [f"{_name(row)} ({row.diff_text})" for row in unchanged if row.ratio is not None]
+    if undetected:
+        clauses.append(f"no detectable change in {_listed(undetected, 'or')}")
+    unknown = [f"{_name(row)} ({why})" for row in unchanged if (why := _why_unknown(row))]
     if unknown:
         clauses.append(f"cannot tell for {_listed(unknown, 'and')}")
     num_seeds = max(len(row.differences) for row in rows)
@@ -103,15 +103,15 @@ def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow])
 def _claim(row: SummaryRow, base: SummaryRow) -> str:
     if row.ratio is not None:
         return _claim_time(row.ratio)
-    found = row.paired
-    assert found is not None and found.low is not None and found.high is not None
+    paired = row.paired
+    assert paired is not None and paired.low is not None and paired.high is not None
     factor, unit = _scale(row, base)
-    factor = math.copysign(factor, found.mean)
-    low, high = sorted((found.low * factor, found.high * factor))
-    size = format_interval(found.mean * factor, low, high, unit=unit)
+    factor = math.copysign(factor, paired.mean)
+    low, high = sorted((paired.low * factor, paired.high * factor))
+    size = format_interval(paired.mean * factor, low, high, unit=unit)
     if row.quantity.slower:
-        return f"{size} {'slower' if found.mean > 0 else 'faster'}"
-    return f"{'raises' if found.mean > 0 else 'lowers'} {_name(row)} by {size} ({row.change})"
+        return f"{size} {'slower' if paired.mean > 0 else 'faster'}"
+    return f"{'raises' if paired.mean > 0 else 'lowers'} {_name(row)} by {size} ({row.change})"
 
 
 def _claim_time(ratio: Ratio) -> str:
@@ -136,15 +136,15 @@ def _scale(row: SummaryRow, base: SummaryRow) -> tuple[float, str]:
 
 
 def _why_unknown(row: SummaryRow) -> str:
-    found = row.paired
+    paired = row.paired
     if row.ratio is not None:
         return ""
-    if found is None:
+    if paired is None:
         return row.flag or "the baseline lacks it"
-    if found.num_pairs < MIN_PAIRS:
-        return f"{found.num_pairs} of {row.num_seeds} seeds have it"
-    if found.low is None:
-        return f"{format_number(found.mean, sign=True)} with every seed: no spread to judge it by"
+    if paired.num_pairs < MIN_PAIRS:
+        return f"{paired.num_pairs} of {row.num_seeds} seeds have it"
+    if paired.low is None:
+        return f"{format_number(paired.mean, sign=True)} with every seed: no spread to judge it by"
     return ""
 
 
@@ -157,15 +157,15 @@ def _listed(parts: list[str], word: str) -> str:
     return f" {word} ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
-def _reading(comparison: Comparison, of: dict[str, list[SummaryRow]]) -> str:
-    methods = {row.paired.method for rows in of.values() for row in rows if row.paired}
+def _reading(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) -> str:
+    methods = {row.paired.method for rows in by_variant.values() for row in rows if row.paired}
     how = "BCa bootstrap and sign-flip test" if "bootstrap" in methods else "Student's t"
     if "t" in methods and len(comparison.seeds) < BOOTSTRAP_PAIRS:
         how += f" (a bootstrap of fewer than {BOOTSTRAP_PAIRS} seeds is too narrow)"
     interleaved = ""
-    if any(row.ratio is not None for rows in of.values() for row in rows):
+    if any(row.ratio is not None for rows in by_variant.values() for row in rows):
         interleaved = " Step times are not over seeds: see the note on the cost of a step."
-    corrected = f", Holm-corrected over {len(of)} variants," if len(of) > 1 else ""
+    corrected = f", Holm-corrected over {len(by_variant)} variants," if len(by_variant) > 1 else ""
     return (
         f"Numbers in brackets are 95% intervals of the difference with the same seed: {how}. A "
         f"change is claimed where the p-value{corrected} is at most {ALPHA}, each quantity by "

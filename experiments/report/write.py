@@ -1,41 +1,41 @@
-"""Writes what a comparison found: report.html, report.md, table.csv and table.tex.
+"""Writes the report of a comparison: report.html, report.md, table.csv and table.tex.
 
 report.html is one file that needs no network: script, style, charts and clips are inside it, and a
 content security policy forbids the browser to fetch anything.
 """
 
-import base64
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignlab.experiments.compare.result import Comparison, SampleClip
-from alignlab.experiments.report.figures import (
+from alignlab.experiments.report.charts import (
     block_charts,
     curve_charts,
+    figures_of,
     seed_charts,
+    styles,
     timestep_charts,
 )
 from alignlab.experiments.report.formatting import format_number, format_p
 from alignlab.experiments.report.latex import table_tex
-from alignlab.experiments.report.page import render
-from alignlab.experiments.report.plot import styles
-from alignlab.experiments.report.run_warnings import alarms
+from alignlab.experiments.report.page import data_uri, render
+from alignlab.experiments.report.run_warnings import warnings_by_variant
 from alignlab.experiments.report.summary import (
     SummaryRow,
     by_metric,
-    summary_notes,
+    footnotes,
     summary_rows,
 )
 from alignlab.experiments.report.text import (
+    as_text,
     budget_text,
     facts,
     headline,
     markdown,
-    plain,
     reading,
+    setting_table,
     table_csv,
     title,
-    value,
 )
 from alignlab.experiments.report.verdict import verdict
 
@@ -73,35 +73,24 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         "timesteps": timestep_charts(comparison, rows),
         "blocks": block_charts(comparison, rows),
     }
-    figures = {
-        f"{name}-{index}": chart.figure
-        for name, charts in sections.items()
-        for index, chart in enumerate(charts)
-    }
     return render(
         "report.html.j2",
-        figures,
+        figures_of(sections),
         comparison=comparison,
         verdict=verdict(comparison, rows),
-        alarms=alarms(comparison),
+        warnings=warnings_by_variant(comparison),
         reading=reading(comparison),
         headline=headline(rows),
         groups=by_metric(rows),
-        notes=summary_notes(comparison, rows),
+        footnotes=footnotes(comparison, rows),
         budget=_budget(comparison),
-        settings={
-            setting: {v: value(values, v) for v in comparison.variants}
-            for setting, values in comparison.differing.items()
-        },
-        tuning={
-            setting: {v: value(values, v) for v in comparison.variants}
-            for setting, values in comparison.tuning.items()
-        },
+        settings=setting_table(comparison, comparison.differing),
+        tuning=setting_table(comparison, comparison.tuning),
         sections=sections,
         prompts=_prompts(comparison, folder),
         styles=styles(comparison),
         facts=facts(comparison),
-        environment={name: plain(value) for name, value in comparison.environment.items()},
+        environment={name: as_text(value) for name, value in comparison.environment.items()},
         title=title,
         format_number=format_number,
         format_p=format_p,
@@ -130,24 +119,24 @@ def _budget(comparison: Comparison) -> str:
 
 def _prompts(comparison: Comparison, folder: Path) -> list[Prompt]:
     """Validation prompts of the first seed's samples, in the order the runs give them."""
-    found: dict[str, dict[str, tuple[Path, SampleClip]]] = {}
+    by_prompt: dict[str, dict[str, tuple[Path, SampleClip]]] = {}
     for variant in comparison.variants:
         run = comparison.run(variant, comparison.seeds[0])
         if run is not None:
             for clip in run.samples:
-                found.setdefault(clip.key, {})[variant] = (folder / run.run_dir, clip)
-    return [_prompt(comparison, clips) for clips in found.values()]
+                by_prompt.setdefault(clip.key, {})[variant] = (folder / run.run_dir, clip)
+    return [_prompt(comparison, clips) for clips in by_prompt.values()]
 
 
 def _prompt(comparison: Comparison, clips: dict[str, tuple[Path, SampleClip]]) -> Prompt:
     home, first = next(iter(clips.values()))
-    references = (_data_uri(home / name, "image/png") for name in first.references)
+    references = (_media_uri(home / name, "image/png") for name in first.references)
     return Prompt(
         caption=first.caption,
         references=tuple(uri for uri in references if uri is not None),
-        real=_data_uri(home / first.real, "video/mp4") if first.real else None,
+        real=_media_uri(home / first.real, "video/mp4") if first.real else None,
         clips={
-            variant: _data_uri(clips[variant][0] / clips[variant][1].video, "video/mp4")
+            variant: _media_uri(clips[variant][0] / clips[variant][1].video, "video/mp4")
             if variant in clips
             else None
             for variant in comparison.variants
@@ -155,7 +144,5 @@ def _prompt(comparison: Comparison, clips: dict[str, tuple[Path, SampleClip]]) -
     )
 
 
-def _data_uri(path: Path, media_type: str) -> str | None:
-    if not path.is_file():
-        return None
-    return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+def _media_uri(path: Path, media_type: str) -> str | None:
+    return data_uri(path.read_bytes(), media_type) if path.is_file() else None

@@ -279,11 +279,11 @@ def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepC
     refuse_other_command(recipe, mapping, "sweep")
     if "seeds" in mapping and "seed" in mapping:
         raise UserError("seed: a sweep with 'seeds' does not read it; remove one")
-    asked = {key: mapping.pop(key) for key in SWEEP_KEYS if key in mapping}
-    if isinstance(asked["space"], Mapping):
-        asked["space"] = _dotted_space(asked["space"])
-    asked.setdefault("seeds", [mapping.pop("seed", 0)])
-    return validated(SweepConfig, {**asked, "base": validated(RunConfig, mapping)})
+    search = {key: mapping.pop(key) for key in SWEEP_KEYS if key in mapping}
+    if isinstance(search["space"], Mapping):
+        search["space"] = _dotted_space(search["space"])
+    search.setdefault("seeds", [mapping.pop("seed", 0)])
+    return validated(SweepConfig, {**search, "base": validated(RunConfig, mapping)})
 
 
 def dump_sweep(config: SweepConfig) -> str:

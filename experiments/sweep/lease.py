@@ -1,8 +1,20 @@
 """Who works on a trial, and whether that process still lives.
 
-Optuna's heartbeat exists for databases only, not for journal files, and compares clocks of several
-machines. A lease is an attribute of the trial, so every storage has it: its holder counts beats,
-and another process calls it dead when the count stands still by its own clock.
+A lease is an attribute of the trial: its holder counts beats, and another process takes it for
+dead when the count stands still by its own clock, or at once when it can see that it has ended.
+
+Why not Optuna's heartbeat, retry callback and MaxTrialsCallback (tried with Optuna 5.0):
+
+- A stale trial becomes FAIL for good (setting WAITING raises UpdateFinishedTrialError), and its
+  retry gets the next free number: of 3 planned trials the first then is number 3. Folder, row in
+  `trials.csv`, MLflow run and random seed all go by the number, so a killed sweep would differ from
+  one that was not.
+- A process killed between the two steps of a retry loses the trial (2 planned trials: one FAIL,
+  one WAITING); a worker killed before its first beat leaves a trial RUNNING for ever.
+- Journal files have no heartbeat, and they are what several machines without a server share.
+- MaxTrialsCallback counts afterwards: asked for 10, 4 workers finished 13.
+- Popping waiting trials from SQLite without a lock of our own (`SweepStudy.claim`): 4 processes
+  took 6 to 10 of 40 trials twice.
 """
 
 import _thread
@@ -12,9 +24,10 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage
@@ -28,9 +41,9 @@ LOST_SIGNAL = signal.SIGUSR2
 
 
 class Lease:
-    """Renews a claim on a trial until it is left; a context manager for the main thread.
+    """A claim on a trial.
 
-    If another process has taken the trial over (this one was suspended for longer than the grace
+    If another process takes the trial over (this one was suspended for longer than the grace
     time), `lost` becomes true and the main thread gets a KeyboardInterrupt.
     """
 
@@ -45,30 +58,21 @@ class Lease:
             "host": platform.node(),
             "beat": 0,
         }
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._renew_often, daemon=True)
-        self.renew()
+        self._renew()
 
-    def __enter__(self) -> Self:
-        self._handler = signal.signal(LOST_SIGNAL, signal.default_int_handler)
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        signal.signal(LOST_SIGNAL, self._handler)
-
-    def renew(self) -> None:
-        """One more beat."""
-        claim = self.claim | {"beat": self.claim["beat"] + 1}
-        self._storage.set_trial_user_attr(self._trial_id, LEASE, claim)
-        self.claim = claim
+    @contextmanager
+    def renewed(self) -> Iterator[None]:
+        """Renews the claim every `BEAT_S` seconds for a while; for the main thread."""
+        stop = threading.Event()
+        thread = threading.Thread(target=self._renew_until, args=(stop,), daemon=True)
+        handler = signal.signal(LOST_SIGNAL, signal.default_int_handler)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            signal.signal(LOST_SIGNAL, handler)
 
     def is_held(self) -> bool:
         """Whether the trial is this process's, running or finished by it."""
@@ -76,14 +80,19 @@ class Lease:
         claim = trial.user_attrs.get(LEASE) or {}
         return trial.state != TrialState.WAITING and claim.get("owner") == self.claim["owner"]
 
-    def _renew_often(self) -> None:
-        while not self._stop.wait(BEAT_S):
+    def _renew(self) -> None:
+        claim = self.claim | {"beat": self.claim["beat"] + 1}
+        self._storage.set_trial_user_attr(self._trial_id, LEASE, claim)
+        self.claim = claim
+
+    def _renew_until(self, stop: threading.Event) -> None:
+        while not stop.wait(BEAT_S):
             try:
                 if not self.is_held():
                     self.lost = True
                     _thread.interrupt_main(LOST_SIGNAL)
                     return
-                self.renew()
+                self._renew()
             except UpdateFinishedTrialError:
                 return
             except StorageInternalError:
@@ -94,27 +103,31 @@ class Watch:
     """Tells which running trials nobody works on any more."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Any, float]] = {}
+        self._last_beats: dict[int, tuple[Any, float]] = {}
 
     def is_dead(self, trial: FrozenTrial) -> bool:
         """Whether the holder is known to have ended, or gave no beat for `GRACE_S` seconds."""
         claim = trial.user_attrs.get(LEASE)
         if claim is not None and claim["place"] == _place() and not _lives(claim["pid"]):
             return True
-        state = None if claim is None else (claim["owner"], claim["beat"])
-        known, since = self._seen.get(trial.number, (None, 0.0))
-        if trial.number not in self._seen or known != state:
-            self._seen[trial.number] = (state, time.monotonic())
+        beat = claim and (claim["owner"], claim["beat"])
+        last_beat, since = self._last_beats.get(trial.number, (None, None))
+        if since is None or beat != last_beat:
+            self._last_beats[trial.number] = (beat, time.monotonic())
             return False
         return time.monotonic() - since > GRACE_S
 
 
+def machine() -> str:
+    """The same for all processes under one kernel, also in containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else str(uuid.getnode())
+
+
 def _place() -> str:
     """Where process numbers mean what they mean here; elsewhere than on Linux, nowhere else."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if not boot.exists():
-        return f"unknown {uuid.getnode()} {os.getpid()}"
-    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    namespace = Path("/proc/self/ns/pid")
+    return f"{machine()} {os.readlink(namespace) if namespace.exists() else os.getpid()}"
 
 
 def _lives(pid: int) -> bool:

@@ -5,7 +5,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,38 +16,31 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from pydantic import JsonValue
 
+from alignlab.experiments.report.charts import Chart, figures_of
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import render
-from alignlab.experiments.report.run_warnings import gathered
+from alignlab.experiments.report.run_warnings import gather_warnings
 from alignlab.experiments.sweep.config import BlocksSpace
 from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
-from alignlab.runs.run_folder import RunFolder, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.run_folder import RunFolder
 
 FEW = 2  # charts of one trial show nothing
 CONTOUR_PX = 195  # of a row of panels: less and names run into each other, more and no page holds 3
 MOST_CONTOURS = 3  # params of a contour chart: it has a panel for each pair
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure and how to read it."""
-
-    title: str
-    reading: str
-    figure: go.Figure
-
-
 def write_page(study: SweepStudy, best: FrozenTrial | None) -> Path:
     """Writes `sweep.html` into the sweep's folder."""
-    found = sweep_charts(study)
+    shown = sweep_charts(study)
     page = render(
         "sweep.html.j2",
-        {f"chart-{i}": _json(chart.figure) for i, chart in enumerate(found)},
+        figures_of({"chart": shown}),
         name=study.config.name,
         verdict=_verdict(study, best),
         warnings=trial_warnings(study),
-        charts=found,
+        charts=shown,
     )
     path = sweep_folder(study.config) / "sweep.html"
     write_text(path, page)
@@ -57,7 +49,7 @@ def write_page(study: SweepStudy, best: FrozenTrial | None) -> Path:
 
 def trial_warnings(study: SweepStudy) -> dict[int, list[str]]:
     """What the runs of a trial gave warning of, by number, of those that lie on this machine."""
-    found = {}
+    texts_by_trial = {}
     for trial in study.trials():
         notes = {}
         for seed in study.config.seeds:
@@ -65,23 +57,24 @@ def trial_warnings(study: SweepStudy) -> dict[int, list[str]]:
             result = RunFolder(sweep_folder(study.config) / name).read_result()
             if result is not None:
                 notes[seed] = result.get("notes", [])
-        texts = gathered(notes, len(study.config.seeds))
+        texts = gather_warnings(notes, len(study.config.seeds))
         if texts:
-            found[trial.number] = texts
-    return found
+            texts_by_trial[trial.number] = texts
+    return texts_by_trial
 
 
 def sweep_charts(study: SweepStudy) -> list[Chart]:
     """Every chart that the finished trials have something for."""
     if len(study.trials(TrialState.COMPLETE)) < FEW:
         return []
-    found = []
+    drawn = []
     for index, metric in enumerate(study.config.metric):
-        found += _metric_charts(study, index, metric.name)
+        drawn += _metric_charts(study, index, metric.name)
     if len(study.config.metric) in (2, 3):
         figure = charts.plot_pareto_front(study.study)
-        found.append(Chart("Pareto front", "Red trials: none is better in every metric.", figure))
-    return found
+        reading = "Red trials: none is better in every metric."
+        drawn.append(_chart("Pareto front", reading, figure))
+    return drawn
 
 
 def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
@@ -92,15 +85,15 @@ def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
 
     shown: dict[str, Any] = {"target_name": name} | ({"target": target} if several else {})
     history = charts.plot_optimization_history(study.study, **shown)
-    found = [Chart(f"{name}: history", "Every trial, and the best so far.", history)]
+    drawn = [_chart(f"{name}: history", "Every trial, and the best so far.", history)]
     varied = _varied(study)
     if not varied:
-        return found
+        return drawn
     importances = _importances(study, index, varied)
     bars = go.Figure(go.Bar(x=list(importances.values()), y=list(importances), orientation="h"))
     bars.update_yaxes(autorange="reversed")
     reading = "Share of each setting in what sets good trials apart (PED-ANOVA)."
-    found.append(Chart(f"{name}: importance", reading, bars))
+    drawn.append(_chart(f"{name}: importance", reading, bars))
     plots: list[tuple[str, str, Callable[..., go.Figure], list[str]]] = [
         ("slice", "Each setting by itself.", charts.plot_slice, varied),
         ("parallel", "One line per trial.", charts.plot_parallel_coordinate, varied),
@@ -112,8 +105,8 @@ def _metric_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
         figure = draw(study.study, params=params, **shown)
         if kind == "contour" and len(params) > 2:  # two make one panel, three a panel per pair
             figure.update_layout(height=CONTOUR_PX * len(params))
-        found.append(Chart(f"{name}: {kind}", reading, figure))
-    return found + _block_charts(study, index, name)
+        drawn.append(_chart(f"{name}: {kind}", reading, figure))
+    return drawn + _block_charts(study, index, name)
 
 
 def _importances(study: SweepStudy, index: int, varied: list[str]) -> dict[str, float]:
@@ -138,13 +131,13 @@ def _varied(study: SweepStudy) -> list[str]:
 
 
 def _block_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
-    found = []
+    drawn = []
     for key, parameter in study.config.space.items():
         if isinstance(parameter, BlocksSpace):
             reading = "Mean over the trials that chose both blocks; the diagonal: that block."
             figure = _block_map(study, key, parameter, index)
-            found.append(Chart(f"{name}: {key}", reading, figure))
-    return found
+            drawn.append(_chart(f"{name}: {key}", reading, figure))
+    return drawn
 
 
 def _block_map(study: SweepStudy, key: str, parameter: BlocksSpace, index: int) -> go.Figure:
@@ -179,8 +172,8 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
     for metric, value, own in zip(
         study.config.metric, best.values, first.values or [math.nan] * 9, strict=False
     ):
-        known = first.state == TrialState.COMPLETE and "fixed_params" in first.system_attrs
-        against = f" (the recipe's own settings: {format_number(own)})" if known else ""
+        has_own = first.state == TrialState.COMPLETE and "fixed_params" in first.system_attrs
+        against = f" (the recipe's own settings: {format_number(own)})" if has_own else ""
         parts.append(f"{metric.name} {format_number(value)}{against}")
     return (
         f"Trial {best.number} is the best of {len(study.trials(TrialState.COMPLETE))} finished "
@@ -189,8 +182,8 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
     )
 
 
-def _json(figure: go.Figure) -> JsonValue:
+def _chart(title: str, reading: str, figure: go.Figure) -> Chart:
     """The figure as plotly.js reads it, as wide as the page; Optuna gives some a width."""
     figure.update_layout(template="plotly_white", title=None, margin={"t": 30}, width=None)
-    found: JsonValue = json.loads(figure.to_json())
-    return found
+    drawn: JsonValue = json.loads(figure.to_json())
+    return Chart(title, reading, drawn)

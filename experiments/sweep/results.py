@@ -1,4 +1,4 @@
-"""What a sweep found: `best.yaml`, `trials.csv`, a table on the terminal, and the charts."""
+"""The results of a sweep: `best.yaml`, `trials.csv`, a table on the terminal, and the charts."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import ERROR, METRICS, trial_run
 from alignlab.recipe import dump
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 SHOWN_TRIALS = 10
 
@@ -60,8 +60,8 @@ def best_trial(study: SweepStudy) -> FrozenTrial | None:
 def best_metrics(study: SweepStudy) -> dict[str, float]:
     """The best trial's metrics, means over its seeds."""
     best = best_trial(study)
-    found: dict[str, list[float]] = {} if best is None else best.user_attrs[METRICS]
-    return {name: fmean(values) for name, values in found.items()}
+    metrics: dict[str, list[float]] = {} if best is None else best.user_attrs[METRICS]
+    return {name: fmean(values) for name, values in metrics.items()}
 
 
 def trial_values(study: SweepStudy, trial: FrozenTrial) -> dict[str, Any]:
@@ -95,8 +95,8 @@ def trials_csv(study: SweepStudy) -> str:
     """One row per trial: number, state, values, metrics (means over seeds), folder, error."""
     trials = study.trials()
     names = sorted({name for t in trials for name in t.user_attrs.get(METRICS, {})})
-    asked = [metric.name for metric in study.config.metric]
-    names = [*asked, *(name for name in names if name not in asked)]
+    optimized = [metric.name for metric in study.config.metric]
+    names = [*optimized, *(name for name in names if name not in optimized)]
     keys = list(study.config.space)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

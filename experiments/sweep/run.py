@@ -1,6 +1,6 @@
 """A sweep: a search over settings of one run, by one worker or several, on one machine or several.
 
-A killed sweep goes on with the same command; a killed worker's trial goes on from its checkpoint.
+The same command resumes a killed sweep; a killed worker's trial resumes from its checkpoint.
 """
 
 import logging
@@ -12,13 +12,13 @@ from types import FrameType
 
 from rich.console import Console
 
-from alignlab.experiments.launchers.sweeps import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep
+from alignlab.experiments.sweep.launch import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
 from alignlab.experiments.sweep.study import create_study, join_study, shown_url, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.worker import check
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Optuna's samplers and pruners from a sweep's recipe, and what they need.
 
 A sampler is built anew for every trial, seeded by the trial's number: workers never repeat each
-other's draws, and a sweep that goes on after a kill draws what it would have drawn.
+other's draws, and a sweep resumed after a kill draws what it would have drawn.
 """
 
 import importlib.util

@@ -83,7 +83,7 @@ def value_of(key: str, parameter: Parameter, params: Params) -> Any:
 
 
 def suggest_values(trial: Trial, space: Mapping[str, Parameter]) -> dict[str, Any]:
-    """The recipe values of a trial, by dotted key; those of a retried trial are the same again."""
+    """The recipe values of a trial, by dotted key; those of a resumed trial are the same again."""
     values = {}
     for key, parameter in space.items():
         params = {
@@ -116,7 +116,7 @@ def apply_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 def own_params(config: SweepConfig) -> Params | None:
     """The params under which a trial is the recipe itself; None if one value lies outside."""
-    found: Params = {}
+    own: Params = {}
     for key, parameter in config.space.items():
         same = (
             params
@@ -126,8 +126,8 @@ def own_params(config: SweepConfig) -> Params | None:
         params = next(same, None)
         if params is None:
             return None
-        found |= params
-    return found
+        own |= params
+    return own
 
 
 def grid_points(config: SweepConfig) -> list[Params]:

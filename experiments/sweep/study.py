@@ -1,10 +1,11 @@
 """The Optuna study of a sweep: where it is kept, and which trial is next.
 
-A study is made with all its trials, waiting. Workers only ever take waiting trials and never make
+A study is created with all its trials, waiting. Workers only take waiting trials and never add
 any, so the number of trials is exact however many workers there are; a trial whose worker died
 waits again, under its own number and with the params that it had.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,14 @@ from sqlalchemy.pool import NullPool
 
 from alignlab.config.data import unknown_name
 from alignlab.config.identity import has_hash, settings_hash
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 from alignlab.experiments.report.metric_table import QUANTITIES, quantity, split_name
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
 from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
 from alignlab.experiments.sweep.space import grid_points, own_params
+
+log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
 LOCK_WAIT_S = 60
@@ -49,13 +52,17 @@ class SweepStudy:
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self.size = len(_plan(config))
-        """How many trials there are, or will be once they are all made."""
+        """How many trials there are, or will be once all are added."""
         self._lock = FileLock(sweep_folder(config) / ".claims.lock")
         self._watch = Watch()
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in order of number; without `states`, all."""
         return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def num_finished(self) -> int:
+        """How many trials have ended, well or not."""
+        return sum(trial.state.is_finished() for trial in self.trials())
 
     def is_finished(self) -> bool:
         """Whether all trials that the sweep should have are finished."""
@@ -65,8 +72,8 @@ class SweepStudy:
     def claim(self) -> tuple[optuna.Trial, Lease] | None:
         """Takes the first waiting trial; None while there is none."""
         with self._lock:  # SQLite cannot lock a row, so two workers could take the same one
-            for waiting in self.trials(TrialState.WAITING):
-                trial_id = self._id(waiting)
+            for trial in self.trials(TrialState.WAITING):
+                trial_id = self._trial_id(trial.number)
                 try:
                     taken = self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
                 except UpdateFinishedTrialError:
@@ -76,28 +83,31 @@ class SweepStudy:
                     break
             else:
                 return None
-        self.study.sampler = build_sampler(self.config.sampler, waiting.number)
+        self.study.sampler = build_sampler(self.config.sampler, trial.number)
         return optuna.Trial(self.study, trial_id), lease
 
-    def put_back(self, number: int, lease: Any) -> None:
-        """Lets a running trial wait again, if the claim on it is still `lease`."""
+    def put_back(self, number: int, claim: Any) -> bool:
+        """Lets a running trial wait again; False if another claim on it was made meanwhile."""
         with self._lock:
-            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+            trial_id = self._trial_id(number)
             trial = self._storage.get_trial(trial_id)
-            if trial.state == TrialState.RUNNING and trial.user_attrs.get(LEASE) == lease:
-                # first the claim, or the next holder would be judged by a dead one's
-                self._storage.set_trial_user_attr(trial_id, LEASE, None)
-                self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            if trial.state != TrialState.RUNNING or trial.user_attrs.get(LEASE) != claim:
+                return False
+            # first the claim: the next holder is not silent because the dead one was
+            self._storage.set_trial_user_attr(trial_id, LEASE, None)
+            self._storage.set_trial_state_values(trial_id, TrialState.WAITING)
+            return True
 
     def put_back_dead(self) -> list[int]:
         """Lets the trials of dead workers wait again; returns their numbers."""
         dead = [t for t in self.trials(TrialState.RUNNING) if self._watch.is_dead(t)]
-        for trial in dead:
-            self.put_back(trial.number, trial.user_attrs.get(LEASE))
-        return [trial.number for trial in dead]
+        numbers = [t.number for t in dead if self.put_back(t.number, t.user_attrs.get(LEASE))]
+        for number in numbers:
+            log.info("trial %d: its worker died, it resumes from its checkpoint", number)
+        return numbers
 
-    def _id(self, trial: FrozenTrial) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
+    def _trial_id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
 
 def sweep_folder(config: SweepConfig) -> Path:
@@ -118,7 +128,7 @@ def shown_url(config: SweepConfig) -> str:
 
 
 def create_study(config: SweepConfig) -> SweepStudy:
-    """Makes the study with all its trials waiting, or opens it to go on.
+    """Creates the study with all its trials waiting, or opens it to resume.
 
     Raises:
         UserError: the study is of another recipe or larger, or the storage cannot be used.
@@ -134,18 +144,18 @@ def create_study(config: SweepConfig) -> SweepStudy:
             pruner=build_pruner(config.pruner, len(config.seeds)),
             load_if_exists=True,
         )
-        known = study.user_attrs.get(RECIPE_HASH)
-        if known is None:
+        recipe_hash = study.user_attrs.get(RECIPE_HASH)
+        if recipe_hash is None:
             study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
             with experimental_accepted():
                 study.set_metric_names([metric.name for metric in config.metric])
-        _check_same_sweep(config, known)
+        _check_same_sweep(config, recipe_hash)
         _add_trials(config, study)
     return SweepStudy(config, study, storage)
 
 
 def join_study(config: SweepConfig) -> SweepStudy:
-    """Opens the study that another process has made.
+    """Opens the study that another process has created.
 
     Raises:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
@@ -171,9 +181,9 @@ def directions(config: SweepConfig) -> list[Direction]:
     """`minimize` or `maximize` for each metric.
 
     Raises:
-        UserError: a metric whose better side is not known.
+        UserError: a metric with no better side.
     """
-    found: list[Direction] = []
+    sides: list[Direction] = []
     for metric in config.metric:
         better = quantity(metric.name).better
         base, _ = split_name(metric.name)
@@ -184,8 +194,8 @@ def directions(config: SweepConfig) -> list[Direction]:
                 f"metric: {metric.name} has no better side of its own: "
                 f"write {{name: {metric.name}, direction: minimize}} (or maximize)"
             )
-        found.append(metric.direction or ("minimize" if better == "lower" else "maximize"))
-    return found
+        sides.append(metric.direction or ("minimize" if better == "lower" else "maximize"))
+    return sides
 
 
 def _plan(config: SweepConfig) -> Sequence[dict[str, Any] | None]:
@@ -208,8 +218,8 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attrs))
 
 
-def _check_same_sweep(config: SweepConfig, known: str | None) -> None:
-    if known is not None and not has_hash(config, known, NUMBERLESS):
+def _check_same_sweep(config: SweepConfig, recipe_hash: str | None) -> None:
+    if recipe_hash is not None and not has_hash(config, recipe_hash, NUMBERLESS):
         raise UserError(
             f"{shown_url(config)} holds a sweep {config.name!r} of another recipe: "
             "choose another name, or remove the study and its folder"
@@ -234,12 +244,8 @@ def _open_storage(config: SweepConfig) -> BaseStorage:
         return get_storage(RDBStorage(url, engine_kwargs=engine))
     except ImportError as error:
         raise UserError(
-            f"storage: {shown_url(config)} needs a database driver: {_first_line(error)}; "
+            f"storage: {shown_url(config)} needs a database driver: {first_line(error)}; "
             "for PostgreSQL: pip install 'alignlab[postgres]'"
         ) from None
     except (OperationalError, ArgumentError, NoSuchModuleError) as error:
-        raise UserError(f"storage: {shown_url(config)}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+        raise UserError(f"storage: {shown_url(config)}: {first_line(error)}") from None

@@ -4,17 +4,15 @@ Optuna's study and trials keep the MLflow run ids as user attributes, MLflow's r
 name and the trial's number as tags.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 
-from alignlab.experiments.sweep.config import SweepConfig
-from alignlab.experiments.sweep.study import SweepStudy, shown_url, sweep_folder
+from alignlab.experiments.sweep.study import SweepStudy, shown_url
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.tracking import experiment_id, mlflow_client
 
 MLFLOW_ID = "mlflow_run_id"
 PARENT = "mlflow.parentRunId"
@@ -28,17 +26,19 @@ class SweepTracker:
         self._sweep = sweep
         self._client: Any = None
         self._experiment = ""
-        if sweep.config.base.tracking.mlflow != "none":
-            self._connect(sweep.config)
+        base = sweep.config.base
+        if base.tracking.mlflow != "none":
+            with quiet_libraries(), mlflow_client(base) as self._client:
+                self._experiment = experiment_id(self._client, base)
 
     def begin_study(self) -> None:
-        """Makes the parent run, or opens it again."""
+        """Creates the parent run, or opens it again."""
         if self._client is None:
             return
         study = self._sweep.study
-        known = study.user_attrs.get(MLFLOW_ID)
-        if known is not None:
-            self._client.update_run(known, status="RUNNING")
+        run_id = study.user_attrs.get(MLFLOW_ID)
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
             return
         tags = {"optuna.study": study.study_name, "optuna.storage": shown_url(self._sweep.config)}
         run = self._client.create_run(self._experiment, run_name=study.study_name, tags=tags)
@@ -52,12 +52,12 @@ class SweepTracker:
             self._client.set_terminated(run_id, "FINISHED")
 
     def begin_trial(self, trial: optuna.Trial, values: Mapping[str, Any]) -> None:
-        """Makes the trial's run, or opens it again where the trial is a retried one."""
+        """Creates the trial's run, or opens it again where the trial is resumed."""
         if self._client is None:
             return
-        known = trial.user_attrs.get(MLFLOW_ID)
-        if known is not None:
-            self._client.update_run(known, status="RUNNING")
+        run_id = trial.user_attrs.get(MLFLOW_ID)
+        if run_id is not None:
+            self._client.update_run(run_id, status="RUNNING")
             return
         study = self._sweep.study
         tags = {
@@ -89,20 +89,3 @@ class SweepTracker:
     def _log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():
             self._client.log_metric(run_id, key, value)
-
-    def _connect(self, config: SweepConfig) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # no network unless asked
-        from mlflow import MlflowClient
-
-        uri = config.base.tracking.mlflow
-        database = Path(config.output).resolve() / "mlflow.db"
-        # the same lock as that of the training runs: a new database has one maker
-        with quiet_libraries(), FileLock(f"{database}.lock"):
-            self._client = MlflowClient(f"sqlite:///{database}" if uri == "sqlite" else uri)
-            name = sweep_folder(config).relative_to(config.output).parts[0]
-            found = self._client.get_experiment_by_name(name)
-            if found is None:
-                artifacts = database.with_name("mlartifacts").as_uri()
-                self._experiment = self._client.create_experiment(name, artifacts)
-            else:
-                self._experiment = found.experiment_id

@@ -9,11 +9,11 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from alignlab.config.data import unknown_name
 from alignlab.config.run import RunConfig
-from alignlab.errors import UserError
+from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
@@ -72,11 +72,11 @@ class TrialRunner:
             log.info("trial %d failed: %s", trial.number, outcome.error)
             trial.set_user_attr(ERROR, outcome.error)
         trial.set_user_attr(METRICS, outcome.metrics)
-        means = {name: fmean(found) for name, found in outcome.metrics.items()}
-        numbers = None
+        means = {name: fmean(by_seed) for name, by_seed in outcome.metrics.items()}
+        optimized = None
         if outcome.state == TrialState.COMPLETE:
-            numbers = [means[metric.name] for metric in self._config.metric]
-        trial.study.tell(trial, numbers, state=outcome.state)
+            optimized = [means[metric.name] for metric in self._config.metric]
+        trial.study.tell(trial, optimized, state=outcome.state)
         self._tracker.end_trial(trial, outcome.state.name, means)
 
     def _train(self, trial: optuna.Trial, values: dict[str, Any]) -> Outcome:
@@ -92,17 +92,18 @@ class TrialRunner:
             except (UserError, torch.OutOfMemoryError) as error:
                 if not _was_built(run) and isinstance(error, UserError):
                     raise
-                return Outcome(TrialState.FAIL, metrics, " ".join(str(error).split()))
+                return Outcome(TrialState.FAIL, metrics, one_line(error))
             self._tracker.link_run(trial, folder)
             for name, value in self._result(folder).items():
                 metrics.setdefault(name, []).append(value)
             if self._is_bad(trial, metrics, done) and done < len(self._config.seeds):
                 return Outcome(TrialState.PRUNED, metrics)
         for name, bound in self._config.constraints.items():
-            set_constraint(trial, name, fmean(metrics[name]) - bound)
-        broken = [m.name for m in self._config.metric if not math.isfinite(fmean(metrics[m.name]))]
-        if broken:
-            return Outcome(TrialState.FAIL, metrics, f"{broken[0]} is not finite")
+            if name not in _stored(trial).constraints:  # a resumed trial may come again
+                trial.set_constraint(name, fmean(metrics[name]) - bound)
+        for metric in self._config.metric:
+            if not math.isfinite(fmean(metrics[metric.name])):
+                return Outcome(TrialState.FAIL, metrics, f"{metric.name} is not finite")
         return Outcome(TrialState.COMPLETE, metrics)
 
     def _result(self, folder: Path) -> dict[str, float]:
@@ -118,10 +119,10 @@ class TrialRunner:
         """Reports the seeds finished so far; whether the pruner stops the trial."""
         if self._config.pruner.name == "none":
             return False
-        found = metrics[self._config.metric[0].name]
-        by_seed = self._config.pruner.name == "wilcoxon"
-        if done not in trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values:
-            trial.report(found[-1] if by_seed else fmean(found), step=done)
+        by_seed = metrics[self._config.metric[0].name]
+        paired = self._config.pruner.name == "wilcoxon"
+        if done not in _stored(trial).intermediate_values:
+            trial.report(by_seed[-1] if paired else fmean(by_seed), step=done)
         return trial.should_prune()
 
 
@@ -141,18 +142,17 @@ def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: in
     return run.model_copy(update=update)
 
 
-def set_constraint(trial: optuna.Trial, name: str, excess: float) -> None:
-    """Tells Optuna by how much a metric exceeds its bound, once: a retried trial may come again."""
-    if name not in trial.study.get_trials(deepcopy=False)[trial.number].constraints:
-        trial.set_constraint(name, excess)
-
-
 def shown_values(values: dict[str, Any]) -> str:
     """Values as they would be written on the command line."""
     return " ".join(
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in values.items()
     )
+
+
+def _stored(trial: optuna.Trial) -> FrozenTrial:
+    """The trial as the storage has it."""
+    return trial.study.get_trials(deepcopy=False)[trial.number]
 
 
 def _forget_start(run: RunConfig) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import optuna
 from optuna.trial import TrialState
 
-from alignlab.distributed.launch_env import refuse_several
+from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.experiments.report.formatting import format_duration
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.samplers import check_sampler
@@ -29,7 +29,7 @@ def check(config: SweepConfig) -> None:
     Raises:
         UserError: space, sampler or metric do not fit the run.
     """
-    refuse_several()
+    refuse_several_ranks()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_space(config)
     check_sampler(config)
@@ -50,52 +50,35 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
     runner = TrialRunner(study.config, tracker)
     begin, done = time.monotonic(), 0
     while True:
+        if stay:
+            study.put_back_dead()  # first: later trials learn from theirs
         claimed = study.claim()
         if claimed is None:
             if not stay or study.is_finished():
                 return
-            if not put_back_dead(study):
-                time.sleep(LOOK_EVERY_S)
+            time.sleep(LOOK_EVERY_S)
             continue
         trial, lease = claimed
         try:
-            with lease:
+            with lease.renewed():
                 runner.run(trial, lease)
         except BaseException as error:
             if lease.lost or isinstance(error, LostTrialError):
                 log.info("trial %d: another worker has taken it over", trial.number)
                 continue
-            with deaf():
+            with ignored_interrupts():
                 study.put_back(trial.number, lease.claim)
             raise
         done += 1
-        announce(study, (time.monotonic() - begin) / done)
-
-
-def put_back_dead(study: SweepStudy) -> bool:
-    """Lets the trials of dead workers wait again; whether there were any."""
-    dead = study.put_back_dead()
-    for number in dead:
-        log.info("trial %d: its worker died, it goes on from its checkpoint", number)
-    return bool(dead)
-
-
-def finished_count(study: SweepStudy) -> int:
-    """How many trials are finished."""
-    return sum(trial.state.is_finished() for trial in study.trials())
-
-
-def announce(study: SweepStudy, seconds_per_trial: float) -> None:
-    """One line on how far the sweep is."""
-    left = len(study.trials(TrialState.WAITING))
-    log.info(
-        "%d of %d trials finished, about %s left for one worker",
-        *(finished_count(study), study.size, format_duration(left * seconds_per_trial)),
-    )
+        left = len(study.trials(TrialState.WAITING)) * (time.monotonic() - begin) / done
+        log.info(
+            "%d of %d trials finished, about %s left for one worker",
+            *(study.num_finished(), study.size, format_duration(left)),
+        )
 
 
 @contextmanager
-def deaf() -> Iterator[None]:
+def ignored_interrupts() -> Iterator[None]:
     """Ctrl-C reaches a worker twice, from the terminal and from the process that started it."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, signal.SIG_IGN) for number in signals]

@@ -1,4 +1,4 @@
-"""Whether a provider computes the right thing: asked before its speed is reported."""
+"""Whether a provider computes the right thing, checked before its speed is reported."""
 
 import torch
 from torch import Tensor
@@ -34,11 +34,11 @@ def check(case: Case, provider: Provider, device: torch.device) -> None:
     inputs = draw_inputs(reduced, device, seed=0)
     reference = loss_function(case.op, "eager")
     truth = with_gradient(reference, inputs.double())
-    found = with_gradient(loss_function(case.op, provider), inputs)
+    computed = with_gradient(loss_function(case.op, provider), inputs)
     rounded = with_gradient(lambda x: reference(_rounded(x)), inputs)
     tolerances = (VALUE_TOLERANCE, GRADIENT_TOLERANCE)
     for what, want, have, rough, tolerance in zip(
-        ("value", "gradient"), truth, found, rounded, tolerances, strict=True
+        ("value", "gradient"), truth, computed, rounded, tolerances, strict=True
     ):
         error, allowed = _error(have, want), 2 * _error(rough, want) + tolerance
         if not error <= allowed:  # NaN too

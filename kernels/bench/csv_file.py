@@ -28,34 +28,34 @@ _FACTS = ("timestamp", "alignlab_version", "torch_version", "triton_version", "c
 COLUMNS = (*_KEY, *_VALUES, "extra_benchmark_config_str", "gpu_name", *_FACTS)
 
 
-def to_row(found: Measurement, facts: Mapping[str, str]) -> Row:
+def to_row(measurement: Measurement, facts: Mapping[str, str]) -> Row:
     """Turns a measurement into a row.
 
     `extra_benchmark_config_str` has the FLOPs that a roofline share is computed from: those of
     the minimum, or what `floor` did.
 
     Args:
-        found: the measurement.
+        measurement: what to write.
         facts: `gpu_name`, `timestamp`, the versions and `commit`.
     """
-    case = found.case
+    case = measurement.case
     config = {
         "size": case.size,
         "width": case.width,
         "blocks": case.blocks,
         "dtype": case.dtype_name,
-        "flops": found.flops,
+        "flops": measurement.flops,
     }
     return {
         "kernel_name": case.op,
-        "kernel_provider": found.provider,
-        "kernel_operation_mode": found.mode,
-        "metric_name": found.metric,
-        "metric_unit": UNITS[found.metric],
+        "kernel_provider": measurement.provider,
+        "kernel_operation_mode": measurement.mode,
+        "metric_name": measurement.metric,
+        "metric_unit": UNITS[measurement.metric],
         "x_name": "N",
         "x_label": "tokens per sample",
         "x_value": str(case.num_tokens),
-        **{key: f"{value:.6g}" for key, value in zip(_VALUES, found.spread, strict=True)},
+        **{key: f"{value:.6g}" for key, value in zip(_VALUES, measurement.spread, strict=True)},
         "extra_benchmark_config_str": json.dumps(config),
         **facts,
     }

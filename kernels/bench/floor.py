@@ -46,13 +46,13 @@ def floor_step(case: Case, device: torch.device, *, backward: bool) -> tuple[Ste
         The step, and the FLOPs that it does.
     """
     products = _pull_push(case, device) if case.op == "pull_push" else _relation(case, device)
-    chosen = [product for is_backward, product in products if backward or not is_backward]
+    needed = [product for is_backward, product in products if backward or not is_backward]
 
     def step() -> None:
-        for left, right, out in chosen:
+        for left, right, out in needed:
             torch.mm(left, right, out=out)
 
-    return step, sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in chosen)
+    return step, sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b, _ in needed)
 
 
 _Product = tuple[Tensor, Tensor, Tensor]

@@ -67,7 +67,7 @@ def _time_in_turns(steps: Mapping[Name, Step], seconds: float) -> dict[Name, Spr
             begin = time.perf_counter()
             steps[name]()
             times[name].append(1000 * (time.perf_counter() - begin))
-    return {name: spread(found) for name, found in times.items()}
+    return {name: spread(milliseconds) for name, milliseconds in times.items()}
 
 
 def spread(values: list[float]) -> Spread:

@@ -65,12 +65,13 @@ def missing(op: Op, provider: Provider, device: torch.device) -> str | None:
         return None
     if provider == "compile":
         compiler = os.environ.get("CXX", "g++")
-        found = device.type != "cpu" or shutil.which(compiler)
-        return None if found else f"torch.compile needs a C++ compiler, and there is no {compiler}"
+        if device.type == "cpu" and not shutil.which(compiler):
+            return f"torch.compile needs a C++ compiler, and there is no {compiler}"
+        return None
     if provider == "triton" and device.type == "cpu":
         return "a CPU has only Triton's interpreter, whose speed says nothing"
-    listed = relation_implementations() if op == "relation" else pull_push_implementations()
-    return listed[provider]
+    reasons = relation_implementations() if op == "relation" else pull_push_implementations()
+    return reasons[provider]
 
 
 def too_large(case: Case, provider: Provider, max_gib: float) -> str | None:
@@ -114,16 +115,16 @@ def measure(
     providers: Sequence[Provider],
     device: torch.device,
     seconds: float,
-    tell: Callable[[str], None],
+    on_progress: Callable[[str], None],
 ) -> tuple[list[Measurement], list[LeftOut]]:
     """Measures providers on one case: memory first, then time.
 
     Args:
         case: what to run.
-        providers: checked before (`bench_check`).
+        providers: checked before (`alignlab.kernels.bench.check`).
         device: where.
         seconds: time for each provider and mode.
-        tell: called with what was just measured; `num_steps` says how often.
+        on_progress: called with what was just measured; `num_steps` says how often.
 
     Returns:
         The figures, and the providers for which a CUDA device had too little memory. `floor` has no
@@ -131,40 +132,42 @@ def measure(
     """
     sets = _input_sets(case, device)
     losses = {p: loss_function(case.op, p) for p in providers if p != "floor"}
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     left_out: list[LeftOut] = []
     for provider in list(losses):
         try:
-            found += _memory(case, provider, losses[provider], sets, device)
+            measurements += _memory(case, provider, losses[provider], sets, device)
         except torch.OutOfMemoryError:
             del losses[provider]
             torch.cuda.empty_cache()  # what it held is in blocks that may fit no other provider
             left_out.append(LeftOut(f"{provider} on {case}", "the device has too little memory"))
-        tell(f"{case}: memory of {provider}")
+        on_progress(f"{case}: memory of {provider}")
     for mode in MODES:
         steps: dict[Provider, Step] = {p: _step(loss, mode, sets) for p, loss in losses.items()}
         flops = dict.fromkeys(providers, minimum_flops(case, backward=mode == "full"))
         if "floor" in providers:
             steps["floor"], flops["floor"] = floor_step(case, device, backward=mode == "full")
         for name, times in time_steps(steps, device, seconds).items():
-            found.append(Measurement(case, name, mode, "speed", times, flops[name]))
-        tell(f"{case}: time of {mode}")
-    return found, left_out
+            measurements.append(Measurement(case, name, mode, "speed", times, flops[name]))
+        on_progress(f"{case}: time of {mode}")
+    return measurements, left_out
 
 
 def _memory(
     case: Case, provider: Provider, loss: Loss, sets: list[Inputs], device: torch.device
 ) -> list[Measurement]:
-    found = []
+    measurements = []
     for mode in MODES:
         peak = peak_extra_mib(_step(loss, mode, sets), device)
         flops = minimum_flops(case, backward=mode == "full")
-        found.append(Measurement(case, provider, mode, "memory", Spread(peak, peak, peak), flops))
-    return found
+        measurements.append(
+            Measurement(case, provider, mode, "memory", Spread(peak, peak, peak), flops)
+        )
+    return measurements
 
 
 def num_steps(providers: Sequence[Provider]) -> int:
-    """Counts the calls of `tell` in `measure`."""
+    """Counts the calls of `on_progress` in `measure`."""
     return len([p for p in providers if p != "floor"]) + len(MODES)
 
 

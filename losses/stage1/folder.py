@@ -1,24 +1,103 @@
-"""The folder that a Stage 1 training leaves and a Stage 2 objective reads.
+"""Stage 1 networks: the table of their kinds, and the folder in which a trained one is kept.
+
+A Stage 1 training leaves such a folder, and a Stage 2 objective reads it:
 
 model.safetensors   weights of the network
 stage1.json         `Stage1Info`: which network, and what it was trained on
 """
 
+import functools
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
+from alignlab.losses.plugins import registrations
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 
 WEIGHTS = "model.safetensors"
 INFO = "stage1.json"
 
-Kind = Literal["sara", "moalign"]
+GROUP = "alignlab.stage1"
+"""Entry point group under which other packages register a `Stage1Row`."""
+
+Kind = str
+"""Name of a row: that of the objective which reads the network."""
+
+
+@dataclass(frozen=True)
+class Stage1Row:
+    """One kind of Stage 1 network.
+
+    Args:
+        network: built as `network(config)`; everything that it has learnt is in its state dict.
+        config: its shape, frozen, with a field `teacher_dim`: the width of the tokens it reads.
+        setting: of the objective's config: the one that names the folder of a trained network.
+    """
+
+    network: type[nn.Module]
+    config: type[BaseModel]
+    setting: str
+
+
+BUILT_IN: dict[Kind, Stage1Row] = {
+    "sara": Stage1Row(SaliencyAligner, SaliencyAlignerConfig, setting="aligner"),
+    "moalign": Stage1Row(MotionHead, MotionHeadConfig, setting="head"),
+}
+
+
+def installed_stage1(built_in: Mapping[Kind, Stage1Row]) -> dict[Kind, Stage1Row]:
+    """Loads the rows of other packages, by name, in the order of their names.
+
+    Args:
+        built_in: rows whose names are taken.
+
+    Raises:
+        PluginError: a name is taken, or what it stands for is no `Stage1Row` as described there.
+    """
+    rows: dict[Kind, Stage1Row] = {}
+    for registration in registrations(GROUP, "Stage 1 network", built_in):
+        problem = _problem(registration.loaded)
+        if problem is not None:
+            raise registration.refusal(problem)
+        assert isinstance(registration.loaded, Stage1Row)
+        rows[registration.name] = registration.loaded
+    return rows
+
+
+def _problem(thing: object) -> str | None:
+    """Says what keeps a thing from being a row."""
+    if not isinstance(thing, Stage1Row):
+        return "is no alignlab.losses.stage1.folder.Stage1Row"
+    if not (isinstance(thing.network, type) and issubclass(thing.network, nn.Module)):
+        return "has a network that is no class derived from torch.nn.Module"
+    if not (isinstance(thing.config, type) and issubclass(thing.config, BaseModel)):
+        return "has a config that is no class derived from pydantic.BaseModel"
+    if "teacher_dim" not in thing.config.model_fields:
+        return f"has a config, {thing.config.__name__}, without the field teacher_dim"
+    return None
+
+
+@functools.cache
+def stage1_rows() -> dict[Kind, Stage1Row]:
+    """Gives `BUILT_IN` and what installed packages add, looked up at the first call."""
+    return BUILT_IN | installed_stage1(BUILT_IN)
 
 
 class Stage1Teacher(BaseModel):
@@ -41,12 +120,12 @@ class Stage1Info(BaseModel):
     """What a Stage 1 network is and what it was trained on.
 
     Args:
-        kind: which network: a `SaliencyAligner` or a `MotionHead`.
+        kind: which network: a name in `stage1_rows`.
         teacher: whose tokens it reads.
         teacher_dim: their width.
         grid: (H, W) of the tokens in training.
         text: the model whose text encoder gave the embeddings; None where there is no text.
-        module: shape of the network.
+        module: shape of the network, of the row's config class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,21 +135,50 @@ class Stage1Info(BaseModel):
     teacher_dim: int
     grid: tuple[int, int]
     text: str | None = None
-    module: SaliencyAlignerConfig | MotionHeadConfig
+    module: SerializeAsAny[BaseModel]
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_has_a_row(cls, kind: Kind) -> Kind:
+        if kind not in stage1_rows():
+            *names, last = map(repr, stage1_rows())
+            raise PydanticCustomError(
+                "stage1_kind", "Input should be {names}", {"names": f"{', '.join(names)} or {last}"}
+            )
+        return kind
+
+    @field_validator("module", mode="before")
+    @classmethod
+    def _module_is_of_the_kind(cls, module: object, info: ValidationInfo) -> object:
+        if "kind" not in info.data:  # which is refused already
+            return module
+        kind = info.data["kind"]
+        config = stage1_rows()[kind].config
+        if isinstance(module, config):
+            return module
+        problem = f"module is no {config.__name__}, which {kind} has"
+        if isinstance(module, BaseModel):
+            raise ValueError(problem)
+        try:
+            return config.model_validate(module)
+        except ValidationError as error:
+            raise ValueError(f"{problem}: {_first_line(error)}") from error
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Stage1Info":
-        expected = {"sara": SaliencyAlignerConfig, "moalign": MotionHeadConfig}[self.kind]
-        if not isinstance(self.module, expected):
-            raise ValueError(f"module is no {expected.__name__}, which {self.kind} has")
-        if self.module.teacher_dim != self.teacher_dim:
-            raise ValueError(
-                f"teacher_dim {self.teacher_dim} is not the module's {self.module.teacher_dim}"
-            )
+    def _teacher_dims_agree(self) -> Self:
+        module_dim = getattr(self.module, "teacher_dim", None)
+        if module_dim != self.teacher_dim:
+            raise ValueError(f"teacher_dim {self.teacher_dim} is not the module's {module_dim}")
         return self
 
 
-def save_stage1(folder: Path, module: SaliencyAligner | MotionHead, info: Stage1Info) -> None:
+def _first_line(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where + ': ' if where else ''}{problem['msg']}"
+
+
+def save_stage1(folder: Path, module: nn.Module, info: Stage1Info) -> None:
     """Writes weights and info into `folder`, which exists."""
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()
@@ -83,9 +191,10 @@ def read_stage1_info(folder: str | Path, kind: Kind) -> Stage1Info:
     """Reads what `load_stage1` would load, without the weights.
 
     Raises:
-        ValueError: there is no Stage 1 folder, its info is damaged, or it is of the other kind.
+        ValueError: there is no Stage 1 folder, its info is damaged, or it is of another kind.
             One line.
     """
+    stage1_rows()  # a package that is broken is named as such, not taken for a damaged folder
     path = Path(folder) / INFO
     if not path.is_file():
         raise ValueError(
@@ -95,43 +204,56 @@ def read_stage1_info(folder: str | Path, kind: Kind) -> Stage1Info:
     try:
         info = Stage1Info.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ValueError(f"{path}: {where + ': ' if where else ''}{problem['msg']}") from error
+        raise ValueError(f"{path}: {_first_line(error)}") from error
     if info.kind != kind:
         raise ValueError(f"{folder} holds a Stage 1 of {info.kind}, not of {kind}")
     return info
 
 
-@overload
-def load_stage1(
-    folder: str | Path, kind: Literal["sara"]
-) -> tuple[SaliencyAligner, Stage1Info]: ...
-@overload
-def load_stage1(folder: str | Path, kind: Literal["moalign"]) -> tuple[MotionHead, Stage1Info]: ...
-def load_stage1(folder: str | Path, kind: Kind) -> tuple[SaliencyAligner | MotionHead, Stage1Info]:
+def load_stage1(folder: str | Path, kind: Kind) -> tuple[Any, Stage1Info]:
     """Loads a trained network, frozen and in evaluation mode, on the CPU.
+
+    Returns:
+        The network, which is of the row's class, and what was written beside it.
 
     Raises:
         ValueError: as `read_stage1_info`, or the weights are missing, damaged or of another shape.
             One line.
     """
     info = read_stage1_info(folder, kind)
-    module: SaliencyAligner | MotionHead
-    if isinstance(info.module, SaliencyAlignerConfig):
-        module = SaliencyAligner(info.module)
-    else:
-        module = MotionHead(info.module)
+    network = stage1_rows()[kind].network(info.module)
     path = Path(folder) / WEIGHTS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read: {reason}") from error
-    expected = {name: value.shape for name, value in module.state_dict().items()}
-    found = {name: value.shape for name, value in tensors.items()}
-    if found != expected:
-        odd = min(name for name in expected | found if expected.get(name) != found.get(name))
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    saved = {name: value.shape for name, value in tensors.items()}
+    if saved != expected:
+        odd = min(name for name in expected | saved if expected.get(name) != saved.get(name))
         raise ValueError(f"{path}: does not fit {INFO}, e.g. {odd}")
-    module.load_state_dict(tensors)
-    return module.requires_grad_(False).eval(), info
+    network.load_state_dict(tensors)
+    return network.requires_grad_(False).eval(), info
+
+
+def load_for_teacher(folder: str | Path, kind: Kind, teacher: str, teacher_dim: int) -> nn.Module:
+    """Loads a trained network as `load_stage1` does, for the tokens of a run's teacher.
+
+    Args:
+        folder: as the objective's config names it.
+        kind: name of the row.
+        teacher: its alias, as in messages.
+        teacher_dim: width of its tokens.
+
+    Raises:
+        ValueError: as `load_stage1`, or the network reads tokens of another width. One line.
+    """
+    network, info = load_stage1(folder, kind)
+    if info.teacher_dim != teacher_dim:
+        raise ValueError(
+            f"{folder} reads teacher tokens of width {info.teacher_dim}, "
+            f"{teacher} has {teacher_dim}"
+        )
+    assert isinstance(network, nn.Module)
+    return network

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype
-from alignlab.losses.initial_weights import draw_initial_weights
-from alignlab.losses.objective import Grid
+from alignlab.losses.grids import Grid
+from alignlab.losses.projector import draw_initial_weights
 
 
 def flow_l1(pred_BTPC: Tensor, target_BTPC: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignlab.kernels.cosine import accumulation_dtype
-from alignlab.losses.initial_weights import draw_initial_weights
+from alignlab.losses.projector import draw_initial_weights
 
 MLP_RATIO = 4
 

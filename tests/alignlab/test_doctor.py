@@ -8,13 +8,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from alignlab import doctor
+from alignlab import doctor, environment
+from alignlab.kernels.bench.cases import OPS
 
 
 def test_versions_are_those_installed() -> None:
     versions = doctor.package_versions()
     assert versions["torch"] == torch.__version__
     assert versions["diffusers"] == importlib.metadata.version("diffusers")
+
+
+def test_every_kernel_is_listed() -> None:
+    assert list(doctor.KERNELS) == list(OPS)
+
+
+def test_what_numbers_depend_on_is_shown() -> None:
+    assert set(environment.PACKAGES) < set(doctor.PACKAGES)
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,16 +47,18 @@ def test_models_are_looked_up_not_downloaded(
     assert states["assets/tiny-wan (Wan)"].endswith("assets/tiny-wan")
 
 
-def test_report_shows_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "model_states", lambda: {"mine": "needs [this] and [/that]"})
     console = Console(record=True, width=300, file=io.StringIO())
-    doctor.report(console)
+    doctor.print_diagnosis(console)
     text = console.export_text()
     for part in ("Versions", "Devices", "Attention backends on cpu", "Kernels", "Models"):
         assert part in text
     lines = [line.split("│") for line in text.splitlines() if "│" in line]
     states = {cells[1].strip(): cells[2].strip() for cells in lines if len(cells) > 3}
     assert states["native"] == "works"
-    assert states["pull_push, impl=eager"] == "works"
+    for kernel in ("pull_push", "relation"):
+        assert states[f"{kernel}, impl=eager"] == states[f"{kernel}, impl=chunked"] == "works"
+        assert f"{kernel}, impl=triton" in states
     assert "flash-attn" in states["flash"]
     assert states["mine"] == "needs [this] and [/that]"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -18,9 +19,9 @@ from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.recipe import load_run
 from alignlab.runs.run_folder import RunFolder
-from alignlab.train import train
+from alignlab.train import RunTrainer, train
 from alignlab.training.checkpoint import latest
-from alignlab.training.setup import Caches, new_caches
+from alignlab.training.setup import Caches, build_run, new_caches
 from run_contents import timeless_rows
 
 TrainUntil = Callable[[RunConfig, int], None]
@@ -36,6 +37,7 @@ SETTINGS: dict[str, str] = {
     "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
     "crepa": "blocks: [2], projector_dim: 32",
 }
+WITH_SIMILARITY = ("refalign", "repa", "irepa", "align4gen", "crepa")
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -105,9 +107,72 @@ def plain(make: Make, caches: Caches) -> dict[str, Tensor]:
 
 
 def newest(run: Path) -> Path:
-    found = latest(run / "checkpoints")
-    assert found is not None
-    return found
+    folder = latest(run / "checkpoints")
+    assert folder is not None
+    return folder
+
+
+class HostSyncs(TorchDispatchMode):
+    """Collects the operations for whose result the host would wait on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        packet = func.overloadpacket
+        masks = args[1] if packet in (torch.ops.aten.index, torch.ops.aten.index_put_) else ()
+        if packet in SYNCS or any(m is not None and m.dtype == torch.bool for m in masks):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+SYNCS = (
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.masked_select,
+)
+# The similarity of the samples that had something to align, and what a plateau watches.
+MASKED_LOG = pytest.mark.xfail(
+    strict=True,
+    reason="the log takes similarities through a boolean mask, whose size the host waits for; "
+    "another sum over the samples would change the last bits of the log",
+)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_forward_and_backward_wait_for_nothing(name: str, make: Make, caches: Caches) -> None:
+    trainer = RunTrainer(build_run(make(f"syncs-{name}", name), caches))
+    (batch,) = trainer.micro_batches()
+    with trainer.run.branch:
+        trainer.losses(batch)  # what happens at the first step alone
+        with HostSyncs() as syncs:
+            flow_B, aligned = trainer.forward(batch)
+            (flow_B + aligned.loss_B).mean().backward()
+    assert syncs.names == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=MASKED_LOG if name in WITH_SIMILARITY else ()) for name in BUILT_IN],
+)
+def test_the_terms_of_a_step_wait_for_nothing(name: str, make: Make, caches: Caches) -> None:
+    trainer = RunTrainer(build_run(make(f"terms-{name}", name), caches))
+    (batch,) = trainer.micro_batches()
+    with trainer.run.branch, torch.no_grad(), HostSyncs() as syncs:
+        trainer.losses(batch)
+    assert syncs.names == []
+
+
+def test_a_wait_for_the_device_is_seen() -> None:
+    values = torch.arange(3.0)
+    with HostSyncs() as syncs:
+        float(values.sum())
+        values[values > 1]
+        values.nonzero()
+    assert len(syncs.names) == 3
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -106,8 +106,8 @@ def test_a_run_that_goes_on_with_other_threads_says_so(
         "threads": f"{threads}, then {threads + 1}",
         "processes": "1",
     }
-    assert f"{folder}: goes on with threads {threads + 1}, after {threads}: " in caplog.text
-    assert caplog.text.count("goes on with") == 1
+    assert f"{folder}: resumed with threads {threads + 1}, after {threads}: " in caplog.text
+    assert caplog.text.count("resumed with") == 1
 
 
 def test_what_a_run_was_trained_on_before_is_kept(tmp_path: Path) -> None:

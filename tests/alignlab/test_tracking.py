@@ -13,7 +13,7 @@ from mlflow.entities import Run as MlflowRun
 
 from alignlab.config.run import RunConfig
 from alignlab.recipe import recipe_hash
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 from alignlab.tracking import Tracker, read_rows
 from alignlab.train import train
 from kills import Killed

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
-from alignlab.runs.one_writer import only_writer
-from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.tracking import read_rows
 from alignlab.train import train
 from alignlab.training.alignment import teacher_features

@@ -13,7 +13,7 @@ from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison, Cost, Ratio, VariantCost
 from alignlab.experiments.compare.run import compare
-from alignlab.experiments.launchers import one_run
+from alignlab.experiments.launchers import local
 from alignlab.tracking import read_rows
 from small_recipes import comparison_recipe
 
@@ -83,7 +83,7 @@ def test_a_comparison_of_equal_compute(make: Make, monkeypatch: pytest.MonkeyPat
     def no_training(*_: object, **__: object) -> None:
         raise AssertionError("trained or measured again")
 
-    monkeypatch.setattr(one_run, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     monkeypatch.setattr("alignlab.experiments.compare.cost.measure_cost", no_training)
     again = Comparison.load(compare(make("budget=compute", "steps=6")).with_name("comparison.json"))
     assert (again.budget, again.results) == (found.budget, found.results)

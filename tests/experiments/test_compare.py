@@ -5,15 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, trained_on
-from alignlab.experiments.launchers import one_run
+from alignlab.experiments.launchers import local
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
-from alignlab.train import train, train_step
+from alignlab.train import Trainer, train
+from alignlab.training.batches import Batch
 from kills import Killed
 from run_contents import timeless
 from small_recipes import comparison_recipe
@@ -107,7 +109,7 @@ def test_finished_runs_are_reused(
 ) -> None:
     folder = report.parent
     before, earlier = stamps(folder), Comparison.load(folder / "comparison.json")
-    monkeypatch.setattr(one_run, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     assert compare(load_compare(recipe, [f"output={folder.parent}"])) == report
     assert stamps(folder) == before
     again = Comparison.load(folder / "comparison.json")
@@ -132,10 +134,12 @@ def test_a_killed_comparison_goes_on(
     config = make()
     runs: list[str] = []
 
-    def killed_run(run: object, batches: object) -> object:
-        if len(runs) == 2 and getattr(run, "state").step == 1:  # noqa: B009
+    take_step = Trainer.step
+
+    def killed_run(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+        if len(runs) == 2 and trainer.state.step == 1:
             raise Killed
-        return train_step(run, batches)  # type: ignore[arg-type]
+        return take_step(trainer, batches)
 
     def counted(*args: object, **kwargs: object) -> Path:
         runs.append("run")
@@ -144,8 +148,8 @@ def test_a_killed_comparison_goes_on(
         return train(*args, **kwargs)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(one_run, "train", counted)
-        patch.setattr("alignlab.train.train_step", killed_run)
+        patch.setattr(local, "train", counted)
+        patch.setattr(Trainer, "step", killed_run)
         with pytest.raises(Killed):
             compare(config)
     folder = Path(config.output) / config.name
@@ -174,7 +178,7 @@ def test_a_changed_recipe_is_refused_before_anything_is_trained(
     config = make("seeds=[0]")
     (tmp_path / "pair").mkdir()
     compare(config)
-    monkeypatch.setattr(one_run, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     with pytest.raises(UserError, match="another recipe"):
         compare(make("seeds=[0]", "steps=3"))
     # seed 1 is still to be trained, but the variant that changed comes later

@@ -7,7 +7,7 @@ import pytest
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
-from alignlab.experiments.launchers import one_run
+from alignlab.experiments.launchers import local
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from small_recipes import comparison_recipe
@@ -47,7 +47,7 @@ def test_runs_with_another_stage1_network_are_refused_before_anything_is_trained
     recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS.format(head=head))
     write_head(head, str(teacher_folder), seed=0)
     report = compare(load_compare(recipe, [f"output={tmp_path}"]))
-    monkeypatch.setattr(one_run, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     assert compare(load_compare(recipe, [f"output={tmp_path}"])) == report
 
     write_head(head, str(teacher_folder), seed=1)

@@ -26,9 +26,8 @@ from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.verdict import verdict
 from alignlab.experiments.report.write import write_report
-from alignlab.train import train_step
+from alignlab.train import RunTrainer, Trainer
 from alignlab.training.batches import Batch
-from alignlab.training.setup import Run
 from made_comparisons import make_comparison
 from small_recipes import comparison_recipe
 
@@ -56,6 +55,9 @@ def make(recipe: Path, tmp_path: Path) -> Make:
     return lambda *overrides: load_compare(recipe, [f"output={tmp_path}", *overrides])
 
 
+take_step = Trainer.step
+
+
 @dataclass
 class Clock:
     """Stands for the wall clock: a step takes a second per sample, times a factor of its clips.
@@ -64,16 +66,16 @@ class Clock:
     """
 
     now: float = 0.0
-    steps: list[tuple[Run, float]] = field(default_factory=list)
+    steps: list[tuple[Trainer, float]] = field(default_factory=list)
     """The model that took each step, and the factor."""
 
-    def step(self, run: Run, batches: list[Batch]) -> dict[str, Tensor]:
+    def step(self, trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         factor = 1.0 + float(batches[0].noise_BCTHW[0].abs().mean())
-        if sum(other is run for other, _ in self.steps) == 1 + DATA_STEPS:
+        if sum(other is trainer for other, _ in self.steps) == 1 + DATA_STEPS:
             self.now += 60.0
         self.now += factor * sum(len(batch.sigma_B) for batch in batches)
-        self.steps.append((run, factor))
-        return train_step(run, batches)
+        self.steps.append((trainer, factor))
+        return take_step(trainer, batches)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def clock() -> Clock:
 def measured(recipe: Path, clock: Clock, tmp_path_factory: pytest.TempPathFactory) -> Cost:
     output = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost_module, "train_step", clock.step)
+        patch.setattr(Trainer, "step", lambda trainer, batches: clock.step(trainer, batches))
         patch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: clock.now))
         cost = measure_cost(load_compare(recipe, [f"output={output}"]))
     assert not list(output.iterdir()), "measuring leaves the run folders alone"
@@ -144,14 +146,16 @@ def test_every_side_computes_in_its_own_precision(
 ) -> None:
     seen = set()
 
-    def watched(run: Run, batches: Any) -> dict[str, Tensor]:
-        seen.add((run.config.model.precision, run.accelerator.mixed_precision))
-        return train_step(run, batches)
+    def watched(trainer: RunTrainer, batches: Any) -> dict[str, Tensor]:
+        with trainer.run.autocast():
+            computed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        seen.add((trainer.config.model.precision, computed))
+        return take_step(trainer, batches)
 
-    monkeypatch.setattr(cost_module, "train_step", watched)
+    monkeypatch.setattr(Trainer, "step", watched)
     monkeypatch.setattr(cost_module, "DATA_STEPS", 1)
     measure_cost(make("variants.heavy={model: {precision: bf16}}"))
-    assert seen == {("fp32", "no"), ("bf16", "bf16")}
+    assert seen == {("fp32", None), ("bf16", torch.bfloat16)}
 
 
 def test_the_cost_is_kept_and_used_again(
@@ -288,6 +292,8 @@ def test_the_interval_holds_the_median() -> None:
     assert median_interval([float(i) for i in range(10)]) == (1.0, 8.0)
     with pytest.raises(ValueError, match="it takes 6"):
         median_interval([1.0] * 5)
+    assert median_interval([2.0, 1.0, 2.0, 2.0, 3.0, 2.0, 2.0]) == (1.0, 3.0)
+    assert median_interval([2.0] * 9) == (2.0, 2.0)
     draws = torch.rand(4000, 15, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ends = [median_interval(row) for row in draws.tolist()]
     share = sum(low <= 0.5 <= high for low, high in ends) / len(ends)

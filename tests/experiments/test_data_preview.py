@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alignlab.config.data import DataConfig, FolderConfig, ShapesConfig
+from alignlab.config.data import FolderConfig, ShapesConfig
+from alignlab.data.registry import DataConfig
 from alignlab.data.video import write_mp4
 from alignlab.experiments.data_preview import flow_colors, overlay_masks, preview
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignlab.experiments.compare.flops import FORMULAS, count_flops
-from alignlab.kernels import pull_push_chunked, relation_chunked
+from alignlab.kernels import pull_push, relation
 
 
 def added(out: list[int], left: list[int], right: list[int], **_: object) -> int:
@@ -34,14 +34,21 @@ def test_the_formulas_of_the_kernels_are_what_they_multiply(slopes: bool) -> Non
     draw = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 2, 3, 30, 8, generator=draw).unbind()
     factors = torch.ones(3, 3)
-    relation = (student, teacher[..., :5], torch.ones(2, 3, 30), factors, "uniform", 0.1, slopes)
+    relation_inputs = (
+        student,
+        teacher[..., :5],
+        torch.ones(2, 3, 30),
+        factors,
+        "uniform",
+        0.1,
+        slopes,
+    )
     ids = torch.tensor([0] * 40 + [1] * 30 + [-1] * 5 + [2] * 15).expand(2, -1)
-    push = (student.flatten(1, 2), teacher.flatten(1, 2), ids, 0.0, 1.0, slopes)
-    for module, name, args in (
-        (relation_chunked, "relation_chunked", relation),
-        (pull_push_chunked, "pull_push_chunked", push),
+    pull_push_inputs = (student.flatten(1, 2), teacher.flatten(1, 2), ids, 0.0, 1.0, slopes)
+    for operation, args in (
+        (relation._pair_sums, relation_inputs),
+        (pull_push._pull_push, pull_push_inputs),
     ):
-        operation = module._pair_sums if name == "relation_chunked" else module._pull_push
         body = operation._init_fn
         counted = count_flops(lambda operation=operation, args=args: operation(*args))  # type: ignore[misc]
         assert counted.total == inside(lambda body=body, args=args: body(*args)) > 0  # type: ignore[misc]

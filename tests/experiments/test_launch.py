@@ -22,16 +22,15 @@ from alignlab.experiments.compare.run import compare, probed
 from alignlab.experiments.launchers import (
     local,
     make_launcher,
-    on_node,
-    one_run,
+    node,
     same_code,
 )
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.progress import steps_done
 from alignlab.experiments.launchers.ray_cluster import reservation
+from alignlab.experiments.launchers.ray_runs import steps_done
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
-from alignlab.runs import one_writer
+from alignlab.runs import run_folder
 from alignlab.runs.run_folder import RunFolder
 from small_recipes import comparison_recipe
 
@@ -40,7 +39,7 @@ VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
 HOLD = """
 import sys, time
 from pathlib import Path
-from alignlab.runs.one_writer import only_writer
+from alignlab.runs.run_folder import only_writer
 with only_writer(Path(sys.argv[1]), wait=True):
     print("held", flush=True)
     time.sleep(300)
@@ -63,9 +62,9 @@ def config(recipe_file: Path, tmp_path: Path) -> CompareConfig:
 @pytest.fixture
 def run(recipe_file: Path, tmp_path: Path) -> RunConfig:
     """A run whose folder exists, as a launcher gets it."""
-    found = load_run(recipe_file, [f"output={tmp_path}"])
-    RunFolder.create(found)
-    return found
+    config = load_run(recipe_file, [f"output={tmp_path}"])
+    RunFolder.create(config)
+    return config
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def other_writer(folder: Path, code: str) -> Iterator[int]:
         holder.communicate()
 
 
-def order_of(run: RunConfig) -> on_node.Order:
+def order_of(run: RunConfig) -> node.Order:
     return {
         "directory": os.getcwd(),
         "folder": str(Path(run.output) / run.name),
@@ -94,10 +93,10 @@ def order_of(run: RunConfig) -> on_node.Order:
 def test_a_run_folder_has_one_writer_until_that_process_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(one_writer, "NOTE_EVERY_S", 0.1)
+    monkeypatch.setattr(run_folder, "NOTE_EVERY_S", 0.1)
     with other_writer(tmp_path, HOLD) as pid:
         with pytest.raises(UserError, match=rf"trained by another process \(.*process {pid}\)"):
-            with one_writer.only_writer(tmp_path, wait=False):
+            with run_folder.only_writer(tmp_path, wait=False):
                 pass
 
         def kill_once_waited_for() -> None:
@@ -109,7 +108,7 @@ def test_a_run_folder_has_one_writer_until_that_process_is_killed(
         killed = threading.Event()
         with caplog.at_level("INFO"):
             threading.Thread(target=kill_once_waited_for, daemon=True).start()
-            with one_writer.only_writer(tmp_path, wait=True):
+            with run_folder.only_writer(tmp_path, wait=True):
                 assert killed.is_set()
 
 
@@ -121,7 +120,7 @@ def test_a_filesystem_without_locks_is_refused(
 
     monkeypatch.setattr("fcntl.flock", missing)
     with pytest.raises(UserError, match="without file locks: mount it with flock"):
-        with one_writer.only_writer(tmp_path, wait=True):
+        with run_folder.only_writer(tmp_path, wait=True):
             pass
 
 
@@ -139,7 +138,7 @@ def test_the_local_launcher_computes_with_the_recipes_threads(
     config: CompareConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(one_run, "train", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(local, "train", lambda *_, **__: seen.append(torch.get_num_threads()))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     before = torch.get_num_threads()
     runs = {("none", 0): config.run("none", 0)}
@@ -167,6 +166,17 @@ def test_a_machine_that_has_less_than_a_run_needs_is_refused(
     assert line in str(info.value)
 
 
+def test_a_machine_that_does_not_tell_its_affinity_has_all_its_cpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on macOS."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    local.check_machine(LaunchConfig(cpus=3))
+    with pytest.raises(UserError, match=r"launch.cpus: a run needs 4, this machine has 3"):
+        local.check_machine(LaunchConfig(cpus=4))
+
+
 def test_a_recipe_says_what_a_run_needs(config: CompareConfig, tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
     path.write_text(dump_compare(config) + "\n")
@@ -181,8 +191,8 @@ def test_ray_reserves_what_a_run_needs() -> None:
     plain, fast = {"CPU": 8.0, "memory": 2e10}, {"CPU": 4.0, "GPU": 2.0, "memory": 2e10}
     assert reservation(LaunchConfig(), [plain]) == {"num_cpus": 1, "num_gpus": 0}
     assert reservation(LaunchConfig(), [plain, fast]) == {"num_cpus": 1, "num_gpus": 1}
-    asked = LaunchConfig(cpus=4, gpus=0, memory_gib=2)
-    assert reservation(asked, [fast]) == {"num_cpus": 4, "num_gpus": 0, "memory": 2**31}
+    needs = LaunchConfig(cpus=4, gpus=0, memory_gib=2)
+    assert reservation(needs, [fast]) == {"num_cpus": 4, "num_gpus": 0, "memory": 2**31}
 
 
 @pytest.mark.parametrize(
@@ -223,7 +233,7 @@ def test_auto_does_not_wait_for_a_cluster_that_has_ended(
         launch({("none", 0): config.run("none", 0)}, lambda key: None)
 
 
-Spoil = Callable[[on_node.Order], None]
+Spoil = Callable[[node.Order], None]
 
 
 @pytest.mark.parametrize(
@@ -237,12 +247,12 @@ Spoil = Callable[[on_node.Order], None]
 def test_a_node_that_cannot_train_alike_says_why(
     spoil: Spoil, line: str, run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_node, "VISIBLE_S", 0.0)
+    monkeypatch.setattr(node, "VISIBLE_S", 0.0)
     order = order_of(run)
     order["code"] = dict(order["code"])
     spoil(order)
     with pytest.raises(UserError, match=line):
-        on_node.train_run(order)
+        node.train_run(order)
 
 
 def test_a_node_trains_in_the_senders_folder_and_leaves_a_log(run: RunConfig) -> None:
@@ -252,14 +262,14 @@ def test_a_node_trains_in_the_senders_folder_and_leaves_a_log(run: RunConfig) ->
         threads = torch.get_num_threads() + 1
         order = order_of(run) | {"folder": run.name, "threads": threads}
         os.chdir("/")
-        on_node.train_run(order)
+        node.train_run(order)
     finally:
         os.chdir(here)
     folder = RunFolder(Path(run.output) / run.name)
     assert folder.read_result() is not None and steps_done(folder) == run.steps
     facts = json.loads((folder.path / "environment.json").read_text())
     assert facts["threads"] == str(threads)
-    assert f"process {os.getpid()} on " in (folder.path / on_node.LOG).read_text()
+    assert f"process {os.getpid()} on " in (folder.path / node.LOG).read_text()
 
 
 def test_code_from_another_commit_may_train_if_its_files_are_the_same() -> None:
@@ -275,13 +285,13 @@ def test_a_changed_file_is_other_code(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(same_code, "ROOMS", {"alignlab": str(tmp_path)})
     (tmp_path / "assets").mkdir()
     files = [tmp_path / "train.py", tmp_path / "assets" / "weights.safetensors"]
-    found = set()
+    digests = set()
     for path in (tmp_path / "notes.txt", *files):
         path.write_text("x")
-        found.add(code_facts.__wrapped__()["files"])
+        digests.add(code_facts.__wrapped__()["files"])
     files[0].write_text("y")
-    found.add(code_facts.__wrapped__()["files"])
-    assert len(found) == 4
+    digests.add(code_facts.__wrapped__()["files"])
+    assert len(digests) == 4
 
 
 def test_steps_are_read_from_whole_rows(tmp_path: Path) -> None:

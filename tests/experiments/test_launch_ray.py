@@ -11,7 +11,7 @@ import pytest
 import ray_tools
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
-from alignlab.runs.one_writer import HOLDER
+from alignlab.runs.run_folder import HOLDER
 from alignlab.tracking import read_rows
 from run_contents import timeless_metrics
 from small_recipes import comparison_recipe
@@ -38,8 +38,8 @@ def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return comparison_recipe(recipe_file, tmp_path_factory.mktemp("pair") / "pair.yaml", VARIANTS)
 
 
-def arguments(recipe: Path, output: Path, *given: str) -> list[str]:
-    return ["compare", str(recipe), f"output={output}", f"steps={STEPS}", *given]
+def arguments(recipe: Path, output: Path, *options: str) -> list[str]:
+    return ["compare", str(recipe), f"output={output}", f"steps={STEPS}", *options]
 
 
 def caught_run(folder: Path, below: int, driver: subprocess.Popen[bytes]) -> Path:
@@ -77,15 +77,15 @@ def local_folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.slow
-def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
+def test_a_killed_nodes_runs_resume_elsewhere_and_end_as_if_nothing_had_happened(
     recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "out.txt"
     folder = tmp_path / "pair"
-    given = arguments(recipe, tmp_path, "--launcher", "ray", "--ray-address")
+    words = arguments(recipe, tmp_path, "--launcher", "ray", "--ray-address")
     with (
         ray_tools.nodes("") as cluster,
-        ray_tools.command(log, *given, cluster.address) as driver,
+        ray_tools.command(log, *words, cluster.address) as driver,
     ):
         killed = caught_run(folder, cluster.raylets[1], driver)
         cluster.kill(1)
@@ -94,7 +94,7 @@ def test_a_killed_nodes_runs_go_on_elsewhere_and_end_as_if_nothing_had_happened(
         assert driver.wait(WAIT_S) == 0, log.read_text()
     text = log.read_text()
     variant, seed = killed.parent.name, killed.name.removeprefix("seed-")
-    assert f"{variant}, seed {seed}: its worker died" in text and "goes on from step" in text
+    assert f"{variant}, seed {seed}: its worker died" in text and "resumes from step" in text
     assert "runs to train: 4, nodes: 2; each run takes 1 CPU\n" in text and "report: " in text
     rows = read_rows(killed / "metrics.jsonl")
     assert rows[1]["time"] < when < rows[-1]["time"], "the steps before the kill are kept"
@@ -111,18 +111,18 @@ def test_runs_that_ray_trains_are_those_of_the_local_launcher(
 ) -> None:
     """One node, started by the command itself."""
     log = tmp_path / "out.txt"
-    given = arguments(recipe, tmp_path, "seeds=[1]", "--launcher", "ray")
-    with ray_tools.command(log, *given) as driver:
+    words = arguments(recipe, tmp_path, "seeds=[1]", "--launcher", "ray")
+    with ray_tools.command(log, *words) as driver:
         assert driver.wait(WAIT_S) == 0, log.read_text()
     folder = tmp_path / "pair"
-    expected = {run: found for run, found in numbers(local_folder).items() if "seed-1" in run}
+    expected = {run: metrics for run, metrics in numbers(local_folder).items() if "seed-1" in run}
     assert len(expected) == 2 and numbers(folder) == expected
     assert weights(folder, STEPS).items() <= weights(local_folder, STEPS).items()
     assert "runs to train: 2, nodes: 1; each run takes 1 CPU\n" in log.read_text()
 
 
 @pytest.mark.slow
-def test_an_interrupted_comparison_goes_on_with_either_launcher(
+def test_an_interrupted_comparison_resumes_with_either_launcher(
     recipe: Path, local_folder: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "out.txt"
@@ -132,7 +132,7 @@ def test_an_interrupted_comparison_goes_on_with_either_launcher(
         pid = int((interrupted / HOLDER).read_text().rsplit(" ", 1)[1])
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
         assert driver.wait(WAIT_S) == 130, log.read_text()
-        assert pid not in ray_tools.parents(), "the run goes on without the command"
+        assert pid not in ray_tools.parents(), "the run continues without the command"
     assert "Traceback" not in log.read_text()
     assert not (interrupted / "result.json").exists()
     assert (interrupted / "worker.log").read_text().count("ended by KeyboardInterrupt") == 1
@@ -144,8 +144,8 @@ def test_an_interrupted_comparison_goes_on_with_either_launcher(
 @pytest.mark.slow
 def test_an_error_of_a_run_ends_the_comparison_with_one_line(recipe: Path, tmp_path: Path) -> None:
     log = tmp_path / "out.txt"
-    given = arguments(recipe, tmp_path, "--launcher", "ray", "model.path=nothing/there")
-    with ray_tools.command(log, *given) as driver:
+    words = arguments(recipe, tmp_path, "--launcher", "ray", "model.path=nothing/there")
+    with ray_tools.command(log, *words) as driver:
         assert driver.wait(WAIT_S) == 2, log.read_text()
     text = log.read_text()
     assert "Traceback" not in text

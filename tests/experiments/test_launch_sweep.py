@@ -12,25 +12,25 @@ from typer.testing import CliRunner
 
 from alignlab.cli import app
 from alignlab.errors import UserError
-from alignlab.experiments.launchers import on_node
+from alignlab.experiments.launchers import node
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.on_node import TrialsOrder, machine
-from alignlab.experiments.launchers.ray import MOST_DEATHS
-from alignlab.experiments.launchers.ray_cluster import Ended
-from alignlab.experiments.launchers.ray_sweep import RaySweep
+from alignlab.experiments.launchers.local import num_cpus
+from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Ended
 from alignlab.experiments.launchers.same_code import code_facts
-from alignlab.experiments.launchers.sweeps import make_sweep_launcher
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
+from alignlab.experiments.sweep.launch import make_sweep_launcher
+from alignlab.experiments.sweep.lease import machine
+from alignlab.experiments.sweep.ray_workers import RaySweep, TrialsOrder, run_trials
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import create_study, join_study
-from alignlab.runs.run_folder import write_text
+from alignlab.runs.atomic_files import write_text
 from alignlab.train import train
 from small_recipes import sweep_recipe
 
 MakeSweep = Callable[..., SweepConfig]
 
-CPUS = len(os.sched_getaffinity(0))
+CPUS = num_cpus()
 
 SWEEP = """
 space:
@@ -137,7 +137,7 @@ def test_the_local_worker_computes_with_the_recipes_threads(
     assert seen == [before + 1] and torch.get_num_threads() == before
 
 
-def test_a_sweep_goes_on_with_other_needs(make: MakeSweep, tmp_path: Path) -> None:
+def test_a_sweep_resumes_with_other_needs(make: MakeSweep, tmp_path: Path) -> None:
     config = make("launch={cpus: 3, gpus: 0.5, memory_gib: 8}")
     assert config.launch == LaunchConfig(cpus=3, gpus=0.5, memory_gib=8)
     (tmp_path / "again.yaml").write_text(dump_sweep(config))
@@ -151,7 +151,7 @@ def test_a_node_runs_what_waits_and_leaves_a_log(order: TrialsOrder, make: MakeS
     held = study.claim()
     assert held is not None
     threads = torch.get_num_threads()
-    on_node.run_trials(order | {"directory": "/", "threads": threads + 1})
+    run_trials(order | {"directory": "/", "threads": threads + 1})
     states = [trial.state for trial in study.trials()]
     assert states == [TrialState.RUNNING, TrialState.COMPLETE], "another's trial is left alone"
     log = (Path(order["folder"]) / "worker-2.log").read_text()
@@ -201,10 +201,10 @@ def test_a_node_that_cannot_take_part_says_why(
     order: TrialsOrder,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(on_node, "VISIBLE_S", 0.0)
+    monkeypatch.setattr(node, "VISIBLE_S", 0.0)
     spoil(order)
     with pytest.raises(UserError, match=rf"^node .*{line}") as info:
-        on_node.run_trials(order)
+        run_trials(order)
     assert "secret" not in str(info.value) and "\n" not in str(info.value)
 
 
@@ -235,7 +235,7 @@ class DeadlyTasks:
     def room(self) -> int:
         return 1
 
-    def tell_of_room(self) -> None:
+    def warn_without_room(self) -> None:
         pass
 
     def cancel(self) -> None:

@@ -18,7 +18,7 @@ from alignlab.experiments.bench.overhead import WARMUP_PAIRS, measure_overhead, 
 from alignlab.experiments.compare import measure as stopwatch
 from alignlab.experiments.compare.measure import seconds_of
 from alignlab.recipe import load_run
-from alignlab.train import train_step
+from alignlab.train import Trainer
 from alignlab.training.batches import Batch
 from alignlab.training.setup import Run
 
@@ -47,11 +47,13 @@ def test_both_sides_train_alike_and_take_turns(
         starts.append(weights(model))
         return models[1]
 
-    def harness(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
+    take_step = Trainer.step
+
+    def harness(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         nonlocal now
         now += 3.0
         sides.append("harness")
-        return train_step(run, batches)
+        return take_step(trainer, batches)
 
     def bare_step(run: Run) -> Callable[..., None]:
         step = original(run)
@@ -66,7 +68,7 @@ def test_both_sides_train_alike_and_take_turns(
 
     original = overhead.bare_step
     monkeypatch.setattr(overhead, "copy", SimpleNamespace(deepcopy=copied))
-    monkeypatch.setattr(overhead, "train_step", harness)
+    monkeypatch.setattr(Trainer, "step", harness)
     monkeypatch.setattr(overhead, "bare_step", bare_step)
     monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: now))
     found = measure_overhead(config, pairs=3)

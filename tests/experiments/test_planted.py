@@ -55,7 +55,7 @@ def test_the_baseline_under_another_name_gets_no_verdict(found: Comparison) -> N
     assert "raises" not in said and "lowers" not in said
 
 
-def test_a_planted_difference_is_found(found: Comparison) -> None:
+def test_a_planted_difference_is_claimed(found: Comparison) -> None:
     one = row(found, "still", "val/flow")
     assert one.paired is not None and one.paired.low is not None
     assert one.change == "worse" and one.paired.low > 0.0

@@ -19,8 +19,7 @@ from rich.console import Console
 
 from alignlab.experiments.compare.result import Comparison, Curve, RunResult, SampleClip
 from alignlab.experiments.report import latex
-from alignlab.experiments.report.figures import curve_charts
-from alignlab.experiments.report.plot import BASELINE_COLOUR, COLOURS, PAPERS
+from alignlab.experiments.report.charts import BASELINE_COLOUR, COLOURS, PAPERS, curve_charts
 from alignlab.experiments.report.summary import joined, summary_rows
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report

@@ -37,7 +37,7 @@ def test_few_pairs_use_student_t() -> None:
     assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
     assert found.p_value == pytest.approx(reference.pvalue)
     assert found.sign_flip_p == 2 / 2**5, "the smallest that five seeds can give"
-    assert found.is_found
+    assert found.is_claimed
 
 
 def test_many_pairs_use_bca_and_sign_flips() -> None:
@@ -62,7 +62,7 @@ def test_very_many_variants_keep_a_test_that_can_pass() -> None:
 
 def test_equal_numbers_claim_nothing() -> None:
     same = one([0.0] * 5)
-    assert same.is_equal and not same.is_found
+    assert same.is_equal and not same.is_claimed
     assert (same.low, same.high, same.p_value, same.sign_flip_p) == (0.0, 0.0, 1.0, 1.0)
     assert (same.effect_size, same.detectable) == (None, None)
 
@@ -71,7 +71,7 @@ def test_equal_differences_have_no_interval_and_claim_nothing() -> None:
     for pairs in (2, 3, 8):
         found = one([0.25] * pairs)
         assert (found.mean, found.std, found.low, found.high) == (0.25, 0.0, None, None)
-        assert found.p_value == 2 / 2**pairs and not found.is_found and not found.is_equal
+        assert found.p_value == 2 / 2**pairs and not found.is_claimed and not found.is_equal
 
 
 def test_rounding_is_no_difference() -> None:
@@ -87,7 +87,7 @@ def test_rounding_is_no_difference() -> None:
 def test_one_and_two_pairs_get_no_verdict() -> None:
     assert one([0.5]) == Paired(1, 0.5, None)
     two = one([0.5, 0.5001])
-    assert two.holm_p is not None and two.holm_p < 0.001 and not two.is_found
+    assert two.holm_p is not None and two.holm_p < 0.001 and not two.is_claimed
     assert (two.effect_size, two.detectable) == (None, None)
 
 

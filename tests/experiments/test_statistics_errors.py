@@ -71,7 +71,7 @@ def test_false_claims_are_rare(num_pairs: int, shape: str) -> None:
 
 
 @pytest.mark.parametrize("num_pairs", [3, 5, 10])
-def test_a_detectable_difference_is_found_in_four_of_five(num_pairs: int) -> None:
+def test_a_detectable_difference_is_claimed_in_four_of_five(num_pairs: int) -> None:
     detectable = detectable_difference(1.0, num_pairs, NUM_VARIANTS)
     found, false = claims(num_pairs, "normal", planted=detectable)
     assert 0.75 <= found <= 0.83  # sign flips of ten pairs lose a little
@@ -91,7 +91,7 @@ def test_a_comparison_claims_what_was_counted_here(num_pairs: int) -> None:
         low_V, high_V = interval(values_VN, method)
         for place, one in enumerate(found.values()):
             assert one.holm_p == pytest.approx(corrected[place])
-            assert one.is_found == (corrected[place] <= ALPHA)
+            assert one.is_claimed == (corrected[place] <= ALPHA)
             assert (one.low, one.high) == pytest.approx((low_V[place], high_V[place]), rel=1e-2)
-            claimed += one.is_found
+            claimed += one.is_claimed
     assert claimed >= 5

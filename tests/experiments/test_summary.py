@@ -1,6 +1,7 @@
 """The numbers of a report: pairing, text, notes and their JSON form."""
 
 import doctest
+import json
 import math
 import statistics
 from pathlib import Path
@@ -17,7 +18,7 @@ from alignlab.experiments.report.formatting import (
     format_spread,
 )
 from alignlab.experiments.report.metric_table import quantity
-from alignlab.experiments.report.summary import SummaryRow, joined, summary_notes, summary_rows
+from alignlab.experiments.report.summary import SummaryRow, footnotes, joined, summary_rows
 from made_comparisons import make_comparison
 
 MINUS = "\N{MINUS SIGN}"
@@ -28,16 +29,13 @@ def comparison(
     *,
     seeds: tuple[int, ...] = (0, 1, 2),
     baseline: str = "none",
-    headline: tuple[str, ...] = (),
 ) -> Comparison:
     results = tuple(
         RunResult(variant, seed, 10, f"{variant}/{seed}", metrics, {})
         for variant, runs in values.items()
         for seed, metrics in runs.items()
     )
-    return make_comparison(
-        results, baseline=baseline, seeds=seeds, variants=tuple(values), headline=headline
-    )
+    return make_comparison(results, baseline=baseline, seeds=seeds, variants=tuple(values))
 
 
 def flow(**variants: list[float]) -> Comparison:
@@ -133,12 +131,6 @@ def test_order_headline_first_costs_last_blocks_by_number() -> None:
         "silhouette/mean",
         "time/step",
     ]
-    chosen = comparison({"none": {0: metrics}}, seeds=(0,), headline=("zzz", "absent"))
-    rows = summary_rows(chosen)
-    assert [(row.metric, row.value_text) for row in rows if row.headline] == [
-        ("zzz", "1"),
-        ("absent", "—†"),
-    ]
 
 
 def test_labels_say_block_depth_and_timestep() -> None:
@@ -153,7 +145,7 @@ def test_one_seed_has_no_spread_and_the_report_says_so() -> None:
     assert (row.std, row.text[1], row.agreement, row.p_text) == (None, "", "", "")
     assert row.diff_text == f"{MINUS}0.1000"
     rows = summary_rows(found)
-    assert any("One seed (0) only" in note for note in summary_notes(found, rows))
+    assert any("One seed (0) only" in note for note in footnotes(found, rows))
 
 
 def test_missing_and_unfinite_numbers_are_named() -> None:
@@ -168,7 +160,7 @@ def test_missing_and_unfinite_numbers_are_named() -> None:
     rows = summary_rows(found)
     assert row_of(found, "ra").text == ("not finite", "")
     assert row_of(found, "ra", "silhouette/mean").text == ("—", "")
-    notes = "\n".join(summary_notes(found, rows))
+    notes = "\n".join(footnotes(found, rows))
     assert "Runs without a result: lost (seed 1)." in notes
     assert "(val/flow): ra: not finite with seed 0." in notes
     assert "(silhouette/mean): none: 1 of 2 seeds, ra: not measured." in notes
@@ -236,7 +228,7 @@ def test_json_round_trip_is_exact(tmp_path: Path) -> None:
     )
     found = Comparison(
         "n", "none", (3,), ("none",), "a: 1\n", {"x": {"none": [1, None]}}, {"t": {"y": 2}},
-        12.5, "alignlab compare n", "abc", (run,), ("val/flow",),
+        12.5, "alignlab compare n", "abc", (run,),
     )  # fmt: skip
     path = tmp_path / "comparison.json"
     found.save(path)
@@ -244,6 +236,20 @@ def test_json_round_trip_is_exact(tmp_path: Path) -> None:
     nan = comparison({"none": {0: {"val/flow": math.nan}}})
     nan.save(path)
     assert math.isnan(Comparison.load(path).results[0].metrics["val/flow"])
+
+
+def test_the_headline_of_older_files_is_dropped(tmp_path: Path) -> None:
+    made_up = comparison({"none": {0: {"val/flow": math.inf}}})
+    path = tmp_path / "comparison.json"
+    made_up.save(path)
+    content = json.loads(path.read_text())
+    assert "headline" not in content
+    for headline in ([], ["val/flow"]):
+        path.write_text(json.dumps(content | {"headline": headline}))
+        assert Comparison.load(path) == made_up
+    path.write_text(json.dumps(content | {"headlines": []}))
+    with pytest.raises(UserError, match="not a comparison: headlines: "):
+        Comparison.load(path)
 
 
 def test_unreadable_file_is_one_clear_line(tmp_path: Path) -> None:

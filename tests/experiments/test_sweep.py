@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
+from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import trial as sweep_trial
@@ -16,7 +17,8 @@ from alignlab.experiments.sweep.run import join, sweep
 from alignlab.experiments.sweep.study import join_study
 from alignlab.recipe import load_run
 from alignlab.tracking import read_rows
-from alignlab.train import train, train_step
+from alignlab.train import Trainer, train
+from alignlab.training.batches import Batch
 from run_contents import read_table, timeless, timeless_metrics
 from small_recipes import sweep_recipe
 
@@ -117,22 +119,24 @@ def test_joining_needs_a_study(make: MakeSweep) -> None:
         join(make())
 
 
-def test_a_killed_sweep_goes_on_as_if_nothing_had_happened(
+def test_a_killed_sweep_resumes_as_if_nothing_had_happened(
     make: MakeSweep, finished: SweepConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the second trial, after its first checkpoint."""
     steps = 0
 
-    def interrupted(run: object, batches: object) -> object:
+    take_step = Trainer.step
+
+    def interrupted(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
         nonlocal steps
         steps += 1
         if steps == 4:
             raise KeyboardInterrupt
-        return train_step(run, batches)  # type: ignore[arg-type]
+        return take_step(trainer, batches)
 
     config = make()
     with monkeypatch.context() as patch:
-        patch.setattr("alignlab.train.train_step", interrupted)
+        patch.setattr(Trainer, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sweep(config)
     left = join_study(config)

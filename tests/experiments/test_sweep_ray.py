@@ -51,8 +51,8 @@ def overrides(output: Path) -> list[str]:
     return [f"output={output}", f"steps={STEPS}"]
 
 
-def arguments(recipe: Path, output: Path, *given: str) -> list[str]:
-    return ["sweep", str(recipe), *overrides(output), "--launcher", "ray", *given]
+def arguments(recipe: Path, output: Path, *options: str) -> list[str]:
+    return ["sweep", str(recipe), *overrides(output), "--launcher", "ray", *options]
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -78,15 +78,15 @@ def caught_trial(study: SweepStudy, below: int, driver: subprocess.Popen[bytes])
 
 
 @pytest.mark.slow
-def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_happened(
+def test_a_killed_nodes_trial_resumes_elsewhere_and_all_end_as_if_nothing_had_happened(
     recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     log, folder = tmp_path / "out.txt", tmp_path / "sweep"
     study = create_study(load_sweep(recipe, overrides(tmp_path)))
-    given = arguments(recipe, tmp_path, "--ray-address")
+    words = arguments(recipe, tmp_path, "--ray-address")
     with (
         ray_tools.nodes("") as cluster,
-        ray_tools.command(log, *given, cluster.address) as driver,
+        ray_tools.command(log, *words, cluster.address) as driver,
     ):
         number, _ = caught_trial(study, cluster.raylets[1], driver)
         cluster.kill(1)
@@ -96,7 +96,7 @@ def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_ha
     text = log.read_text()
     assert f"trials to run: {TRIALS}, nodes: 2; each takes 1 CPU\n" in text
     assert "worker " in text and " died (" in text
-    assert f"trial {number}: its worker died, it goes on from its checkpoint" in text
+    assert f"trial {number}: its worker died, it resumes from its checkpoint" in text
     assert "Traceback" not in text and "results: " in text
     trials = study.trials()
     assert [trial.number for trial in trials] == list(range(TRIALS))
@@ -109,7 +109,7 @@ def test_a_killed_nodes_trial_goes_on_elsewhere_and_all_end_as_if_nothing_had_ha
 
 
 @pytest.mark.slow
-def test_a_terminated_sweep_puts_its_trials_back_and_goes_on_with_either_launcher(
+def test_a_terminated_sweep_puts_its_trials_back_and_resumes_with_either_launcher(
     recipe: Path, local_rows: list[dict[str, str]], tmp_path: Path
 ) -> None:
     """One node, started by the command itself."""
@@ -121,7 +121,7 @@ def test_a_terminated_sweep_puts_its_trials_back_and_goes_on_with_either_launche
         os.kill(pid, signal.SIGCONT)
         os.kill(driver.pid, signal.SIGTERM)  # as a scheduler does
         assert driver.wait(WAIT_S) == 130, log.read_text()
-        assert pid not in ray_tools.parents(), "the trial goes on without the command"
+        assert pid not in ray_tools.parents(), "the trial continues without the command"
     assert "Traceback" not in log.read_text()
     assert "ended by KeyboardInterrupt" in (folder / "worker-1.log").read_text()
     assert not study.trials(TrialState.RUNNING) and study.trials(TrialState.WAITING)
@@ -147,13 +147,13 @@ def test_several_machines_share_a_journal_but_no_sqlite_file(
     log, folder = tmp_path / "out.txt", tmp_path / "sweep"
     journal = f"storage=journal://{tmp_path}/study.journal"
     with ray_tools.nodes("127.0.0.2") as cluster:
-        given = arguments(recipe, tmp_path, "--ray-address", cluster.address)
-        with ray_tools.command(log, *given) as driver:
+        words = arguments(recipe, tmp_path, "--ray-address", cluster.address)
+        with ray_tools.command(log, *words) as driver:
             assert driver.wait(WAIT_S) == 2, log.read_text()
         text = log.read_text()
         assert "study.db is for one machine, the cluster has 2: " in text and "journal://" in text
         assert not folder.exists()
-        with ray_tools.command(log, *given, journal) as driver:
+        with ray_tools.command(log, *words, journal) as driver:
             assert driver.wait(WAIT_S) == 0, log.read_text()
     assert len(list(folder.glob("worker-*.log"))) == 2, "both nodes take part"
     assert rows_of(folder) == local_rows and not (folder / "study.db").exists()

@@ -130,7 +130,7 @@ def test_values_replace_the_recipes(make: MakeSweep) -> None:
     assert apply_values(base, {}) == base
 
 
-def test_the_recipes_own_settings_are_found(make: MakeSweep) -> None:
+def test_the_recipes_own_settings_are_a_point_of_the_space(make: MakeSweep) -> None:
     assert own_params(make()) == {
         "objectives.ra.weight": 1.0,
         "objectives.ra.blocks.pick1": 0,
@@ -141,8 +141,8 @@ def test_the_recipes_own_settings_are_found(make: MakeSweep) -> None:
     assert own_params(make("objectives.ra.weight=20")) is None
     assert own_params(make(blocks(choose="range", last=3))) is None, "0 and 2 are no range"
     gate = "objectives.ra.gate={kind: window, low: 0.1, high: 0.5}"
-    found = own_params(make(gate))
-    assert found is not None and "window" in found["objectives.ra.gate"]
+    own = own_params(make(gate))
+    assert own is not None and "window" in own["objectives.ra.gate"]
 
 
 def drawn(config: SweepConfig, count: int = 60) -> list[dict[str, Any]]:
@@ -169,10 +169,9 @@ def test_block_choices_are_all_valid_ones_and_no_other(
 ) -> None:
     config = make(space)
     key = "objectives.ra.blocks"
-    found = [values[key] for values in drawn(config)]
-    assert sorted(found[i] for i in range(len(found)) if found[i] not in found[:i]) == sorted(
-        expected
-    )
+    choices = [values[key] for values in drawn(config)]
+    distinct = [choice for i, choice in enumerate(choices) if choice not in choices[:i]]
+    assert sorted(distinct) == sorted(expected)
     one = make(space, "sampler=grid", "trials=null")
     only_blocks = one.model_copy(update={"space": {key: one.space[key]}})
     points = [value_of(key, one.space[key], params) for params in grid_points(only_blocks)]
@@ -203,13 +202,13 @@ def test_a_trials_draw_depends_on_its_number_and_history(make: MakeSweep, sample
 
     def draws(numbers: range) -> list[dict[str, Any]]:
         study = optuna.create_study()
-        found = []
+        values = []
         for number in numbers:
             study.sampler = build_sampler(config.sampler, number)
             trial = study.ask()
-            found.append(suggest_values(trial, config.space))
+            values.append(suggest_values(trial, config.space))
             study.tell(trial, float(number))
-        return found
+        return values
 
     first = draws(range(3))
     assert draws(range(3)) == first

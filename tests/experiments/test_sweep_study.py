@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import trial as sweep_trial
@@ -17,6 +19,7 @@ from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Watch
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study, shown_url
+from alignlab.train import train
 from small_recipes import sweep_recipe
 
 MakeSweep = Callable[..., SweepConfig]
@@ -51,7 +54,7 @@ def test_a_silent_holder_loses_its_trial_and_a_living_one_does_not(
     second = other.claim()
     assert second is not None and (trial.number, second[0].number) == (0, 1)
     monkeypatch.setattr(sweep_lease, "_place", lambda: "elsewhere")
-    with lease:  # the second one gives no beat
+    with lease.renewed():  # the second one gives no beat
         assert other.put_back_dead() == []
         now += GRACE_S - 1
         assert other.put_back_dead() == []
@@ -66,7 +69,7 @@ def test_a_silent_holder_loses_its_trial_and_a_living_one_does_not(
     assert not lease.is_held()
     again = other.claim()
     assert again is not None and again[0].number == 0
-    assert other.put_back_dead() == [], "a new holder is not judged by the old one's silence"
+    assert other.put_back_dead() == [], "the old one's silence does not count against a new holder"
 
 
 def wait_for_beat(study: SweepStudy) -> None:
@@ -89,7 +92,7 @@ def test_a_suspended_worker_lets_go_when_it_wakes(
         trial, lease = claimed
         study.put_back(trial.number, lease.claim)  # what another worker does
         end = time.monotonic() + 300
-        with pytest.raises(KeyboardInterrupt), lease:
+        with pytest.raises(KeyboardInterrupt), lease.renewed():
             while time.monotonic() < end:
                 time.sleep(0.01)
     finally:
@@ -113,19 +116,19 @@ def test_sigterm_puts_the_trial_back(make: MakeSweep, monkeypatch: pytest.Monkey
 def test_claims_never_collide(make: MakeSweep) -> None:
     config = make("trials=24")
     create_study(config)
-    found: list[int] = []
+    numbers: list[int] = []
 
     def claim_all() -> None:
         study = join_study(config)
         while (claimed := study.claim()) is not None:
-            found.append(claimed[0].number)
+            numbers.append(claimed[0].number)
 
     threads = [threading.Thread(target=claim_all) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(found) == list(range(24))
+    assert sorted(numbers) == list(range(24))
 
 
 def test_a_password_is_not_shown(make: MakeSweep) -> None:
@@ -155,3 +158,20 @@ def test_a_dead_process_is_seen_at_once(make: MakeSweep, monkeypatch: pytest.Mon
     assert not Watch().is_dead(trial)
     monkeypatch.setattr(sweep_lease, "_lives", lambda pid: False)
     assert Watch().is_dead(trial)
+
+
+def test_the_trial_of_a_dead_worker_comes_before_those_that_wait(
+    make: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the samplers that learn see what they would have seen."""
+    trained: list[str] = []
+
+    def recorded(run: RunConfig, **options: Any) -> Path:
+        trained.append(run.name)
+        return train(run, **options)
+
+    monkeypatch.setattr(sweep_trial, "train", recorded)
+    assert create_study(make()).claim() is not None
+    monkeypatch.setattr(sweep_lease, "_lives", lambda pid: False)
+    sweep(make())
+    assert trained == [f"sweep/trial-{number:04d}/seed-0" for number in range(3)]

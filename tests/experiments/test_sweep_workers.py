@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.launch import device_of
 from alignlab.experiments.sweep.lease import LEASE
-from alignlab.experiments.sweep.local_workers import device_of
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.tracking import read_rows
 from run_contents import read_table
@@ -107,7 +107,7 @@ def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
     text = (tmp_path / "out.txt").read_text()
     assert "was killed by signal 9" in text
     logs = "".join(path.read_text() for path in folder.glob("worker-*.log"))
-    assert logs.count(f"trial {number}: its worker died, it goes on from its checkpoint") == 1
+    assert logs.count(f"trial {number}: its worker died, it resumes from its checkpoint") == 1
     check_every_trial(folder, study, 4)
     rows = read_rows(folder / f"trial-{number:04d}" / "seed-0" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(13), 12]
@@ -140,8 +140,8 @@ def test_two_workers_share_a_postgresql_server(recipe: Path, tmp_path: Path) -> 
 @contextmanager
 def postgres_server() -> Iterator[str]:
     """A server of Debian's postgresql with data of its own, run by a user that is not root."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not versions:
         pytest.skip("needs PostgreSQL's server: apt-get install -y postgresql")
     user = "postgres" if os.geteuid() == 0 else None
     # not under pytest's folder, which other users may not enter
@@ -154,7 +154,7 @@ def postgres_server() -> Iterator[str]:
 
     def call(program: str, *arguments: str) -> None:
         subprocess.run(
-            [found[-1] / program, "-D", home / "data", *arguments],
+            [versions[-1] / program, "-D", home / "data", *arguments],
             user=user,
             cwd=home,
             check=True,
@@ -173,7 +173,7 @@ def postgres_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_workers_error_is_told(recipe: Path, tmp_path: Path) -> None:
+def test_a_workers_error_ends_the_sweep_with_its_line(recipe: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "trials=2", "teachers.dino.path=assets/nothing"]
     done = subprocess.run(
         command(recipe, *overrides, "--workers", "2"), capture_output=True, text=True, check=False

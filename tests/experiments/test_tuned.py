@@ -8,7 +8,7 @@ import pytest
 
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
-from alignlab.experiments.compare.fairness import check_fair, tuning_rows
+from alignlab.experiments.compare.fairness import check_fair, tuning_facts
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.sweep.config import load_sweep
@@ -115,7 +115,7 @@ def test_sweeps_of_unequal_size_are_refused_before_training(
     assert "\n" not in str(caught.value) and not (tmp_path / "fair").exists()
     allowed = make(f"from: {folder}/best.yaml", second, "allow_differences=[tuning.trials]")
     check_fair(allowed)
-    assert tuning_rows(allowed)["tuning.trials"] == {"none": None, "tuned": 2, "second": 3}
+    assert tuning_facts(allowed)["tuning.trials"] == {"none": None, "tuned": 2, "second": 3}
     (other / "trials.csv").write_text(rows)
     check_fair(make(f"from: {folder}/best.yaml", second))
     with pytest.raises(UserError, match=r"unknown difference 'tuning\.trials'"):

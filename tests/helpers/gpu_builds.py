@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that need not be present, and tells what came out.
+"""Compiles Triton kernels for GPUs that need not be present: registers, spills, memory.
 
 Triton must not be in interpreter mode, so the work is done in a process of its own, which runs this
 file: builds come in as JSON and facts go out as JSON.
@@ -97,14 +97,14 @@ def _compile(build: Build, arch: int) -> Facts:
 
 
 def _figures(pattern: str, log: str) -> int:
-    found = re.findall(pattern, log)
-    if not found:
+    figures = re.findall(pattern, log)
+    if not figures:
         raise ValueError(f"no {pattern!r} in the report of ptxas: {log}")
-    return sum(map(int, found))
+    return sum(map(int, figures))
 
 
 if __name__ == "__main__":
-    found = []
+    facts = []
     for build in [Build(*fields) for fields in json.load(sys.stdin)]:
-        found.append({arch: _compile(build, arch) for arch in build.architectures})
-    json.dump(found, sys.stdout)
+        facts.append({arch: _compile(build, arch) for arch in build.architectures})
+    json.dump(facts, sys.stdout)

@@ -22,8 +22,9 @@ from kills import die, die_after, fork
 
 # Any, so that their names can be replaced
 checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
-run_folder: Any = importlib.import_module("alignlab.runs.run_folder")
+atomic_files: Any = importlib.import_module("alignlab.runs.atomic_files")
 train_module: Any = importlib.import_module("alignlab.train")
+Trainer = train_module.Trainer
 rmtree = shutil.rmtree
 
 
@@ -43,15 +44,15 @@ def half_removed(path: Path, **kwargs: Any) -> None:
 
 def prepare(moment: str) -> None:
     if moment == "before any checkpoint":
-        die_after(train_module, "train_step", lambda run, batches: run.state.step == 2)
+        die_after(Trainer, "step", lambda trainer, batches: trainer.state.step == 2)
     elif moment == "between checkpoints":
-        die_after(train_module, "train_step", lambda run, batches: run.state.step == 5)
+        die_after(Trainer, "step", lambda trainer, batches: trainer.state.step == 5)
     elif moment == "right after a checkpoint":
         die_after(checkpoint, "save", lambda state, checkpoints: state.step == 6)
     elif moment == "while writing a checkpoint":
         checkpoint.save_file = half_written
     elif moment == "while removing a checkpoint":
-        run_folder.shutil.rmtree = half_removed
+        atomic_files.shutil.rmtree = half_removed
     elif moment == "while evaluating":
         die_after(train_module, "evaluate", lambda run, folder: True)
     elif moment != "never":

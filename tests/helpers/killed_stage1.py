@@ -23,14 +23,16 @@ MOMENTS = (
     "right after a checkpoint",
     "while the result is written",
 )
-train: Any = importlib.import_module("alignlab.stage1.train")  # Any, so that names can be replaced
+# Any, so that names can be replaced
+train: Any = importlib.import_module("alignlab.stage1.train")
+checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
 
 
 def prepare(moment: str) -> None:
     if moment == "between checkpoints":
-        die_after(train, "train_step", lambda run, clips: run.state.step == 5)
+        die_after(train.Trainer, "step", lambda trainer, batches: trainer.state.step == 5)
     elif moment == "right after a checkpoint":
-        die_after(train, "save", lambda state, checkpoints: state.step == 6)
+        die_after(checkpoint, "save", lambda state, checkpoints: state.step == 6)
     elif moment == "while the result is written":
         die_after(train, "save_stage1", lambda folder, module, info: True)
     elif moment != "never":

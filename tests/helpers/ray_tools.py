@@ -60,8 +60,8 @@ def nodes(*others: str) -> Iterator[Nodes]:
     )
     try:
         assert starter.stdout is not None
-        told = json.loads(starter.stdout.readline())
-        yield Nodes(told["address"], tuple(told["raylets"]))
+        started = json.loads(starter.stdout.readline())
+        yield Nodes(started["address"], tuple(started["raylets"]))
     finally:
         for pid in {starter.pid, *descendants(starter.pid)}:
             kill(pid)
@@ -96,21 +96,21 @@ def kill(pid: int) -> None:
 
 def parents() -> dict[int, int]:
     """Process -> the one that started it."""
-    found = {}
+    parent_of = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rsplit(")", 1)[1].split()
         except OSError:  # it has just ended
             continue
-        found[int(stat.parent.name)] = int(fields[1])
-    return found
+        parent_of[int(stat.parent.name)] = int(fields[1])
+    return parent_of
 
 
 def descendants(pid: int) -> set[int]:
-    known = parents()
-    found: set[int] = set()
+    parent_of = parents()
+    below: set[int] = set()
     reached = {pid}
     while reached:
-        reached = {child for child, parent in known.items() if parent in reached}
-        found |= reached
-    return found
+        reached = {child for child, parent in parent_of.items() if parent in reached}
+        below |= reached
+    return below

@@ -9,9 +9,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from alignlab.config.run import RunConfig
 from alignlab.recipe import load_run
-from alignlab.train import train, train_step
+from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
-from alignlab.training.setup import Run
 from kills import Killed
 
 MakeConfig = Callable[..., RunConfig]
@@ -95,13 +94,15 @@ def train_until() -> TrainUntil:
     """`train_until(config, 2)` trains and dies, as if killed, before the third step."""
 
     def run_until(config: RunConfig, step: int) -> None:
-        def dying(run: Run, batches: list[Batch]) -> dict[str, torch.Tensor]:
-            if run.state.step == step:
+        take_step = Trainer.step
+
+        def dying(trainer: Trainer, batches: list[Batch]) -> dict[str, torch.Tensor]:
+            if trainer.state.step == step:
                 raise Killed
-            return train_step(run, batches)
+            return take_step(trainer, batches)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("alignlab.train.train_step", dying)
+            patch.setattr(Trainer, "step", dying)
             train(config)
 
     return run_until

@@ -109,9 +109,11 @@ def test_is_no_less_accurate_than_the_plain_formula(
         pytest.skip("Triton's interpreter computes bfloat16 products wrongly")
     rounded = Case(CASES[name].student.to(dtype), CASES[name].teacher.to(dtype), CASES[name].ids)
     truth = value_and_gradient(terms, rounded, torch.float64)
-    found = value_and_gradient(terms, rounded, dtype, impl=impl)
+    computed = value_and_gradient(terms, rounded, dtype, impl=impl)
     careless = value_and_gradient(plainly(terms, monkeypatch), rounded, dtype)
-    for what, want, have, plain in zip(("value", "gradient"), truth, found, careless, strict=True):
+    for what, want, have, plain in zip(
+        ("value", "gradient"), truth, computed, careless, strict=True
+    ):
         assert torch.isfinite(want).all()
         error, allowed = (have - want).abs().max(), (plain - want).abs().max()
         allowed = allowed.nan_to_num(0.0)  # float16 alone overflows in places: no excuse then

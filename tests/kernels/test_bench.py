@@ -45,10 +45,10 @@ FACTS = {
 
 def test_the_table_has_the_cases_of_the_papers() -> None:
     cases = select_cases(["pull_push", "relation"], torch.bfloat16)
-    found = {(case.op, case.size, case.width, case.blocks) for case in cases}
-    assert len(cases) == len(found) == 3 * 2 * 2 + 4 * 2
-    assert ("pull_push", "3x1560", 1024, 9) in found
-    assert ("relation", "21x1560", 768, 1) in found
+    selected = {(case.op, case.size, case.width, case.blocks) for case in cases}
+    assert len(cases) == len(selected) == 3 * 2 * 2 + 4 * 2
+    assert ("pull_push", "3x1560", 1024, 9) in selected
+    assert ("relation", "21x1560", 768, 1) in selected
     assert max(case.num_tokens for case in cases) == 32_760
 
 
@@ -203,14 +203,14 @@ def test_spread_interpolates() -> None:
 
 @every_op
 def test_every_provider_has_every_figure(op: Op) -> None:
-    case, told = SMALL[op], list[str]()
+    case, messages = SMALL[op], list[str]()
     providers: list[Any] = ["floor", "eager", "chunked"]
-    figures, left_out = measure(case, providers, CPU, 0.0, told.append)
+    figures, left_out = measure(case, providers, CPU, 0.0, messages.append)
     wanted = {(p, mode, "speed") for p in providers for mode in MODES}
     wanted |= {(p, mode, "memory") for p in providers[1:] for mode in MODES}
     assert {(f.provider, f.mode, f.metric) for f in figures} == wanted
     assert all(f.spread.p20 > 0 and f.flops > 0 for f in figures)
-    assert left_out == [] and len(told) == num_steps(providers)
+    assert left_out == [] and len(messages) == num_steps(providers)
 
 
 def test_a_device_without_enough_memory_leaves_one_provider_out(

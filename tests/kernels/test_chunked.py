@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignlab.kernels import pull_push_chunked, relation_chunked
+from alignlab.kernels import pull_push as pull_push_module
+from alignlab.kernels import relation as relation_module
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.relation import relation_distance
 from random_tensors import draw_double as draw
@@ -25,13 +26,13 @@ MIXED = torch.tensor([1, -1, 0, 2, 1, 0, -1, 1, 2])
 def test_chunked_equals_eager_whatever_the_tiles(
     routing: Any, tile_pairs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relation_chunked, "TILE_PAIRS", tile_pairs)
+    monkeypatch.setattr(relation_module, "TILE_PAIRS", tile_pairs)
     # not contiguous, as after a resampling
     student = draw(3, 19, 13, 5).to(dtype).movedim(1, 3).requires_grad_()
     teacher = draw(3, 13, 5, 23, seed=1).to(dtype)
     student.data[0, 1, 2] = 0.0
     upstream = draw(3, 3, seed=2).to(dtype)
-    found = {}
+    outcomes = {}
     for impl in ("eager", "chunked"):
         relation = relation_distance(
             student,
@@ -44,9 +45,9 @@ def test_chunked_equals_eager_whatever_the_tiles(
         )
         values = torch.stack(relation)
         (grad,) = torch.autograd.grad((values * upstream).sum(), student)
-        found[impl] = values.detach(), grad
+        outcomes[impl] = values.detach(), grad
     tolerance: dict[str, Any] = {} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
-    torch.testing.assert_close(found["chunked"], found["eager"], **tolerance)
+    torch.testing.assert_close(outcomes["chunked"], outcomes["eager"], **tolerance)
 
 
 @pytest.mark.parametrize("panel_rows", [1, 2, 100])
@@ -54,18 +55,18 @@ def test_chunked_equals_eager_whatever_the_tiles(
 def test_pull_push_chunked_equals_eager_whatever_the_panels(
     panel_rows: int, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pull_push_chunked, "PANEL_ROWS", panel_rows)
+    monkeypatch.setattr(pull_push_module, "PANEL_ROWS", panel_rows)
     # not contiguous, as after a transposition; the teacher is shared by three blocks
     student = draw(3, 2, 6, 9).mT.requires_grad_()
     teacher = draw(2, 9, 6, seed=1)
     upstream = draw(2, 3, 2, seed=2)
-    found = {}
+    outcomes = {}
     for impl in ("eager", "chunked"):
         margins = {"pos_margin": 0.7, "neg_margin": 0.9}
         values = torch.stack(pull_push(student, teacher, ids, impl=impl, **margins))
         (grad,) = torch.autograd.grad((values * upstream).sum(), student)
-        found[impl] = values.detach(), grad
-    torch.testing.assert_close(found["chunked"], found["eager"])
+        outcomes[impl] = values.detach(), grad
+    torch.testing.assert_close(outcomes["chunked"], outcomes["eager"])
 
 
 class _Watch(TorchDispatchMode):
@@ -100,7 +101,7 @@ def watched(module: Any, operation: str, compute: Callable[[], object]) -> _Watc
 def test_relation_never_holds_a_matrix_of_all_pairs(
     routing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relation_chunked, "TILE_PAIRS", 2**12)
+    monkeypatch.setattr(relation_module, "TILE_PAIRS", 2**12)
     student, teacher, saliency = (
         draw(1, 5, 60, 6),
         draw(1, 5, 60, 8, seed=1),
@@ -111,7 +112,7 @@ def test_relation_never_holds_a_matrix_of_all_pairs(
     def largest(impl: Any) -> int:
         setting: dict[str, Any] = {"routing": routing, "tau": 3.0, "impl": impl}
         return watched(
-            relation_chunked,
+            relation_module,
             "_pair_sums",
             lambda: relation_distance(student, teacher, saliency_BTP=saliency, **setting),
         ).largest
@@ -121,13 +122,13 @@ def test_relation_never_holds_a_matrix_of_all_pairs(
 
 
 def test_pull_push_never_holds_a_matrix_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_push_chunked, "PANEL_ROWS", 4)
+    monkeypatch.setattr(pull_push_module, "PANEL_ROWS", 4)
     student, teacher = draw(300, 6).requires_grad_(), draw(300, 6, seed=1)
     ids = torch.arange(300) // 100
 
     def largest(impl: Any) -> int:
         return watched(
-            pull_push_chunked, "_pull_push", lambda: pull_push(student, teacher, ids, impl=impl)
+            pull_push_module, "_pull_push", lambda: pull_push(student, teacher, ids, impl=impl)
         ).largest
 
     assert largest("eager") == 300 * 300
@@ -144,8 +145,8 @@ def test_slopes_are_computed_only_for_somebody_who_asks(grad: bool) -> None:
 
     with torch.set_grad_enabled(grad):
         for module, operation in (
-            (pull_push_chunked, "_pull_push"),
-            (relation_chunked, "_pair_sums"),
+            (pull_push_module, "_pull_push"),
+            (relation_module, "_pair_sums"),
         ):
             names = watched(module, operation, both).operations
             assert any("sign_" in name for name in names) == grad
@@ -156,8 +157,8 @@ def test_torch_library_finds_nothing_wrong(with_slope: bool) -> None:
     student = draw(3, 2, 9, 6).requires_grad_(with_slope)
     ids = torch.stack([IDS, MIXED])
     arguments = (student, draw(2, 9, 6, seed=1), ids, 0.3, 0.9, with_slope)
-    torch.library.opcheck(pull_push_chunked._pull_push, arguments)
+    torch.library.opcheck(pull_push_module._pull_push, arguments)
     tokens = draw(2, 3, 4, 6).requires_grad_(with_slope)
     saliency, factors = draw_saliency(2, 3, 4), draw_saliency(3, 3)
     relation = (tokens, draw(2, 3, 4, 5, seed=1), saliency, factors, "or", 0.1, with_slope)
-    torch.library.opcheck(relation_chunked._pair_sums, relation)
+    torch.library.opcheck(relation_module._pair_sums, relation)

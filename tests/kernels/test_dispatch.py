@@ -86,11 +86,11 @@ def test_triton_in_its_interpreter_takes_no_bfloat16(module: Any, compute: Any) 
 @pytest.mark.parametrize("impl", ["eager", "chunked"])
 def test_compiles_without_a_graph_break(module: Any, compute: Any, impl: Any) -> None:
     tokens = torch.randn(9, 5, requires_grad=True)
-    found = []
+    outcomes = []
     for run in (compute, torch.compile(compute, fullgraph=True, backend="aot_eager")):
         value = run(tokens, impl=impl)
-        found.append((value.detach(), torch.autograd.grad(value.sum(), tokens)[0]))
-    torch.testing.assert_close(found[1], found[0])
+        outcomes.append((value.detach(), torch.autograd.grad(value.sum(), tokens)[0]))
+    torch.testing.assert_close(outcomes[1], outcomes[0])
 
 
 @every_operation

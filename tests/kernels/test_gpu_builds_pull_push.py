@@ -7,7 +7,6 @@ import pytest
 
 import gpu_builds
 from alignlab.kernels import pull_push_triton_kernels as kernels
-from alignlab.kernels import pull_push_triton_tiles as tiles
 
 WIDTH = 1024
 FLOATS = {2: "*bf16", 4: "*fp32"}
@@ -19,7 +18,7 @@ OF_INPUT = ("student_ptr", "teacher_ptr", "unit_ptr", "grad_ptr")
 
 
 def build(
-    kernel: str, size: int, constants: dict[str, Any], tile: tiles.Tile, archs: tuple[int, ...]
+    kernel: str, size: int, constants: dict[str, Any], tile: kernels.Tile, archs: tuple[int, ...]
 ) -> Any:
     names = [name for name in getattr(kernels, kernel).arg_names if re.match(r"[a-z]", name)]
 
@@ -37,22 +36,22 @@ def build(
 
 
 def builds() -> dict[str, Any]:
-    both, default = (80, 90), tiles.Tile(0, 0, 0, 4, 3)  # Triton's own defaults
-    subjects = dict(TILE=tiles.SUBJECT_TILE)
-    hole = dict(ROWS=128, COLUMNS=tiles.HOLE_COLUMNS, Q=64)
-    found = {
+    both, default = (80, 90), kernels.Tile(0, 0, 0, 4, 3)  # Triton's own defaults
+    subjects = dict(TILE=kernels.SUBJECT_TILE)
+    hole = dict(ROWS=128, COLUMNS=kernels.HOLE_COLUMNS, Q=64)
+    launches = {
         "subjects": build("subjects_kernel", 2, subjects, default, both),
-        "unit": build("unit_kernel", 2, tiles.unit_constants(WIDTH), default, both),
+        "unit": build("unit_kernel", 2, kernels.unit_constants(WIDTH), default, both),
         "hole": build("hole_kernel", 2, hole, default, both),
     }
-    for (size, arch), tile in tiles.OVERLAP_TILES.items():
-        constants = tiles.overlap_constants(tile, size, WIDTH, keep=True)
+    for (size, arch), tile in kernels.OVERLAP_TILES.items():
+        constants = kernels.overlap_constants(tile, size, WIDTH, keep=True)
         name = f"overlap-{8 * size}bit-sm{arch}"
-        found[name] = build("overlap_kernel", size, constants, tile, (arch,))
-    for size, tile in tiles.GRADIENT_TILES.items():
-        constants = tiles.gradient_constants(size, WIDTH)
-        found[f"gradient-{8 * size}bit"] = build("gradient_kernel", size, constants, tile, both)
-    return found
+        launches[name] = build("overlap_kernel", size, constants, tile, (arch,))
+    for size, tile in kernels.GRADIENT_TILES.items():
+        constants = kernels.gradient_constants(size, WIDTH)
+        launches[f"gradient-{8 * size}bit"] = build("gradient_kernel", size, constants, tile, both)
+    return launches
 
 
 BUILDS = builds()

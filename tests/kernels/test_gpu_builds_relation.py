@@ -30,8 +30,8 @@ def build(name: str, architecture: int, dtype: torch.dtype) -> Any:
     }.get(name, relation_triton_kernels.row_constants(unit, unit))
     launch = {option: constants.pop(option, 4) for option in ("num_warps", "num_stages")}
     arguments = getattr(relation_triton_kernels, name).arg_names
-    known = TYPES | dict.fromkeys(INTEGERS, "i32")
-    types = {x: known.get(x, VECTORS[dtype]) for x in arguments if x not in constants}
+    by_name = TYPES | dict.fromkeys(INTEGERS, "i32")
+    types = {x: by_name.get(x, VECTORS[dtype]) for x in arguments if x not in constants}
     module = "alignlab.kernels.relation_triton_kernels"
     return gpu_builds.Build(module, name, tuple(types.items()), tuple(constants.items()), **launch)
 
@@ -41,7 +41,7 @@ def build(name: str, architecture: int, dtype: torch.dtype) -> Any:
 def test_fits_a_gpu_without_spilling(name: str, architecture: int, dtype: torch.dtype) -> None:
     builds = list(dict.fromkeys(build(kernel, *gpu) for gpu in GPUS for kernel in KERNELS))
     facts = gpu_builds.compile_builds(*builds)
-    found = facts[builds.index(build(name, architecture, dtype))][architecture]
-    assert found.spill_bytes == 0
-    assert found.shared_bytes <= gpu_builds.SHARED_LIMITS[architecture]
-    assert found.tensor_cores == (name in ("distance_kernel", "slope_kernel"))
+    fact = facts[builds.index(build(name, architecture, dtype))][architecture]
+    assert fact.spill_bytes == 0
+    assert fact.shared_bytes <= gpu_builds.SHARED_LIMITS[architecture]
+    assert fact.tensor_cores == (name in ("distance_kernel", "slope_kernel"))

@@ -14,8 +14,7 @@ from torch import Tensor
 import random_tensors
 from alignlab.kernels import pull_push_triton as module
 from alignlab.kernels import pull_push_triton_kernels as kernels
-from alignlab.kernels import pull_push_triton_tiles as tiles
-from alignlab.kernels.pull_push import PullPush, pull_push_eager
+from alignlab.kernels.pull_push import PullPush, pull_push, pull_push_eager
 from alignlab.kernels.pull_push_triton import pull_push_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,10 +26,10 @@ ROUNDING = {F32: 2e-6, F16: 2e-3, BF16: 2e-2}
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles in small inputs, unless the test is marked to use the real ones."""
     if request.node.get_closest_marker("usefixtures") is None:
-        small = tiles.Tile(32, 64, 16, 4, 2)
-        monkeypatch.setattr(tiles, "OVERLAP_TILES", dict.fromkeys(tiles.OVERLAP_TILES, small))
-        monkeypatch.setattr(tiles, "GRADIENT_TILES", dict.fromkeys(tiles.GRADIENT_TILES, small))
-        monkeypatch.setattr(tiles, "HOLE_COLUMNS", 64)
+        small = kernels.Tile(32, 64, 16, 4, 2)
+        monkeypatch.setattr(kernels, "OVERLAP_TILES", dict.fromkeys(kernels.OVERLAP_TILES, small))
+        monkeypatch.setattr(kernels, "GRADIENT_TILES", dict.fromkeys(kernels.GRADIENT_TILES, small))
+        monkeypatch.setattr(kernels, "HOLE_COLUMNS", 64)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
@@ -284,11 +283,11 @@ def test_the_backward_pass_skips_what_it_can(ids: list[int], visited: list[list[
     ("student", "message"),
     [
         (torch.zeros(3, 4, dtype=torch.float64), "float64"),
-        pytest.param(torch.zeros(3, 4, dtype=BF16), "bfloat16 wrongly", id="bfloat16"),
+        pytest.param(torch.zeros(3, 4, dtype=BF16), "bfloat16 products wrongly", id="bfloat16"),
         (torch.zeros(3, 0), "at least one channel"),
     ],
 )
 @pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter")
 def test_what_it_cannot_do_is_refused(student: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pull_push_triton(student, student, torch.zeros(3, dtype=torch.int64), 0.0, 1.0)
+        pull_push(student, student, torch.zeros(3, dtype=torch.int64), impl="triton")

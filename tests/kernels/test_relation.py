@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alignlab.kernels import relation_chunked
+from alignlab.kernels import relation as relation_module
 from alignlab.kernels.relation import (
     Relation,
     mean_relation,
@@ -31,7 +31,7 @@ every_routing = pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a few pairs, so that every frame takes several and the last one is smaller."""
-    monkeypatch.setattr(relation_chunked, "TILE_PAIRS", 64)  # two rows of 2 x 15 pairs
+    monkeypatch.setattr(relation_module, "TILE_PAIRS", 64)  # two rows of 2 x 15 pairs
 
 
 def by_loops(

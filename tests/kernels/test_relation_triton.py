@@ -9,8 +9,7 @@ from torch import Tensor
 
 from alignlab.kernels import relation, relation_triton
 from alignlab.kernels.dispatch import interpreted
-from alignlab.kernels.relation import Relation, relation_eager
-from alignlab.kernels.relation_terms import pair_weight
+from alignlab.kernels.relation import Relation, pair_weight, relation_distance, relation_eager
 from alignlab.kernels.relation_triton_kernels import TILES, Tiles
 from random_tensors import draw_double
 
@@ -68,10 +67,12 @@ def assert_no_worse_than_plain(
     every product, norm and sum in the dtype of the inputs."""
     rounded = student.to(dtype), arguments[0].to(dtype), *arguments[1:]
     truth = both(relation_eager, rounded[0], torch.float64, *rounded[1:])
-    found = both(relation_triton.relation_triton, rounded[0], dtype, *rounded[1:])
+    computed = both(relation_triton.relation_triton, rounded[0], dtype, *rounded[1:])
     monkeypatch.setattr(relation, "accumulation_dtype", lambda x, *_: x.dtype)
     plain = both(relation_eager, rounded[0], dtype, *rounded[1:])
-    for want, have, careless, tolerance in zip(truth, found, plain, TOLERANCES[dtype], strict=True):
+    for want, have, careless, tolerance in zip(
+        truth, computed, plain, TOLERANCES[dtype], strict=True
+    ):
         assert torch.isfinite(want).all()
         # float16 alone overflows in places: no excuse then
         allowed = (careless - want).norm().nan_to_num(0.0, posinf=0.0)
@@ -152,8 +153,8 @@ def test_order_of_tiles_and_fresh_memory_change_no_bit(
 def test_weights_in_closed_form_equal_their_sum(routing: Any) -> None:
     saliency = draw_saliency(2, 3, 50).float()
     pairs = pair_weight(saliency[:, :, None, :, None], saliency[:, None, :, None], routing)
-    found = relation_triton.weight_sums(saliency, routing)
-    torch.testing.assert_close(found, pairs.double().sum((3, 4)))
+    sums = relation_triton.weight_sums(saliency, routing)
+    torch.testing.assert_close(sums, pairs.double().sum((3, 4)))
 
 
 def test_pairs_that_weigh_or_cost_nothing() -> None:
@@ -190,10 +191,10 @@ def test_the_dtypes_may_differ() -> None:
     student, teacher = draw(1, 2, 9, 8), draw(1, 2, 9, 8, seed=1)
     saliency = draw_saliency(1, 2, 9)
     student = student.half().requires_grad_()
-    found = relation_triton.relation_triton(student, teacher.float(), saliency, "or", 0.0, 2.0)
+    means = relation_triton.relation_triton(student, teacher.float(), saliency, "or", 0.0, 2.0)
     want = relation_eager(student.double(), teacher.float().double(), saliency, "or", 0.0, 2.0)
-    torch.testing.assert_close(torch.stack(found).double(), torch.stack(want), atol=1e-6, rtol=0.0)
-    (gradient,) = torch.autograd.grad(torch.stack(found).sum(), student)
+    torch.testing.assert_close(torch.stack(means).double(), torch.stack(want), atol=1e-6, rtol=0.0)
+    (gradient,) = torch.autograd.grad(torch.stack(means).sum(), student)
     assert gradient.dtype == torch.float16
 
 
@@ -246,7 +247,7 @@ def test_compiles_into_one_graph() -> None:
         pytest.param(
             torch.bfloat16,
             4,
-            "computes bfloat16 wrongly",
+            "computes bfloat16 products wrongly",
             marks=pytest.mark.skipif(not interpreted(), reason="not interpreted"),
         ),
     ],
@@ -258,4 +259,4 @@ def test_what_the_kernels_cannot_do_is_refused(
     wrong = wrong.to(dtype)
     for pair in ((fine, wrong), (wrong, fine)):
         with pytest.raises(ValueError, match=message):
-            relation_triton.relation_triton(*pair, fine[..., 0], "uniform", 0.0, math.inf)
+            relation_distance(*pair, impl="triton")

@@ -25,9 +25,9 @@ GRID = (3, 2, 2)
 
 
 def build(**settings: Any) -> Align4Gen:
-    given = {"teacher": ("dino", "sam"), "blocks": (0,), "projector_dim": 8, **settings}
+    config = {"teacher": ("dino", "sam"), "blocks": (0,), "projector_dim": 8, **settings}
     objective = build_objective(
-        Align4GenConfig(**given), student_dim=6, teacher_dims={"dino": 5, "sam": 3}
+        Align4GenConfig(**config), student_dim=6, teacher_dims={"dino": 5, "sam": 3}
     )
     assert isinstance(objective, Align4Gen)
     return objective

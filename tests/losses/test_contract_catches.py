@@ -67,9 +67,9 @@ class Break:
             terms = FORWARD(objective, student, teacher)
             return self.change(objective, terms, student, teacher)
 
-        def init(objective: Repa, config: RepaConfig, **given: Any) -> None:
-            INIT(objective, config, **given)
-            self.after_init(objective, given["seed"])
+        def init(objective: Repa, config: RepaConfig, **arguments: Any) -> None:
+            INIT(objective, config, **arguments)
+            self.after_init(objective, arguments["seed"])
 
         monkeypatch.setattr(Repa, "forward", forward)
         monkeypatch.setattr(Repa, "__init__", init)

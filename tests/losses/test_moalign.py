@@ -36,9 +36,15 @@ def save(folder: Path, seed: int = 0, width: int = 3, teacher_dim: int = 8) -> M
 
 
 def build(folder: Path, **settings: Any) -> MoAlign:
-    given = {"teacher": "clip", "blocks": (0,), "projector_dim": 7, "head": str(folder), **settings}
+    config = {
+        "teacher": "clip",
+        "blocks": (0,),
+        "projector_dim": 7,
+        "head": str(folder),
+        **settings,
+    }
     teacher_dims = {"clip": 8, "other": 8, "dino": 4}
-    return MoAlign(MoAlignConfig(**given), student_dim=6, teacher_dims=teacher_dims)
+    return MoAlign(MoAlignConfig(**config), student_dim=6, teacher_dims=teacher_dims)
 
 
 def inputs() -> tuple[dict[int, Tokens], dict[str, Features]]:

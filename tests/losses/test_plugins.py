@@ -1,5 +1,6 @@
-"""Objectives of other packages: a real one, installed and used; what is wrong with a bad one."""
+"""Objectives and Stage 1 networks of other packages: a real package, installed; bad ones."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.losses.plugins import PluginError, installed_objectives
-from alignlab.losses.registry import BUILT_IN
+from alignlab.losses.plugins import PluginError
+from alignlab.losses.registry import BUILT_IN, STAGE1, installed_objectives
+from alignlab.losses.stage1.folder import BUILT_IN as BUILT_IN_STAGE1
+from alignlab.losses.stage1.folder import INFO, installed_stage1, read_stage1_info, stage1_rows
 from alignlab.losses.testing.contract import CHECKS
 
 PACKAGE = Path(__file__).with_name("external")
@@ -69,11 +72,35 @@ def test_a_recipe_can_use_it(installed: Path, tmp_path: Path) -> None:
     assert "objectives.ra.scala: unknown key 'scala', did you mean 'scale'?" in wrong.stderr
 
 
+def test_its_stage1_network_passes_the_packages_own_tests(installed: Path, tmp_path: Path) -> None:
+    shutil.copy(PACKAGE / "stage1_of_tiny_objective.py", tmp_path)
+    file = tmp_path / "stage1_of_tiny_objective.py"
+    done = run(installed, "pytest", "-q", "-p", "no:cacheprovider", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def test_a_stage1_folder_of_a_package_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    teacher = {"family": "dinov2", "path": "x", "feature": "post_norm"}
+    info = {"kind": "unit_distance", "teacher": teacher, "teacher_dim": 5, "grid": [2, 3]}
+    (tmp_path / INFO).write_text(json.dumps(info | {"module": {"teacher_dim": 5}}))
+    with pytest.raises(ValueError, match=r"kind: Input should be 'sara' or 'moalign'$"):
+        read_stage1_info(tmp_path, "unit_distance")
+
+
+def test_stage1_rows_name_a_setting_of_their_objective() -> None:
+    assert stage1_rows() == STAGE1 == BUILT_IN_STAGE1
+    for name, row in BUILT_IN_STAGE1.items():
+        assert row.setting in BUILT_IN[name].Config.model_fields
+
+
 BAD = """
 from typing import ClassVar, Literal, final
 
 from alignlab.losses.objective import Objective, ObjectiveConfig
 from alignlab.losses.repa import Repa
+from alignlab.losses.stage1.folder import Stage1Row
+from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 
 
 class NotFinal(Objective): ...
@@ -107,17 +134,22 @@ class LooseName(Objective):
 
 
 function = print
+no_module = Stage1Row(print, MotionHeadConfig, "head")
+no_config = Stage1Row(MotionHead, dict, "head")
+no_width = Stage1Row(MotionHead, OtherConfig, "head")
 """
 
 
-def register(folder: Path, package: str, **objectives: str) -> None:
-    """Writes what an installer would leave of a package that registers `objectives`."""
+def register(
+    folder: Path, package: str, *, group: str = "alignlab.objectives", **entries: str
+) -> None:
+    """Writes what an installer would leave of a package that registers `entries` in a group."""
     (folder / "bad_objectives.py").write_text(BAD)
     info = folder / f"{package}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = [f"{name} = {value}" for name, value in objectives.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[alignlab.objectives]", *lines, ""]))
+    lines = [f"{name} = {value}" for name, value in entries.items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]))
 
 
 @pytest.mark.parametrize(
@@ -148,11 +180,33 @@ def test_a_bad_one_is_told_with_its_package(
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sara", "bad_objectives:no_width", "alignlab has that name already"),
+        ("bad", "no_such_module:X", "cannot load no_such_module:X: No module named"),
+        ("bad", "bad_objectives:function", "is no alignlab.losses.stage1.folder.Stage1Row"),
+        ("bad", "bad_objectives:no_module", "has a network that is no class derived from torch"),
+        ("bad", "bad_objectives:no_config", "has a config that is no class derived from pydantic"),
+        ("bad", "bad_objectives:no_width", "a config, OtherConfig, without the field teacher_dim"),
+    ],
+)
+def test_a_bad_stage1_row_is_told_with_its_package(
+    name: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(tmp_path, "bad-package", group="alignlab.stage1", **{name: value})
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError) as error:
+        installed_stage1(BUILT_IN_STAGE1)
+    assert str(error.value).startswith(f"package bad-package registers Stage 1 network {name!r}: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_two_packages_cannot_share_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("one", "two"):
         register(tmp_path, package, repa2="bad_objectives:Repa")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("alignlab.losses.plugins._problem", lambda thing, name: None)
+    monkeypatch.setattr("alignlab.losses.registry._problem", lambda thing, name: None)
     with pytest.raises(PluginError, match=r"package two .*'repa2': package one has that name"):
         installed_objectives(BUILT_IN)
 

@@ -100,10 +100,10 @@ def test_leading_dimensions_have_values_of_their_own(negatives: Negatives) -> No
     student_LBND, teacher_BND = draw(2, 3, 4, 5), draw(3, 4, 5, seed=1)
     ids_BN = torch.tensor([[0, 0, 1, 1], [1, 1, 2, -1], [-1, -1, -1, -1]])
     settings: dict[str, Any] = {"neg_weight": 0.7, "negatives": negatives}
-    found = reference_alignment_loss(student_LBND, teacher_BND, ids_BN, **settings)
+    stacked = reference_alignment_loss(student_LBND, teacher_BND, ids_BN, **settings)
     for block, student_BND in enumerate(student_LBND):
         alone = reference_alignment_loss(student_BND, teacher_BND, ids_BN, **settings)
-        for have, want in zip(found, alone, strict=True):
+        for have, want in zip(stacked, alone, strict=True):
             torch.testing.assert_close(have[block], want)
 
 
@@ -187,11 +187,11 @@ def test_foreground_leaves_out_tokens_that_show_too_little_of_their_subject() ->
     assert objective.needs == {"foreground"} and not build().needs
     ids = torch.tensor([[0, 0, -1, -1, -1, 1, -1, 1]])
     alone = build()({0: Tokens(student.tokens_BND, (2, 2, 2), ids)}, teacher)
-    found = objective({0: student}, teacher, context)
-    torch.testing.assert_close(found.loss_B, alone.loss_B)
-    assert not torch.allclose(found.loss_B, build()({0: student}, teacher).loss_B)
+    terms = objective({0: student}, teacher, context)
+    torch.testing.assert_close(terms.loss_B, alone.loss_B)
+    assert not torch.allclose(terms.loss_B, build()({0: student}, teacher).loss_B)
     nothing = Context(foreground_BN=torch.full((1, 8), 0.4))
-    assert found.aligned_B.tolist() == [True]
+    assert terms.aligned_B.tolist() == [True]
     assert objective({0: student}, teacher, nothing).aligned_B.tolist() == [False]
     with pytest.raises(ValueError, match="needs the foreground"):
         objective({0: student}, teacher)

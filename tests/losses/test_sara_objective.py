@@ -37,10 +37,10 @@ def save(folder: Path, seed: int = 0, teacher_dim: int = 8) -> SaliencyAligner:
 
 
 def build(**settings: Any) -> Sara:
-    given: dict[str, Any] = {"teacher": "clip", "blocks": (0,), "projector_dim": 7, **settings}
-    if "aligner" not in given:
-        given.setdefault("saliency", "masks")
-    return Sara(SaraConfig(**given), student_dim=6, teacher_dims={"clip": 8, "dino": 4})
+    config: dict[str, Any] = {"teacher": "clip", "blocks": (0,), "projector_dim": 7, **settings}
+    if "aligner" not in config:
+        config.setdefault("saliency", "masks")
+    return Sara(SaraConfig(**config), student_dim=6, teacher_dims={"clip": 8, "dino": 4})
 
 
 def inputs() -> tuple[dict[int, Tokens], dict[str, Features], Context]:
@@ -213,6 +213,6 @@ def test_samples_with_empty_masks_are_not_aligned(tmp_path: Path) -> None:
         assert terms.loss_B[0] == 0 < terms.loss_B[1]
         assert terms.aligned_B is not None and terms.aligned_B.tolist() == [False, True]
     save(tmp_path)
-    asked = build(aligner=str(tmp_path))(student, teacher, empty).aligned_B
-    assert asked is not None and asked.all()
+    aligned_B = build(aligner=str(tmp_path))(student, teacher, empty).aligned_B
+    assert aligned_B is not None and aligned_B.all()
     assert build(routing="uniform")(student, teacher).aligned_B is None

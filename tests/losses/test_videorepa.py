@@ -18,8 +18,8 @@ GRID = (3, 2, 4)
 
 
 def build(**settings: Any) -> VideoRepa:
-    given = {"teacher": "clip", "blocks": (0,), "projector_dim": 8, **settings}
-    return VideoRepa(VideoRepaConfig(**given), student_dim=6, teacher_dims={"clip": 5})
+    config = {"teacher": "clip", "blocks": (0,), "projector_dim": 8, **settings}
+    return VideoRepa(VideoRepaConfig(**config), student_dim=6, teacher_dims={"clip": 5})
 
 
 def loss(objective: VideoRepa, student: Tensor, teacher: Tensor, teacher_grid: Grid) -> Tensor:
@@ -87,8 +87,8 @@ def test_only_relations_count() -> None:
     lengths = draw(2, 3, 5, 1, seed=3).double().abs() + 0.1
     for student in (teacher * lengths, teacher @ rotation):
         for reduction in ("joint", "sum"):
-            found = token_relation_loss(student, teacher, margin=0.0, reduction=reduction)
-            assert (found < 1e-14).all()
+            loss_B = token_relation_loss(student, teacher, margin=0.0, reduction=reduction)
+            assert (loss_B < 1e-14).all()
     assert (token_relation_loss(teacher.flip(1), teacher, margin=0.0) > 0.05).all()
 
 
@@ -148,15 +148,15 @@ def test_grid_says_whose_tokens_are_compared() -> None:
 def test_pooling_is_a_learned_convolution_after_the_projector() -> None:
     objective = build(pool=2)
     student, teacher = draw(2, 24, 6), draw(2, 4, 2, 5, seed=1)
-    found = loss(objective, student, teacher, (4, 1, 2))
+    pooled_loss_B = loss(objective, student, teacher, (4, 1, 2))
     # The released order: projector, first frame away, twice the frames, convolution per frame.
     projected = objective.projectors["block_0"](student).unflatten(1, (3, 8))[:, 1:]
     volume = projected.movedim(3, 1).unflatten(3, (2, 4))
     volume = F.interpolate(volume, scale_factor=(2, 1, 1), mode="trilinear")
     images = volume.movedim(2, 1).flatten(0, 1)
     pooled = objective.pools["block_0"](images).unflatten(0, (2, 4)).flatten(3).mT
-    torch.testing.assert_close(found, token_relation_loss(pooled, teacher))
-    torch.autograd.backward(found.sum())
+    torch.testing.assert_close(pooled_loss_B, token_relation_loss(pooled, teacher))
+    torch.autograd.backward(pooled_loss_B.sum())
     weight = objective.pools["block_0"].weight
     assert isinstance(weight, nn.Parameter)
     assert weight.shape == (5, 5, 2, 2) and weight.grad is not None and (weight.grad != 0).any()

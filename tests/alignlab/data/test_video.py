@@ -17,7 +17,6 @@ from alignlab.data.video import (
     decode_clip,
     fit_reference,
     probe_clip,
-    read_clip,
     read_image,
     write_mp4,
 )
@@ -36,6 +35,14 @@ def numbers(video_THWC: Tensor) -> list[int]:
     return [round((float(level) - 20) / 3) for level in video_THWC.float().mean(dim=(1, 2, 3))]
 
 
+def decoded(
+    path: Path, *, frames: int, fps: float, size_HW: tuple[int, int], start_s: float = 0.0
+) -> Tensor:
+    """The frames as a data set without masks reads them: by seeking."""
+    clip = decode_clip(path, frames=frames, fps=fps, size_HW=size_HW, start_s=start_s, seek=True)
+    return clip.video_THWC
+
+
 def write_timed(path: Path, times_ms: Sequence[int], *, keyframe_every: int = 4) -> None:
     """A numbered video whose frames are shown at the given times."""
     with av.open(str(path), "w") as container:
@@ -52,7 +59,7 @@ def write_timed(path: Path, times_ms: Sequence[int], *, keyframe_every: int = 4)
 
 def test_same_rate_gives_every_frame_once(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", numbered_video(20), fps=10)
-    video_THWC = read_clip(tmp_path / "a.mp4", frames=20, fps=10, size_HW=SIZE)
+    video_THWC = decoded(tmp_path / "a.mp4", frames=20, fps=10, size_HW=SIZE)
     assert video_THWC.dtype == torch.uint8 and video_THWC.shape == (20, *SIZE, 3)
     assert numbers(video_THWC) == list(range(20))
 
@@ -60,13 +67,13 @@ def test_same_rate_gives_every_frame_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source_fps", [25, 30000 / 1001, 24, 12, 5])
 def test_any_rate_keeps_its_speed(tmp_path: Path, source_fps: float) -> None:
     write_mp4(tmp_path / "a.mp4", numbered_video(32), fps=source_fps)
-    video_THWC = read_clip(tmp_path / "a.mp4", frames=9, fps=8, size_HW=SIZE)
+    video_THWC = decoded(tmp_path / "a.mp4", frames=9, fps=8, size_HW=SIZE)
     assert numbers(video_THWC) == [int((k / 8 + 0.6e-3) * source_fps) for k in range(9)]
 
 
 def test_variable_rate_holds_the_frame_that_is_shown(tmp_path: Path) -> None:
     write_timed(tmp_path / "a.mp4", [0, 100, 130, 160, 600, 700, 740, 900])
-    video_THWC = read_clip(tmp_path / "a.mp4", frames=9, fps=10, size_HW=SIZE)
+    video_THWC = decoded(tmp_path / "a.mp4", frames=9, fps=10, size_HW=SIZE)
     assert numbers(video_THWC) == [0, 1, 3, 3, 3, 3, 4, 5, 6]
 
 
@@ -74,7 +81,7 @@ def test_variable_rate_holds_the_frame_that_is_shown(tmp_path: Path) -> None:
 def test_containers_that_round_or_shift_times(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     write_timed(path, [round(1000 * k / 30) for k in range(40)])
-    assert numbers(read_clip(path, frames=40, fps=30, size_HW=SIZE)) == list(range(40))
+    assert numbers(decoded(path, frames=40, fps=30, size_HW=SIZE)) == list(range(40))
     probe_clip(path, frames=40, fps=30)
     probe_clip(path, frames=10, fps=30, start_s=1.0)
     with pytest.raises(ClipError, match="40 frames at 30 fps, 41 are needed"):
@@ -87,7 +94,7 @@ def test_start_is_exact_in_every_container(tmp_path: Path, suffix: str, start_fr
     path = tmp_path / f"a.{suffix}"
     write_timed(path, range(0, 3000, 100), keyframe_every=6)
     start_s = start_frame / 10
-    video_THWC = read_clip(path, frames=5, fps=5, size_HW=SIZE, start_s=start_s)
+    video_THWC = decoded(path, frames=5, fps=5, size_HW=SIZE, start_s=start_s)
     assert numbers(video_THWC) == [start_frame + 2 * k for k in range(5)]
     clip = decode_clip(path, frames=5, fps=5, size_HW=SIZE, start_s=start_s)
     assert torch.equal(clip.video_THWC, video_THWC)
@@ -100,11 +107,11 @@ def test_too_short_says_how_many_frames_there_are(tmp_path: Path, num_frames: in
     write_mp4(path, numbered_video(num_frames), fps=16)
     if num_frames >= 16:
         probe_clip(path, frames=8, fps=8)
-        assert len(read_clip(path, frames=8, fps=8, size_HW=SIZE)) == 8
+        assert len(decoded(path, frames=8, fps=8, size_HW=SIZE)) == 8
     message = rf"a\.mp4: is too short: {-(-num_frames // 2)} frames at 8 fps, 10 are needed"
     for check in (
         lambda: probe_clip(path, frames=10, fps=8),
-        lambda: read_clip(path, frames=10, fps=8, size_HW=SIZE),
+        lambda: decoded(path, frames=10, fps=8, size_HW=SIZE),
     ):
         with pytest.raises(ClipError, match=message):
             check()
@@ -114,7 +121,7 @@ def test_too_short_counts_from_the_start(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", numbered_video(20), fps=10)
     probe_clip(tmp_path / "a.mp4", frames=5, fps=10, start_s=1.5)
     with pytest.raises(ClipError, match=r"5 frames at 10 fps from 1\.5 s on, 9 are needed"):
-        read_clip(tmp_path / "a.mp4", frames=9, fps=10, size_HW=SIZE, start_s=1.5)
+        decoded(tmp_path / "a.mp4", frames=9, fps=10, size_HW=SIZE, start_s=1.5)
     with pytest.raises(ClipError, match=r"0 frames at 10 fps from 7 s on"):
         probe_clip(tmp_path / "a.mp4", frames=9, fps=10, start_s=7)
 
@@ -137,7 +144,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{name}: {reason}"):
             probe_clip(tmp_path / name, frames=5, fps=8)
         with pytest.raises(UserError, match=f"{name}: {reason}"):
-            read_clip(tmp_path / name, frames=5, fps=8, size_HW=SIZE)
+            decoded(tmp_path / name, frames=5, fps=8, size_HW=SIZE)
 
 
 def test_probe_sees_that_a_download_was_cut_off(tmp_path: Path) -> None:
@@ -156,7 +163,7 @@ def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
     video_THWC[:, :, 64:96, 0] = 200
     video_THWC[:, :, 96:128, 2] = 200
     write_mp4(tmp_path / "a.mp4", video_THWC, fps=8)
-    frame_HWC = read_clip(tmp_path / "a.mp4", frames=5, fps=8, size_HW=(32, 32))[2].int()
+    frame_HWC = decoded(tmp_path / "a.mp4", frames=5, fps=8, size_HW=(32, 32))[2].int()
     assert (frame_HWC[:, 2:14, 0] > 150).all() and (frame_HWC[:, 2:14, 2] < 60).all()
     assert (frame_HWC[:, 18:30, 2] > 150).all() and (frame_HWC[:, 18:30, 0] < 60).all()
 
@@ -174,7 +181,7 @@ def test_pixels_that_are_not_square_are_widened(tmp_path: Path) -> None:
             frame = av.VideoFrame.from_ndarray(frame_HWC.numpy(), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    video_THWC = read_clip(path, frames=5, fps=8, size_HW=(32, 32))
+    video_THWC = decoded(path, frames=5, fps=8, size_HW=(32, 32))
     assert (video_THWC[:, :, 3:-3] > 170).all()
 
 
@@ -190,7 +197,7 @@ def test_phone_video_is_turned_upright(tmp_path: Path) -> None:
     matrix = contents.index(identity, contents.index(b"tkhd"))
     contents[matrix : matrix + 36] = clockwise
     path.write_bytes(contents)
-    frame_HWC = read_clip(path, frames=5, fps=8, size_HW=(64, 32))[0]
+    frame_HWC = decoded(path, frames=5, fps=8, size_HW=(64, 32))[0]
     assert (frame_HWC[:28] > 170).all() and (frame_HWC[36:] < 30).all()
 
 
@@ -198,7 +205,7 @@ def test_written_colours_come_back(tmp_path: Path) -> None:
     colors = torch.tensor([[220, 40, 40], [40, 200, 60], [50, 60, 210], [230, 220, 40]])
     video_THWC = colors.to(torch.uint8)[:, None, None].expand(4, 64, 64, 3)
     write_mp4(tmp_path / "deep" / "a.mp4", video_THWC, fps=8)
-    back_THWC = read_clip(tmp_path / "deep" / "a.mp4", frames=4, fps=8, size_HW=(64, 64))
+    back_THWC = decoded(tmp_path / "deep" / "a.mp4", frames=4, fps=8, size_HW=(64, 64))
     assert (back_THWC.int() - video_THWC.int()).abs().max() <= 6
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.mp4"]
 

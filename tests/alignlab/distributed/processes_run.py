@@ -28,8 +28,8 @@ from alignlab.cli import main as command
 
 train_module: Any = importlib.import_module("alignlab.train")
 alignment: Any = importlib.import_module("alignlab.training.alignment")
-processes: Any = importlib.import_module("alignlab.distributed.ranks")
-train_step, load_teacher = train_module.train_step, alignment.load_teacher
+ranks: Any = importlib.import_module("alignlab.distributed.ranks")
+take_step, teacher_from = train_module.Trainer.step, alignment.teacher_from
 LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
 OVERRIDES = {
     "lora": LORA,
@@ -39,41 +39,41 @@ OVERRIDES = {
 }
 
 
-def killed(run: Any, batches: Any) -> Any:
-    scalars = train_step(run, batches)
-    if run.state.step == 5:
+def killed(trainer: Any, batches: Any) -> Any:
+    scalars = take_step(trainer, batches)
+    if trainer.state.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return scalars
 
 
-def drifted(run: Any, batches: Any) -> Any:
-    if run.state.step == 1 and not run.processes.is_main:
+def drifted(trainer: Any, batches: Any) -> Any:
+    if trainer.state.step == 1 and not trainer.ranks.is_main:
         with torch.no_grad():
-            next(iter(run.state.names)).add_(1e-3)
-    return train_step(run, batches)
+            next(iter(trainer.state.names)).add_(1e-3)
+    return take_step(trainer, batches)
 
 
-def unreached(run: Any, batches: Any) -> Any:
-    parameter = list(run.state.names)[-1]
-    if not run.processes.is_main:
+def unreached(trainer: Any, batches: Any) -> Any:
+    parameter = list(trainer.state.names)[-1]
+    if not trainer.ranks.is_main:
         hook = parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    scalars = train_step(run, batches)
-    if not run.processes.is_main:
+    scalars = take_step(trainer, batches)
+    if not trainer.ranks.is_main:
         hook.remove()
     return scalars
 
 
-def parts(run: Any, batches: Any) -> Any:
-    if run.state.step == 1 and not run.processes.is_main:
-        means = run.processes.means
-        run.processes.means = lambda values: means({"loss/none": torch.ones(2), **values})
-    return train_step(run, batches)
+def parts(trainer: Any, batches: Any) -> Any:
+    if trainer.state.step == 1 and not trainer.ranks.is_main:
+        means = trainer.ranks.means
+        trainer.ranks.means = lambda values: means({"loss/none": torch.ones(2), **values})
+    return take_step(trainer, batches)
 
 
-def gone(run: Any, batches: Any) -> Any:
-    if run.state.step == 1 and not run.processes.is_main:
+def gone(trainer: Any, batches: Any) -> Any:
+    if trainer.state.step == 1 and not trainer.ranks.is_main:
         os._exit(9)
-    return train_step(run, batches)
+    return take_step(trainer, batches)
 
 
 STEPS = {
@@ -86,7 +86,7 @@ STEPS = {
 
 
 def other_teacher(*args: Any, **settings: Any) -> Any:
-    teacher = load_teacher(*args, **settings)
+    teacher = teacher_from(*args, **settings)
     with torch.no_grad():
         next(iter(teacher._model.parameters())).add_(0.1)
     return teacher
@@ -99,10 +99,10 @@ def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
     said = os.open(f"{folder}/{moment}-{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    train_module.train_step = STEPS.get(moment, train_step)
+    train_module.Trainer.step = STEPS.get(moment, take_step)
     if moment == "teacher" and rank:
-        alignment.load_teacher = other_teacher
-    processes.BUCKET = 1000  # many of them, and tensors larger than one
+        alignment.teacher_from = other_teacher
+    ranks.BUCKET = 1000  # many of them, and tensors larger than one
     sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
     if moment not in ("whole", "killed", "again", "other"):
         sys.argv.append("tracking.mlflow=none")  # whose database takes seconds

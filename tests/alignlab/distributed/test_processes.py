@@ -157,21 +157,21 @@ def test_a_lora_in_bf16_is_trained_as_by_one_process(
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("drifted-drifted", "the processes differ in the norm of the trained weights"),
-        ("teacher-teacher", "the processes differ in the weights of the teacher dino"),
-        ("parts-parts", "the processes log different terms"),
+        ("drifted-drifted", "the ranks differ in the norm of the trained weights"),
+        ("teacher-teacher", "the ranks differ in the weights of the teacher dino"),
+        ("parts-parts", "the ranks log different terms"),
         (
             "odd-odd",
             "optim.batch_size: 3 is no multiple of optim.accumulate times",
         ),
-        ("across-across", "objectives.ra: it compares the samples of a batch, which 2 processes"),
+        ("across-across", "objectives.ra: it compares the samples of a batch, which 2 ranks"),
         ("other-whole", "run holds a run of another recipe (optim.lr was 0.001, is 0.0001): "),
     ],
 )
 def test_both_processes_say_why_they_stop(pairs: Path, name: str, line: str) -> None:
     first, second = said(pairs, name)
     assert first.startswith("error: ") and line in first
-    assert second.startswith(f"error (process 2 of 2): {first.removeprefix('error: ')[:40]}")
+    assert second.startswith(f"error (rank 1 of 2): {first.removeprefix('error: ')[:40]}")
 
 
 def test_nothing_is_saved_of_a_run_that_cannot_go_on(pairs: Path) -> None:
@@ -182,7 +182,7 @@ def test_nothing_is_saved_of_a_run_that_cannot_go_on(pairs: Path) -> None:
 
 def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
     last = said(pairs, "gone-gone")[0]
-    assert last.startswith("error: another process has stopped, its own message says why (")
+    assert last.startswith("error: another rank has stopped, its own message says why (")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
     [
         (
             {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
-            "WORLD_SIZE is 2, but accelerate joined 1",
+            "WORLD_SIZE=2, but no LOCAL_RANK: start the",
         ),
         (
             {"WORLD_SIZE": "2"},
@@ -198,7 +198,9 @@ def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: not a number"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8, but no WORLD_SIZE"),
-        ({"ACCELERATE_DYNAMO_BACKEND": "inductor"}, "accelerate is configured for torch.compile"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "accelerate is configured for torch.compile"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "accelerate is configured for FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate is configured for DeepSpeed"),
     ],
 )
 def test_processes_that_would_train_alone_are_refused(
@@ -210,8 +212,6 @@ def test_processes_that_would_train_alone_are_refused(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    # as on a machine with a GPU, where accelerate joins nobody without LOCAL_RANK
-    monkeypatch.setattr("alignlab.distributed.ranks.join_on_cpu", lambda: False)
     result = CliRunner().invoke(app, ["train", str(recipe), f"output={tmp_path}"])
     assert result.exit_code == 2, result.output
     assert line in result.stderr and result.stderr.count("\n") == 1

@@ -10,15 +10,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2Model
 
-from alignlab.config.data import FolderConfig
+from alignlab.config.data import FolderConfig, ShapesConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
+from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.evaluation.evaluate import evaluate
 from alignlab.evaluation.generation import generate, generated_clip
-from alignlab.evaluation.generation_metrics import GenerationJudge
 from alignlab.metrics import temporal_flickering
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
@@ -44,7 +44,7 @@ OF_ANY_CLIP = {
 }
 
 
-def judged(config: RunConfig) -> dict[str, float]:
+def measured_clips(config: RunConfig) -> dict[str, float]:
     """Metrics of what the untrained model generates."""
     found = evaluate(build_run(config), RunFolder.create(config))
     return {name: value for name, value in found.items() if name.startswith("gen")}
@@ -54,9 +54,9 @@ def names(found: dict[str, float], prefix: str) -> set[str]:
     return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
 
 
-def test_clips_are_judged_beyond_those_that_are_kept(make_config: MakeConfig) -> None:
+def test_clips_are_measured_beyond_those_that_are_kept(make_config: MakeConfig) -> None:
     config = make_config("eval.generated_clips=3", "eval.sample_clips=1", aligned=False)
-    found = judged(config)
+    found = measured_clips(config)
     # an untrained model shows no subjects that could be confused; real clips do
     assert names(found, "gen_real/") == OF_SHAPES | OF_ANY_CLIP
     assert names(found, "gen/") | {"confusion_proxy"} == OF_SHAPES | OF_ANY_CLIP
@@ -73,7 +73,7 @@ def test_clips_are_judged_beyond_those_that_are_kept(make_config: MakeConfig) ->
 
 
 def test_a_clip_depends_on_neither_seed_nor_neighbours(make_config: MakeConfig) -> None:
-    few = judged(make_config("eval.generated_clips=1", aligned=False))
+    few = measured_clips(make_config("eval.generated_clips=1", aligned=False))
     run = build_run(make_config("seed=7", "eval.clips=3", "eval.batch_size=2", aligned=False))
     with run.branch:
         clips = {i: generated_clip(run, run.branch, i) for i in (2, 0)}
@@ -92,16 +92,18 @@ def test_two_clips_with_the_same_conditions_have_noise_of_their_own(
     assert not torch.equal(*clips)
 
 
-def test_left_out_the_kept_clips_are_judged_and_zero_judges_none(make_config: MakeConfig) -> None:
-    kept = judged(make_config("eval.sample_clips=2", "name=kept", aligned=False))
-    asked = judged(make_config("eval.generated_clips=2", "name=asked", aligned=False))
+def test_left_out_the_kept_clips_are_measured_and_zero_measures_none(
+    make_config: MakeConfig,
+) -> None:
+    kept = measured_clips(make_config("eval.sample_clips=2", "name=kept", aligned=False))
+    asked = measured_clips(make_config("eval.generated_clips=2", "name=asked", aligned=False))
     assert kept == asked and kept
     none = make_config("eval.sample_clips=1", "eval.generated_clips=0", "name=none", aligned=False)
-    assert judged(none) == {}
+    assert measured_clips(none) == {}
     assert (RunFolder.open(Path(none.output) / "none").samples / "0.mp4").exists()
 
 
-def test_the_trained_weights_are_judged(make_config: MakeConfig) -> None:
+def test_the_trained_weights_are_measured(make_config: MakeConfig) -> None:
     config = make_config("eval.generated_clips=1", aligned=False)
     run, folder = build_run(config), RunFolder.create(config)
     with run.branch:
@@ -125,24 +127,24 @@ def test_the_trained_weights_are_judged(make_config: MakeConfig) -> None:
     assert {name: before[name] for name in real} == {name: after[name] for name in real}
 
 
-def test_runs_that_share_caches_judge_the_real_clips_once(
+def test_runs_that_share_caches_measure_the_real_clips_once(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged_now: list[bytes] = []
-    add = GenerationJudge.add
+    measured_now: list[bytes] = []
+    add = GenerationCollector.add
 
-    def watched(judge: GenerationJudge, video_THWC: Tensor, sample: Sample) -> None:
-        judged_now.append(video_THWC.numpy().tobytes())
-        add(judge, video_THWC, sample)
+    def watched(collector: GenerationCollector, video_THWC: Tensor, sample: Sample) -> None:
+        measured_now.append(video_THWC.numpy().tobytes())
+        add(collector, video_THWC, sample)
 
-    monkeypatch.setattr(GenerationJudge, "add", watched)
+    monkeypatch.setattr(GenerationCollector, "add", watched)
 
     def measured(name: str, caches: Caches, *settings: str) -> tuple[dict[str, float], int]:
         config = make_config(f"name={name}", "eval.generated_clips=2", *settings, aligned=False)
-        judged_now.clear()
+        measured_now.clear()
         found = evaluate(build_run(config, caches), RunFolder.create(config))
         real = {key: value for key, value in found.items() if key.startswith("gen_real/")}
-        return real, len(judged_now)
+        return real, len(measured_now)
 
     shared, seed = new_caches(make_config()), "seed=3"
     first, both = measured("first", shared)
@@ -157,11 +159,11 @@ def test_runs_that_share_caches_judge_the_real_clips_once(
     assert other["gen_real/flicker"] == first["gen_real/flicker"]
 
 
-def test_a_folder_of_videos_is_judged_without_ground_truth(
+def test_a_folder_of_videos_is_measured_without_ground_truth(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     shapes = make_config().data
-    assert shapes.name == "shapes"
+    assert isinstance(shapes, ShapesConfig)
     root, rows = tmp_path / "clips", []
     root.mkdir()
     for i in range(3):
@@ -174,7 +176,7 @@ def test_a_folder_of_videos_is_judged_without_ground_truth(
     (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     data = FolderConfig(path=str(root), frames=5, size=(48, 48), fps=8, val_fraction=0.5)
     config = make_config("eval.generated_clips=1", aligned=False)
-    found = judged(config.model_copy(update={"data": data}))
+    found = measured_clips(config.model_copy(update={"data": data}))
     assert names(found, "gen/") == names(found, "gen_real/") == OF_ANY_CLIP
 
 
@@ -190,13 +192,13 @@ def test_a_video_teacher_compares_clips_only(make_config: MakeConfig) -> None:
         pred_num_hidden_layers=1,
     )
     teacher = Teacher(VJEPA2Model(config).eval(), "vjepa2", "post_norm")
-    judge = GenerationJudge(teacher, (3, 3), is_shapes=True)
+    collector = GenerationCollector(teacher, (3, 3), subjects_by_colour=True)
     shapes = make_config("data.frames=9").data
-    assert shapes.name == "shapes"
+    assert isinstance(shapes, ShapesConfig)
     for i in range(2):
         sample = ShapesDataset(shapes, "val")[i]
-        judge.add(sample.video_THWC.flip(0), sample)
-    found = judge.metrics()
+        collector.add(sample.video_THWC.flip(0), sample)
+    found = collector.metrics()
     of_images = {"identity_proxy", "confusion_proxy", "reference_match_proxy"}
     assert found.keys() == (OF_SHAPES | OF_ANY_CLIP) - of_images
     assert found["frechet"] > 0.0, "it sees the order of frames"

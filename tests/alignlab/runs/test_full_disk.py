@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from alignlab.cli import app
 from alignlab.recipe import load_run
-from alignlab.runs.run_folder import whole_folder, write_text
+from alignlab.runs.atomic_files import whole_folder, write_text
 from alignlab.training import checkpoint
 from alignlab.training.setup import build_run
 

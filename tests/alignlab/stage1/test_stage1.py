@@ -11,11 +11,12 @@ import torch
 from mlflow import MlflowClient
 
 from alignlab.data.shapes.dataset import ShapesDataset
+from alignlab.distributed.ranks import single_rank
 from alignlab.losses.stage1.folder import load_stage1
 from alignlab.randomness import generator
 from alignlab.recipe import load_stage1_run
 from alignlab.stage1.config import Stage1Config
-from alignlab.stage1.train import build_stage1, step_clips, train_stage1
+from alignlab.stage1.train import Stage1Trainer, train_stage1
 from alignlab.tracking import read_rows
 from command_line import alignlab
 from run_contents import file_contents, timeless_rows
@@ -33,6 +34,10 @@ Recipes = dict[str, Path]
 
 def config_of(recipes: Recipes, kind: Any, *overrides: str) -> Stage1Config:
     return load_stage1_run(kind, recipes[kind], list(overrides))
+
+
+def trainer_of(config: Stage1Config) -> Stage1Trainer:
+    return Stage1Trainer(config, single_rank("fp32"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,9 +155,7 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: st
 
 def test_a_cache_changes_no_number(recipes: Recipes) -> None:
     for kind in KINDS:
-        runs = [
-            build_stage1(config_of(recipes, kind, f"data.cache_clips={size}")) for size in (0, 9)
-        ]
+        runs = [trainer_of(config_of(recipes, kind, f"data.cache_clips={size}")) for size in (0, 9)]
         for run in runs:
             run.clips[2], run.clips[1]
         (plain, cached) = (run.task.loss([run.clips[1], run.clips[2]])[0] for run in runs)
@@ -161,7 +164,7 @@ def test_a_cache_changes_no_number(recipes: Recipes) -> None:
 
 
 def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> None:
-    run = build_stage1(config_of(recipes, "sara", "seed=3", "optim.batch_size=5"))
+    run = trainer_of(config_of(recipes, "sara", "seed=3", "optim.batch_size=5"))
     dataset = ShapesDataset(run.config.data, "train")  # type: ignore[arg-type]
     for step in (0, 1, 7):
         run.state.step = step
@@ -169,4 +172,4 @@ def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> 
             int(torch.randint(len(dataset), (), generator=generator(3, "clip", step, i)))
             for i in range(5)
         ]
-        assert [c.caption for c in step_clips(run)] == [dataset[i].caption for i in drawn]
+        assert [c.caption for c in run.micro_batches()[0]] == [dataset[i].caption for i in drawn]

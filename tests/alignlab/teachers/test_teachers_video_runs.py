@@ -9,8 +9,8 @@ import torch
 from transformers import VJEPA2Config, VJEPA2Model
 
 from alignlab.config.run import RunConfig
+from alignlab.evaluation.collectors import VideoCollector
 from alignlab.evaluation.evaluate import evaluate
-from alignlab.evaluation.token_metrics import VideoProbe
 from alignlab.losses.objective import Tokens
 from alignlab.metrics import cknna
 from alignlab.models.taps import BlockTokens
@@ -95,6 +95,6 @@ def _measured(teacher: Teacher, video: torch.Tensor, tokens: torch.Tensor) -> fl
     fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__)
     batch = Batch(**(fields | {"video_BTHWC": video, "sigma_B": torch.full((2,), 0.5)}))
     reference = Tokens(tokens[:, :0], (0, 2, 4))
-    probe = VideoProbe(2)
-    probe.add({0: BlockTokens(Tokens(tokens, (3, 2, 4)), reference)}, batch, teacher)
-    return probe.metrics()["cknna/block0"]
+    collector = VideoCollector(2)
+    collector.add({0: BlockTokens(Tokens(tokens, (3, 2, 4)), reference)}, batch, teacher)
+    return collector.metrics()["cknna/block0"]

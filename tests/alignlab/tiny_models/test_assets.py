@@ -1,7 +1,6 @@
 """The embedded tiny models: intact, small, loadable without alignlab, and above their floors."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,17 +8,19 @@ import torch
 from diffusers import WanPipeline
 
 import alignlab
+from alignlab.evaluation.metric_registry import NAMED_SUBJECT_METRICS
+from alignlab.evaluation.named_subjects import AttributeProbes
 from alignlab.models.wan import Wan, load_wan
 from alignlab.teachers import Teacher, load_teacher
 from alignlab.tiny_models.build import checksums
-from alignlab.tiny_models.named import NamedSubjects
 from alignlab.tiny_models.quality import (
     NAMED_FLOORS,
     PSNR_FLOOR,
     RETRIEVAL_FLOOR,
+    fitted_probes,
+    generated_clips,
     held_out_clips,
     named_subjects,
-    probe_clips,
     reconstruction_psnr,
     subject_accuracy,
 )
@@ -72,25 +73,30 @@ def test_the_teacher_knows_a_subject_in_another_pose(teacher: Teacher) -> None:
 
 
 @pytest.fixture(scope="module")
-def named(teacher: Teacher) -> NamedSubjects:
-    return NamedSubjects(teacher, probe_clips())
+def probes(teacher: Teacher) -> AttributeProbes:
+    return fitted_probes(teacher)
 
 
 def test_base_samples_show_the_subjects_that_the_caption_names(
-    wan: Wan, named: NamedSubjects
+    wan: Wan, teacher: Teacher, probes: AttributeProbes
 ) -> None:
-    found = named_subjects(wan, named, held_out_clips(48))
-    for attribute, floor in asdict(NAMED_FLOORS).items():
-        assert getattr(found, attribute) >= floor, (attribute, found)
+    samples = held_out_clips(48)
+    shares = named_subjects(teacher, probes, generated_clips(wan, samples), samples)
+    assert shares.keys() == NAMED_FLOORS.keys() == NAMED_SUBJECT_METRICS.keys()
+    for name, floor in NAMED_FLOORS.items():
+        assert shares[name] >= floor, (name, shares)
 
 
 def test_the_measure_of_named_subjects_tells_right_clips_from_wrong_ones(
-    named: NamedSubjects,
+    teacher: Teacher,
+    probes: AttributeProbes,
 ) -> None:
     samples = held_out_clips(48)
     clips = [s.video_THWC for s in samples]
-    right = named.recognised(clips, samples)
+    right = named_subjects(teacher, probes, clips, samples)
     # a subject may be hidden or leave the frame, and patches of 16 pixels see little of a shape
-    assert right.color >= 0.95 and right.texture >= 0.75 and right.shape >= 0.5
-    wrong = named.recognised(clips[1:] + clips[:1], samples)
-    assert wrong.color <= 0.3 and wrong.texture <= 0.4 and wrong.shape <= 0.3 and wrong.all <= 0.05
+    assert right["named_color"] >= 0.95
+    assert right["named_texture"] >= 0.75 and right["named_shape"] >= 0.5
+    wrong = named_subjects(teacher, probes, clips[1:] + clips[:1], samples)
+    assert wrong["named_color"] <= 0.3 and wrong["named_texture"] <= 0.4
+    assert wrong["named_shape"] <= 0.3 and wrong["named_all"] <= 0.05

@@ -11,7 +11,7 @@ from alignlab.config.run import RunConfig
 from alignlab.kernels.pull_push import pull_push
 from alignlab.losses.objective import Terms
 from alignlab.losses.repa import Repa
-from alignlab.train import batch_loss, train_step
+from alignlab.train import RunTrainer
 from alignlab.training.alignment import context_of
 from alignlab.training.batches import Batch, Encoded, collate
 from alignlab.training.setup import Run, build_run
@@ -65,8 +65,8 @@ def test_samples_with_and_without_references_share_a_batch(
     run = build_run(config)
     counts = [0, 3, 1, 2]
     with run.branch, torch.no_grad():
-        together, found = batch_loss(run, batch_with(run, counts, [0, 1, 2, 3]))
-        alone = [batch_loss(run, batch_with(run, counts, [i])) for i in range(4)]
+        together, found = RunTrainer(run).losses(batch_with(run, counts, [0, 1, 2, 3]))
+        alone = [RunTrainer(run).losses(batch_with(run, counts, [i])) for i in range(4)]
     assert all(torch.isfinite(value).all() for value in found.values())
     torch.testing.assert_close(
         together, torch.stack([total for total, _ in alone]).mean(), rtol=1e-5, atol=1e-6
@@ -96,7 +96,7 @@ def test_foreground_tokens_are_those_that_the_reference_mask_covers(
     tiles = mask_HW.float().unflatten(0, (4, -1)).unflatten(2, (4, -1)).mean((1, 3))
     torch.testing.assert_close(found[1, 16:32].view(4, 4), tiles)
     with run.branch, torch.no_grad():
-        _, scalars = batch_loss(run, batch)
+        _, scalars = RunTrainer(run).losses(batch)
     assert scalars["loss/ra"][0] == 0 and (scalars["loss/ra"][1:] > 0).all()
 
 
@@ -113,7 +113,7 @@ def test_the_total_is_the_weighted_scheduled_gated_sum(make_config: MakeConfig) 
     run.state.step = 5
     batch = batch_with(run, [2, 3], [1])
     with run.branch, torch.no_grad():
-        total, found = batch_loss(run, batch)
+        total, found = RunTrainer(run).losses(batch)
     expected = run.flow_weights(batch.sigma_B) * found["loss/flow"]
     expected = expected + 0.7 * 0.5 * batch.sigma_B**3 * found["loss/ra"]
     torch.testing.assert_close(total, expected.mean())
@@ -135,9 +135,9 @@ def test_references_that_show_too_little_are_in_no_average(make_config: MakeConf
     run = build_run(make_config(*foreground, f"objectives.ra.schedule={WATCHED}", "optim.lr=1e-9"))
     whole = batch_with(run, [1, 2, 3, 0], [0, 1, 2, 3])
     with run.branch, torch.no_grad():
-        _, full = batch_loss(run, whole)
-        _, found = batch_loss(run, without_subjects(whole, [1]))
-        _, nothing = batch_loss(run, without_subjects(whole, [0, 1, 2]))
+        _, full = RunTrainer(run).losses(whole)
+        _, found = RunTrainer(run).losses(without_subjects(whole, [1]))
+        _, nothing = RunTrainer(run).losses(without_subjects(whole, [0, 1, 2]))
     assert len(full["sim/ra"]) == 3 and (full["sim/ra"] != 0).all()
     torch.testing.assert_close(found["sim/ra"], full["sim/ra"][[0, 2]])
     assert torch.equal(found["watched/ra"], found["sim/ra"])
@@ -149,7 +149,7 @@ def test_references_that_show_too_little_are_in_no_average(make_config: MakeConf
         for rows, hidden in (([0, 1], [1]), ([2], []), ([3], []), ([1], [0]))
     ]
     with run.branch:
-        scalars = train_step(run, rounds)
+        scalars = RunTrainer(run).step(rounds)
     torch.testing.assert_close(scalars["sim/ra"], found["sim/ra"].mean())
     torch.testing.assert_close(run.alignment.watches["ra"].average.float(), scalars["sim/ra"])
 
@@ -166,7 +166,7 @@ def test_what_an_objective_calls_aligned_is_what_a_plateau_sees(
     monkeypatch.setattr(Repa, "forward", half)
     run = build_run(make_config(*REPA_SMALL, f"objectives.repa.schedule={WATCHED}"))
     with run.branch, torch.no_grad():
-        _, found = batch_loss(run, batch_with(run, [0, 0], [0, 1]))
+        _, found = RunTrainer(run).losses(batch_with(run, [0, 0], [0, 1]))
     assert torch.equal(found["watched/repa"], -found["loss/repa"][1:])
     assert "sim/repa" not in found
 
@@ -185,5 +185,5 @@ def test_similarities_are_computed_from_tokens_in_the_precision_of_the_run(
 
     monkeypatch.setattr("alignlab.losses.refalign.pull_push", watched)
     with run.branch:
-        batch_loss(run, batch_with(run, [2], [0]))
+        RunTrainer(run).losses(batch_with(run, [2], [0]))
     assert seen == [getattr(torch, dtype)]

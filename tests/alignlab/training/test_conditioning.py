@@ -12,7 +12,7 @@ from alignlab.config.parts import FlowConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
 from alignlab.recipe import load_run
-from alignlab.train import step_batches
+from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch, ClipEncoder, EncodedCache, training_batch
 from alignlab.training.setup import Run, build_run
 
@@ -56,7 +56,7 @@ def test_variants_of_a_seed_train_on_the_same_bits(make_config: MakeConfig) -> N
     repa = build_run(make_config(*other))
     for step in range(3):
         plain.state.step = repa.state.step = step
-        assert same(step_batches(plain), step_batches(repa))
+        assert same(RunTrainer(plain).micro_batches(), RunTrainer(repa).micro_batches())
 
 
 def test_another_seed_draws_other_clips_noise_levels_and_dropouts(run: Run) -> None:
@@ -77,7 +77,7 @@ def test_steps_and_samples_draw_apart(run: Run) -> None:
 def test_accumulation_rounds_change_nothing_that_is_drawn(make_config: MakeConfig) -> None:
     whole = build_run(make_config("optim.batch_size=4"))
     split = build_run(make_config("optim.batch_size=4", "optim.accumulate=2", "name=split"))
-    together, rounds = step_batches(whole), step_batches(split)
+    together, rounds = RunTrainer(whole).micro_batches(), RunTrainer(split).micro_batches()
     assert [len(batch.sigma_B) for batch in together] == [4]
     assert [len(batch.sigma_B) for batch in rounds] == [2, 2]
     assert same(together, rounds)

@@ -13,7 +13,7 @@ from alignlab.config.run import RunConfig
 from alignlab.losses.objective import Features, Terms
 from alignlab.losses.repa import Repa
 from alignlab.tracking import read_rows
-from alignlab.train import step_batches, train, train_step
+from alignlab.train import RunTrainer, train
 from alignlab.training.alignment import teacher_features
 from alignlab.training.checkpoint import latest
 from alignlab.training.setup import build_run
@@ -117,7 +117,7 @@ def test_a_step_without_a_reference_is_not_seen(make_config: MakeConfig) -> None
     run = build_run(make_config(*dropped, f"objectives.ra.schedule={AT_ONCE}"))
     with run.branch:
         for _ in range(4):
-            scalars = train_step(run, step_batches(run))
+            scalars = RunTrainer(run).step(RunTrainer(run).micro_batches())
     assert "watched/ra" not in scalars and float(scalars["schedule/ra"]) == 1.0
     assert run.alignment.watches["ra"].average.isnan()
 

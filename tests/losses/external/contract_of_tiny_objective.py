@@ -1,18 +1,42 @@
 """The package's own test: alignlab's contract, run on its objective."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_objective import UnitDistance, unit_distance  # type: ignore[import-not-found]
+from tiny_objective import (  # type: ignore[import-not-found]
+    ChannelGain,
+    ChannelGainConfig,
+    UnitDistance,
+    unit_distance,
+)
 from torch import Tensor
 
+from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.testing.contract import CHECKS, Check, ContractCase
+from alignlab.losses.testing.samples import TEACHER_DIMS
 
 
 def naive(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
     cosine = torch.nn.functional.cosine_similarity(student_BND, teacher_BND, dim=-1)
     return (2 - 2 * cosine).mean(-1)
+
+
+def with_gain(case: ContractCase, folder: Path) -> ContractCase:
+    """Writes a Stage 1 folder, as a training would."""
+    path, width = folder / "gain", TEACHER_DIMS["dino"]
+    path.mkdir()
+    config = ChannelGainConfig(teacher_dim=width)
+    info = Stage1Info(
+        kind="unit_distance",
+        teacher=Stage1Teacher(family="dinov2", path="x", feature="post_norm"),
+        teacher_dim=width,
+        grid=(2, 2),
+        module=config,
+    )
+    save_stage1(path, ChannelGain(config, seed=1), info)
+    return replace(case, changes={**case.changes, "gain": str(path)})
 
 
 CASE = ContractCase(
@@ -21,6 +45,7 @@ CASE = ContractCase(
     changes={"blocks": (1,), "teacher": "clip", "scale": 2.0},
     formula=lambda s, t, ids: unit_distance(s, t),
     naive=naive,
+    prepare=with_gain,
 )
 
 

@@ -1,5 +1,6 @@
 """An objective of another package: squared distance of unit vectors, one linear projector.
 
+It may read a Stage 1 network of the same package, which scales the teacher's channels.
 Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import project
+from alignlab.losses.stage1.folder import Stage1Row, load_for_teacher
 
 
 def unit_distance(student_BND: Tensor, teacher_BND: Tensor, *, scale: float = 1.0) -> Tensor:
@@ -33,13 +35,43 @@ def unit_distance(student_BND: Tensor, teacher_BND: Tensor, *, scale: float = 1.
     return scale * (student - teacher).square().sum(-1).mean(-1)
 
 
+class ChannelGainConfig(BaseModel):
+    """Shape of the Stage 1 network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher_dim: int = Field(ge=1)
+
+
+class ChannelGain(nn.Module):
+    """A factor for each channel of the teacher."""
+
+    def __init__(self, config: ChannelGainConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(seed)
+        self.gain_D = nn.Parameter(torch.rand(config.teacher_dim, generator=generator))
+
+    def forward(self, teacher_BTPD: Tensor) -> Tensor:
+        return teacher_BTPD.to(self.gain_D.dtype) * self.gain_D
+
+
+STAGE1 = Stage1Row(ChannelGain, ChannelGainConfig, setting="gain")
+
+
 class UnitDistanceConfig(ObjectiveConfig):
-    """Settings of the unit distance."""
+    """Settings of the unit distance.
+
+    Args:
+        scale: factor on the distance.
+        gain: folder of a trained `ChannelGain`; None leaves the teacher as it is.
+    """
 
     name: Literal["unit_distance"] = "unit_distance"
     blocks: tuple[int, ...] = (2,)
     teacher: str
     scale: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    gain: str | None = None
 
 
 @final
@@ -64,6 +96,9 @@ class UnitDistance(Objective):
         )
         self.projector = nn.Linear(student_dim, len(weight), bias=False, device="meta")
         self.projector.weight = nn.Parameter(weight / student_dim**0.5)
+        self.gain: nn.Module | None = None
+        if config.gain is not None:
+            self.gain = load_for_teacher(config.gain, config.name, config.teacher, len(weight))
 
     def forward(
         self,
@@ -72,13 +107,16 @@ class UnitDistance(Objective):
         context: Context = NO_CONTEXT,
     ) -> Terms:
         features = teacher[self.config.teacher]
+        teacher_BTPD = features.tokens_BTPD
+        if self.gain is not None:
+            teacher_BTPD = self.gain(teacher_BTPD.detach())
         per_block = []
         for block in self.config.blocks:
             tapped = student[block]
             ours_BTPD, theirs_BTPD = common_grid(
                 project(self.projector, tapped.tokens_BND),
                 tapped.grid,
-                features.tokens_BTPD,
+                teacher_BTPD,
                 features.grid,
                 "student",
             )

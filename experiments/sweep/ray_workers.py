@@ -1,30 +1,84 @@
 """A sweep's workers as tasks of a Ray cluster; each takes trial after trial.
 
-A trial whose worker or node dies waits again and goes on from its checkpoint in another worker.
+A trial whose worker or node dies waits again and resumes from its checkpoint in another worker.
 """
 
 import logging
-import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
-from alignlab.experiments.launchers.on_node import SHARED_STORAGE, TrialsOrder, machine
-from alignlab.experiments.launchers.ray import MOST_DEATHS, reached_step
-from alignlab.experiments.launchers.ray_cluster import STOP_S, RayTasks, connected
-from alignlab.experiments.launchers.same_code import code_facts
-from alignlab.experiments.sweep.config import SweepConfig
-from alignlab.experiments.sweep.study import SweepStudy, shown_url, storage_url, sweep_folder
+from alignlab.experiments.launchers.local import threads
+from alignlab.experiments.launchers.node import RECIPE, Order, arrive, logged, order_for, seen
+from alignlab.experiments.launchers.ray_cluster import (
+    MOST_DEATHS,
+    STOP_S,
+    Deaths,
+    RayTasks,
+    connected,
+)
+from alignlab.experiments.launchers.ray_runs import reached_step
+from alignlab.experiments.sweep.config import SweepConfig, load_sweep
+from alignlab.experiments.sweep.lease import machine
+from alignlab.experiments.sweep.study import (
+    SweepStudy,
+    join_study,
+    shown_url,
+    storage_url,
+    sweep_folder,
+)
 from alignlab.experiments.sweep.tracking import SweepTracker
-from alignlab.experiments.sweep.worker import finished_count, put_back_dead
+from alignlab.experiments.sweep.worker import check, work
 from alignlab.progress import step_progress
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
+SHARED_STORAGE = (
+    "a sweep on several machines needs storage=journal:///PATH on a filesystem that all of them "
+    "share, or a database server that all of them reach"
+)
+
+
+class TrialsOrder(Order):
+    """A sweep whose trials are to be run.
+
+    Args:
+        worker: which of the sweep's workers this is, counted from 1.
+        machine: the only one that may take part; None where any may.
+    """
+
+    worker: int
+    machine: str | None
+
+
+def run_trials(order: TrialsOrder) -> None:
+    """On a node: takes one waiting trial of a sweep after another, until none waits.
+
+    Its log lines go to `worker-<number>.log` in the sweep's folder. Trials that other workers hold
+    are theirs: whoever has sent the order starts another worker if one of these dies.
+
+    Raises:
+        UserError: as `train_run`, and when this node does not reach the sweep's storage.
+    """
+    folder = arrive(order)
+    config = load_sweep(folder / RECIPE)
+    url = storage_url(config)
+    journal = Path(url) if "://" not in url else None
+    if order["machine"] not in (None, machine()) or (journal and not seen(journal.exists)):
+        raise UserError(f"node {platform.node()} cannot use {shown_url(config)}: {SHARED_STORAGE}")
+    with logged(folder / f"worker-{order['worker']}.log"), threads(order["threads"]):
+        check(config)
+        try:
+            study = join_study(config)
+        except UserError as error:
+            raise UserError(f"node {platform.node()}: {error}") from None
+        work(study, SweepTracker(study), stay=False)
 
 
 @contextmanager
@@ -50,10 +104,10 @@ def trials_on_ray(
             )
 
         def run(study: SweepStudy, tracker: SweepTracker) -> None:
-            tasks: RayTasks[int] = RayTasks(cluster, config.launch, "trials")
+            tasks: RayTasks[int] = RayTasks(cluster, config.launch, run_trials)
             log.info(
                 "Ray: trials to run: %d, nodes: %d; each takes %s",
-                *(study.size - finished_count(study), len(cluster.nodes()), tasks.shown_needs()),
+                *(study.size - study.num_finished(), len(cluster.nodes()), tasks.shown_needs()),
             )
             RaySweep(study, tasks, workers).watch()
 
@@ -69,7 +123,7 @@ class RaySweep:
     """The workers of one sweep, numbered from 1.
 
     Args:
-        study: made already.
+        study: created already.
         tasks: of the cluster; nothing else starts any.
         workers: most that run at a time; None: as many as the nodes hold, also those that come.
     """
@@ -79,7 +133,7 @@ class RaySweep:
         self._tasks = tasks
         self._workers = workers
         self._folder = sweep_folder(study.config)
-        self._deaths: dict[int, tuple[tuple[int, int], int]] = {}
+        self._deaths = Deaths[int]()
 
     def watch(self) -> None:
         """Keeps workers running until all trials are finished; whatever ends it, none is left."""
@@ -91,21 +145,21 @@ class RaySweep:
             self._tasks.cancel()
 
     def _run_trials(self) -> None:
-        study, done = self._study, finished_count(self._study)
+        study, done = self._study, self._study.num_finished()
         with step_progress(study.config.name, total=study.size, done=done) as advance:
             while not study.is_finished():
-                put_back_dead(study)
+                study.put_back_dead()
                 self._start_missing()
-                self._tasks.tell_of_room()
-                self._see_ended(LOOK_EVERY_S)
-                note = f"{len(study.trials(TrialState.RUNNING))} running"
-                advance(finished_count(study), note)
+                self._tasks.warn_without_room()
+                self._see_ended()
+                running = len(study.trials(TrialState.RUNNING))
+                advance(study.num_finished(), f"{running} running")
 
     def _let_end(self) -> None:
         """A worker that has finished the last trial still tells MLflow so."""
         end = time.monotonic() + STOP_S
         while self._tasks.running and time.monotonic() < end:
-            self._see_ended(LOOK_EVERY_S)
+            self._see_ended()
 
     def _start_missing(self) -> None:
         """Workers for the trials that wait; one that finds none waiting has ended by itself."""
@@ -121,39 +175,31 @@ class RaySweep:
 
     def _order(self, worker: int) -> TrialsOrder:
         return TrialsOrder(
-            directory=os.getcwd(),
-            folder=str(self._folder),
-            threads=self._tasks.threads,
-            code=code_facts(),
+            **order_for(self._folder, self._tasks.threads),
             worker=worker,
             machine=machine() if is_file_of_one_machine(self._study.config) else None,
         )
 
-    def _see_ended(self, seconds: float) -> None:
-        for worker, error, loss in self._tasks.ended(seconds):
+    def _see_ended(self) -> None:
+        for worker, error, loss in self._tasks.ended(LOOK_EVERY_S):
             if error is not None:
                 raise UserError(f"worker {worker}: {error}")
             if loss is not None:
                 self._count_death(worker, loss)
 
-    def _count_death(self, worker: int, kind: str) -> None:
-        now = self._progress()
-        before, deaths = self._deaths.get(worker, (now, 0))
-        deaths = deaths + 1 if now == before else 1
+    def _count_death(self, worker: int, loss: str) -> None:
+        # finished trials, and steps with a checkpoint of all trials together
+        checkpoints = self._folder.glob("trial-*/seed-*/checkpoints")
+        progress = (self._study.num_finished(), sum(map(reached_step, checkpoints)))
+        deaths = self._deaths.count(worker, progress)
         if deaths == MOST_DEATHS:
             numbers = [str(trial.number) for trial in self._study.trials(TrialState.RUNNING)]
             raise UserError(
-                f"worker {worker} died {deaths} times while no trial got further ({kind}; "
+                f"worker {worker} died {deaths} times while no trial got further ({loss}; "
                 f"unfinished: {', '.join(numbers) or 'none begun'}): see {self._log(worker)}, "
                 "or lower checkpoint.every"
             )
-        self._deaths[worker] = (now, deaths)
-        log.info("worker %d died (%s); another takes its place", worker, kind)
-
-    def _progress(self) -> tuple[int, int]:
-        """Finished trials, and steps with a checkpoint of all trials together."""
-        checkpoints = self._folder.glob("trial-*/seed-*/checkpoints")
-        return finished_count(self._study), sum(map(reached_step, checkpoints))
+        log.info("worker %d died (%s); another takes its place", worker, loss)
 
     def _log(self, worker: int | str) -> str:
         return str(self._folder / f"worker-{worker}.log")

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,14 @@ from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.evaluation.diagnostics import RankAlarms, compare_losses
+from alignlab.evaluation.diagnostics import Forward, loss_gradients
+from alignlab.evaluation.run_warnings import RankWarnings
 from alignlab.metrics.rank import effective_rank
 from alignlab.recipe import load_stage1_run, recipe_hash
-from alignlab.train import batch_loss, step_batches, train
+from alignlab.train import RunTrainer, train
 from alignlab.training.batches import Batch
+from alignlab.training.measure import StepClock
 from alignlab.training.setup import Run, build_run
-from alignlab.training.step_clock import StepClock
 from run_contents import timeless_rows
 
 MakeConfig = Callable[..., RunConfig]
@@ -84,10 +85,15 @@ def test_a_killed_diagnosed_run_ends_as_the_uninterrupted_one(
     assert rows[0] == rows[1]
 
 
+def forwards(run: Run) -> Iterator[Forward]:
+    trainer = RunTrainer(run)
+    return trainer.weighted_forwards(trainer.micro_batches())
+
+
 def gradients(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
     """Gradient of the whole loss, by the backward pass that training runs."""
     for batch in batches:
-        total, _ = batch_loss(run, batch)
+        total, _ = RunTrainer(run).losses(batch)
         total.backward()
     named = run.wan.transformer.named_parameters()
     found = {name: p.grad.clone() for name, p in named if p.grad is not None}
@@ -100,10 +106,10 @@ def test_ratio_and_cosine_are_those_of_the_losses_gradients(make_config: MakeCon
     settings = ("objectives.ra.blocks=[1]", "optim.batch_size=4", "optim.accumulate=2")
     run = build_run(make_config(*settings, "objectives.ra.weight=0.7"))
     plain = build_run(make_config(*settings, "objectives.ra.weight=0.0"))
-    batches = step_batches(run)
+    batches = RunTrainer(run).micro_batches()
     with run.branch:
         total = gradients(run, batches)
-        found = compare_losses(run, batches)
+        found = loss_gradients(run, forwards(run))
         assert all(p.grad is None for p in run.wan.transformer.parameters())
     with plain.branch:
         flow = gradients(plain, batches)
@@ -121,7 +127,7 @@ def test_a_batch_with_nothing_to_align_has_ratio_0_and_no_cosine(make_config: Ma
     run = build_run(make_config("flow.text_dropout=0.0", "flow.both_dropout=0.0",
                                 "flow.reference_dropout=1.0"))  # fmt: skip
     with run.branch:
-        found = compare_losses(run, step_batches(run))
+        found = loss_gradients(run, forwards(run))
     assert found == {"grad/ra/ratio": 0.0}
 
 
@@ -133,11 +139,11 @@ def test_cosines_by_block_average_to_the_logged_one(make_config: MakeConfig) -> 
         if name != "irepa":
             settings.append(f"objectives.{name}.projector_dim=16")
     run = build_run(make_config(*settings))
-    batches = step_batches(run)
+    batches = RunTrainer(run).micro_batches()
     with run.branch:
-        found = compare_losses(run, batches)
+        found = loss_gradients(run, forwards(run))
         with torch.no_grad():
-            _, logged = batch_loss(run, batches[0])
+            _, logged = RunTrainer(run).losses(batches[0])
     for alias, blocks in {"ra": (0, 2), **dict.fromkeys(("repa", "irepa", "align4gen", "crepa"),
                                                         (1, 3))}.items():  # fmt: skip
         by_block = [found[f"sim/{alias}/block{block}"] for block in blocks]
@@ -183,13 +189,13 @@ def test_a_resumed_run_compares_with_its_first_ranks(
     assert len(caplog.records) == 4
 
 
-def test_alarms_of_a_resumed_run_know_what_was_logged_before() -> None:
+def test_warnings_of_a_resumed_run_know_what_was_logged_before() -> None:
     key = "diag/rank/video/block1"
     rows = [{"step": 1.0, key: 10.0, "loss/flow": 1.0}, {"step": 5.0, "loss/flow": 0.1}]
-    alarms = RankAlarms(rows)
-    assert alarms.see(9, {key: 5.0}) == []
-    assert len(alarms.see(10, {key: 4.9})) == 1
-    assert RankAlarms([*rows, {"step": 10.0, key: 4.9}]).see(11, {key: 4.0}) == []
+    warnings = RankWarnings(rows)
+    assert warnings.see(9, {key: 5.0}) == []
+    assert len(warnings.see(10, {key: 4.9})) == 1
+    assert RankWarnings([*rows, {"step": 10.0, key: 4.9}]).see(11, {key: 4.0}) == []
 
 
 def test_stage_1_has_no_such_setting() -> None:
@@ -199,7 +205,7 @@ def test_stage_1_has_no_such_setting() -> None:
 
 def test_the_time_of_a_diagnosis_is_no_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("alignlab.training.step_clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("alignlab.training.measure.time.perf_counter", lambda: now[0])
     clock = StepClock(torch.device("cpu"))
     clock.step_begins()
     now[0] = 1.0

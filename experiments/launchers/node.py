@@ -1,4 +1,4 @@
-"""What a node does with a run or a sweep that another process sends it: it is told the folder.
+"""What a node does with an order of another process: it is told a folder that both see.
 
 Nothing here knows Ray.
 """
@@ -7,29 +7,21 @@ import logging
 import os
 import platform
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import TypedDict
 
 from alignlab.errors import UserError
-from alignlab.experiments.launchers.local import threads
-from alignlab.experiments.launchers.one_run import train_one
+from alignlab.experiments.launchers.local import threads, train_one
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training.setup import Caches
 
 LOG = "worker.log"
 RECIPE = "recipe.yaml"
-SHARED_STORAGE = (
-    "a sweep on several machines needs storage=journal:///PATH on a filesystem that all of them "
-    "share, or a database server that all of them reach"
-)
 VISIBLE_S = 60.0  # NFS clients may not ask again for so long what a folder holds
 LOOK_EVERY_S = 0.5
-
-JobName = Literal["run", "trials"]
 
 _caches: dict[str, Caches] = {}  # a worker process often gets several runs
 
@@ -50,69 +42,24 @@ class Order(TypedDict):
     code: dict[str, str]
 
 
-class TrialsOrder(Order):
-    """A sweep whose trials are to be run.
-
-    Args:
-        worker: which of the sweep's workers this is, counted from 1.
-        machine: the only one that may take part; None where any may.
-    """
-
-    worker: int
-    machine: str | None
+def order_for(folder: Path, num_threads: int) -> Order:
+    """The order to train what a folder holds, sent from this process."""
+    return Order(directory=os.getcwd(), folder=str(folder), threads=num_threads, code=code_facts())
 
 
 def train_run(order: Order) -> None:
-    """Trains, or goes on with, the run; its log lines go to `worker.log` in its folder.
+    """Trains, or resumes, the run; its log lines go to `worker.log` in its folder.
 
     Raises:
         UserError: this node has other code or does not see the folder, or the run cannot be
             trained.
     """
-    folder = RunFolder(_arrive(order))
+    folder = RunFolder(arrive(order))
     with logged(folder.path / LOG), threads(order["threads"]):
         train_one(folder.config(), _caches, wait=True)
 
 
-def run_trials(order: TrialsOrder) -> None:
-    """Takes one waiting trial of a sweep after another, until none waits.
-
-    Its log lines go to `worker-<number>.log` in the sweep's folder. Trials that other workers hold
-    are theirs: whoever has sent the order starts another worker if one of these dies.
-
-    Raises:
-        UserError: as `train_run`, and when this node does not reach the sweep's storage.
-    """
-    folder = _arrive(order)
-    from alignlab.experiments.sweep.config import load_sweep
-    from alignlab.experiments.sweep.study import join_study, shown_url, storage_url
-    from alignlab.experiments.sweep.tracking import SweepTracker
-    from alignlab.experiments.sweep.worker import check, work
-
-    config = load_sweep(folder / RECIPE)
-    url = storage_url(config)
-    journal = Path(url) if "://" not in url else None
-    if order["machine"] not in (None, machine()) or (journal and not seen(journal.exists)):
-        raise UserError(f"node {platform.node()} cannot use {shown_url(config)}: {SHARED_STORAGE}")
-    with logged(folder / f"worker-{order['worker']}.log"), threads(order["threads"]):
-        check(config)
-        try:
-            study = join_study(config)
-        except UserError as error:
-            raise UserError(f"node {platform.node()}: {error}") from None
-        work(study, SweepTracker(study), stay=False)
-
-
-JOBS: Mapping[JobName, Callable[[Any], None]] = {"run": train_run, "trials": run_trials}
-
-
-def machine() -> str:
-    """The same for all processes under one kernel, also in containers."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else str(uuid.getnode())
-
-
-def _arrive(order: Order) -> Path:
+def arrive(order: Order) -> Path:
     """Goes to the sender's working directory; gives the folder of the run or sweep.
 
     Raises:
@@ -140,10 +87,10 @@ def _arrive(order: Order) -> Path:
     return folder
 
 
-def seen(there: Callable[[], bool]) -> bool:
+def seen(exists: Callable[[], bool]) -> bool:
     """Whether something that another node has written shows up within `VISIBLE_S` seconds."""
     end = time.monotonic() + VISIBLE_S
-    while not there():
+    while not exists():
         if time.monotonic() > end:
             return False
         time.sleep(LOOK_EVERY_S)

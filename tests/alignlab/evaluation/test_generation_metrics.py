@@ -11,7 +11,8 @@ from torch import Tensor
 from alignlab.config.data import ShapesConfig
 from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import ShapesDataset
-from alignlab.evaluation.generation_metrics import GenerationJudge, cutout
+from alignlab.evaluation.collectors import GenerationCollector
+from alignlab.evaluation.generation_metrics import cutout
 from alignlab.teachers import Teacher, load_teacher
 
 CLIPS = ShapesDataset(ShapesConfig(frames=9, size=(64, 64), references=(2, 3)), "val")
@@ -30,13 +31,13 @@ def measure(teacher: Teacher) -> Measure:
     def run(
         change: Callable[[Sample], Tensor] = lambda sample: sample.video_THWC,
         samples: list[Sample] = SAMPLES,
-        is_shapes: bool = True,
+        subjects_by_colour: bool = True,
         features: Teacher | None = teacher,
     ) -> dict[str, float]:
-        judge = GenerationJudge(features, GRID, is_shapes=is_shapes)
+        collector = GenerationCollector(features, GRID, subjects_by_colour=subjects_by_colour)
         for sample in samples:
-            judge.add(change(sample), sample)
-        return judge.metrics()
+            collector.add(change(sample), sample)
+        return collector.metrics()
 
     return run
 
@@ -157,7 +158,7 @@ def test_shuffled_pictures_are_far_from_real_ones(measure: Measure, real: dict[s
 
 
 def test_other_data_leaves_out_what_needs_the_shapes_world(measure: Measure) -> None:
-    found = measure(is_shapes=False)
+    found = measure(subjects_by_colour=False)
     assert found.keys() == {
         "contrast",
         "colourfulness",
@@ -174,7 +175,7 @@ def test_without_teacher_or_references_the_rest_is_measured(
     measure: Measure, real: dict[str, float]
 ) -> None:
     bare = [dataclasses.replace(s, references=()) for s in SAMPLES]
-    assert measure(samples=bare, is_shapes=False).keys() == {
+    assert measure(samples=bare, subjects_by_colour=False).keys() == {
         "contrast",
         "colourfulness",
         "colour_cast",

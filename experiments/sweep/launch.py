@@ -1,4 +1,4 @@
-"""Several workers on this machine: processes that join the sweep of the one that starts them."""
+"""Who runs the trials of a sweep: this process, several on this machine, or nodes of a cluster."""
 
 import logging
 import os
@@ -6,14 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
+from alignlab.experiments.launchers import LauncherName, refuse_unread_address
+from alignlab.experiments.launchers.local import check_machine, threads
+from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.ray_workers import trials_on_ray
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
-from alignlab.experiments.sweep.worker import finished_count
+from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.worker import work
 from alignlab.progress import step_progress
 
 log = logging.getLogger(__name__)
@@ -23,12 +30,66 @@ STOP_S = 30.0  # a worker puts its trial back before it ends
 
 INTERRUPTED = 130
 
+RunTrials = Callable[[SweepStudy, SweepTracker], None]
+"""Runs what is not finished of a study, which exists."""
 
-def run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
-    """Runs `count` workers until all trials are finished; one that dies is not replaced.
+SweepLauncher = Callable[[SweepConfig], AbstractContextManager[RunTrials]]
+"""Makes ready to run trials, before there is a study; refuses what it cannot run."""
+
+
+def make_sweep_launcher(
+    name: LauncherName,
+    *,
+    workers: int | None = None,
+    command: Sequence[str] = (),
+    join: bool = False,
+    ray_address: str | None = None,
+) -> SweepLauncher:
+    """The launcher of this name.
 
     Args:
-        study: made already; workers only join it.
+        name: `local` or `ray`.
+        workers: how many trials run at a time; None: one, on Ray as many as the nodes hold.
+        command: recipe and overrides, as local workers are started with them; read if there are
+            several.
+        join: whether the sweep is one that another process began.
+        ray_address: `HOST:PORT` or `auto`; None: `RAY_ADDRESS`, else a new cluster here.
+
+    Raises:
+        UserError: options that do not go together.
+    """
+    if name == "ray":
+        if join:
+            raise UserError(
+                "--join: the same command with --launcher ray and without --join adds workers on "
+                "Ray to a sweep that already runs"
+            )
+        return partial(trials_on_ray, workers=workers, address=ray_address)
+    refuse_unread_address(ray_address)
+    return partial(_trials_on_this_machine, workers=workers or 1, command=command)
+
+
+@contextmanager
+def _trials_on_this_machine(
+    config: SweepConfig, *, workers: int, command: Sequence[str]
+) -> Iterator[RunTrials]:
+    check_machine(config.launch, runs=workers)
+
+    def run(study: SweepStudy, tracker: SweepTracker) -> None:
+        if workers > 1:
+            _run_workers(study, workers, command)
+            return
+        with threads(config.launch.cpus):
+            work(study, tracker)
+
+    yield run
+
+
+def _run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
+    """Runs processes that join the sweep until all trials are finished; none is replaced.
+
+    Args:
+        study: created already.
         count: how many processes.
         command: recipe and overrides.
 
@@ -37,7 +98,7 @@ def run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
     """
     folder = sweep_folder(study.config)
     running: dict[int, subprocess.Popen[bytes]] = {}
-    shown = finished_count(study)
+    shown = study.num_finished()
     try:
         for index in range(1, count + 1):
             running[index] = _start(index, count, command, folder)
@@ -46,8 +107,8 @@ def run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
             while running:
                 time.sleep(LOOK_EVERY_S)
                 for index in [i for i, worker in running.items() if worker.poll() is not None]:
-                    _judge(index, running.pop(index).returncode, folder)
-                done = finished_count(study)
+                    _check_exit(index, running.pop(index).returncode, folder)
+                done = study.num_finished()
                 if done != shown or done < study.size:  # the last line is written once
                     advance(done, f"{len(study.trials(TrialState.RUNNING))} running")
                 shown = done
@@ -56,7 +117,7 @@ def run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
     if not study.is_finished():
         raise UserError(
             f"all workers died, see {folder / 'worker-1.log'}; "
-            "the same command goes on where they stopped"
+            "the same command resumes where they stopped"
         )
 
 
@@ -83,7 +144,7 @@ def device_of(index: int, visible: str | None) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[index % len(names)]} if len(names) > 1 else {}
 
 
-def _judge(index: int, code: int, folder: Path) -> None:
+def _check_exit(index: int, code: int, folder: Path) -> None:
     """A killed worker is no error: the others take its trial over."""
     if code < 0:
         log.info("worker %d was killed by signal %d", index, -code)

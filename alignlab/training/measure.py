@@ -1,10 +1,15 @@
-"""Seconds per training step, measured over the steps between two log rows."""
+"""What a training costs: seconds per step between two log rows, and peak memory."""
 
+import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+MIB = 1024**2
 
 
 class StepClock:
@@ -58,3 +63,33 @@ class StepClock:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+class PeakMemory:
+    """Peak since it was made: allocated CUDA memory, or on a CPU the process's resident set.
+
+    The resident set includes the interpreter, libraries and cached clips; it compares runs of one
+    process only roughly. Where the system does not let the peak be reset (not Linux), it is the
+    peak since the process began.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif (reset := Path("/proc/self/clear_refs")).exists():
+            reset.write_text("5")
+
+    def peak_mib(self) -> float:
+        """The peak so far, in MiB."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / MIB
+        status = Path("/proc/self/status")
+        if status.exists():
+            peak_line = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+            if peak_line:
+                return int(peak_line[1]) / 1024
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / MIB if sys.platform == "darwin" else peak / 1024

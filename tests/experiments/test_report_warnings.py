@@ -1,4 +1,4 @@
-"""What runs gave warning of stands near the verdict of every form of the report."""
+"""The warnings of the runs stand near the verdict in every form of the report."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from rich.console import Console
 
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.compare.run import collect
-from alignlab.experiments.report.run_warnings import alarm_sentences, gathered
+from alignlab.experiments.report.run_warnings import gather_warnings, warning_sentences
 from alignlab.experiments.report.text import PRINTED_WARNINGS, print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.run_folder import RunFolder
@@ -18,11 +18,11 @@ from made_comparisons import make_comparison
 PALE = "clips <b>are</b> pale"
 
 
-def note(low: float) -> str:
+def warning(low: float) -> str:
     return f"{PALE} [{low} of 56.8]"
 
 
-def comparison(notes: dict[tuple[str, int], tuple[str, ...]], seeds: int = 3) -> Comparison:
+def comparison(warnings: dict[tuple[str, int], tuple[str, ...]], seeds: int = 3) -> Comparison:
     results = tuple(
         RunResult(
             variant,
@@ -31,7 +31,7 @@ def comparison(notes: dict[tuple[str, int], tuple[str, ...]], seeds: int = 3) ->
             f"{variant}/{seed}",
             {"val/flow": 0.4 + 0.01 * seed},
             {},
-            notes=notes.get((variant, seed), ()),
+            notes=warnings.get((variant, seed), ()),
         )
         for variant in ("none", "ra")
         for seed in range(seeds)
@@ -49,23 +49,25 @@ def texts(made: Comparison, folder: Path) -> tuple[str, str, str]:
 
 
 def test_the_same_warning_of_several_seeds_is_told_once() -> None:
-    found = gathered({0: [note(28.1), "odd"], 1: ["odd"], 2: [note(30.1), "odd"]}, 3)
-    assert found == [
+    texts = gather_warnings({0: [warning(28.1), "odd"], 1: ["odd"], 2: [warning(30.1), "odd"]}, 3)
+    assert texts == [
         f"seeds 0 and 2: {PALE} (seed 0: 28.1 of 56.8; seed 2: 30.1 of 56.8)",
         "all 3 seeds: odd",
     ]
-    assert gathered({4: [note(28.1)]}, 1) == [f"{PALE} (28.1 of 56.8)"]
+    assert gather_warnings({4: [warning(28.1)]}, 1) == [f"{PALE} (28.1 of 56.8)"]
     # of three seeds one is finished
-    assert gathered({4: [note(28.1)]}, 3) == [f"seed 4: {PALE} (28.1 of 56.8)"]
-    assert gathered({0: ["see [1] for it"], 1: []}, 2) == ["seed 0: see [1] for it"]
+    assert gather_warnings({4: [warning(28.1)]}, 3) == [f"seed 4: {PALE} (28.1 of 56.8)"]
+    assert gather_warnings({0: ["see [1] for it"], 1: []}, 2) == ["seed 0: see [1] for it"]
 
 
 def test_every_form_of_the_report_warns_between_verdict_and_table(tmp_path: Path) -> None:
-    made = comparison({("ra", 0): (note(28.1),), ("ra", 2): (note(30.1),), ("none", 1): ("odd",)})
+    made = comparison(
+        {("ra", 0): (warning(28.1),), ("ra", 2): (warning(30.1),), ("none", 1): ("odd",)}
+    )
     page, markdown, printed = texts(made, tmp_path)
     told = f"seeds 0 and 2: {PALE} (seed 0: 28.1 of 56.8; seed 2: 30.1 of 56.8)"
-    assert alarm_sentences(made) == ["variant none, seed 1: odd", f"variant ra, {told}"]
-    assert '<details class="alarms" open>\n  <summary>2 warnings from runs of 2 variants' in page
+    assert warning_sentences(made) == ["variant none, seed 1: odd", f"variant ra, {told}"]
+    assert '<details class="warnings" open>\n  <summary>2 warnings from runs of 2 variants' in page
     escaped = told.replace("<", "&lt;").replace(">", "&gt;")
     assert f"<b>ra</b>, {escaped}</li>" in page and "<b>none</b>, seed 1: odd</li>" in page
     assert page.index('class="verdict"') < page.index(escaped) < page.index("<h2>Summary</h2>")
@@ -83,11 +85,12 @@ def test_every_form_of_the_report_warns_between_verdict_and_table(tmp_path: Path
 
 def test_nothing_is_shown_without_warnings(tmp_path: Path) -> None:
     for text in texts(comparison({}), tmp_path):
-        assert "arning" not in text.split("<script>")[0] and 'class="alarms"' not in text
+        shown = text.split("</style>")[-1].split("<script>")[0]
+        assert "arning" not in shown and 'class="warnings"' not in text
 
 
 def test_one_seed_is_not_named(tmp_path: Path) -> None:
-    page, markdown, printed = texts(comparison({("ra", 0): (note(28.1),)}, seeds=1), tmp_path)
+    page, markdown, printed = texts(comparison({("ra", 0): (warning(28.1),)}, seeds=1), tmp_path)
     assert "<b>ra</b>: clips" in page and "1 warning from runs of 1 variant<" in page
     assert "- variant ra: clips" in markdown and "Warning: variant ra: clips" in printed
 
@@ -96,7 +99,7 @@ def test_many_are_folded_in_the_page_and_cut_in_the_terminal(tmp_path: Path) -> 
     count = PRINTED_WARNINGS + 3
     many = tuple(f"block {i} may collapse [{i} of 9]" for i in range(count))
     page, markdown, printed = texts(comparison({("ra", 1): many}), tmp_path)
-    assert f'<details class="alarms">\n  <summary>{count} warnings' in page
+    assert f'<details class="warnings">\n  <summary>{count} warnings' in page
     assert markdown.count("may collapse") == page.count("may collapse") == count
     assert printed.count("may collapse") == PRINTED_WARNINGS
     assert "3 more warnings are in the report." in printed
@@ -110,15 +113,15 @@ def run_folder(folder: Path, **more: list[str]) -> RunFolder:
     return run
 
 
-def test_notes_of_a_run_reach_the_saved_comparison(tmp_path: Path) -> None:
-    found = collect(run_folder(tmp_path, notes=[note(28.1)]), "ra", 0, tmp_path)
-    made = dataclasses.replace(comparison({}, seeds=1), results=(found,))
+def test_warnings_of_a_run_reach_the_saved_comparison(tmp_path: Path) -> None:
+    result = collect(run_folder(tmp_path, notes=[warning(28.1)]), "ra", 0, tmp_path)
+    made = dataclasses.replace(comparison({}, seeds=1), results=(result,))
     made.save(tmp_path / "comparison.json")
-    assert Comparison.load(tmp_path / "comparison.json").results[0].notes == (note(28.1),)
+    assert Comparison.load(tmp_path / "comparison.json").results[0].notes == (warning(28.1),)
 
 
 @pytest.mark.parametrize("part", ["result", "comparison"])
-def test_files_from_before_there_were_notes_are_read(tmp_path: Path, part: str) -> None:
+def test_files_from_before_there_were_warnings_are_read(tmp_path: Path, part: str) -> None:
     made = comparison({})
     if part == "result":
         made = dataclasses.replace(

@@ -1,6 +1,10 @@
-"""Matrices of small integer codes, packed into bytes so that unpacking needs no reshape.
+"""What the Triton files of both operations share: bit planes, norms, what a GPU is good at.
 
-Layout. Columns are cut into groups of P*Q, with P = 8 // BITS planes of Q columns. Byte q of a
+Imported only where Triton is. What no kernel can compute is refused in dispatch.py, which needs no
+Triton.
+
+Bit planes are matrices of small integer codes, packed into bytes so that unpacking needs no
+reshape. Columns are cut into groups of P*Q, with P = 8 // BITS planes of Q columns. Byte q of a
 group holds columns q, Q + q, 2Q + q, ...: column g*P*Q + p*Q + q goes to bits [p*BITS, (p+1)*BITS)
 of byte g*Q + q. So the Q codes of one plane, which are neighbours in the matrix, are read with one
 load of Q neighbouring bytes and one bit test, and are the K-block of a matrix product as they
@@ -9,8 +13,38 @@ stand.
 Shape letters: M rows, N columns, W = N / P words (bytes), Q columns of a plane.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_ROW_ELEMENTS = 4096
+
+
+def rows_per_program(channels: int) -> int:
+    """Counts the vectors of `channels` (a power of two) that one program of a row kernel takes."""
+    return max(1, _ROW_ELEMENTS // channels)
+
+
+def has_wgmma(x: Tensor) -> bool:
+    """Whether `x` is on a GPU whose tensor cores read shared memory themselves: sm_90 or later."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def product_precision(element_size: int) -> str:
+    """Names how `tl.dot` multiplies numbers of so many bytes.
+
+    Products of 16-bit floats are exact anyway; float32 is split into three products of tensor
+    floats, which are as good as one in float32.
+    """
+    return "tf32x3" if element_size == 4 else "ieee"
+
+
+@triton.jit
+def clamped(norm, eps):
+    """Bounds a norm from below by `eps`, as `alignlab.kernels.cosine.unit` does."""
+    # where, since a maximum would turn NaN into eps
+    return tl.where(norm < eps, eps, norm)
 
 
 def words_per_row(num_columns: int, bits: int, q: int) -> int:

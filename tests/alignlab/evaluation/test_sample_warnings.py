@@ -1,4 +1,4 @@
-"""Washed-out samples raise an alarm that a run notes; sound ones do not."""
+"""Washed-out samples give a warning that a run keeps; sound ones do not."""
 
 import json
 import logging
@@ -11,8 +11,8 @@ from torch import Tensor
 from alignlab.config.data import ShapesConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.shapes.dataset import ShapesDataset
-from alignlab.evaluation.generation_metrics import GenerationJudge
-from alignlab.evaluation.run_warnings import LEAST, sample_alarms
+from alignlab.evaluation.collectors import GenerationCollector
+from alignlab.evaluation.run_warnings import LEAST, sample_warnings
 from alignlab.train import train
 
 MakeConfig = Callable[..., RunConfig]
@@ -20,15 +20,15 @@ CLIPS = ShapesDataset(ShapesConfig(frames=5, size=(64, 64), references=(2, 3)), 
 SAMPLES = [CLIPS[i] for i in range(4)]
 
 
-def found_with(change: Callable[[Tensor], Tensor], clips: int = 4) -> list[str]:
-    """Alarms for the real clips after a change."""
+def warnings_of(change: Callable[[Tensor], Tensor], clips: int = 4) -> list[str]:
+    """Warnings about the real clips after a change."""
     metrics: dict[str, float] = {}
     for prefix, spoil in (("gen", change), ("gen_real", lambda video: video)):
-        judge = GenerationJudge(None, (4, 4), is_shapes=True)
+        collector = GenerationCollector(None, (4, 4), subjects_by_colour=True)
         for sample in SAMPLES:
-            judge.add(spoil(sample.video_THWC), sample)
-        metrics |= {f"{prefix}/{name}": value for name, value in judge.metrics().items()}
-    return sample_alarms(metrics, clips)
+            collector.add(spoil(sample.video_THWC), sample)
+        metrics |= {f"{prefix}/{name}": value for name, value in collector.metrics().items()}
+    return sample_warnings(metrics, clips)
 
 
 def towards(video_THWC: Tensor, target: Tensor, share: float) -> Tensor:
@@ -45,33 +45,33 @@ def faded(video_THWC: Tensor, share: float) -> Tensor:
     return towards(video_THWC, torch.tensor(128.0), share)
 
 
-def test_sound_clips_raise_no_alarm() -> None:
+def test_sound_clips_give_no_warning() -> None:
     for change in (lambda v: v, lambda v: faded(v, 0.75), lambda v: pale(v, 0.75)):
-        assert found_with(change) == []
+        assert warnings_of(change) == []
 
 
 def test_lost_colour_and_lost_contrast_are_told_apart() -> None:
-    (note,) = found_with(lambda video: pale(video, 0.5))
+    (note,) = warnings_of(lambda video: pale(video, 0.5))
     assert note.startswith("generated clips have less than 67% of the real clips' colourfulness")
-    both = found_with(lambda video: faded(video, 0.5))
+    both = warnings_of(lambda video: faded(video, 0.5))
     assert ["contrast" in note for note in both] == [True, False]
     assert both[1] == note.replace(note[note.index("[") :], both[1][both[1].index("[") :])
     shown, _, real = both[1].split("[")[1].removesuffix("]").split()
     assert float(shown) == pytest.approx(float(real) / 2, rel=0.05)
 
 
-def test_overdone_clips_raise_an_alarm_of_their_own() -> None:
-    (note,) = found_with(lambda video: pale(video, 2.0))
+def test_overdone_clips_give_a_warning_of_their_own() -> None:
+    (note,) = warnings_of(lambda video: pale(video, 2.0))
     assert "more than 150% of the real clips' colourfulness" in note and "guidance" in note
 
 
-def test_few_clips_and_colourless_ones_raise_none() -> None:
-    assert found_with(lambda video: pale(video, 0.0), clips=3) == []
+def test_few_clips_and_colourless_ones_give_none() -> None:
+    assert warnings_of(lambda video: pale(video, 0.0), clips=3) == []
     grey = {"gen/colourfulness": 1.0, "gen_real/colourfulness": 8.0}
-    assert sample_alarms(grey, 12) == []
-    assert sample_alarms({"val/flow": 0.3}, 0) == []
+    assert sample_warnings(grey, 12) == []
+    assert sample_warnings({"val/flow": 0.3}, 0) == []
     blank = {"gen/contrast": 0.1, "gen_real/contrast": 0.0}
-    assert sample_alarms(blank, 12) == []
+    assert sample_warnings(blank, 12) == []
 
 
 def test_a_run_whose_samples_are_grey_notes_it(

@@ -1,0 +1,78 @@
+"""Files and folders that are there whole or not at all."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with named_errors(path):
+            temporary.write_text(text)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `path` at the end, and goes away on an error.
+
+    An existing `path` is replaced. What a killed process left behind is cleared first.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove_folder(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        with named_errors(path):
+            yield temporary
+            remove_folder(path)
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Makes the OSError of a failed write say where, in `filename`.
+
+    Python leaves the name out where a file could be opened but not written; safetensors and
+    `shutil.copytree` have the error number in their message alone.
+    """
+    try:
+        yield
+    except (SafetensorError, shutil.Error) as error:
+        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Removes folders that a killed process left half written or half removed in `parent`."""
+    for ending in ("tmp", "removed"):
+        for leftover in parent.glob(f".*.{ending}"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder that may be gone; renamed first, so that none is ever half there."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)

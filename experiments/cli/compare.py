@@ -1,0 +1,45 @@
+"""`alignlab compare` and `alignlab demo`. Heavy imports happen inside them."""
+
+from typing import Annotated
+
+import typer
+
+from alignlab.cli_options import Overrides, PrintConfig, Recipe
+from alignlab.errors import UserError
+from alignlab.experiments.cli.launch_options import LauncherName, RayAddress
+
+
+def compare(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    launcher: LauncherName = "local",
+    ray_address: RayAddress = None,
+    list_runs: Annotated[
+        bool, typer.Option("--list-runs", help="Print the recipes of untrained runs and stop.")
+    ] = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Train every variant of a comparison over its seeds and write the report."""
+    from alignlab.experiments.compare.config import dump_compare, load_compare
+
+    config = load_compare(recipe, overrides)
+    if print_config:
+        typer.echo(dump_compare(config), nl=False)
+        return
+    from alignlab.experiments.compare.run import compare as run
+    from alignlab.experiments.compare.run import unfinished
+    from alignlab.experiments.launchers import make_launcher
+
+    if list_runs:
+        if launcher != "local" or ray_address is not None:
+            raise UserError("--list-runs: nothing is trained, so leave out --launcher")
+        for path in unfinished(config):
+            typer.echo(path)
+        return
+    run_launcher = make_launcher(launcher, config.launch, ray_address=ray_address)
+    typer.echo(f"report: {run(config, launcher=run_launcher)}")
+
+
+def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+    """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
+    compare("demo", overrides, print_config=print_config)

@@ -1,0 +1,145 @@
+"""Runs as tasks of a Ray cluster; one whose node dies resumes elsewhere from its checkpoint."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
+from alignlab.experiments.launchers.local import RunKey, shown
+from alignlab.experiments.launchers.node import LOG, order_for, seen, train_run
+from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths, RayTasks, connected
+from alignlab.progress import step_progress
+from alignlab.runs.run_folder import RunFolder
+from alignlab.training import checkpoint
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+TAIL = 2**16  # bytes; the last row of a log is shorter
+
+
+def launch_ray(
+    runs: Mapping[RunKey, RunConfig],
+    finished: Callable[[RunKey], None],
+    *,
+    needs: LaunchConfig,
+    address: str | None,
+) -> None:
+    """Trains the runs on the nodes of a cluster and calls `finished` as each ends.
+
+    Their folders must lie on a filesystem that all nodes share.
+
+    Args:
+        runs: by variant and seed; their folders exist.
+        finished: called in this process.
+        needs: what Ray reserves for each run.
+        address: `HOST:PORT` or `auto`; None: `RAY_ADDRESS`, else a new cluster on this machine.
+
+    Raises:
+        UserError: Ray is not installed, there is no such cluster, a node has other code or does
+            not see the folders, or a run cannot be trained.
+    """
+    if not runs:
+        return
+    with connected(address) as cluster:
+        tasks: RayTasks[RunKey] = RayTasks(cluster, needs, train_run)
+        log.info(
+            "Ray: runs to train: %d, nodes: %d; each run takes %s",
+            *(len(runs), len(cluster.nodes()), tasks.shown_needs()),
+        )
+        _RayRuns(tasks, runs).watch(finished)
+
+
+class _RayRuns:
+    """The runs of one launch."""
+
+    def __init__(self, tasks: RayTasks[RunKey], runs: Mapping[RunKey, RunConfig]) -> None:
+        self._tasks = tasks
+        self._runs = runs
+        self._folders = {k: RunFolder(Path(run.output) / run.name) for k, run in runs.items()}
+        self._finished: set[RunKey] = set()
+        self._deaths = Deaths[RunKey]()
+
+    def watch(self, finished: Callable[[RunKey], None]) -> None:
+        """Starts all runs and waits for them; whatever ends it, no task is left."""
+        name = next(iter(self._runs.values())).name.split("/")[0]
+        total = sum(run.steps for run in self._runs.values())
+        try:
+            for key in self._runs:
+                self._start(key)
+            self._tasks.warn_without_room()
+            with step_progress(name, total=total, done=self._steps()) as advance:
+                while self._tasks.running:
+                    for key in self._see_ended():
+                        finished(key)
+                    counted = f"{len(self._finished)} of {len(self._runs)} runs finished"
+                    advance(self._steps(), counted)
+                    self._tasks.warn_without_room()
+        finally:
+            self._tasks.cancel()
+
+    def _start(self, key: RunKey) -> None:
+        self._tasks.start(key, order_for(self._folders[key].path, self._tasks.threads))
+
+    def _see_ended(self) -> list[RunKey]:
+        """Runs that have finished since; one whose process died is started again."""
+        finished = []
+        for key, error, loss in self._tasks.ended(LOOK_EVERY_S):
+            if error is not None:
+                raise UserError(f"{shown(key)}: {error}")
+            if loss is not None:
+                self._count_death(key, loss)
+                self._start(key)
+                continue
+            result = self._folders[key].result
+            if not seen(result.exists):
+                raise UserError(
+                    f"{shown(key)} is finished, but {result} is not seen from here: "
+                    "output must lie on a filesystem that all nodes share"
+                )
+            finished.append(key)
+        self._finished.update(finished)
+        return finished
+
+    def _count_death(self, key: RunKey, loss: str) -> None:
+        folder = self._folders[key]
+        step = reached_step(folder.checkpoints)
+        deaths = self._deaths.count(key, step)
+        if deaths == MOST_DEATHS:
+            raise UserError(
+                f"{shown(key)}: its worker died {deaths} times without a checkpoint after step "
+                f"{step} ({loss}): see {folder.path / LOG}, or lower checkpoint.every"
+            )
+        log.info("%s: its worker died (%s); it resumes from step %d", shown(key), loss, step)
+
+    def _steps(self) -> int:
+        """Steps done of all runs together."""
+        # a run whose last step is done is still evaluated
+        return sum(
+            run.steps
+            if key in self._finished
+            else min(steps_done(self._folders[key]), run.steps - 1)
+            for key, run in self._runs.items()
+        )
+
+
+def reached_step(checkpoints: Path) -> int:
+    """Step of the newest checkpoint in a run's folder of them; 0 without one."""
+    newest = checkpoint.latest(checkpoints)
+    return 0 if newest is None else int(newest.name.removeprefix("step-"))
+
+
+def steps_done(folder: RunFolder) -> int:
+    """The step of the last whole row in `metrics.jsonl`; 0 without one."""
+    if not folder.metrics.exists():
+        return 0
+    with folder.metrics.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL))
+        lines = file.read().split(b"\n")[:-1]
+    whole = lines[1:] if size > TAIL else lines
+    return int(json.loads(whole[-1])["step"]) if whole else 0
