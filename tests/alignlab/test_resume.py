@@ -1,7 +1,6 @@
 """A killed run goes on as if nothing had happened: bitwise, on a CPU with as many threads."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,19 +34,14 @@ def outputs(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     text = text.replace("sample_clips: 0", "sample_clips: 1")
     text = text.replace("batch_size: 2}", "batch_size: 2, warmup: 2, schedule: cosine, ema: 0.9}")
     recipe.write_text(text + "checkpoint: {every: 3, keep: 2}\n")
-    uninterrupted = f"never={folder / 'uninterrupted'}"
-    drive(recipe, [uninterrupted, *(f"{moment}={folder / moment}" for moment in MOMENTS)])
-    for moment in MOMENTS:
-        shutil.copytree(folder / moment, folder / f"{moment}-killed")
-    drive(recipe, [f"never={folder / moment}" for moment in MOMENTS])
-    return folder
-
-
-def drive(recipe: Path, jobs: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, DRIVER, recipe, *jobs], capture_output=True, text=True, check=False
+        [sys.executable, DRIVER, recipe, folder, *MOMENTS],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
+    return folder
 
 
 def files(output: Path) -> dict[str, bytes]:

@@ -131,28 +131,32 @@ def test_training_is_quiet(
     assert {record.name.split(".")[0] for record in caplog.records} == {"alignlab"}
 
 
+# Forked, so that everything is imported once and they meet at the database.
 STARTS = """
-import sys
+import os, sys
+import mlflow
 from alignlab.recipe import load_run
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
 
-config = load_run("tiny", sys.argv[1:])
-with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
-    tracker.log(1, {"loss/total": 1.0})
+output, *names = sys.argv[1:]
+children = []
+for name in names:
+    children.append(os.fork())
+    if children[-1] == 0:
+        config = load_run("tiny", [f"output={output}", f"name={name}"])
+        with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
+            tracker.log(1, {"loss/total": 1.0})
+        os._exit(0)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
 def test_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
     names = ["one", "two", "three"]
-    command = [sys.executable, "-c", STARTS, f"output={tmp_path}"]
-    started = [
-        subprocess.Popen([*command, f"name={name}"], stderr=subprocess.PIPE, text=True)
-        for name in names
-    ]
-    for process in started:
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors
+    command = [sys.executable, "-c", STARTS, str(tmp_path), *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     experiments = client.search_experiments(filter_string="name != 'Default'")
     assert sorted(e.name for e in experiments) == sorted(names)

@@ -23,6 +23,7 @@ from small_recipes import comparison_recipe
 MakeCompare = Callable[..., CompareConfig]
 
 VARIANTS = """
+cost: {rounds: 6}
 baseline: none
 seeds: [0, 1]
 variants:

@@ -13,6 +13,7 @@ from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from small_recipes import comparison_recipe
 
 VARIANTS = """
+cost: null
 baseline: none
 seeds: [0]
 variants:

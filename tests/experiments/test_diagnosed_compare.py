@@ -8,6 +8,7 @@ from alignlab.experiments.compare.run import compare
 from small_recipes import comparison_recipe
 
 VARIANTS = """
+cost: null
 baseline: none
 seeds: [0]
 variants:

@@ -14,6 +14,7 @@ from small_recipes import comparison_recipe
 
 # `again` is the baseline under another name; `still` has a rate at which it hardly learns.
 VARIANTS = """
+cost: {rounds: 6}
 baseline: none
 seeds: [0, 1, 2, 3, 4]
 variants:

@@ -1,8 +1,9 @@
 """Trains runs in processes that kill themselves with SIGKILL at a chosen moment.
 
-    python killed_run.py RECIPE MOMENT=OUTPUT...
+    python killed_run.py RECIPE FOLDER MOMENT...
 
-Each MOMENT=OUTPUT is a process of its own, one after the other. `never` lets the run finish.
+For each moment: output FOLDER/MOMENT, and beside it `MOMENT-killed`, as the kill left it; before
+them, FOLDER/uninterrupted. Each training is a process of its own, one after the other.
 """
 
 import importlib
@@ -58,16 +59,26 @@ def prepare(moment: str) -> None:
         raise ValueError(moment)
 
 
-def run(recipe: str, moment: str, output: str) -> None:
+def train_until(recipe: str, moment: str, output: Path) -> None:
     prepare(moment)
     train_module.train(load_run(recipe, [f"output={output}"]))
 
 
+def run(recipe: str, moment: str, output: Path) -> None:
+    """Trains in a child process, which has to end as the moment says."""
+    work = partial(train_until, recipe, moment, output)
+    fork(f"{output.name}, {moment}", work, dies=moment != "never")
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    for job in sys.argv[2:]:
-        moment, output = job.split("=")
-        fork(job, partial(run, sys.argv[1], moment, output), dies=moment != "never")
+    recipe, folder, *moments = sys.argv[1:]
+    run(recipe, "never", Path(folder, "uninterrupted"))
+    for moment in moments:
+        output = Path(folder, moment)
+        run(recipe, moment, output)
+        shutil.copytree(output, output.with_name(f"{moment}-killed"))
+        run(recipe, "never", output)
 
 
 main()

@@ -4,6 +4,7 @@
 
 Each MOMENT=OUTPUT is a pair of processes, one pair after the other, forked: torch is imported
 once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, in order, to stdout.
+What the pair `killed` leaves is copied to `as-killed` beside OUTPUT.
 
 Moments: `whole`, `killed` (both die of SIGKILL after step 5), `unreached` (the samples of the
 second miss the last parameter), `lora`, `again` (nothing is left to do). In others something stops
@@ -14,6 +15,7 @@ teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a 
 
 import importlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -104,7 +106,14 @@ def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
     sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
     if moment not in ("whole", "killed", "again", "other"):
         sys.argv.append("tracking.mlflow=none")  # whose database takes seconds
-    command()
+    if moment in ("whole", "again"):
+        command()
+    try:
+        command()
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(end.code or 0))  # taking the interpreter apart takes seconds
 
 
 def free_port() -> int:
@@ -115,6 +124,7 @@ def free_port() -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    importlib.import_module("mlflow")  # else each pair does, for seconds
     Path(sys.argv[2].split("=")[1]).parent.mkdir(parents=True, exist_ok=True)
     for job in sys.argv[2:]:
         moment, output = job.split("=")
@@ -125,6 +135,8 @@ def main() -> None:
                 child(rank, port, sys.argv[1], moment, output)
             pids.append(pid)
         print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+        if moment == "killed":
+            shutil.copytree(output, Path(output).with_name("as-killed"))
 
 
 main()
