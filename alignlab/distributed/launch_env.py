@@ -31,6 +31,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
 
 
+def is_for_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this process."""
+    return _is_set("ACCELERATE_USE_CPU")
+
+
 def refuse_several_ranks() -> None:
     """For everything but the training of one run.
 

@@ -222,6 +222,8 @@ def destroy_process_group() -> None:
 
 
 def _device() -> torch.device:
+    if launch_env.is_for_cpu():
+        return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", launch_env.local_rank())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -65,6 +65,18 @@ def test_recipe_by_name_with_suffix_and_by_path(tmp_path: Path) -> None:
     assert load_run("tiny") == load_run("tiny.yaml") == load_run(path)
 
 
+def test_a_recipe_in_a_folder_is_named_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "findings").mkdir()
+    text = "# Whether it holds.\n" + dump(load_run("tiny", ["steps=9"]))
+    (tmp_path / "findings" / "one.yaml").write_text(text)
+    monkeypatch.setattr("alignlab.config.recipe_file.recipe_folder", lambda: tmp_path)
+    assert shipped_recipes() == {"findings/one": "Whether it holds."}
+    assert load_run("findings/one").steps == load_run("findings/one.yaml").steps == 9
+    assert "did you mean 'findings/one'" in message(load_run, "findings/on")
+
+
 def test_a_file_beats_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(tmp_path / "tiny.yaml").write_text(dump(load_run("tiny", ["steps=7"])))
     monkeypatch.chdir(tmp_path)
