@@ -186,6 +186,15 @@ def list_teachers() -> None:
     _print_table(("family", "path unless set", "feature unless set"), rows)
 
 
+@list_app.command("metrics")
+def list_metrics() -> None:
+    """What a run measures, and which way is better."""
+    from alignlab.evaluation.metric_registry import METRICS
+
+    rows = [(name, m.label, m.unit or "-", m.better) for name, m in METRICS.items()]
+    _print_table(("metric", "what it is", "unit", "better"), rows)
+
+
 @list_app.command("recipes")
 def list_recipes() -> None:
     """Recipes that come with alignlab."""

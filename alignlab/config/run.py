@@ -22,7 +22,7 @@ from alignlab.data.registry import DataConfig
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.objective import ObjectiveConfig
-from alignlab.teachers import TEACHERS
+from alignlab.teachers import TEACHERS, image_families
 
 if TYPE_CHECKING:
     AnyObjective = ObjectiveConfig
@@ -76,7 +76,7 @@ class RunConfig(TrainingConfig):
             if video_teachers and OBJECTIVES[objective.name].tokens == "reference":
                 raise ValueError(
                     f"objectives.{alias}.teacher: {min(video_teachers)} takes whole clips, and "
-                    "references are images: name an image teacher (dinov2, dinov3, sam2)"
+                    f"references are images: name an image teacher ({image_families()})"
                 )
         return self
 

@@ -109,6 +109,11 @@ TEACHERS: dict[str, TeacherRow] = {
 }
 
 
+def image_families() -> str:
+    """The families that take single images, for messages."""
+    return ", ".join(name for name, row in TEACHERS.items() if not row.video)
+
+
 def parse_feature(family: str, feature: str) -> tuple[str, int]:
     """Splits `stage:3` into kind and number; the number of `pre_norm` and `post_norm` is 0.
 

@@ -21,7 +21,7 @@ from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weig
 from alignlab.models.taps import BlockTokens
 from alignlab.randomness import derive_seed
 from alignlab.stage1.compatibility import check_stage1
-from alignlab.teachers import Teacher, teacher_from
+from alignlab.teachers import Teacher, image_families, teacher_from
 from alignlab.training.batches import Batch
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> F
     if teacher.is_video:
         raise UserError(
             "teachers: a video teacher takes whole clips, and references are images: give "
-            "objectives on reference tokens an image teacher (dinov2, dinov3, sam2)"
+            f"objectives on reference tokens an image teacher ({image_families()})"
         )
     counts = [len(images) for images in batch.reference_images]
     padded = torch.zeros(

@@ -19,6 +19,7 @@ from alignlab.errors import UserError
 from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.evaluation.evaluate import evaluate
 from alignlab.evaluation.generation import generate, generated_clip
+from alignlab.evaluation.metric_registry import GENERATION_METRICS
 from alignlab.metrics import temporal_flickering
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
@@ -32,16 +33,8 @@ OF_SHAPES = {
     "identity_proxy",
     "confusion_proxy",
 }
-OF_ANY_CLIP = {
-    "contrast",
-    "colourfulness",
-    "colour_cast",
-    "flicker",
-    "motion_amplitude",
-    "copy_paste_proxy",
-    "reference_match_proxy",
-    "frechet",
-}
+OF_ANY_CLIP = GENERATION_METRICS.keys() - OF_SHAPES
+OF_TEACHER = {"identity_proxy", "confusion_proxy", "reference_match_proxy", "frechet"}
 
 
 def measured_clips(config: RunConfig) -> dict[str, float]:
@@ -114,15 +107,7 @@ def test_the_trained_weights_are_measured(make_config: MakeConfig) -> None:
                 weight.mul_(0.5)
         after = generate(run, run.branch, folder, None)
     assert before["gen/flicker"] != after["gen/flicker"]
-    assert names(before, "gen/") == {
-        "contrast",
-        "colourfulness",
-        "colour_cast",
-        "flicker",
-        "motion_amplitude",
-        "copy_paste_proxy",
-        *OF_SHAPES - {"identity_proxy", "confusion_proxy"},
-    }
+    assert names(before, "gen/") == GENERATION_METRICS.keys() - OF_TEACHER
     real = {name for name in before if name.startswith("gen_real/")}
     assert {name: before[name] for name in real} == {name: after[name] for name in real}
 

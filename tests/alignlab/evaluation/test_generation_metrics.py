@@ -13,6 +13,7 @@ from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.evaluation.generation_metrics import cutout
+from alignlab.evaluation.metric_registry import GENERATION_METRICS
 from alignlab.teachers import Teacher, load_teacher
 
 CLIPS = ShapesDataset(ShapesConfig(frames=9, size=(64, 64), references=(2, 3)), "val")
@@ -157,32 +158,27 @@ def test_shuffled_pictures_are_far_from_real_ones(measure: Measure, real: dict[s
     assert real["frechet"] < little < worse
 
 
+OF_SUBJECTS = {
+    "found_proxy",
+    "entities_proxy",
+    "motion_proxy",
+    "identity_proxy",
+    "confusion_proxy",
+}
+
+
 def test_other_data_leaves_out_what_needs_the_shapes_world(measure: Measure) -> None:
     found = measure(subjects_by_colour=False)
-    assert found.keys() == {
-        "contrast",
-        "colourfulness",
-        "colour_cast",
-        "flicker",
-        "motion_amplitude",
-        "copy_paste_proxy",
-        "reference_match_proxy",
-        "frechet",
-    }
+    assert found.keys() == GENERATION_METRICS.keys() - OF_SUBJECTS
 
 
 def test_without_teacher_or_references_the_rest_is_measured(
     measure: Measure, real: dict[str, float]
 ) -> None:
     bare = [dataclasses.replace(s, references=()) for s in SAMPLES]
-    assert measure(samples=bare, subjects_by_colour=False).keys() == {
-        "contrast",
-        "colourfulness",
-        "colour_cast",
-        "flicker",
-        "motion_amplitude",
-        "frechet",
-    }
+    of_references = {"copy_paste_proxy", "reference_match_proxy"}
+    without = GENERATION_METRICS.keys() - OF_SUBJECTS - of_references
+    assert measure(samples=bare, subjects_by_colour=False).keys() == without
     plain = measure(features=None)
     needs_features = {"identity_proxy", "confusion_proxy", "reference_match_proxy", "frechet"}
     assert plain.keys() == real.keys() - needs_features
