@@ -32,7 +32,7 @@ demo: setup
 
 # Two workers of one thread each: the tests' tensors are too small for more threads.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup
 	ALIGNLAB_TEST_GPU=1 $(VENV)/bin/python -m pytest
