@@ -30,8 +30,9 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 demo: setup
 	$(VENV)/bin/alignlab demo
 
+# Two workers of one thread each: the tests' tensors are too small for more threads.
 test: setup
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup
 	ALIGNLAB_TEST_GPU=1 $(VENV)/bin/python -m pytest

@@ -13,6 +13,8 @@ import torch
 
 ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
 KERNELS = Path(__file__).parent / "kernels"
+# Begun first, so that no worker of `make test` is left with one of them while others are idle.
+LONGEST = ("test_readme.py", "test_processes.py", "test_sweep_workers.py")
 
 # Read when triton is first imported.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -48,6 +50,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if ON_GPU:
         others = [item for item in items if not is_for_gpu(item)]
         config.hook.pytest_deselected(items=others)

@@ -61,7 +61,7 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
     assert config.seeds == (0,)
     with pytest.raises(UserError, match="use `alignlab sweep"):
         load_run(path)
-    with pytest.raises(UserError, match="no sweep"):
+    with pytest.raises(UserError, match="describes a single run"):
         load_sweep("tiny")
 
 

@@ -8,19 +8,19 @@ from torch import Tensor
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers in float32."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def draw_double(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def draw_saliency(*shape: int, seed: int = 9) -> Tensor:
     """Numbers between 0 and 1 in float64."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
 
 
 def golden_pair(*shape: int) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,8 @@ def test_the_command_trains_and_returns_a_finished_run_as_it_is(
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.stdout == f"stage 1 folder: {run / 'stage1'}\n"
     assert sorted(p.name for p in run.iterdir()) == [
-        *("checkpoints", "environment.json", "metrics.jsonl", "recipe.yaml", "result.json"),
-        "stage1",
+        *(".writer", ".writer.lock", "checkpoints", "environment.json", "metrics.jsonl"),
+        *("recipe.yaml", "result.json", "stage1"),
     ]
     written = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     assert alignlab(*arguments).exit_code == 0
@@ -143,7 +143,8 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: st
     assert list(outputs.glob("*-killed/first/.stage1.tmp"))
     expected = file_contents(outputs / "uninterrupted" / "first")
     assert {"stage1/model.safetensors", "checkpoints/step-000007/state.json"} <= expected.keys()
-    timed = {"recipe.yaml", "environment.json", "metrics.jsonl", "result.json"}
+    # .writer names the process that trained it last
+    timed = {".writer", "recipe.yaml", "environment.json", "metrics.jsonl", "result.json"}
     for moment in MOMENTS:
         found = file_contents(outputs / moment / "first")
         assert found.keys() == expected.keys()
