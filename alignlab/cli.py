@@ -64,6 +64,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     from alignlab.distributed.ranks import destroy_process_group
     from alignlab.train import train as run
 
+    launch_env.refuse_other_launchers()
     if launch_env.rank() > 0:  # rank 0 speaks for all
         logging.getLogger("alignlab").setLevel(logging.ERROR)
     folder = run(config)

@@ -12,10 +12,9 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from alignlab.config.data import unknown_name
-from alignlab.config.dotted import flatten
 from alignlab.config.identity import has_hash, identity, settings_hash
 from alignlab.config.parts import TrainingConfig
-from alignlab.config.recipe_file import read_recipe
+from alignlab.config.recipe_file import flatten, read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
@@ -125,9 +124,9 @@ def recipe_hash(config: TrainingConfig) -> str:
     return settings_hash(config, NUMBERLESS)
 
 
-def has_recipe_hash(config: TrainingConfig, known: str) -> bool:
+def has_recipe_hash(config: TrainingConfig, stored: str) -> bool:
     """Whether a hash that `recipe_hash` gave, in this version or an older one, is of `config`."""
-    return has_hash(config, known, NUMBERLESS)
+    return has_hash(config, stored, NUMBERLESS)
 
 
 def holds_recipe(path: Path, config: TrainingConfig) -> bool:

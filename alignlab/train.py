@@ -131,44 +131,46 @@ class Trainer(ABC):
         Raises:
             UserError: a scalar or a weight stopped being finite.
         """
-        config, state, ranks = self.config, self.state, self.ranks
-        memory = PeakMemory(ranks.device)
-        nonfinite, clock, note = NonFiniteWatch(ranks.device), StepClock(ranks.device), ""
+        ranks = self.ranks
         with self._tracker(folder, resumed=newest is not None) as tracker:
             ranks.barrier()  # a tracking server may be slow
-            with (
-                self.prepared(folder, tracker),
-                step_progress(config.name, total=config.steps, done=state.step) as advance,
-            ):
-                clock.restart()
-                while state.step < config.steps:
-                    clock.step_begins()
-                    batches = self.micro_batches()
-                    clock.data_ready()
-                    if self.is_diagnosis_due():
-                        with clock.paused():
-                            tracker.log(state.step + 1, self.diagnose(batches))
-                    scalars = self.step(batches)
-                    nonfinite.check(state.step, scalars)
-                    is_last = state.step == config.steps
-                    is_saved = is_last or state.step % config.checkpoint.every == 0
-                    if is_saved:
-                        # a finite loss says nothing of the weights that its step left behind
-                        norm = get_total_norm(list(state.names))
-                        nonfinite.check(state.step, {"weights": norm})
-                    if is_saved or state.step % config.tracking.log_every == 0:
-                        nonfinite.raise_if_broken(newest)
-                        row = {key: float(value) for key, value in scalars.items()}
-                        row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
-                        tracker.log(state.step, row)
-                        note = f"loss {row['loss/total']:.4f}"
-                        if is_saved:
-                            newest = self.save(folder)
-                        clock.restart()
-                    advance(state.step, note)
+            with self.prepared(folder, tracker):
+                self._train(folder, tracker, newest)
                 if ranks.is_main:
                     self.finish(folder, tracker)
                 ranks.barrier()
+
+    def _train(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
+        """The loop: batches, step, log, checkpoint."""
+        config, state, device = self.config, self.state, self.ranks.device
+        nonfinite, memory = NonFiniteWatch(device), PeakMemory(device)
+        clock, note = StepClock(device), ""
+        with step_progress(config.name, total=config.steps, done=state.step) as advance:
+            while state.step < config.steps:
+                clock.step_begins()
+                batches = self.micro_batches()
+                clock.data_ready()
+                if self.is_diagnosis_due():
+                    with clock.paused():
+                        tracker.log(state.step + 1, self.diagnose(batches))
+                scalars = self.step(batches)
+                nonfinite.check(state.step, scalars)
+                is_last = state.step == config.steps
+                is_saved = is_last or state.step % config.checkpoint.every == 0
+                if is_saved:
+                    # a finite loss says nothing of the weights that its step left behind
+                    norm = get_total_norm(list(state.names))
+                    nonfinite.check(state.step, {"weights": norm})
+                if is_saved or state.step % config.tracking.log_every == 0:
+                    nonfinite.raise_if_broken(newest)
+                    row = {key: float(value) for key, value in scalars.items()}
+                    row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
+                    tracker.log(state.step, row)
+                    note = f"loss {row['loss/total']:.4f}"
+                    if is_saved:
+                        newest = self.save(folder)
+                    clock.restart()
+                advance(state.step, note)
 
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """One optimizer step on the micro-batches; returns its scalars, still on the device."""

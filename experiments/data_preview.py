@@ -18,10 +18,9 @@ from alignlab.config.recipe_file import read_recipe
 from alignlab.data.registry import DataConfig, build_dataset
 from alignlab.data.sample import Sample
 from alignlab.data.video import encode_mp4
-from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.config import load_base
 from alignlab.experiments.report.page import data_uri
-from alignlab.experiments.sweep.config import load_sweep
-from alignlab.recipe import load_run, validated
+from alignlab.recipe import validated
 from alignlab.stage1.config import Stage1Config
 
 TILE_HEIGHT = 128
@@ -185,16 +184,12 @@ def _png(image_HWC: Tensor) -> bytes:
 
 
 def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:
-    """The data settings of a run's or a comparison's recipe.
+    """The data settings of a recipe of any kind.
 
     Raises:
-        UserError: as `load_run` and `load_compare`.
+        UserError: as `load_base`.
     """
     mapping = read_recipe(recipe, overrides or [])
-    if "variants" in mapping:
-        return load_compare(recipe, overrides).base.data
-    if "space" in mapping:
-        return load_sweep(recipe, overrides).base.data
     if "stage1" in mapping:
         return validated(Stage1Config, mapping).data
-    return load_run(recipe, overrides).data
+    return load_base(recipe, overrides).data

@@ -67,9 +67,14 @@ def registrations(group: str, what: str, taken: Iterable[str]) -> Iterator[Regis
         try:
             loaded = point.load()
         except BROKEN as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise PluginError(f"{source}: cannot load {point.value}: {reason}") from error
         yield Registration(point.name, loaded, source, point.value)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _by_name(point: EntryPoint) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import to_jsonable_python
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from alignlab.config.fields_v1 import FIELDS_V1
 
@@ -34,8 +34,10 @@ def identity(config: BaseModel, exclude: Exclude | None = None) -> dict[str, Any
         value = getattr(config, name)
         if left_out.get(name) is True:
             continue
-        if _is_tag(field) or value != field.get_default(call_default_factory=True):
-            settings[name] = _plain(value, left_out.get(name) or {})
+        default = field.get_default(call_default_factory=True)
+        inner = left_out.get(name) or {}
+        if _is_tag(field) or _plain(value, inner) != _plain(default, inner):
+            settings[name] = _plain(value, inner)
     return settings
 
 
@@ -44,19 +46,21 @@ def settings_hash(config: BaseModel, exclude: Exclude | None = None) -> str:
     return _PREFIX + _digest(_compact(identity(config, exclude)))
 
 
-def has_hash(config: BaseModel, known: str, exclude: Exclude | None = None) -> bool:
+def has_hash(config: BaseModel, stored: str, exclude: Exclude | None = None) -> bool:
     """Whether a hash that was written earlier, by whatever version, is that of `config`.
 
     Args:
         config: the recipe of today.
-        known: the hash that was written.
+        stored: the hash that was written.
         exclude: as the hash was made with.
     """
-    if known.startswith(_PREFIX):
-        return known == settings_hash(config, exclude)
+    if stored.startswith(_PREFIX):
+        return stored == settings_hash(config, exclude)
+    if _has_later_settings(config):
+        return False
     whole = _as_of_v1(config, config.model_dump(mode="json", exclude=_pydantic(exclude or {})))
     # runs were hashed without spaces between the settings, sweeps with them
-    return known in (_digest(_compact(whole)), _digest(json.dumps(whole, sort_keys=True)))
+    return stored in (_digest(_compact(whole)), _digest(json.dumps(whole, sort_keys=True)))
 
 
 def _is_tag(field: FieldInfo) -> bool:
@@ -66,11 +70,29 @@ def _is_tag(field: FieldInfo) -> bool:
 def _plain(value: Any, exclude: Exclude) -> Any:
     if isinstance(value, BaseModel):
         return identity(value, exclude)
-    if isinstance(value, Mapping):
-        return {key: _plain(item, {}) for key, item in value.items()}
+    if isinstance(value, Mapping):  # with its order: losses are summed in that of the objectives
+        return [[key, _plain(item, {})] for key, item in value.items()]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item, {}) for item in value]
-    return to_jsonable_python(value)
+    return None if value is PydanticUndefined else to_jsonable_python(value)
+
+
+def _has_later_settings(value: Any) -> bool:
+    """Whether a setting that version 1 did not have is given another value than its default."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        old = FIELDS_V1.get(type(value).__name__, frozenset(fields))
+        return any(
+            _has_later_settings(getattr(value, name))
+            if name in old
+            else getattr(value, name) != field.get_default(call_default_factory=True)
+            for name, field in fields.items()
+        )
+    if isinstance(value, Mapping):
+        return any(map(_has_later_settings, value.values()))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return any(map(_has_later_settings, value))
+    return False
 
 
 def _as_of_v1(value: Any, dumped: Any) -> Any:

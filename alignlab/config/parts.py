@@ -215,7 +215,7 @@ class EvalConfig(Settings):
     sample_clips: int = Field(default=2, ge=0)
     """Val clips for which a video is generated and kept; 0 keeps none."""
     generated_clips: int | None = Field(default=None, ge=0)
-    """Val clips for which a video is generated and judged (docs/metrics.md). Left out: those of
+    """Val clips for which a video is generated and measured (docs/metrics.md). Left out: those of
     `sample_clips`."""
     sample_steps: int = Field(default=20, ge=1)
     """Denoising steps of a generated video. RefAlign uses 50."""

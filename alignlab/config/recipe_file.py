@@ -13,7 +13,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
-from alignlab.config.dotted import nest
 from alignlab.errors import UserError, one_line
 
 
@@ -49,12 +48,23 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes with dotted keys (`objectives.ra: {...}`) as nested mappings."""
+    """Settings with dotted keys (`objectives.ra: {...}`) as nested mappings, later over earlier."""
     merged: dict[str, Any] = {}
     for key, value in changes.items():
         first, _, rest = str(key).partition(".")
         merged = merge(merged, {first: nested({rest: value}) if rest else value})
     return merged
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value; an empty mapping is a value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
             for name, changes in content["variants"].items()
         }
     if isinstance(content.get("space"), dict):
-        content["space"] = nest(content["space"])
+        content["space"] = nested(content["space"])
     _check_overrides(overrides, content)
     try:
         changes = [OmegaConf.from_dotlist([override]) for override in overrides]

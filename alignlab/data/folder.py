@@ -40,7 +40,7 @@ class FolderDataset:
     """Clips of a folder; which rows are in and at which index is settled at construction.
 
     Args:
-        config: see `alignlab.config.run.FolderConfig`.
+        config: see `alignlab.config.data.FolderConfig`.
         split: rows are dealt by a hash of `file_name`, so that a video is never in both splits
             and does not change sides when rows are added. At least one video is held out.
 

@@ -49,12 +49,11 @@ def refuse_several_ranks() -> None:
         )
 
 
-def check_launch() -> None:
-    """For the training of one run: whether its processes can form a process group.
+def refuse_other_launchers() -> None:
+    """For `alignlab train`, which srun or MPI may have started several times, each alone.
 
     Raises:
-        UserError: several were started, but no process group is described, or accelerate is
-            configured for what no run here uses.
+        UserError: they did, and no process group is described.
     """
     for name in OTHER_LAUNCHERS:
         if "WORLD_SIZE" not in os.environ and _number(name, 1) > 1:
@@ -62,8 +61,17 @@ def check_launch() -> None:
                 f"{name}={os.environ[name]}, but no WORLD_SIZE: start one torchrun on each node "
                 "and let it start the processes (docs/clusters.md)"
             )
+
+
+def check_process_group() -> None:
+    """Whether the processes that were started together can form a process group.
+
+    Raises:
+        UserError: something of it is not described, or accelerate is configured for what no run
+            here uses.
+    """
     if world_size() > 1:
-        for name in ("MASTER_ADDR", "LOCAL_RANK"):
+        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK"):
             if name not in os.environ:
                 raise UserError(
                     f"WORLD_SIZE={world_size()}, but no {name}: start the processes with "

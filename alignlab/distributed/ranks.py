@@ -195,7 +195,7 @@ def join_ranks(precision: str) -> Ranks:
         UserError: they cannot form a process group, or accelerate is configured for what no run
             here uses.
     """
-    launch_env.check_launch()
+    launch_env.check_process_group()
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -224,8 +224,11 @@ def destroy_process_group() -> None:
 def _device() -> torch.device:
     if launch_env.is_for_cpu():
         return torch.device("cpu")
+    if torch.cuda.is_available() and launch_env.world_size() > 1:
+        # a launcher may show each rank its own GPU only
+        return torch.device("cuda", launch_env.local_rank() % torch.cuda.device_count())
     if torch.cuda.is_available():
-        return torch.device("cuda", launch_env.local_rank())
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

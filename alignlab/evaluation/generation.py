@@ -80,13 +80,13 @@ def real_clip_metrics(run: Run, teacher: Teacher | None, count: int) -> dict[str
     """
     alias = None if teacher is None else run.config.measured_against
     key = (run.config.teachers[alias].model_dump_json() if alias else None, count)
-    if key not in run.caches.judged:
+    if key not in run.caches.real_metrics:
         collector = _collector(run, teacher)
         for i in range(count):
             clip = run.val_clips[i]
             collector.add(run.wan.decode(clip.latents_CTHW).cpu(), clip.sample)
-        run.caches.judged[key] = collector.metrics()
-    return run.caches.judged[key]
+        run.caches.real_metrics[key] = collector.metrics()
+    return run.caches.real_metrics[key]
 
 
 def generated_clip(

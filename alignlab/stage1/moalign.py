@@ -6,8 +6,10 @@ pixels, C the two directions (x, y), D width of the teacher.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, final
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -18,7 +20,6 @@ from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.randomness import derive_seed
-from alignlab.stage1.optical_flow import dis_flow
 from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
 
 
@@ -57,13 +58,13 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
     def __init__(self, settings: Stage1Settings, models: FrozenModels, *, seed: int) -> None:
         assert isinstance(settings, MoAlignStage1)
         self._settings, self._models = settings, models
-        shape = MotionHeadConfig(
+        self.shape = MotionHeadConfig(
             teacher_dim=models.teacher.dim,
             width=settings.width,
             hidden=settings.hidden,
             decoder=settings.decoder,
         )
-        network = MotionHead(shape, seed=derive_seed(seed, "stage1-moalign"))
+        network = MotionHead(self.shape, seed=derive_seed(seed, "stage1-moalign"))
         self.network = network.to(models.device)
 
     def encode(self, sample: Sample) -> MoAlignClip:
@@ -146,3 +147,31 @@ def flow_on_grid(flow_FHWC: Tensor, grid: Grid) -> Tensor:
     pooled_TCHW = F.interpolate(summed.movedim(-1, 1), size=(tokens_H, tokens_W), mode="area")
     tokens_TPC = pooled_TCHW.flatten(2).mT
     return tokens_TPC * torch.tensor([tokens_W / pixels_W, tokens_H / pixels_H])
+
+
+def dis_flow(video_THWC: Tensor) -> Tensor:
+    """Estimates the forward flow between consecutive frames.
+
+    DIS with its medium preset on grey values. MoAlign uses RAFT, whose weights would have to be
+    fetched.
+
+    Args:
+        video_THWC: uint8 RGB frames.
+
+    Returns:
+        float32 `(T-1, H, W, 2)` in pixels per frame, x then y: what is at (x, y) in a frame is at
+        (x, y) + flow in the next.
+    """
+    import cv2  # here: recipes are read without it
+
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video_THWC.cpu().numpy()]
+    # Any, because its stub knows no call without a first guess
+    dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # DIS splits frames by threads, which changes its numbers
+    try:
+        flows = [np.array(dis.calc(before, after, None)) for before, after in pairwise(grey)]
+    finally:
+        cv2.setNumThreads(threads)
+    shape = (0, *video_THWC.shape[1:3], 2)
+    return torch.from_numpy(np.stack(flows)) if flows else torch.zeros(shape)

@@ -90,7 +90,7 @@ class SaraTask(Stage1Task[SaraClip]):
             raise UserError(
                 f"stage1.heads: {settings.heads} does not divide the teacher's width, {teacher_dim}"
             )
-        shape = SaliencyAlignerConfig(
+        self.shape = SaliencyAlignerConfig(
             teacher_dim=teacher_dim,
             text_dim=models.text.dim,
             depth_cross=settings.depth_cross,
@@ -100,7 +100,7 @@ class SaraTask(Stage1Task[SaraClip]):
             embed_dim=settings.embed_dim,
             attention=settings.attention,
         )
-        network = SaliencyAligner(shape, seed=derive_seed(seed, "stage1-sara"))
+        network = SaliencyAligner(self.shape, seed=derive_seed(seed, "stage1-sara"))
         self.network = network.to(models.device)
 
     @classmethod

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
 
 from alignlab.config.data import Settings
 from alignlab.data.sample import ClipDataset, Sample
-from alignlab.losses.stage1.motion_head import MotionHead
-from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
 from alignlab.teachers import Teacher
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and a recipe is read without it
@@ -61,7 +59,9 @@ class Stage1Task(ABC, Generic[Clip]):
     Settings: ClassVar[type[Stage1Settings]]
     reads_text: ClassVar[bool]
     """Whether the recipe names a model whose text encoder embeds phrases."""
-    network: SaliencyAligner | MotionHead
+    network: nn.Module
+    shape: BaseModel
+    """The config that the network was built from."""
 
     @abstractmethod
     def __init__(self, settings: Stage1Settings, models: FrozenModels, *, seed: int) -> None: ...

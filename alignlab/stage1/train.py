@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,8 +18,6 @@ from alignlab.data.sample import ClipDataset
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
-from alignlab.losses.stage1.motion_head import MotionHeadConfig
-from alignlab.losses.stage1.saliency_aligner import SaliencyAlignerConfig
 from alignlab.models.wan import load_text_encoder
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
@@ -75,11 +74,12 @@ class Stage1State(TrainState):
         return self.network.named_parameters()
 
     def write_weights(self, folder: Path) -> None:
-        weights = {name: p.detach().cpu().contiguous() for p, name in self.names.items()}
+        state = self.network.state_dict()
+        weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(weights, folder / "network.safetensors")
 
-    def read_weights(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
-        self.network.load_state_dict(load_file(checkpoint / "network.safetensors"))
+    def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(load_file(folder / "network.safetensors"))
 
 
 class Stage1Trainer(Trainer):
@@ -129,7 +129,7 @@ class Stage1Trainer(Trainer):
         metrics["params/network"] = float(sum(p.numel() for p in network.parameters()))
         tracker.log(self.config.steps, metrics)
         with whole_folder(folder.stage1) as stage1_folder:
-            info = stage1_info(self.config, network.config, self.models.teacher)
+            info = stage1_info(self.config, self.task.shape, self.models.teacher)
             save_stage1(stage1_folder, network, info)
         result = {"steps": self.config.steps, "metrics": metrics}
         write_text(folder.result, json.dumps(result, indent=1))
@@ -171,7 +171,7 @@ def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenMode
 
 def stage1_info(
     config: Stage1Config,
-    module: SaliencyAlignerConfig | MotionHeadConfig,
+    module: BaseModel,
     teacher: Teacher,
 ) -> Stage1Info:
     """What a Stage 1 training writes beside its weights, and a Stage 2 recipe is checked against.
@@ -188,7 +188,7 @@ def stage1_info(
         teacher=Stage1Teacher(
             family=row.family, path=row.path, feature=row.feature, weights=teacher.digest()
         ),
-        teacher_dim=module.teacher_dim,
+        teacher_dim=teacher.dim,
         grid=config.grid,
         text=None if config.model is None else config.model.path,
         module=module,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignlab.config.data import unknown_name
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.registry import TEACHERS, TeacherRow
@@ -103,8 +103,7 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
                 output_loading_info=True,
             )
     except OSError as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"teachers: cannot load {folder}: {reason}") from error
+        raise UserError(f"teachers: cannot load {folder}: {first_line(error)}") from error
     _check_weights(folder, row, model, info)
     return model
 

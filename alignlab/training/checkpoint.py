@@ -60,7 +60,7 @@ class TrainState(ABC):
         """Writes everything but the optimizer and the step."""
 
     @abstractmethod
-    def read_weights(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         """Puts back what `write_weights` wrote; `facts` is what `state.json` says.
 
         Raises:
@@ -105,16 +105,16 @@ class RunState(TrainState):
         if self.ema is not None:
             save_file(self.ema, folder / "ema.safetensors")
 
-    def read_weights(self, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         if facts["frozen"] != frozen_digest(self.objectives):
             raise UserError(
-                f"{checkpoint}: a Stage 1 network that the objectives read has changed since; "
+                f"{folder}: a Stage 1 network that the objectives read has changed since; "
                 "bring it back, or start a new run under another name"
             )
-        load_transformer(self.transformer, checkpoint)
-        _restore_trained(self.objectives, load_file(checkpoint / "objectives.safetensors"))
+        load_transformer(self.transformer, folder)
+        _restore_trained(self.objectives, load_file(folder / "objectives.safetensors"))
         if self.ema is not None:
-            for name, value in load_file(checkpoint / "ema.safetensors").items():
+            for name, value in load_file(folder / "ema.safetensors").items():
                 self.ema[name].copy_(value)
 
     def facts(self) -> dict[str, Any]:

@@ -52,13 +52,13 @@ class Caches:
     Args:
         train: clips of the train split.
         val: clips of the val split.
-        judged: metrics of real clips by teacher and number of clips
+        real_metrics: metrics of real clips by teacher and number of clips
             (`alignlab.evaluation.generation`).
     """
 
     train: EncodedCache
     val: EncodedCache
-    judged: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
+    real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
 
 
 def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | None = None) -> Run:

@@ -46,10 +46,11 @@ def score(
 ) -> None:
     """Score a recipe's teachers on its clips: steadiness over frames and spatial structure."""
     from alignlab.evaluation.teacher_score import parse_size, score_teachers
-    from alignlab.experiments.probe.teacher_table import load_teachers, print_scores, write_scores
+    from alignlab.experiments.compare.config import load_base
+    from alignlab.experiments.probe.teacher_table import print_scores, write_scores
 
     size = None if grid is None else parse_size(grid)
-    scores = score_teachers(load_teachers(recipe, overrides), clips=clips, size=size)
+    scores = score_teachers(load_base(recipe, overrides), clips=clips, size=size)
     print_scores(scores)
     write_scores(scores, out)
     typer.echo(f"figures: {out}")

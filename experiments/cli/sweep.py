@@ -19,7 +19,7 @@ def sweep(
     ray_address: RayAddress = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Search the settings of a run with Optuna, or go on where a killed sweep left off."""
+    """Search the settings of a run with Optuna, or resume a killed sweep."""
     from alignlab.experiments.sweep.config import dump_sweep, load_sweep
 
     config = load_sweep(recipe, overrides)

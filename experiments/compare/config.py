@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.data import Settings, unknown_name
-from alignlab.config.dotted import flatten
-from alignlab.config.recipe_file import merge, nested, read_recipe
+from alignlab.config.recipe_file import flatten, merge, nested, read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_changes, tuning_of
@@ -148,6 +147,20 @@ def _checked_variants(variants: Any) -> dict[str, dict[str, Any]]:
                 raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")
         checked[str(name)] = nested(changes)
     return checked
+
+
+def load_base(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """The run of a recipe: itself, or what the runs of a comparison or a sweep share.
+
+    Raises:
+        UserError: as `load_run`, `load_compare` and `load_sweep`.
+    """
+    mapping = read_recipe(recipe, overrides or [])
+    if "variants" in mapping:
+        return load_compare(recipe, overrides).base
+    if "space" in mapping:
+        return load_sweep(recipe, overrides).base
+    return load_run(recipe, overrides)
 
 
 def dump_compare(config: CompareConfig) -> str:

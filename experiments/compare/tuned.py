@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config.data import Settings
-from alignlab.config.dotted import nest
+from alignlab.config.recipe_file import nested
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import SweepConfig
@@ -111,7 +111,7 @@ def tuned_changes(
                 f"set variants.{variant}.{key}"
             )
         searched[key] = values["best"]
-    return changes | nest(searched)
+    return changes | nested(searched)
 
 
 def _within(key: str, names: Any) -> bool:

@@ -96,6 +96,14 @@ class RayTasks(Generic[Key]):
     ) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
+        errors = cluster.ray.exceptions
+        self._lost = (  # of a task's process or node; what cannot heal is raised
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.LocalRayletDiedError,
+            errors.OutOfMemoryError,
+            errors.ObjectLostError,
+        )
         self._request = reservation(needs, cluster.nodes())
         self.threads = needs.cpus or 1
         entry = _entry(job.__module__, job.__name__, self._request["num_gpus"])
@@ -128,7 +136,7 @@ class RayTasks(Generic[Key]):
                 yield Ended(key, self._ray.get(ref), None)
             except self._ray.exceptions.RayTaskError as failure:
                 raise failure.cause from failure
-            except self._ray.exceptions.RayError as loss:  # of its process, its node, memory, ...
+            except self._lost as loss:
                 yield Ended(key, None, type(loss).__name__)
 
     def cancel(self) -> None:
@@ -205,7 +213,7 @@ def _entry(module: str, function: str, gpus: float) -> Callable[[Order], str | N
             from alignlab.errors import UserError
 
             job = getattr(importlib.import_module(module), function)
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
             return f"node {socket.gethostname()}: {error}: install the same alignlab on every node"
         try:
             job(order)

@@ -9,11 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignlab.config.recipe_file import read_recipe
-from alignlab.config.run import RunConfig
 from alignlab.evaluation.teacher_score import NEIGHBOURS, TeacherScore
-from alignlab.experiments.compare.config import load_compare
-from alignlab.recipe import load_run
 from alignlab.runs.atomic_files import write_text
 
 SPATIAL = ("lds", "cds", "srss", "rmsc")
@@ -61,14 +57,3 @@ def _names() -> list[str]:
 def _values(score: TeacherScore) -> list[float | None]:
     spatial = (score.spatial.get(name) for name in SPATIAL)
     return [*(score.iicr.get(k) for k in NEIGHBOURS), score.chance, *spatial]
-
-
-def load_teachers(recipe: str, overrides: list[str] | None = None) -> RunConfig:
-    """The run of a recipe, or what the variants of a comparison share.
-
-    Raises:
-        UserError: as `load_run` and `load_compare`.
-    """
-    if "variants" in read_recipe(recipe, overrides or []):
-        return load_compare(recipe, overrides).base
-    return load_run(recipe, overrides)

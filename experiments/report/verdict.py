@@ -144,7 +144,7 @@ def _why_unknown(row: SummaryRow) -> str:
     if paired.num_pairs < MIN_PAIRS:
         return f"{paired.num_pairs} of {row.num_seeds} seeds have it"
     if paired.low is None:
-        return f"{format_number(paired.mean, sign=True)} with every seed: no spread to judge it by"
+        return f"{format_number(paired.mean, sign=True)} with every seed: no spread"
     return ""
 
 

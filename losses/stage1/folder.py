@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignlab.losses.plugins import registrations
+from alignlab.losses.plugins import one_line, registrations
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 
@@ -226,8 +226,7 @@ def load_stage1(folder: str | Path, kind: Kind) -> tuple[Any, Stage1Info]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read: {reason}") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}") from error
     expected = {name: value.shape for name, value in network.state_dict().items()}
     saved = {name: value.shape for name, value in tensors.items()}
     if saved != expected:

@@ -46,7 +46,7 @@ class Track:
 
 
 class ShapesDataset:
-    """Clips of the shapes world (see `alignlab.config.run.ShapesConfig` for the settings).
+    """Clips of the shapes world (see `alignlab.config.data.ShapesConfig` for the settings).
 
     Args:
         config: frames, size, reference counts and clip counts.

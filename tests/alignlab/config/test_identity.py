@@ -94,3 +94,27 @@ def test_two_objectives_with_nothing_but_defaults_are_not_the_same() -> None:
     repa = load_run("tiny", [*base, "objectives.x={name: repa, teacher: dino, blocks: [3]}"])
     irepa = load_run("tiny", [*base, "objectives.x={name: irepa, teacher: dino, blocks: [3]}"])
     assert recipe_hash(repa) != recipe_hash(irepa)
+
+
+def test_a_new_setting_that_is_used_is_another_recipe() -> None:
+    config = load_run("tiny")
+    new = create_model("EvalConfig", __base__=EvalConfig, added=(int, 3))
+    later: Any = create_model("RunConfig", __base__=RunConfig, eval=(new, Field(default=new())))
+    used = later.model_validate(config.model_dump(mode="json") | {"eval": {"added": 9}})
+    for known in (V1_RUNS["tiny"], recipe_hash(config)):
+        assert not has_recipe_hash(used, known)
+
+
+def test_what_is_left_out_of_a_part_never_counts() -> None:
+    config, other = load_run("tiny"), load_run("tiny", ["eval.clips=7"])
+    left_out = {"eval": {"clips": True}}
+    assert settings_hash(config, left_out) == settings_hash(other, left_out)
+    assert settings_hash(config) != settings_hash(other)
+
+
+def test_the_order_of_objectives_and_teachers_counts() -> None:
+    teacher = "teachers.late={family: dinov2, path: assets/tiny-dino, feature: pre_norm}"
+    config = load_run("tiny", [teacher])
+    swapped = config.model_copy(update={"teachers": dict(reversed(config.teachers.items()))})
+    assert config.measured_against != swapped.measured_against
+    assert recipe_hash(config) != recipe_hash(swapped)

@@ -189,7 +189,7 @@ def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
     ("environment", "line"),
     [
         (
-            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"},
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
             "WORLD_SIZE=2, but no LOCAL_RANK: start the",
         ),
         (

@@ -101,7 +101,7 @@ def test_the_trained_weights_are_measured(make_config: MakeConfig) -> None:
     run, folder = build_run(config), RunFolder.create(config)
     with run.branch:
         before = generate(run, run.branch, folder, None)
-        run.caches.judged.clear()
+        run.caches.real_metrics.clear()
         with torch.no_grad():
             for weight in run.wan.transformer.parameters():
                 weight.mul_(0.5)

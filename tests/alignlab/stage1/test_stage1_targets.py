@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from alignlab.config.data import ShapesConfig
 from alignlab.data.shapes.dataset import ShapesDataset
-from alignlab.stage1.moalign import flow_on_grid
-from alignlab.stage1.optical_flow import dis_flow
+from alignlab.stage1.moalign import dis_flow, flow_on_grid
 from alignlab.stage1.sara import mask_iou
 
 
