@@ -134,10 +134,10 @@ class RayTasks(Generic[Key]):
             key = self._running.pop(ref)
             try:
                 yield Ended(key, self._ray.get(ref), None)
-            except self._ray.exceptions.RayTaskError as failure:
-                raise failure.cause from failure
             except self._lost as loss:
                 yield Ended(key, None, type(loss).__name__)
+            except self._ray.exceptions.RayTaskError as failure:
+                raise failure.cause from failure
 
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""

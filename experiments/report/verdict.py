@@ -144,7 +144,8 @@ def _why_unknown(row: SummaryRow) -> str:
     if paired.num_pairs < MIN_PAIRS:
         return f"{paired.num_pairs} of {row.num_seeds} seeds have it"
     if paired.low is None:
-        return f"{format_number(paired.mean, sign=True)} with every seed: no spread"
+        mean = format_number(paired.mean, sign=True)
+        return f"{mean} with every seed: no spread to judge it by"
     return ""
 
 
