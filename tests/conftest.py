@@ -14,7 +14,7 @@ import torch
 ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
 KERNELS = Path(__file__).parent / "kernels"
 # Begun first, so that no worker of `make test` is left with one of them while others are idle.
-LONGEST = ("test_readme.py", "test_processes.py", "test_sweep_workers.py")
+LONGEST = ("test_readme.py", "test_ranks.py", "test_sweep_workers.py")
 
 # Read when triton is first imported.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")

@@ -1,6 +1,6 @@
 """Runs `alignlab train` in two processes that know each other, as torchrun starts them.
 
-    python processes_run.py RECIPE MOMENT=OUTPUT...
+    python ranks_run.py RECIPE MOMENT=OUTPUT...
 
 Each MOMENT=OUTPUT is a pair of processes, one pair after the other, forked: torch is imported
 once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, in order, to stdout.
