@@ -65,7 +65,7 @@ def fixed_input() -> dict[str, Tensor]:
 
 
 def trained(run: Path) -> WanTransformer3DModel:
-    """The transformer as training would go on with it."""
+    """The transformer as training would resume with it."""
     state = build_run(RunFolder.open(run).config()).state
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None

@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened: bitwise, on a CPU with as many threads."""
+"""A killed run resumes as if nothing had happened: bitwise, on a CPU with as many threads."""
 
 import json
 import subprocess

@@ -247,7 +247,7 @@ def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert [p.name for p in folder.checkpoints.iterdir()] == ["step-000002"]
     assert [row["step"] for row in read_rows(folder.metrics)] == [0, 2]
     assert folder.read_result() is None
-    # what was kept is good: with the cause gone the run goes on from there
+    # what was kept is good: with the cause gone the run resumes from there
     monkeypatch.undo()
     train(config)
     assert [row["step"] for row in read_rows(folder.metrics)] == [0, 2, 4, 5, 6, 6]

@@ -163,7 +163,7 @@ def test_a_killed_comparison_goes_on(
     resumed = compare(config)
     after = stamps(folder)
     assert {path: after[path] for path in first} == first
-    if within:  # the second run goes on from its checkpoint
+    if within:  # the second run resumes from its checkpoint
         checkpoint = folder / "aligned" / "seed-0" / "checkpoints" / "step-000001" / "state.json"
         assert after[checkpoint] == killed[checkpoint]
     found = Comparison.load(resumed.parent / "comparison.json")

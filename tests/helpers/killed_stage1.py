@@ -1,4 +1,4 @@
-"""Trains Stage 1 networks in processes that kill themselves with SIGKILL, and goes on with them.
+"""Trains Stage 1 networks in processes that kill themselves with SIGKILL, and resumes them.
 
     python killed_stage1.py FOLDER KIND...
 

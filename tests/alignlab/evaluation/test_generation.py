@@ -1,4 +1,4 @@
-"""Which clips a run generates, keeps and judges, and what moves the result."""
+"""Which clips a run generates, keeps and measures, and what moves the result."""
 
 import json
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def test_full_while_a_checkpoint_is_written(
     state = build_run(load_run(recipe_file, ["steps=3"])).state
     checkpoint.restore(state, run / "checkpoints" / "step-000001")
     assert state.step == 1
-    # with space again, the same command goes on
+    # with space again, the same command resumes
     result = alignlab(recipe_file, tmp_path)
     assert result.exit_code == 0, result.output
     assert (run / "result.json").exists()

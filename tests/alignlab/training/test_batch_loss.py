@@ -143,7 +143,7 @@ def test_references_that_show_too_little_are_in_no_average(make_config: MakeConf
     assert torch.equal(found["watched/ra"], found["sim/ra"])
     assert len(found["loss/ra"]) == 4 and found["loss/ra"][1] == 0
     assert len(nothing["sim/ra"]) == len(nothing["watched/ra"]) == 0
-    # over accumulation rounds, each sample that is aligned counts the same
+    # over micro-batches, each sample that is aligned counts the same
     rounds = [
         without_subjects(batch_with(run, [1, 2, 3, 0], rows), hidden)
         for rows, hidden in (([0, 1], [1]), ([2], []), ([3], []), ([1], [0]))
