@@ -1,8 +1,9 @@
 """One training, from opening its folder to its evaluation: read it from top to bottom.
 
-`train` opens a run, `Trainer.fit` is the loop, `Trainer.step` the optimizer step, and
-`RunTrainer.losses` the forward pass with its alignment losses. Stage 1 (`alignlab.stage1.train`)
-goes through the same loop and step with a trainer of its own. Shape letters: B batch.
+`train` opens a run, `Trainer.fit` trains and evaluates it, `Trainer.train_steps` is the loop,
+`Trainer.step` the optimizer step, `RunTrainer.losses` the forward pass with its alignment losses.
+Stage 1 (`alignlab.stage1.train`) goes through the same loop and step with a trainer of its own.
+Shape letters: B batch.
 """
 
 import json
@@ -135,13 +136,17 @@ class Trainer(ABC):
         with self._tracker(folder, resumed=newest is not None) as tracker:
             ranks.barrier()  # a tracking server may be slow
             with self.prepared(folder, tracker):
-                self._train(folder, tracker, newest)
+                self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
                     self.finish(folder, tracker)
                 ranks.barrier()
 
-    def _train(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
-        """The loop: batches, step, log, checkpoint."""
+    def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
+        """The loop: batches, diagnosis, step, log, checkpoint.
+
+        What is not finite is seen at every step, on the device, and raised when a row is logged or
+        a checkpoint is due.
+        """
         config, state, device = self.config, self.state, self.ranks.device
         nonfinite, memory = NonFiniteWatch(device), PeakMemory(device)
         clock, note = StepClock(device), ""

@@ -58,7 +58,7 @@ ENDS = {
 
 @pytest.fixture(scope="module")
 def pairs(recipe: Path) -> Path:
-    """The folder of all outputs, by moment; `killed` was resumed, and `whole` was asked for again."""
+    """The folder of all outputs, by moment; `killed` was resumed, `whole` asked for again."""
     folder = recipe.parent
     first = [f"{moment}={folder / moment}" for moment in ENDS]
     later = {"whole": folder / "killed", "again": folder / "whole", "other": folder / "whole"}
