@@ -67,8 +67,10 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     launch_env.refuse_other_launchers()
     if launch_env.rank() > 0:  # rank 0 speaks for all
         logging.getLogger("alignlab").setLevel(logging.ERROR)
-    folder = run(config)
-    destroy_process_group()
+    try:
+        folder = run(config)
+    finally:  # a process group that is alive at the end of the interpreter aborts it
+        destroy_process_group()
     if launch_env.rank() == 0:
         typer.echo(f"run folder: {folder}")
 

@@ -147,9 +147,18 @@ def shown_difference(path: Path, config: TrainingConfig) -> str:
     there, here = (numbered_settings(recipe) for recipe in (held, config))
     keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
     if not keys:
-        return "in what its files hold"
+        return _shown_order(held, config)
     more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
     return f"{keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more}"
+
+
+def _shown_order(held: TrainingConfig, config: TrainingConfig) -> str:
+    """Which mapping two recipes with equal settings have in another order."""
+    for section in ("objectives", "teachers"):  # losses are summed in it, the first is measured by
+        there, here = (list(getattr(recipe, section, ())) for recipe in (held, config))
+        if there != here:
+            return f"{section} were in the order {', '.join(there)}, are in {', '.join(here)}"
+    return "in what its files hold"
 
 
 def numbered_settings(config: TrainingConfig) -> dict[str, Any]:

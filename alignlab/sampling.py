@@ -13,6 +13,7 @@ from torch import Tensor
 from alignlab.config.run import RunConfig
 from alignlab.data.resize import fit_reference
 from alignlab.data.video import read_image, write_mp4
+from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
@@ -165,6 +166,7 @@ def load_trained(run_dir: Path) -> Wan:
     Raises:
         UserError: the run has no checkpoint yet.
     """
+    refuse_several_ranks()  # each would write the same file
     folder = RunFolder.open(run_dir)
     config = folder.config()
     newest = checkpoint.latest(folder.checkpoints)

@@ -56,7 +56,7 @@ def refuse_other_launchers() -> None:
         UserError: they did, and no process group is described.
     """
     for name in OTHER_LAUNCHERS:
-        if "WORLD_SIZE" not in os.environ and _number(name, 1) > 1:
+        if not os.environ.get("WORLD_SIZE") and _number(name, 1) > 1:
             raise UserError(
                 f"{name}={os.environ[name]}, but no WORLD_SIZE: start one torchrun on each node "
                 "and let it start the processes (docs/clusters.md)"
@@ -77,6 +77,9 @@ def check_process_group() -> None:
                     f"WORLD_SIZE={world_size()}, but no {name}: start the processes with "
                     "torchrun, or unset WORLD_SIZE for a single one (docs/clusters.md)"
                 )
+        _number("MASTER_PORT", 0)
+        if rank() >= world_size():
+            raise UserError(f"RANK={rank()}, but WORLD_SIZE={world_size()}: start with torchrun")
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     modes = [mode for name, mode in ACCELERATE_MODES.items() if _is_set(name)]
     modes += ["torch.compile"] if compiler != "no" else []
@@ -94,5 +97,5 @@ def _is_set(name: str) -> bool:
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
-        raise UserError(f"{name}={text}: not a number; unset it, or start with torchrun")
+        raise UserError(f"{name}={text}: not a whole number; unset it, or start with torchrun")
     return int(text)

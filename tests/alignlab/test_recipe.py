@@ -18,7 +18,14 @@ from alignlab.experiments.compare.config import (
 )
 from alignlab.experiments.data_preview import load_data
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
-from alignlab.recipe import dump, load_run, load_stage1_run, recipe_hash
+from alignlab.recipe import (
+    dump,
+    holds_recipe,
+    load_run,
+    load_stage1_run,
+    recipe_hash,
+    shown_difference,
+)
 from alignlab.stage1.config import Stage1Config
 
 Loader = Callable[[str, list[str]], RunConfig | CompareConfig | SweepConfig | Stage1Config]
@@ -277,3 +284,12 @@ def test_hash_ignores_what_changes_no_number() -> None:
 @pytest.mark.parametrize("override", ["seed=1", "steps=3", "objectives.ra.weight=2", "data.fps=4"])
 def test_hash_tells_runs_apart(override: str) -> None:
     assert recipe_hash(load_run("tiny")) != recipe_hash(load_run("tiny", [override]))
+
+
+def test_another_order_of_objectives_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    config = load_run("tiny", ["objectives.b={name: repa, teacher: dino, blocks: [3]}"])
+    path.write_text(dump(config))
+    swapped = config.model_copy(update={"objectives": dict(reversed(config.objectives.items()))})
+    assert holds_recipe(path, config) and not holds_recipe(path, swapped)
+    assert shown_difference(path, swapped) == "objectives were in the order ra, b, are in b, ra"

@@ -192,3 +192,12 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             sample_to_file(run, PROMPT, references, out, steps=1)
         assert "\n" not in str(refused.value)
         assert not out.exists()
+
+
+def test_several_ranks_do_not_write_the_same_video(
+    full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="started as 2 processes"):
+        sample_to_file(full_run, "a red circle", (), tmp_path / "out.mp4")
+    assert not list(tmp_path.iterdir())
