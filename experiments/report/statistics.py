@@ -12,7 +12,7 @@ pairs there are, because what suits many is wrong for few:
 On normal differences, and from ten pairs also on skewed ones, the intervals hold the truth in 92%
 to 97% of cases. With few pairs and a skewness of 2 it is 88%; no method does better there. Under no
 effect the differences are symmetric, and a false claim among five variants comes up in at most 6%
-of cases. `tests/experiments/test_statistics_errors.py` simulates all this.
+of cases. `tests/experiments/report/test_statistics_errors.py` simulates all this.
 
 Letters: R rows, each a variant of its own; N pairs.
 """

@@ -56,7 +56,7 @@ def test_the_formulas_of_the_kernels_are_what_they_multiply(slopes: bool) -> Non
 
 
 def test_every_operation_of_the_kernels_has_a_formula() -> None:
-    folder = Path(__file__).parents[2] / "kernels"
+    folder = Path(__file__).parents[3] / "kernels"
     text = "".join(path.read_text() for path in folder.glob("*.py"))
     assert set(re.findall(r'custom_op\(\s*"alignlab::(\w+)"', text)) == FORMULAS["alignlab"].keys()
 
