@@ -4,6 +4,7 @@ Recipes (`alignlab.recipe`) are the usual way to make them; a program may also b
 """
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Self, Union
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -65,12 +66,8 @@ class RunConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _video_teachers_get_clips(self) -> Self:
+        check_video_frames(self.teachers, self.data.frames)
         video = {alias for alias, row in self.teachers.items() if TEACHERS[row.family].video}
-        if video and self.data.frames < MIN_VIDEO_FRAMES:
-            raise ValueError(
-                f"teachers.{min(video)}: a video teacher needs data.frames of {MIN_VIDEO_FRAMES} "
-                f"or more, not {self.data.frames}"
-            )
         for alias, objective in self.objectives.items():
             video_teachers = video.intersection(objective.teachers)
             if video_teachers and OBJECTIVES[objective.name].tokens == "reference":
@@ -122,8 +119,36 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
     tapped["eval.blocks"] = config.eval.blocks or ()
     for key, blocks in tapped.items():
         for block in blocks:
-            if not 0 <= block < num_blocks:
-                raise UserError(
-                    f"{key}: block {block} does not exist: this transformer "
-                    f"has {num_blocks} blocks, valid 0..{num_blocks - 1} (block i is depth i+1)"
-                )
+            check_block(key, block, num_blocks)
+
+
+def check_block(setting: str, block: int, num_blocks: int) -> None:
+    """Refuses a block that the transformer does not have.
+
+    Args:
+        setting: that names the block, for the message.
+        block: its index.
+        num_blocks: length of the transformer's `blocks`.
+
+    Raises:
+        UserError: the index is outside 0..num_blocks-1.
+    """
+    if not 0 <= block < num_blocks:
+        raise UserError(
+            f"{setting}: block {block} does not exist: this transformer "
+            f"has {num_blocks} blocks, valid 0..{num_blocks - 1} (block i is depth i+1)"
+        )
+
+
+def check_video_frames(teachers: Mapping[str, TeacherConfig], frames: int) -> None:
+    """Refuses clips that are too short for a video teacher.
+
+    Raises:
+        ValueError: one line.
+    """
+    video = [alias for alias, teacher in teachers.items() if TEACHERS[teacher.family].video]
+    if video and frames < MIN_VIDEO_FRAMES:
+        raise ValueError(
+            f"teachers.{min(video)}: a video teacher needs data.frames of {MIN_VIDEO_FRAMES} "
+            f"or more, not {frames}"
+        )

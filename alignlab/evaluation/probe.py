@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from alignlab.config.data import unknown_name
-from alignlab.config.run import RunConfig
+from alignlab.config.run import RunConfig, check_block
 from alignlab.errors import UserError
 from alignlab.evaluation.collectors import ReferenceCollector, VideoCollector
 from alignlab.evaluation.evaluate import denoise, eval_batch, teacher_of
@@ -214,8 +214,7 @@ def _shown_block(run: Run, block: int | None) -> int:
     count = run.wan.num_blocks
     if block is None:
         return max(run.alignment.blocks, default=count // 2)
-    if not 0 <= block < count:
-        raise UserError(f"--block: no block {block}; the transformer has 0 to {count - 1}")
+    check_block("--block", block, count)
     return block
 
 

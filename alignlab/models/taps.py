@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from alignlab.errors import UserError
+from alignlab.config.run import check_block
 from alignlab.losses.objective import Grid, Tokens
 
 
@@ -50,10 +50,8 @@ class Taps:
     """
 
     def __init__(self, transformer: WanTransformer3DModel, blocks: Sequence[int]) -> None:
-        count = len(transformer.blocks)
         for block in blocks:
-            if not 0 <= block < count:
-                raise UserError(f"blocks: no block {block}; the transformer has 0 to {count - 1}")
+            check_block("blocks", block, len(transformer.blocks))
         self._modules = {block: transformer.blocks[block] for block in sorted(set(blocks))}
         self._handles: list[RemovableHandle] = []
         self._record: dict[int, Tensor] | None = None

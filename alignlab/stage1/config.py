@@ -6,11 +6,10 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from alignlab.config.data import SIZE_STEP, Settings
 from alignlab.config.parts import AdamWConfig, TeacherConfig, TrainingConfig
-from alignlab.config.run import MIN_VIDEO_FRAMES
+from alignlab.config.run import check_video_frames
 from alignlab.data.registry import DataConfig
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import Stage1Settings
-from alignlab.teachers import TEACHERS
 
 if TYPE_CHECKING:
     AnyStage1 = Stage1Settings
@@ -51,12 +50,7 @@ class Stage1Config(TrainingConfig):
 
     @model_validator(mode="after")
     def _video_teacher_gets_clips(self) -> Self:
-        for alias, row in self.teachers.items():
-            if TEACHERS[row.family].video and self.data.frames < MIN_VIDEO_FRAMES:
-                raise ValueError(
-                    f"teachers.{alias}: a video teacher needs data.frames of {MIN_VIDEO_FRAMES} "
-                    f"or more, not {self.data.frames}"
-                )
+        check_video_frames(self.teachers, self.data.frames)
         return self
 
     @model_validator(mode="after")

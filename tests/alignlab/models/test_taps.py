@@ -182,7 +182,7 @@ def test_a_failed_forward_pass_leaves_no_half_capture(wan_folder: Path) -> None:
 
 @pytest.mark.parametrize("block", [4, -1])
 def test_a_block_that_does_not_exist_is_refused(wan_folder: Path, block: int) -> None:
-    with pytest.raises(UserError, match=f"no block {block}; the transformer has 0 to 3"):
+    with pytest.raises(UserError, match=f"block {block} does not exist: this transformer"):
         ReferenceBranch(_load(wan_folder), blocks=(0, block))
 
 

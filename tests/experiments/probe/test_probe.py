@@ -136,7 +136,10 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
         ((str(tmp_path),), "no run there"),
         ((str(tmp_path / "begun"),), "the run has no checkpoint yet"),
         ((str(run), "--teacher", "dinno"), "did you mean 'dino'?"),
-        ((str(run), "--block", "4"), "no block 4; the transformer has 0 to 3"),
+        (
+            (str(run), "--block", "4"),
+            "block 4 does not exist: this transformer has 4 blocks",
+        ),
         ((str(run), "--out", str(tmp_path / "file")), "is a file"),
     ):
         result = alignlab("probe", *arguments)
