@@ -65,6 +65,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
     from alignlab.train import train as run
 
     launch_env.refuse_other_launchers()
+    launch_env.check_process_group()
     if launch_env.rank() > 0:  # rank 0 speaks for all
         logging.getLogger("alignlab").setLevel(logging.ERROR)
     try:
