@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from filelock import FileLock
@@ -20,12 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from alignlab.config.data import unknown_name
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.errors import UserError, first_line
-from alignlab.experiments.report.metric_table import QUANTITIES, quantity, split_name
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
+from alignlab.experiments.sweep.metrics import directions
 from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
 from alignlab.experiments.sweep.space import grid_points, own_params
 
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
 LOCK_WAIT_S = 60
-Direction = Literal["minimize", "maximize"]
 # What no number of a trial depends on: a sweep may get more trials, or move.
 NUMBERLESS: dict[str, Any] = {
     "base": dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
@@ -175,27 +173,6 @@ def join_study(config: SweepConfig) -> SweepStudy:
         ) from None
     _check_same_sweep(config, study.user_attrs.get(RECIPE_HASH))
     return SweepStudy(config, study, storage)
-
-
-def directions(config: SweepConfig) -> list[Direction]:
-    """`minimize` or `maximize` for each metric.
-
-    Raises:
-        UserError: a metric with no better side.
-    """
-    sides: list[Direction] = []
-    for metric in config.metric:
-        better = quantity(metric.name).better
-        base, _ = split_name(metric.name)
-        if metric.direction is None and base not in QUANTITIES:
-            raise UserError(f"metric: {unknown_name('metric', base, QUANTITIES)}")
-        if metric.direction is None and better == "none":
-            raise UserError(
-                f"metric: {metric.name} has no better side of its own: "
-                f"write {{name: {metric.name}, direction: minimize}} (or maximize)"
-            )
-        sides.append(metric.direction or ("minimize" if better == "lower" else "maximize"))
-    return sides
 
 
 def _plan(config: SweepConfig) -> Sequence[dict[str, Any] | None]:

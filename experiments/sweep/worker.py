@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.experiments.report.formatting import format_duration
 from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.metrics import check_metrics
 from alignlab.experiments.sweep.samplers import check_sampler
 from alignlab.experiments.sweep.space import check_space, own_params
-from alignlab.experiments.sweep.study import SweepStudy, directions
+from alignlab.experiments.sweep.study import SweepStudy
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.trial import LostTrialError, TrialRunner
 
@@ -33,7 +34,7 @@ def check(config: SweepConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_space(config)
     check_sampler(config)
-    directions(config)
+    check_metrics(config)
     if own_params(config) is None:
         log.info("the recipe's own settings lie outside the space: they are not tried first")
 
