@@ -33,6 +33,7 @@ from alignlab.experiments.sweep.config import (
     SweepConfig,
 )
 from alignlab.models.model_files import on_disk
+from alignlab.recipe import recipe_hash
 
 Params = dict[str, Any]
 
@@ -113,6 +114,22 @@ def apply_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(recipe)
     except ValidationError as error:
         raise UserError(first_problem(RunConfig, error)) from None
+
+
+def settings_of(config: SweepConfig, params: Params) -> str | None:
+    """A short name of what a trial trains; equal for params that stand for the same settings.
+
+    None where params are missing, or make no run.
+    """
+    values = {}
+    for key, parameter in config.space.items():
+        if not distributions(key, parameter).keys() <= params.keys():
+            return None
+        values[key] = value_of(key, parameter, params)
+    try:
+        return recipe_hash(apply_values(config.base, values))
+    except UserError:
+        return None
 
 
 def own_params(config: SweepConfig) -> Params | None:
