@@ -114,6 +114,7 @@ def _importances(study: SweepStudy, index: int, varied: list[str]) -> dict[str, 
     maximized = study.study.directions[index] == StudyDirection.MAXIMIZE
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PedAnova.*to achieve low")  # as it is done here
+        warnings.filterwarnings("ignore", message="Target and region quantiles")  # equal trials
         return get_param_importances(
             study.study,
             evaluator=PedAnovaImportanceEvaluator(),
