@@ -42,10 +42,15 @@ def format_interval(
 ) -> str:
     """Mean and interval with the same decimals, chosen by half the interval's width.
 
+    There are as many decimals as it takes to see that an interval excludes 0.
+
     >>> format_interval(0.12345, 0.0741, 0.1628, sign=True), format_interval(3, 1, 5, unit="%")
     ('+0.123 [0.074, 0.163]', '3.0% [1.0%, 5.0%]')
     """
     decimals = _decimals(mean, (high - low) / 2)
+    nearest = min(abs(low), abs(high))
+    if decimals is not None and not low <= 0.0 <= high:
+        decimals = max(decimals, -_exponent(nearest))
 
     def text(value: float, sign: bool) -> str:
         if decimals is None:
@@ -63,7 +68,8 @@ def format_p(value: float) -> str:
     """
     if value < 0.001:
         return "<0.001"
-    return f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
+    text = f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
+    return f"{value:.4f}" if text == "0.050" else text  # which side of 5% it is on
 
 
 def format_duration(seconds: float) -> str:
