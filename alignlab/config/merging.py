@@ -13,7 +13,7 @@ alone.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignlab.errors import UserError
+from alignlab.errors import UserError, shown
 
 KINDS = ("name", "family", "kind")
 """Settings that say which class a mapping describes."""
@@ -71,10 +71,12 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _steps(changes: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
     """The changes one by one: where, and what is put there."""
-    for key, value in changes.items():
-        path = (*above, *str(key).split("."))
+    for name, value in changes.items():
+        path = (*above, *str(name).split("."))
         if not all(path):
-            raise UserError(f"{'.'.join(path)}: a key is made of names with single dots between")
+            raise UserError(
+                f"{shown('.'.join(path))}: a key is made of names with single dots between"
+            )
         if len(path) > MAX_DEPTH:
             raise UserError(f"{'.'.join(path[:3])}...: more than {MAX_DEPTH} levels; no setting is")
         if not isinstance(value, Mapping):

@@ -168,7 +168,7 @@ def test_an_override_may_add_an_objective() -> None:
         ("optim.betas=[1", "optim.betas=[1"),
         ("data.size[0]=32", "one item of a list cannot be set; give the whole list"),
         ("data.size.0=32", "data.size: is a list; give the whole of it"),
-        ("optim..lr=1", "optim..lr: a key is made of names with single dots between"),
+        ("optim..lr=1", "'optim..lr': a key is made of names with single dots between"),
         (".".join("a" * 90) + "=1", "a.a.a...: more than 20 levels"),
         ("steps=!!int x", "steps=!!int x: invalid literal"),
         ("steps=!!bool x", "steps=!!bool x: "),
