@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
-from alignlab.config.recipe_file import flatten
+from alignlab.config.merging import flatten
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
