@@ -47,6 +47,7 @@ def check_fair(config: CompareConfig) -> None:
         UserError: a setting differs, `allow_differences` names none of these, or a sweep searched
             what no sweep can search (`why_not_searched`), or the steps.
     """
+    _check_searched(config)
     unfair = measured_differently(config.runs) | _unequal_tuning(config)
     for name in config.allow_differences:
         if name not in unfair:
@@ -62,7 +63,6 @@ def check_fair(config: CompareConfig) -> None:
                 f"{setting}: variants are {how} differently ({shown}); "
                 f"make it equal or allow it: allow_differences: [{setting}]"
             )
-    _check_searched(config)
 
 
 def measured_differently(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, JsonValue]]:
