@@ -1,6 +1,7 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,14 @@ from alignlab.config.data import unknown_name
 from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
 from alignlab.teachers import videomae_v2
+from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TEACHERS, TeacherRow
 from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
+
+log = logging.getLogger(__name__)
 
 
 def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
@@ -42,6 +46,8 @@ def load_teacher(
 ) -> Teacher:
     """Loads a teacher: bf16 on a GPU, fp32 on a CPU.
 
+    Pixels are normalised as the folder's processor config says, or else as the family's row does.
+
     Args:
         family: row of `TEACHERS`.
         path: transformers folder, shipped asset or hub id; None takes the row's. Of a larger model
@@ -52,7 +58,8 @@ def load_teacher(
         slice_size: frames per forward pass.
 
     Raises:
-        UserError: no such family, folder or feature, or a model of another family.
+        UserError: no such family, folder or feature, a model of another family, or a broken
+            processor config.
     """
     if family not in TEACHERS:
         raise UserError(f"teachers: {unknown_name('family', family, TEACHERS)}")
@@ -69,10 +76,20 @@ def load_teacher(
             f"teachers: {folder} holds a {model_type} model, family {family} loads "
             f"{', '.join(row.classes)}"
         )
+    preprocessing, warning = read_preprocessing(folder, row)
+    if warning is not None:
+        log.warning("teachers (%s): %s", family, warning)
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
-    return Teacher(model, family, feature or row.feature, grid=grid, slice_size=slice_size)
+    return Teacher(
+        model,
+        family,
+        feature or row.feature,
+        grid=grid,
+        slice_size=slice_size,
+        preprocessing=preprocessing,
+    )
 
 
 def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) -> Any:
