@@ -26,6 +26,7 @@ from alignlab.models.model_files import local_folder
 from alignlab.models.text_encoder import TextEncoder
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,7 @@ def load_wan(
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
-    patterns = ["model_index.json", "tokenizer/*"]
-    patterns += [pattern for part in COMPONENTS for pattern in _weights(part)]
-    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    folder = pipeline_folder(path)
     _check_pipeline(folder)
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     transformer = _load_part(
@@ -186,6 +185,18 @@ def load_wan(
     )
 
 
+def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
+    """The folder of a pipeline, whose `parts` and tokenizer are fetched if it is on the hub only.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    patterns = ["model_index.json", "tokenizer/*"]
+    # no other kind of file of a part, so that no pickle is loaded
+    patterns += [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors")]
+    return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+
+
 def load_text_encoder(
     path: str,
     *,
@@ -202,9 +213,8 @@ def load_text_encoder(
     Raises:
         UserError: the folder or the hub id cannot be used.
     """
-    patterns = ["model_index.json", "tokenizer/*", *_weights("text_encoder")]
-    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
-    for part in ("text_encoder", "tokenizer"):
+    folder = pipeline_folder(path, TEXT_PARTS[:1])
+    for part in TEXT_PARTS:
         if not (folder / part).is_dir():
             raise UserError(f"model.path: {folder} has no {part}/ folder")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -225,11 +235,6 @@ def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
     if not isinstance(module, WanTransformer3DModel):
         raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
     return module
-
-
-def _weights(part: str) -> list[str]:
-    """What to fetch of a part; no other kind of file, so that no pickle is loaded."""
-    return [f"{part}/*.{ending}" for ending in ("json", "safetensors")]
 
 
 def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # it reads the table of families, so that the import is one w
 
 log = logging.getLogger(__name__)
 
+TEACHER_FILES = ("json", "safetensors")
+"""Endings of the files that a teacher is loaded from."""
+
 
 def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
     """The teacher that a recipe's `teachers.<alias>` says; see `load_teacher`."""
@@ -64,12 +67,7 @@ def load_teacher(
     if family not in TEACHERS:
         raise UserError(f"teachers: {unknown_name('family', family, TEACHERS)}")
     row = TEACHERS[family]
-    folder = local_folder(
-        path or row.path,
-        setting=f"teachers ({family}) path",
-        marker="config.json",
-        patterns=["*.json", "*.safetensors"],
-    )
+    folder = teacher_folder(family, path or row.path)
     model_type = str(_read_config(folder).get("model_type"))
     if model_type not in row.classes:
         raise UserError(
@@ -89,6 +87,20 @@ def load_teacher(
         grid=grid,
         slice_size=slice_size,
         preprocessing=preprocessing,
+    )
+
+
+def teacher_folder(family: str, path: str) -> Path:
+    """The folder of a teacher, which is fetched if it is on the hub only.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    return local_folder(
+        path,
+        setting=f"teachers ({family}) path",
+        marker="config.json",
+        patterns=[f"*.{ending}" for ending in TEACHER_FILES],
     )
 
 

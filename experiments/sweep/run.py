@@ -17,6 +17,7 @@ from alignlab.experiments.sweep.launch import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
 from alignlab.experiments.sweep.study import create_study, join_study, shown_url, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.trial import check_inputs
 from alignlab.experiments.sweep.worker import check
 from alignlab.runs.atomic_files import write_text
 
@@ -34,12 +35,14 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         The page with the results; `best.yaml` and `trials.csv` lie beside it.
 
     Raises:
-        UserError: the recipe cannot run here, or the storage cannot be used.
+        UserError: the recipe cannot run here, the storage cannot be used, or the trials so far
+            have read other files.
     """
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = create_study(config)
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
+        check_inputs(config, config.base)
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
@@ -55,11 +58,13 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     """Helps with a sweep that another process began, until all its trials are finished.
 
     Raises:
-        UserError: there is no such sweep, or it is of another recipe.
+        UserError: there is no such sweep, it is of another recipe, or its trials so far have read
+            other files.
     """
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
+        check_inputs(config, config.base)
         with sigterm_interrupts():
             run_trials(study, SweepTracker(study))
 

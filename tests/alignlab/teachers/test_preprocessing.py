@@ -184,6 +184,5 @@ def test_another_size_and_filter_are_told_once(
     teacher.encode(frames(), (2, 3))
     teacher.encode(frames(), GRID)
     assert [r.getMessage() for r in caplog.records] == [
-        "teachers (dinov2): gets frames of 32x48, resized with bicubic; "
-        f"{path} says 48x48, bicubic"
+        f"teachers (dinov2): gets frames of 32x48, resized with bicubic; {path} says 48x48, bicubic"
     ]
