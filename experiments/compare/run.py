@@ -116,12 +116,16 @@ def prepare(config: CompareConfig) -> Plan:
     }
     # all of them at once: another recipe is refused before hours of training, not after
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
-    _fix_inputs(runs, folders)
+    _fix_inputs(config, runs, folders)
     return Plan(folder, config, budget, runs, folders)
 
 
-def _fix_inputs(runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder]) -> None:
-    """Refuses inputs that are others than those of the runs that have begun.
+def _fix_inputs(
+    config: CompareConfig,
+    runs: Mapping[RunKey, RunConfig],
+    folders: Mapping[RunKey, RunFolder],
+) -> None:
+    """Refuses inputs that are others than those of the runs that have begun, or of their sweeps.
 
     A run that begins later is held to the inputs of today: it will not train with others.
     """
@@ -130,6 +134,11 @@ def _fix_inputs(runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFo
         if variant not in inputs:  # the seed names no file
             inputs[variant] = read_inputs(run, fetch=False)
         fix_inputs(folders[variant, seed], run, inputs[variant])
+    for variant, tuning in config.tuned.items():
+        sweep_folder = Path(tuning.sweep).expanduser().parent
+        InputRecord(sweep_folder, config.output).refuse_changes(
+            inputs[variant], since=f"variant {variant} was tuned", remedy="tune it again"
+        )
     unknown = [f for f, record in _records(runs, folders) if f.has_begun and not record.exists]
     if unknown:
         log.warning(

@@ -15,7 +15,13 @@ from rich.console import Console
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep
 from alignlab.experiments.sweep.launch import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
-from alignlab.experiments.sweep.study import create_study, join_study, shown_url, sweep_folder
+from alignlab.experiments.sweep.study import (
+    SweepStudy,
+    create_study,
+    join_study,
+    shown_url,
+    sweep_folder,
+)
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.trial import check_inputs
 from alignlab.experiments.sweep.worker import check
@@ -42,7 +48,7 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = create_study(config)
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
-        check_inputs(config, config.base)
+        _check_inputs(study)
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
@@ -64,9 +70,20 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
-        check_inputs(config, config.base)
+        _check_inputs(study)
         with sigterm_interrupts():
             run_trials(study, SweepTracker(study))
+
+
+def _check_inputs(study: SweepStudy) -> None:
+    """Refuses, before any trial, other files than those that finished trials have read."""
+    record = check_inputs(study.config, study.config.base)
+    if not record.exists and study.num_finished():
+        log.warning(
+            "%s: its trials so far are from before inputs were recorded: whether they read the "
+            "files of today is not known",
+            record.folder,
+        )
 
 
 @contextmanager

@@ -148,8 +148,11 @@ def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: in
     return run.model_copy(update=update)
 
 
-def check_inputs(config: SweepConfig, run: RunConfig) -> None:
+def check_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
     """Refuses a run that would read other files than the finished runs of the sweep.
+
+    Returns:
+        What these have read.
 
     Raises:
         UserError: it names the inputs and the files.
@@ -160,6 +163,7 @@ def check_inputs(config: SweepConfig, run: RunConfig) -> None:
         since="this sweep began",
         remedy="choose another name=...",
     )
+    return record
 
 
 def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
