@@ -268,13 +268,9 @@ def _shown_files(before: Mapping[str, str] | None, now: Mapping[str, str] | None
 
 
 def _changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
-    for name in sorted(before.keys() | now.keys()):
-        if name not in now:
-            yield f"{name} is gone"
-        elif name not in before:
-            yield f"{name} is new"
-        elif before[name] != now[name]:
-            yield name
+    yield from (name for name in sorted(before.keys() & now.keys()) if before[name] != now[name])
+    yield from (f"{name} is gone" for name in sorted(before.keys() - now.keys()))
+    yield from (f"{name} is new" for name in sorted(now.keys() - before.keys()))
 
 
 def _shortened(files: Mapping[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from alignlab.config.run import RunConfig
+from alignlab.environment import describe_environment
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import load_sweep
@@ -37,7 +38,9 @@ class Trainings:
             change()
         folder = RunFolder.create(run)
         hold_inputs(folder, run)
-        folder.result.write_text(json.dumps({"steps": run.steps, "metrics": {"val/flow": 1.0}}))
+        (folder.path / "environment.json").write_text(json.dumps(describe_environment()))
+        metrics = {"val/flow": run.objectives["ra"].weight}
+        folder.result.write_text(json.dumps({"steps": run.steps, "metrics": metrics}))
         self.names.append(run.name)
         return folder.path
 
