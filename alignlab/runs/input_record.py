@@ -63,7 +63,7 @@ class InputRecord:
     def __init__(self, folder: Path, output: str) -> None:
         self.folder = folder
         self._path = folder / "inputs.json"
-        self._lists = Path(output) / ".inputs"
+        self._lists = Path(output).expanduser() / ".inputs"
         content = self._read()
         self.exists = content is not None
         """False for what is older than records."""
