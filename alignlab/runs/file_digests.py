@@ -159,7 +159,7 @@ def _hashed(
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         # on an error or Ctrl-C, what waits is not read any more
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-        advance: Advance = lambda done, note: None  # noqa: E731
+        advance: Advance | None = None
         if total >= SHOWN_FROM_MIB:
             label = f"digests of {root} (MiB)"
             advance = stack.enter_context(step_progress(label, total=total))
@@ -168,7 +168,7 @@ def _hashed(
             nonlocal read
             with lock:
                 read += size
-                if read // MIB > (read - size) // MIB:
+                if advance is not None and read // MIB > (read - size) // MIB:
                     advance(read // MIB, "")
 
         jobs = {
