@@ -17,7 +17,6 @@ from torch import Tensor
 
 from alignlab.config.data import FolderConfig
 from alignlab.data.metadata import Row, read_rows
-from alignlab.data.registry import DataFiles
 from alignlab.data.resize import cover_crop, fit_reference
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.video import (
@@ -136,25 +135,6 @@ class FolderDataset:
             image_HWC, mask_HW = fit_reference(*read_image(path), self.config.size)
             references.append(Reference(image_HWC, mask_HW, name, phrase))
         return tuple(references)
-
-
-def folder_files(config: FolderConfig) -> DataFiles | None:
-    """Metadata and, of every row, video, references and folder of masks.
-
-    None while there is no such folder.
-
-    Raises:
-        UserError: bad metadata.
-    """
-    root = Path(config.path)
-    if not root.is_dir():
-        return None
-    source = root / config.metadata
-    paths = [source]
-    for row in read_rows(root, config.metadata):
-        paths += [row.video, *row.references, *([] if row.masks is None else [row.masks])]
-    files = {path.relative_to(root).as_posix(): path for path in paths}
-    return DataFiles(str(source), root, files)
 
 
 def held_out_names(file_names: Iterable[str], val_fraction: float) -> set[str]:

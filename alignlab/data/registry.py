@@ -47,7 +47,7 @@ DATASETS: dict[str, DatasetRow] = {
     "folder": DatasetRow(
         FolderConfig,
         "alignlab.data.folder:FolderDataset",
-        files="alignlab.data.folder:folder_files",
+        files="alignlab.data.folder_files:folder_files",
     ),
 }
 
