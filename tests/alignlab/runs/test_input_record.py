@@ -1,11 +1,13 @@
 """A run on other files than it began with is refused by their names."""
 
+import dataclasses
 import json
 import logging
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.video import write_mp4
+from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
@@ -25,6 +28,7 @@ from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.sampling import load_trained
 from alignlab.train import train
+from alignlab.training.setup import build_run, check_ranks_agree
 from command_line import refused
 from run_contents import timeless_metrics
 from tiny_runs import TrainUntil
@@ -340,15 +344,48 @@ def test_a_stage_1_training_is_held_to_its_inputs(root: Path, tmp_path: Path) ->
     )
 
 
-def test_a_killed_run_on_other_inputs_is_refused_and_on_the_old_ones_resumes(
-    root: Path, train_until: TrainUntil
-) -> None:
+def without_stage1(root: Path, *overrides: str) -> RunConfig:
+    """The run with RefAlign alone."""
     lines = (root / "run.yaml").read_text().split("\n")
     recipe = root / "one.yaml"
     recipe.write_text("\n".join(line for line in lines if not line.startswith("  mo: ")))
+    return load_run(recipe, list(overrides))
 
+
+class TwoRanks:
+    """Notes what ranks compare."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.compared: dict[str, object] = {}
+
+    def check_same(self, what: str, value: object) -> None:
+        self.compared[what] = value
+
+
+def test_ranks_with_clips_of_their_own_compare_their_files(root: Path) -> None:
+    run = build_run(without_stage1(root))
+
+    def compared() -> object:
+        ranks = TwoRanks()
+        check_ranks_agree(dataclasses.replace(run, ranks=cast(Ranks, ranks)))
+        return ranks.compared["the files of the clips"]
+
+    before = compared()
+    shutil.copytree(root / "data", root / "copy")
+    shutil.rmtree(root / "data")
+    (root / "copy").rename(root / "data")
+    assert compared() == before  # a copy, of another time
+    edited("clip 2", "a longer caption")(root / "data" / "metadata.jsonl")
+    assert compared() != before
+
+
+def test_a_killed_run_on_other_inputs_is_refused_and_on_the_old_ones_resumes(
+    root: Path, train_until: TrainUntil
+) -> None:
     def config(name: str) -> RunConfig:
-        return load_run(recipe, [f"name={name}"])
+        return without_stage1(root, f"name={name}")
 
     uninterrupted = train(config("whole"))
     train_until(config("run"), 2)
