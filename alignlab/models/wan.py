@@ -162,12 +162,8 @@ def load_wan(
     folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
     _check_pipeline(folder)
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    transformer = _load_part(
-        WanTransformer3DModel,
-        folder,
-        "transformer",
-        torch_dtype=frozen_dtype if train == "lora" else torch.float32,
-    )
+    dtype = frozen_dtype if train == "lora" else torch.float32
+    transformer = _load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
     check_backend(
         attention,
         device,

@@ -33,8 +33,8 @@ def replace_backend(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Ten
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Right attention on (B, N, H, D), as the backends' packages lay it out."""
-    heads_first = (part.transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
 class StrictAttention:

@@ -250,14 +250,15 @@ def test_a_kernel_that_cannot_be_downloaded_is_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(attention_dispatch, "is_kernels_version", lambda *needed: True)
     monkeypatch.setattr(attention_dispatch, "get_organization_overview", unreachable)
     monkeypatch.setattr(attention_dispatch, "HF_HUB_OFFLINE", False)
-    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=None))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=None))
     assert available_backends("cpu")["flash_hub"].ability == "not tried"
     with pytest.raises(UserError, match=r"flash_hub cannot .* work: Name or service not known"):
         check_backend("flash_hub", "cpu")
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("xformers") is None, reason="xformers has wheels for x86-64 alone"
+    importlib.util.find_spec("xformers") is None,
+    reason="xformers is not installed: extra dev, which has it on x86-64 Linux",
 )
 def test_xformers_gets_one_dtype_under_cudas_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     """It checks its inputs before it looks for a kernel, and has none for a CPU."""
