@@ -1,6 +1,7 @@
 """Attention backends made for tests, and CUDA's autocast policy on a CPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+# What CUDA's autocast runs in fp32 (torch's documentation of AMP, and rms_norm).
+IN_FP32_ON_CUDA = """
+__pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cdist cosh
+cosine_embedding_loss cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1
+group_norm hinge_embedding_loss kl_div l1_loss layer_norm log log10 log1p log2 log_softmax
+margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss norm normalize
+pdist poisson_nll_loss pow prod reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss
+soft_margin_loss softmax softmin softplus sum tan triplet_margin_loss
+""".split()
 STOOD_IN = "_native_math"  # the backend that others stand in for: it needs no package
 
 
@@ -22,6 +33,23 @@ def run_norms_as_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
 
     monkeypatch.setattr(nn.RMSNorm, "forward", in_fp32)
+
+
+class BF16InFp32Functions(TorchFunctionMode):
+    """Notes the functions that CUDA's autocast runs in fp32 and that get a bf16 tensor."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = (*args, *kwargs.values())
+        if func.__name__ in IN_FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            if any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in given):
+                self.names.add(func.__name__)
+        return func(*args, **kwargs)
 
 
 def replace_backend(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Tensor]) -> None:
