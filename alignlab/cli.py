@@ -254,6 +254,9 @@ def main() -> None:
     log = logging.getLogger("alignlab")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    # Where xformers cannot load its kernels it says so in six lines at every command that imports
+    # diffusers. Whether it can train is said by `doctor` and by the check of `model.attention`.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     app()
 
 

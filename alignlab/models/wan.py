@@ -14,7 +14,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from alignlab.config.parts import LoraConfig
@@ -146,7 +146,7 @@ def load_wan(
         train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
             for bf16); `lora` freezes it and trains an adapter.
         lora: the adapter; needed by `lora`, refused by `full`.
-        attention: any diffusers attention backend that runs on `device`.
+        attention: any diffusers attention backend that can train a Wan block on `device`.
         gradient_checkpointing: recompute each block in the backward pass.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
@@ -162,11 +162,15 @@ def load_wan(
     folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
     _check_pipeline(folder)
     frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    transformer = _load_part(
-        WanTransformer3DModel,
-        folder,
-        "transformer",
-        torch_dtype=frozen_dtype if train == "lora" else torch.float32,
+    dtype = frozen_dtype if train == "lora" else torch.float32
+    transformer = _load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    check_backend(
+        attention,
+        device,
+        precision=precision,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
+        head_dim=transformer.config["attention_head_dim"],
     )
     vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
     text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen_dtype)
@@ -175,7 +179,6 @@ def load_wan(
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    check_backend(attention, device, dtype=frozen_dtype)
     transformer.set_attention_backend(attention)
     return Wan(
         transformer=transformer.to(device).train(),
@@ -213,18 +216,6 @@ def load_text_encoder(
         model.to(device).requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
     )
-
-
-def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
-    """The diffusers model inside DDP and torch.compile wrappers."""
-    module: nn.Module | None = transformer
-    while module is not None and not isinstance(module, WanTransformer3DModel):
-        # a compiled module raises when asked for its truth value
-        compiled: nn.Module | None = getattr(module, "_orig_mod", None)
-        module = getattr(module, "module", None) if compiled is None else compiled
-    if not isinstance(module, WanTransformer3DModel):
-        raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
-    return module
 
 
 def _weights(part: str) -> list[str]:
