@@ -7,12 +7,12 @@ Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 import logging
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from alignlab.config.data import FolderConfig
+from alignlab.config.paths import user_path
 from alignlab.data.metadata import Row, read_rows
 from alignlab.data.resize import cover_crop, fit_reference
 from alignlab.data.sample import Reference, Sample
@@ -50,7 +50,7 @@ class FolderDataset:
     def __init__(self, config: FolderConfig, split: Split) -> None:
         self.config = config
         self.split = split
-        root = Path(config.path)
+        root = user_path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
         rows = read_rows(root, config.metadata, follow_links=config.follow_links)

@@ -30,6 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.config.paths import user_path
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -62,7 +63,7 @@ class RunFolder:
         Raises:
             UserError: it holds a run of another recipe, or one whose clips were dealt otherwise.
         """
-        folder = cls(Path(config.output) / config.name)
+        folder = cls(user_path(config.output) / config.name)
         folder.check_split_rule()
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
             raise UserError(
