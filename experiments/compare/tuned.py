@@ -12,7 +12,6 @@ from typing import Any
 
 from alignlab.config.data import Settings
 from alignlab.config.paths import user_path
-from alignlab.config.recipe_file import nested
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import SweepConfig
@@ -77,7 +76,7 @@ def tuned_changes(
     best: RunConfig,
     own: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the variant takes from the sweep, as nested mappings.
+    """What the variant takes from the sweep; keys may be dotted.
 
     Args:
         variant: its name.
@@ -92,10 +91,8 @@ def tuned_changes(
     """
     used = {alias for objective in best.objectives.values() for alias in objective.teachers}
     resolved = best.model_dump(mode="json", include={"objectives", "teachers"})
-    changes: dict[str, Any] = {
-        "objectives": resolved["objectives"],
-        "teachers": {alias: resolved["teachers"][alias] for alias in sorted(used)},
-    }
+    changes: dict[str, Any] = {"objectives": resolved["objectives"]}
+    changes |= {f"teachers.{alias}": resolved["teachers"][alias] for alias in sorted(used)}
     searched: dict[str, Any] = {}
     for key, values in differing.items():
         section, alias = key.split(".")[0], key.split(".")[1:2]
@@ -112,7 +109,7 @@ def tuned_changes(
                 f"set variants.{variant}.{key}"
             )
         searched[key] = values["best"]
-    return changes | nested(searched)
+    return changes | searched
 
 
 def _within(key: str, names: Any) -> bool:
