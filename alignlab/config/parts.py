@@ -284,7 +284,7 @@ class TrainingConfig(Settings):
     steps: Steps
     """Optimizer steps: the budget."""
     output: str = "runs"
-    """Folder of all runs."""
+    """Folder of all runs; `~` is the home folder, here and in every other path."""
     optim: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -13,7 +13,7 @@ from alignlab.config.data import unknown_name
 from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
 from alignlab.teachers import videomae_v2
-from alignlab.teachers.registry import TEACHERS, TeacherRow
+from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
@@ -54,9 +54,10 @@ def load_teacher(
     Raises:
         UserError: no such family, folder or feature, or a model of another family.
     """
-    if family not in TEACHERS:
-        raise UserError(f"teachers: {unknown_name('family', family, TEACHERS)}")
-    row = TEACHERS[family]
+    rows = teacher_rows()
+    if family not in rows:
+        raise UserError(f"teachers: {unknown_name('family', family, rows)}")
+    row = rows[family]
     folder = local_folder(
         path or row.path,
         setting=f"teachers ({family}) path",
@@ -79,7 +80,12 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
     """The model that the row runs; weights of the folder that it does not have are left alone."""
     import transformers
 
-    model_class = getattr(transformers, row.classes[model_type])
+    model_class = getattr(transformers, row.classes[model_type], None)
+    if model_class is None:
+        raise UserError(
+            f"teachers: transformers {transformers.__version__} has no {row.classes[model_type]}, "
+            f"which runs a {model_type} model"
+        )
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     if model_type in videomae_v2.MODEL_TYPES:
         config = model_class.config_class(**videomae_v2.config_values(_read_config(folder)))

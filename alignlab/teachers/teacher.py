@@ -16,7 +16,7 @@ from alignlab.losses.objective import Features, Grid
 from alignlab.runs.digest import weights_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import position_fitter
-from alignlab.teachers.registry import TEACHERS
+from alignlab.teachers.registry import teacher_rows
 
 
 class Teacher:
@@ -46,7 +46,7 @@ class Teacher:
     ) -> None:
         self._model = model
         self._family = family
-        self._row = TEACHERS[family]
+        self._row = teacher_rows()[family]
         self._slice_size = slice_size
         self.grid = grid
         self._feature = find_feature(model, family, feature)

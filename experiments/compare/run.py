@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment
@@ -106,7 +107,7 @@ def prepare(config: CompareConfig) -> Plan:
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
-    folder = Path(config.output) / config.name
+    folder = user_path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)

@@ -12,6 +12,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from alignlab.config.data import unknown_name
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
@@ -157,11 +158,11 @@ def _stored(trial: optuna.Trial) -> FrozenTrial:
 
 def _forget_start(run: RunConfig) -> None:
     """Removes the mark that an earlier, killed start of a run has left; see `_was_built`."""
-    folder = RunFolder(Path(run.output) / run.name)
+    folder = RunFolder(user_path(run.output) / run.name)
     if folder.read_result() is None:
         (folder.path / "environment.json").unlink(missing_ok=True)
 
 
 def _was_built(run: RunConfig) -> bool:
     """Whether the run began to train, so that its failure says something about its settings."""
-    return (Path(run.output) / run.name / "environment.json").exists()
+    return (user_path(run.output) / run.name / "environment.json").exists()
