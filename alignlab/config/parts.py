@@ -245,6 +245,11 @@ class EvalConfig(Settings):
     reference_guidance: float = Field(default=5.0, ge=0, le=1000)
     """Guidance on the references. 5.0 is RefAlign's."""
 
+    @property
+    def num_measured_clips(self) -> int:
+        """How many generated clips are to be measured; a smaller val split has fewer."""
+        return self.sample_clips if self.generated_clips is None else self.generated_clips
+
 
 class TrackingConfig(Settings):
     """Where the scalars go besides `metrics.jsonl`."""

@@ -6,7 +6,7 @@ else.
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,13 @@ def tuned_changes(
     searched: dict[str, Any] = {}
     for key, values in differing.items():
         section, alias = key.split(".")[0], key.split(".")[1:2]
-        if section == "eval" or key == "steps" or _within(key, own):
+        if section == "eval" or key == "steps" or is_within(key, own):
             continue
         if section == "objectives" and alias[0] in best.objectives:
             continue
         if section == "teachers" and (alias[0] not in used or _is_new(key, differing)):
             continue
-        if not _within(key, tuning.searched):
+        if not is_within(key, tuning.searched):
             raise UserError(
                 f"variants.{variant}.from: {tuning.sweep} was tuned with {key} "
                 f"{values['best']!r}, this comparison has {values['base']!r}: make them equal, or "
@@ -112,7 +112,8 @@ def tuned_changes(
     return changes | searched
 
 
-def _within(key: str, names: Any) -> bool:
+def is_within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these settings, or lies inside one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 

@@ -108,8 +108,12 @@ def test_a_finished_sweep_is_not_trained_again(
     sweep(finished)
     assert (folder_of(finished) / "trials.csv").read_text() == before
     output = f"output={finished.output}"
-    with pytest.raises(UserError, match="another recipe"):
+    other = r"another recipe \(space\.objectives\.ra\.weight\.high was 10\.0, is 5\.0\): choose"
+    with pytest.raises(UserError, match=other):
         sweep(load_sweep(recipe, [output, "space.objectives.ra.weight.high=5"]))
+    more = r"\(metric was .*'val/flow'.*, is .*'cross_cos/mean'.*, and 1 more\)"
+    with pytest.raises(UserError, match=more):
+        sweep(load_sweep(recipe, [output, "metric=cross_cos/mean", "optim.lr=2e-3"]))
     with pytest.raises(UserError, match="cannot shrink to 2"):
         sweep(load_sweep(recipe, [output, "trials=2"]))
 
