@@ -94,6 +94,10 @@ class FolderDataset:
         rows = zip(self._keys, self._rows, strict=True)
         return next((key for key, row in rows if row.masks is None), None)
 
+    def share_with_references(self) -> float:
+        """Share of the clips whose row lists a reference."""
+        return sum(bool(row.references) for row in self._rows) / len(self._rows)
+
     def _usable(self, rows: list[Row]) -> list[Row]:
         with ThreadPoolExecutor(PROBE_THREADS) as pool:
             errors = list(pool.map(self._error_of, rows))
