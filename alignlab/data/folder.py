@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.data import FolderConfig
-from alignlab.data.metadata import Row, read_rows
+from alignlab.data.metadata import Row, misnamed_columns, read_rows
 from alignlab.data.resize import cover_crop, fit_reference
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.video import (
@@ -57,6 +57,12 @@ class FolderDataset:
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
         rows = read_rows(root, config.metadata)
+        if split == "train":  # once for each data set
+            for name, column in misnamed_columns(rows).items():
+                log.warning(
+                    "%s: nothing reads the column %r; did you mean %r?",
+                    *(root / config.metadata, name, column),
+                )
         held_out = held_out_names((row.file_name for row in rows), config.val_fraction)
         in_split = [row for row in rows if (row.file_name in held_out) == (split == "val")]
         self._rows = self._usable(in_split)

@@ -13,13 +13,15 @@ their items are separated by `|`):
                         video: 8-bit, 0 background, k the k-th entity, 255 undecided
     entities            phrases of the masked subjects, in label order
 
-Other columns are ignored, unless they look like a misspelling of one of these.
+Other columns are ignored, unless they look like a misspelling of one of these. Those that sound as
+if they held what one of these does are told.
 """
 
 import csv
 import difflib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,14 @@ from alignlab.errors import UserError
 
 LISTS = ("references", "reference_names", "reference_phrases", "entities")
 COLUMNS = ("file_name", "caption", "text", "start", "masks", *LISTS)
+# Words by which other data sets call what these columns hold.
+SYNONYMS = {
+    **dict.fromkeys(("image", "images", "ref", "refs", "reference", "references"), "references"),
+    **dict.fromkeys(("subject", "subjects", "identity"), "references"),
+    **dict.fromkeys(("prompt", "description"), "caption"),
+    **dict.fromkeys(("mask", "segmentation", "segmentations"), "masks"),
+    **dict.fromkeys(("entity", "objects"), "entities"),
+}
 CSV_SEPARATOR = "|"
 
 
@@ -38,6 +48,7 @@ class Row:
     Args:
         where: metadata file and line, for messages.
         file_name: as written; the split is dealt by it.
+        unread: names of its other columns.
     """
 
     where: str
@@ -50,6 +61,7 @@ class Row:
     reference_phrases: tuple[str, ...]
     masks: Path | None
     entities: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
 def read_rows(root: Path, metadata: str) -> list[Row]:
@@ -74,6 +86,21 @@ def read_rows(root: Path, metadata: str) -> list[Row]:
     if not rows:
         raise UserError(f"{path}: lists no clip")
     return rows
+
+
+def misnamed_columns(rows: Iterable[Row]) -> dict[str, str]:
+    """Columns that nothing reads and that sound like one that is read, each with that one."""
+    unread = sorted({name for row in rows for name in row.unread})
+    near = {name: _meant(name.lower()) for name in unread}
+    return {name: column for name, column in near.items() if column is not None}
+
+
+def _meant(name: str) -> str | None:
+    for word in re.findall("[a-z]+", name):
+        if word in SYNONYMS:
+            return SYNONYMS[word]
+    near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.6)
+    return near[0] if near else None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -147,6 +174,7 @@ def _row(root: Path, where: str, raw: Any) -> Row:
         reference_phrases=lists["reference_phrases"] or ("",) * len(references),
         masks=None if masks is None else _inside(root, masks, where),
         entities=lists["entities"],
+        unread=tuple(str(key) for key in raw if key not in COLUMNS),
     )
 
 

@@ -29,9 +29,7 @@ from alignlab.training.nonfinite import FEATURES
 
 log = logging.getLogger(__name__)
 
-SAME_FEATURES = (
-    1e-6  # of the largest value: what fp32 makes of equal numbers added in another order
-)
+SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
 
 
 @dataclass(frozen=True)

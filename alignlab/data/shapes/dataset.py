@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alignlab.config.data import ShapesConfig
+from alignlab.config.data import MAX_SUBJECTS, ShapesConfig
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.shapes.world import (
     ACCENTS,
@@ -165,7 +165,9 @@ def _draw_tracks(
 ) -> list[Track]:
     side = min(height, width)
     colors = rng.permutation(list(COLORS))[:count]  # distinct, so that phrases are distinct
-    quarters = rng.permutation(4)[:count]  # distinct, so that subjects rarely start overlapped
+    quarters = rng.permutation(MAX_SUBJECTS)[
+        :count
+    ]  # distinct, so that subjects rarely start overlapped
     along = np.linspace(-0.5, 0.5, frames).astype(np.float32)
     tracks = []
     for color, quarter in zip(colors, quarters, strict=True):
