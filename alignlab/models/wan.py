@@ -191,17 +191,15 @@ def load_wan(
         transformer.enable_gradient_checkpointing()
     check_backend(attention, device, dtype=frozen_dtype)
     transformer.set_attention_backend(attention)
-    wan = Wan(
-        transformer=transformer.to(device).train(),
-        vae=vae.to(device).requires_grad_(False).eval(),
-        text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        folder=folder,
+    return _checked(
+        Wan(
+            transformer=transformer.to(device).train(),
+            vae=vae.to(device).requires_grad_(False).eval(),
+            text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            folder=folder,
+        )
     )
-    for part in ("transformer", "vae", "text_encoder"):
-        _check_part(folder, part, getattr(wan, part))
-    _check_latent_statistics(folder, vae)
-    return wan
 
 
 def load_text_encoder(
@@ -272,6 +270,20 @@ def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) 
     return model
 
 
+def _checked(wan: Wan) -> Wan:
+    """Refuses weights that are not finite or all zero, and latents that cannot be normalised."""
+    for part in ("transformer", "vae", "text_encoder"):
+        _check_part(wan.folder, part, getattr(wan, part))
+    config = wan.vae.config
+    mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(
+            f"model.path: {wan.folder / 'vae' / 'config.json'}: latents_mean must be finite, and "
+            "latents_std finite and above 0; fetch it again"
+        )
+    return wan
+
+
 def _check_part(folder: Path, part: str, model: nn.Module) -> None:
     """Refuses a part, or a half of the autoencoder, with weights not finite or all zero."""
     where = f"model.path: {folder / part}"
@@ -279,16 +291,6 @@ def _check_part(folder: Path, part: str, model: nn.Module) -> None:
     for half, child in model.named_children():
         if half in ("encoder", "decoder"):
             check_weights(f"{where}, {half}", child.named_parameters())
-
-
-def _check_latent_statistics(folder: Path, vae: AutoencoderKLWan) -> None:
-    """Refuses an autoencoder whose latents cannot be normalised."""
-    mean, std = torch.tensor(vae.config["latents_mean"]), torch.tensor(vae.config["latents_std"])
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise UserError(
-            f"model.path: {folder / 'vae' / 'config.json'}: latents_mean must be finite, and "
-            "latents_std finite and above 0; fetch it again"
-        )
 
 
 def _check_pipeline(folder: Path) -> None:

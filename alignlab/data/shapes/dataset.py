@@ -165,9 +165,8 @@ def _draw_tracks(
 ) -> list[Track]:
     side = min(height, width)
     colors = rng.permutation(list(COLORS))[:count]  # distinct, so that phrases are distinct
-    quarters = rng.permutation(MAX_SUBJECTS)[
-        :count
-    ]  # distinct, so that subjects rarely start overlapped
+    # distinct, so that subjects rarely start overlapped
+    quarters = rng.permutation(MAX_SUBJECTS)[:count]
     along = np.linspace(-0.5, 0.5, frames).astype(np.float32)
     tracks = []
     for color, quarter in zip(colors, quarters, strict=True):
