@@ -27,6 +27,7 @@ from alignlab.experiments.report.metric_table import (
     quantity,
     split_name,
 )
+from alignlab.experiments.report.run_warnings import aligned_footnotes
 from alignlab.experiments.report.statistics import Paired, paired_statistics, without_rounding
 
 # Metrics of the finished runs, by variant and seed.
@@ -194,6 +195,7 @@ def footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
             "that seed's alone."
         )
     notes.extend(_cost_footnotes(comparison, rows))
+    notes.extend(aligned_footnotes(comparison))
     if comparison.allowed:
         names = ", ".join(comparison.allowed)
         notes.append(
