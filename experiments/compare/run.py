@@ -201,10 +201,7 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in clips),
         notes=tuple(result.get("notes", ())),
-        aligned={
-            alias: (aligned, samples)
-            for alias, (aligned, samples) in result.get("aligned", {}).items()
-        },
+        aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
         diverged=result.get("diverged", False),
     )
 

@@ -56,9 +56,9 @@ def aligned_footnotes(comparison: Comparison) -> list[str]:
     if not parts:
         return []
     return [
-        "Samples in which an objective had something to align, of those in steps where its schedule "
-        f"was on, all seeds together: {'; '.join(parts)}. Others were trained without it: their "
-        "references were dropped or missing, or its gate was 0."
+        "Samples in which an objective had something to align, of those in steps where its "
+        f"schedule was on, all seeds together: {'; '.join(parts)}. Others were trained without it: "
+        "their references were dropped or missing, or its gate was 0."
     ]
 
 

@@ -39,22 +39,23 @@ def verdict(comparison: Comparison, rows: list[SummaryRow]) -> Verdict:
     the baseline did, nothing at all.
     """
     others = [variant for variant in comparison.variants if variant != comparison.baseline]
+    diverged = {v: seeds for v in comparison.variants if (seeds := diverged_seeds(comparison, v))}
+    told = "".join(f" {_diverged(diverged, variant)}." for variant in diverged)
     if not others:
         lead = f"Only the baseline {comparison.baseline} is here: there is nothing to compare."
-        return Verdict(lead, {}, "")
+        return Verdict(lead + told, {}, "")
     groups = [group for group in by_metric(rows) if _has_verdict(group[0])]
     if all(group[0].quantity.cost for group in groups):
-        return Verdict("No headline metric with a better side was measured.", {}, "")
+        return Verdict(f"No headline metric with a better side was measured.{told}", {}, "")
     num_seeds = len(comparison.seeds)
     if num_seeds < MIN_PAIRS:
         count = "One seed" if num_seeds == 1 else f"{num_seeds} seeds"
         lead = f"{count}: no verdict. It takes {MIN_PAIRS} seeds to tell an effect from luck."
-        return Verdict(lead, {}, "")
+        return Verdict(lead + told, {}, "")
     by_variant = {v: [row for group in groups for row in group if row.variant == v] for v in others}
     base = {group[0].metric: row for group in groups for row in group if row.is_baseline}
-    diverged = {v: seeds for v in comparison.variants if (seeds := diverged_seeds(comparison, v))}
     if comparison.baseline in diverged:
-        return Verdict(f"{_diverged(diverged, comparison.baseline)}: no verdict.", {}, "")
+        return Verdict(f"No verdict: the baseline is of no use.{told}", {}, "")
     sound = {v: rows for v, rows in by_variant.items() if v not in diverged}
     sentences = {v: _sentence(v, rows, base) for v, rows in sound.items()}
     sentences |= {v: f"{_diverged(diverged, v)}: nothing is claimed of it." for v in diverged}
