@@ -209,17 +209,23 @@ def collate(
 
 
 def _shows_something(sample: Sample) -> bool:
-    """Whether a reference is not blank: not all background, no rectangle of a single colour."""
-    return not all(_is_blank(r.image_HWC, r.mask_HW) for r in sample.references)
+    """Whether one of the references is not blank."""
+    return not all(is_blank(r.image_HWC, r.mask_HW) for r in sample.references)
 
 
-def _is_blank(image_HWC: Tensor, mask_HW: Tensor) -> bool:
+def is_blank(image_HWC: Tensor, mask_HW: Tensor) -> bool:
+    """Whether a reference shows nothing: no subject, or a whole picture of one colour.
+
+    A picture without transparency is all subject: a rectangle as wide or as high as the frame. One
+    that is smaller in both is a subject by itself, even of one colour.
+    """
     pixels_NC = image_HWC[mask_HW]
-    if not len(pixels_NC):
+    if not len(pixels_NC) or bool((image_HWC == image_HWC[0, 0]).all()):
         return True
     rows, columns = mask_HW.any(1), mask_HW.any(0)
-    fills_its_box = len(pixels_NC) == int(rows.sum()) * int(columns.sum())
-    return fills_its_box and bool((pixels_NC == pixels_NC[0]).all())
+    is_rectangle = len(pixels_NC) == int(rows.sum()) * int(columns.sum())
+    is_picture = is_rectangle and bool(rows.all() or columns.all())
+    return is_picture and bool((pixels_NC == pixels_NC[0]).all())
 
 
 def reference_images(sample: Sample) -> Tensor:
