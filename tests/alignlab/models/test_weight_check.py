@@ -81,14 +81,14 @@ def deaf(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"),
+    ("spoil", "reason", "measured_only"),
     [
-        (put("encoder.layer.1.", torch.nan), NOT_FINITE),
-        (zero(""), ALL_ZERO),
-        (deaf, "gives the same features whatever it sees"),
+        (put("encoder.layer.1.", torch.nan), NOT_FINITE, False),
+        (put("encoder.layer.1.", torch.nan), NOT_FINITE, True),
+        (zero(""), ALL_ZERO, False),
+        (deaf, "gives the same features whatever it sees", False),
     ],
 )
-@pytest.mark.parametrize("measured_only", [False, True])
 def test_a_teacher(
     recipe_file: Path,
     teacher_folder: Path,
@@ -97,8 +97,6 @@ def test_a_teacher(
     reason: str,
     measured_only: bool,
 ) -> None:
-    if measured_only and spoil is deaf:
-        pytest.skip("only teachers that objectives read are run before training")
     path = spoilt(teacher_folder, tmp_path / "dino", ".", spoil)
     settings = [f"teachers.dino.path={path}"]
     if measured_only:
@@ -130,9 +128,9 @@ def test_tensors(dtype: torch.dtype) -> None:
     with pytest.raises(UserError, match=r"^x: c is not finite \(NaN or inf\); fetch it again$"):
         check_weights("x", broken.items())
     two = {**broken, "d": torch.tensor([torch.inf], dtype=dtype)}
-    with pytest.raises(UserError, match="^x: c and 1 more are not finite"):
+    with pytest.raises(UserError, match=r"^x: c and 1 more are not finite"):
         check_weights("x", two.items())
     zeros = {"a": torch.zeros(2, 2, dtype=dtype), "bias": torch.ones(2, dtype=dtype)}
-    with pytest.raises(UserError, match="^x: all 1 weight matrices are zero"):
+    with pytest.raises(UserError, match=r"^x: all 1 weight matrices are zero"):
         check_weights("x", zeros.items())
     check_weights("x", zeros.items(), may_be_zero=True)
