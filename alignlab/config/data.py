@@ -111,6 +111,18 @@ class ClipsConfig(Settings):
         return None
 
 
+MAX_SUBJECTS = 4  # of a clip of `shapes`: each begins in a quarter of its own
+
+
+def _no_more_than_subjects(limits: tuple[int, int]) -> tuple[int, int]:
+    if limits[1] > MAX_SUBJECTS:
+        raise ValueError(
+            f"{list(limits)} asks for more references than a clip of shapes has subjects, "
+            f"{MAX_SUBJECTS}"
+        )
+    return limits
+
+
 class ShapesConfig(ClipsConfig):
     """The generated data set: textured subjects that move as the caption says."""
 
@@ -123,8 +135,8 @@ class ShapesConfig(ClipsConfig):
     """(height, width) in pixels, multiples of 16."""
     fps: FrameRate = 8
     """Frame rate at which clips and generated videos are written."""
-    references: Limits = (2, 3)
-    """Fewest and most reference images per clip."""
+    references: Annotated[Limits, AfterValidator(_no_more_than_subjects)] = (2, 3)
+    """Fewest and most reference images per clip, at most 4."""
     train_clips: ClipCount = 512
     """Size of the train split."""
     val_clips: ClipCount = 32

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignlab.config.data import FolderConfig
 from alignlab.config.paths import user_path
-from alignlab.data.metadata import Row, read_rows
+from alignlab.data.metadata import Row, misnamed_columns, read_rows
 from alignlab.data.resize import cover_crop, fit_reference
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.split import Split, deal
@@ -54,6 +54,12 @@ class FolderDataset:
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
         rows = read_rows(root, config.metadata, follow_links=config.follow_links)
+        if split == "train":  # once for each data set
+            for name, column in misnamed_columns(rows).items():
+                log.warning(
+                    "%s: nothing reads the column %r; did you mean %r?",
+                    *(root / config.metadata, name, column),
+                )
         dealt = zip(rows, deal(rows, root, config.val_fraction), strict=True)
         in_split = [row for row, dealt_to in dealt if dealt_to == split]
         self._rows = self._usable(in_split)
@@ -90,6 +96,10 @@ class FolderDataset:
         """Key of the first clip whose entity masks are unknown; None if there is no such clip."""
         rows = zip(self._keys, self._rows, strict=True)
         return next((key for key, row in rows if row.masks is None), None)
+
+    def share_with_references(self) -> float:
+        """Share of the clips whose row lists a reference."""
+        return sum(bool(row.references) for row in self._rows) / len(self._rows)
 
     def _usable(self, rows: list[Row]) -> list[Row]:
         with ThreadPoolExecutor(PROBE_THREADS) as pool:

@@ -15,15 +15,17 @@ their items are separated by `|`):
     split               `train` or `val`: in every row, or in none
     group               rows with equal groups are in the same split, default: those of a video
 
-Other columns are ignored, unless they look like a misspelling of one of these.
+Other columns are ignored, unless they look like a misspelling of one of these. Those that sound as
+if they held what one of these does are told.
 """
 
 import csv
 import difflib
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -32,6 +34,14 @@ from alignlab.errors import UserError
 
 LISTS = ("references", "reference_names", "reference_phrases", "entities")
 COLUMNS = ("file_name", "caption", "text", "start", "masks", "split", "group", *LISTS)
+# Words by which other data sets call what these columns hold.
+SYNONYMS = {
+    **dict.fromkeys(("image", "images", "ref", "refs", "reference", "references"), "references"),
+    **dict.fromkeys(("subject", "subjects", "identity"), "references"),
+    **dict.fromkeys(("prompt", "description"), "caption"),
+    **dict.fromkeys(("mask", "segmentation", "segmentations"), "masks"),
+    **dict.fromkeys(("entity", "objects"), "entities"),
+}
 CSV_SEPARATOR = "|"
 # What other programs write where a caption is missing.
 NO_CAPTION = frozenset({"nan", "null", "none", "n/a", "<na>"})
@@ -46,6 +56,7 @@ class Row:
         file_name: as written.
         split: as the row says, if it does.
         group: likewise.
+        unread: names of its other columns.
     """
 
     where: str
@@ -60,6 +71,7 @@ class Row:
     entities: tuple[str, ...]
     split: Literal["train", "val"] | None = None
     group: str | None = None
+    unread: tuple[str, ...] = ()
 
 
 def read_rows(root: Path, metadata: str, *, follow_links: bool = False) -> list[Row]:
@@ -88,6 +100,21 @@ def read_rows(root: Path, metadata: str, *, follow_links: bool = False) -> list[
     if not rows:
         raise UserError(f"{path}: lists no clip")
     return rows
+
+
+def misnamed_columns(rows: Iterable[Row]) -> dict[str, str]:
+    """Columns that nothing reads and that sound like one that is read, each with that one."""
+    unread = sorted({name for row in rows for name in row.unread})
+    near = {name: _meant(name.lower()) for name in unread}
+    return {name: column for name, column in near.items() if column is not None}
+
+
+def _meant(name: str) -> str | None:
+    for word in re.findall("[a-z]+", name):
+        if word in SYNONYMS:
+            return SYNONYMS[word]
+    near = difflib.get_close_matches(name, COLUMNS, n=1, cutoff=0.6)
+    return near[0] if near else None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -222,6 +249,7 @@ def _row(folder: "_Folder", where: str, raw: Any) -> Row:
         entities=lists["entities"],
         split=_split(where, raw),
         group=_text(where, raw, "group") if "group" in raw else None,
+        unread=tuple(str(key) for key in raw if key not in COLUMNS),
     )
 
 

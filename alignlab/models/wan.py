@@ -14,7 +14,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from alignlab.config.parts import LoraConfig
@@ -24,6 +24,7 @@ from alignlab.models.attention_backends import check_backend
 from alignlab.models.lora import add_lora
 from alignlab.models.model_files import local_folder
 from alignlab.models.text_encoder import TextEncoder
+from alignlab.models.weight_check import check_weights
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
@@ -105,11 +106,24 @@ class Wan:
 
     @torch.no_grad()
     def decode(self, latents_CTHW: Tensor) -> Tensor:
-        """Normalised latents to uint8 frames (T, H, W, C)."""
+        """Normalised latents to uint8 frames (T, H, W, C).
+
+        Raises:
+            UserError: latents or pixels are not finite, which uint8 cannot show.
+        """
         mean, std = self._latent_statistics
         with torch.autocast(self.device.type, enabled=False):
             latents_BCTHW = latents_CTHW.to(self.device).float()[None] * std + mean
             pixels: Tensor = self.vae.decode(latents_BCTHW, return_dict=False)[0][0]
+        if not pixels.isfinite().all():
+            if not latents_CTHW.isfinite().all():
+                raise UserError(
+                    "the latents of a generated clip are not finite: the trained weights give no "
+                    "clips; lower optim.lr, and train under another name"
+                )
+            raise UserError(
+                f"model.path: the decoder of {self.folder / 'vae'} gives pixels that are not finite"
+            )
         frames = ((pixels + 1.0) * 127.5).round().clamp(0, 255)
         return frames.to(torch.uint8).permute(1, 2, 3, 0)
 
@@ -180,12 +194,14 @@ def load_wan(
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.set_attention_backend(attention)
-    return Wan(
-        transformer=transformer.to(device).train(),
-        vae=vae.to(device).requires_grad_(False).eval(),
-        text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-        folder=folder,
+    return _checked(
+        Wan(
+            transformer=transformer.to(device).train(),
+            vae=vae.to(device).requires_grad_(False).eval(),
+            text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            folder=folder,
+        )
     )
 
 
@@ -212,6 +228,7 @@ def load_text_encoder(
             raise UserError(f"model.path: {folder} has no {part}/ folder")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
+    _check_part(folder, "text_encoder", model)
     return TextEncoder(
         model.to(device).requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
@@ -242,6 +259,29 @@ def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) 
             f"model.path: {folder / part} lacks {len(missing)} weights, e.g. {missing[0]}"
         )
     return model
+
+
+def _checked(wan: Wan) -> Wan:
+    """Refuses weights that are not finite or all zero, and latents that cannot be normalised."""
+    for part in ("transformer", "vae", "text_encoder"):
+        _check_part(wan.folder, part, getattr(wan, part))
+    config = wan.vae.config
+    mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(
+            f"model.path: {wan.folder / 'vae' / 'config.json'}: latents_mean must be finite, and "
+            "latents_std finite and above 0; fetch it again"
+        )
+    return wan
+
+
+def _check_part(folder: Path, part: str, model: nn.Module) -> None:
+    """Refuses a part, or a half of the autoencoder, with weights not finite or all zero."""
+    where = f"model.path: {folder / part}"
+    check_weights(where, model.named_parameters())
+    for half, child in model.named_children():
+        if half in ("encoder", "decoder"):
+            check_weights(f"{where}, {half}", child.named_parameters())
 
 
 def _check_pipeline(folder: Path) -> None:

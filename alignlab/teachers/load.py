@@ -12,6 +12,7 @@ import torch
 from alignlab.config.data import unknown_name
 from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
+from alignlab.models.weight_check import check_weights
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import Teacher
@@ -52,7 +53,8 @@ def load_teacher(
         slice_size: frames per forward pass.
 
     Raises:
-        UserError: no such family, folder or feature, or a model of another family.
+        UserError: no such family, folder or feature, a model of another family, or weights that
+            are not finite or all zero.
     """
     rows = teacher_rows()
     if family not in rows:
@@ -73,6 +75,9 @@ def load_teacher(
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
+    named = model.named_parameters()
+    read = ((name, weight) for name, weight in named if not re.search(row.unread, name))
+    check_weights(f"teachers ({family}): {folder}", read)
     return Teacher(model, family, feature or row.feature, grid=grid, slice_size=slice_size)
 
 

@@ -60,6 +60,11 @@ class Teacher:
         self.patch_size = self._feature.stride
 
     @property
+    def feature(self) -> str:
+        """Name of its feature, as in a recipe."""
+        return self._feature.name
+
+    @property
     def is_video(self) -> bool:
         """Whether it sees whole clips, and leaves their first frame out."""
         return self._row.video

@@ -33,6 +33,7 @@ from alignlab.runs.atomic_files import write_text
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.tracking import read_rows
+from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ def prepare(config: CompareConfig) -> Plan:
     """Makes the folders of all runs.
 
     Raises:
-        UserError: variants are measured differently, or a folder holds a run of another recipe.
+        UserError: variants are measured differently, a folder holds a run of another recipe, or an
+            objective never has anything to align.
     """
     refuse_several_ranks()
     check_fair(config)
@@ -116,7 +118,9 @@ def prepare(config: CompareConfig) -> Plan:
         for seed in config.seeds
         for variant in config.variants
     }
-    # all of them at once: another recipe is refused before hours of training, not after
+    # all of them at once: what is refused, is refused before hours of training, not after
+    for run in runs.values():
+        check_recipe(run)
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
     return Plan(folder, config, budget, runs, folders)
 
@@ -202,6 +206,8 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in clips),
         notes=tuple(result.get("notes", ())),
+        aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
+        diverged=result.get("diverged", False),
     )
 
 

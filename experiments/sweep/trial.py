@@ -21,6 +21,7 @@ from alignlab.experiments.sweep.study import METRICS, SweepStudy
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
+from alignlab.training.aligned_samples import check_recipe
 from alignlab.training.setup import Caches, shared_caches
 
 log = logging.getLogger(__name__)
@@ -178,9 +179,10 @@ def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: in
     It is evaluated on every block that any trial may align, unless the recipe says which.
 
     Raises:
-        UserError: the values do not fit each other.
+        UserError: the values do not fit each other, or leave an objective nothing to align.
     """
     run = apply_values(config.base, values)
+    check_recipe(run)
     name = f"{config.name}/trial-{number:04d}/seed-{seed}"
     update: dict[str, Any] = {"name": name, "seed": seed}
     if run.eval.blocks is None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from alignlab.config.data import ClipsConfig, FolderConfig
 from alignlab.data.folder import FolderDataset
+from alignlab.data.metadata import misnamed_columns, read_rows
 from alignlab.data.registry import DATASETS, build_dataset
 from alignlab.data.sample import Sample
 from alignlab.data.video import write_mp4
@@ -299,3 +300,38 @@ def test_registry_builds_what_the_recipe_names(root: Path) -> None:
         } <= row.config.model_fields.keys()
         assert issubclass(row.config, ClipsConfig) and callable(pkgutil.resolve_name(row.dataset))
     assert isinstance(build_dataset(config(root), "train"), FolderDataset)
+
+
+def test_columns_of_another_name_are_told_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [{**row, "subject_image": row["references"][0], "width": 48} for row in rows()]
+    for line in lines[1:]:
+        del line["references"], line["reference_names"], line["reference_phrases"]
+    write_jsonl(root, lines)
+    with caplog.at_level(logging.WARNING):
+        train, val = (FolderDataset(config(root), split) for split in ("train", "val"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{root / 'metadata.jsonl'}: nothing reads the column 'subject_image'; did you mean "
+        "'references'?"
+    ]
+    shares = {train.share_with_references(), val.share_with_references()}
+    assert shares in ({0.0, 1.0}, {1 / 3, 0.0})
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("reference_image", "references"),
+        ("ref_images", "references"),
+        ("Mask_dir", "masks"),
+        ("prompt", "caption"),
+        ("start_time", "start"),
+        ("fps", None),
+        ("source", None),
+    ],
+)
+def test_what_a_column_sounds_like(root: Path, column: str, meant: str | None) -> None:
+    write_jsonl(root, [{**row, column: "x"} for row in rows()])
+    found = misnamed_columns(read_rows(root, "metadata.jsonl"))
+    assert found == ({} if meant is None else {column: meant})
