@@ -107,7 +107,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     variants = content.pop("variants", None)
     try:
-        settings = merge({}, content)
+        settings = merge({}, {str(key): value for key, value in content.items()})
         if variants is not None:
             settings["variants"] = _canonical_variants(variants)
     except UserError as error:
