@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from alignlab.config.run import RunConfig
+from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.errors import UserError
 from alignlab.evaluation.run_warnings import (
     START_FLOW,
@@ -17,6 +18,7 @@ from alignlab.evaluation.run_warnings import (
 )
 from alignlab.tracking import read_rows
 from alignlab.train import train
+from alignlab.training.setup import build_run, check_inputs
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -80,3 +82,11 @@ def test_clips_that_are_not_finite_are_never_written(
     with pytest.raises(UserError, match="the latents of a generated clip are not finite"):
         train(config)
     assert not list(Path(config.output).rglob("*.mp4"))
+
+
+def test_fewer_val_clips_than_asked_for_are_told(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ShapesDataset, "__len__", lambda dataset: 1)
+    check_inputs(build_run(make_config("eval.clips=2")))
+    assert "eval.clips: 2, but the val split has 1; those are taken" in caplog.messages

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from alignlab.config.data import ShapesConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.sample import Reference
 from alignlab.data.shapes import dataset as shapes
 from alignlab.data.shapes.dataset import ShapesDataset
+from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
 from alignlab.evaluation.run_warnings import alignment_warnings
 from alignlab.tracking import read_rows
@@ -25,7 +27,7 @@ from alignlab.training.aligned_samples import (
 )
 from alignlab.training.batches import is_blank
 from alignlab.training.setup import build_run
-from command_line import refused
+from command_line import alignlab, refused
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
@@ -54,6 +56,24 @@ def test_a_recipe_by_which_nothing_can_be_aligned(
     recipe_file: Path, tmp_path: Path, settings: list[str], named: str
 ) -> None:
     assert named in refused("train", recipe_file, f"output={tmp_path}", *settings)
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("column", ["references", "subject_image"])
+def test_a_folder_without_references(recipe_file: Path, tmp_path: Path, column: str) -> None:
+    levels = torch.arange(0, 120, 5, dtype=torch.uint8)
+    rows = []
+    for name in "abcd":
+        write_mp4(tmp_path / f"{name}.mp4", levels[:, None, None, None].expand(24, 48, 48, 3), 12)
+        rows.append({"file_name": f"{name}.mp4", "caption": name, column: []})
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe["data"] = {"name": "folder", "path": str(tmp_path), "frames": 5, "size": [48, 48]}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"output": str(tmp_path / "runs"), "eval": {}}))
+    result = alignlab("train", path)
+    assert result.exit_code == 2
+    assert "objectives.ra: aligns reference tokens, and no training clip has a" in result.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
@@ -90,6 +110,8 @@ def test_a_run_stops_when_very_many_samples_had_nothing(make_config: MakeConfig)
 
 
 def test_one_clip_in_ten_with_references_never_trips(make_config: MakeConfig) -> None:
+    assert (1 - 0.1 * 0.8) ** (PATIENCE / 0.8) < 1e-40
+    assert (1 - 0.01 * 0.8) ** (PATIENCE / 0.8) < 1e-4
     rng = torch.Generator().manual_seed(0)
     for _ in range(20):
         count = counter(make_config)
