@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
 from alignlab.config.merging import ALIASED, KINDS, canonical, merge
+from alignlab.config.paths import user_path
 from alignlab.errors import UserError, one_line
 
 # Besides its own errors, YAML lets through what Python raises on odd numbers, dates and tags
@@ -77,7 +78,7 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _find(recipe: str | Path) -> Path:
-    path = Path(recipe).expanduser()
+    path = user_path(str(recipe))
     if path.is_file():
         return path
     shipped = shipped_recipes()

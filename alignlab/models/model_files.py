@@ -22,6 +22,17 @@ def on_disk(source: str) -> Path | None:
     return next(folders, None)
 
 
+def present_folder(source: str) -> Path | None:
+    """`on_disk`, or what the hub's cache holds of a hub id; never uses the network."""
+    folder = on_disk(source)
+    if folder is not None or not _HUB_ID.fullmatch(source):
+        return folder
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, HFValidationError):
+        return None
+
+
 def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[str]) -> Path:
     """The folder that holds a model's files. The network is used only if `source` is no folder.
 

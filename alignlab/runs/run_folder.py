@@ -1,6 +1,7 @@
 """What lies where in a run folder, and the lock that gives it one writer at a time.
 
 recipe.yaml        the resolved recipe
+inputs.json        digests of the files that it reads (`alignlab.runs.input_record`)
 environment.json   versions, commit, hardware
 metrics.jsonl      one row of scalars per logged step
 checkpoints/step-000500/
@@ -104,6 +105,11 @@ class RunFolder:
                 f"{data.get('path')} to train and val by another rule: choose another name, or "
                 "use that version"
             )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it keeps what was trained: a checkpoint, or the result."""
+        return self.result.exists() or any(self.checkpoints.glob("step-*"))
 
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""

@@ -33,7 +33,8 @@ class TeacherRow:
         path: used when a recipe names none: hub id or shipped asset.
         feature: used when a recipe names none.
         features: which kinds of feature there are (see `Teacher`).
-        mean, std: normalisation of pixels that were scaled to 0..1.
+        mean, std: normalisation of pixels that were scaled to 0..1, for a folder without a
+            processor config of its own (`preprocessing.py`).
         resize: filter, with antialiasing, for frames that do not have the requested size already.
         class_tokens: tokens before the patches, besides the `num_register_tokens` that the
             model's config counts.
@@ -70,7 +71,8 @@ _SAM2 = ("sam2", "sam2_video", "sam2_vision_model", "sam2_hiera_det_model")
 # Every family normalises with ImageNet's mean and deviation: transformers' image processors of
 # DINOv2, DINOv3, SAM 2 and V-JEPA 2 by default, the released VideoMAE checkpoints by their
 # preprocessor_config.json (their processor's own default is 0.5), and the code of REPA, RefAlign
-# and VideoREPA. None crops here, and none resizes to its training size: frames get the size that
+# and VideoREPA. A folder with a processor config of its own is normalised as that says; the filter
+# stays the row's. None crops here, and none resizes to its training size: frames get the size that
 # gives the requested number of patches.
 BUILT_IN: dict[str, TeacherRow] = {
     # REPA: after the final norm, bicubic.

@@ -4,11 +4,13 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
 import torch
+from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from alignlab.config.paths import user_path
@@ -17,8 +19,10 @@ from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
-from alignlab.experiments.sweep.study import METRICS, SweepStudy
+from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.runs.input_record import InputRecord
+from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
 from alignlab.training.aligned_samples import check_recipe
@@ -147,12 +151,14 @@ class TrialRunner:
         except UserError as error:  # each value fits, but not with the others
             return Outcome(TrialState.FAIL, metrics, str(error))
         _forget_start(run)
+        check_inputs(self._config, run)
         try:
             folder = train(run, caches=shared_caches(run, self._caches), wait=True)
         except (UserError, torch.OutOfMemoryError) as error:
             if not _was_built(run) and isinstance(error, UserError):
                 raise
             return Outcome(TrialState.FAIL, metrics, one_line(error))
+        _record_inputs(self._config, folder)
         self._tracker.link_run(trial, folder)
         result = RunFolder(folder).read_result()
         assert result is not None
@@ -204,6 +210,35 @@ def repeated(study: SweepStudy) -> str:
     if count > 1:
         took = "trials have the settings of an earlier one and took its result"
     return f"; {count} {took}" if count else ""
+
+
+def check_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
+    """Refuses a run that would read other files than the finished runs of the sweep.
+
+    Returns:
+        What these have read.
+
+    Raises:
+        UserError: it names the inputs and the files.
+    """
+    record = InputRecord(sweep_folder(config), config.output)
+    record.refuse_changes(
+        read_inputs(run, fetch=False),
+        since="this sweep began",
+        remedy="choose another name=...",
+    )
+    return record
+
+
+def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
+    """Adds what a finished run has read to what all trials must read."""
+    folder = sweep_folder(config)
+    with FileLock(folder / ".inputs.lock"):
+        record, of_run = (InputRecord(path, config.output) for path in (folder, run_folder))
+        record.refuse_differences(
+            of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"
+        )
+        record.add(of_run.inputs.values())
 
 
 def shown_values(values: dict[str, Any]) -> str:
