@@ -13,7 +13,7 @@ from rich.text import Text
 import alignlab
 from alignlab.environment import PACKAGES as ENVIRONMENT_PACKAGES
 from alignlab.environment import package_version
-from alignlab.kernels import pull_push, relation
+from alignlab.kernels.registry import OPERATIONS
 from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
@@ -33,7 +33,6 @@ PACKAGES = {
     "sam2": "sam2",
 }
 WAN_MODELS = ("assets/tiny-wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-KERNELS = {"pull_push": pull_push.implementations, "relation": relation.implementations}
 GIB = 2**30
 
 
@@ -48,8 +47,8 @@ def print_diagnosis(console: Console | None = None) -> None:
         console.print(_table(title, ("backend", "state"), attention_states(device)))
     kernels = [
         (f"{name}, impl={impl}", why or "works")
-        for name, implementations in KERNELS.items()
-        for impl, why in implementations().items()
+        for name, operation in OPERATIONS.items()
+        for impl, why in operation.implementations().items()
     ]
     console.print(_table("Kernels", ("kernel", "state"), kernels))
     console.print(_table("Models", ("model", "state"), list(model_states().items())))

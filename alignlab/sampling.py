@@ -20,6 +20,7 @@ from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
+from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
@@ -172,6 +173,7 @@ def load_trained(run_dir: Path) -> Wan:
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
         raise UserError(f"{run_dir}: the run has no checkpoint yet")
+    tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,
         train=config.model.train,

@@ -25,7 +25,7 @@ def at_most(limit: float, why: str) -> AfterValidator:
 
     def check(value: Any) -> Any:
         if value > limit:
-            raise ValueError(f"{_short(value)} is more than {limit:g}: {why}")
+            raise ValueError(f"{_short(value)} is more than {_short(limit)}: {why}")
         return value
 
     return AfterValidator(check)
@@ -69,7 +69,4 @@ def _leaves(value: Any) -> Iterator[int | float | str]:
 
 
 def _short(number: float) -> str:
-    try:
-        return f"{number:g}"
-    except OverflowError:  # a whole number that no float can hold
-        return shown(number, 20)
+    return shown(number, 24) if isinstance(number, int) else f"{number:g}"

@@ -106,7 +106,10 @@ def _kinds_first(steps: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
 
 
 def _set(settings: dict[str, Any], path: Path, value: Any) -> None:
-    """Put one value into nested settings."""
+    """Put one value into nested settings, or take it out."""
+    if value == {} or (value is None and _may_be_absent(path)):
+        _remove(settings, path)
+        return
     *parents, last = path
     here = settings
     for depth, parent in enumerate(parents, 1):
@@ -114,16 +117,21 @@ def _set(settings: dict[str, Any], path: Path, value: Any) -> None:
         if isinstance(inner, list):
             raise UserError(f"{'.'.join(path[:depth])}: is a list; give the whole of it")
         if not isinstance(inner, dict):
-            if value == {}:  # nothing is there that could be removed
-                return
             inner = here[parent] = {}
         here = inner
-    if value == {} or (value is None and _may_be_absent(path)):
-        here.pop(last, None)
-        return
-    if parents and last in KINDS and last in here and here[last] != value:
+    if parents and last in KINDS and isinstance(here.get(last), str) and here[last] != value:
         here.clear()
     here[last] = _copied(value) if isinstance(value, Mapping) else value
+
+
+def _remove(settings: dict[str, Any], path: Path) -> None:
+    """Take a value out, and a mapping of which nothing is left."""
+    first, rest = path[0], path[1:]
+    inner = settings.get(first)
+    if rest and isinstance(inner, dict):
+        _remove(inner, rest)
+    if not rest or inner == {}:
+        settings.pop(first, None)
 
 
 def _may_be_absent(path: Path) -> bool:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.merging import canonical, merge
+from alignlab.config.parts import Seed
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -24,7 +25,7 @@ OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
 class CostConfig(Settings):
     """How the cost of a training step is measured, after all runs are trained."""
 
-    rounds: int = Field(default=10, ge=6)
+    rounds: int = Field(default=10, ge=6, le=10_000)
     """Rounds in which a variant and the baseline take a step each. Six are the fewest that give a
     95% interval of their median."""
 
@@ -36,7 +37,7 @@ class CompareConfig(Settings):
     """What all variants share."""
     baseline: str
     """The variant against which differences are tested."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    seeds: tuple[Seed, ...]
     """Every variant runs once per seed."""
     allow_differences: tuple[str, ...] = ()
     """Evaluation settings in which variants may differ, by dotted name."""

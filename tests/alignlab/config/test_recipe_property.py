@@ -167,12 +167,13 @@ def _data_models() -> list[type[BaseModel]]:
 
 
 def _field_model(name: str) -> type[BaseModel]:
-    return get_args(RunConfig.model_fields[name].annotation)[1]
+    model: type[BaseModel] = get_args(RunConfig.model_fields[name].annotation)[1]
+    return model
 
 
 @st.composite
 def recipe(draw: st.DrawFn) -> dict[str, Any]:
-    """A recipe of a run, a comparison or a sweep; one in four with odd places."""
+    """A recipe of a run, a comparison or a sweep; some with odd places."""
     content = draw(run_recipe())
     kind = draw(st.sampled_from(["run", "run", "compare", "sweep"]))
     if kind == "compare":
@@ -184,7 +185,7 @@ def recipe(draw: st.DrawFn) -> dict[str, Any]:
         content.pop("seed", None)
         space = {draw(SPACES): draw(sound("", Parameter, FieldInfo()))}
         content |= {"space": space, "metric": "val/flow", "trials": 2}
-    if draw(st.integers(1, 4)) == 1:
+    if draw(st.integers(1, 6)) == 1:
         for _ in range(draw(st.integers(1, 2))):
             _spoil(draw, content)
     return content
@@ -223,6 +224,10 @@ OVERRIDES = st.lists(
 )
 
 
+def _overrides(without: bool) -> st.SearchStrategy[list[str]]:
+    return st.just([]) if without else OVERRIDES
+
+
 def load_and_again(content: dict[str, Any], overrides: list[str], folder: Path) -> bool:
     """Whether a recipe loads; what loads is the same after a dump."""
     path, again = folder / "recipe.yaml", folder / "again.yaml"
@@ -254,7 +259,7 @@ def test_recipes_load_or_are_refused_in_one_line(tmp_path_factory: pytest.TempPa
     loaded = []
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(recipe(), st.just([]) | st.just([]) | st.just([]) | OVERRIDES)
+    @given(recipe(), st.sampled_from([True] * 5 + [False]).flatmap(_overrides))
     def check(content: dict[str, Any], overrides: list[str]) -> None:
         loaded.append(load_and_again(content, overrides, folder))
 
