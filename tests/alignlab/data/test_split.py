@@ -137,8 +137,9 @@ def test_both_splits_of_a_data_set_are_disjoint_and_whole(tmp_path: Path) -> Non
     write_csv(tmp_path, *(f"{name},{name},," for name in names))
     config = folder(tmp_path, metadata="metadata.csv", val_fraction=0.34)
     captions = {
-        split: {sample.caption for sample in FolderDataset(config, cast(Any, split))}
+        split: {dataset[i].caption for i in range(len(dataset))}
         for split in ("train", "val")
+        for dataset in [FolderDataset(config, cast(Any, split))]
     }
     assert len(captions["train"]) == 4 and len(captions["val"]) == 2
     assert captions["train"] | captions["val"] == set(names)

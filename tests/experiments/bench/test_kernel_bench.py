@@ -154,9 +154,12 @@ def test_rows_of_another_commit_stay_and_are_not_drawn(
     commits = [row["commit"] for row in rows]
     assert commits.count("aaaaaaaaa") == commits.count("bbbbbbbbb") == len(rows) / 2
     drawn: list[Row] = []
-    monkeypatch.setattr(
-        "alignlab.experiments.bench.kernels.draw_plots", lambda rows, out: drawn.extend(rows) or []
-    )
+
+    def draw(rows: list[Row], out: Path) -> list[Path]:
+        drawn.extend(rows)
+        return []
+
+    monkeypatch.setattr("alignlab.experiments.bench.kernels.draw_plots", draw)
     assert bench_kernels(tmp_path, *arguments).exit_code == 0
     assert {row["commit"] for row in drawn} == {"bbbbbbbbb"}
 

@@ -165,7 +165,7 @@ def test_the_trial_of_a_dead_worker_is_taken_by_the_one_that_waits_for_it(
     study = create_study(same)
     ((_, lease),) = claimed(study, 1)
     assert study.settle(0) is None
-    monkeypatch.setattr(sweep_trial.time, "sleep", lambda _: study.put_back(0, lease.claim))
+    monkeypatch.setattr("time.sleep", lambda _: study.put_back(0, lease.claim))
     work(study, SweepTracker(study))
     assert trained == ["trial-0000/seed-0"]
     assert [t.user_attrs.get(SAME_AS) for t in study.trials()] == [None, 0]

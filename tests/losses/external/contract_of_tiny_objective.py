@@ -52,7 +52,8 @@ CASE = ContractCase(
 
 def naive_gram(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
     ours, theirs = (x / x.norm(dim=-1, keepdim=True) for x in (student_BND, teacher_BND))
-    return (ours @ ours.mT - theirs @ theirs.mT).pow(2).mean((1, 2))
+    distance_B: Tensor = (ours @ ours.mT - theirs @ theirs.mT).pow(2).mean((1, 2))
+    return distance_B
 
 
 WITHOUT_PROJECTOR = ContractCase(
