@@ -14,6 +14,7 @@ from alignlab.config.run import RunConfig
 from alignlab.data.resize import fit_reference
 from alignlab.data.video import read_image, write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
+from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
@@ -83,8 +84,7 @@ def sample_latents(
     def velocity_at(latents_CTHW: Tensor, sigma: float) -> Tensor:
         nonlocal done
         timesteps_B = torch.full((3,), sigma * 1000, device=latents_CTHW.device)
-        bf16 = guidance.precision == "bf16"
-        with torch.autocast(latents_CTHW.device.type, torch.bfloat16, enabled=bf16):
+        with mixed_precision(latents_CTHW.device, guidance.precision):
             out = branch(
                 latents_CTHW.expand(3, *latents_CTHW.shape),
                 timesteps_B,

@@ -3,9 +3,8 @@
 Imports no decoder: a run's inputs are looked at before anything is loaded.
 """
 
-from pathlib import Path
-
 from alignlab.config.data import FolderConfig
+from alignlab.config.paths import user_path
 from alignlab.data.metadata import read_rows
 from alignlab.data.registry import DataFiles
 
@@ -21,12 +20,12 @@ def folder_files(config: FolderConfig) -> DataFiles | None:
     Raises:
         UserError: bad metadata.
     """
-    root = Path(config.path).expanduser()
+    root = user_path(config.path)
     if not root.is_dir():
         return None
     source = root / config.metadata
     paths = [source]
-    for row in read_rows(root, config.metadata):
+    for row in read_rows(root, config.metadata, follow_links=config.follow_links):
         paths += [row.video, *row.references, *([] if row.masks is None else [row.masks])]
     files = {path.relative_to(root).as_posix(): path for path in paths}
     return DataFiles(str(source), root, files)

@@ -108,6 +108,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
         UserError: no such run, checkpoint, teacher or block.
     """
     folder = RunFolder.open(run_dir)
+    folder.check_split_rule()
     config = folder.config()
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:

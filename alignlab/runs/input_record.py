@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.runs.atomic_files import write_text
@@ -63,7 +64,7 @@ class InputRecord:
     def __init__(self, folder: Path, output: str) -> None:
         self.folder = folder
         self._path = folder / "inputs.json"
-        self._lists = Path(output).expanduser() / ".inputs"
+        self._lists = user_path(output) / ".inputs"
         content = self._read()
         self.exists = content is not None
         """False for what is older than records."""

@@ -13,9 +13,10 @@ import torch
 from alignlab.config.data import unknown_name
 from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
+from alignlab.models.weight_check import check_weights
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
-from alignlab.teachers.registry import TEACHERS, TeacherRow
+from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
@@ -61,12 +62,13 @@ def load_teacher(
         slice_size: frames per forward pass.
 
     Raises:
-        UserError: no such family, folder or feature, a model of another family, or a broken
-            processor config.
+        UserError: no such family, folder or feature, a model of another family, a broken
+            processor config, or weights that are not finite or all zero.
     """
-    if family not in TEACHERS:
-        raise UserError(f"teachers: {unknown_name('family', family, TEACHERS)}")
-    row = TEACHERS[family]
+    rows = teacher_rows()
+    if family not in rows:
+        raise UserError(f"teachers: {unknown_name('family', family, rows)}")
+    row = rows[family]
     folder = teacher_folder(family, path or row.path)
     model_type = str(_read_config(folder).get("model_type"))
     if model_type not in row.classes:
@@ -80,6 +82,9 @@ def load_teacher(
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
+    named = model.named_parameters()
+    read = ((name, weight) for name, weight in named if not re.search(row.unread, name))
+    check_weights(f"teachers ({family}): {folder}", read)
     return Teacher(
         model,
         family,
@@ -108,7 +113,12 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
     """The model that the row runs; weights of the folder that it does not have are left alone."""
     import transformers
 
-    model_class = getattr(transformers, row.classes[model_type])
+    model_class = getattr(transformers, row.classes[model_type], None)
+    if model_class is None:
+        raise UserError(
+            f"teachers: transformers {transformers.__version__} has no {row.classes[model_type]}, "
+            f"which runs a {model_type} model"
+        )
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     if model_type in videomae_v2.MODEL_TYPES:
         config = model_class.config_class(**videomae_v2.config_values(_read_config(folder)))

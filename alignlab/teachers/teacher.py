@@ -19,7 +19,7 @@ from alignlab.runs.digest import weights_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
-from alignlab.teachers.registry import TEACHERS
+from alignlab.teachers.registry import teacher_rows
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Teacher:
     ) -> None:
         self._model = model
         self._family = family
-        self._row = TEACHERS[family]
+        self._row = teacher_rows()[family]
         self._preprocessing = preprocessing or row_preprocessing(self._row)
         self._has_told_sizes = False
         self._slice_size = slice_size
@@ -67,6 +67,11 @@ class Teacher:
         self.tubelet = int(model.config.tubelet_size) if self._row.video else 1
         self.dim = self._feature.dim
         self.patch_size = self._feature.stride
+
+    @property
+    def feature(self) -> str:
+        """Name of its feature, as in a recipe."""
+        return self._feature.name
 
     @property
     def is_video(self) -> bool:

@@ -1,5 +1,6 @@
 """Everything that a run trains with, built once from its recipe."""
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,13 @@ from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
 from alignlab.recipe import recipe_hash
 from alignlab.runs.file_digests import sizes_digest
+from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
 from alignlab.training.checkpoint import RunState
 from alignlab.training.flow_matching import FlowWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -158,6 +162,29 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunStat
         named = wan.transformer.named_parameters()
         ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
     return RunState(adamw(parameters, config.optim), wan.transformer, alignment, ema)
+
+
+def check_inputs(run: Run) -> None:
+    """Looks, before the first step, at what would show only during or after the training.
+
+    The teachers that objectives read must tell two clips apart, and the one that is only measured
+    against must have sound weights. Warns of an evaluation on fewer clips than asked for.
+
+    Raises:
+        UserError: a teacher is of no use.
+    """
+    config = run.config
+    run.alignment.check_teachers(config, run.wan.latent_grid(config.data.frames, *config.data.size))
+    alias = config.measured_against
+    if alias is not None and alias not in run.alignment.teachers:
+        teacher_from(config.teachers[alias], device="cpu")
+    for key in ("clips", "sample_clips", "generated_clips"):
+        count = getattr(config.eval, key) or 0
+        if count > len(run.val_clips):
+            log.warning(
+                "eval.%s: %d, but the val split has %d; those are taken",
+                *(key, count, len(run.val_clips)),
+            )
 
 
 def check_ranks_agree(run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment
@@ -34,6 +35,7 @@ from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.tracking import read_rows
+from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +103,16 @@ def prepare(config: CompareConfig) -> Plan:
     """Makes the folders of all runs.
 
     Raises:
-        UserError: variants are measured differently, a folder holds a run of another recipe, or
-            runs read other files than those that have begun.
+        UserError: variants are measured differently, a folder holds a run of another recipe, an
+            objective never has anything to align, or runs read other files than those that have
+            begun.
     """
     refuse_several_ranks()
     check_fair(config)
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
-    folder = Path(config.output) / config.name
+    folder = user_path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
@@ -118,7 +121,9 @@ def prepare(config: CompareConfig) -> Plan:
         for seed in config.seeds
         for variant in config.variants
     }
-    # all of them at once: another recipe is refused before hours of training, not after
+    # all of them at once: what is refused, is refused before hours of training, not after
+    for run in runs.values():
+        check_recipe(run)
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
     _fix_inputs(config, runs, folders)
     return Plan(folder, config, budget, runs, folders)
@@ -139,7 +144,7 @@ def _fix_inputs(
             inputs[variant] = read_inputs(run, fetch=False)
         fix_inputs(folders[variant, seed], run, inputs[variant])
     for variant, tuning in config.tuned.items():
-        sweep_folder = Path(tuning.sweep).expanduser().parent
+        sweep_folder = user_path(tuning.sweep).parent
         InputRecord(sweep_folder, config.output).refuse_changes(
             inputs[variant], since=f"variant {variant} was tuned", remedy="tune it again"
         )
@@ -242,6 +247,8 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in clips),
         notes=tuple(result.get("notes", ())),
+        aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
+        diverged=result.get("diverged", False),
     )
 
 

@@ -93,6 +93,33 @@ def test_the_variant_is_the_sweeps_best_run(make: Make, folder: Path, tmp_path: 
         assert "tuning.trials" in text and "ra/best.yaml" in text.replace("\\", "")
 
 
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("eval.clips", "trials would be measured differently"),
+        ("data.seed", "trials would be measured differently"),
+        ("seed", "every trial trains with the sweep's `seeds`"),
+        ("tracking.log_every", "no number of a trial depends on it"),
+        ("steps", "the comparison sets them for all variants alike"),
+    ],
+)
+def test_a_sweep_over_what_no_variant_may_take_is_refused(
+    make: Make, folder: Path, key: str, why: str
+) -> None:
+    """As an older version let it be searched."""
+    check_fair(make())
+    section, _, name = key.rpartition(".")
+    searched = f"  {section or name}:\n" + (f"    {name}:\n" if section else "")
+    searched += "      kind: int\n      low: 1\n      high: 2\n"
+    edit(folder / "recipe.yaml", "space:\n", f"space:\n{searched}")
+    with pytest.raises(UserError) as caught:
+        check_fair(make())
+    assert str(caught.value).startswith(
+        f"variants.tuned.from: {folder}/best.yaml searched {key}: {why}"
+    )
+    assert "\n" not in str(caught.value)
+
+
 def test_what_the_variant_changes_itself_comes_on_top(make: Make, folder: Path) -> None:
     source = f"from: {folder}/best.yaml"
     run = make(f"{source}, objectives.ra.neg_weight: 0.0").run("tuned", 0)
