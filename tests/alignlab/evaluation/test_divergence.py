@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from alignlab.evaluation.run_warnings import (
     divergence_warnings,
     nonfinite_warnings,
 )
+from alignlab.sampling import sample_latents
 from alignlab.tracking import read_rows
 from alignlab.train import train
 from alignlab.training.setup import build_run, check_inputs
@@ -23,8 +25,8 @@ from alignlab.training.setup import build_run, check_inputs
 MakeConfig = Callable[..., RunConfig]
 
 
-def result(run: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((run / "result.json").read_text())
+def result(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "result.json").read_text())
     return found
 
 
@@ -32,7 +34,7 @@ def test_a_run_that_diverges_is_told(make_config: MakeConfig) -> None:
     config = make_config("optim.lr=1", "eval.clips=4")
     found = result(train(config))
     assert found["diverged"] is True
-    (text,) = found["notes"]  # type: ignore[misc]
+    (text,) = found["notes"]
     assert text.startswith(
         "DIVERGED: the validation flow loss ended at more than 2 times its start"
     )
@@ -50,7 +52,7 @@ def test_the_start_is_the_validation_loss_of_the_untrained_model(make_config: Ma
     config = make_config("optim.lr=1e-12")
     found = result(train(config))
     start = read_rows(Path(config.output) / "run/metrics.jsonl")[0][START_FLOW]
-    assert start == pytest.approx(found["metrics"]["val/flow"], rel=1e-5)  # type: ignore[index]
+    assert start == pytest.approx(found["metrics"]["val/flow"], rel=1e-5)
 
 
 def test_where_it_begins() -> None:
@@ -70,14 +72,11 @@ def test_metrics_that_are_not_finite_are_told() -> None:
 def test_clips_that_are_not_finite_are_never_written(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alignlab.evaluation import generation
-
     def broken(*args: object, **settings: object) -> torch.Tensor:
-        latents: torch.Tensor = sample(*args, **settings)  # type: ignore[arg-type]
+        latents: torch.Tensor = sample_latents(*args, **settings)  # type: ignore[arg-type]
         return latents * torch.inf
 
-    sample = generation.sample_latents
-    monkeypatch.setattr(generation, "sample_latents", broken)
+    monkeypatch.setattr("alignlab.evaluation.generation.sample_latents", broken)
     config = make_config("eval.sample_clips=1")
     with pytest.raises(UserError, match="the latents of a generated clip are not finite"):
         train(config)
