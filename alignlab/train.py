@@ -36,6 +36,7 @@ from alignlab.evaluation.run_warnings import (
 )
 from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers, write_text
+from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
@@ -67,8 +68,7 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
 
     Raises:
         UserError: the recipe cannot run here, a loss stopped being finite, another command trains
-            the run, or the run is finished with another Stage 1 network than its recipe's folder
-            holds now.
+            the run, or the files that it reads are others than when it began.
     """
     ranks = join_ranks(config.model.precision)
     # refused before any work
@@ -107,13 +107,14 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
         wait: for another command that trains this run; else refuse.
 
     Raises:
-        UserError: the folder holds another recipe, another command trains there, or it is finished
-            with another Stage 1 network.
+        UserError: the folder holds another recipe or other inputs, another command trains there, or
+            it is finished with another Stage 1 network.
     """
     folder = RunFolder.create(config)
     if not folder.result.exists():
         locks.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
+    hold_inputs(folder, config)
     newest = checkpoint.latest(folder.checkpoints)
     return OpenedFolder(folder, is_finished(config, folder), newest)
 

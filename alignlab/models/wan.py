@@ -27,6 +27,7 @@ from alignlab.models.text_encoder import TextEncoder
 from alignlab.models.weight_check import check_weights
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def load_wan(
         train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
             for bf16); `lora` freezes it and trains an adapter.
         lora: the adapter; needed by `lora`, refused by `full`.
-        attention: any diffusers attention backend that runs on `device`.
+        attention: any diffusers attention backend that can train a Wan block on `device`.
         gradient_checkpointing: recompute each block in the backward pass.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
@@ -171,35 +172,47 @@ def load_wan(
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
-    patterns = ["model_index.json", "tokenizer/*"]
-    patterns += [pattern for part in COMPONENTS for pattern in _weights(part)]
-    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    folder = pipeline_folder(path)
     _check_pipeline(folder)
-    frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    transformer = _load_part(
-        WanTransformer3DModel,
-        folder,
-        "transformer",
-        torch_dtype=frozen_dtype if train == "lora" else torch.float32,
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = frozen if train == "lora" else torch.float32
+    transformer = _load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    check_backend(
+        attention,
+        device,
+        precision=precision,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
+        head_dim=transformer.config["attention_head_dim"],
     )
     vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
-    text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen_dtype)
+    text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen)
     _check_text_to_video(transformer, vae, path)
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    check_backend(attention, device, dtype=frozen_dtype)
     transformer.set_attention_backend(attention)
-    return _checked(
-        Wan(
-            transformer=transformer.to(device).train(),
-            vae=vae.to(device).requires_grad_(False).eval(),
-            text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
-            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
-            folder=folder,
-        )
+    wan = Wan(
+        transformer=transformer.to(device).train(),
+        vae=vae.to(device).requires_grad_(False).eval(),
+        text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        folder=folder,
     )
+    return _checked(wan)
+
+
+def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
+    """The folder of a pipeline, whose `parts` and tokenizer are fetched if it is on the hub only.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    patterns = ["model_index.json", "tokenizer/*"]
+    # no other kind of file of a part, so that no pickle is loaded
+    patterns += [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors")]
+    return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
 
 
 def load_text_encoder(
@@ -218,9 +231,8 @@ def load_text_encoder(
     Raises:
         UserError: the folder or the hub id cannot be used.
     """
-    patterns = ["model_index.json", "tokenizer/*", *_weights("text_encoder")]
-    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
-    for part in ("text_encoder", "tokenizer"):
+    folder = pipeline_folder(path, TEXT_PARTS[:1])
+    for part in TEXT_PARTS:
         if not (folder / part).is_dir():
             raise UserError(f"model.path: {folder} has no {part}/ folder")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -230,23 +242,6 @@ def load_text_encoder(
         model.to(device).requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
     )
-
-
-def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
-    """The diffusers model inside DDP and torch.compile wrappers."""
-    module: nn.Module | None = transformer
-    while module is not None and not isinstance(module, WanTransformer3DModel):
-        # a compiled module raises when asked for its truth value
-        compiled: nn.Module | None = getattr(module, "_orig_mod", None)
-        module = getattr(module, "module", None) if compiled is None else compiled
-    if not isinstance(module, WanTransformer3DModel):
-        raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
-    return module
-
-
-def _weights(part: str) -> list[str]:
-    """What to fetch of a part; no other kind of file, so that no pickle is loaded."""
-    return [f"{part}/*.{ending}" for ending in ("json", "safetensors")]
 
 
 def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:

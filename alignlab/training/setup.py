@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignlab.config.parts import AdamWConfig
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.data.registry import build_dataset
+from alignlab.data.registry import build_dataset, dataset_files
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -18,6 +18,7 @@ from alignlab.losses.grids import Grid
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
 from alignlab.recipe import recipe_hash
+from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
@@ -187,7 +188,9 @@ def check_inputs(run: Run) -> None:
 
 
 def check_ranks_agree(run: Run) -> None:
-    """Compares recipe, number of clips, digests of teachers and norms of all other weights.
+    """Compares recipe, clips, digests of teachers and norms of all other weights.
+
+    Of clips, their number and the names and sizes of their files: rank 0 alone hashes the files.
 
     Raises:
         UserError: the ranks differ.
@@ -197,6 +200,9 @@ def check_ranks_agree(run: Run) -> None:
         return
     ranks.check_same("the recipe", recipe_hash(run.config))
     ranks.check_same("the number of clips", (len(run.clips), len(run.val_clips)))
+    read = dataset_files(run.config.data)
+    if read is not None:
+        ranks.check_same("the files of the clips", sizes_digest(read.files)[:12])
     for alias, teacher in run.alignment.teachers.items():
         ranks.check_same(f"the weights of the teacher {alias}", teacher.digest()[:12])
     networks: dict[str, nn.Module] = {

@@ -51,7 +51,6 @@ class SummaryRow:
         paired: statistics of `differences`; None for the baseline, and when no seed is shared or a
             difference is not finite.
         num_better: of `differences`, how many lie on the better side; None without a better side.
-        is_best: best mean of the variants; never of a cost, or with a number missing anywhere.
         ratio: over the baseline, of a cost that is measured once for all seeds and has no values
             per seed.
         diverged: seeds of the variant whose run did.
@@ -71,7 +70,6 @@ class SummaryRow:
     differences: dict[int, float]
     paired: Paired | None
     num_better: int | None
-    is_best: bool = False
     ratio: Ratio | None = None
     diverged: tuple[int, ...] = ()
     is_claimable: bool = True
@@ -88,7 +86,7 @@ class SummaryRow:
 
     @property
     def diff_text(self) -> str:
-        """Paired difference and its 95% interval as shown; empty for the baseline."""
+        """Paired difference and its interval as shown; empty for the baseline."""
         if self.is_baseline:
             return ""
         if self.ratio is not None:
@@ -121,6 +119,14 @@ class SummaryRow:
             return "changed"
         is_better = (self.paired.mean > 0.0) == (self.quantity.better == "higher")
         return "better" if is_better else "worse"
+
+    @property
+    def is_bold(self) -> bool:
+        """Whether the number is set in bold: it is claimed to be better than the baseline's.
+
+        The best mean is not: nothing tells the variants apart from each other.
+        """
+        return self.change == "better"
 
     @property
     def p_text(self) -> str:
@@ -167,7 +173,7 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
     for metric in sorted({name for metrics in runs.values() for name in metrics}, key=_place):
         headline = quantity(metric).headline and REPLACED_BY.get(metric) not in costs
         group = [_row(comparison, runs, metric, v, headline) for v in comparison.variants]
-        groups.append(_with_best(_with_statistics(group)))
+        groups.append(_with_statistics(group))
     place = next((i for i, g in enumerate(groups) if g[0].quantity.cost), len(groups))
     groups[place:place] = costs.values()
     return [row for group in groups for row in group]
@@ -236,7 +242,7 @@ def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:
     change = 100.0 * (ratio.value - 1.0)
     if ratio.low is None or ratio.high is None:
         return f"{format_number(without_rounding(change, 100.0), sign=sign)}%"
-    low, high = (100.0 * (end - 1.0) for end in (ratio.low, ratio.high))
+    low, high = (100.0 * (end - 1.0) for end in ratio.interval)
     return format_interval(change, low, high, sign=sign, unit="%")
 
 
@@ -313,16 +319,6 @@ def _with_statistics(group: list[SummaryRow]) -> list[SummaryRow]:
     return [dataclasses.replace(row, paired=paired.get(row.variant)) for row in group]
 
 
-def _with_best(group: list[SummaryRow]) -> list[SummaryRow]:
-    meaning = group[0].quantity
-    means = [row.mean for row in group if row.mean is not None]
-    has_best = meaning.better != "none" and not meaning.cost
-    if not has_best or any(row.flag for row in group) or len(set(means)) < 2:
-        return group
-    best = min(means) if meaning.better == "lower" else max(means)
-    return [dataclasses.replace(row, is_best=row.mean == best) for row in group]
-
-
 def _cost_groups(comparison: Comparison) -> dict[str, list[SummaryRow]]:
     """Rows of the measured cost of a step of each variant, by metric."""
     if comparison.cost is None:
@@ -381,10 +377,11 @@ def _cost_footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]
     text = (
         f"Cost of a step: variant and baseline took turns in one process, {cost.rounds} rounds on "
         f"{cost.device}, with every objective on. Change of step time: median of the ratios of a "
-        "round; brackets: interval of that median from order statistics, at least 95%; seconds: "
-        "the baseline's median times that ratio. Two copies of the baseline differed by up to "
-        f"{100.0 * cost.beyond:.2g}%, and no smaller change is claimed. FLOPs: matrix products, "
-        "convolutions and attention, teachers included."
+        "round; brackets: interval of that median from order statistics, at least 95% for each "
+        "variant by itself, and on both sides wider by the "
+        f"{100.0 * cost.beyond:.2g}% by which two copies of the baseline differed: a change is "
+        "claimed where it excludes 0. Seconds: the baseline's median times that ratio. FLOPs: "
+        "matrix products, convolutions and attention, teachers included."
     )
     if cost.unknown:
         text += f" Not in the FLOPs, for want of a formula: {', '.join(cost.unknown)}."

@@ -139,7 +139,7 @@ def _claim_time(ratio: Ratio) -> str:
     assert ratio.low is not None and ratio.high is not None
     if ratio.value > 1.0:
         return f"{ratio_text(ratio)} slower"
-    faster = Ratio(2.0 - ratio.value, 2.0 - ratio.high, 2.0 - ratio.low)
+    faster = Ratio(2.0 - ratio.value, 2.0 - ratio.high, 2.0 - ratio.low, ratio.beyond)
     return f"{ratio_text(faster)} faster"
 
 
@@ -187,10 +187,14 @@ def _reading(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) ->
     interleaved = ""
     if any(row.ratio is not None for rows in by_variant.values() for row in rows):
         interleaved = " Step times are not over seeds: see the note on the cost of a step."
-    corrected = f", Holm-corrected over {len(by_variant)} variants," if len(by_variant) > 1 else ""
+    tests = len(by_variant)
+    level = "95% intervals"
+    if tests > 1:
+        level = f"intervals, at the level of Holm's correction over {tests} variants (95% or more),"
     return (
-        f"Numbers in brackets are 95% intervals of the difference with the same seed: {how}. A "
-        f"change is claimed where the p-value{corrected} is at most {ALPHA}, each quantity by "
-        "itself. What could have been seen: the true change that would be found in 4 of 5 "
-        f"comparisons with these seeds and this spread.{interleaved}"
+        f"Numbers in brackets are {level} of the difference with the same seed: {how}. A change is "
+        "claimed where its interval excludes 0, each quantity by itself; the "
+        f"{'corrected ' if tests > 1 else ''}p-value is then at most {ALPHA}. What could have been "
+        "seen: the true change that would be found in 4 of 5 comparisons with these seeds and this "
+        f"spread.{interleaved}"
     )
