@@ -17,6 +17,7 @@ from alignlab.evaluation.run_warnings import (
     divergence_warnings,
     nonfinite_warnings,
 )
+from alignlab.sampling import sample_latents
 from alignlab.tracking import read_rows
 from alignlab.train import train
 from alignlab.training.setup import build_run, check_inputs
@@ -71,14 +72,11 @@ def test_metrics_that_are_not_finite_are_told() -> None:
 def test_clips_that_are_not_finite_are_never_written(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from alignlab.evaluation import generation
-
     def broken(*args: object, **settings: object) -> torch.Tensor:
-        latents: torch.Tensor = sample(*args, **settings)
+        latents: torch.Tensor = sample_latents(*args, **settings)  # type: ignore[arg-type]
         return latents * torch.inf
 
-    sample = generation.__dict__["sample_latents"]
-    monkeypatch.setattr(generation, "sample_latents", broken)
+    monkeypatch.setattr("alignlab.evaluation.generation.sample_latents", broken)
     config = make_config("eval.sample_clips=1")
     with pytest.raises(UserError, match="the latents of a generated clip are not finite"):
         train(config)
