@@ -55,6 +55,8 @@ class RunResult:
         curves: scalars over training by name, each as (step, value) in order of step.
         samples: generated clips.
         notes: warnings of the run, the numbers of each in brackets at its end.
+        aligned: by objective, how many samples had something to align, of how many.
+        diverged: its validation loss ended far above its start.
     """
 
     __pydantic_config__ = _CONFIG
@@ -67,6 +69,8 @@ class RunResult:
     curves: dict[str, Curve]
     samples: tuple[SampleClip, ...] = ()
     notes: tuple[str, ...] = ()
+    aligned: dict[str, tuple[int, int]] = field(default_factory=dict)
+    diverged: bool = False
 
 
 @dataclass(frozen=True)

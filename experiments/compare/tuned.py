@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config.data import Settings
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import SweepConfig
@@ -44,7 +45,7 @@ def sweep_recipe(variant: str, source: Any) -> Path:
     where = f"variants.{variant}.from"
     if not isinstance(source, str):
         raise UserError(f"{where}: expected the path of a sweep's best.yaml, got {source!r}")
-    best = Path(source).expanduser()
+    best = user_path(source)
     if not best.is_file():
         raise UserError(f"{where}: {source}: no such file; a finished sweep writes best.yaml")
     for name in ("recipe.yaml", "trials.csv"):
@@ -55,7 +56,7 @@ def sweep_recipe(variant: str, source: Any) -> Path:
 
 def tuning_of(source: str, sweep: SweepConfig) -> Tuning:
     """What a sweep spent on finding its best recipe."""
-    trials = Path(source).expanduser().with_name("trials.csv")
+    trials = user_path(source).with_name("trials.csv")
     with trials.open(newline="") as file:
         states = [row["state"] for row in csv.DictReader(file)]
     return Tuning(

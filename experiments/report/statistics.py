@@ -209,7 +209,8 @@ def p_value(values_RN: Array, method: Method) -> Array:
     means_RS = _subset_means(values_RN)
     # flipping a subset leaves as large a sum exactly if the subset's own sum is not positive
     fewest_R = np.minimum((means_RS <= 0.0).sum(-1), (means_RS >= 0.0).sum(-1))
-    return np.asarray(np.minimum(2.0 * (1 + fewest_R) / (1 + means_RS.shape[-1]), 1.0))
+    p_R: Array = np.minimum(2.0 * (1 + fewest_R) / (1 + means_RS.shape[-1]), 1.0)
+    return p_R
 
 
 def _not_rejected(values_RN: Array, level: float) -> tuple[Array, Array]:

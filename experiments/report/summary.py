@@ -27,6 +27,7 @@ from alignlab.experiments.report.metric_table import (
     quantity,
     split_name,
 )
+from alignlab.experiments.report.run_warnings import aligned_footnotes, diverged_seeds
 from alignlab.experiments.report.statistics import Paired, paired_statistics, without_rounding
 
 # Metrics of the finished runs, by variant and seed.
@@ -52,6 +53,8 @@ class SummaryRow:
         num_better: of `differences`, how many lie on the better side; None without a better side.
         ratio: over the baseline, of a cost that is measured once for all seeds and has no values
             per seed.
+        diverged: seeds of the variant whose run did.
+        is_claimable: neither the variant's runs nor the baseline's diverged.
     """
 
     metric: str
@@ -68,6 +71,8 @@ class SummaryRow:
     paired: Paired | None
     num_better: int | None
     ratio: Ratio | None = None
+    diverged: tuple[int, ...] = ()
+    is_claimable: bool = True
 
     @property
     def text(self) -> tuple[str, str]:
@@ -108,7 +113,7 @@ class SummaryRow:
             if not self.ratio.is_claimed:
                 return ""
             return "worse" if self.ratio.value > 1.0 else "better"
-        if self.paired is None or not self.paired.is_claimed:
+        if self.paired is None or not self.paired.is_claimed or not self.is_claimable:
             return ""
         if self.quantity.better == "none":
             return "changed"
@@ -143,6 +148,8 @@ class SummaryRow:
         infinite = [str(seed) for seed, value in self.values.items() if not math.isfinite(value)]
         if infinite:
             parts.append(f"not finite with seed {', '.join(infinite)}")
+        if self.diverged:
+            parts.append(f"diverged with seed {', '.join(map(str, self.diverged))}")
         return "; ".join(parts)
 
     @property
@@ -194,12 +201,20 @@ def footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
             f"Runs without a result: {', '.join(missing)}. Their variants' numbers, marked †, are "
             "over fewer seeds."
         )
+    diverged = {v: seeds for v in comparison.variants if (seeds := diverged_seeds(comparison, v))}
+    if diverged:
+        listed = "; ".join(f"{v} (seed {', '.join(map(str, s))})" for v, s in diverged.items())
+        notes.append(
+            f"Runs that diverged: {listed}. Their variants' numbers are marked †, and no change is "
+            "claimed of them."
+        )
     if len(comparison.seeds) == 1:
         notes.append(
             f"One seed ({comparison.seeds[0]}) only: no spread is known, and a difference may be "
             "that seed's alone."
         )
     notes.extend(_cost_footnotes(comparison, rows))
+    notes.extend(aligned_footnotes(comparison))
     if comparison.allowed:
         names = ", ".join(comparison.allowed)
         notes.append(
@@ -249,6 +264,7 @@ def _row(
     shared = [] if is_baseline else [seed for seed in values if seed in base]
     differences = {seed: _difference(values[seed], base[seed]) for seed in shared}
     mean, std = _spread(list(values.values()))
+    diverged = diverged_seeds(comparison, variant)
     num_better = None
     if meaning.better != "none" and not is_baseline:
         sign = -1.0 if meaning.better == "lower" else 1.0
@@ -267,6 +283,8 @@ def _row(
         differences=differences,
         paired=None,
         num_better=num_better,
+        diverged=tuple(diverged),
+        is_claimable=not (diverged or diverged_seeds(comparison, comparison.baseline)),
     )
 
 

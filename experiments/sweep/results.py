@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
@@ -87,7 +88,7 @@ def best_recipe(study: SweepStudy, trial: FrozenTrial) -> str:
     config, seed = study.config, study.config.seeds[0]
     number = trained_as(study, trial)
     run: RunConfig = trial_run(config, trial_values(study, trial), number, seed)
-    environment = json.loads((Path(run.output) / run.name / "environment.json").read_text())
+    environment = json.loads((user_path(run.output) / run.name / "environment.json").read_text())
     metrics = trial.user_attrs[METRICS]
     numbers = ", ".join(f"{m.name} {metrics[m.name][0]!r}" for m in config.metric)
     lines = [

@@ -24,6 +24,7 @@ from alignlab.config.run import RunConfig, check_blocks
 from alignlab.errors import UserError
 from alignlab.experiments.compare.fairness import why_not_searched
 from alignlab.experiments.sweep.config import (
+    MAX_GRID,
     BlocksSpace,
     CategoricalSpace,
     FloatSpace,
@@ -137,7 +138,15 @@ def own_params(config: SweepConfig) -> Params | None:
 
 def grid_points(config: SweepConfig) -> list[Params]:
     """The params of every combination, the recipe's own first if it is one of them."""
-    axes = [list(_axis(key, parameter)) for key, parameter in config.space.items()]
+    axes = [
+        list(itertools.islice(_axis(key, parameter), MAX_GRID + 1))
+        for key, parameter in config.space.items()
+    ]
+    if math.prod(map(len, axes)) > MAX_GRID:
+        raise UserError(
+            f"sampler: the grid has more than {MAX_GRID} points: widen the steps, or use another "
+            "sampler"
+        )
     points = [
         {name: value for part in parts for name, value in part.items()}
         for parts in itertools.product(*axes)

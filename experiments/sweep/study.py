@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.merging import flatten
+from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
@@ -160,14 +161,16 @@ def _num_seeds(trial: FrozenTrial) -> int:
 
 def sweep_folder(config: SweepConfig) -> Path:
     """Where everything of a sweep lies."""
-    return Path(config.output) / config.name
+    return user_path(config.output) / config.name
 
 
 def storage_url(config: SweepConfig) -> str:
     """The storage as Optuna's own commands take it (`optuna-dashboard URL`)."""
     if config.storage is None:
-        return f"sqlite:///{(sweep_folder(config) / 'study.db').resolve()}"
-    return config.storage.removeprefix("journal://")
+        return sqlite_url((sweep_folder(config) / "study.db").resolve())
+    url = expanded_url(config.storage)
+    path = re.sub(r"^/?~", "~", url.removeprefix("journal://"))
+    return str(user_path(path)) if path.startswith("~") else path
 
 
 def shown_url(config: SweepConfig) -> str:
@@ -279,10 +282,11 @@ def _settings(config: SweepConfig) -> dict[str, Any]:
 def _open_storage(config: SweepConfig) -> BaseStorage:
     url = storage_url(config)
     if "://" not in url:
-        if not url.endswith((".log", ".journal")) and config.storage == url:
+        if not url.endswith((".log", ".journal")) and "://" not in str(config.storage):
             raise UserError(
-                f"storage: {url!r} is neither a URL nor a journal file: write sqlite:///PATH, "
-                "postgresql://..., journal:///PATH, or a path that ends in .log or .journal"
+                f"storage: {config.storage!r} is neither a URL nor a journal file: write "
+                "sqlite:///PATH, postgresql://..., journal:///PATH, or a path that ends in .log or "
+                ".journal"
             )
         Path(url).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(url))

@@ -10,17 +10,22 @@ from typing import Any
 
 import optuna
 import torch
+from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
-from alignlab.experiments.sweep.study import METRICS, SweepStudy
+from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.runs.input_record import InputRecord
+from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
+from alignlab.training.aligned_samples import check_recipe
 from alignlab.training.setup import Caches, shared_caches
 
 log = logging.getLogger(__name__)
@@ -146,12 +151,14 @@ class TrialRunner:
         except UserError as error:  # each value fits, but not with the others
             return Outcome(TrialState.FAIL, metrics, str(error))
         _forget_start(run)
+        check_inputs(self._config, run)
         try:
             folder = train(run, caches=shared_caches(run, self._caches), wait=True)
         except (UserError, torch.OutOfMemoryError) as error:
             if not _was_built(run) and isinstance(error, UserError):
                 raise
             return Outcome(TrialState.FAIL, metrics, one_line(error))
+        _record_inputs(self._config, folder)
         self._tracker.link_run(trial, folder)
         result = RunFolder(folder).read_result()
         assert result is not None
@@ -178,9 +185,10 @@ def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: in
     It is evaluated on every block that any trial may align, unless the recipe says which.
 
     Raises:
-        UserError: the values do not fit each other.
+        UserError: the values do not fit each other, or leave an objective nothing to align.
     """
     run = apply_values(config.base, values)
+    check_recipe(run)
     name = f"{config.name}/trial-{number:04d}/seed-{seed}"
     update: dict[str, Any] = {"name": name, "seed": seed}
     if run.eval.blocks is None:
@@ -204,6 +212,35 @@ def repeated(study: SweepStudy) -> str:
     return f"; {count} {took}" if count else ""
 
 
+def check_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
+    """Refuses a run that would read other files than the finished runs of the sweep.
+
+    Returns:
+        What these have read.
+
+    Raises:
+        UserError: it names the inputs and the files.
+    """
+    record = InputRecord(sweep_folder(config), config.output)
+    record.refuse_changes(
+        read_inputs(run, fetch=False),
+        since="this sweep began",
+        remedy="choose another name=...",
+    )
+    return record
+
+
+def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
+    """Adds what a finished run has read to what all trials must read."""
+    folder = sweep_folder(config)
+    with FileLock(folder / ".inputs.lock"):
+        record, of_run = (InputRecord(path, config.output) for path in (folder, run_folder))
+        record.refuse_differences(
+            of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"
+        )
+        record.add(of_run.inputs.values())
+
+
 def shown_values(values: dict[str, Any]) -> str:
     """Values as they would be written on the command line."""
     return " ".join(
@@ -219,11 +256,11 @@ def _stored(trial: optuna.Trial) -> FrozenTrial:
 
 def _forget_start(run: RunConfig) -> None:
     """Removes the mark that an earlier, killed start of a run has left; see `_was_built`."""
-    folder = RunFolder(Path(run.output) / run.name)
+    folder = RunFolder(user_path(run.output) / run.name)
     if folder.read_result() is None:
         (folder.path / "environment.json").unlink(missing_ok=True)
 
 
 def _was_built(run: RunConfig) -> bool:
     """Whether the run began to train, so that its failure says something about its settings."""
-    return (Path(run.output) / run.name / "environment.json").exists()
+    return (user_path(run.output) / run.name / "environment.json").exists()

@@ -1,5 +1,6 @@
 """Tuned against tuned: variants that take the best recipe of a sweep of their own."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
 from alignlab.experiments.compare.fairness import check_fair, tuning_facts
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.compare.run import compare
+from alignlab.experiments.compare.run import compare, prepare
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.recipe import load_run
@@ -236,3 +237,15 @@ def test_what_is_no_sweep_is_refused(make: Make, folder: Path, removed: str, nam
         make()
     with pytest.raises(UserError, match=r"variants\.tuned\.from: expected the path"):
         make("from: [1]")
+
+
+def test_a_sweep_on_other_files_is_refused(swept: Path, folder: Path, make: Make) -> None:
+    record = (swept / "inputs.json").read_text()
+    (folder / "inputs.json").write_text(record)
+    prepare(make())
+    vae = next(one for one in json.loads(record)["inputs"] if one["name"] == "model/vae")
+    (folder / "inputs.json").write_text(record.replace(vae["digest"], "0" * 64))
+    with pytest.raises(
+        UserError, match=f"{folder}: model/vae changed since variant tuned was tuned"
+    ):
+        prepare(make())

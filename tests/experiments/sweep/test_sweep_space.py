@@ -80,6 +80,10 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
         (["space.optim.warmpu={kind: int, low: 0, high: 1}"], "did you mean 'warmup'?"),
         (["space.optim.warmup.low=-1"], "space.optim.warmup: -1 does not fit: optim.warmup: "),
         (["space.optim.warmup.low=3"], "space.optim.warmup: high: 2 is below low, 3"),
+        (
+            ["space.objectives.ra.weight={kind: float, low: 0, high: 1, step: 1.0e-300}"],
+            "step: 1e-300 makes more than 1000000 values",
+        ),
         (["space.objectives.ra.weight.low=0"], "a log space begins above 0"),
         (["space.objectives.ra.weight.step=0.1"], "step: nothing reads it with log: true"),
         (["space.optim.warmup.kind=integer"], "unknown value 'integer'"),
@@ -307,3 +311,9 @@ def test_cmaes_draws(make: MakeSweep) -> None:
         weight = suggest_values(trial, space)["objectives.ra.weight"]
         study.tell(trial, weight)
     assert len({trial.params["objectives.ra.weight"] for trial in study.trials}) == 4
+
+
+def test_a_grid_without_end_is_refused(make: MakeSweep) -> None:
+    space = ("space={}", "space.optim.warmup={kind: int, low: 0, high: 1000000000000}")
+    with pytest.raises(UserError, match="the grid has more than 100000 points"):
+        grid_points(make(*space, "sampler=grid", "trials=null"))
