@@ -43,10 +43,8 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
     alias = run.config.measured_against
     teacher = teacher_of(run, alias) if alias else None
     run.wan.transformer.eval()
-    branch = ReferenceBranch(
-        run.wan.transformer,
-        text_to_references=run.config.model.text_to_references,
-        blocks=blocks if teacher else (),
+    branch = ReferenceBranch.of(
+        run.wan.transformer, run.config.model, blocks=blocks if teacher else ()
     )
     with averaged_weights(run.state), branch:
         metrics = validation_flow(run, branch, clips)
