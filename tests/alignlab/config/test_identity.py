@@ -23,8 +23,18 @@ V1_SWEEP = "60f7d50dea11"
 V2_WITH_VIDEOREPA = "v2-5ac9f66fed94"
 
 
+# What that recipe says since, put back.
+OLDER_WAN = (
+    "data.path=x",
+    "data.fps=16",
+    "model.absent_references=none",
+    "optim.grad_clip=1.0",
+    "eval.negative_prompt=",
+)
+
+
 def run_of(name: str) -> RunConfig:
-    return load_run(name, ["data.path=x"] if name.startswith("wan") else [])
+    return load_run(name, list(OLDER_WAN) if name.startswith("wan") else [])
 
 
 def with_new_settings(config: TrainingConfig) -> TrainingConfig:
