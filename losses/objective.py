@@ -24,6 +24,8 @@ from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
 
+MAX_WEIGHT = 1e6
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -140,7 +142,7 @@ class ObjectiveConfig(BaseModel):
 
     Args:
         name: row of `OBJECTIVES`.
-        weight: factor on the loss, finite and >= 0.
+        weight: factor on the loss, 0 to a million.
         schedule: how `weight` changes over training steps.
         gate: how much each noise level counts.
         blocks: 0-based transformer blocks whose output is aligned (the papers' depth d is d-1).
@@ -165,6 +167,15 @@ class ObjectiveConfig(BaseModel):
         extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
         before = {k: e[BEFORE] for k, e in extras.items() if isinstance(e, dict) and BEFORE in e}
         return {**before, **values}
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_leaves_the_flow_loss_visible(cls, weight: float) -> float:
+        if weight > MAX_WEIGHT:
+            raise ValueError(
+                f"{weight:g} is more than {MAX_WEIGHT:g}: nothing would be left of the flow loss"
+            )
+        return weight
 
     @field_validator("blocks")
     @classmethod
