@@ -51,7 +51,8 @@ class ModelConfig(Settings):
     lora: LoraConfig | None = None
     """Only with `train: lora`; left out, its defaults hold."""
     attention: str = "native"
-    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention."""
+    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention. Any other is
+    tried in a Wan block before training; `alignlab doctor` lists those that train here."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third slower."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -250,6 +251,11 @@ class EvalConfig(Settings):
     """What stands for the caption where guidance leaves it out: nothing, a text, or `wan`, Wan's
     own negative prompt (RefAlign's code)."""
 
+    @property
+    def num_measured_clips(self) -> int:
+        """How many generated clips are to be measured; a smaller val split has fewer."""
+        return self.sample_clips if self.generated_clips is None else self.generated_clips
+
 
 class TrackingConfig(Settings):
     """Where the scalars go besides `metrics.jsonl`."""
@@ -289,7 +295,7 @@ class TrainingConfig(Settings):
     steps: Steps
     """Optimizer steps: the budget."""
     output: str = "runs"
-    """Folder of all runs."""
+    """Folder of all runs; `~` is the home folder, here and in every other path."""
     optim: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

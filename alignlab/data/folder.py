@@ -4,21 +4,19 @@ The columns are described in `alignlab.data.metadata`.
 Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 """
 
-import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from alignlab.config.data import FolderConfig
-from alignlab.data.metadata import Row, read_rows
+from alignlab.config.paths import user_path
+from alignlab.data.metadata import Row, misnamed_columns, read_rows
 from alignlab.data.resize import cover_crop, fit_reference
 from alignlab.data.sample import Reference, Sample
+from alignlab.data.split import Split, deal
 from alignlab.data.video import (
     ClipError,
     DecodedClip,
@@ -41,8 +39,7 @@ class FolderDataset:
 
     Args:
         config: see `alignlab.config.data.FolderConfig`.
-        split: rows are dealt by a hash of `file_name`, so that a video is never in both splits
-            and does not change sides when rows are added. At least one video is held out.
+        split: which rows are in it says `alignlab.data.split.deal`.
 
     Raises:
         ClipError: with `on_bad_video: error`, a clip that is unreadable, too short, or short of
@@ -50,15 +47,21 @@ class FolderDataset:
         UserError: bad metadata, or nothing left in the split.
     """
 
-    def __init__(self, config: FolderConfig, split: Literal["train", "val"]) -> None:
+    def __init__(self, config: FolderConfig, split: Split) -> None:
         self.config = config
         self.split = split
-        root = Path(config.path)
+        root = user_path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
-        rows = read_rows(root, config.metadata)
-        held_out = held_out_names((row.file_name for row in rows), config.val_fraction)
-        in_split = [row for row in rows if (row.file_name in held_out) == (split == "val")]
+        rows = read_rows(root, config.metadata, follow_links=config.follow_links)
+        if split == "train":  # once for each data set
+            for name, column in misnamed_columns(rows).items():
+                log.warning(
+                    "%s: nothing reads the column %r; did you mean %r?",
+                    *(root / config.metadata, name, column),
+                )
+        dealt = zip(rows, deal(rows, root, config.val_fraction), strict=True)
+        in_split = [row for row, dealt_to in dealt if dealt_to == split]
         self._rows = self._usable(in_split)
         self._keys = _unique_keys(self._rows)
         if not self._rows:
@@ -93,6 +96,10 @@ class FolderDataset:
         """Key of the first clip whose entity masks are unknown; None if there is no such clip."""
         rows = zip(self._keys, self._rows, strict=True)
         return next((key for key, row in rows if row.masks is None), None)
+
+    def share_with_references(self) -> float:
+        """Share of the clips whose row lists a reference."""
+        return sum(bool(row.references) for row in self._rows) / len(self._rows)
 
     def _usable(self, rows: list[Row]) -> list[Row]:
         with ThreadPoolExecutor(PROBE_THREADS) as pool:
@@ -151,16 +158,6 @@ def _crop_area(image_HWC: Tensor, mask_HW: Tensor | None) -> int:
     if not len(rows):
         return 0
     return int((rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1))
-
-
-def held_out_names(file_names: Iterable[str], val_fraction: float) -> set[str]:
-    """The names whose hash falls below `val_fraction`, or the lowest one when none does."""
-    rank = {
-        name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-        for name in file_names
-    }
-    below = {name for name in rank if rank[name] < val_fraction}
-    return below or {min(rank, key=rank.__getitem__)}
 
 
 def _unique_keys(rows: list[Row]) -> list[str]:

@@ -1,5 +1,6 @@
 """Everything that a run trains with, built once from its recipe."""
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from alignlab.config.parts import AdamWConfig
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.data.registry import build_dataset
+from alignlab.data.registry import build_dataset, dataset_files
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -17,10 +18,14 @@ from alignlab.losses.grids import Grid
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
 from alignlab.recipe import recipe_hash
+from alignlab.runs.file_digests import sizes_digest
+from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
 from alignlab.training.checkpoint import RunState
 from alignlab.training.flow_matching import FlowWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -155,8 +160,33 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunStat
     return RunState(adamw(parameters, config.optim), wan.transformer, alignment, ema)
 
 
+def check_inputs(run: Run) -> None:
+    """Looks, before the first step, at what would show only during or after the training.
+
+    The teachers that objectives read must tell two clips apart, and the one that is only measured
+    against must have sound weights. Warns of an evaluation on fewer clips than asked for.
+
+    Raises:
+        UserError: a teacher is of no use.
+    """
+    config = run.config
+    run.alignment.check_teachers(config, run.wan.latent_grid(config.data.frames, *config.data.size))
+    alias = config.measured_against
+    if alias is not None and alias not in run.alignment.teachers:
+        teacher_from(config.teachers[alias], device="cpu")
+    for key in ("clips", "sample_clips", "generated_clips"):
+        count = getattr(config.eval, key) or 0
+        if count > len(run.val_clips):
+            log.warning(
+                "eval.%s: %d, but the val split has %d; those are taken",
+                *(key, count, len(run.val_clips)),
+            )
+
+
 def check_ranks_agree(run: Run) -> None:
-    """Compares recipe, number of clips, digests of teachers and norms of all other weights.
+    """Compares recipe, clips, digests of teachers and norms of all other weights.
+
+    Of clips, their number and the names and sizes of their files: rank 0 alone hashes the files.
 
     Raises:
         UserError: the ranks differ.
@@ -166,6 +196,9 @@ def check_ranks_agree(run: Run) -> None:
         return
     ranks.check_same("the recipe", recipe_hash(run.config))
     ranks.check_same("the number of clips", (len(run.clips), len(run.val_clips)))
+    read = dataset_files(run.config.data)
+    if read is not None:
+        ranks.check_same("the files of the clips", sizes_digest(read.files)[:12])
     for alias, teacher in run.alignment.teachers.items():
         ranks.check_same(f"the weights of the teacher {alias}", teacher.digest()[:12])
     networks: dict[str, nn.Module] = {
