@@ -31,7 +31,7 @@ OLDER_WAN = (
     "data.fps=16",
     "model.absent_references=none",
     "optim.grad_clip=1.0",
-    "eval.negative_prompt=",
+    "eval.negative_prompt=''",
 )
 
 
