@@ -113,6 +113,10 @@ def sample(
     reference_guidance: Annotated[
         float | None, typer.Option(min=0, help="(default: the recipe's)")
     ] = None,
+    negative_prompt: Annotated[
+        str | None,
+        typer.Option(help="What the video should not show, or 'wan' (default: the recipe's)."),
+    ] = None,
 ) -> None:
     """Generate a video with the model of a run."""
     for path in reference or ():
@@ -129,6 +133,7 @@ def sample(
         steps=steps,
         text_guidance=text_guidance,
         reference_guidance=reference_guidance,
+        negative_prompt=negative_prompt,
     )
     typer.echo(f"video: {written}")
 

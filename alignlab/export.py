@@ -1,6 +1,7 @@
 """What inference needs of a run, and nothing else: no projector, no alignlab."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,21 @@ from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
 from alignlab.training import checkpoint
 
+log = logging.getLogger(__name__)
+
+ZEROS = (
+    "this model was trained with frames of zeros in place of absent references "
+    "(model.absent_references: zero): inference has to append them (losses/README.md, refalign); "
+    "a plain WanPipeline does not"
+)
+
 
 def export(run_dir: Path, out: Path) -> Path:
     """Writes the trained model of a run's newest checkpoint.
 
     Full fine-tuning gives a diffusers pipeline folder, `WanPipeline.from_pretrained(out)`. LoRA
-    gives the adapter, `pipeline.load_lora_weights(out)`.
+    gives the adapter, `pipeline.load_lora_weights(out)`. Of a run with
+    `model.absent_references: zero` a warning says what inference has to add.
 
     Raises:
         UserError: no such run, no checkpoint in it, or `out` holds something else.
@@ -26,6 +36,8 @@ def export(run_dir: Path, out: Path) -> Path:
     if out.exists() and out != run_dir / "export" and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     wan = load_trained(run_dir)
+    if RunFolder.open(run_dir).config().model.absent_references == "zero":
+        log.warning(ZEROS)
     with whole_folder(out) as folder:
         if getattr(wan.transformer, "peft_config", None):
             checkpoint.save_lora(wan.transformer, folder)

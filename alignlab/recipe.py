@@ -34,19 +34,22 @@ NUMBERLESS: dict[str, Any] = {
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_run(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_run(
+    recipe: str | Path, overrides: list[str] | None = None, *, stored: bool = False
+) -> RunConfig:
     """The config of one run.
 
     Args:
         recipe: path of a YAML file, or the name of a shipped recipe such as `tiny`.
         overrides: `dotted.key=value` strings, applied over the file.
+        stored: see `validated`.
 
     Raises:
         UserError: no such recipe, not YAML, an unknown key, a value of the wrong type.
     """
     mapping = read_recipe(recipe, overrides or [])
     refuse_other_command(recipe, mapping, "train")
-    return validated(RunConfig, mapping)
+    return validated(RunConfig, mapping, stored=stored)
 
 
 def load_stage1_run(
@@ -131,9 +134,9 @@ def has_recipe_hash(config: TrainingConfig, stored: str) -> bool:
 
 
 def holds_recipe(path: Path, config: TrainingConfig) -> bool:
-    """Whether a recipe file gives the same numbers as `config`; not if it is of another kind."""
+    """Whether a stored recipe gives the same numbers as `config`; not if it is of another kind."""
     try:
-        held = validated(type(config), read_recipe(path, []))
+        held = validated(type(config), read_recipe(path, []), stored=True)
     except UserError:
         return False
     return identity(held, NUMBERLESS) == identity(config, NUMBERLESS)
@@ -142,7 +145,7 @@ def holds_recipe(path: Path, config: TrainingConfig) -> bool:
 def shown_difference(path: Path, config: TrainingConfig) -> str:
     """The first setting that a recipe file has otherwise than `config`, in words."""
     try:
-        held = validated(type(config), read_recipe(path, []))
+        held = validated(type(config), read_recipe(path, []), stored=True)
     except UserError:
         return "of another kind"
     there, here = (numbered_settings(recipe) for recipe in (held, config))
@@ -173,19 +176,23 @@ def numbered_settings(config: TrainingConfig) -> dict[str, Any]:
     return {key: value for key, value in flatten(dumped).items() if value != {}}
 
 
-def validated(model: type[Model], values: Mapping[str, Any], under: str = "") -> Model:
+def validated(
+    model: type[Model], values: Mapping[str, Any], under: str = "", *, stored: bool = False
+) -> Model:
     """The config that settings make.
 
     Args:
         model: its class.
         values: the settings.
         under: dotted key of the settings in the recipe, for the message; may be empty.
+        stored: they were written whole by a run, maybe an older one: what they lack is as it was
+            then (`alignlab.losses.objective.changed_default`).
 
     Raises:
         UserError: the first setting that is wrong, and what is valid there.
     """
     try:
-        config = model.model_validate(values)
+        config = model.model_validate(values, context={"stored": stored})
     except ValidationError as error:
         raise UserError(first_problem(model, error, under)) from None
     for key in _truths_as_numbers(values, config):

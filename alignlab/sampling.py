@@ -26,6 +26,19 @@ from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
 from alignlab.training.flow_matching import euler_sample
 
+NEGATIVE_PROMPTS = {
+    # `sample_neg_prompt` of Wan 2.1's configs (wan/configs/shared_config.py), which RefAlign's
+    # inference scripts use as well; its commas are full-width.
+    "wan": "\uff0c".join(
+        (
+            "色调艳丽 过曝 静态 细节模糊不清 字幕 风格 作品 画作 画面 静止 整体发灰 最差质量 "
+            "低质量 JPEG压缩残留 丑陋的 残缺的 多余的手指 画得不好的手部 画得不好的脸部 "
+            "畸形的 毁容的 形态畸形的肢体 手指融合 静止不动的画面 杂乱的背景 三条腿 "
+            "背景人很多 倒着走"
+        ).split()
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -60,12 +73,17 @@ def guidance_of(config: RunConfig) -> Guidance:
     )
 
 
+def negative_text(prompt: str) -> str:
+    """The text of `eval.negative_prompt`: that of a preset, or else the prompt itself."""
+    return NEGATIVE_PROMPTS.get(prompt, prompt)
+
+
 @torch.no_grad()
 def sample_latents(
     branch: ReferenceBranch,
     noise_CTHW: Tensor,
     text_LD: Tensor,
-    empty_text_LD: Tensor,
+    negative_text_LD: Tensor,
     references_KCHW: Tensor,
     guidance: Guidance,
     *,
@@ -74,12 +92,16 @@ def sample_latents(
     """Latents `(C, T, H, W)` of one clip.
 
     velocity = v(-, -) + reference (v(-, refs) - v(-, -)) + text (v(text, refs) - v(-, refs)),
-    where - is the empty prompt or no reference. The three run as one batch. `advance` is told the
-    number of finished steps.
+    where - is the negative prompt (the empty one by default), and no references: none at all, or
+    where the branch's `absent_references` is `zero` as many latents of zeros (RefAlign's code; of
+    a clip without references one, as in training). The three run as one batch. `advance` is told
+    the number of finished steps.
     """
     done = 0
-    text_BLD = torch.stack([empty_text_LD, empty_text_LD, text_LD])
-    references = [references_KCHW[:0], references_KCHW, references_KCHW]
+    text_BLD = torch.stack([negative_text_LD, negative_text_LD, text_LD])
+    is_zero = branch.absent_references == "zero"
+    absent = torch.zeros_like(references_KCHW) if is_zero else references_KCHW[:0]
+    references = [absent, references_KCHW, references_KCHW]
 
     def velocity_at(latents_CTHW: Tensor, sigma: float) -> Tensor:
         nonlocal done
@@ -115,6 +137,7 @@ def sample_to_file(
     steps: int | None = None,
     text_guidance: float | None = None,
     reference_guidance: float | None = None,
+    negative_prompt: str | None = None,
 ) -> Path:
     """Generates one clip with the newest checkpoint of a run and writes it as mp4.
 
@@ -127,6 +150,8 @@ def sample_to_file(
         steps: Euler steps; None takes the recipe's, as do the two guidance scales.
         text_guidance: see `Guidance`.
         reference_guidance: see `Guidance`.
+        negative_prompt: a text, or the name of a preset (`NEGATIVE_PROMPTS`); None takes the
+            recipe's.
 
     Raises:
         UserError: no such run, no checkpoint, or an image that cannot be read.
@@ -146,14 +171,15 @@ def sample_to_file(
         image_HWC, _ = fit_reference(image_HWC, mask_HW, config.data.size)
         references.append(wan.encode_image(image_HWC))
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
-    empty_LD, text_LD = wan.encode_text(["", prompt])
+    negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
+    negative_LD, text_LD = wan.encode_text([negative_text(negative), prompt])
     stacked = torch.stack(references) if references else noise[None, :, 0][:0].to(wan.device)
     with (
-        reference_branch_of(wan, config) as branch,
+        ReferenceBranch.of(wan.transformer, config.model) as branch,
         step_progress("sample", total=guidance.steps) as advance,
     ):
         latents = sample_latents(
-            branch, noise.to(wan.device), text_LD, empty_LD, stacked, guidance, advance=advance
+            branch, noise.to(wan.device), text_LD, negative_LD, stacked, guidance, advance=advance
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_mp4(out, wan.decode(latents).cpu(), config.data.fps)
@@ -197,8 +223,3 @@ def latent_shape(wan: Wan, config: RunConfig) -> tuple[int, int, int, int]:
         height * patch[1],
         width * patch[2],
     )
-
-
-def reference_branch_of(wan: Wan, config: RunConfig) -> ReferenceBranch:
-    """The branch as the run trained it, without taps."""
-    return ReferenceBranch(wan.transformer, text_to_references=config.model.text_to_references)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
@@ -49,7 +49,7 @@ from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.nonfinite import NonFiniteWatch, state_norms
-from alignlab.training.optim import set_learning_rate, update_ema
+from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
 from alignlab.training.setup import Caches, Run, build_run, check_inputs, check_ranks_agree
 
 
@@ -197,7 +197,7 @@ class Trainer(ABC):
             parts.append(per_sample)
         parameters = list(state.names)
         self.ranks.average_gradients(parameters)
-        norm = clip_grad_norm_(parameters, config.optim.grad_clip)
+        norm = clip_gradients(parameters, config.optim.grad_clip)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         keys = {key: None for part in parts for key in part}

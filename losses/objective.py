@@ -7,9 +7,16 @@ N = T*P tokens, D width.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from alignlab.losses.gate import Gate, NoGate
@@ -114,6 +121,22 @@ class Terms:
     similarity_LB: Tensor | None = None
 
 
+BEFORE = "before"
+
+
+def changed_default(default: Any, *, before: Any) -> Any:
+    """A pydantic field whose default is not what objectives did before they had it.
+
+    Recipes that were stored without it meant `before`: they are read so (`ObjectiveConfig`), and
+    identities count what differs from it, so that no older run passes for one with the new default.
+
+    Args:
+        default: of recipes that are written now.
+        before: what an objective did when the field was not there.
+    """
+    return Field(default=default, json_schema_extra={BEFORE: before})
+
+
 class ObjectiveConfig(BaseModel):
     """Settings that every objective has; each adds its own constants.
 
@@ -134,6 +157,16 @@ class ObjectiveConfig(BaseModel):
     gate: Gate = NoGate()
     blocks: tuple[int, ...]
     teacher: str | tuple[str, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_stored(cls, values: Any, info: ValidationInfo) -> Any:
+        """Fills in what a stored recipe lacks because it was written before the field was there."""
+        if not isinstance(values, dict) or not (info.context or {}).get("stored"):
+            return values
+        extras = {name: field.json_schema_extra for name, field in cls.model_fields.items()}
+        before = {k: e[BEFORE] for k, e in extras.items() if isinstance(e, dict) and BEFORE in e}
+        return {**before, **values}
 
     @field_validator("weight")
     @classmethod

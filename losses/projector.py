@@ -8,11 +8,15 @@ Shape letters: B batch, T frames, N tokens of all frames, D width.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 REPA_HIDDEN = 2048
+
+InitialWeights = Literal["torch", "xavier"]
+"""Of linear layers: torch's default weights and biases, or Xavier-uniform with zero biases."""
 
 
 def refalign_projector(
@@ -30,13 +34,19 @@ def refalign_projector(
 
 
 def repa_projector(
-    student_dim: int, teacher_dim: int, hidden: int, generator: torch.Generator
+    student_dim: int,
+    teacher_dim: int,
+    hidden: int,
+    generator: torch.Generator,
+    *,
+    initial: InitialWeights = "xavier",
 ) -> nn.Sequential:
     """Builds REPA's three linear layers with SiLU between them (REPA's released code).
 
-    Xavier-uniform weights and zero biases, as in that code.
+    Xavier-uniform weights and zero biases, as in that code. VideoREPA's code has the same layers
+    with torch's default weights and biases.
     """
-    return _mlp((student_dim, hidden, hidden, teacher_dim), generator)
+    return _mlp((student_dim, hidden, hidden, teacher_dim), generator, initial)
 
 
 def deep_projector(
@@ -142,12 +152,19 @@ def _draw_torch_default(layer: nn.Linear | nn.Conv2d, generator: torch.Generator
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
 
 
-def _mlp(widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
-    """Linear layers of these widths with SiLU between them: Xavier-uniform, zero biases."""
+def _mlp(
+    widths: Sequence[int], generator: torch.Generator, initial: InitialWeights = "xavier"
+) -> nn.Sequential:
+    """Linear layers of these widths with SiLU between them."""
+    draw = _draw_torch_default if initial == "torch" else _draw_xavier
     layers: list[nn.Module] = []
     for into, out in pairwise(widths):
         linear = _empty(into, out, bias=True)
-        nn.init.xavier_uniform_(linear.weight, generator=generator)
-        nn.init.zeros_(linear.bias)
+        draw(linear, generator)
         layers += [linear, nn.SiLU()]
     return nn.Sequential(*layers[:-1])
+
+
+def _draw_xavier(layer: nn.Linear, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(layer.weight, generator=generator)
+    nn.init.zeros_(layer.bias)

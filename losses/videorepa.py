@@ -21,9 +21,11 @@ from alignlab.losses.objective import (
     Side,
     Terms,
     Tokens,
+    changed_default,
 )
 from alignlab.losses.projector import (
     REPA_HIDDEN,
+    InitialWeights,
     pooling_convolution,
     project,
     project_frames,
@@ -87,6 +89,8 @@ class VideoRepaConfig(ObjectiveConfig):
         grid: whose token grid is used: "teacher" resamples the (pooled) student (code), "student"
             averages and resamples the teacher, which makes fewer tokens of an image teacher's many.
         projector_dim: hidden width of the projectors, 2048 (code).
+        initial_weights: of the projectors: "torch", its default for linear layers (code), or
+            "xavier", REPA's: Xavier-uniform with zero biases.
         impl: which implementation compares the relations; see `token_relation_loss`.
     """
 
@@ -100,6 +104,7 @@ class VideoRepaConfig(ObjectiveConfig):
     pool: int = Field(default=1, ge=1)
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
+    initial_weights: InitialWeights = changed_default("torch", before="xavier")
     impl: Impl = "auto"
 
 
@@ -129,7 +134,11 @@ class VideoRepa(Objective):
         self.projectors, self.pools = nn.ModuleDict(), nn.ModuleDict()
         for block in config.blocks:
             self.projectors[f"block_{block}"] = repa_projector(
-                student_dim, width, config.projector_dim, generator
+                student_dim,
+                width,
+                config.projector_dim,
+                generator,
+                initial=config.initial_weights,
             )
             if config.pool > 1:
                 self.pools[f"block_{block}"] = pooling_convolution(width, config.pool, generator)

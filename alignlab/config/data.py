@@ -167,7 +167,8 @@ class FolderConfig(ClipsConfig):
     fps: FrameRate = 16
     """Frame rate to which videos are resampled. 16 is Wan 2.1's."""
     references: Limits = (0, 3)
-    """Fewest and most reference images per clip. RefAlign keeps at most 3."""
+    """Fewest and most reference images per clip. RefAlign keeps at most 3. Of a row with more,
+    the largest crops are taken (docs/data.md)."""
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of the videos, or of the groups, held out as the val split: rounded, at least one. Not
     read where rows say their split."""

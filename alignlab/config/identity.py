@@ -2,7 +2,9 @@
 
 It holds the settings that change a number, and of these only what differs from the defaults: a
 setting that is added later, with a default that changes nothing, leaves the identity of every
-older recipe as it was. A default that changes needs a new `VERSION`.
+older recipe as it was. An objective's setting whose default does change something says what was
+done before it (`changed_default`), and counts from that. Any other default that changes needs a new
+`VERSION`.
 """
 
 import hashlib
@@ -15,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from alignlab.config.fields_v1 import FIELDS_V1
+from alignlab.losses.objective import BEFORE
 
 VERSION = 2
 _PREFIX = f"v{VERSION}-"
@@ -34,7 +37,7 @@ def identity(config: BaseModel, exclude: Exclude | None = None) -> dict[str, Any
         value = getattr(config, name)
         if left_out.get(name) is True:
             continue
-        default = field.get_default(call_default_factory=True)
+        default = _before(field)
         inner = left_out.get(name) or {}
         if _is_tag(field) or _plain(value, inner) != _plain(default, inner):
             settings[name] = _plain(value, inner)
@@ -63,6 +66,14 @@ def has_hash(config: BaseModel, stored: str, exclude: Exclude | None = None) -> 
     return stored in (_digest(_compact(whole)), _digest(json.dumps(whole, sort_keys=True)))
 
 
+def _before(field: FieldInfo) -> Any:
+    """What a recipe meant that does not name a setting: its default, unless that changed."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and BEFORE in extra:
+        return extra[BEFORE]
+    return field.get_default(call_default_factory=True)
+
+
 def _is_tag(field: FieldInfo) -> bool:
     return get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
 
@@ -88,8 +99,7 @@ def _has_later_settings(value: Any) -> bool:
         return any(
             _has_later_settings(getattr(value, name))
             if name in old
-            else _is_tag(field)
-            or getattr(value, name) != field.get_default(call_default_factory=True)
+            else _is_tag(field) or getattr(value, name) != _before(field)
             for name, field in fields.items()
         )
     if isinstance(value, Mapping):

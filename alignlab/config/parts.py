@@ -59,6 +59,9 @@ class ModelConfig(Settings):
     """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
     text_to_references: bool = False
     """Let reference tokens attend to the text. RefAlign's code does not."""
+    absent_references: Literal["none", "zero"] = "none"
+    """What stands where references are absent or dropped: nothing, or (`zero`, RefAlign's code)
+    latents of zeros: one frame, and where guidance leaves references out one for each of them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -176,8 +179,8 @@ class AdamWConfig(Settings):
     """Decay rates of AdamW's moments. RefAlign's."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay. RefAlign's."""
-    grad_clip: float = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient. REPA's."""
+    grad_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the whole gradient; `null` clips nothing. 1.0 is REPA's, null RefAlign's."""
     batch_size: Annotated[int, Field(ge=1), at_most(*BATCH)] = 1
     """Samples per step, all ranks and micro-batches together."""
     warmup: int = Field(default=0, ge=0)
@@ -244,6 +247,9 @@ class EvalConfig(Settings):
     """Guidance on the caption. 7.5 is RefAlign's."""
     reference_guidance: float = Field(default=5.0, ge=0, le=1000)
     """Guidance on the references. 5.0 is RefAlign's."""
+    negative_prompt: str = ""
+    """What stands for the caption where guidance leaves it out: nothing, a text, or `wan`, Wan's
+    own negative prompt (RefAlign's code)."""
 
     @property
     def num_measured_clips(self) -> int:

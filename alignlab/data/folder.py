@@ -136,12 +136,28 @@ class FolderDataset:
         return None
 
     def _references(self, row: Row) -> tuple[Reference, ...]:
-        listed = zip(row.references, row.reference_names, row.reference_phrases, strict=True)
+        most = self.config.references[1]
+        images = [read_image(path) for path in row.references] if most else []
+        places = list(range(len(images)))
+        if len(places) > most:
+            # the largest crops, largest first, as in RefAlign's code; of equal ones the first
+            places.sort(key=lambda place: _crop_area(*images[place]), reverse=True)
         references = []
-        for path, name, phrase in list(listed)[: self.config.references[1]]:
-            image_HWC, mask_HW = fit_reference(*read_image(path), self.config.size)
+        for place in places[:most]:
+            image_HWC, mask_HW = fit_reference(*images[place], self.config.size)
+            name, phrase = row.reference_names[place], row.reference_phrases[place]
             references.append(Reference(image_HWC, mask_HW, name, phrase))
         return tuple(references)
+
+
+def _crop_area(image_HWC: Tensor, mask_HW: Tensor | None) -> int:
+    """Pixels of the smallest box around the subject, in the image as it lies in its file."""
+    if mask_HW is None:
+        return image_HWC.shape[0] * image_HWC.shape[1]
+    rows, columns = mask_HW.any(1).nonzero(), mask_HW.any(0).nonzero()
+    if not len(rows):
+        return 0
+    return int((rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1))
 
 
 def _unique_keys(rows: list[Row]) -> list[str]:

@@ -69,9 +69,9 @@ class Diagnosis:
         self._warnings = RankWarnings(logged)
         transformer = run.wan.transformer
         blocks = {*run.alignment.blocks, *(run.config.eval.blocks or ())}
-        self._branch = ReferenceBranch(
+        self._branch = ReferenceBranch.of(
             transformer,
-            text_to_references=run.config.model.text_to_references,
+            run.config.model,
             blocks=sorted(blocks or range(len(transformer.blocks))),
         )
 

@@ -44,10 +44,8 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
     alias = run.config.measured_against
     teacher = teacher_of(run, alias) if alias else None
     run.wan.transformer.eval()
-    branch = ReferenceBranch(
-        run.wan.transformer,
-        text_to_references=run.config.model.text_to_references,
-        blocks=blocks if teacher else (),
+    branch = ReferenceBranch.of(
+        run.wan.transformer, run.config.model, blocks=blocks if teacher else ()
     )
     with averaged_weights(run.state), branch:
         metrics = validation_flow(run, branch, clips)
@@ -72,9 +70,7 @@ def flow_of_first_clips(run: Run) -> float:
     """
     count = min(FIRST_CLIPS, run.config.eval.clips, len(run.val_clips))
     clips = [run.val_clips[i] for i in range(count)]
-    branch = ReferenceBranch(
-        run.wan.transformer, text_to_references=run.config.model.text_to_references
-    )
+    branch = ReferenceBranch.of(run.wan.transformer, run.config.model)
     run.wan.transformer.eval()
     with averaged_weights(run.state), branch:
         flow = validation_flow(run, branch, clips)["val/flow"]

@@ -18,7 +18,7 @@ from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.run_folder import RunFolder
-from alignlab.sampling import guidance_of, latent_shape, sample_latents
+from alignlab.sampling import guidance_of, latent_shape, negative_text, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded, reference_images
 from alignlab.training.setup import Run
@@ -95,6 +95,9 @@ def generated_clip(
     Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
     """
     clip, device = run.val_clips[index], run.device
+    negative = negative_text(run.config.eval.negative_prompt)
+    # the empty prompt was encoded when the run was built
+    negative_LD = run.wan.encode_text([negative])[0] if negative else run.val_clips.empty_text_LD
     noise = torch.randn(
         latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
     )
@@ -102,7 +105,7 @@ def generated_clip(
         branch,
         noise.to(device),
         clip.text_LD.to(device),
-        run.val_clips.empty_text_LD.to(device),
+        negative_LD.to(device),
         clip.references_KCHW.to(device),
         guidance_of(run.config),
         advance=advance,

@@ -126,7 +126,8 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
             ema = config.optim.ema is not None
             checkpoint.load_transformer(run.wan.transformer, newest, ema=ema)
         run.wan.transformer.eval()
-        with _all_blocks(run) as branch:
+        every_block = range(run.wan.num_blocks)
+        with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
             maps[model] = _measure(run, branch, clips, loaded_teacher, shown, model)
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
     return RunProbe(
@@ -194,14 +195,6 @@ def _video_cells(videos: VideoCollector, model: str, sigma: float) -> list[Cell]
         whole = cka(tokens.student_ND, tokens.teacher_NE, unbiased=True)
         cells.append(Cell("cka", model, block, sigma, whole))
     return cells
-
-
-def _all_blocks(run: Run) -> ReferenceBranch:
-    return ReferenceBranch(
-        run.wan.transformer,
-        text_to_references=run.config.model.text_to_references,
-        blocks=range(run.wan.num_blocks),
-    )
 
 
 def _teacher_alias(config: RunConfig, alias: str | None) -> str:

@@ -11,16 +11,22 @@ from torch import Tensor
 
 from alignlab.metrics.features import feature_rows, unit_rows
 
-_EPS = 1e-6
+_CKNNA_EPS = 1e-6
+_CKA_EPS = 1e-12  # well above float64's rounding
 
 
 def cka(left_ND: Tensor, right_NE: Tensor, *, unbiased: bool = False) -> float:
     """Linear centred kernel alignment of L2-normalised rows, in float64.
 
-    `HSIC(K, L) / (sqrt(HSIC(K, K) HSIC(L, L)) + 1e-6)` with `K`, `L` the two cosine matrices.
+    `HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))` with `K`, `L` the two cosine matrices.
     Biased: `HSIC = tr(K H L H) / (N - 1)^2`, in [0, 1], close to 1 for any pair when N is small
     against the width. Unbiased (Song et al. 2012): around 0 for unrelated features at any N; may
     be negative.
+
+    A set whose rows do not vary gives 0: its `HSIC(K, K)` is within 1e-12 of the mean square of
+    `K`. The released code adds 1e-6 to the root instead (biased: of HSICs that are not divided by
+    `(N - 1)^2`); the unbiased value of a set with itself is then 0.75 at a mean cosine of 0.990,
+    and 0.04 at 0.999.
 
     Args:
         left_ND: one row per token, frame or image.
@@ -32,7 +38,11 @@ def cka(left_ND: Tensor, right_NE: Tensor, *, unbiased: bool = False) -> float:
     """
     left_NN, right_NN = _kernels(left_ND, right_NE, minimum=4 if unbiased else 2)
     hsic = _hsic_unbiased if unbiased else _hsic_biased
-    return _quotient(hsic(left_NN, right_NN), hsic(left_NN, left_NN), hsic(right_NN, right_NN))
+    own = [hsic(kernel_NN, kernel_NN) for kernel_NN in (left_NN, right_NN)]
+    uncentred = [kernel_NN.square().mean() for kernel_NN in (left_NN, right_NN)]
+    if any(one <= _CKA_EPS * whole for one, whole in zip(own, uncentred, strict=True)):
+        return 0.0
+    return float(hsic(left_NN, right_NN) / _root(*own))
 
 
 def cknna(left_ND: Tensor, right_NE: Tensor, k: int = 10) -> float:
@@ -40,7 +50,8 @@ def cknna(left_ND: Tensor, right_NE: Tensor, k: int = 10) -> float:
 
     Every row keeps its `k` nearest others by cosine; the cross term keeps the pairs kept by both,
     each self term its own. The masks are not symmetric, so swapping the arguments changes the value
-    a little; put the student left and the teacher right everywhere.
+    a little; put the student left and the teacher right everywhere. 1e-6 is added to the root, as
+    in the released code: of pairs that were chosen as the nearest, it is small beside it.
 
     Args:
         left_ND: one row per token, frame or image.
@@ -57,11 +68,11 @@ def cknna(left_ND: Tensor, right_NE: Tensor, k: int = 10) -> float:
     left_mask_NN, right_mask_NN = _neighbours(left_NN, k), _neighbours(right_NN, k)
     both_NN = left_mask_NN * right_mask_NN
     left_own_NN, right_own_NN = left_mask_NN * left_NN, right_mask_NN * right_NN
-    return _quotient(
-        _hsic_unbiased(both_NN * left_NN, both_NN * right_NN),
-        _hsic_unbiased(left_own_NN, left_own_NN),
-        _hsic_unbiased(right_own_NN, right_own_NN),
+    root = _root(
+        _hsic_unbiased(left_own_NN, left_own_NN), _hsic_unbiased(right_own_NN, right_own_NN)
     )
+    cross = _hsic_unbiased(both_NN * left_NN, both_NN * right_NN)
+    return float(cross / (root + _CKNNA_EPS))
 
 
 def _kernels(left_ND: Tensor, right_NE: Tensor, *, minimum: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +109,6 @@ def _hsic_unbiased(left_NN: Tensor, right_NN: Tensor) -> Tensor:
     return (cross + sums - 2.0 * chained / (rows - 2)) / (rows * (rows - 3))
 
 
-def _quotient(cross: Tensor, left: Tensor, right: Tensor) -> float:
+def _root(left: Tensor, right: Tensor) -> Tensor:
     # Rounding can leave the self term of constant features a hair below zero.
-    return float(cross / ((left * right).clamp_min(0.0).sqrt() + _EPS))
+    return (left * right).clamp_min(0.0).sqrt()

@@ -30,8 +30,8 @@ def spatial_structure(
     - `lds`: mean cosine of pairs up to `near` apart minus that of pairs `far` or more apart
     - `cds`: minus the slope of the mean cosine over the distances 1 to `reach`, by least squares in
       which every distance counts the same
-    - `srss`: mean cosine of foreground tokens with other foreground tokens up to `near` apart,
-      minus that with background tokens `far` or more apart
+    - `srss`: mean over foreground tokens of the mean cosine with other foreground tokens up to
+      `near` apart minus that with background tokens `far` or more apart; of tokens that have both
     - `rmsc`: root mean square distance of the unit tokens from their mean, in [0, 1]
 
     A measure is left out where the frame has no such pairs: a small grid has no distant tokens.
@@ -66,7 +66,7 @@ def spatial_structure(
         inside_N = inside_N.to(unit_ND.device)
         own_NN = inside_N[:, None] & inside_N & close_NN
         other_NN = inside_N[:, None] & ~inside_N & (distance_NN >= far)
-        measures["srss"] = _difference(cosine_NN, own_NN, other_NN)
+        measures["srss"] = _difference_by_row(cosine_NN, own_NN, other_NN)
     return {name: value for name, value in measures.items() if value is not None}
 
 
@@ -74,6 +74,15 @@ def _difference(cosine_NN: Tensor, left_NN: Tensor, right_NN: Tensor) -> float |
     if not (left_NN.any() and right_NN.any()):
         return None
     return float(cosine_NN[left_NN].mean() - cosine_NN[right_NN].mean())
+
+
+def _difference_by_row(cosine_NN: Tensor, left_NN: Tensor, right_NN: Tensor) -> float | None:
+    """Mean over the rows that have pairs of both kinds."""
+    has_both_N = left_NN.any(1) & right_NN.any(1)
+    if not has_both_N.any():
+        return None
+    left_N, right_N = ((cosine_NN * kind).sum(1) / kind.sum(1) for kind in (left_NN, right_NN))
+    return float((left_N - right_N)[has_both_N].mean())
 
 
 def _decay(cosine_NN: Tensor, distance_NN: Tensor, reach: int) -> float | None:

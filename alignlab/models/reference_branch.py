@@ -1,7 +1,8 @@
 """Reference images beside the video, through the unmodified diffusers Wan transformer.
 
 References are extra latent frames after the video's (RefAlign's layout): the RoPE time index goes
-on, spatial indices stay, the timestep modulation is the video's, self-attention is joint.
+on, spatial indices stay, the timestep modulation is the video's, self-attention is joint. Where a
+sample has none, either nothing or one frame of zeros stands in their place (`absent_references`).
 Shape letters: B batch, C channels, T latent frames, H height, W width, K references, L text
 tokens, D width, N tokens.
 """
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from alignlab.config.parts import ModelConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention import SameDtypeAttention, VideoTextAttention
@@ -43,9 +45,9 @@ class ReferenceBranch:
     """Runs the transformer on videos with references, and taps its blocks.
 
     A context manager: attention processors (`alignlab.models.attention`) and hooks are in place
-    between enter and exit, and the transformer is then as it was. Samples with equally many
-    references run together, so there is no mask, no attention backend needs one, and no sample sees
-    its neighbours.
+    between enter and exit, and the transformer is then as it was. Samples with equally many extra
+    frames run together, so there is no mask, no attention backend needs one, and no sample sees its
+    neighbours.
 
     With gradient checkpointing, run the backward pass before a forward pass with another video
     size: torch.utils.checkpoint otherwise raises, because blocks run again with the newer size.
@@ -53,6 +55,9 @@ class ReferenceBranch:
     Args:
         transformer: a WanTransformer3DModel, with or without LoRA, DDP, FSDP2 or torch.compile.
         text_to_references: let reference tokens attend to the text. RefAlign's code does not.
+        absent_references: what a sample without references has in their place: nothing (`none`), or
+            one latent frame of zeros (`zero`, RefAlign's code). Its tokens are never among the
+            taps: they show no subject.
         blocks: 0-based indices of the blocks to tap.
 
     Raises:
@@ -65,10 +70,12 @@ class ReferenceBranch:
         transformer: nn.Module,
         *,
         text_to_references: bool = False,
+        absent_references: Literal["none", "zero"] = "none",
         blocks: Sequence[int] = (),
     ) -> None:
         self._transformer = transformer
         self._model = unwrap(transformer)
+        self.absent_references = absent_references
         self._joint_attention = SameDtypeAttention()
         self._text_attention = SameDtypeAttention() if text_to_references else VideoTextAttention()
         self._originals: list[tuple[Any, Any]] = []
@@ -79,6 +86,16 @@ class ReferenceBranch:
             raise UserError(f"model.path: the transformer's patches {patch} span several frames")
         if self._model.config["added_kv_proj_dim"] is not None:
             raise UserError("model.path: the transformer is image-to-video, not text-to-video")
+
+    @classmethod
+    def of(cls, transformer: nn.Module, config: ModelConfig, *, blocks: Sequence[int] = ()) -> Self:
+        """The branch as a recipe trains it; see the class for what it raises."""
+        return cls(
+            transformer,
+            text_to_references=config.text_to_references,
+            absent_references=config.absent_references,
+            blocks=blocks,
+        )
 
     def __enter__(self) -> Self:
         self._taps.__enter__()
@@ -128,7 +145,8 @@ class ReferenceBranch:
         """
         if not self._entered:
             raise RuntimeError("call ReferenceBranch inside its with-block")
-        grid = self._token_grid(latents_BCTHW, references)
+        extra = [self._extra_frames(reference) for reference in references]
+        grid = self._token_grid(latents_BCTHW, extra)
         if not len(timesteps_B) == len(text_BLD) == len(references) == len(latents_BCTHW):
             raise ValueError("latents, timesteps, text and references differ in batch size")
         if isinstance(self._text_attention, VideoTextAttention):
@@ -136,9 +154,9 @@ class ReferenceBranch:
         dtype = self._model.patch_embedding.weight.dtype
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
-        for group in _groups([len(r) for r in references], alone=_communicates(self._transformer)):
+        for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
             sequences = [
-                torch.cat([latents_BCTHW[i], references[i].transpose(0, 1)], dim=1) for i in group
+                torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
             ]
             recording: AbstractContextManager[dict[int, Tensor]] = (
                 self._taps.recording() if capture else nullcontext({})
@@ -153,11 +171,21 @@ class ReferenceBranch:
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
             for block, tokens in outputs.items():
                 tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
-        order = range(len(references))
+        # without the tokens of zeros: they show no subject
+        lengths = [(grid[0] + len(r)) * grid[1] * grid[2] for r in references]
         return Output(
-            torch.stack([velocity[i] for i in order]),
-            {b: block_tokens([rows[i] for i in order], grid) for b, rows in tapped.items()},
+            torch.stack([velocity[i] for i in range(len(references))]),
+            {
+                block: block_tokens([rows[i][:length] for i, length in enumerate(lengths)], grid)
+                for block, rows in tapped.items()
+            },
         )
+
+    def _extra_frames(self, reference_KCHW: Tensor) -> Tensor:
+        """The clean latent frames that follow a sample's video."""
+        if len(reference_KCHW) or self.absent_references == "none":
+            return reference_KCHW
+        return reference_KCHW.new_zeros(1, *reference_KCHW.shape[1:])
 
     def _token_grid(self, latents_BCTHW: Tensor, references: Sequence[Tensor]) -> Grid:
         _, channels, frames, height, width = latents_BCTHW.shape
@@ -196,15 +224,14 @@ def _communicates(transformer: nn.Module) -> bool:
     return any(isinstance(module, COMMUNICATING) for module in transformer.modules())
 
 
-def _groups(num_references: Sequence[int], *, alone: bool) -> list[list[int]]:
-    """Sample indices that run together: those with equally many references.
+def _groups(num_frames: Sequence[int], *, alone: bool) -> list[list[int]]:
+    """Sample indices that run together: those with equally many extra frames.
 
     Under DDP and FSDP2, every sample runs `alone`. They communicate in each forward call, so all
     ranks must make equally many, whatever references they happened to draw.
     """
     if alone:
-        return [[i] for i in range(len(num_references))]
+        return [[i] for i in range(len(num_frames))]
     return [
-        [i for i, k in enumerate(num_references) if k == count]
-        for count in sorted(set(num_references))
+        [i for i, k in enumerate(num_frames) if k == count] for count in sorted(set(num_frames))
     ]

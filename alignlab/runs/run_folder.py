@@ -113,7 +113,7 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""
-        return load_run(self.recipe)
+        return load_run(self.recipe, stored=True)
 
     def read_result(self) -> dict[str, Any] | None:
         """What `result.json` says, or None while the run is not finished."""

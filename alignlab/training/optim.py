@@ -1,11 +1,12 @@
 """What happens around the optimizer step: learning rate and moving average."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.training.checkpoint import RunState
@@ -28,6 +29,22 @@ def lr_scale(config: TrainingConfig, step: int) -> float:
     if optim.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1.0
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) -> Tensor:
+    """Scales the gradient down to a norm of `largest`, in place.
+
+    Args:
+        parameters: those whose gradients are one vector.
+        largest: None leaves the gradient as it is.
+
+    Returns:
+        The norm before.
+    """
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest is not None:
+        clip_grads_with_norm_(parameters, largest, norm)
+    return norm
 
 
 def update_ema(state: RunState, decay: float | None) -> None:

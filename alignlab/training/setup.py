@@ -100,11 +100,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     alignment.check_data(dataset)
     alignment.check_world_size(ranks.world_size)
     caches = caches or new_caches(config)
-    branch = ReferenceBranch(
-        wan.transformer,
-        text_to_references=config.model.text_to_references,
-        blocks=alignment.blocks,
-    )
+    branch = ReferenceBranch.of(wan.transformer, config.model, blocks=alignment.blocks)
     return Run(
         config,
         ranks,

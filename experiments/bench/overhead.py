@@ -117,7 +117,8 @@ def bare_step(run: Run) -> Callable[[tuple[Tensor, Tensor, Tensor], Tensor], Non
         with run.autocast():
             out = model(latents, timesteps, text, return_dict=False)[0]
         F.mse_loss(out[:, :, : target.shape[2]].float(), target).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        if optim.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -184,7 +184,7 @@ def _tuned(
     """The sweep of a variant with `from`, and its changes with what it takes from there."""
     source, own = changes["from"], {key: v for key, v in changes.items() if key != "from"}
     sweep = load_sweep(sweep_recipe(variant, source))
-    best, tuning = load_run(source), tuning_of(source, sweep)
+    best, tuning = load_run(source, stored=True), tuning_of(source, sweep)
     differing = differing_settings({"base": base, "best": best})
     taken = tuned_changes(variant, tuning, differing, best, own)
     return tuning, canonical(taken, own)

@@ -1,5 +1,6 @@
 """The export is plain diffusers: it loads where alignlab cannot be imported, and is the model."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,3 +199,14 @@ def test_there_must_be_a_checkpoint(make_config: MakeConfig, tmp_path: Path) -> 
     with pytest.raises(UserError, match="no checkpoint yet"):
         export(folder.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_a_model_that_needs_zeros_says_so(
+    make_config: MakeConfig, full_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(full_run, tmp_path / "plain")
+    assert "frames of zeros" not in caplog.text
+    folder = RunFolder.create(make_config("model.absent_references=zero"))
+    shutil.copytree(full_run / "checkpoints", folder.checkpoints)
+    export(folder.path, tmp_path / "zeros")
+    assert "inference has to append them" in caplog.text

@@ -1,5 +1,6 @@
 """Clips from a trained run: files that play, and guidance that does what it says."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,17 @@ from alignlab.errors import UserError
 from alignlab.recipe import load_run
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
-from alignlab.sampling import Guidance, guidance_of, sample_latents, sample_to_file
+from alignlab.sampling import (
+    Guidance,
+    guidance_of,
+    negative_text,
+    sample_latents,
+    sample_to_file,
+)
 from alignlab.training.setup import Run, build_run
 
 MakeConfig = Callable[..., RunConfig]
+WAN_DIGEST = "ce96e0324e4b54ce"
 PROMPT = "a red striped circle moves left over a grey background"
 
 
@@ -80,12 +88,55 @@ def test_every_condition_changes_the_clip(
         "reference guidance": lambda out: sample_to_file(
             full_run, PROMPT, [red], out, steps=2, reference_guidance=0.0
         ),
+        "negative prompt": lambda out: sample_to_file(
+            full_run, PROMPT, [red], out, steps=2, negative_prompt="blue square"
+        ),
+        "preset": lambda out: sample_to_file(
+            full_run, PROMPT, [red], out, steps=2, negative_prompt="wan"
+        ),
     }
     seen = [frames(clip)]
     for name, change in changes.items():
         found = frames(change(tmp_path / f"{name}.mp4"))
         assert not any(torch.equal(found, other) for other in seen), name
         seen.append(found)
+
+
+def test_the_negative_prompt_is_the_recipes_unless_given(
+    make_config: MakeConfig, full_run: Path, red: Path, clip: Path, tmp_path: Path
+) -> None:
+    text = "blue square"
+    given = sample_to_file(
+        full_run, PROMPT, [red], tmp_path / "given.mp4", steps=2, negative_prompt=text
+    )
+    folder = RunFolder.create(make_config(f"eval.negative_prompt={text}"))
+    shutil.copytree(full_run / "checkpoints", folder.checkpoints)
+    for name, negative, expected in (("a", None, given), ("b", "", clip)):
+        found = sample_to_file(
+            folder.path, PROMPT, [red], tmp_path / f"{name}.mp4", steps=2, negative_prompt=negative
+        )
+        assert torch.equal(frames(found), frames(expected))
+
+
+def test_wans_negative_prompt_is_known_by_name() -> None:
+    """Its text is public: `sample_neg_prompt` of Wan 2.1's configs."""
+    text = negative_text("wan")
+    assert len(text) == 137 and text.count("\uff0c") == 27
+    assert hashlib.sha256(text.encode()).hexdigest().startswith(WAN_DIGEST)
+    assert [negative_text(prompt) for prompt in ("", "a blur")] == ["", "a blur"]
+
+
+def test_a_run_that_trained_zeros_is_sampled_with_zeros(
+    make_config: MakeConfig, full_run: Path, red: Path, clip: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder.create(make_config("model.absent_references=zero"))
+    shutil.copytree(full_run / "checkpoints", folder.checkpoints)
+    for references in ([red], []):
+        plain, zero = (
+            sample_to_file(path, PROMPT, references, tmp_path / f"{name}.mp4", steps=2)
+            for name, path in (("plain", full_run), ("zero", folder.path))
+        )
+        assert not torch.equal(frames(plain), frames(zero))
 
 
 def test_a_transparent_background_is_white(full_run: Path, clip: Path, tmp_path: Path) -> None:

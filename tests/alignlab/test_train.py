@@ -172,6 +172,23 @@ def test_weight_zero_is_plain_fine_tuning(make_config: MakeConfig) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_without_clipping_the_step_takes_the_gradient_as_it_is(
+    make_config: MakeConfig,
+) -> None:
+    """The norm is logged all the same, and is that before clipping."""
+    common = ["optim.batch_size=4", "steps=1"]
+    runs = {
+        clip: train(make_config(*common, f"optim.grad_clip={clip}", f"name=clip-{clip}"))
+        for clip in ("null", "1e9", "1e-12")
+    }
+    (norm,) = column(runs["null"], "grad/norm")
+    assert norm > 1e-3 and [norm] == column(runs["1e9"], "grad/norm")
+    assert [norm] == column(runs["1e-12"], "grad/norm")
+    free, wide, tight = (weights(runs[clip]) for clip in ("null", "1e9", "1e-12"))
+    assert all(torch.equal(free[name], wide[name]) for name in free)
+    assert not all(torch.equal(free[name], tight[name]) for name in free)
+
+
 def test_names_of_the_log(make_config: MakeConfig) -> None:
     kept = ["flow.reference_dropout=0", "flow.both_dropout=0"]
     path = train(make_config("steps=4", "tracking.log_every=2", "checkpoint.every=3", *kept))

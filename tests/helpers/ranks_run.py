@@ -31,6 +31,7 @@ alignment: Any = importlib.import_module("alignlab.training.alignment")
 ranks: Any = importlib.import_module("alignlab.distributed.ranks")
 take_step, teacher_from = train_module.Trainer.step, alignment.teacher_from
 LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
+LORA += ["optim.grad_clip=null", "model.absent_references=zero"]
 OVERRIDES = {
     "lora": LORA,
     "odd": ["optim.batch_size=3", "optim.accumulate=1"],

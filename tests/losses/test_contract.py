@@ -191,6 +191,7 @@ ROWS = [
             "pool": 2,
             "grid": "student",
             "projector_dim": 8,
+            "initial_weights": "xavier",
         },
         formula=lambda s, t, ids: token_relation_loss(frames(s), frames(t)),
         naive=naive_videorepa,

@@ -145,6 +145,26 @@ def test_grid_says_whose_tokens_are_compared() -> None:
     assert not torch.allclose(loss(build(grid="teacher"), student, teacher, (9, 2, 4)), expected)
 
 
+@pytest.mark.parametrize("initial_weights", ["torch", "xavier"])
+def test_projectors_start_as_the_released_code_or_repas(initial_weights: str) -> None:
+    """Uniform within 1 / sqrt(inputs), biases too; Xavier is twice as wide here, without biases."""
+    objective = VideoRepa(
+        VideoRepaConfig.model_validate({"teacher": "clip", "initial_weights": initial_weights}),
+        student_dim=512,
+        teacher_dims={"clip": 256},
+    )
+    layers = [layer for layer in objective.projectors["block_17"] if isinstance(layer, nn.Linear)]
+    assert [layer.in_features for layer in layers] == [512, 2048, 2048]
+    for layer in layers:
+        inputs, outputs = layer.in_features, layer.out_features
+        default, xavier = inputs**-0.5, (6 / (inputs + outputs)) ** 0.5
+        bound = default if initial_weights == "torch" else xavier
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=1e-3)
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=1e-2)
+        widest = default if initial_weights == "torch" else 0.0
+        assert layer.bias.abs().max().item() == pytest.approx(widest, rel=0.05)
+
+
 def test_pooling_is_a_learned_convolution_after_the_projector() -> None:
     objective = build(pool=2)
     student, teacher = draw(2, 24, 6), draw(2, 4, 2, 5, seed=1)
@@ -208,6 +228,7 @@ def test_blocks_are_averaged_and_parts_are_the_two_means() -> None:
         {"grid": "student"},
         {"pool": 2},
         {"projector_dim": 9},
+        {"initial_weights": "xavier"},
         {"blocks": (2,)},
         {"teacher": "dino"},
     ],
@@ -236,6 +257,7 @@ def test_config_defaults_are_the_papers() -> None:
     assert (config.blocks, config.weight, config.margin) == ((17,), 0.5, 0.1)
     assert (config.reduction, config.first_frame, config.grid) == ("joint", "drop", "teacher")
     assert (config.pool, config.projector_dim) == (1, 2048)
+    assert config.initial_weights == "torch"
     assert VideoRepaConfig.model_validate_json(config.model_dump_json()) == config
     for wrong in ({"margin": -0.1}, {"pool": 0}, {"grid": "both"}, {"first_frame": "skip"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -1,5 +1,6 @@
 """A new setting orphans nothing: hashes of older recipes, of whatever version, still hold."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ from pydantic import Field, create_model
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.parts import EvalConfig, TrainingConfig
 from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.study import NUMBERLESS
 from alignlab.recipe import has_recipe_hash, load_run, load_stage1_run, recipe_hash
+from alignlab.runs.run_folder import RunFolder
 
 # Written by the code that hashed recipes whole.
 V1_RUNS = {"tiny": "b6bc555c0ea3"}
@@ -18,10 +21,22 @@ V1_RUNS = {"tiny": "b6bc555c0ea3"}
 OLD_FOLDER_RUN = ("wan21_1.3b", ("709ff9f600c3", "v2-3429818de017"))
 V1_STAGE1 = {"sara": "7acf09ccf3a1", "moalign": "ce5542bf865c"}
 V1_SWEEP = "60f7d50dea11"
+# Of `tiny` and a videorepa, written when its projectors had no choice of initial weights.
+V2_WITH_VIDEOREPA = "v2-5ac9f66fed94"
+
+
+# What that recipe says since, put back.
+OLDER_WAN = (
+    "data.path=x",
+    "data.fps=16",
+    "model.absent_references=none",
+    "optim.grad_clip=1.0",
+    "eval.negative_prompt=''",
+)
 
 
 def run_of(name: str) -> RunConfig:
-    return load_run(name, ["data.path=x"] if name.startswith("wan") else [])
+    return load_run(name, list(OLDER_WAN) if name.startswith("wan") else [])
 
 
 def with_new_settings(config: TrainingConfig) -> TrainingConfig:
@@ -127,3 +142,34 @@ def test_the_order_of_objectives_and_teachers_counts() -> None:
     swapped = config.model_copy(update={"teachers": dict(reversed(config.teachers.items()))})
     assert config.measured_against != swapped.measured_against
     assert recipe_hash(config) != recipe_hash(swapped)
+
+
+def with_videorepa(*overrides: str, more: str = "") -> RunConfig:
+    settings = f"name: videorepa, teacher: dino, blocks: [3], projector_dim: 64{more}"
+    return load_run("tiny", [f"objectives.vr={{{settings}}}", *overrides])
+
+
+XAVIER = ", initial_weights: xavier"
+
+
+def test_an_older_recipe_is_not_one_whose_default_has_changed_since() -> None:
+    """VideoREPA's projectors began with Xavier weights when recipes could not say so."""
+    config, as_then = with_videorepa(), with_videorepa(more=XAVIER)
+    assert recipe_hash(as_then) == V2_WITH_VIDEOREPA
+    assert has_recipe_hash(as_then, V2_WITH_VIDEOREPA)
+    assert not has_recipe_hash(config, V2_WITH_VIDEOREPA)
+    explicit = with_videorepa(more=", initial_weights: torch")
+    assert recipe_hash(explicit) == recipe_hash(config) != V2_WITH_VIDEOREPA
+
+
+def test_an_older_run_folder_is_not_resumed_with_the_new_default(tmp_path: Path) -> None:
+    output = f"output={tmp_path}"
+    config, as_then = with_videorepa(output), with_videorepa(output, more=XAVIER)
+    folder = RunFolder.create(config)
+    assert RunFolder.create(config).config() == config  # one of today resumes
+    lines = folder.recipe.read_text().splitlines(keepends=True)
+    folder.recipe.write_text("".join(line for line in lines if "initial_weights" not in line))
+    with pytest.raises(UserError, match=r"vr\.initial_weights was xavier, is torch"):
+        RunFolder.create(config)
+    assert folder.config() == as_then
+    assert RunFolder.create(as_then).config() == as_then

@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +125,35 @@ def test_references_are_limited_and_default_to_their_path(root: Path) -> None:
     write_jsonl(root, [{**row, "reference_names": None} for row in rows()])
     sample = FolderDataset(config(root, references=(0, 1)), "train")[0]
     assert [reference.name for reference in sample.references] == ["refs/red.png"]
+
+
+def test_of_more_references_than_allowed_the_largest_crops_are_taken(root: Path) -> None:
+    """An alpha channel says where the crop is: a small subject on a large canvas is small."""
+    for name, canvas, box in [
+        ("tall", (40, 60), (0, 0, 10, 60)),  # 600
+        ("dot", (200, 200), (90, 90, 94, 94)),  # 16
+        ("ring", (50, 50), (5, 5, 45, 45)),  # 1600, most of it transparent
+        ("twin", (60, 10), (0, 0, 60, 10)),  # 600
+        ("void", (80, 80), (0, 0, 0, 0)),  # 0
+    ]:
+        pixels = np.zeros((canvas[1], canvas[0], 4), np.uint8)
+        left, top, right, bottom = box
+        pixels[top:bottom, left:right] = 255
+        if name == "ring":
+            pixels[10:40, 10:40] = 0
+        Image.fromarray(pixels).save(root / f"refs/{name}.png")
+    Image.new("RGB", (30, 21), "red").save(root / "refs/whole.png")  # 630
+    files = [f"refs/{n}.png" for n in ("void", "tall", "dot", "twin", "whole", "ring")]
+    label = {"reference_names": None, "reference_phrases": None}
+    write_jsonl(root, [{**row, **label, "references": files} for row in rows()])
+    for most, expected in (
+        (1, ["ring"]),
+        (3, ["ring", "whole", "tall"]),
+        (5, ["ring", "whole", "tall", "twin", "dot"]),
+        (6, ["void", "tall", "dot", "twin", "whole", "ring"]),  # none too many: as listed
+    ):
+        sample = FolderDataset(config(root, references=(0, most)), "train")[0]
+        assert [ref.name for ref in sample.references] == [f"refs/{n}.png" for n in expected]
 
 
 def test_it_names_the_first_clip_without_masks(root: Path) -> None:

@@ -95,6 +95,28 @@ def test_clips_without_references_have_no_reference_metrics(make_config: MakeCon
     assert clip["references"] == []
 
 
+def test_everything_is_measured_with_what_stands_for_absent_references(
+    make_config: MakeConfig,
+) -> None:
+    base = ["data.references=[0,0]", "eval.blocks=[1]", "eval.sample_clips=1"]
+    changes = {
+        "plain": (),
+        "zero": ("model.absent_references=zero",),
+        "negative": ("eval.negative_prompt=wan",),
+    }
+    found = {
+        name: measure(make_config(*base, *change, f"name={name}", aligned=False))
+        for name, change in changes.items()
+    }
+    plain, zero, negative = found.values()
+    assert plain.keys() == zero.keys() == negative.keys()
+    assert not any("silhouette" in key or "retrieval" in key for key in zero)
+    for key in ("val/flow/t3", "cknna/block1", "gen/contrast"):
+        assert zero[key] != plain[key]
+    assert negative["gen/contrast"] != plain["gen/contrast"]  # of generated clips alone
+    assert all(negative[key] == plain[key] for key in plain if not key.startswith("gen/"))
+
+
 def test_evaluation_leaves_the_model_as_it_was(make_config: MakeConfig) -> None:
     config = make_config("optim.ema=0.5", "eval.sample_clips=1")
     run = build_run(config)

@@ -266,3 +266,47 @@ def test_patches_over_several_frames_are_refused() -> None:
     )
     with pytest.raises(UserError, match="several frames"):
         ReferenceBranch(model)
+
+
+@pytest.mark.parametrize("text_to_references", [False, True])
+def test_zero_stands_in_one_frame_for_references_that_are_absent(
+    transformer: WanTransformer3DModel, text_to_references: bool
+) -> None:
+    latents, timesteps, text, references = _batch(COUNTS)
+    settings = {"text_to_references": text_to_references, "blocks": (0, 3)}
+    out = _run(transformer, (latents, timesteps, text, references), **settings)
+    zero = _run(
+        transformer, (latents, timesteps, text, references), absent_references="zero", **settings
+    )
+    padded = [r if len(r) else torch.zeros(1, *r.shape[1:]) for r in references]
+    by_hand = _run(transformer, (latents, timesteps, text, padded), **settings)
+    torch.testing.assert_close(zero.velocity_BCTHW, by_hand.velocity_BCTHW, rtol=1e-5, atol=1e-5)
+    for i, count in enumerate(COUNTS):
+        change = (zero.velocity_BCTHW[i] - out.velocity_BCTHW[i]).abs().max()
+        assert (change > 1e-3) == (count == 0)
+    # no tokens of zeros: whatever reads the taps finds those of real references alone
+    for block in (0, 3):
+        taps, without = zero.taps[block].reference, out.taps[block].reference
+        assert taps.grid == without.grid
+        assert taps.subject_ids_BN is not None and without.subject_ids_BN is not None
+        assert torch.equal(taps.subject_ids_BN, without.subject_ids_BN)
+        torch.testing.assert_close(taps.tokens_BND, without.tokens_BND, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_gives_no_reference_tokens_to_a_batch_without_references(
+    transformer: WanTransformer3DModel,
+) -> None:
+    out = _run(transformer, _batch((0, 0)), absent_references="zero", blocks=(1,))
+    assert out.taps[1].reference.grid == (0, 2, 3)
+    assert out.taps[1].reference.tokens_BND.shape[1] == 0
+    assert out.taps[1].video.tokens_BND.shape[1] == FRAMES * 6
+
+
+def test_the_frame_of_zeros_must_fit_the_position_table(
+    transformer: WanTransformer3DModel,
+) -> None:
+    latents = torch.zeros(1, 16, 32, *SIZE)
+    batch = (latents, torch.ones(1), torch.zeros(1, TEXT, 32), [torch.zeros(0, 16, *SIZE)])
+    _run(transformer, batch)
+    with pytest.raises(ValueError, match="33 positions"):
+        _run(transformer, batch, absent_references="zero")

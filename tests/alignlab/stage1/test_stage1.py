@@ -67,6 +67,15 @@ def test_mlflow_has_the_run(recipes: Recipes, tmp_path: Path) -> None:
     assert run.data.metrics["val/flow_l1"] >= 0
 
 
+def test_clipping_is_a_setting_of_stage1_too(recipes: Recipes, tmp_path: Path) -> None:
+    norms = []
+    for clip in ("null", "1e-6"):
+        into = [f"output={tmp_path / clip}", f"optim.grad_clip={clip}", "steps=1"]
+        folder = train_stage1(config_of(recipes, "moalign", *into))
+        norms.append(read_rows(folder.parent / "metrics.jsonl")[0]["grad/norm"])
+    assert norms[0] == norms[1] > 1e-5
+
+
 def test_what_is_logged_and_measured(networks: Recipes) -> None:
     logged = {
         "sara": {"loss/total", "loss/bce", "loss/info_nce"},

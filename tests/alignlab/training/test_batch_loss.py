@@ -83,6 +83,27 @@ def test_samples_with_and_without_references_share_a_batch(
     torch.testing.assert_close(found["sim/ra"], each, rtol=1e-5, atol=1e-6)
 
 
+def test_zeros_in_place_of_references_are_trained_on_and_aligned_to_nothing(
+    make_config: MakeConfig,
+) -> None:
+    counts, rows = [0, 3, 0, 2], [0, 1, 2, 3]
+    found = {}
+    for absent in ("none", "zero"):
+        config = make_config(
+            "data.references=[3,3]", f"model.absent_references={absent}", *REPA_SMALL
+        )
+        run = build_run(config)
+        with run.branch, torch.no_grad():
+            found[absent] = RunTrainer(run).losses(batch_with(run, counts, rows))[1]
+    none, zero = found["none"], found["zero"]
+    for name in ("loss/flow", "loss/repa"):  # the video attends to the zeros
+        changed = (zero[name] - none[name]).abs() > 1e-4
+        assert changed.tolist() == [True, False, True, False]
+    for name in ("loss/ra", "loss/ra/pull", "loss/ra/push", "sim/ra"):
+        torch.testing.assert_close(zero[name], none[name], rtol=1e-5, atol=1e-6)
+    assert zero["loss/ra"][0] == zero["loss/ra"][2] == 0 and len(zero["sim/ra"]) == 2
+
+
 def test_foreground_tokens_are_those_that_the_reference_mask_covers(
     make_config: MakeConfig,
 ) -> None:

@@ -48,8 +48,13 @@ def test_spatial_structure_is_what_plain_loops_find() -> None:
     slope = sum((step - 4) * by_step[step] for step in by_step) / 28
     near = [cosine(i, j) for i, j, d in pairs if d <= 1]
     far = [cosine(i, j) for i, j, d in pairs if d >= 6]
-    own = [cosine(i, j) for i, j, d in pairs if d <= 1 and inside[i] and inside[j]]
-    other = [cosine(i, j) for i, j, d in pairs if d >= 6 and inside[i] and not inside[j]]
+    differences = []
+    for anchor in range(20):
+        own = [cosine(i, j) for i, j, d in pairs if i == anchor and d <= 1 and inside[j]]
+        other = [cosine(i, j) for i, j, d in pairs if i == anchor and d >= 6 and not inside[j]]
+        if inside[anchor] and own and other:
+            differences.append(mean(own) - mean(other))
+    assert 0 < len(differences) < sum(inside)  # some anchors lack one of the two
     unit = tokens / tokens.norm(dim=1, keepdim=True)
     spread = mean([float((u - unit.mean(0)).square().sum()) for u in unit]) ** 0.5
     found = spatial_structure(tokens, size, torch.tensor(inside))
@@ -57,10 +62,17 @@ def test_spatial_structure_is_what_plain_loops_find() -> None:
         {
             "lds": mean(near) - mean(far),
             "cds": -slope,
-            "srss": mean(own) - mean(other),
+            "srss": mean(differences),
             "rmsc": spread,
         }
     )
+
+
+def test_srss_is_a_mean_over_anchors_that_have_both() -> None:
+    """iREPA's own value; pooled over all pairs of the frame it would be 5/6."""
+    tokens = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 1], [1, 1], [1, 1], [-1, 0], [0, -1]])
+    found = spatial_structure(tokens.double(), (1, 8), (torch.arange(8) < 3).int())
+    assert found["srss"] == pytest.approx(1.0)
 
 
 def test_what_a_frame_does_not_have_is_left_out() -> None:
