@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
+from alignlab.data.images import read_image
 from alignlab.data.resize import fit_reference
-from alignlab.data.video import read_image, write_mp4
+from alignlab.data.video import write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch

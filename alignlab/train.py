@@ -349,7 +349,7 @@ class RunTrainer(Trainer):
         metrics["params/extra"] = float(sum(p.numel() for p in projectors))
         tracker.log(self.config.steps, metrics)
         digests = stage1_digests(self.config, self.run.alignment.objectives)
-        notes = RankWarnings(read_rows(folder.metrics)).texts
+        notes = [*self.run.notes, *RankWarnings(read_rows(folder.metrics)).texts]
         notes += sample_warnings(metrics, num_measured_clips(self.run))
         result = {
             "steps": self.config.steps,

@@ -54,7 +54,7 @@ video, img { height: 176px; border: 1px solid #ddd; image-rendering: pixelated; 
 """)
 
 
-def preview(config: DataConfig, out: Path, clips: int = 8) -> Path:
+def preview(config: DataConfig, out: Path, clips: int = 8, *, memory: Path | None = None) -> Path:
     """Write `out/sheet.png` and `out/index.html` for the first clips of the train split.
 
     Beside each clip: its caption, its references, and, where the data set knows them, entity
@@ -65,11 +65,12 @@ def preview(config: DataConfig, out: Path, clips: int = 8) -> Path:
         config: settings of any data set.
         out: folder, made when missing.
         clips: at most so many clips.
+        memory: as in `build_dataset`.
 
     Returns:
         the page, which holds its media and needs no other file.
     """
-    dataset = build_dataset(config, "train")
+    dataset = build_dataset(config, "train", memory=memory)
     samples = [dataset[index] for index in range(min(clips, len(dataset)))]
     out.mkdir(parents=True, exist_ok=True)
     sheet = _stacked([_sheet_row(sample) for sample in samples])
@@ -183,13 +184,15 @@ def _png(image_HWC: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:
-    """The data settings of a recipe of any kind.
+def load_data(recipe: str | Path, overrides: list[str] | None = None) -> tuple[DataConfig, Path]:
+    """The data settings of a recipe of any kind, and its `output`.
 
     Raises:
         UserError: as `load_base`.
     """
     mapping = read_recipe(recipe, overrides or [])
     if "stage1" in mapping:
-        return validated(Stage1Config, mapping).data
-    return load_base(recipe, overrides).data
+        stage1 = validated(Stage1Config, mapping)
+        return stage1.data, Path(stage1.output)
+    base = load_base(recipe, overrides)
+    return base.data, Path(base.output)

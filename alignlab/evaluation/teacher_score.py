@@ -5,6 +5,7 @@ Shape letters: T frames, P patches of a frame, D width, F frames of all clips, H
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def score_teachers(
     """
     if not config.teachers:
         raise UserError("teachers: the recipe has none to score")
-    dataset = build_dataset(config.data, "val")
+    dataset = build_dataset(config.data, "val", memory=Path(config.output))
     samples = [dataset[i] for i in range(min(clips or config.eval.clips, len(dataset)))]
     if len(samples) < 2:
         raise UserError("teachers are scored on two clips or more, and there is one")

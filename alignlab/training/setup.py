@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from alignlab.config.parts import AdamWConfig
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.data.registry import build_dataset
+from alignlab.data.registry import build_splits
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
+from alignlab.progress import warn_once
 from alignlab.recipe import recipe_hash
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
@@ -34,6 +37,8 @@ class Run:
     flow_weights: FlowWeights
     branch: ReferenceBranch
     caches: "Caches"
+    notes: tuple[str, ...]
+    """Warnings about the data, which were logged; they are kept in `result.json`."""
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +79,9 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
             group was joined.
     """
     ranks = ranks or single_rank(config.model.precision)
-    dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+    if ranks.world_size > 1:
+        ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
+    dataset, val_dataset = build_splits(config.data, memory=Path(config.output))
     wan = load_wan(
         config.model.path,
         train=config.model.train,
@@ -90,6 +97,10 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=ranks.device)
     alignment.check_data(dataset)
     alignment.check_world_size(ranks.world_size)
+    captions = [clips.caption(i) for clips in (dataset, val_dataset) for i in range(len(clips))]
+    cut = cut_captions(wan.text, captions)
+    for note in cut:
+        warn_once(note)
     caches = caches or new_caches(config)
     branch = ReferenceBranch(
         wan.transformer,
@@ -107,7 +118,12 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         FlowWeights(config.flow),
         branch,
         caches,
+        (*dataset.notes, *val_dataset.notes, *cut),
     )
+
+
+def _check_data(config: RunConfig) -> None:
+    build_splits(config.data, memory=Path(config.output))
 
 
 def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:

@@ -66,4 +66,5 @@ def preview(
     from alignlab.experiments.data_preview import load_data
     from alignlab.experiments.data_preview import preview as write
 
-    typer.echo(f"preview: {write(load_data(recipe, overrides), out, clips)}")
+    data, output = load_data(recipe, overrides)
+    typer.echo(f"preview: {write(data, out, clips, memory=output)}")

@@ -3,6 +3,7 @@
 import json
 import logging
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -49,6 +50,13 @@ def rows() -> Rows:
 
 def write_jsonl(root: Path, lines: Rows) -> None:
     (root / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+
+
+def write_masks(root: Path, frames: Iterable[int], label: int = 1) -> None:
+    """Label images of the clips' frames, which are all one entity."""
+    (root / "masks").mkdir(exist_ok=True)
+    for index in frames:
+        Image.new("L", (48, 32), label).save(root / "masks" / f"{index:05d}.png")
 
 
 def config(root: Path, **changes: Any) -> FolderConfig:
@@ -126,7 +134,7 @@ def test_references_are_limited_and_default_to_their_path(root: Path) -> None:
 
 
 def test_it_names_the_first_clip_without_masks(root: Path) -> None:
-    (root / "masks").mkdir()
+    write_masks(root, range(24))
     masked = {"masks": "masks", "entities": ["block"]}
     held_out = {row.key for row in all_of(config(root), "val")}
     lines = [{**row, **masked} for row in rows()]

@@ -9,17 +9,10 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from alignlab.data.video import (
-    ClipError,
-    decode_clip,
-    fit_reference,
-    probe_clip,
-    read_image,
-    write_mp4,
-)
+from alignlab.data.decode import ClipError
+from alignlab.data.video import check_clip, decode_clip, write_mp4
 from alignlab.errors import UserError
 
 SIZE = (32, 32)
@@ -82,10 +75,10 @@ def test_containers_that_round_or_shift_times(tmp_path: Path, suffix: str) -> No
     path = tmp_path / f"a.{suffix}"
     write_timed(path, [round(1000 * k / 30) for k in range(40)])
     assert numbers(decoded(path, frames=40, fps=30, size_HW=SIZE)) == list(range(40))
-    probe_clip(path, frames=40, fps=30)
-    probe_clip(path, frames=10, fps=30, start_s=1.0)
+    check_clip(path, frames=40, fps=30)
+    check_clip(path, frames=10, fps=30, start_s=1.0)
     with pytest.raises(ClipError, match="40 frames at 30 fps, 41 are needed"):
-        probe_clip(path, frames=41, fps=30)
+        check_clip(path, frames=41, fps=30)
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mp4", "ts", "mov", "flv"])
@@ -106,11 +99,11 @@ def test_too_short_says_how_many_frames_there_are(tmp_path: Path, num_frames: in
     path = tmp_path / "a.mp4"
     write_mp4(path, numbered_video(num_frames), fps=16)
     if num_frames >= 16:
-        probe_clip(path, frames=8, fps=8)
+        check_clip(path, frames=8, fps=8)
         assert len(decoded(path, frames=8, fps=8, size_HW=SIZE)) == 8
     message = rf"a\.mp4: is too short: {-(-num_frames // 2)} frames at 8 fps, 10 are needed"
     for check in (
-        lambda: probe_clip(path, frames=10, fps=8),
+        lambda: check_clip(path, frames=10, fps=8),
         lambda: decoded(path, frames=10, fps=8, size_HW=SIZE),
     ):
         with pytest.raises(ClipError, match=message):
@@ -119,11 +112,11 @@ def test_too_short_says_how_many_frames_there_are(tmp_path: Path, num_frames: in
 
 def test_too_short_counts_from_the_start(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", numbered_video(20), fps=10)
-    probe_clip(tmp_path / "a.mp4", frames=5, fps=10, start_s=1.5)
+    check_clip(tmp_path / "a.mp4", frames=5, fps=10, start_s=1.5)
     with pytest.raises(ClipError, match=r"5 frames at 10 fps from 1\.5 s on, 9 are needed"):
         decoded(tmp_path / "a.mp4", frames=9, fps=10, size_HW=SIZE, start_s=1.5)
     with pytest.raises(ClipError, match=r"0 frames at 10 fps from 7 s on"):
-        probe_clip(tmp_path / "a.mp4", frames=9, fps=10, start_s=7)
+        check_clip(tmp_path / "a.mp4", frames=9, fps=10, start_s=7)
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -142,7 +135,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=f"{name}: {reason}"):
-            probe_clip(tmp_path / name, frames=5, fps=8)
+            check_clip(tmp_path / name, frames=5, fps=8)
         with pytest.raises(UserError, match=f"{name}: {reason}"):
             decoded(tmp_path / name, frames=5, fps=8, size_HW=SIZE)
 
@@ -152,9 +145,9 @@ def test_probe_sees_that_a_download_was_cut_off(tmp_path: Path) -> None:
     write_mp4(tmp_path / "whole.mp4", noise, fps=10)
     whole = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
-    probe_clip(tmp_path / "whole.mp4", frames=30, fps=10)
+    check_clip(tmp_path / "whole.mp4", frames=30, fps=10)
     with pytest.raises(ClipError, match=r"cut\.mp4"):
-        probe_clip(tmp_path / "cut.mp4", frames=30, fps=10)
+        check_clip(tmp_path / "cut.mp4", frames=30, fps=10)
 
 
 def test_resize_covers_and_crops_the_centre(tmp_path: Path) -> None:
@@ -214,52 +207,3 @@ def test_odd_sizes_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="even size"):
         write_mp4(tmp_path / "a.mp4", torch.zeros(5, 33, 32, 3, dtype=torch.uint8), fps=8)
     assert not list(tmp_path.iterdir())
-
-
-def test_transparency_becomes_the_mask(tmp_path: Path) -> None:
-    image = Image.new("RGBA", (6, 4), (10, 20, 30, 0))
-    image.paste((200, 0, 0, 255), (0, 0, 3, 4))
-    image.save(tmp_path / "a.png")
-    image_HWC, mask_HW = read_image(tmp_path / "a.png")
-    assert mask_HW is not None and mask_HW[:, :3].all() and not mask_HW[:, 3:].any()
-    assert image_HWC[0, 0].tolist() == [200, 0, 0] and image_HWC[0, 5].tolist() == [255] * 3
-
-    image.convert("RGB").save(tmp_path / "b.png")
-    assert read_image(tmp_path / "b.png")[1] is None
-
-
-def test_photo_orientation_is_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg")[0].shape == (20, 10, 3)
-
-
-def test_unreadable_images_are_named(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"not a picture")
-    Image.new("I;16", (4, 4)).save(tmp_path / "deep.png")
-    for name, reason in {
-        "a.png": "cannot be read",
-        "gone.png": "cannot be read",
-        "deep.png": "more than 8 bits",
-    }.items():
-        with pytest.raises(ClipError, match=f"{name}.*{reason}"):
-            read_image(tmp_path / name)
-
-
-def test_reference_is_fitted_on_white() -> None:
-    image_HWC = torch.full((20, 40, 3), 90, dtype=torch.uint8)
-    fitted_HWC, mask_HW = fit_reference(image_HWC, None, (64, 64))
-    assert fitted_HWC.shape == (64, 64, 3) and mask_HW.shape == (64, 64)
-    assert mask_HW[16:48].all() and not mask_HW[:16].any() and not mask_HW[48:].any()
-    assert (fitted_HWC[16:48] == 90).all() and (fitted_HWC[~mask_HW] == 255).all()
-
-
-def test_reference_background_is_whitened() -> None:
-    """Black surroundings must not leak into the edge of the subject."""
-    image_HWC = torch.zeros(64, 64, 3, dtype=torch.uint8)
-    mask_HW = torch.zeros(64, 64, dtype=torch.bool)
-    image_HWC[16:48, 16:48], mask_HW[16:48, 16:48] = 200, True
-    fitted_HWC, fitted_mask_HW = fit_reference(image_HWC, mask_HW, (32, 32))
-    assert fitted_mask_HW.sum() == 16 * 16 and fitted_mask_HW[8:24, 8:24].all()
-    assert (fitted_HWC >= 190).all() and (fitted_HWC[~fitted_mask_HW] == 255).all()
