@@ -18,9 +18,10 @@ from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
-from alignlab.progress import Advance, step_progress
+from alignlab.progress import Advance, step_progress, warn_once
 from alignlab.randomness import generator
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.out_paths import check_out_file
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
 from alignlab.training.flow_matching import euler_sample
@@ -129,8 +130,10 @@ def sample_to_file(
         reference_guidance: see `Guidance`.
 
     Raises:
-        UserError: no such run, no checkpoint, or an image that cannot be read.
+        UserError: no such run, no checkpoint, an image that cannot be read, or `out` is no mp4 file
+            that can be written.
     """
+    check_out_file(out, ".mp4")
     config = RunFolder.open(run_dir).config()
     recipe = guidance_of(config)
     guidance = replace(
@@ -139,12 +142,12 @@ def sample_to_file(
         text=recipe.text if text_guidance is None else text_guidance,
         reference=recipe.reference if reference_guidance is None else reference_guidance,
     )
+    images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
     wan = load_trained(run_dir)
-    references = []
-    for path in reference_paths:
-        image_HWC, mask_HW = read_image(path)
-        image_HWC, _ = fit_reference(image_HWC, mask_HW, config.data.size)
-        references.append(wan.encode_image(image_HWC))
+    if wan.text.cut([prompt]):
+        limit = wan.text.max_tokens
+        warn_once(f"--prompt is cut at {limit} tokens, the text encoder's limit: shorten it")
+    references = [wan.encode_image(image_HWC) for image_HWC in images]
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
     empty_LD, text_LD = wan.encode_text(["", prompt])
     stacked = torch.stack(references) if references else noise[None, :, 0][:0].to(wan.device)

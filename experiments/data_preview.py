@@ -21,6 +21,7 @@ from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.config import load_base
 from alignlab.experiments.report.page import data_uri
 from alignlab.recipe import validated
+from alignlab.runs.out_paths import check_out_folder
 from alignlab.stage1.config import Stage1Config
 
 TILE_HEIGHT = 128
@@ -69,7 +70,11 @@ def preview(config: DataConfig, out: Path, clips: int = 8, *, memory: Path | Non
 
     Returns:
         the page, which holds its media and needs no other file.
+
+    Raises:
+        UserError: `out` cannot be written into, or as `build_dataset`.
     """
+    check_out_folder(out)
     dataset = build_dataset(config, "train", memory=memory)
     samples = [dataset[index] for index in range(min(clips, len(dataset)))]
     out.mkdir(parents=True, exist_ok=True)
