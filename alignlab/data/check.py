@@ -65,8 +65,9 @@ class Verdict(BaseModel):
     remark: str | None = None
 
 
-class _Remembered(Verdict):
+class _Remembered(BaseModel):
     stamp: str
+    verdict: Verdict
 
 
 class _Memory(BaseModel):
@@ -98,9 +99,9 @@ def check_media(
         fresh = _run(unknown, stamps, known, memory, stop_at_error=stop_at_error)
     verdicts: dict[str, Verdict] = {}
     for key in unique:
-        verdict = fresh.get(key) or known.get(key)
-        if verdict is None:
-            break
+        if key not in fresh and key not in known:
+            break  # behind the first error
+        verdict = fresh[key] if key in fresh else known[key].verdict
         verdicts[key] = verdict
         if stop_at_error and verdict.error is not None:
             break
@@ -128,7 +129,7 @@ def _run(
             verdicts[check.key] = verdict
             stamp = stamps[check.key]
             if is_lasting and stamp is not None:
-                known[check.key] = _Remembered(stamp=stamp, **verdict.model_dump())
+                known[check.key] = _Remembered(stamp=stamp, verdict=verdict)
             now = time.monotonic()
             if advance is None and now - begin > QUIET_S:
                 progress = step_progress("check of the data", total=len(checks), done=len(verdicts))

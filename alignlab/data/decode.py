@@ -6,7 +6,7 @@ Shape letters: H height, W width, C channels (RGB).
 
 import heapq
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -280,7 +280,9 @@ def _times_are_of_decode_order(container: InputContainer, stream: VideoStream) -
     stamps = [stamp for packet in packets if (stamp := _stamp(packet)) is not None]
     if any(later <= earlier for earlier, later in pairwise(stamps)):
         return False
-    shown = [frame.pts for frame, _ in _decoded(packets)]
+    shown = []
+    with suppress(av.FFmpegError):  # damage, which may lie behind what is wanted
+        shown.extend(frame.pts for frame, _ in _decoded(packets))
     return None in shown or any(b <= a for a, b in pairwise(s for s in shown if s is not None))
 
 

@@ -17,7 +17,7 @@ def check_out_file(out: Path, suffix: str) -> None:
             written to.
     """
     if _exists(out) and out.is_dir():
-        raise UserError(f"--out: {out} is a folder: name a file in it, such as {out / 'out'}{suffix}")
+        raise UserError(f"--out: {out} is a folder: name a {suffix} file in it")
     if out.suffix.lower() != suffix:
         raise UserError(f"--out: {out} must end in {suffix}, the only format that is written")
     _check_parent(out)

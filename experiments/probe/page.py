@@ -16,6 +16,7 @@ from alignlab.experiments.report.charts import COLOURS, Chart, figures_of
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.out_paths import check_out_folder
 
 MEASURES = {
     "cknna": (
