@@ -4,8 +4,28 @@
 class UserError(Exception):
     """Something the user can fix: one line that names the thing and the fix.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. What a message quotes may
+    hold line breaks, NUL or half a character: they are shown as escapes.
     """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """The text in one line: line breaks, control characters and lone surrogates as escapes."""
+    return "".join(c if c.isprintable() or c == "\u200d" else ascii(c)[1:-1] for c in text)
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A value as a message quotes it: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    except RecursionError:
+        return "a value nested too deep to show"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def one_line(error: object) -> str:

@@ -4,7 +4,7 @@ A mistake raises `alignlab.errors.UserError` with one line that names the dotted
 there and the nearest match.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from alignlab.config.data import unknown_name
 from alignlab.config.identity import has_hash, identity, settings_hash
+from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
-from alignlab.config.recipe_file import flatten, read_recipe
+from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
@@ -184,6 +185,24 @@ def validated(model: type[Model], values: Mapping[str, Any], under: str = "") ->
         UserError: the first setting that is wrong, and what is valid there.
     """
     try:
-        return model.model_validate(values)
+        config = model.model_validate(values)
     except ValidationError as error:
         raise UserError(first_problem(model, error, under)) from None
+    for key in _truths_as_numbers(values, config):
+        where = f"{under}.{key}" if under else key
+        raise UserError(f"{where}: expected a number, got true or false (YAML's yes and no)")
+    return config
+
+
+def _truths_as_numbers(given: Any, taken: Any) -> Iterator[str]:
+    """Dotted keys under which true or false was given, and pydantic took it for 1 or 0."""
+    if isinstance(given, bool) and isinstance(taken, int | float) and not isinstance(taken, bool):
+        yield ""
+    elif isinstance(given, Mapping) and isinstance(taken, BaseModel | Mapping):
+        for key, value in given.items():
+            inner = taken.get(key) if isinstance(taken, Mapping) else getattr(taken, key, None)
+            yield from (f"{key}.{rest}".rstrip(".") for rest in _truths_as_numbers(value, inner))
+    elif isinstance(given, Sequence) and isinstance(taken, Sequence) and len(given) == len(taken):
+        if not isinstance(given, str):
+            for value, inner in zip(given, taken, strict=True):
+                yield from _truths_as_numbers(value, inner)

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 from filelock import FileLock
 
+from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
-from alignlab.config.recipe_file import flatten
 from alignlab.recipe import recipe_hash
 from alignlab.runs.atomic_files import named_errors, write_text
 from alignlab.runs.run_folder import RunFolder

@@ -17,6 +17,8 @@ from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
 
+MAX_WEIGHT = 1e6
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -117,7 +119,7 @@ class ObjectiveConfig(BaseModel):
 
     Args:
         name: row of `OBJECTIVES`.
-        weight: factor on the loss, finite and >= 0.
+        weight: factor on the loss, 0 to a million.
         schedule: how `weight` changes over training steps.
         gate: how much each noise level counts.
         blocks: 0-based transformer blocks whose output is aligned (the papers' depth d is d-1).
@@ -132,6 +134,15 @@ class ObjectiveConfig(BaseModel):
     gate: Gate = NoGate()
     blocks: tuple[int, ...]
     teacher: str | tuple[str, ...]
+
+    @field_validator("weight")
+    @classmethod
+    def _weight_leaves_the_flow_loss_visible(cls, weight: float) -> float:
+        if weight > MAX_WEIGHT:
+            raise ValueError(
+                f"{weight:g} is more than {MAX_WEIGHT:g}: nothing would be left of the flow loss"
+            )
+        return weight
 
     @field_validator("blocks")
     @classmethod

@@ -3,12 +3,17 @@
 import difflib
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from alignlab.config.limits import at_most, refuse_unusable
+from alignlab.errors import shown
 
 LATENT_STRIDE = 4  # frames per latent frame of the Wan VAE, after the first
 SIZE_STEP = 16  # VAE stride 8 times the transformer's patch 2
+MAX_SIDE = 8192
+MAX_REFERENCES = 64  # each is a whole latent frame of tokens
 
 
 class Settings(BaseModel):
@@ -18,13 +23,19 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_usable(cls, value: Any) -> Any:
+        refuse_unusable(value)
+        return value
+
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
     """ "unknown <kind> 'x', did you mean 'y'? valid: ..." for a name that is not in `valid`."""
     names = list(valid)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ","
-    return f"unknown {kind} {name!r}{hint} valid: {', '.join(names) or 'none defined'}"
+    return f"unknown {kind} {shown(name)}{hint} valid: {', '.join(names) or 'none defined'}"
 
 
 def _whole_latent_frames(frames: int) -> int:
@@ -43,6 +54,8 @@ def _whole_patches(size: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(
             f"{list(size)} must be multiples of {SIZE_STEP} (height, width): nearest is {nearest}"
         )
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"{list(size)}: {max(size)} is more than {MAX_SIDE} pixels a side")
     return size
 
 
@@ -50,6 +63,8 @@ def _low_to_high(limits: tuple[int, int]) -> tuple[int, int]:
     low, high = limits
     if not 0 <= low <= high:
         raise ValueError(f"{list(limits)} must be [fewest, most] with 0 <= fewest <= most")
+    if high > MAX_REFERENCES:
+        raise ValueError(f"{list(limits)}: {high} is more than {MAX_REFERENCES} reference images")
     return limits
 
 
@@ -57,14 +72,21 @@ def _folder_name(name: str) -> str:
     parts = name.split("/")
     if any(not re.fullmatch(r"[\w.+-]+", part) or set(part) == {"."} for part in parts):
         raise ValueError(
-            f"{name!r} must be a folder inside `output`: letters, digits, .+-_ and / between"
+            f"{shown(name)} must be a folder inside `output`: letters, digits, .+-_ and / between"
         )
     return name
 
 
 RunName = Annotated[str, AfterValidator(_folder_name)]
-Frames = Annotated[int, Field(ge=1), AfterValidator(_whole_latent_frames)]
+Frames = Annotated[
+    int,
+    Field(ge=1),
+    at_most(4097, "a clip of minutes does not fit into memory"),
+    AfterValidator(_whole_latent_frames),
+]
 Size = Annotated[tuple[int, int], AfterValidator(_whole_patches)]
+FrameRate = Annotated[int, Field(ge=1), at_most(1000, "no video has that many frames a second")]
+ClipCount = Annotated[int, Field(ge=1), at_most(10**9, "clips are counted one by one")]
 Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]
 
 
@@ -99,13 +121,13 @@ class ShapesConfig(ClipsConfig):
     """Frames per clip, 4k+1 (the VAE packs four frames into one latent frame after the first)."""
     size: Size = (64, 64)
     """(height, width) in pixels, multiples of 16."""
-    fps: int = Field(default=8, ge=1)
+    fps: FrameRate = 8
     """Frame rate at which clips and generated videos are written."""
     references: Limits = (2, 3)
     """Fewest and most reference images per clip."""
-    train_clips: int = Field(default=512, ge=1)
+    train_clips: ClipCount = 512
     """Size of the train split."""
-    val_clips: int = Field(default=32, ge=1)
+    val_clips: ClipCount = 32
     """Size of the val split."""
     cache_clips: int = Field(default=1024, ge=0)
     """Encoded clips kept in memory. Encoding is deterministic: a cache changes no number."""
@@ -130,7 +152,7 @@ class FolderConfig(ClipsConfig):
     """Frames per clip, 4k+1. 81 is Wan 2.1's and RefAlign's."""
     size: Size = (480, 832)
     """(height, width) in pixels, multiples of 16. 480x832 is Wan 2.1 1.3B's and RefAlign's."""
-    fps: int = Field(default=16, ge=1)
+    fps: FrameRate = 16
     """Frame rate to which videos are resampled. 16 is Wan 2.1's."""
     references: Limits = (0, 3)
     """Fewest and most reference images per clip. RefAlign keeps at most 3."""

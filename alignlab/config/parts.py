@@ -1,10 +1,10 @@
 """Settings of the parts of a run: model, teachers, flow matching, optimizer, bookkeeping."""
 
-from typing import Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
-    PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
@@ -13,13 +13,27 @@ from pydantic import (
 )
 
 from alignlab.config.data import RunName, Settings, unknown_name
+from alignlab.config.limits import BATCH, SEEDS, SHIFT, STEPS, at_most
+from alignlab.errors import shown
 from alignlab.teachers import TEACHERS, parse_feature
+
+Seed = Annotated[int, Field(ge=0), at_most(*SEEDS)]
+Steps = Annotated[int, Field(ge=1), at_most(*STEPS)]
+Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a grid")]
+
+MLFLOW_PLACES = ("sqlite", "none", "databricks")
+# file:// is not among them: MLflow 3.13 and later refuse to write into folders
+MLFLOW_ADDRESS = (
+    r"https?://[^/\s]+"
+    r"|(databricks|uc|databricks-uc)://\S+"
+    r"|(sqlite|postgresql|mysql|mssql)(\+\w+)?://\S+"
+)
 
 
 class LoraConfig(Settings):
     """Low-rank adapters instead of full fine-tuning."""
 
-    rank: int = Field(default=32, ge=1)
+    rank: Annotated[int, Field(ge=1), at_most(4096, "that is no low rank")] = 32
     """Rank of the adapters."""
     alpha: float = Field(default=32.0, gt=0)
     """Scale; the update is multiplied by alpha / rank. Equal to `rank`: no scaling."""
@@ -71,14 +85,16 @@ class TeacherConfig(Settings):
     """`pre_norm`: last block's output; `post_norm`: after the final norm; `layer:k`: output of
     block k, counted from 0; `stage:k`: output of stage k of a Hiera backbone (SAM 2), counted from
     1 as in the papers. Left out: what the papers use for this family."""
-    grid: tuple[PositiveInt, PositiveInt] | None = None
+    grid: tuple[Patches, Patches] | None = None
     """Height and width, in patches, of the features of video frames; objectives match the grids.
     Left out: the student's. VideoREPA's code has [10, 15] against 30x45 tokens."""
 
     @model_validator(mode="before")
     @classmethod
     def _family_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("family") not in TEACHERS:
+        if not isinstance(values, dict) or not isinstance(values.get("family"), str):
+            return values
+        if values["family"] not in TEACHERS:
             return values
         row = TEACHERS[values["family"]]
         given = {key: value for key, value in values.items() if value is not None}
@@ -105,11 +121,11 @@ class FlowConfig(Settings):
 
     sampler: Literal["uniform", "logit_normal", "shifted"] = "shifted"
     """Distribution of the noise level sigma in (0, 1], 1 is pure noise. RefAlign: shifted."""
-    shift: float = Field(default=5.0, gt=0)
+    shift: Annotated[float, Field(ge=1e-3), at_most(*SHIFT)] = 5.0
     """sigma = shift u / (1 + (shift - 1) u). 5 is Wan 2.1's and RefAlign's. Not with `uniform`."""
-    logit_mean: float = 0.0
+    logit_mean: float = Field(default=0.0, ge=-30, le=30)
     """Mean of logit(u), u being shifted to sigma; `logit_normal` only. 0 is SD 3's."""
-    logit_std: float = Field(default=1.0, gt=0)
+    logit_std: float = Field(default=1.0, gt=0, le=30)
     """Standard deviation of logit(u); `logit_normal` only. 1 is SD 3's."""
     weighting: Literal["none", "wan_gaussian"] = "none"
     """Weight of the flow loss over sigma. `wan_gaussian` is RefAlign's code: zero at pure noise."""
@@ -151,7 +167,9 @@ def _unread_by(sampler: str) -> frozenset[str]:
 class AdamWConfig(Settings):
     """AdamW and its schedule."""
 
-    lr: float = Field(default=5e-5, gt=0)
+    lr: Annotated[
+        float, Field(gt=0), at_most(1.0, "AdamW moves every weight by about lr a step")
+    ] = 5e-5
     """Peak learning rate. 5e-5 is RefAlign's stage 1."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's moments. RefAlign's."""
@@ -159,7 +177,7 @@ class AdamWConfig(Settings):
     """Decoupled weight decay. RefAlign's."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient. REPA's."""
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: Annotated[int, Field(ge=1), at_most(*BATCH)] = 1
     """Samples per step, all ranks and micro-batches together."""
     warmup: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
@@ -205,7 +223,7 @@ class EvalConfig(Settings):
 
     clips: int = Field(default=16, ge=1)
     """Val clips, taken from the start of the split."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Annotated[int, Field(ge=1), at_most(*BATCH)] = 8
     """Clips per forward pass."""
     blocks: tuple[int, ...] | None = None
     """Blocks whose tokens are measured. Left out: those that objectives align; in a comparison,
@@ -217,13 +235,13 @@ class EvalConfig(Settings):
     generated_clips: int | None = Field(default=None, ge=0)
     """Val clips for which a video is generated and measured (docs/metrics.md). Left out: those of
     `sample_clips`."""
-    sample_steps: int = Field(default=20, ge=1)
+    sample_steps: int = Field(default=20, ge=1, le=10_000)
     """Denoising steps of a generated video. RefAlign uses 50."""
-    sample_shift: float | None = Field(default=None, gt=0)
+    sample_shift: Annotated[float, Field(ge=1e-3), at_most(*SHIFT)] | None = None
     """Shift of the noise levels of a generated video. Left out: the training's."""
-    text_guidance: float = Field(default=7.5, ge=0)
+    text_guidance: float = Field(default=7.5, ge=0, le=1000)
     """Guidance on the caption. 7.5 is RefAlign's."""
-    reference_guidance: float = Field(default=5.0, ge=0)
+    reference_guidance: float = Field(default=5.0, ge=0, le=1000)
     """Guidance on the references. 5.0 is RefAlign's."""
 
 
@@ -238,10 +256,10 @@ class TrackingConfig(Settings):
     @field_validator("mlflow")
     @classmethod
     def _known_place(cls, mlflow: str) -> str:
-        if mlflow not in ("sqlite", "none", "databricks") and "://" not in mlflow:
+        if mlflow not in MLFLOW_PLACES and not re.match(MLFLOW_ADDRESS, mlflow):
             raise ValueError(
-                f"{mlflow!r} is no place for MLflow: write sqlite, none, or a tracking server's "
-                "address such as http://HOST:5000"
+                f"{shown(mlflow)} is no place for MLflow: write sqlite, none, or a tracking "
+                "server's address such as http://HOST:5000"
             )
         return mlflow
 
@@ -260,9 +278,9 @@ class TrainingConfig(Settings):
 
     name: RunName
     """Folder of the run under `output`."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of everything drawn in the run."""
-    steps: int = Field(ge=1)
+    steps: Steps
     """Optimizer steps: the budget."""
     output: str = "runs"
     """Folder of all runs."""

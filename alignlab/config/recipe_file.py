@@ -13,7 +13,22 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
+from alignlab.config.merging import ALIASED, KINDS, canonical, merge
 from alignlab.errors import UserError, one_line
+
+# Besides its own errors, YAML lets through what Python raises on odd numbers, dates and tags
+# (`!!int x`), and both libraries recurse into what is nested too deep.
+_UNREADABLE = (
+    YAMLError,
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -30,45 +45,10 @@ def shipped_recipes() -> dict[str, str]:
     return recipes
 
 
-def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `base`, mapping by mapping; one that changes its `name` replaces the old.
-
-    That rule keeps the constants of one objective from leaking into another of the same alias.
-    """
-    merged = dict(base)
-    for key, value in changes.items():
-        old = merged.get(key)
-        if not isinstance(old, Mapping) or not isinstance(value, Mapping):
-            merged[key] = value
-        elif "name" in value and value["name"] != old.get("name"):
-            merged[key] = dict(value)
-        else:
-            merged[key] = merge(old, value)
-    return merged
-
-
-def nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with dotted keys (`objectives.ra: {...}`) as nested mappings, later over earlier."""
-    merged: dict[str, Any] = {}
-    for key, value in changes.items():
-        first, _, rest = str(key).partition(".")
-        merged = merge(merged, {first: nested({rest: value}) if rest else value})
-    return merged
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value; an empty mapping is a value."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
     """The recipe as plain nested dicts, overrides applied and `${...}` resolved.
+
+    The changes of each variant stay as `alignlab.config.merging.canonical` gives them.
 
     Args:
         recipe: path of a YAML file, or the name of a shipped recipe.
@@ -78,26 +58,19 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         UserError: no such recipe, not YAML, an override that cannot be meant.
     """
     path = _find(recipe)
+    content = _read(path)
+    changes = [_parsed(override) for override in overrides]
+    for key, value in changes:
+        if key == "variants":
+            content["variants"] = _canonical_variants(value)
+        elif key.startswith("variants.") and isinstance(content.get("variants"), dict):
+            _override_variant(content["variants"], key.removeprefix("variants."), value)
+    shared = [{key: value} for key, value in changes if key.split(".")[0] != "variants"]
+    _check_aliases([key for change in shared for key in change], content)
+    content = merge(content, *shared)
     try:
-        loaded = OmegaConf.load(path)
-        content = OmegaConf.to_container(loaded)
-    except (YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    if isinstance(content.get("variants"), dict):
-        content["variants"] = {
-            name: nested(changes) if isinstance(changes, dict) else changes
-            for name, changes in content["variants"].items()
-        }
-    if isinstance(content.get("space"), dict):
-        content["space"] = nested(content["space"])
-    _check_overrides(overrides, content)
-    try:
-        changes = [OmegaConf.from_dotlist([override]) for override in overrides]
-        merged = OmegaConf.merge(OmegaConf.create(content), *changes)
-        resolved = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
+        resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
+    except _UNREADABLE as error:
         raise UserError(f"{path} {' '.join(overrides)}: {one_line(error)}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
@@ -110,6 +83,8 @@ def _find(recipe: str | Path) -> Path:
     shipped = shipped_recipes()
     name = str(recipe).removesuffix(".yaml")
     if name in shipped:
+        if str(recipe) != name:  # a file was meant, and this run would be of other settings
+            raise UserError(f"{recipe}: no such file; the shipped recipe of that name is {name!r}")
         return recipe_folder() / f"{name}.yaml"
     raise UserError(f"{recipe}: no such file; {unknown_name('shipped recipe', name, shipped)}")
 
@@ -122,25 +97,94 @@ def recipe_folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "recipes"
 
 
-def _check_overrides(overrides: list[str], content: Mapping[Any, Any]) -> None:
-    """Refuse what is no `key=value`, and a setting of an alias that the recipe does not have."""
-    keys = []
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not key or not equals:
-            raise UserError(f"{override!r}: an override reads key=value, such as steps=100")
-        keys.append(key)
+def _read(path: Path) -> dict[str, Any]:
+    """What a recipe file holds, variants and all else in one form."""
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (*_UNREADABLE, OSError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    variants = content.pop("variants", None)
+    try:
+        settings = merge({}, {str(key): value for key, value in content.items()})
+        if variants is not None:
+            settings["variants"] = _canonical_variants(variants)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return settings
+
+
+def _canonical_variants(variants: Any) -> Any:
+    """The changes of each variant in the form in which they are kept."""
+    if not isinstance(variants, dict):
+        return variants  # refused by its reader, with what it expects
+    return {
+        str(name): canonical(changes) if isinstance(changes, dict) else changes
+        for name, changes in variants.items()
+    }
+
+
+def _parsed(override: str) -> tuple[str, Any]:
+    """Key and value of one `key=value`."""
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise UserError(f"{override!r}: an override reads key=value, such as steps=100")
+    if "[" in key:
+        raise UserError(
+            f"{override!r}: one item of a list cannot be set; give the whole list, "
+            "such as data.size=[64, 64]"
+        )
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except _UNREADABLE as error:
+        raise UserError(f"{override}: {one_line(error)}") from None
+    assert isinstance(value, dict)
+    return key, value["value"]
+
+
+def _override_variant(variants: dict[str, Any], key: str, value: Any) -> None:
+    """Apply an override of one variant (`NAME=...` or `NAME.dotted.key=...`).
+
+    A variant's name may have dots: the longest that fits is meant.
+
+    Raises:
+        UserError: no such variant, or an alias that neither it nor anything else has.
+    """
+    names = sorted((n for n in variants if f"{key}.".startswith(f"{n}.")), key=len)
+    if not names and isinstance(value, dict) and "." not in key:
+        variants[key] = canonical(value)
+        return
+    if not names:
+        hint = unknown_name("variant", key.partition(".")[0], variants)
+        raise UserError(f"variants.{key}: {hint}; add one by variants.NAME={{...}}")
+    name = names[-1]
+    setting = key[len(name) + 1 :]
+    if not setting and value is None:
+        del variants[name]
+    elif not setting:
+        variants[name] = canonical(value) if isinstance(value, dict) else value
+    else:
+        changes = variants[name] if isinstance(variants[name], dict) else {}
+        variants[name] = canonical(changes, {setting: value})
+
+
+def _check_aliases(keys: list[str], content: Mapping[Any, Any]) -> None:
+    """Refuse a setting of an objective or a teacher that neither recipe nor overrides make."""
+    made = {key.rpartition(".")[0] for key in keys if key.rpartition(".")[2] in KINDS}
+    made |= {key for key in keys if key.count(".") == 1}
     for key in keys:
         section, _, rest = key.partition(".")
         alias, _, setting = rest.partition(".")
-        maker = {"objectives": "name", "teachers": "family"}.get(section)
         aliases = _mapping(content.get(section))
-        if maker is None or not setting or alias in aliases or f"{section}.{alias}.{maker}" in keys:
+        if section not in ALIASED or not setting or alias in aliases:
+            continue
+        if f"{section}.{alias}" in made or section in keys:
             continue
         owners = [
             name
             for name, changes in _mapping(content.get("variants")).items()
-            if alias in _mapping(_mapping(changes).get(section))
+            if any(f"{change}.".startswith(f"{section}.{alias}.") for change in _mapping(changes))
         ]
         if owners:
             raise UserError(

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from alignlab.config.data import unknown_name
+from alignlab.errors import shown
 
 Location = tuple[int | str, ...]
 
@@ -63,14 +64,16 @@ def _describe(problem: ErrorDetails, key: str, parent: type[BaseModel] | None) -
             if isinstance(given, dict)
             else _mistyped(key, "dict", given)
         )
+    if kind == "int_parsing_size":
+        return f"{key}: a whole number too large to read, got {shown(given, 30)}"
     stem = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float")
     if stem in EXPECTED:
         return _mistyped(key, stem, given)
-    return f"{key}: {problem['msg'].removeprefix('Input ')}, got {given!r}"
+    return f"{key}: {problem['msg'].removeprefix('Input ')}, got {shown(given)}"
 
 
 def _mistyped(key: str, stem: str, given: Any) -> str:
-    return f"{key}: expected {EXPECTED[stem]}, got {given!r}"
+    return f"{key}: expected {EXPECTED[stem]}, got {shown(given)}"
 
 
 def _locate(model: type[BaseModel], location: Location) -> tuple[str, type[BaseModel] | None]:

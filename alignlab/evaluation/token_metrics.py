@@ -18,6 +18,7 @@ from alignlab.metrics import (
 )
 
 CKNNA_K = 10  # REPA's
+MIN_TOKENS = 4  # of which CKNNA has an estimate
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,6 @@ def agreement(tokens: VideoTokens) -> float:
 
 
 def _fit_tokens(tokens: ReferenceTokens) -> Tensor | None:
-    """Those of even clips; None where all or none are."""
+    """Those of even clips; None where all are, or fewer than two, which fit no map."""
     fit_N = tokens.clips_N % 2 == 0
-    return None if fit_N.all() or not fit_N.any() else fit_N
+    return None if fit_N.all() or fit_N.sum() < 2 else fit_N

@@ -12,6 +12,9 @@ from alignlab.config.parts import AdamWConfig
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits
 from alignlab.distributed.ranks import Ranks, single_rank
+from alignlab.errors import UserError
+from alignlab.evaluation.token_metrics import MIN_TOKENS
+from alignlab.losses.grids import Grid
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
@@ -94,6 +97,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     )
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
+    _check_grid(config, grid, wan)
     alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=ranks.device)
     alignment.check_data(dataset)
     alignment.check_world_size(ranks.world_size)
@@ -124,6 +128,32 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
 
 def _check_data(config: RunConfig) -> None:
     build_splits(config.data, memory=Path(config.output))
+
+
+def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
+    """Refuses clips that the transformer has no positions for, and too few tokens to measure.
+
+    Raises:
+        UserError: one line.
+    """
+    frames, height, width = grid
+    positions = wan.transformer.rope.max_seq_len
+    _, most = config.data.references
+    for setting, length in {
+        "data.frames and data.references": frames + most,
+        "data.size": max(height, width),
+    }.items():
+        if length > positions:
+            raise UserError(
+                f"{setting}: {length} positions, this transformer has {positions} (along time, "
+                "references included, and along each side)"
+            )
+    tokens = config.eval.clips * frames * height * width
+    if config.teachers and tokens < MIN_TOKENS:
+        raise UserError(
+            f"eval.clips: {config.eval.clips} of {tokens} tokens in all are too few to measure: "
+            f"at least {MIN_TOKENS}"
+        )
 
 
 def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:

@@ -20,11 +20,11 @@ def compare(
     print_config: PrintConfig = False,
 ) -> None:
     """Train every variant of a comparison over its seeds and write the report."""
-    from alignlab.experiments.compare.config import dump_compare, load_compare
+    from alignlab.experiments.compare.config import dump_compare, load_compare, show_variants
 
     config = load_compare(recipe, overrides)
     if print_config:
-        typer.echo(dump_compare(config), nl=False)
+        typer.echo(dump_compare(config) + show_variants(config), nl=False)
         return
     from alignlab.experiments.compare.run import compare as run
     from alignlab.experiments.compare.run import unfinished

@@ -1,30 +1,31 @@
 """The settings of a comparison: several variants of one run, each over the same seeds."""
 
-import string
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.data import Settings, unknown_name
-from alignlab.config.recipe_file import flatten, merge, nested, read_recipe
+from alignlab.config.merging import canonical, merge
+from alignlab.config.parts import Seed
+from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_changes, tuning_of
+from alignlab.experiments.compare.variants import baseline_notice, checked_variants, shown_variants
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.recipe import load_run, numbered_settings, refuse_other_command, to_yaml, validated
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
-NAME_LETTERS = frozenset(string.ascii_letters + string.digits + ".+-_")
 OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
 
 
 class CostConfig(Settings):
     """How the cost of a training step is measured, after all runs are trained."""
 
-    rounds: int = Field(default=10, ge=6)
+    rounds: int = Field(default=10, ge=6, le=10_000)
     """Rounds in which a variant and the baseline take a step each. Six are the fewest that give a
     95% interval of their median."""
 
@@ -36,7 +37,7 @@ class CompareConfig(Settings):
     """What all variants share."""
     baseline: str
     """The variant against which differences are tested."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...]
+    seeds: tuple[Seed, ...]
     """Every variant runs once per seed."""
     allow_differences: tuple[str, ...] = ()
     """Evaluation settings in which variants may differ, by dotted name."""
@@ -48,8 +49,8 @@ class CompareConfig(Settings):
     cost: CostConfig | None = CostConfig()
     """How the cost of a step is measured; null: it is not. Two models are in memory at a time."""
     variants: dict[str, dict[str, Any]]
-    """What each variant changes in `base`, as nested mappings; `from` names the best.yaml of the
-    sweep that tuned it."""
+    """What each variant changes in `base`, by dotted key and in order (`config.merging.canonical`);
+    `from` names the best.yaml of the sweep that tuned it."""
     runs: dict[str, RunConfig]
     """Each variant applied to `base`, with the first seed; see `run`."""
     tuned: dict[str, Tuning] = Field(default_factory=dict)
@@ -115,7 +116,7 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
     keys = [key for key in (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS) if key in mapping]
     settings = {key: mapping.pop(key) for key in keys}
     base = validated(RunConfig, mapping)
-    variants = _checked_variants(settings["variants"])
+    variants = checked_variants(settings["variants"])
     runs, tuned = {}, {}
     for name, changes in variants.items():
         applied = changes
@@ -124,29 +125,6 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
         runs[name] = validated(RunConfig, merge(mapping, applied), under=f"variants.{name}")
     built = {"variants": variants, "base": base, "runs": runs, "tuned": tuned}
     return validated(CompareConfig, {**settings, **built})
-
-
-def _checked_variants(variants: Any) -> dict[str, dict[str, Any]]:
-    """The changes of every variant, as nested mappings.
-
-    Raises:
-        UserError: what is no mapping, a name that is no folder's, a setting of the comparison.
-    """
-    if not isinstance(variants, dict):
-        raise UserError("variants: expected a mapping of variant names to changes")
-    checked = {}
-    for name, changes in variants.items():
-        if not isinstance(changes, dict):
-            raise UserError(f"variants.{name}: expected a mapping of changes, {{}} for none")
-        if not set(str(name)) <= NAME_LETTERS or set(str(name)) <= {"."}:
-            raise UserError(
-                f"variants.{name}: a variant's name is made of letters, digits and .+-_"
-            )
-        for key in ("name", "seed", "output"):
-            if key in changes:
-                raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")
-        checked[str(name)] = nested(changes)
-    return checked
 
 
 def load_base(recipe: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -168,6 +146,19 @@ def dump_compare(config: CompareConfig) -> str:
     resolved = config.base.model_dump(mode="json", exclude={"seed"})
     included = {*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS}
     return to_yaml(resolved | config.model_dump(mode="json", include=included))
+
+
+def show_variants(config: CompareConfig) -> str:
+    """What every variant trains, as comments below the resolved recipe.
+
+    Its objectives, the other sections that not all variants share, and a line if the baseline is
+    no plain fine-tuning.
+    """
+    notice = baseline_notice(config.baseline, config.runs[config.baseline])
+    lines = [] if notice is None else [f"note: {notice}"]
+    for variant, sections in shown_variants(config.runs).items():
+        lines += [f"variant {variant}, resolved:", *to_yaml(sections).splitlines()]
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any]]:
@@ -195,5 +186,5 @@ def _tuned(
     sweep = load_sweep(sweep_recipe(variant, source))
     best, tuning = load_run(source), tuning_of(source, sweep)
     differing = differing_settings({"base": base, "best": best})
-    taken = tuned_changes(variant, tuning, differing, best, flatten(own))
-    return tuning, merge(taken, own)
+    taken = tuned_changes(variant, tuning, differing, best, own)
+    return tuning, canonical(taken, own)

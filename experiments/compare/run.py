@@ -24,6 +24,7 @@ from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
+from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
@@ -102,6 +103,9 @@ def prepare(config: CompareConfig) -> Plan:
     """
     refuse_several_ranks()
     check_fair(config)
+    notice = baseline_notice(config.baseline, config.runs[config.baseline])
+    if notice is not None:
+        log.warning("%s", notice)
     folder = Path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config.data import Settings
-from alignlab.config.recipe_file import nested
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import SweepConfig
@@ -76,7 +75,7 @@ def tuned_changes(
     best: RunConfig,
     own: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the variant takes from the sweep, as nested mappings.
+    """What the variant takes from the sweep; keys may be dotted.
 
     Args:
         variant: its name.
@@ -91,10 +90,8 @@ def tuned_changes(
     """
     used = {alias for objective in best.objectives.values() for alias in objective.teachers}
     resolved = best.model_dump(mode="json", include={"objectives", "teachers"})
-    changes: dict[str, Any] = {
-        "objectives": resolved["objectives"],
-        "teachers": {alias: resolved["teachers"][alias] for alias in sorted(used)},
-    }
+    changes: dict[str, Any] = {"objectives": resolved["objectives"]}
+    changes |= {f"teachers.{alias}": resolved["teachers"][alias] for alias in sorted(used)}
     searched: dict[str, Any] = {}
     for key, values in differing.items():
         section, alias = key.split(".")[0], key.split(".")[1:2]
@@ -111,7 +108,7 @@ def tuned_changes(
                 f"set variants.{variant}.{key}"
             )
         searched[key] = values["best"]
-    return changes | nested(searched)
+    return changes | searched
 
 
 def _within(key: str, names: Any) -> bool:

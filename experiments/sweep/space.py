@@ -17,11 +17,10 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from pydantic import ValidationError
 
 from alignlab.config.data import unknown_name
+from alignlab.config.merging import merge
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import (
     BlocksSpace,
@@ -32,6 +31,7 @@ from alignlab.experiments.sweep.config import (
     SweepConfig,
 )
 from alignlab.models.model_files import on_disk
+from alignlab.recipe import validated
 
 Params = dict[str, Any]
 
@@ -99,19 +99,7 @@ def apply_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: the settings do not fit the run, or each other.
     """
-    recipe = base.model_dump(mode="json", exclude_unset=True)
-    for key, value in values.items():
-        *parents, last = key.split(".")
-        here = recipe
-        for parent in parents:
-            if not isinstance(here.get(parent), dict):
-                here[parent] = {}
-            here = here[parent]
-        here[last] = value
-    try:
-        return RunConfig.model_validate(recipe)
-    except ValidationError as error:
-        raise UserError(first_problem(RunConfig, error)) from None
+    return validated(RunConfig, merge(base.model_dump(mode="json", exclude_unset=True), values))
 
 
 def own_params(config: SweepConfig) -> Params | None:

@@ -98,6 +98,14 @@ def test_print_config_of_a_comparison(arguments: tuple[str, ...], tmp_path: Path
     path = tmp_path / "printed.yaml"
     path.write_text(result.stdout)
     assert load_compare(path) == load_compare("demo", ["seeds=[5]"])
+    _, _, variants = result.stdout.partition("# variant none, resolved:\n")
+    assert variants.startswith("# objectives: {}\n# variant refalign, resolved:\n")
+    assert "#     neg_weight: 1.0\n" in variants and "note:" not in result.stdout
+
+
+def test_a_baseline_with_an_objective_is_told() -> None:
+    shown = alignlab("compare", "demo", "baseline=repa", "--print-config").stdout
+    assert "# note: the baseline repa trains repa (repa): differences are against that" in shown
 
 
 def test_a_mistake_is_one_line_and_exit_code_2() -> None:

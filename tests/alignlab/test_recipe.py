@@ -66,10 +66,19 @@ def test_shipped_recipes_load_and_load_again_from_their_dump(
     assert shipped_recipes()[name], "the first line of a shipped recipe says what it is"
 
 
-def test_recipe_by_name_with_suffix_and_by_path(tmp_path: Path) -> None:
+def test_recipe_by_name_and_by_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(dump(load_run("tiny")))
-    assert load_run("tiny") == load_run("tiny.yaml") == load_run(path)
+    assert load_run("tiny") == load_run(path)
+
+
+def test_a_missing_file_is_no_shipped_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = "tiny.yaml: no such file; the shipped recipe of that name is 'tiny'"
+    assert message(load_run, "tiny.yaml") == expected
+    assert "no such file" in message(load_run, "./tiny")
 
 
 def test_a_recipe_in_a_folder_is_named_with_it(
@@ -80,7 +89,7 @@ def test_a_recipe_in_a_folder_is_named_with_it(
     (tmp_path / "findings" / "one.yaml").write_text(text)
     monkeypatch.setattr("alignlab.config.recipe_file.recipe_folder", lambda: tmp_path)
     assert shipped_recipes() == {"findings/one": "Whether it holds."}
-    assert load_run("findings/one").steps == load_run("findings/one.yaml").steps == 9
+    assert load_run("findings/one").steps == 9
     assert "did you mean 'findings/one'" in message(load_run, "findings/on")
 
 
@@ -157,6 +166,49 @@ def test_an_override_may_add_an_objective() -> None:
         ("steps", "'steps': an override reads key=value"),
         ("=3", "'=3': an override reads key=value"),
         ("optim.betas=[1", "optim.betas=[1"),
+        ("data.size[0]=32", "one item of a list cannot be set; give the whole list"),
+        ("data.size.0=32", "data.size: is a list; give the whole of it"),
+        ("optim..lr=1", "'optim..lr': a key is made of names with single dots between"),
+        (".".join("a" * 90) + "=1", "a.a.a...: more than 20 levels"),
+        ("steps=!!int x", "steps=!!int x: invalid literal"),
+        ("steps=!!bool x", "steps=!!bool x: "),
+        ("steps=!!timestamp x", "steps=!!timestamp x: "),
+        ("steps=" + "9" * 4301, "Exceeds the limit"),
+        (
+            "seed=0x" + "f" * 6000,
+            "seed: a number of thousands of digits is more than",
+        ),
+        ("name=" + "[" * 200 + "]" * 200, "name="),
+        ("steps=yes", "steps: expected a number, got true or false"),
+        ("objectives.ra.weight=on", "objectives.ra.weight: expected a number, got true"),
+        ("teachers.dino.grid=[true, 8]", "teachers.dino.grid: expected a number"),
+        ("steps=1e30", "steps: a whole number too large to read, got 1e+30"),
+        (
+            "steps=" + "1" * 31,
+            "steps: 111111111111111111111... is more than 1000000000: no",
+        ),
+        ("data.fps=100000", "data.fps: 100000 is more than 1000: no video has"),
+        ("optim.lr=10", "optim.lr: 10 is more than 1: AdamW moves every weight by about lr a step"),
+        ("optim.lr=1e300", "optim.lr: 1e+300 is more than 1: "),
+        ("optim.batch_size=100000", "optim.batch_size: 100000 is more than 8192: "),
+        ("optim.weight_decay=1e13", "optim.weight_decay: 1e+13 is beyond 1e+12"),
+        ("tracking.log_every=" + "1" * 20, "a whole number beyond 2^53"),
+        ("objectives.ra.weight=1e30", "objectives.ra.weight: 1e+30 is more than 1e+06: "),
+        ("objectives.ra.neg_weight=1e30", "1e+30 is beyond 1e+12, which no setting can mean"),
+        ("teachers.dino.grid=[1000000,8]", "1000000 is more than 1024: no teacher has so fine"),
+        ("model={path: x, train: lora, lora: {rank: 100000}}", "100000 is more than 4096"),
+        ("flow.shift=1e300", "flow.shift: 1e+300 is more than 1000: every noise level"),
+        ("flow.shift=1e-300", "flow.shift: should be greater than or equal to 0.001"),
+        ("data.references=[9,900]", "900 is more than 64 reference images"),
+        ("data.size=[16,65536]", "65536 is more than 8192 pixels a side"),
+        ("tracking.mlflow=foo://x", "'foo://x' is no place for MLflow"),
+        ("tracking.mlflow=file:///x", "'file:///x' is no place for MLflow"),
+        ("tracking.mlflow=http://", "'http://' is no place for MLflow"),
+        ("model=[]", "model: expected a mapping, got []"),
+        ("teachers=[]", "teachers: expected a mapping, got []"),
+        ("teachers.dino.family=[]", "teachers.dino.family: expected a text, got []"),
+        ('name="a\\nb"', "name: 'a\\nb' must be a folder"),
+        ('model.attention="a\\0b"', "model.attention: 'a\\x00b' holds a line break or a control"),
     ],
 )
 def test_one_line_for_a_mistake(override: str, expected: str) -> None:
@@ -237,13 +289,16 @@ def test_a_setting_that_one_variant_lacks_is_a_difference() -> None:
     ("override", "expected"),
     [
         ("seeds=[0,0]", "seeds: [0, 0] names a seed twice"),
+        ("seeds=[4294967296]", "seeds.0: 4294967296 is more than 4294967295: NumPy"),
+        ("cost.rounds=100000", "cost.rounds: should be less than or equal to 10000"),
         ("seeds=[]", "seeds: name at least one seed"),
         ("baseline=nonee", "baseline: unknown variant 'nonee', did you mean 'none'?"),
         ("seed=3", "seed: a comparison reads 'seeds'"),
         ("variants.none.seed=3", "variants.none.seed: the comparison sets it"),
         ("variants.none=3", "variants.none: expected a mapping"),
         ("variants=3", "variants: expected a mapping"),
-        ("variants.a/b.steps=3", "variants.a/b: a variant's name"),
+        ("variants.a/b={steps: 3}", "variants.a/b: a variant's name"),
+        ("variants.nonee.steps=3", "unknown variant 'nonee', did you mean 'none'?"),
         (
             "objectives.ra.weight=3",
             "belongs to variants (refalign, refalign-no-push): override variants.refalign.",
@@ -294,3 +349,66 @@ def test_another_order_of_objectives_is_named(tmp_path: Path) -> None:
     swapped = config.model_copy(update={"objectives": dict(reversed(config.objectives.items()))})
     assert holds_recipe(path, config) and not holds_recipe(path, swapped)
     assert shown_difference(path, swapped) == "objectives were in the order ra, b, are in b, ra"
+
+
+def test_a_new_objective_on_the_command_line_has_its_own_defaults() -> None:
+    config = load_run("tiny", ["objectives.ra={name: repa, teacher: dino, blocks: [3]}"])
+    assert list(config.objectives) == ["ra"]
+    assert (config.objectives["ra"].name, config.objectives["ra"].weight) == ("repa", 0.5)
+    assert load_run("tiny", ["objectives={}"]).objectives == {}
+    assert load_run("tiny", ["objectives.ra=null"]).objectives == {}
+
+
+@pytest.mark.parametrize("nothing", ["{objectives: {}}", "{objectives: null}", "{objectives.ra: }"])
+def test_a_variant_may_have_no_objective(nothing: str, tmp_path: Path) -> None:
+    config = load_compare(compare_file(tmp_path, f"  a: {nothing}\n  b: {{}}\n"))
+    assert config.runs["a"].objectives == {} and config.runs["b"].objectives
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_compare(config))
+    assert load_compare(again) == config
+
+
+def test_overrides_of_a_variant_come_after_its_own_changes(tmp_path: Path) -> None:
+    path = compare_file(tmp_path, "  a: {objectives.ra.weight: 3}\n  b-1.5: {objectives: {}}\n")
+    weight = load_compare(path, ["variants.a.objectives.ra.weight=5"]).runs["a"].objectives["ra"]
+    assert weight.weight == 5
+    added = "variants.b-1.5.objectives.r={name: repa, teacher: dino, blocks: [3]}"
+    assert list(load_compare(path, [added]).runs["b-1.5"].objectives) == ["r"]
+    assert list(load_compare(path, ["variants.b-1.5=null"]).runs) == ["a"]
+    assert load_compare(path, ["variants.b-1.5={}"]).runs["b-1.5"].objectives
+    assert list(load_compare(path, ["variants.c={steps: 2}"]).runs) == ["a", "b-1.5", "c"]
+
+
+def test_a_grid_of_variants(tmp_path: Path) -> None:
+    grid = (
+        "  a: {}\n  grid: {objectives.ra.weight: [0.1, 2], objectives.ra.blocks: [[0], [0, 1]]}\n"
+    )
+    config = load_compare(compare_file(tmp_path, grid))
+    points = {name: run.objectives["ra"] for name, run in config.runs.items()}
+    assert list(points)[1:] == [
+        "weight-0.1_blocks-0",
+        "weight-0.1_blocks-0-1",
+        "weight-2_blocks-0",
+        "weight-2_blocks-0-1",
+    ]
+    assert points["weight-2_blocks-0-1"].weight == 2
+    assert points["weight-2_blocks-0-1"].blocks == (0, 1)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_compare(config))
+    assert load_compare(again) == config
+    wider = load_compare(compare_file(tmp_path, grid), ["variants.grid.steps=[1,2]"])
+    assert len(wider.runs) == 9
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ("{}", "variants.grid: names no setting"),
+        ("{steps: 3}", "variants.grid.steps: expected a list of the setting's values, got 3"),
+        ("{steps: []}", "variants.grid.steps: expected a list"),
+        ("{steps: [1, 1]}", "'steps-1' stands there twice"),
+        (f"{{steps: {list(range(1, 1002))}}}", "more than 1000 are a sweep's"),
+    ],
+)
+def test_a_grid_that_cannot_be_meant(grid: str, expected: str, tmp_path: Path) -> None:
+    assert expected in message(load_compare, compare_file(tmp_path, f"  a: {{}}\n  grid: {grid}\n"))

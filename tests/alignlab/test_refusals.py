@@ -42,3 +42,27 @@ def test_an_implementation_that_cannot_run_here(
 def test_an_implementation_that_does_not_exist(recipe_file: Path, tmp_path: Path) -> None:
     message = refused("train", recipe_file, f"output={tmp_path}", "objectives.ra.impl=tritn")
     assert "objectives.ra.impl: unknown value 'tritn', did you mean 'triton'?" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("data.size=[16,1040]", "data.size: 65 positions, this transformer has 32"),
+        (
+            "data.frames=253",
+            "data.frames and data.references: 67 positions, this transformer has 64",
+        ),
+    ],
+)
+def test_clips_that_the_transformer_has_no_positions_for(
+    setting: str, expected: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    message = refused("train", recipe_file, f"output={tmp_path}", setting)
+    assert expected in message
+
+
+def test_too_few_tokens_to_measure(recipe_file: Path, tmp_path: Path) -> None:
+    few = ["data.size=[16,16]", "data.frames=9", "eval.clips=1", "eval.generated_clips=0"]
+    message = refused("train", recipe_file, f"output={tmp_path}", *few, "eval.sample_clips=0")
+    assert "eval.clips: 1 of 3 tokens in all are too few to measure: at least 4" in message
+    assert not list(tmp_path.rglob("metrics.jsonl"))
