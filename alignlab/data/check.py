@@ -95,7 +95,12 @@ def check_media(
             memory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_only_one(memory))
             known = _read(memory)  # another process may have checked meanwhile
-        unknown = [c for key, c in unique.items() if not _is_known(known, stamps, key)]
+        unknown = []
+        for key, check in unique.items():
+            if not _is_known(known, stamps, key):
+                unknown.append(check)
+            elif stop_at_error and known[key].verdict.error is not None:
+                break  # nobody asks for what is behind it
         fresh = _run(unknown, stamps, known, memory, stop_at_error=stop_at_error)
     verdicts: dict[str, Verdict] = {}
     for key in unique:
