@@ -232,17 +232,19 @@ def _may_set_its_clock(container: InputContainer) -> bool:
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
     """All packets in decode order; where the clock is set anew, times go on from what was."""
     is_steady = not _may_set_its_clock(container)
-    shift, last, expected = 0, None, None
+    shift = 0
+    last: int | None = None
+    expected = 0
     for packet in container.demux(stream):
         if is_steady or packet.dts is None:
             yield packet
             continue
         assert stream.time_base is not None
         dts = packet.dts + shift
-        if last is not None and expected is not None:
-            if dts < last or dts > expected + CLOCK_STEP_S / stream.time_base:
-                shift += expected - dts
-                dts = expected
+        step = CLOCK_STEP_S / stream.time_base
+        if last is not None and not last <= dts <= expected + step:
+            shift += expected - dts
+            dts = expected
         if packet.pts is not None:
             packet.pts += shift
         packet.dts = last = dts
@@ -280,10 +282,13 @@ def _times_are_of_decode_order(container: InputContainer, stream: VideoStream) -
     stamps = [stamp for packet in packets if (stamp := _stamp(packet)) is not None]
     if any(later <= earlier for earlier, later in pairwise(stamps)):
         return False
-    shown = []
+    last: int | None = None
     with suppress(av.FFmpegError):  # damage, which may lie behind what is wanted
-        shown.extend(frame.pts for frame, _ in _decoded(packets))
-    return None in shown or any(b <= a for a, b in pairwise(s for s in shown if s is not None))
+        for frame, _ in _decoded(packets):
+            if frame.pts is None or (last is not None and frame.pts <= last):
+                return True
+            last = frame.pts
+    return False
 
 
 def _frames_from_keyframe(
@@ -324,7 +329,8 @@ def _timed(
     Raises:
         ClipError: a frame without a timestamp, or one that falls; a rotation by no right angle.
     """
-    name, last, is_damaged = stream.container.name, None, False
+    name, is_damaged = stream.container.name, False
+    last: int | None = None
     for frame, stamp in frames:
         if stamp is None:
             raise ClipError(f"{name}: has no timestamps; remux it with ffmpeg")

@@ -268,6 +268,12 @@ def with_mask(image: Image.Image, frame: int = 4) -> Callable[[Path], None]:
     return spoil
 
 
+def cut_mask(root: Path) -> None:
+    write_masks(root, range(24))
+    path = root / "masks" / "00004.png"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
 SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "video": (spoil_video, r"clips/.\.mp4: (is damaged|cannot be read)"),
     "cut image": (spoil_reference, r"refs/own\.png: cannot be read"),
@@ -289,7 +295,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
     "mask of 16 bits": (with_mask(Image.new("I;16", (48, 32))), r"00004\.png: .*not I;16"),
     "mask of 1 bit": (with_mask(Image.new("1", (48, 32))), r"00004\.png: .*not 1"),
     "cut mask": (
-        lambda root: (with_mask(Image.new("L", (48, 32)))(root), cut(root / "masks/00004.png")),
+        cut_mask,
         r"00004\.png: cannot be read",
     ),
     "label beyond": (
@@ -297,10 +303,6 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
         r"00004\.png: has the label 2, and the row names 1 entities",
     ),
 }
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
 
 
 @pytest.mark.parametrize("kind", SPOILT)

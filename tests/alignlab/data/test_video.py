@@ -10,6 +10,7 @@ import av
 import pytest
 import torch
 from av.stream import Disposition
+from av.video.stream import VideoStream
 from torch import Tensor
 
 from alignlab.data.decode import ClipError
@@ -103,6 +104,7 @@ def test_avi_with_reordered_frames(tmp_path: Path, codec: str, copied_to: str) -
     with av.open(str(path), "w") as container:
         options = {"crf": "10", "x264-params": "bframes=3:b-adapt=0:weightp=0"}
         stream = container.add_stream(codec, rate=16, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
         stream.codec_context.max_b_frames, stream.codec_context.gop_size = 3, 12
         stream.codec_context.bit_rate = 2_000_000
@@ -130,6 +132,7 @@ def test_joined_streams_go_on_where_the_clock_is_set_anew(tmp_path: Path, suffix
     options = {"crf": "10"} if suffix == "ts" else {"qscale": "2", "flags": "+qscale"}
     with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:
         stream = container.add_stream(codec, rate=25, options=options)
+        assert isinstance(stream, VideoStream)
         stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
         stream.codec_context.gop_size = 5
         for frame_HWC in numbered_video(20):
