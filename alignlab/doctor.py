@@ -13,8 +13,8 @@ from rich.text import Text
 import alignlab
 from alignlab.environment import PACKAGES as ENVIRONMENT_PACKAGES
 from alignlab.environment import package_version
-from alignlab.kernels import pull_push, relation
-from alignlab.models.attention_backends import available_backends
+from alignlab.kernels.registry import OPERATIONS
+from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
 
@@ -33,7 +33,6 @@ PACKAGES = {
     "sam2": "sam2",
 }
 WAN_MODELS = ("assets/tiny-wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-KERNELS = {"pull_push": pull_push.implementations, "relation": relation.implementations}
 GIB = 2**30
 
 
@@ -44,14 +43,12 @@ def print_diagnosis(console: Console | None = None) -> None:
     console.print(_table("Versions", ("package", "version"), list(package_versions().items())))
     console.print(_table("Devices", ("device", "what it is"), list(devices.items())))
     for device in devices:
-        backends = [(name, why or "works") for name, why in available_backends(device).items()]
-        backends.sort(key=_fails)
         title = f"Attention backends on {device} (model.attention)"
-        console.print(_table(title, ("backend", "state"), backends))
+        console.print(_table(title, ("backend", "state"), attention_states(device)))
     kernels = [
         (f"{name}, impl={impl}", why or "works")
-        for name, implementations in KERNELS.items()
-        for impl, why in implementations().items()
+        for name, operation in OPERATIONS.items()
+        for impl, why in operation.implementations().items()
     ]
     console.print(_table("Kernels", ("kernel", "state"), kernels))
     console.print(_table("Models", ("model", "state"), list(model_states().items())))
@@ -84,15 +81,36 @@ def device_lines() -> dict[str, str]:
     return lines
 
 
+def attention_states(device: str) -> list[tuple[str, str]]:
+    """What each attention backend can do in a Wan block on `device`; those that train come first.
+
+    Both precisions that a recipe may have (`model.precision`) are tried.
+    """
+    bf16 = available_backends(device, precision="bf16")
+    fp32 = available_backends(device, precision="fp32")
+
+    def rank(name: str) -> tuple[bool, ...]:
+        abilities = (bf16[name].ability, fp32[name].ability)
+        return *(one != "trains" for one in abilities), "inference only" not in abilities
+
+    return [(name, _in_both(bf16[name], fp32[name])) for name in sorted(bf16, key=rank)]
+
+
+def _in_both(bf16: BackendState, fp32: BackendState) -> str:
+    if bf16.ability == fp32.ability == "trains":
+        return "trains in bf16 and fp32"
+    if bf16.ability == "trains":
+        return f"trains in bf16; fp32 {fp32}"
+    if fp32.ability == "trains":
+        return f"trains in fp32; bf16 {bf16}"
+    return str(bf16) if bf16.ability == fp32.ability else f"bf16 {bf16}; fp32 {fp32}"
+
+
 def model_states() -> dict[str, str]:
     """Wan models, and the models of teachers that recipes name by family alone: where they are."""
     teachers = {teacher.path: f"teacher {family}" for family, teacher in TEACHERS.items()}
     kinds = dict.fromkeys(WAN_MODELS, "Wan") | teachers
     return {f"{path} ({kind})": _where(path) for path, kind in kinds.items()}
-
-
-def _fails(backend: tuple[str, str]) -> bool:
-    return backend[1] != "works"
 
 
 def _where(path: str) -> str:

@@ -15,11 +15,13 @@ from alignlab.data.images import read_image
 from alignlab.data.resize import fit_reference
 from alignlab.data.video import write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
+from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import Advance, step_progress, warn_once
 from alignlab.randomness import generator
+from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import check_out_file
 from alignlab.runs.run_folder import RunFolder
@@ -84,8 +86,7 @@ def sample_latents(
     def velocity_at(latents_CTHW: Tensor, sigma: float) -> Tensor:
         nonlocal done
         timesteps_B = torch.full((3,), sigma * 1000, device=latents_CTHW.device)
-        bf16 = guidance.precision == "bf16"
-        with torch.autocast(latents_CTHW.device.type, torch.bfloat16, enabled=bf16):
+        with mixed_precision(latents_CTHW.device, guidance.precision):
             out = branch(
                 latents_CTHW.expand(3, *latents_CTHW.shape),
                 timesteps_B,
@@ -176,6 +177,7 @@ def load_trained(run_dir: Path) -> Wan:
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
         raise UserError(f"{run_dir}: the run has no checkpoint yet")
+    tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,
         train=config.model.train,

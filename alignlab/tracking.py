@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
+from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.recipe import recipe_hash
 from alignlab.runs.atomic_files import named_errors, write_text
 from alignlab.runs.run_folder import RunFolder
@@ -138,7 +139,7 @@ def mlflow_client(config: TrainingConfig) -> Iterator[Any]:
     uri, database = config.tracking.mlflow, _mlflow_database(config)
     lock = FileLock(f"{database}.lock") if uri == "sqlite" else nullcontext()
     with _database_errors(config), lock:
-        yield MlflowClient(f"sqlite:///{database}" if uri == "sqlite" else uri)
+        yield MlflowClient(sqlite_url(database) if uri == "sqlite" else expanded_url(uri))
 
 
 def experiment_id(client: Any, config: TrainingConfig) -> str:
@@ -167,7 +168,7 @@ def _database_errors(config: TrainingConfig) -> Iterator[None]:
 
 
 def _mlflow_database(config: TrainingConfig) -> Path:
-    return Path(config.output).resolve() / "mlflow.db"
+    return user_path(config.output).resolve() / "mlflow.db"
 
 
 def read_rows(metrics: Path) -> list[dict[str, float]]:

@@ -24,24 +24,33 @@ from alignlab.distributed.ranks import Ranks, join_ranks
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
 from alignlab.evaluation.diagnostics import Diagnosis
-from alignlab.evaluation.evaluate import evaluate
+from alignlab.evaluation.evaluate import evaluate, flow_of_first_clips
 from alignlab.evaluation.generation import num_measured_clips
-from alignlab.evaluation.run_warnings import RankWarnings, sample_warnings
+from alignlab.evaluation.run_warnings import (
+    START_FLOW,
+    RankWarnings,
+    alignment_warnings,
+    divergence_warnings,
+    nonfinite_warnings,
+    sample_warnings,
+)
 from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers, write_text
+from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
 from alignlab.tracking import SilentTracker, Tracker, read_rows
 from alignlab.training import checkpoint
+from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
 from alignlab.training.measure import PeakMemory, StepClock
-from alignlab.training.nonfinite import NonFiniteWatch
+from alignlab.training.nonfinite import NonFiniteWatch, state_norms
 from alignlab.training.optim import set_learning_rate, update_ema
-from alignlab.training.setup import Caches, Run, build_run, check_ranks_agree
+from alignlab.training.setup import Caches, Run, build_run, check_inputs, check_ranks_agree
 
 
 @quiet_libraries()
@@ -59,11 +68,11 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
 
     Raises:
         UserError: the recipe cannot run here, a loss stopped being finite, another command trains
-            the run, or the run is finished with another Stage 1 network than its recipe's folder
-            holds now.
+            the run, or the files that it reads are others than when it began.
     """
     ranks = join_ranks(config.model.precision)
     # refused before any work
+    check_recipe(config)
     ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
     with ExitStack() as locks:
         opened = ranks.on_main(open_folder, config, locks, wait=wait)
@@ -73,6 +82,7 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
         run = build_run(config, caches, ranks)
+        check_inputs(run)
         if newest is not None:
             checkpoint.restore(run.state, newest)
         check_ranks_agree(run)
@@ -97,13 +107,14 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
         wait: for another command that trains this run; else refuse.
 
     Raises:
-        UserError: the folder holds another recipe, another command trains there, or it is finished
-            with another Stage 1 network.
+        UserError: the folder holds another recipe or other inputs, another command trains there, or
+            it is finished with another Stage 1 network.
     """
     folder = RunFolder.create(config)
     if not folder.result.exists():
         locks.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
+    hold_inputs(folder, config)
     newest = checkpoint.latest(folder.checkpoints)
     return OpenedFolder(folder, is_finished(config, folder), newest)
 
@@ -162,14 +173,12 @@ class Trainer(ABC):
                 nonfinite.check(state.step, scalars)
                 is_last = state.step == config.steps
                 is_saved = is_last or state.step % config.checkpoint.every == 0
-                if is_saved:
-                    # a finite loss says nothing of the weights that its step left behind
-                    norm = get_total_norm(list(state.names))
-                    nonfinite.check(state.step, {"weights": norm})
                 if is_saved or state.step % config.tracking.log_every == 0:
-                    nonfinite.raise_if_broken(newest)
                     row = {key: float(value) for key, value in scalars.items()}
                     row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
+                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.raise_if_broken(newest)
+                    row |= self.counts()
                     tracker.log(state.step, row)
                     note = f"loss {row['loss/total']:.4f}"
                     if is_saved:
@@ -248,6 +257,14 @@ class Trainer(ABC):
         """What follows an optimizer step; gives the exact settings that the step used."""
         return {}
 
+    def counts(self) -> dict[str, float]:
+        """What a log row says of all steps so far.
+
+        Raises:
+            UserError: there is no use in going on.
+        """
+        return {}
+
 
 class RunTrainer(Trainer):
     """Flow matching with alignment losses.
@@ -262,6 +279,7 @@ class RunTrainer(Trainer):
         super().__init__(run.config, run.ranks, run.state)
         self.run = run
         self._diagnosis: Diagnosis | None = None
+        self._aligned = AlignedSamples(run.config, run.clips.share_with_references())
 
     def micro_batches(self) -> list[Batch]:
         optim = self.config.optim
@@ -285,9 +303,10 @@ class RunTrainer(Trainer):
         """
         flow_B, aligned = self.forward(batch)
         total_B = self.run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
-        terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
+        terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach(), **aligned.features}
         for alias, objective_terms in aligned.terms.items():
             terms[f"loss/{alias}"] = objective_terms.loss_B.detach()
+            terms[f"{PREFIX}{alias}"] = aligned.counted[alias]
             terms |= {f"loss/{alias}/{part}": v for part, v in objective_terms.parts.items()}
             aligned_B, similarity_B = aligned.samples[alias], objective_terms.similarity_B
             if similarity_B is not None:
@@ -311,6 +330,7 @@ class RunTrainer(Trainer):
     def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """Moves the average of the weights, and shows plateau schedules what they watch."""
         update_ema(self.run.state, self.config.optim.ema)
+        self._aligned.see(scalars)
         factors = self.run.alignment.factors(self.state.step)
         for alias, watch in self.run.alignment.watches.items():
             watched = scalars.get(f"watched/{alias}")
@@ -318,14 +338,21 @@ class RunTrainer(Trainer):
                 watch.see(self.state.step, float(watched))
         return {f"schedule/{alias}": factor for alias, factor in factors.items()}
 
+    def counts(self) -> dict[str, float]:
+        """Share of samples that had something to align, by objective."""
+        return self._aligned.row()
+
     @contextmanager
     def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
         """Reference branch and taps; logs the noise levels that the run will draw."""
         if self.state.step == 0:
-            tracker.log(0, timestep_histogram(self.config))
+            flow = self.ranks.on_main(flow_of_first_clips, self.run)
+            tracker.log(0, timestep_histogram(self.config) | {START_FLOW: flow})
+        rows = self.ranks.on_main(read_rows, folder.metrics)
+        references = self.run.clips.share_with_references()
+        self._aligned = AlignedSamples(self.config, references, rows)
         every = self.config.tracking.diagnose_every
         if every is not None:
-            rows = read_rows(folder.metrics) if self.ranks.is_main else []
             self._diagnosis = Diagnosis(self.run, every=every, logged=rows)
         with self.run.branch:
             yield
@@ -344,17 +371,24 @@ class RunTrainer(Trainer):
             yield self.run.flow_weights(batch.sigma_B) * flow_B, aligned
 
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
+        self._aligned.check_end()
         metrics = evaluate(self.run, folder) | logged_costs(folder)
         projectors = [p for p in self.run.alignment.parameters() if p.requires_grad]
         metrics["params/extra"] = float(sum(p.numel() for p in projectors))
         tracker.log(self.config.steps, metrics)
         digests = stage1_digests(self.config, self.run.alignment.objectives)
-        notes = [*self.run.notes, *RankWarnings(read_rows(folder.metrics)).texts]
+        rows, counts = read_rows(folder.metrics), self._aligned.counts()
+        diverged = divergence_warnings(rows, flow_of_first_clips(self.run))
+        notes = [*self.run.notes, *diverged, *alignment_warnings(counts)]
+        notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
+        notes += nonfinite_warnings(metrics)
         result = {
             "steps": self.config.steps,
             "metrics": metrics,
             "stage1": digests,
+            "aligned": {alias: [count.aligned, count.samples] for alias, count in counts.items()},
+            "diverged": bool(diverged),
             "notes": notes,
         }
         write_text(folder.result, json.dumps(result, indent=1))

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from alignlab.config.paths import user_path
 from alignlab.config.recipe_file import read_recipe
 from alignlab.data.registry import DataConfig, build_dataset
 from alignlab.data.sample import Sample
@@ -198,6 +199,6 @@ def load_data(recipe: str | Path, overrides: list[str] | None = None) -> tuple[D
     mapping = read_recipe(recipe, overrides or [])
     if "stage1" in mapping:
         stage1 = validated(Stage1Config, mapping)
-        return stage1.data, Path(stage1.output)
+        return stage1.data, user_path(stage1.output)
     base = load_base(recipe, overrides)
-    return base.data, Path(base.output)
+    return base.data, user_path(base.output)

@@ -238,7 +238,6 @@ OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, float, float], PullPush]]
     {"eager": pull_push_eager, "chunked": pull_push_chunked, "triton": pull_push_triton},
     eager_tokens=EAGER_TOKENS,
 )
-implementations = OPERATION.implementations
 
 
 def pull_push(

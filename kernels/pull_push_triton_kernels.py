@@ -196,8 +196,8 @@ def _products(
     PRECISION: tl.constexpr,
 ):
     # Rows that are not there are read as the last one, since masks cost registers.
-    student_ptr += tl.minimum(row_M, last)[:, None] * C
-    unit_ptr += tl.minimum(column_N, last)[None, :] * C
+    student_ptr += tl.minimum(row_M, last).to(tl.int64)[:, None] * C
+    unit_ptr += tl.minimum(column_N, last).to(tl.int64)[None, :] * C
     product_MN = tl.zeros((row_M.shape[0], column_N.shape[0]), tl.float32)
     for start in range(0, C, DEPTH):
         channel_C = start + tl.arange(0, DEPTH)
@@ -324,7 +324,8 @@ def hole_kernel(
         last = tl.maximum(last, tl.max(at_N))
     first, end = tl.cdiv(before + 1, Q), tl.cdiv(last + 1, Q)
     skipped = tl.maximum(tl.minimum(after // Q, end) - first, 0)
-    hole_ptr += (tl.program_id(1) * tl.cdiv(num_tokens, ROWS) + tl.program_id(0)) * 3
+    sample = tl.program_id(1).to(tl.int64)
+    hole_ptr += (sample * tl.cdiv(num_tokens, ROWS) + tl.program_id(0)) * 3
     tl.store(hole_ptr, first)
     tl.store(hole_ptr + 1, skipped)
     tl.store(hole_ptr + 2, end - skipped)
@@ -358,36 +359,38 @@ def gradient_kernel(
     """
     row_tiles, channel_tiles = tl.cdiv(num_tokens, ROWS), tl.cdiv(C, CHANNELS)
     row_tile = tl.program_id(0) // channel_tiles
-    block = tl.program_id(1)
+    block = tl.program_id(1).to(tl.int64)
     sample = block % batch
     row_M = row_tile * ROWS + tl.arange(0, ROWS)
     inside_M = row_M < num_tokens
     channel_C = tl.program_id(0) % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
-    at_M = block.to(tl.int64) * num_tokens + row_M
-    unit_ptr += sample.to(tl.int64) * num_tokens * C
+    at_M = block * num_tokens + row_M
+    unit_ptr += sample * num_tokens * C
 
     hole_ptr += (sample * row_tiles + row_tile) * 3
     first, skipped, steps = tl.load(hole_ptr), tl.load(hole_ptr + 1), tl.load(hole_ptr + 2)
     # Rows that are not there are read as the last one: masks cost registers.
     last = num_tokens - 1
     words_in_row = tl.cdiv(num_tokens, Q * 8 // BITS) * Q
-    words_ptr += block.to(tl.int64) * num_tokens * words_in_row
-    words_ptr += tl.minimum(row_M, last)[:, None] * words_in_row
+    words_ptr += block * num_tokens * words_in_row
+    words_ptr += tl.minimum(row_M, last).to(tl.int64)[:, None] * words_in_row
     sum_MC = tl.zeros((ROWS, CHANNELS), tl.float32)
     for step in range(0, steps):
         plane = tl.where(step < first, step, step + skipped)
         word_Q = first_word(plane, BITS, Q) + tl.arange(0, Q)
         words_MQ = tl.load(words_ptr + word_Q[None, :])
-        column_Q = tl.minimum(plane * Q + tl.arange(0, Q), last)
+        # The offset of the plane has 64 bits, those within it need 32.
+        plane_ptr = unit_ptr + (plane * Q).to(tl.int64) * C
+        column_Q = tl.minimum(tl.arange(0, Q), last - plane * Q)
         at_QC = column_Q[:, None] * C + channel_C[None, :]
         if C % CHANNELS == 0:
-            unit_QC = tl.load(unit_ptr + at_QC)
+            unit_QC = tl.load(plane_ptr + at_QC)
         else:
-            unit_QC = tl.load(unit_ptr + at_QC, mask=(channel_C < C)[None, :], other=0.0)
+            unit_QC = tl.load(plane_ptr + at_QC, mask=(channel_C < C)[None, :], other=0.0)
         active_MQ = tl.where(plane_bit(words_MQ, plane, 0, BITS), 1.0, 0.0).to(unit_QC.dtype)
         sum_MC = tl.dot(active_MQ, unit_QC, sum_MC, input_precision=PRECISION)
 
-    subject_ptr += sample.to(tl.int64) * num_tokens
+    subject_ptr += sample * num_tokens
     valid_M = tl.load(subject_ptr + row_M, mask=inside_M, other=-1) >= 0
     cosine_M = tl.load(cosine_ptr + at_M, mask=inside_M, other=0.0)
     reach_M = tl.load(reach_ptr + at_M, mask=inside_M, other=0.0)
@@ -404,7 +407,7 @@ def gradient_kernel(
         channel_C = first_channel + part * PART + tl.arange(0, PART)
         use_MC = valid_M[:, None] & (channel_C < C)[None, :]
         at_MC = at_M[:, None] * C + channel_C[None, :]
-        own_MC = row_M[:, None] * C + channel_C[None, :]
+        own_MC = row_M.to(tl.int64)[:, None] * C + channel_C[None, :]
         student_MC = tl.load(student_ptr + at_MC, mask=use_MC, other=0.0).to(tl.float32)
         unit_MC = tl.load(unit_ptr + own_MC, mask=use_MC, other=0.0).to(tl.float32)
         grad_MC = push_M[:, None] * part_MC + pull_M[:, None] * unit_MC

@@ -342,7 +342,6 @@ OPERATION = Operation(
     {"eager": relation_eager, "chunked": relation_chunked, "triton": relation_triton},
     eager_tokens=EAGER_TOKENS,
 )
-implementations = OPERATION.implementations
 
 
 def relation_distance(

@@ -209,9 +209,11 @@ def _add_products(
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     channel_D = tl.arange(0, DEPTH)
+    left_ptr = unit_ptr + row_M.to(tl.int64)[:, None] * WIDTH
+    right_ptr = unit_ptr + col_N.to(tl.int64)[None, :] * WIDTH
     for start in range(0, WIDTH, DEPTH):
-        left_MD = tl.load(unit_ptr + row_M[:, None] * WIDTH + (start + channel_D)[None, :])
-        right_DN = tl.load(unit_ptr + col_N[None, :] * WIDTH + (start + channel_D)[:, None])
+        left_MD = tl.load(left_ptr + (start + channel_D)[None, :])
+        right_DN = tl.load(right_ptr + (start + channel_D)[:, None])
         acc_MN = tl.dot(left_MD, right_DN, acc_MN, input_precision=PRECISION)
     return acc_MN
 
@@ -236,8 +238,8 @@ def _finish_square(
         distance_SS *= _pair_weight(first_S[:, None], second_S[None, :], 1.0, ROUTING)
     sums_S4 = tl.sum(tl.reshape(distance_SS, (S, 4, Q)), axis=2)
     sums_44 = tl.sum(tl.reshape(sums_S4, (4, Q, 4)), axis=1)
-    row_4 = above * 4 + tl.arange(0, 4)[:, None]
-    col_4 = left * 4 + tl.arange(0, 4)[None, :]
+    row_4 = (above * 4 + tl.arange(0, 4)[:, None]).to(tl.int64)
+    col_4 = (left * 4 + tl.arange(0, 4)[None, :]).to(tl.int64)
     tl.store(sums_ptr + row_4 * (squares * 4) + col_4, sums_44)
     if above != left:
         tl.store(sums_ptr + col_4 * (squares * 4) + row_4, sums_44)
@@ -289,14 +291,16 @@ def slope_kernel(
     channel_C = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     token_Q = tl.arange(0, Q)
     codes_S = codes_ptr + row_S.to(tl.int64) * (squares * Q)
-    factor_S = factor_ptr + row_S // Q * blocks
+    factor_S = factor_ptr + (row_S // Q).to(tl.int64) * blocks
     slope_SC = tl.zeros((S, CHANNELS), tl.float32)
     for step in range(0, blocks // PLANES):
         words_SQ = tl.load(codes_S[:, None] + (step * PLANES // 4 * Q + token_Q)[None, :])
         for plane in tl.static_range(PLANES):
             block = step * PLANES + plane
             other_Q = block * Q + token_Q
-            unit_QC = tl.load(student_ptr + other_Q[:, None] * WIDTH + channel_C[None, :])
+            # The offset of the block has 64 bits, those within it need 32.
+            block_ptr = student_ptr + (block * Q).to(tl.int64) * WIDTH
+            unit_QC = tl.load(block_ptr + token_Q[:, None] * WIDTH + channel_C[None, :])
             factor_S1 = tl.load(factor_S + block)[:, None]
             grows_SQ = plane_bit(words_SQ, block, BIT=0, BITS=2)
             falls_SQ = plane_bit(words_SQ, block, BIT=1, BITS=2)
@@ -311,7 +315,8 @@ def slope_kernel(
             slope_SC = tl.dot(
                 slope_SQ.to(unit_QC.dtype), unit_QC, slope_SC, input_precision=PRECISION
             )
-    tl.store(slope_ptr + row_S[:, None] * WIDTH + channel_C[None, :], slope_SC)
+    slope_ptr += row_S.to(tl.int64)[:, None] * WIDTH
+    tl.store(slope_ptr + channel_C[None, :], slope_SC)
 
 
 @triton.jit

@@ -187,7 +187,7 @@ class Objective(nn.Module, ABC):
     Config: ClassVar[type[ObjectiveConfig]]
     tokens: ClassVar[Literal["video", "reference"]]
     paper: ClassVar[str] = ""
-    """arXiv id, for `alignlab list objectives`; empty if there is none."""
+    """arXiv id such as 2410.06940, for `alignlab list objectives`; empty if there is none."""
     config: ObjectiveConfig
 
     @property

@@ -6,6 +6,8 @@ in `kernels/`, which otherwise run in Triton's interpreter.
 """
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,9 @@ KERNELS = Path(__file__).parent / "kernels"
 # Begun first, so that no worker of `make test` is left with one of them while others are idle.
 LONGEST = ("test_readme.py", "test_ranks.py", "test_sweep_workers.py")
 
+# Digests of files are remembered in no user's cache.
+CACHE = Path(tempfile.mkdtemp(prefix="alignlab-tests-"))
+os.environ["ALIGNLAB_CACHE"] = str(CACHE)
 # Read when triton is first imported.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if not ON_GPU:
@@ -47,6 +52,10 @@ __all__ = [
 def pytest_configure() -> None:
     if ON_GPU and not torch.cuda.is_available():
         raise pytest.UsageError("ALIGNLAB_TEST_GPU=1, but torch finds no CUDA device")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -111,6 +111,18 @@ class ClipsConfig(Settings):
         return None
 
 
+MAX_SUBJECTS = 4  # of a clip of `shapes`: each begins in a quarter of its own
+
+
+def _no_more_than_subjects(limits: tuple[int, int]) -> tuple[int, int]:
+    if limits[1] > MAX_SUBJECTS:
+        raise ValueError(
+            f"{list(limits)} asks for more references than a clip of shapes has subjects, "
+            f"{MAX_SUBJECTS}"
+        )
+    return limits
+
+
 class ShapesConfig(ClipsConfig):
     """The generated data set: textured subjects that move as the caption says."""
 
@@ -123,8 +135,8 @@ class ShapesConfig(ClipsConfig):
     """(height, width) in pixels, multiples of 16."""
     fps: FrameRate = 8
     """Frame rate at which clips and generated videos are written."""
-    references: Limits = (2, 3)
-    """Fewest and most reference images per clip."""
+    references: Annotated[Limits, AfterValidator(_no_more_than_subjects)] = (2, 3)
+    """Fewest and most reference images per clip, at most 4."""
     train_clips: ClipCount = 512
     """Size of the train split."""
     val_clips: ClipCount = 32
@@ -157,7 +169,13 @@ class FolderConfig(ClipsConfig):
     references: Limits = (0, 3)
     """Fewest and most reference images per clip. RefAlign keeps at most 3."""
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the rows held out as the val split."""
+    """Share of the videos, or of the groups, held out as the val split: rounded, at least one. Not
+    read where rows say their split."""
+    split_rule: Literal["rank"] = "rank"
+    """How videos are dealt to the splits: by the rank of a hash, the one rule there is. A run that
+    an older version began, by another rule, does not say so, and is not resumed."""
+    follow_links: bool = False
+    """Read videos, references and masks through links that lead out of the folder."""
     cache_clips: int = Field(default=0, ge=0)
     """Encoded clips kept in memory, 0 for none: 480x832 clips take about 100 MB each."""
     on_bad_video: Literal["error", "skip"] = "error"

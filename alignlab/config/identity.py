@@ -78,14 +78,18 @@ def _plain(value: Any, exclude: Exclude) -> Any:
 
 
 def _has_later_settings(value: Any) -> bool:
-    """Whether a setting that version 1 did not have is given another value than its default."""
+    """Whether a setting that version 1 did not have is given another value than its default.
+
+    A tag that it did not have marks what is computed otherwise since.
+    """
     if isinstance(value, BaseModel):
         fields = type(value).model_fields
         old = FIELDS_V1.get(type(value).__name__, frozenset(fields))
         return any(
             _has_later_settings(getattr(value, name))
             if name in old
-            else getattr(value, name) != field.get_default(call_default_factory=True)
+            else _is_tag(field)
+            or getattr(value, name) != field.get_default(call_default_factory=True)
             for name, field in fields.items()
         )
     if isinstance(value, Mapping):

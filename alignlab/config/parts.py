@@ -51,7 +51,8 @@ class ModelConfig(Settings):
     lora: LoraConfig | None = None
     """Only with `train: lora`; left out, its defaults hold."""
     attention: str = "native"
-    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention."""
+    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention. Any other is
+    tried in a Wan block before training; `alignlab doctor` lists those that train here."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third slower."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -244,6 +245,11 @@ class EvalConfig(Settings):
     reference_guidance: float = Field(default=5.0, ge=0, le=1000)
     """Guidance on the references. 5.0 is RefAlign's."""
 
+    @property
+    def num_measured_clips(self) -> int:
+        """How many generated clips are to be measured; a smaller val split has fewer."""
+        return self.sample_clips if self.generated_clips is None else self.generated_clips
+
 
 class TrackingConfig(Settings):
     """Where the scalars go besides `metrics.jsonl`."""
@@ -283,7 +289,7 @@ class TrainingConfig(Settings):
     steps: Steps
     """Optimizer steps: the budget."""
     output: str = "runs"
-    """Folder of all runs."""
+    """Folder of all runs; `~` is the home folder, here and in every other path."""
     optim: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
 from alignlab.config.merging import ALIASED, KINDS, canonical, merge
+from alignlab.config.paths import user_path
 from alignlab.errors import UserError, one_line
 
 # Besides its own errors, YAML lets through what Python raises on odd numbers, dates and tags
@@ -62,9 +63,9 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
     changes = [_parsed(override) for override in overrides]
     for key, value in changes:
         if key == "variants":
-            content["variants"] = _canonical_variants(value)
+            content["variants"] = _canonical_members(value)
         elif key.startswith("variants.") and isinstance(content.get("variants"), dict):
-            _override_variant(content["variants"], key.removeprefix("variants."), value)
+            _override_member(content["variants"], key.removeprefix("variants."), value)
     shared = [{key: value} for key, value in changes if key.split(".")[0] != "variants"]
     _check_aliases([key for change in shared for key in change], content)
     content = merge(content, *shared)
@@ -77,7 +78,7 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _find(recipe: str | Path) -> Path:
-    path = Path(recipe).expanduser()
+    path = user_path(str(recipe))
     if path.is_file():
         return path
     shipped = shipped_recipes()
@@ -105,23 +106,23 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
-    variants = content.pop("variants", None)
+    members = content.pop("variants", None)
     try:
         settings = merge({}, {str(key): value for key, value in content.items()})
-        if variants is not None:
-            settings["variants"] = _canonical_variants(variants)
+        if members is not None:
+            settings["variants"] = _canonical_members(members)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return settings
 
 
-def _canonical_variants(variants: Any) -> Any:
+def _canonical_members(members: Any) -> Any:
     """The changes of each variant in the form in which they are kept."""
-    if not isinstance(variants, dict):
-        return variants  # refused by its reader, with what it expects
+    if not isinstance(members, dict):
+        return members  # refused by its reader, with what it expects
     return {
         str(name): canonical(changes) if isinstance(changes, dict) else changes
-        for name, changes in variants.items()
+        for name, changes in members.items()
     }
 
 
@@ -143,7 +144,7 @@ def _parsed(override: str) -> tuple[str, Any]:
     return key, value["value"]
 
 
-def _override_variant(variants: dict[str, Any], key: str, value: Any) -> None:
+def _override_member(members: dict[str, Any], key: str, value: Any) -> None:
     """Apply an override of one variant (`NAME=...` or `NAME.dotted.key=...`).
 
     A variant's name may have dots: the longest that fits is meant.
@@ -151,22 +152,22 @@ def _override_variant(variants: dict[str, Any], key: str, value: Any) -> None:
     Raises:
         UserError: no such variant, or an alias that neither it nor anything else has.
     """
-    names = sorted((n for n in variants if f"{key}.".startswith(f"{n}.")), key=len)
+    names = sorted((n for n in members if f"{key}.".startswith(f"{n}.")), key=len)
     if not names and isinstance(value, dict) and "." not in key:
-        variants[key] = canonical(value)
+        members[key] = canonical(value)
         return
     if not names:
-        hint = unknown_name("variant", key.partition(".")[0], variants)
+        hint = unknown_name("variant", key.partition(".")[0], members)
         raise UserError(f"variants.{key}: {hint}; add one by variants.NAME={{...}}")
     name = names[-1]
     setting = key[len(name) + 1 :]
     if not setting and value is None:
-        del variants[name]
+        del members[name]
     elif not setting:
-        variants[name] = canonical(value) if isinstance(value, dict) else value
+        members[name] = canonical(value) if isinstance(value, dict) else value
     else:
-        changes = variants[name] if isinstance(variants[name], dict) else {}
-        variants[name] = canonical(changes, {setting: value})
+        changes = members[name] if isinstance(members[name], dict) else {}
+        members[name] = canonical(changes, {setting: value})
 
 
 def _check_aliases(keys: list[str], content: Mapping[Any, Any]) -> None:

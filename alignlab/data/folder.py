@@ -4,25 +4,27 @@ The columns are described in `alignlab.data.metadata`.
 Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 """
 
-import hashlib
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from alignlab.config.data import FolderConfig
+from alignlab.config.paths import user_path
 from alignlab.data.check import MediaCheck, check_media
 from alignlab.data.decode import ClipError
 from alignlab.data.images import read_image
 from alignlab.data.masks import check_masks, clip_masks, mask_files
-from alignlab.data.metadata import Row, read_rows
+from alignlab.data.metadata import Row, misnamed_columns, read_rows
 from alignlab.data.resize import fit_reference
 from alignlab.data.sample import Reference, Sample
+from alignlab.data.split import Split, deal
 from alignlab.data.video import check_clip, decode_clip
 from alignlab.errors import UserError
 from alignlab.progress import warn_once
+
+log = logging.getLogger(__name__)
 
 
 class FolderDataset:
@@ -30,8 +32,7 @@ class FolderDataset:
 
     Args:
         config: see `alignlab.config.data.FolderConfig`.
-        split: rows are dealt by a hash of `file_name`, so that a video is never in both splits
-            and does not change sides when rows are added. At least one video is held out.
+        split: which rows are in it says `alignlab.data.split.deal`.
         memory: folder that keeps what the check of the files found (`alignlab.data.check`); None:
             it is not kept.
 
@@ -44,18 +45,22 @@ class FolderDataset:
         UserError: bad metadata, or nothing left in the split.
     """
 
-    def __init__(
-        self, config: FolderConfig, split: Literal["train", "val"], memory: Path | None = None
-    ) -> None:
+    def __init__(self, config: FolderConfig, split: Split, memory: Path | None = None) -> None:
         self.config = config
         self.split = split
         self._memory = memory
-        root = Path(config.path)
+        root = user_path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
-        rows = read_rows(root, config.metadata)
-        held_out = held_out_names((row.file_name for row in rows), config.val_fraction)
-        in_split = [row for row in rows if (row.file_name in held_out) == (split == "val")]
+        rows = read_rows(root, config.metadata, follow_links=config.follow_links)
+        if split == "train":  # once for each data set
+            for name, column in misnamed_columns(rows).items():
+                log.warning(
+                    "%s: nothing reads the column %r; did you mean %r?",
+                    *(root / config.metadata, name, column),
+                )
+        dealt = zip(rows, deal(rows, root, config.val_fraction), strict=True)
+        in_split = [row for row, dealt_to in dealt if dealt_to == split]
         self._rows = self._usable(in_split)
         self._keys = _unique_keys(self._rows)
         if not self._rows:
@@ -94,6 +99,10 @@ class FolderDataset:
     def caption(self, index: int) -> str:
         """The caption of a clip."""
         return self._rows[index].caption
+
+    def share_with_references(self) -> float:
+        """Share of the clips whose row lists a reference."""
+        return sum(bool(row.references) for row in self._rows) / len(self._rows)
 
     def _usable(self, rows: list[Row]) -> list[Row]:
         """The rows whose files can be used, all decoded as a sample is."""
@@ -175,16 +184,6 @@ class FolderDataset:
             image_HWC, mask_HW = fit_reference(*read_image(path), self.config.size)
             references.append(Reference(image_HWC, mask_HW, name, phrase))
         return tuple(references)
-
-
-def held_out_names(file_names: Iterable[str], val_fraction: float) -> set[str]:
-    """The names whose hash falls below `val_fraction`, or the lowest one when none does."""
-    rank = {
-        name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
-        for name in file_names
-    }
-    below = {name for name in rank if rank[name] < val_fraction}
-    return below or {min(rank, key=rank.__getitem__)}
 
 
 def _unique_keys(rows: list[Row]) -> list[str]:

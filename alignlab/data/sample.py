@@ -70,3 +70,7 @@ class ClipDataset(Protocol):
     def without_masks(self) -> str | None:
         """Key of the first clip whose entity masks are unknown; None if there is no such clip."""
         ...
+
+    def share_with_references(self) -> float:
+        """Share of the clips that have a reference image, without reading any."""
+        ...

@@ -53,9 +53,7 @@ class Ranks:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The mixed precision of the run."""
-        if self.precision != "bf16":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return mixed_precision(self.device, self.precision)
 
     def micro_batches(self, accumulate: int, batch_size: int) -> list[range]:
         """Positions in the step's batch that this rank handles, one range per micro-batch.
@@ -186,6 +184,13 @@ class Ranks:
                 "the ranks log different terms: an objective must name the same parts "
                 f"for every batch; here: {', '.join(keys)}"
             )
+
+
+def mixed_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Under `bf16` the transformer runs in autocast, under `fp32` as it is."""
+    if precision != "bf16":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def join_ranks(precision: str) -> Ranks:

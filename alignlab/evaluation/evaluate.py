@@ -22,6 +22,7 @@ from alignlab.training.setup import Run
 
 FLOW_BINS = 10
 PROBE_SIGMAS = (0.25, 0.5, 0.75)
+FIRST_CLIPS = 2  # with the same noise before and after: enough to see a loss double
 EVAL_SEED = 0  # of validation noise: the same for every run, whatever its recipe and seed
 
 
@@ -52,7 +53,7 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
         metrics = validation_flow(run, branch, clips)
         if not math.isfinite(metrics["val/flow"]):
             raise UserError(
-                f"val/flow is not finite after step {run.state.step}: lower optim.lr, "
+                f"DIVERGED: val/flow is not finite after step {run.state.step}: lower optim.lr, "
                 f"and remove {folder.path} or choose another name"
             )
         if teacher is not None and blocks:
@@ -60,6 +61,25 @@ def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
         metrics |= generate(run, branch, folder, teacher)
     run.wan.transformer.train()
     return metrics
+
+
+@torch.no_grad()
+def flow_of_first_clips(run: Run) -> float:
+    """`val/flow` of the first two val clips: 20 forward passes of one clip.
+
+    Taken before the first step and after the last, it says whether training diverged. Uses the
+    moving average, if there is one.
+    """
+    count = min(FIRST_CLIPS, run.config.eval.clips, len(run.val_clips))
+    clips = [run.val_clips[i] for i in range(count)]
+    branch = ReferenceBranch(
+        run.wan.transformer, text_to_references=run.config.model.text_to_references
+    )
+    run.wan.transformer.eval()
+    with averaged_weights(run.state), branch:
+        flow = validation_flow(run, branch, clips)["val/flow"]
+    run.wan.transformer.train()
+    return flow
 
 
 def validation_flow(run: Run, branch: ReferenceBranch, clips: list[Encoded]) -> dict[str, float]:

@@ -68,9 +68,7 @@ def generate(
 
 def num_measured_clips(run: Run) -> int:
     """How many generated clips are measured."""
-    config = run.config.eval
-    count = config.sample_clips if config.generated_clips is None else config.generated_clips
-    return min(count, len(run.val_clips))
+    return min(run.config.eval.num_measured_clips, len(run.val_clips))
 
 
 def real_clip_metrics(run: Run, teacher: Teacher | None, count: int) -> dict[str, float]:

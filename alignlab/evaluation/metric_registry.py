@@ -12,6 +12,16 @@ from alignlab.evaluation import generation_metrics as clips
 from alignlab.evaluation import token_metrics as tokens
 
 Direction = Literal["lower", "higher", "none"]
+Need = Literal[
+    "references",
+    "two references",
+    "image teacher",
+    "any teacher",
+    "two frames",
+    "two clips",
+    "subjects by colour",
+]
+"""What a recipe must have for a metric to be measured at all (`measured_names.needs_met`)."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +33,15 @@ class Metric:
         unit: of its values; empty for a share, a cosine or another pure number.
         better: which way is better; "none" where neither is, or where it depends.
         headline: among the few that are looked at first.
+        needs: without which no run of a recipe measures it. With them a run still may not: a clip
+            that shows no subject alone has none to confuse.
     """
 
     label: str
     unit: str = ""
     better: Direction = "none"
     headline: bool = False
+    needs: tuple[Need, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +99,7 @@ REFERENCE_METRICS: dict[str, ReferenceMetric] = {
         "subject silhouette",
         better="higher",
         headline=True,
+        needs=("two references",),
         measure=tokens.subject_silhouette,
         within_clip=True,
     ),
@@ -93,6 +107,7 @@ REFERENCE_METRICS: dict[str, ReferenceMetric] = {
         "cross-subject cosine",
         better="lower",
         headline=True,
+        needs=("two references",),
         measure=tokens.cross_cosine,
         within_clip=True,
     ),
@@ -100,10 +115,12 @@ REFERENCE_METRICS: dict[str, ReferenceMetric] = {
         "retrieval in teacher space",
         better="higher",
         headline=True,
+        needs=("references", "image teacher", "two clips"),
         measure=tokens.retrieval_by_teacher,
     ),
     "teacher_retrieval_chance": ReferenceMetric(
         "retrieval in teacher space by chance",
+        needs=("references", "image teacher", "two clips"),
         measure=tokens.retrieval_by_chance,
         by_block=False,
     ),
@@ -126,37 +143,65 @@ GENERATION_METRICS: dict[str, GenerationMetric] = {
         measure=clips.lab_gap,
         reduce=clips.norm_of_mean,
     ),
-    "flicker": GenerationMetric("temporal flickering score (VBench)", measure=clips.flicker),
+    "flicker": GenerationMetric(
+        "temporal flickering score (VBench)", needs=("two frames",), measure=clips.flicker
+    ),
     "motion_amplitude": GenerationMetric(
-        "motion amplitude (OpenS2V)", unit="pixels per frame", measure=clips.motion
+        "motion amplitude (OpenS2V)",
+        unit="pixels per frame",
+        needs=("two frames",),
+        measure=clips.motion,
     ),
     "copy_paste_proxy": GenerationMetric(
-        "copy-paste (proxy)", better="lower", headline=True, measure=clips.pasted
+        "copy-paste (proxy)",
+        better="lower",
+        headline=True,
+        needs=("references",),
+        measure=clips.pasted,
     ),
     "found_proxy": GenerationMetric(
-        "named subjects shown (proxy)", better="higher", measure=clips.subjects_shown
+        "named subjects shown (proxy)",
+        better="higher",
+        needs=("subjects by colour",),
+        measure=clips.subjects_shown,
     ),
     "entities_proxy": GenerationMetric(
         "entities too many or too few (proxy)",
         unit="parts per frame",
         better="lower",
+        needs=("subjects by colour",),
         measure=clips.entities_off,
     ),
     "motion_proxy": GenerationMetric(
-        "motion as captioned (proxy)", better="higher", measure=clips.moves_as_captioned
+        "motion as captioned (proxy)",
+        better="higher",
+        needs=("two frames", "subjects by colour"),
+        measure=clips.moves_as_captioned,
     ),
     "reference_match_proxy": GenerationMetric(
-        "best match of a reference (proxy)", better="higher", measure=clips.reference_match
+        "best match of a reference (proxy)",
+        better="higher",
+        needs=("references", "image teacher"),
+        measure=clips.reference_match,
     ),
     "confusion_proxy": GenerationMetric(
-        "subject confusion (proxy)", better="lower", headline=True, measure=clips.confusion
+        "subject confusion (proxy)",
+        better="lower",
+        headline=True,
+        needs=("two references", "image teacher", "subjects by colour"),
+        measure=clips.confusion,
     ),
     "identity_proxy": GenerationMetric(
-        "subject identity (proxy)", better="higher", headline=True, measure=clips.identity
+        "subject identity (proxy)",
+        better="higher",
+        headline=True,
+        needs=("references", "image teacher", "subjects by colour"),
+        measure=clips.identity,
     ),
     "frechet": GenerationMetric(
         "Fréchet distance of frames",
         better="lower",
+        needs=("any teacher",),
         measure=clips.frame_features,
         reduce=clips.frechet,
     ),

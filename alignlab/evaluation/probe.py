@@ -20,6 +20,7 @@ from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
 from alignlab.metrics import cka
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
+from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
@@ -107,11 +108,13 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
         UserError: no such run, checkpoint, teacher or block.
     """
     folder = RunFolder.open(run_dir)
+    folder.check_split_rule()
     config = folder.config()
     newest = checkpoint.latest(folder.checkpoints)
     if newest is None:
         raise UserError(f"{run_dir}: the run has no checkpoint yet")
     alias = _teacher_alias(config, teacher)
+    tell_changes(folder, config)
     run = build_run(config)
     shown = _shown_block(run, block)
     loaded_teacher = teacher_of(run, alias)

@@ -1,11 +1,14 @@
-"""What a run gives warning of: generated clips that are washed out, features that collapse.
+"""What a run gives warning of: divergence, idle objectives, washed-out clips, collapse.
 
 A warning is one text, its numbers in brackets at the end. It is logged, and kept in `notes` of
 `result.json`.
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
+
+from alignlab.training.aligned_samples import AlignedCount
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +24,77 @@ MIN_CLIPS = 4
 LEAST = {"contrast": 0.02, "colourfulness": 15.0}
 RANK_SHARE = 0.5  # ours: no published threshold
 RANK = "diag/rank/"
+# `evaluate.flow_of_first_clips` before the first step; in the first row of the log.
+START_FLOW = "start/val_flow"
+# Ours. A training that is of use lowers it; what alignment costs of it stays far below that.
+DIVERGED = 2.0
+# Ours: how much smaller than possible a share may be without a word, beside four standard
+# deviations of what chance does to it.
+SHARE_LACKING = 0.95
+
+
+def divergence_warnings(rows: Iterable[Mapping[str, float]], end: float) -> list[str]:
+    """Warns of a validation loss that ended at more than twice its start, and logs it.
+
+    Args:
+        rows: of the log; the first one has `start/val_flow`, but for runs of older versions.
+        end: the same after the last step.
+    """
+    start = next((row[START_FLOW] for row in rows if START_FLOW in row), math.nan)
+    if not end > DIVERGED * start:
+        return []
+    text = (
+        f"DIVERGED: the validation flow loss ended at more than {DIVERGED:g} times its start: "
+        "lower optim.lr or the weights of objectives; nothing that was measured of this run says "
+        f"anything of its objectives [{end:.3g} from {start:.3g}]"
+    )
+    log.warning("%s", text)
+    return [text]
+
+
+def alignment_warnings(counts: Mapping[str, AlignedCount]) -> list[str]:
+    """Warns of objectives that had nothing to align in samples where their recipe lets them.
+
+    Dropped references and a gate are the recipe's own; data without references, blank ones, empty
+    masks are not.
+
+    Args:
+        counts: by alias, of the whole run.
+    """
+    texts = []
+    for alias, count in counts.items():
+        if not count.is_trained:
+            texts.append(f"objectives.{alias} has weight 0: it was measured, and trained nothing")
+        elif not count.samples:
+            continue
+        elif count.aligned == 0:
+            texts.append(
+                f"objectives.{alias} had nothing to align in any sample, and trained nothing "
+                f"[{count.samples:,} samples]"
+            )
+        elif count.share < SHARE_LACKING * count.possible - 4 * _deviation(count):
+            texts.append(
+                f"objectives.{alias} had nothing to align in some samples where its recipe lets "
+                "it: look for clips without references, blank references, empty masks "
+                f"[{count.share:.1%} of {count.samples:,} samples, {count.possible:.1%} possible]"
+            )
+    for text in texts:
+        log.warning("%s", text)
+    return texts
+
+
+def _deviation(count: AlignedCount) -> float:
+    return math.sqrt(count.possible * (1 - count.possible) / count.samples)
+
+
+def nonfinite_warnings(metrics: Mapping[str, float]) -> list[str]:
+    """Warns of metrics that are not finite, and logs it; reports and sweeps leave them out."""
+    names = [name for name, value in metrics.items() if not math.isfinite(value)]
+    if not names:
+        return []
+    text = f"not finite, and so in no mean or test: {', '.join(names)}"
+    log.warning("%s", text)
+    return [text]
 
 
 def sample_warnings(metrics: Mapping[str, float], clips: int) -> list[str]:

@@ -1,24 +1,37 @@
-"""Which diffusers attention backends can train here, found out by trying them.
+"""Which diffusers attention backends can train here, found out by training a Wan block with them.
 
-Shape letters: B batch, N tokens, H heads, D width of a head.
+A backend sees what it would see in a run: queries, keys and values of a block, with and without
+references, in the run's precision. Its attention outputs and its gradients are held against those
+of torch's own attention.
+Shape letters: B batch, C channels, T latent frames, H height, W width, K references, L text
+tokens, D width.
 """
 
 import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    attention_backend,
-    dispatch_attention_fn,
-)
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from diffusers.utils import is_kernels_available
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's
 from torch import Tensor
 
 from alignlab.config.data import unknown_name
+from alignlab.config.parts import LoraConfig
+from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError, one_line
+from alignlab.models.lora import add_lora
+from alignlab.models.reference_branch import ReferenceBranch
 
-PROBE_SHAPE = (1, 64, 2, 64)  # (B, N, H, D): the smallest that every backend's kernels accept
-TOLERANCE = 0.1  # int8 attention stays well below, wrong results are far above
+WAN_HEAD_DIM = 128  # of every released Wan model
+TOLERANCE = 0.1  # relative; int8 attention stays well below, wrong results are far above
+# 64 video tokens and 32 of references, 64 of text: what every backend's kernels accept.
+FRAMES, SIZE, REFERENCES, TEXT_TOKENS = 4, 8, 2, 64
+CHANNELS, TEXT_DIM = 4, 16
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
 # What a backend raises that is missing, does not suit the device, or has no backward pass.
 PROBE_ERRORS = (
@@ -29,7 +42,30 @@ PROBE_ERRORS = (
     AssertionError,
     ImportError,
     OSError,
+    HTTPError,
 )
+
+Precision = Literal["fp32", "bf16"]
+Ability = Literal[
+    "trains", "inference only", "missing package", "needs a GPU", "does not work", "not tried"
+]
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """What an attention backend can do on a device in a precision.
+
+    Args:
+        ability: `trains`; `inference only`: its output is right, but it has no gradient or a wrong
+            one; `needs a GPU`: it was tried on the CPU and raised.
+        reason: why it does not train, in one line; empty where it does.
+    """
+
+    ability: Ability
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.ability}: {self.reason}" if self.reason else self.ability
 
 
 def backend_names() -> list[str]:
@@ -39,79 +75,238 @@ def backend_names() -> list[str]:
 
 
 def check_backend(
-    name: str, device: torch.device | str, *, dtype: torch.dtype | None = None
+    name: str,
+    device: torch.device | str,
+    *,
+    precision: Precision = "fp32",
+    train: Literal["full", "lora"] = "full",
+    gradient_checkpointing: bool = False,
+    head_dim: int = WAN_HEAD_DIM,
 ) -> None:
-    """Make sure that `name` can train on `device`; a `*_hub` backend downloads its kernel.
+    """Makes sure that `name` can train on `device`; a `*_hub` backend downloads its kernel.
+
+    `native` is what the others are measured against, and is not tried.
 
     Args:
         name: a diffusers attention backend, e.g. `native`.
         device: where the model runs.
-        dtype: of queries, keys and values. Left out: bfloat16 on a GPU, float32 on the CPU.
+        precision: of the run.
+        train: all weights, or a LoRA on weights in `precision`.
+        gradient_checkpointing: as in the run.
+        head_dim: width of the model's attention heads.
 
     Raises:
-        UserError: no such backend, or it cannot run; says why and lists those that can.
+        UserError: no such backend, or it cannot train so; says why and lists those that can.
     """
     names = backend_names()
     if name not in names:
         raise UserError(f"model.attention: {unknown_name('attention backend', name, names)}")
-    reason = _why_not(AttentionBackendName(name), torch.device(device), dtype)
-    if reason is not None:
-        working = [key for key, why in available_backends(device, dtype=dtype).items() if not why]
-        raise UserError(
-            f"model.attention: {name} does not work on {torch.device(device)}: {reason}; "
-            f"these do: {', '.join(working)}"
-        )
+    if name == AttentionBackendName.NATIVE:
+        return
+    state = BackendProbe(
+        device,
+        precision=precision,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
+        head_dim=head_dim,
+    ).state(name)
+    if state.ability == "trains":
+        return
+    others = available_backends(device, precision=precision, head_dim=head_dim)
+    fix = ", ".join(other for other, can in others.items() if can.ability == "trains")
+    if precision == "fp32":
+        in_bf16 = BackendProbe(device, precision="bf16", head_dim=head_dim).state(name)
+        if in_bf16.ability == "trains":
+            fix += f"; with model.precision=bf16, {name} does"
+    raise UserError(
+        f"model.attention: {name} cannot train on {torch.device(device)} in {precision} ({state}); "
+        f"these can: {fix}"
+    )
 
 
 def available_backends(
-    device: torch.device | str, *, dtype: torch.dtype | None = None
-) -> dict[str, str | None]:
-    """Try every backend on a tiny tensor, forward and backward. Nothing is downloaded.
+    device: torch.device | str, *, precision: Precision = "fp32", head_dim: int = WAN_HEAD_DIM
+) -> dict[str, BackendState]:
+    """Trains a Wan block with every backend. Nothing is downloaded.
 
     Args:
         device: where to try them.
-        dtype: as in `check_backend`.
+        precision: as in `check_backend`.
+        head_dim: as in `check_backend`.
 
     Returns:
-        Name -> None where it works, else the reason in one line.
+        Name -> what it can do.
     """
-    reasons: dict[str, str | None] = {}
-    for name in backend_names():
-        if name.endswith("_hub"):
-            reasons[name] = _hub_reason()
-        else:
-            reasons[name] = _why_not(AttentionBackendName(name), torch.device(device), dtype)
-    return reasons
+    probe = BackendProbe(device, precision=precision, head_dim=head_dim)
+    return {name: _hub_state(name) or probe.state(name) for name in backend_names()}
 
 
-def _hub_reason() -> str:
+def _hub_state(name: str) -> BackendState | None:
+    """Of a backend whose kernel is on Hugging Face's hub, without downloading it; None: another."""
+    if not name.endswith("_hub"):
+        return None
     if not is_kernels_available():
-        return "Hugging Face's package `kernels` is not installed: pip install kernels"
-    return "not tried: its kernel is downloaded when a recipe asks for it"
+        return BackendState(
+            "missing package",
+            "Hugging Face's package `kernels` is not installed: pip install kernels",
+        )
+    return BackendState("not tried", "its kernel is downloaded when a recipe asks for it")
 
 
-def _why_not(
-    backend: AttentionBackendName, device: torch.device, dtype: torch.dtype | None
-) -> str | None:
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    generator = torch.Generator().manual_seed(0)
-    # Drawn on the CPU so that every device is probed with the same numbers.
-    query, key, value = (
-        torch.randn(PROBE_SHAPE, generator=generator).to(device, dtype) for _ in range(3)
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+class BackendProbe:
+    """Tries backends in a small Wan transformer of one block, forward and backward.
+
+    Args: as of `check_backend`.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        precision: Precision = "fp32",
+        train: Literal["full", "lora"] = "full",
+        gradient_checkpointing: bool = False,
+        head_dim: int = WAN_HEAD_DIM,
+    ) -> None:
+        self._device = torch.device(device)
+        self._precision: Precision = precision
+        self._train = train
+        self._gradient_checkpointing = gradient_checkpointing
+        self._head_dim = head_dim
+
+    def state(self, name: str) -> BackendState:
+        """What the backend of that name can do; the kernel of a `*_hub` backend is downloaded."""
+        backend = AttentionBackendName(name)
         try:
             with attention_backend(backend):  # checks what it needs, and gets its kernel
-                difference = _difference_to_native(query, key, value, backend)
+                pass
         except PROBE_ERRORS as error:
-            return _reason(error, *_kernel_warnings(error, caught))
-    if difference is None:
-        return "it has no gradient, so it cannot train"
-    if not difference < TOLERANCE:  # also true of a NaN
-        return f"its result is off by {difference:.2g}"
-    return None
+            reached = name.endswith("_hub") and is_kernels_available()
+            return BackendState("does not work" if reached else "missing package", _line(error))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                off = _difference(self._outputs(backend), self._native_outputs)
+            except PROBE_ERRORS as error:
+                on_cpu = self._device.type == "cpu"
+                ability: Ability = "needs a GPU" if on_cpu else "does not work"
+                return BackendState(ability, _line(error, *_kernel_warnings(error, caught)))
+            if not off < TOLERANCE:  # also true of a NaN
+                return BackendState("does not work", f"its output is off by {off:.0%}")
+            try:
+                gradients = self._gradients(backend)
+            except PROBE_ERRORS as error:
+                reason = _line(error, *_kernel_warnings(error, caught))
+                return BackendState("inference only", reason)
+        if gradients is None:
+            return BackendState("inference only", "it has no gradient")
+        off = _difference(gradients, self._native_gradients)
+        if not off < TOLERANCE:
+            return BackendState("inference only", f"its gradient is off by {off:.0%}")
+        return BackendState("trains")
+
+    @cached_property
+    def _native_outputs(self) -> list[Tensor]:
+        return self._outputs(AttentionBackendName.NATIVE)
+
+    @cached_property
+    def _native_gradients(self) -> list[Tensor]:
+        gradients = self._gradients(AttentionBackendName.NATIVE)
+        assert gradients is not None
+        return gradients
+
+    @torch.no_grad()
+    def _outputs(self, backend: AttentionBackendName) -> list[Tensor]:
+        """Outputs of self- and cross-attention."""
+        outputs: list[Tensor] = []
+        hooks = [
+            attention.register_forward_hook(lambda module, inputs, out: outputs.append(out.float()))
+            for attention in self._attentions
+        ]
+        try:
+            for branch in self._branches:
+                with branch, attention_backend(backend):
+                    self._velocity(branch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+    @torch.enable_grad()
+    def _gradients(self, backend: AttentionBackendName) -> list[Tensor] | None:
+        """Gradients of the projections of self- and cross-attention; None: one has none."""
+        self._transformer.zero_grad()
+        for branch in self._branches:
+            with branch, attention_backend(backend):  # checkpointing runs the block again in there
+                self._velocity(branch).square().mean().backward()
+        gradients = []
+        for attention in self._attentions:
+            for name in PROJECTIONS:
+                weights = getattr(attention, name).parameters()
+                found = [w.grad.float().flatten() for w in weights if w.grad is not None]
+                if not found:
+                    return None
+                gradients.append(torch.cat(found))
+        return gradients
+
+    def _velocity(self, branch: ReferenceBranch) -> Tensor:
+        with mixed_precision(self._device, self._precision):
+            return branch(*self._inputs).velocity_BCTHW
+
+    @cached_property
+    def _transformer(self) -> WanTransformer3DModel:
+        with torch.random.fork_rng(devices=[]):  # on the CPU: the same numbers for every device
+            torch.default_generator.manual_seed(0)
+            transformer = WanTransformer3DModel(
+                num_layers=1,
+                num_attention_heads=2,
+                attention_head_dim=self._head_dim,
+                in_channels=CHANNELS,
+                out_channels=CHANNELS,
+                text_dim=TEXT_DIM,
+                freq_dim=16,
+                ffn_dim=32,
+                rope_max_seq_len=16,
+            )
+        if self._train == "lora":
+            if self._precision == "bf16":
+                transformer.patch_embedding.to(torch.bfloat16)
+                transformer.blocks.to(torch.bfloat16)
+            add_lora(transformer, LoraConfig(rank=4), seed=0)
+        if self._gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        return transformer.to(self._device).train()
+
+    @cached_property
+    def _attentions(self) -> list[Any]:
+        block = self._transformer.blocks[0]
+        return [block.attn1, block.attn2]
+
+    @cached_property
+    def _branches(self) -> list[ReferenceBranch]:
+        return [
+            ReferenceBranch(self._transformer, text_to_references=flag) for flag in (False, True)
+        ]
+
+    @cached_property
+    def _inputs(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Latents, timesteps, text and references of two samples; the first has no reference."""
+        draw = torch.Generator().manual_seed(0)
+        latents_BCTHW = torch.randn(2, CHANNELS, FRAMES, SIZE, SIZE, generator=draw)
+        text_BLD = torch.randn(2, TEXT_TOKENS, TEXT_DIM, generator=draw)
+        references = torch.randn(REFERENCES, CHANNELS, SIZE, SIZE, generator=draw).to(self._device)
+        return (
+            latents_BCTHW.to(self._device),
+            torch.tensor([250.0, 750.0], device=self._device),
+            text_BLD.to(self._device),
+            [references[:0], references],
+        )
+
+
+def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest relative difference of a tensor to the one that is expected."""
+    pairs = zip(actual, expected, strict=True)
+    return max(float((mine - true).norm() / true.norm()) for mine, true in pairs)
 
 
 def _kernel_warnings(error: Exception, caught: list[warnings.WarningMessage]) -> list[str]:
@@ -121,30 +316,5 @@ def _kernel_warnings(error: Exception, caught: list[warnings.WarningMessage]) ->
     return [str(one.message) for one in caught if "not used because" not in str(one.message)]
 
 
-def _difference_to_native(
-    query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName
-) -> float | None:
-    """Largest difference of output and gradient to torch's attention; None without gradient."""
-    actual = _output_and_gradient(query, key, value, backend)
-    expected = _output_and_gradient(query, key, value, AttentionBackendName.NATIVE)
-    if actual is None or expected is None:
-        return None
-    pairs = zip(actual, expected, strict=True)
-    return max(float((mine - true).abs().max()) for mine, true in pairs)
-
-
-def _output_and_gradient(
-    query: Tensor, key: Tensor, value: Tensor, backend: AttentionBackendName
-) -> tuple[Tensor, Tensor] | None:
-    """Attention's output and the gradient of its sum of squares by the query; None: no gradient."""
-    query = query.detach().requires_grad_()
-    with torch.enable_grad():  # a caller under no_grad asks about training all the same
-        output: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
-        if not output.requires_grad:
-            return None
-        (gradient,) = torch.autograd.grad(output.float().square().sum(), query)
-    return output.detach().float(), gradient.float()
-
-
-def _reason(*messages: object) -> str:
+def _line(*messages: object) -> str:
     return " ".join(map(one_line, messages)).rstrip(".")

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 import alignlab
+from alignlab.config.paths import user_path
 from alignlab.errors import UserError
 
 _PACKAGE = Path(alignlab.__file__).resolve().parent
@@ -17,8 +18,19 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 def on_disk(source: str) -> Path | None:
     """The local folder or, failing that, the shipped asset (`assets/...`) of that name, if any."""
     shipped = [_PACKAGE / source] if source.startswith("assets/") else []
-    folders = (folder for folder in (Path(source).expanduser(), *shipped) if folder.is_dir())
+    folders = (folder for folder in (user_path(source), *shipped) if folder.is_dir())
     return next(folders, None)
+
+
+def present_folder(source: str) -> Path | None:
+    """`on_disk`, or what the hub's cache holds of a hub id; never uses the network."""
+    folder = on_disk(source)
+    if folder is not None or not _HUB_ID.fullmatch(source):
+        return folder
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, HFValidationError):
+        return None
 
 
 def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[str]) -> Path:

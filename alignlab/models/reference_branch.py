@@ -13,16 +13,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
+from alignlab.models.attention import SameDtypeAttention, VideoTextAttention
 from alignlab.models.taps import BlockTokens, Taps, block_tokens
-from alignlab.models.wan import unwrap
 
 COMMUNICATING = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
 
@@ -40,35 +39,13 @@ class Output:
     taps: dict[int, BlockTokens]
 
 
-class VideoTextAttention(WanAttnProcessor):
-    """Text cross-attention of the first `num_video_tokens` tokens; zero for the others.
-
-    The reference tokens' part is not computed, as in RefAlign's code.
-    """
-
-    num_video_tokens = 0
-
-    def __call__(
-        self,
-        attn: WanAttention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        video_BND = hidden_states[:, : self.num_video_tokens]
-        out_BND = super().__call__(
-            attn, video_BND, encoder_hidden_states, attention_mask, rotary_emb
-        )
-        return F.pad(out_BND, (0, 0, 0, hidden_states.shape[1] - self.num_video_tokens))
-
-
 class ReferenceBranch:
     """Runs the transformer on videos with references, and taps its blocks.
 
-    A context manager: attention processors and hooks are in place between enter and exit, and the
-    transformer is then as it was. Samples with equally many references run together, so there is
-    no mask, every attention backend works, and no sample sees its neighbours.
+    A context manager: attention processors (`alignlab.models.attention`) and hooks are in place
+    between enter and exit, and the transformer is then as it was. Samples with equally many
+    references run together, so there is no mask, no attention backend needs one, and no sample sees
+    its neighbours.
 
     With gradient checkpointing, run the backward pass before a forward pass with another video
     size: torch.utils.checkpoint otherwise raises, because blocks run again with the newer size.
@@ -79,7 +56,8 @@ class ReferenceBranch:
         blocks: 0-based indices of the blocks to tap.
 
     Raises:
-        UserError: a block index is out of range, or the patches span several latent frames.
+        UserError: a block index is out of range, the patches span several latent frames, or the
+            transformer attends to an image beside the text (image-to-video).
     """
 
     def __init__(
@@ -91,24 +69,27 @@ class ReferenceBranch:
     ) -> None:
         self._transformer = transformer
         self._model = unwrap(transformer)
-        self._text_to_references = text_to_references
-        self._processor = VideoTextAttention()
-        self._attentions: list[Any] = [block.attn2 for block in self._model.blocks]
-        self._originals: list[Any] = []
+        self._joint_attention = SameDtypeAttention()
+        self._text_attention = SameDtypeAttention() if text_to_references else VideoTextAttention()
+        self._originals: list[tuple[Any, Any]] = []
         self._taps = Taps(self._model, blocks)
         self._entered = False
         patch = tuple(self._model.config["patch_size"])
         if patch[0] != 1:
             raise UserError(f"model.path: the transformer's patches {patch} span several frames")
+        if self._model.config["added_kv_proj_dim"] is not None:
+            raise UserError("model.path: the transformer is image-to-video, not text-to-video")
 
     def __enter__(self) -> Self:
         self._taps.__enter__()
-        if not self._text_to_references:
-            self._originals = [attention.processor for attention in self._attentions]
-            self._processor._attention_backend = self._originals[0]._attention_backend
-            self._processor._parallel_config = self._originals[0]._parallel_config
-            for attention in self._attentions:
-                attention.set_processor(self._processor)
+        for block in self._model.blocks:
+            pairs = ((block.attn1, self._joint_attention), (block.attn2, self._text_attention))
+            for attention, processor in pairs:
+                original = attention.processor
+                self._originals.append((attention, original))
+                processor._attention_backend = original._attention_backend
+                processor._parallel_config = original._parallel_config
+                attention.set_processor(processor)
         self._entered = True
         return self
 
@@ -118,9 +99,8 @@ class ReferenceBranch:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if not self._text_to_references:
-            for attention, original in zip(self._attentions, self._originals, strict=True):
-                attention.set_processor(original)
+        for attention, original in self._originals:
+            attention.set_processor(original)
         self._originals = []
         self._taps.__exit__(exc_type, exc, traceback)
         self._entered = False
@@ -151,7 +131,8 @@ class ReferenceBranch:
         grid = self._token_grid(latents_BCTHW, references)
         if not len(timesteps_B) == len(text_BLD) == len(references) == len(latents_BCTHW):
             raise ValueError("latents, timesteps, text and references differ in batch size")
-        self._processor.num_video_tokens = grid[0] * grid[1] * grid[2]
+        if isinstance(self._text_attention, VideoTextAttention):
+            self._text_attention.num_video_tokens = grid[0] * grid[1] * grid[2]
         dtype = self._model.patch_embedding.weight.dtype
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
@@ -196,6 +177,18 @@ class ReferenceBranch:
                 f"{longest} positions exceed the transformer's {self._model.rope.max_seq_len}"
             )
         return grid
+
+
+def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
+    """The diffusers model inside DDP and torch.compile wrappers."""
+    module: nn.Module | None = transformer
+    while module is not None and not isinstance(module, WanTransformer3DModel):
+        # a compiled module raises when asked for its truth value
+        compiled: nn.Module | None = getattr(module, "_orig_mod", None)
+        module = getattr(module, "module", None) if compiled is None else compiled
+    if not isinstance(module, WanTransformer3DModel):
+        raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
+    return module
 
 
 def _communicates(transformer: nn.Module) -> bool:

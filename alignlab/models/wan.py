@@ -24,8 +24,10 @@ from alignlab.models.attention_backends import check_backend
 from alignlab.models.lora import add_lora
 from alignlab.models.model_files import local_folder
 from alignlab.models.text_encoder import TextEncoder
+from alignlab.models.weight_check import check_weights
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -105,11 +107,24 @@ class Wan:
 
     @torch.no_grad()
     def decode(self, latents_CTHW: Tensor) -> Tensor:
-        """Normalised latents to uint8 frames (T, H, W, C)."""
+        """Normalised latents to uint8 frames (T, H, W, C).
+
+        Raises:
+            UserError: latents or pixels are not finite, which uint8 cannot show.
+        """
         mean, std = self._latent_statistics
         with torch.autocast(self.device.type, enabled=False):
             latents_BCTHW = latents_CTHW.to(self.device).float()[None] * std + mean
             pixels: Tensor = self.vae.decode(latents_BCTHW, return_dict=False)[0][0]
+        if not pixels.isfinite().all():
+            if not latents_CTHW.isfinite().all():
+                raise UserError(
+                    "the latents of a generated clip are not finite: the trained weights give no "
+                    "clips; lower optim.lr, and train under another name"
+                )
+            raise UserError(
+                f"model.path: the decoder of {self.folder / 'vae'} gives pixels that are not finite"
+            )
         frames = ((pixels + 1.0) * 127.5).round().clamp(0, 255)
         return frames.to(torch.uint8).permute(1, 2, 3, 0)
 
@@ -147,7 +162,7 @@ def load_wan(
         train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
             for bf16); `lora` freezes it and trains an adapter.
         lora: the adapter; needed by `lora`, refused by `full`.
-        attention: any diffusers attention backend that runs on `device`.
+        attention: any diffusers attention backend that can train a Wan block on `device`.
         gradient_checkpointing: recompute each block in the backward pass.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
@@ -158,33 +173,47 @@ def load_wan(
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
-    patterns = ["model_index.json", "tokenizer/*"]
-    patterns += [pattern for part in COMPONENTS for pattern in _weights(part)]
-    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    folder = pipeline_folder(path)
     _check_pipeline(folder)
-    frozen_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    transformer = _load_part(
-        WanTransformer3DModel,
-        folder,
-        "transformer",
-        torch_dtype=frozen_dtype if train == "lora" else torch.float32,
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = frozen if train == "lora" else torch.float32
+    transformer = _load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    check_backend(
+        attention,
+        device,
+        precision=precision,
+        train=train,
+        gradient_checkpointing=gradient_checkpointing,
+        head_dim=transformer.config["attention_head_dim"],
     )
     vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
-    text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen_dtype)
+    text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen)
     _check_text_to_video(transformer, vae, path)
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    check_backend(attention, device, dtype=frozen_dtype)
     transformer.set_attention_backend(attention)
-    return Wan(
+    wan = Wan(
         transformer=transformer.to(device).train(),
         vae=vae.to(device).requires_grad_(False).eval(),
         text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
         folder=folder,
     )
+    return _checked(wan)
+
+
+def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
+    """The folder of a pipeline, whose `parts` and tokenizer are fetched if it is on the hub only.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    patterns = ["model_index.json", "tokenizer/*"]
+    # no other kind of file of a part, so that no pickle is loaded
+    patterns += [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors")]
+    return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
 
 
 def load_text_encoder(
@@ -203,34 +232,17 @@ def load_text_encoder(
     Raises:
         UserError: the folder or the hub id cannot be used.
     """
-    patterns = ["model_index.json", "tokenizer/*", *_weights("text_encoder")]
-    folder = local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
-    for part in ("text_encoder", "tokenizer"):
+    folder = pipeline_folder(path, TEXT_PARTS[:1])
+    for part in TEXT_PARTS:
         if not (folder / part).is_dir():
             raise UserError(f"model.path: {folder} has no {part}/ folder")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
+    _check_part(folder, "text_encoder", model)
     return TextEncoder(
         model.to(device).requires_grad_(False).eval(),
         AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
     )
-
-
-def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
-    """The diffusers model inside DDP and torch.compile wrappers."""
-    module: nn.Module | None = transformer
-    while module is not None and not isinstance(module, WanTransformer3DModel):
-        # a compiled module raises when asked for its truth value
-        compiled: nn.Module | None = getattr(module, "_orig_mod", None)
-        module = getattr(module, "module", None) if compiled is None else compiled
-    if not isinstance(module, WanTransformer3DModel):
-        raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
-    return module
-
-
-def _weights(part: str) -> list[str]:
-    """What to fetch of a part; no other kind of file, so that no pickle is loaded."""
-    return [f"{part}/*.{ending}" for ending in ("json", "safetensors")]
 
 
 def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
@@ -252,6 +264,29 @@ def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) 
             f"model.path: {folder / part} lacks {len(missing)} weights, e.g. {missing[0]}"
         )
     return model
+
+
+def _checked(wan: Wan) -> Wan:
+    """Refuses weights that are not finite or all zero, and latents that cannot be normalised."""
+    for part in ("transformer", "vae", "text_encoder"):
+        _check_part(wan.folder, part, getattr(wan, part))
+    config = wan.vae.config
+    mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise UserError(
+            f"model.path: {wan.folder / 'vae' / 'config.json'}: latents_mean must be finite, and "
+            "latents_std finite and above 0; fetch it again"
+        )
+    return wan
+
+
+def _check_part(folder: Path, part: str, model: nn.Module) -> None:
+    """Refuses a part, or a half of the autoencoder, with weights not finite or all zero."""
+    where = f"model.path: {folder / part}"
+    check_weights(where, model.named_parameters())
+    for half, child in model.named_children():
+        if half in ("encoder", "decoder"):
+            check_weights(f"{where}, {half}", child.named_parameters())
 
 
 def _check_pipeline(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Args:
+        path: of the file.
+        text: what it holds then.
+        shared: several processes may write it at once; the last one wins.
+    """
+    mark = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         with named_errors(path):
             temporary.write_text(text)

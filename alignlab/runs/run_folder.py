@@ -1,14 +1,15 @@
 """What lies where in a run folder, and the lock that gives it one writer at a time.
 
 recipe.yaml        the resolved recipe
+inputs.json        digests of the files that it reads (`alignlab.runs.input_record`)
 environment.json   versions, commit, hardware
 metrics.jsonl      one row of scalars per logged step
 checkpoints/step-000500/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
-result.json        final metrics, digests of the Stage 1 networks that were used, notes of what the
-                   diagnosis and the generated clips gave warning of; its presence says that the
-                   run is finished
+result.json        final metrics, digests of the Stage 1 networks that were used, in how many
+                   samples objectives had something to align, whether it diverged, and notes of
+                   all that there was warning of; its presence says that the run is finished
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
@@ -30,6 +31,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.config.paths import user_path
+from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
@@ -59,9 +62,10 @@ class RunFolder:
         """Makes the folder, or opens it to resume the same recipe.
 
         Raises:
-            UserError: it holds a run of another recipe.
+            UserError: it holds a run of another recipe, or one whose clips were dealt otherwise.
         """
-        folder = cls(Path(config.output) / config.name)
+        folder = cls(user_path(config.output) / config.name)
+        folder.check_split_rule()
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
             raise UserError(
                 f"{folder.path} holds a run of another recipe "
@@ -84,6 +88,28 @@ class RunFolder:
         if not folder.recipe.is_file():
             raise UserError(f"{path}: no run there (a run folder has a recipe.yaml)")
         return folder
+
+    def check_split_rule(self) -> None:
+        """Refuses a run that another rule than today's dealt to train and val.
+
+        A resolved recipe says every setting; that of a run that an older version began says
+        nothing of the rule.
+
+        Raises:
+            UserError: it is such a run.
+        """
+        data = read_recipe(self.recipe, []).get("data") if self.recipe.is_file() else None
+        if isinstance(data, dict) and data.get("name") == "folder" and "split_rule" not in data:
+            raise UserError(
+                f"{self.path} holds a run of an older version, which dealt the clips of "
+                f"{data.get('path')} to train and val by another rule: choose another name, or "
+                "use that version"
+            )
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it keeps what was trained: a checkpoint, or the result."""
+        return self.result.exists() or any(self.checkpoints.glob("step-*"))
 
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""

@@ -18,7 +18,7 @@ from alignlab.teachers import Teacher
 log = logging.getLogger(__name__)
 
 
-class _Named(NamedTuple):
+class NamedFolder(NamedTuple):
     """A Stage 1 folder as an objective names it."""
 
     key: str
@@ -43,7 +43,7 @@ def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) ->
             Stage 1 did not record a digest of them, path) or grid is not this run's. The line
             names both sides.
     """
-    named = _named(alias, config.objectives[alias])
+    named = stage1_folder_of(alias, config.objectives[alias])
     if named is None:
         return
     info = _read_info(named)
@@ -64,7 +64,11 @@ def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) ->
 
 def stage1_digests(config: RunConfig, objectives: Mapping[str, Objective]) -> dict[str, str]:
     """Digest of the frozen network of each objective that names a Stage 1 folder, by alias."""
-    named = (a for a, objective in config.objectives.items() if _named(a, objective) is not None)
+    named = (
+        a
+        for a, objective in config.objectives.items()
+        if stage1_folder_of(a, objective) is not None
+    )
     return {alias: frozen_digest(objectives[alias]) for alias in named}
 
 
@@ -82,7 +86,7 @@ def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
     if not isinstance(config, RunConfig):
         return True
     for alias, used in result.get("stage1", {}).items():
-        named = _named(alias, config.objectives[alias])
+        named = stage1_folder_of(alias, config.objectives[alias])
         if named is None or on_disk(named.folder) is None:
             continue
         if _digest_now(named, config.objectives[alias]) != used:
@@ -94,22 +98,23 @@ def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
     return True
 
 
-def _named(alias: str, objective: ObjectiveConfig) -> _Named | None:
+def stage1_folder_of(alias: str, objective: ObjectiveConfig) -> NamedFolder | None:
+    """The Stage 1 folder that an objective names, if it names one."""
     row = stage1_rows().get(objective.name)
     folder = None if row is None else getattr(objective, row.setting)
     if row is None or folder is None:
         return None
-    return _Named(f"objectives.{alias}.{row.setting}", folder, objective.name)
+    return NamedFolder(f"objectives.{alias}.{row.setting}", folder, objective.name)
 
 
-def _read_info(named: _Named) -> Stage1Info:
+def _read_info(named: NamedFolder) -> Stage1Info:
     try:
         return read_stage1_info(named.folder, named.kind)
     except ValueError as error:
         raise UserError(f"{named.key}: {error}") from error
 
 
-def _digest_now(named: _Named, objective: ObjectiveConfig) -> str:
+def _digest_now(named: NamedFolder, objective: ObjectiveConfig) -> str:
     """The digest that a run with the folder's network would have."""
     widths = dict.fromkeys(objective.teachers, _read_info(named).teacher_dim)
     try:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab.config.paths import user_path
 from alignlab.data.registry import build_splits
 from alignlab.data.sample import ClipDataset
 from alignlab.distributed.ranks import Ranks, single_rank
@@ -95,7 +96,7 @@ class Stage1Trainer(Trainer):
     config: Stage1Config
 
     def __init__(self, config: Stage1Config, ranks: Ranks) -> None:
-        train_clips, val_clips = build_splits(config.data, memory=Path(config.output))
+        train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
         task_class = STAGE1_TASKS[config.stage1.kind]
         task_class.check_data(train_clips, val_clips)
         self.models = load_frozen_models(config, ranks.device)

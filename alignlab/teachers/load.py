@@ -1,6 +1,7 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,19 @@ import torch
 from alignlab.config.data import unknown_name
 from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
+from alignlab.models.weight_check import check_weights
 from alignlab.teachers import videomae_v2
-from alignlab.teachers.registry import TEACHERS, TeacherRow
+from alignlab.teachers.preprocessing import read_preprocessing
+from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
+
+log = logging.getLogger(__name__)
+
+TEACHER_FILES = ("json", "safetensors")
+"""Endings of the files that a teacher is loaded from."""
 
 
 def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
@@ -42,6 +50,8 @@ def load_teacher(
 ) -> Teacher:
     """Loads a teacher: bf16 on a GPU, fp32 on a CPU.
 
+    Pixels are normalised as the folder's processor config says, or else as the family's row does.
+
     Args:
         family: row of `TEACHERS`.
         path: transformers folder, shipped asset or hub id; None takes the row's. Of a larger model
@@ -52,34 +62,63 @@ def load_teacher(
         slice_size: frames per forward pass.
 
     Raises:
-        UserError: no such family, folder or feature, or a model of another family.
+        UserError: no such family, folder or feature, a model of another family, a broken
+            processor config, or weights that are not finite or all zero.
     """
-    if family not in TEACHERS:
-        raise UserError(f"teachers: {unknown_name('family', family, TEACHERS)}")
-    row = TEACHERS[family]
-    folder = local_folder(
-        path or row.path,
-        setting=f"teachers ({family}) path",
-        marker="config.json",
-        patterns=["*.json", "*.safetensors"],
-    )
+    rows = teacher_rows()
+    if family not in rows:
+        raise UserError(f"teachers: {unknown_name('family', family, rows)}")
+    row = rows[family]
+    folder = teacher_folder(family, path or row.path)
     model_type = str(_read_config(folder).get("model_type"))
     if model_type not in row.classes:
         raise UserError(
             f"teachers: {folder} holds a {model_type} model, family {family} loads "
             f"{', '.join(row.classes)}"
         )
+    preprocessing, warning = read_preprocessing(folder, row)
+    if warning is not None:
+        log.warning("teachers (%s): %s", family, warning)
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
-    return Teacher(model, family, feature or row.feature, grid=grid, slice_size=slice_size)
+    named = model.named_parameters()
+    read = ((name, weight) for name, weight in named if not re.search(row.unread, name))
+    check_weights(f"teachers ({family}): {folder}", read)
+    return Teacher(
+        model,
+        family,
+        feature or row.feature,
+        grid=grid,
+        slice_size=slice_size,
+        preprocessing=preprocessing,
+    )
+
+
+def teacher_folder(family: str, path: str) -> Path:
+    """The folder of a teacher, which is fetched if it is on the hub only.
+
+    Raises:
+        UserError: the folder or the hub id cannot be used.
+    """
+    return local_folder(
+        path,
+        setting=f"teachers ({family}) path",
+        marker="config.json",
+        patterns=[f"*.{ending}" for ending in TEACHER_FILES],
+    )
 
 
 def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) -> Any:
     """The model that the row runs; weights of the folder that it does not have are left alone."""
     import transformers
 
-    model_class = getattr(transformers, row.classes[model_type])
+    model_class = getattr(transformers, row.classes[model_type], None)
+    if model_class is None:
+        raise UserError(
+            f"teachers: transformers {transformers.__version__} has no {row.classes[model_type]}, "
+            f"which runs a {model_type} model"
+        )
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     if model_type in videomae_v2.MODEL_TYPES:
         config = model_class.config_class(**videomae_v2.config_values(_read_config(folder)))

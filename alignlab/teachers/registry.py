@@ -1,11 +1,24 @@
-"""Families of teachers: everything that is known of each, as data. Imports no torch."""
+"""Families of teachers: everything that is known of each, as data. Imports no torch.
 
+Other packages add theirs by entry points.
+"""
+
+import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+from alignlab.losses.plugins import registrations
+
+GROUP = "alignlab.teachers"
+"""Entry point group under which other packages register teachers."""
 
 Triple = tuple[float, float, float]
 Positions = Literal["model", "table", "rope"]
+Resize = Literal["bicubic", "bilinear"]
+
+FEATURES = ("pre_norm", "post_norm", "layer:k", "stage:k")
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -20,7 +33,8 @@ class TeacherRow:
         path: used when a recipe names none: hub id or shipped asset.
         feature: used when a recipe names none.
         features: which kinds of feature there are (see `Teacher`).
-        mean, std: normalisation of pixels that were scaled to 0..1.
+        mean, std: normalisation of pixels that were scaled to 0..1, for a folder without a
+            processor config of its own (`preprocessing.py`).
         resize: filter, with antialiasing, for frames that do not have the requested size already.
         class_tokens: tokens before the patches, besides the `num_register_tokens` that the
             model's config counts.
@@ -39,7 +53,7 @@ class TeacherRow:
     features: tuple[str, ...] = ("pre_norm", "post_norm", "layer:k")
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
-    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Resize = "bicubic"
     class_tokens: int = 1
     video: bool = False
     positions: Positions = "model"
@@ -57,9 +71,10 @@ _SAM2 = ("sam2", "sam2_video", "sam2_vision_model", "sam2_hiera_det_model")
 # Every family normalises with ImageNet's mean and deviation: transformers' image processors of
 # DINOv2, DINOv3, SAM 2 and V-JEPA 2 by default, the released VideoMAE checkpoints by their
 # preprocessor_config.json (their processor's own default is 0.5), and the code of REPA, RefAlign
-# and VideoREPA. None crops here, and none resizes to its training size: frames get the size that
+# and VideoREPA. A folder with a processor config of its own is normalised as that says; the filter
+# stays the row's. None crops here, and none resizes to its training size: frames get the size that
 # gives the requested number of patches.
-TEACHERS: dict[str, TeacherRow] = {
+BUILT_IN: dict[str, TeacherRow] = {
     # REPA: after the final norm, bicubic.
     "dinov2": TeacherRow(_DINOV2, path="facebook/dinov2-base", feature="post_norm"),
     # RefAlign's code: before the final norm, frames not resized.
@@ -108,10 +123,69 @@ TEACHERS: dict[str, TeacherRow] = {
     "tiny-dino": TeacherRow(_DINOV2, path="assets/tiny-dino", feature="post_norm"),
 }
 
+TEACHERS: dict[str, TeacherRow]
+"""`BUILT_IN` and what installed packages add, looked up at its first use.
+
+Not at import: a package's module imports this one, which would import it in turn.
+"""
+
+
+def installed_teachers(built_in: Mapping[str, TeacherRow]) -> dict[str, TeacherRow]:
+    """Loads the rows of other packages, by name, in the order of their names.
+
+    Args:
+        built_in: rows whose names are taken.
+
+    Raises:
+        PluginError: a name is taken, or what it stands for is no `TeacherRow` as described there.
+    """
+    rows: dict[str, TeacherRow] = {}
+    for registration in registrations(GROUP, "teacher", built_in):
+        problem = _problem(registration.loaded)
+        if problem is not None:
+            raise registration.refusal(problem)
+        assert isinstance(registration.loaded, TeacherRow)
+        rows[registration.name] = registration.loaded
+    return rows
+
+
+def _problem(thing: object) -> str | None:
+    """Says what keeps a thing from being a row."""
+    if not isinstance(thing, TeacherRow):
+        return "is no alignlab.teachers.registry.TeacherRow"
+    if not thing.classes or not thing.path:
+        return "has no classes or no path"
+    unknown = set(thing.features) - set(FEATURES)
+    if not thing.features or unknown:
+        return f"has features {', '.join(thing.features)}: choose from {', '.join(FEATURES)}"
+    if _split_feature(thing.features, thing.feature) is None:
+        return f"has the feature {thing.feature!r}, which is none of {', '.join(thing.features)}"
+    for name, value, valid in (
+        ("resize", thing.resize, get_args(Resize)),
+        ("positions", thing.positions, get_args(Positions)),
+    ):
+        if value not in valid:
+            return f"has {name} {value!r}: choose from {', '.join(valid)}"
+    if len(thing.mean) != 3 or len(thing.std) != 3 or min(thing.std) <= 0:
+        return "has no mean of 3 numbers or no std of 3 positive ones"
+    return None
+
+
+@functools.cache
+def teacher_rows() -> dict[str, TeacherRow]:
+    """Gives `BUILT_IN` and what installed packages add, looked up at the first call."""
+    return BUILT_IN | installed_teachers(BUILT_IN)
+
+
+def __getattr__(name: str) -> object:
+    if name == "TEACHERS":
+        return teacher_rows()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 def image_families() -> str:
     """The families that take single images, for messages."""
-    return ", ".join(name for name, row in TEACHERS.items() if not row.video)
+    return ", ".join(name for name, row in teacher_rows().items() if not row.video)
 
 
 def parse_feature(family: str, feature: str) -> tuple[str, int]:
@@ -120,11 +194,18 @@ def parse_feature(family: str, feature: str) -> tuple[str, int]:
     Raises:
         ValueError: the family has no such feature.
     """
-    kinds = TEACHERS[family].features
+    kinds = teacher_rows()[family].features
+    split = _split_feature(kinds, feature)
+    if split is None:
+        valid = ", ".join(kinds)
+        raise ValueError(f"{feature!r} is not a feature of {family}: {valid} (k a number)")
+    return split
+
+
+def _split_feature(kinds: tuple[str, ...], feature: str) -> tuple[str, int] | None:
     match = re.fullmatch(r"(\w+?)(?::(\d+))?", feature)
     kind, number = (match[1], match[2]) if match else ("", None)
     kind = kind if number is None else f"{kind}:k"
     if kind not in kinds or (kind == "stage:k" and not int(number or 0)):
-        valid = ", ".join(kinds)
-        raise ValueError(f"{feature!r} is not a feature of {family}: {valid} (k a number)")
+        return None
     return kind, int(number or 0)

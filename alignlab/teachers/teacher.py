@@ -4,6 +4,8 @@ Shape letters: B batch, T frames, P patches per frame, D width, H height, W widt
 N images or clips of one forward pass, L tokens of one.
 """
 
+import hashlib
+import logging
 import re
 from typing import Any
 
@@ -16,7 +18,10 @@ from alignlab.losses.objective import Features, Grid
 from alignlab.runs.digest import weights_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import position_fitter
-from alignlab.teachers.registry import TEACHERS
+from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
+from alignlab.teachers.registry import teacher_rows
+
+log = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -30,6 +35,7 @@ class Teacher:
         grid: of patches (H, W) that the harness asks for on video frames; None: the student's.
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
+        preprocessing: how its pixels are normalised; None: as the family's row says.
 
     Raises:
         UserError: there is no such feature.
@@ -43,10 +49,13 @@ class Teacher:
         *,
         grid: tuple[int, int] | None = None,
         slice_size: int = 16,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self._model = model
         self._family = family
-        self._row = TEACHERS[family]
+        self._row = teacher_rows()[family]
+        self._preprocessing = preprocessing or row_preprocessing(self._row)
+        self._has_told_sizes = False
         self._slice_size = slice_size
         self.grid = grid
         self._feature = find_feature(model, family, feature)
@@ -60,6 +69,11 @@ class Teacher:
         self.patch_size = self._feature.stride
 
     @property
+    def feature(self) -> str:
+        """Name of its feature, as in a recipe."""
+        return self._feature.name
+
+    @property
     def is_video(self) -> bool:
         """Whether it sees whole clips, and leaves their first frame out."""
         return self._row.video
@@ -67,11 +81,16 @@ class Teacher:
     def digest(self) -> str:
         """Names the weights that the features depend on, whatever folder they came from.
 
-        Rounded to bf16: on a CPU they are kept in fp32, on a GPU in bf16.
+        Rounded to bf16: on a CPU they are kept in fp32, on a GPU in bf16. A normalisation of pixels
+        that is not the family's is named with them.
         """
         named = self._model.named_parameters()
         read = {name: p for name, p in named if not re.search(self._row.unread, name)}
-        return weights_digest(read, torch.bfloat16)
+        weights = weights_digest(read, torch.bfloat16)
+        normalisation = self._preprocessing.normalisation
+        if normalisation == row_preprocessing(self._row).normalisation:
+            return weights
+        return hashlib.sha256(f"{weights} {normalisation}".encode()).hexdigest()
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:
@@ -110,11 +129,15 @@ class Teacher:
     def _forward(self, clips_NTHWC: Tensor, size: tuple[int, int]) -> Tensor:
         device = self._model.device
         pixels = clips_NTHWC.to(device).flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0
-        if pixels.shape[2:] != size:
+        is_resized = pixels.shape[2:] != size
+        if is_resized:
             pixels = F.interpolate(pixels, size, mode=self._row.resize, antialias=True)
             pixels = pixels.clamp(0.0, 1.0)
-        mean = torch.tensor(self._row.mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(self._row.std, device=device).view(1, 3, 1, 1)
+        self._tell_sizes(size, self._row.resize if is_resized else None)
+        if self._preprocessing.scale != 1:
+            pixels = pixels * self._preprocessing.scale
+        mean = torch.tensor(self._preprocessing.mean, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(self._preprocessing.std, device=device).view(1, 3, 1, 1)
         pixels = ((pixels - mean) / std).to(self._model.dtype)
         if self.is_video:
             pixels = pixels.unflatten(0, clips_NTHWC.shape[:2])
@@ -125,6 +148,15 @@ class Teacher:
                 **self._row.options,
             )
         return self._feature.read(out)[:, self._num_prefix :].float()
+
+    def _tell_sizes(self, size_HW: tuple[int, int], resize: str | None) -> None:
+        """Logs once where the frames differ from those that the model's folder asks for."""
+        difference = None
+        if not self._has_told_sizes:
+            difference = self._preprocessing.difference(size_HW, resize)
+        if difference is not None:
+            log.info("teachers (%s): %s", self._family, difference)
+            self._has_told_sizes = True
 
     def _frame_size(self, grid_HW: tuple[int, int]) -> tuple[int, int]:
         """Pixels of a frame that give the requested grid."""

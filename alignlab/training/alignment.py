@@ -19,12 +19,17 @@ from alignlab.losses.grids import covered_share, describe
 from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens
+from alignlab.models.weight_check import check_weights
 from alignlab.randomness import derive_seed
 from alignlab.stage1.compatibility import check_stage1
 from alignlab.teachers import Teacher, image_families, teacher_from
+from alignlab.training.aligned_samples import trained_samples, trains
 from alignlab.training.batches import Batch
+from alignlab.training.nonfinite import FEATURES
 
 log = logging.getLogger(__name__)
+
+SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,18 @@ class Aligned:
         terms: unweighted terms by alias, for the log; without those that the schedule turned off.
         samples: by alias, which samples had something to align, bool (B,).
         weighted: what each objective adds to `loss_B`, by alias.
+        counted: of `samples`, those in which the objective trains something
+            (`alignlab.training.aligned_samples`).
+        features: mean magnitude of the features of each teacher and kind of token, (B,), by log
+            name.
     """
 
     loss_B: Tensor
     terms: dict[str, Terms]
     samples: dict[str, Tensor]
     weighted: dict[str, Tensor]
+    counted: dict[str, Tensor]
+    features: dict[str, Tensor]
 
 
 class Alignment(nn.Module):
@@ -82,6 +93,8 @@ class Alignment(nn.Module):
                 )
             except ValueError as error:  # such as a Stage 1 folder with damaged weights
                 raise UserError(f"objectives.{alias}: {error}") from error
+            frozen = ((n, p) for n, p in built.named_parameters() if not p.requires_grad)
+            check_weights(f"objectives.{alias}: its Stage 1 network", frozen, fix="train it again")
             self.objectives[alias] = built
             # prefixed, because an alias may be the name of an attribute
             self.add_module(f"objective_{alias}", self.objectives[alias])
@@ -101,15 +114,40 @@ class Alignment(nn.Module):
         """Refuses training clips that lack what an objective needs.
 
         Raises:
-            UserError: an objective needs entity masks, and a clip has none.
+            UserError: an objective needs entity masks, and a clip has none; or it reads reference
+                tokens, and no clip has a reference.
         """
         key = clips.without_masks()
         for alias, objective in self.objectives.items():
+            reads_references = objective.tokens == "reference" and trains(objective.config)
+            if reads_references and not clips.share_with_references():
+                raise UserError(
+                    f"objectives.{alias}: aligns reference tokens, and no training clip has a "
+                    "reference; list images under `references` in the data set's metadata "
+                    "(docs/data.md), or remove the objective"
+                )
             if key is not None and "masks" in objective.needs:
                 raise UserError(
                     f"objectives.{alias}: needs entity masks, and {key} has none; add `masks` and "
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
+
+    def check_teachers(self, config: RunConfig, grid: Grid) -> None:
+        """Refuses teachers whose features say nothing, by those of two different clips of noise.
+
+        Args:
+            config: the run.
+            grid: (T, H, W) of its video tokens.
+
+        Raises:
+            UserError: features are not finite, or those of the two clips are the same.
+        """
+        clips = noise_clips(config.data.frames, config.data.size)
+        for alias, teacher in self.teachers.items():
+            frames_BTHWC = clips if teacher.is_video else clips[:, :1]
+            tokens_BTPD = teacher.encode(frames_BTHWC, teacher.grid or grid[1:]).tokens_BTPD
+            where = f"teachers.{alias}: {config.teachers[alias].path}, feature {teacher.feature}"
+            check_features(where, tokens_BTPD)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuses several ranks where an objective couples the samples of a batch.
@@ -148,6 +186,7 @@ class Alignment(nn.Module):
         terms: dict[str, Terms] = {}
         samples: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
+        counted: dict[str, Tensor] = {}
         factors = self.factors(step)
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
@@ -169,13 +208,17 @@ class Alignment(nn.Module):
                 objective_terms = objective(student, teacher, context)
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
-            scale_B = config.weight * factor * gate_weights(config.gate, batch.sigma_B)
-            weighted[alias] = scale_B * objective_terms.loss_B
+            gate_B = gate_weights(config.gate, batch.sigma_B)
+            weighted[alias] = config.weight * factor * gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms
             aligned_B = objective_terms.aligned_B
             samples[alias] = _has_tokens(batch, kind) if aligned_B is None else aligned_B
-        return Aligned(loss_B, terms, samples, weighted)
+            shown_B = samples[alias].to(gate_B.device)
+            if kind == "reference":
+                shown_B = shown_B & batch.referenced_B.to(gate_B.device)
+            counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
+        return Aligned(loss_B, terms, samples, weighted, counted, _magnitudes(features))
 
     def _log_grids(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
         """Logs once per objective which blocks and which token grids meet."""
@@ -191,6 +234,41 @@ class Alignment(nn.Module):
             _depths(objective.config.blocks),
             ", ".join(describe(student, teacher, objective.side) for teacher in teachers),
         )
+
+
+def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:
+    """A dark and a bright clip of noise, uint8 (2, T, H, W, 3)."""
+    generator = torch.Generator().manual_seed(0)
+    dark, bright = (
+        torch.randint(low, low + 128, (frames, *size_HW, 3), generator=generator)
+        for low in (0, 128)
+    )
+    return torch.stack([dark, bright]).to(torch.uint8)
+
+
+def check_features(where: str, tokens_BTPD: Tensor) -> None:
+    """Refuses features of two clips that are not finite, or are the same.
+
+    Raises:
+        UserError: begins with `where`.
+    """
+    if not tokens_BTPD.isfinite().all():
+        raise UserError(f"{where}: gives features that are not finite; take other weights")
+    dark, bright = tokens_BTPD
+    if float((dark - bright).abs().max()) <= SAME_FEATURES * float(tokens_BTPD.abs().max()):
+        raise UserError(
+            f"{where}: gives the same features whatever it sees, so there is nothing to align "
+            "with; take other weights or another feature"
+        )
+
+
+def _magnitudes(features: Mapping[tuple[str, str], Features]) -> dict[str, Tensor]:
+    """Mean magnitude of a sample's features: not finite if one of them is not."""
+    flat = {key: f.tokens_BTPD.float().abs().flatten(1) for key, f in features.items()}
+    return {
+        f"{FEATURES}{alias}/{kind}": x_BN.sum(1) / max(1, x_BN.shape[1])
+        for (alias, kind), x_BN in flat.items()
+    }
 
 
 def _has_tokens(batch: Batch, kind: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Sample
+from alignlab.errors import UserError
 from alignlab.models.wan import Wan
 from alignlab.randomness import generator
 from alignlab.training.flow_matching import draw_sigma
@@ -38,7 +39,8 @@ class Batch:
     `references`, `reference_images` and `reference_masks` hold one tensor per sample, with zero
     rows where the references were dropped or the clip has none. `caption_BLD` is the text before
     dropout. `masks` are those of each clip's entities, bool `(E, T, H, W)`, or None if unknown.
-    Both kinds of masks stay on the CPU: few objectives read them.
+    Both kinds of masks stay on the CPU: few objectives read them. `referenced_B`, bool on the CPU,
+    says which samples keep a reference that shows something.
     """
 
     latents_BCTHW: Tensor
@@ -52,6 +54,7 @@ class Batch:
     video_BTHWC: Tensor
     names: list[list[str]]
     masks: list[Tensor | None]
+    referenced_B: Tensor
 
 
 class ClipCache(Generic[Clip]):
@@ -87,6 +90,8 @@ EncodedCache = ClipCache[Encoded]
 class ClipEncoder:
     """Encodes clips one at a time (a clip's latents never depend on its neighbours).
 
+    A clip that an encoder makes anything but finite values of is a UserError.
+
     Args:
         wan: the frozen encoders.
         dataset: where clips come from.
@@ -115,8 +120,26 @@ class ClipEncoder:
             self._wan.encode_text([sample.caption])[0].cpu(),
             torch.stack(references).cpu() if references else _no_references(latents),
         )
+        self._check_finite(encoded)
         self._cache.put(index, encoded)
         return encoded
+
+    def share_with_references(self) -> float:
+        """Share of the clips that have a reference."""
+        return self._dataset.share_with_references()
+
+    def _check_finite(self, encoded: Encoded) -> None:
+        parts = {
+            "video by vae": encoded.latents_CTHW,
+            "caption by text_encoder": encoded.text_LD,
+            "references by vae": encoded.references_KCHW,
+        }
+        for what, values in parts.items():
+            if not values.isfinite().all():
+                raise UserError(
+                    f"{encoded.sample.key}: encoding its {what} gives values that are not finite: "
+                    f"look at {self._wan.folder} (model.path), or try model.precision=fp32"
+                )
 
 
 def training_batch(
@@ -181,7 +204,28 @@ def collate(
         video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
         names=names,
         masks=[e.sample.masks_ETHW for e in encoded],
+        referenced_B=torch.tensor([refs and _shows_something(e.sample) for e, (_, refs) in rows]),
     )
+
+
+def _shows_something(sample: Sample) -> bool:
+    """Whether one of the references is not blank."""
+    return not all(is_blank(r.image_HWC, r.mask_HW) for r in sample.references)
+
+
+def is_blank(image_HWC: Tensor, mask_HW: Tensor) -> bool:
+    """Whether a reference shows nothing: no subject, or a whole picture of one colour.
+
+    A picture without transparency is all subject: a rectangle as wide or as high as the frame. One
+    that is smaller in both is a subject by itself, even of one colour.
+    """
+    pixels_NC = image_HWC[mask_HW]
+    if not len(pixels_NC) or bool((image_HWC == image_HWC[0, 0]).all()):
+        return True
+    rows, columns = mask_HW.any(1), mask_HW.any(0)
+    is_rectangle = len(pixels_NC) == int(rows.sum()) * int(columns.sum())
+    is_picture = is_rectangle and bool(rows.all() or columns.all())
+    return is_picture and bool((pixels_NC == pixels_NC[0]).all())
 
 
 def reference_images(sample: Sample) -> Tensor:

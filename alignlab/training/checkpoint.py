@@ -25,12 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.errors import UserError
+from alignlab.models.weight_check import check_weights
 from alignlab.runs.atomic_files import remove_folder, whole_folder
 from alignlab.runs.digest import frozen_digest
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
 SEPARATOR = "|"  # between the name of a parameter and that of its optimizer state
+DAMAGED = "remove that step's folder: the run then resumes from the checkpoint before it"
 
 
 @dataclass
@@ -114,7 +116,9 @@ class RunState(TrainState):
         load_transformer(self.transformer, folder)
         _restore_trained(self.objectives, load_file(folder / "objectives.safetensors"))
         if self.ema is not None:
-            for name, value in load_file(folder / "ema.safetensors").items():
+            average = load_file(folder / "ema.safetensors")
+            _check(folder / "ema.safetensors", average)
+            for name, value in average.items():
                 self.ema[name].copy_(value)
 
     def facts(self) -> dict[str, Any]:
@@ -153,11 +157,14 @@ def restore(state: TrainState, checkpoint: Path) -> None:
     """Puts a checkpoint back into a freshly built state.
 
     Raises:
-        UserError: the checkpoint belongs to another kind of training.
+        UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
     """
     facts = json.loads((checkpoint / "state.json").read_text())
     state.read_weights(checkpoint, facts)
-    restore_state(state.optimizer, state.names, load_file(checkpoint / "optimizer.safetensors"))
+    _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    _check(checkpoint / "optimizer.safetensors", moments)
+    restore_state(state.optimizer, state.names, moments)
     state.step = int(facts["step"])
 
 
@@ -182,15 +189,20 @@ def load_transformer(
         transformer: with the adapter already added, for LoRA.
         checkpoint: a `step-*` folder.
         ema: take the moving average instead of the last weights.
+
+    Raises:
+        UserError: there are no such weights, or some are not finite.
     """
     if ema:
         average = load_file(checkpoint / "ema.safetensors")
+        _check(checkpoint / "ema.safetensors", average)
         parameters = dict(transformer.named_parameters())
         with torch.no_grad():
             for name, value in average.items():
                 parameters[name].copy_(value)
     elif (checkpoint / LORA_FILE).exists():
         layers = load_file(checkpoint / LORA_FILE)
+        _check(checkpoint / LORA_FILE, layers)
         set_peft_model_state_dict(
             transformer, {k.removeprefix(LORA_PREFIX): v for k, v in layers.items()}
         )
@@ -198,9 +210,15 @@ def load_transformer(
         weights = WanTransformer3DModel.from_pretrained(
             checkpoint / "transformer", use_safetensors=True
         ).state_dict()
+        _check(checkpoint / "transformer", weights)
         transformer.load_state_dict(weights)
     else:
         raise UserError(f"{checkpoint}: no transformer and no LoRA weights there")
+
+
+def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses what is not finite; nothing that trains has to be other than zero."""
+    check_weights(str(where), tensors.items(), fix=DAMAGED, may_be_zero=True)
 
 
 def _by_step(checkpoints: Path) -> list[Path]:

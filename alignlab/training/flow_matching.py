@@ -29,6 +29,18 @@ def train_levels(config: FlowConfig) -> Tensor:
     return u if config.sampler == "uniform" else shifted(u, config.shift)
 
 
+def representative_levels(config: FlowConfig) -> Tensor:
+    """Noise levels that stand for what `draw_sigma` draws, ascending, float64.
+
+    All 1000 of `train_levels`, or 10,000 evenly spaced quantiles of `logit_normal`.
+    """
+    if config.sampler != "logit_normal":
+        return train_levels(config)
+    share = (torch.arange(HISTOGRAM_DRAWS, dtype=torch.float64) + 0.5) / HISTOGRAM_DRAWS
+    z = torch.special.ndtri(share)
+    return shifted(torch.sigmoid(config.logit_mean + config.logit_std * z), config.shift)
+
+
 def draw_sigma(config: FlowConfig, rng: torch.Generator) -> float:
     """One noise level.
 

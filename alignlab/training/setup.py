@@ -1,16 +1,17 @@
 """Everything that a run trains with, built once from its recipe."""
 
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from alignlab.config.parts import AdamWConfig
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.data.registry import build_splits
+from alignlab.data.registry import build_splits, dataset_files
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -20,10 +21,14 @@ from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import warn_once
 from alignlab.recipe import recipe_hash
+from alignlab.runs.file_digests import sizes_digest
+from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
 from alignlab.training.checkpoint import RunState
 from alignlab.training.flow_matching import FlowWeights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -84,7 +89,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     ranks = ranks or single_rank(config.model.precision)
     if ranks.world_size > 1:
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
-    dataset, val_dataset = build_splits(config.data, memory=Path(config.output))
+    dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
     wan = load_wan(
         config.model.path,
         train=config.model.train,
@@ -127,7 +132,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
 
 
 def _check_data(config: RunConfig) -> None:
-    build_splits(config.data, memory=Path(config.output))
+    build_splits(config.data, memory=user_path(config.output))
 
 
 def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
@@ -175,8 +180,33 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunStat
     return RunState(adamw(parameters, config.optim), wan.transformer, alignment, ema)
 
 
+def check_inputs(run: Run) -> None:
+    """Looks, before the first step, at what would show only during or after the training.
+
+    The teachers that objectives read must tell two clips apart, and the one that is only measured
+    against must have sound weights. Warns of an evaluation on fewer clips than asked for.
+
+    Raises:
+        UserError: a teacher is of no use.
+    """
+    config = run.config
+    run.alignment.check_teachers(config, run.wan.latent_grid(config.data.frames, *config.data.size))
+    alias = config.measured_against
+    if alias is not None and alias not in run.alignment.teachers:
+        teacher_from(config.teachers[alias], device="cpu")
+    for key in ("clips", "sample_clips", "generated_clips"):
+        count = getattr(config.eval, key) or 0
+        if count > len(run.val_clips):
+            log.warning(
+                "eval.%s: %d, but the val split has %d; those are taken",
+                *(key, count, len(run.val_clips)),
+            )
+
+
 def check_ranks_agree(run: Run) -> None:
-    """Compares recipe, number of clips, digests of teachers and norms of all other weights.
+    """Compares recipe, clips, digests of teachers and norms of all other weights.
+
+    Of clips, their number and the names and sizes of their files: rank 0 alone hashes the files.
 
     Raises:
         UserError: the ranks differ.
@@ -186,6 +216,9 @@ def check_ranks_agree(run: Run) -> None:
         return
     ranks.check_same("the recipe", recipe_hash(run.config))
     ranks.check_same("the number of clips", (len(run.clips), len(run.val_clips)))
+    read = dataset_files(run.config.data)
+    if read is not None:
+        ranks.check_same("the files of the clips", sizes_digest(read.files)[:12])
     for alias, teacher in run.alignment.teachers.items():
         ranks.check_same(f"the weights of the teacher {alias}", teacher.digest()[:12])
     networks: dict[str, nn.Module] = {

@@ -24,7 +24,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 _TITLES = (
     "forward, ms",
     "forward + backward, ms",
-    "peak extra memory, MB",
+    "peak extra memory, MiB",
     "roofline share",
 )
 
@@ -46,7 +46,7 @@ def draw_plots(rows: list[Row], out: Path) -> list[Path]:
     """Draws one file per operation and dtype: a row per width and blocks, a column per quantity.
 
     Args:
-        rows: measurements on one device.
+        rows: measurements on one device, of one commit.
         out: folder to write to.
     """
     plots: dict[tuple[str, str], list[Row]] = defaultdict(list)

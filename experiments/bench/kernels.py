@@ -45,7 +45,7 @@ HEADER = (
     "forward ms (p20-p80)",
     "forward + backward ms",
     "x floor",
-    "peak extra MB",
+    "peak extra MiB",
 )
 DEFAULT_SECONDS = {"cpu": 5.0, "cuda": 0.5}
 # On a CPU at some 100 GFLOP/s a case then takes minutes, and the memory is a laptop's. On CUDA
@@ -92,13 +92,6 @@ class KernelFigures:
     files: tuple[Path, ...]
 
 
-def default_folder() -> Path:
-    """`experiments/results/kernels` at the root of a checkout, `runs/kernels` anywhere else."""
-    root = Path(alignlab.__file__).resolve().parent.parent
-    in_checkout = Path.cwd() == root and (root / "pyproject.toml").is_file()
-    return Path("experiments/results/kernels" if in_checkout else "runs/kernels")
-
-
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """Reads `3x1560,4x1560`: subjects or frames, and the tokens of each.
 
@@ -127,7 +120,7 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
     """Checks every provider, measures it, and writes table and plots.
 
     Rows of earlier calls are kept in the table, unless the same thing was measured again on the
-    same device.
+    same device with the same commit and versions; plots show those of this commit alone.
 
     Raises:
         UserError: a provider computes something wrong (no speed is reported then), one that was
@@ -275,8 +268,8 @@ def _write(measured: list[Measurement], device: torch.device, out: Path) -> list
     new = [to_row(measurement, facts) for measurement in measured]
     rows = replace_rows(read_rows(table), new)
     write_text(table, to_csv(rows))
-    of_device = [row for row in rows if row["gpu_name"] == facts["gpu_name"]]
-    return [table, *draw_plots(of_device, out)]
+    alike = {fact: value for fact, value in facts.items() if fact != "timestamp"}
+    return [table, *draw_plots([row for row in rows if alike.items() <= row.items()], out)]
 
 
 def _device_name(device: torch.device) -> str:

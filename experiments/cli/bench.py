@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from alignlab.cli_options import Overrides
+from alignlab.cli_options import Overrides, path_option
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
@@ -19,7 +19,7 @@ KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunke
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
 ]
-Figures = Annotated[Path | None, typer.Option(help="JSON file for the figures.")]
+Figures = Annotated[Path | None, path_option("JSON file for the figures.")]
 
 
 @bench_app.command("overhead")
@@ -77,12 +77,7 @@ def kernels(
         float | None,
         typer.Option(min=0, help="Leave out eager and compile above (default: 8; cuda: no limit)."),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder (default: experiments/results/kernels in a checkout, else runs/kernels)."
-        ),
-    ] = None,
+    out: Annotated[Path, path_option("Folder.")] = Path("runs/kernels"),
 ) -> None:
     """Measure speed and memory of the similarity kernels, after checking what they compute."""
     import torch
@@ -104,7 +99,7 @@ def kernels(
         blocks=bench.parse_numbers("--blocks", blocks),
         providers=tuple(one for one in PROVIDERS if one in (impl or ())),
     )
-    bench.print_figures(bench.bench_kernels(settings, out or bench.default_folder()))
+    bench.print_figures(bench.bench_kernels(settings, out))
 
 
 @bench_app.command("share")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alignlab.cli_options import Overrides, Recipe, RunFolder
+from alignlab.cli_options import Overrides, Recipe, RunFolder, path_option
 
 teachers_app = typer.Typer(help="Choose a teacher.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def probe(
         int | None,
         typer.Option(min=0, help="Whose tokens are shown (default: the last aligned block)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write (default: RUN/probe).")] = None,
+    out: Annotated[Path | None, path_option("Folder to write (default: RUN/probe).")] = None,
 ) -> None:
     """Compare every block of a run's model with a teacher, before and after training."""
     from alignlab.experiments.probe.page import probe as write
@@ -42,7 +42,7 @@ def score(
         str | None,
         typer.Option(help="Patches of every teacher, such as 14x14 (default: its own)."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("teachers.csv"),
+    out: Annotated[Path, path_option("CSV file to write.")] = Path("teachers.csv"),
 ) -> None:
     """Score a recipe's teachers on its clips: steadiness over frames and spatial structure."""
     from alignlab.evaluation.teacher_score import parse_size, score_teachers
@@ -61,7 +61,7 @@ def score(
 def preview(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("preview"),
+    out: Annotated[Path, path_option("Folder to write.")] = Path("preview"),
     clips: Annotated[int, typer.Option(min=1, help="How many clips.")] = 8,
 ) -> None:
     """Write a page with clips of a recipe's data set, their captions, references and masks."""

@@ -1,4 +1,10 @@
-"""Variants may differ in how they train, not in how they are measured or tuned."""
+"""What is compared may differ in how it trains, not in how it is measured or tuned.
+
+That holds for the variants of a comparison and for the trials of a sweep alike.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pydantic import JsonValue
 
@@ -6,6 +12,8 @@ from alignlab.config.data import unknown_name
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, differing_settings
+from alignlab.experiments.compare.tuned import is_within
+from alignlab.recipe import NUMBERLESS
 from alignlab.sampling import guidance_of
 
 
@@ -36,33 +44,87 @@ def check_fair(config: CompareConfig) -> None:
     searched nothing but objectives, which it does not have.
 
     Raises:
-        UserError: a setting differs, or `allow_differences` names none of these.
+        UserError: a setting differs, `allow_differences` names none of these, or a sweep searched
+            what no sweep can search (`why_not_searched`), or the steps.
     """
-    measured = {v: run.measured_against for v, run in config.runs.items()}
-    differing = differences(config)
-    if len(set(measured.values())) > 1:
-        differing["eval.teacher"] = {**measured}
-    shifts = {v: guidance_of(run).shift for v, run in config.runs.items() if _generates(run)}
-    if len(set(shifts.values())) > 1:
-        differing["eval.sample_shift"] = {**shifts}
-    differing |= _unequal_tuning(config)
-    teachers = (f"teachers.{alias}." for alias in set(measured.values()))
-    fixed = ("eval.", "data.", "tuning.", *teachers)
+    unfair = measured_differently(config.runs) | _unequal_tuning(config)
     for name in config.allow_differences:
-        if name not in differing or not name.startswith(fixed):
-            valid = [setting for setting in differing if setting.startswith(fixed)]
+        if name not in unfair:
             raise UserError(
-                f"allow_differences: {unknown_name('difference', name, valid)} "
+                f"allow_differences: {unknown_name('difference', name, unfair)} "
                 "(evaluation settings in which variants differ)"
             )
-    for setting, values in differing.items():
-        if setting.startswith(fixed) and setting not in config.allow_differences:
+    for setting, values in unfair.items():
+        if setting not in config.allow_differences:
             shown = ", ".join(f"{variant}: {value}" for variant, value in values.items())
             how = "tuned" if setting.startswith("tuning.") else "measured"
             raise UserError(
                 f"{setting}: variants are {how} differently ({shown}); "
                 f"make it equal or allow it: allow_differences: [{setting}]"
             )
+    _check_searched(config)
+
+
+def measured_differently(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, JsonValue]]:
+    """Every setting in which runs are measured differently: dotted name -> run -> value."""
+    measured = {name: run.measured_against for name, run in runs.items()}
+    fixed = _fixed(runs.values())
+    differing = {k: v for k, v in differing_settings(runs).items() if is_within(k, fixed)}
+    if len(set(measured.values())) > 1:
+        differing["eval.teacher"] = {**measured}
+    shifts = {name: guidance_of(run).shift for name, run in runs.items() if _generates(run)}
+    if len(set(shifts.values())) > 1:
+        differing["eval.sample_shift"] = {**shifts}
+    return differing
+
+
+def why_not_searched(key: str, base: RunConfig, trials: Sequence[RunConfig] = ()) -> str:
+    """Why a sweep cannot search a setting; empty if it can.
+
+    Args:
+        key: dotted name of the setting.
+        base: the run that all trials share.
+        trials: the base with values of the setting.
+    """
+    if key == "seed":
+        return "every trial trains with the sweep's `seeds`; list there what is to be tried"
+    if _is_numberless(key):
+        return "no number of a trial depends on it; remove it"
+    unfair = measured_differently(
+        {"base": base, **{str(place): trial for place, trial in enumerate(trials)}}
+    )
+    if unfair or is_within(key, _fixed([base])):
+        others = [name for name in unfair if not is_within(name, (key,))]
+        what = f" ({others[0]} would differ)" if others else ""
+        return (
+            f"trials would be measured differently{what}, and their numbers could not be compared; "
+            f"remove it, and set {others[0] if others else key} for all trials alike"
+        )
+    return ""
+
+
+def _check_searched(config: CompareConfig) -> None:
+    """Refuses a variant of a sweep whose trials were not comparable, or that is not taken whole."""
+    for variant, tuning in config.tuned.items():
+        for key in tuning.searched:
+            reason = why_not_searched(key, config.runs[variant])
+            if key == "steps":
+                reason = "the comparison sets them for all variants alike"
+            if reason:
+                raise UserError(f"variants.{variant}.from: {tuning.sweep} searched {key}: {reason}")
+
+
+def _fixed(runs: Iterable[RunConfig]) -> tuple[str, ...]:
+    """Settings, or sections of them, that say how a run is measured."""
+    aliases = {alias for run in runs if (alias := run.measured_against) is not None}
+    return ("eval", "data", *(f"teachers.{alias}" for alias in sorted(aliases)))
+
+
+def _is_numberless(key: str) -> bool:
+    here: Any = NUMBERLESS
+    for part in key.split("."):
+        here = here.get(part) if isinstance(here, Mapping) else here
+    return here is True
 
 
 def _unequal_tuning(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:

@@ -55,6 +55,8 @@ class RunResult:
         curves: scalars over training by name, each as (step, value) in order of step.
         samples: generated clips.
         notes: warnings of the run, the numbers of each in brackets at its end.
+        aligned: by objective, how many samples had something to align, of how many.
+        diverged: its validation loss ended far above its start.
     """
 
     __pydantic_config__ = _CONFIG
@@ -67,6 +69,8 @@ class RunResult:
     curves: dict[str, Curve]
     samples: tuple[SampleClip, ...] = ()
     notes: tuple[str, ...] = ()
+    aligned: dict[str, tuple[int, int]] = field(default_factory=dict)
+    diverged: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Ratio:
     Args:
         value: the median ratio; 1 for the baseline.
         low, high: interval of the median, at least 95%; None for an exact count.
-        beyond: how far from 1 two equal models were seen; no smaller difference is claimed.
+        beyond: how far from 1 two equal models were seen.
     """
 
     __pydantic_config__ = _CONFIG
@@ -87,11 +91,17 @@ class Ratio:
     beyond: float = 0.0
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """What may be said of the ratio: `low` and `high` moved apart by `beyond`."""
+        low = self.value if self.low is None else self.low - self.beyond
+        high = self.value if self.high is None else self.high + self.beyond
+        return low, high
+
+    @property
     def is_claimed(self) -> bool:
-        """Whether the whole interval is further from 1 than two equal models are."""
-        low = self.value if self.low is None else self.low
-        high = self.value if self.high is None else self.high
-        return low > 1.0 + self.beyond or high < 1.0 - self.beyond
+        """Whether a change may be claimed: `interval` excludes 1."""
+        low, high = self.interval
+        return not low <= 1.0 <= high
 
 
 @dataclass(frozen=True)

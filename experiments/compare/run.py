@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment
@@ -29,9 +30,12 @@ from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
+from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.tracking import read_rows
+from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +103,16 @@ def prepare(config: CompareConfig) -> Plan:
     """Makes the folders of all runs.
 
     Raises:
-        UserError: variants are measured differently, or a folder holds a run of another recipe.
+        UserError: variants are measured differently, a folder holds a run of another recipe, an
+            objective never has anything to align, or runs read other files than those that have
+            begun.
     """
     refuse_several_ranks()
     check_fair(config)
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
-    folder = Path(config.output) / config.name
+    folder = user_path(config.output) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
@@ -115,13 +121,53 @@ def prepare(config: CompareConfig) -> Plan:
         for seed in config.seeds
         for variant in config.variants
     }
-    # all of them at once: another recipe is refused before hours of training, not after
+    # all of them at once: what is refused, is refused before hours of training, not after
+    for run in runs.values():
+        check_recipe(run)
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
+    _fix_inputs(config, runs, folders)
     return Plan(folder, config, budget, runs, folders)
+
+
+def _fix_inputs(
+    config: CompareConfig,
+    runs: Mapping[RunKey, RunConfig],
+    folders: Mapping[RunKey, RunFolder],
+) -> None:
+    """Refuses inputs that are others than those of the runs that have begun, or of their sweeps.
+
+    A run that begins later is held to the inputs of today: it will not train with others.
+    """
+    inputs: dict[str, list[Input]] = {}
+    for (variant, seed), run in runs.items():
+        if variant not in inputs:  # the seed names no file
+            inputs[variant] = read_inputs(run, fetch=False)
+        fix_inputs(folders[variant, seed], run, inputs[variant])
+    for variant, tuning in config.tuned.items():
+        sweep_folder = user_path(tuning.sweep).parent
+        InputRecord(sweep_folder, config.output).refuse_changes(
+            inputs[variant], since=f"variant {variant} was tuned", remedy="tune it again"
+        )
+    unknown = [f for f, record in _records(runs, folders) if f.has_begun and not record.exists]
+    if unknown:
+        log.warning(
+            "%d of %d runs began before inputs were recorded, such as %s: whether they read the "
+            "same files as the others is not known",
+            *(len(unknown), len(runs), unknown[0].path),
+        )
+    # also those that are not on this machine, where the runs have seen them
+    refuse_different_inputs(record for _, record in _records(runs, folders))
+
+
+def _records(
+    runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder]
+) -> list[tuple[RunFolder, InputRecord]]:
+    return [(folders[key], InputRecord(folders[key].path, run.output)) for key, run in runs.items()]
 
 
 def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     config, folder, folders = plan.config, plan.folder, plan.folders
+    refuse_different_inputs(record for _, record in _records(plan.runs, folders))
     results = tuple(
         collect(run_folder, variant, seed, folder)
         for (variant, seed), run_folder in folders.items()
@@ -201,6 +247,8 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in clips),
         notes=tuple(result.get("notes", ())),
+        aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
+        diverged=result.get("diverged", False),
     )
 
 

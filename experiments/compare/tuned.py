@@ -6,11 +6,12 @@ else.
 """
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from alignlab.config.data import Settings
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import SweepConfig
@@ -44,7 +45,7 @@ def sweep_recipe(variant: str, source: Any) -> Path:
     where = f"variants.{variant}.from"
     if not isinstance(source, str):
         raise UserError(f"{where}: expected the path of a sweep's best.yaml, got {source!r}")
-    best = Path(source).expanduser()
+    best = user_path(source)
     if not best.is_file():
         raise UserError(f"{where}: {source}: no such file; a finished sweep writes best.yaml")
     for name in ("recipe.yaml", "trials.csv"):
@@ -55,7 +56,7 @@ def sweep_recipe(variant: str, source: Any) -> Path:
 
 def tuning_of(source: str, sweep: SweepConfig) -> Tuning:
     """What a sweep spent on finding its best recipe."""
-    trials = Path(source).expanduser().with_name("trials.csv")
+    trials = user_path(source).with_name("trials.csv")
     with trials.open(newline="") as file:
         states = [row["state"] for row in csv.DictReader(file)]
     return Tuning(
@@ -95,13 +96,13 @@ def tuned_changes(
     searched: dict[str, Any] = {}
     for key, values in differing.items():
         section, alias = key.split(".")[0], key.split(".")[1:2]
-        if section == "eval" or key == "steps" or _within(key, own):
+        if section == "eval" or key == "steps" or is_within(key, own):
             continue
         if section == "objectives" and alias[0] in best.objectives:
             continue
         if section == "teachers" and (alias[0] not in used or _is_new(key, differing)):
             continue
-        if not _within(key, tuning.searched):
+        if not is_within(key, tuning.searched):
             raise UserError(
                 f"variants.{variant}.from: {tuning.sweep} was tuned with {key} "
                 f"{values['best']!r}, this comparison has {values['base']!r}: make them equal, or "
@@ -111,7 +112,8 @@ def tuned_changes(
     return changes | searched
 
 
-def _within(key: str, names: Any) -> bool:
+def is_within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these settings, or lies inside one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
@@ -60,7 +61,7 @@ class _RayRuns:
     def __init__(self, tasks: RayTasks[RunKey], runs: Mapping[RunKey, RunConfig]) -> None:
         self._tasks = tasks
         self._runs = runs
-        self._folders = {k: RunFolder(Path(run.output) / run.name) for k, run in runs.items()}
+        self._folders = {k: RunFolder(user_path(run.output) / run.name) for k, run in runs.items()}
         self._finished: set[RunKey] = set()
         self._deaths = Deaths[RunKey]()
 

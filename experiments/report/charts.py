@@ -286,7 +286,7 @@ def _band(style: Style, x: list[JsonValue], points: list[tuple[float, list[float
 
 
 def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
-    """Paired differences of one metric, a row per variant: dots of seeds, mean and 95% interval."""
+    """Paired differences of one metric, a row per variant: dots of seeds, mean and interval."""
     traces: list[JsonValue] = []
     for row in shown:
         style = styles(comparison)[row.variant]

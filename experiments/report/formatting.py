@@ -42,10 +42,17 @@ def format_interval(
 ) -> str:
     """Mean and interval with the same decimals, chosen by half the interval's width.
 
+    There are as many decimals as it takes to see that an interval excludes 0.
+
     >>> format_interval(0.12345, 0.0741, 0.1628, sign=True), format_interval(3, 1, 5, unit="%")
     ('+0.123 [0.074, 0.163]', '3.0% [1.0%, 5.0%]')
+    >>> format_interval(0.5, 0.001, 0.999), format_interval(0.5, -0.001, 1.001)
+    ('0.500 [0.001, 0.999]', '0.50 [0.00, 1.00]')
     """
     decimals = _decimals(mean, (high - low) / 2)
+    nearest = min(abs(low), abs(high))
+    if decimals is not None and not low <= 0.0 <= high:
+        decimals = max(decimals, -_exponent(nearest))
 
     def text(value: float, sign: bool) -> str:
         if decimals is None:
@@ -60,10 +67,13 @@ def format_p(value: float) -> str:
 
     >>> format_p(0.0312), format_p(0.2), format_p(1e-6), format_p(1.0)
     ('0.031', '0.20', '<0.001', '1.00')
+    >>> format_p(0.0496), format_p(0.0504)
+    ('0.0496', '0.0504')
     """
     if value < 0.001:
         return "<0.001"
-    return f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
+    text = f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
+    return f"{value:.4f}" if text == "0.050" else text  # which side of 5% it is on
 
 
 def format_duration(seconds: float) -> str:

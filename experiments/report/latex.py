@@ -1,6 +1,7 @@
 """The summary table as LaTeX: variants down, metrics across, as papers print it."""
 
 from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow
 from alignlab.experiments.report.text import headline
 
@@ -27,10 +28,10 @@ _MARKS = {
 
 
 def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
-    """A `table` that needs the booktabs package: mean, spread, difference and its 95% interval.
+    """A `table` that needs the booktabs package: mean, spread, difference and its interval.
 
-    The best mean is bold; a star marks a difference that the verdict claims. A `|` in a name is
-    text. Compiles with pdfLaTeX, LuaLaTeX and XeLaTeX.
+    What is claimed to be better than the baseline is bold; a star marks every difference that the
+    verdict claims. A `|` in a name is text. Compiles with pdfLaTeX, LuaLaTeX and XeLaTeX.
     """
     groups = headline(rows)
     heads = [
@@ -75,7 +76,7 @@ def _line(cells: list[str]) -> str:
 
 def _value(row: SummaryRow) -> str:
     text = escape(row.value_text)
-    return rf"\textbf{{{text}}}" if row.is_best else text
+    return rf"\textbf{{{text}}}" if row.is_bold else text
 
 
 def _difference(row: SummaryRow) -> str:
@@ -87,8 +88,13 @@ def _caption(comparison: Comparison) -> str:
     num_seeds = len(comparison.seeds)
     if num_seeds == 1:
         return f"One seed; below, the difference to {escape(comparison.baseline)}."
-    return (
+    text = (
         rf"Mean $\pm$ standard deviation over {num_seeds} seeds; below, the paired difference to "
-        f"{escape(comparison.baseline)} with its 95\\% interval. "
-        r"$^{*}$: $p \leq 0.05$ after Holm's correction over the variants."
+        f"{escape(comparison.baseline)}"
+    )
+    if num_seeds < MIN_PAIRS:
+        return f"{text}."
+    return (
+        f"{text} with its interval at the level of Holm's correction over the variants, 95\\% or "
+        r"more. $^{*}$: it excludes 0, $p \leq 0.05$ after the correction; bold: and is better."
     )

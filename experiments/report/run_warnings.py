@@ -1,4 +1,4 @@
-"""The warnings of the runs (`notes` in result.json), gathered over seeds."""
+"""The warnings of the runs (`notes` in result.json), gathered over seeds, and what they count."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +25,48 @@ def warning_sentences(comparison: Comparison) -> list[str]:
         for variant, texts in warnings_by_variant(comparison).items()
         for text in texts
     ]
+
+
+def diverged_seeds(comparison: Comparison, variant: str) -> list[int]:
+    """Seeds whose validation loss ended far above its start: nothing else is to be read of them."""
+    runs = {seed: comparison.run(variant, seed) for seed in comparison.seeds}
+    return [seed for seed, run in runs.items() if run is not None and run.diverged]
+
+
+def aligned_footnotes(comparison: Comparison) -> list[str]:
+    """One sentence: in what share of samples the objectives of each variant aligned something.
+
+    Nothing where no run has counted, as in older results.
+    """
+    parts = []
+    for variant in comparison.variants:
+        counts: dict[str, list[int]] = {}
+        for run in comparison.results:
+            if run.variant == variant:
+                for alias, (aligned, samples) in run.aligned.items():
+                    total = counts.setdefault(alias, [0, 0])
+                    total[0] += aligned
+                    total[1] += samples
+        shares = [
+            f"{alias} {_share(aligned, samples)} of {samples:,}"
+            for alias, (aligned, samples) in counts.items()
+        ]
+        if shares:
+            parts.append(f"{variant}: {', '.join(shares)}")
+    if not parts:
+        return []
+    return [
+        "Samples in which an objective had something to align, of those in steps where its "
+        f"schedule was on, all seeds together: {'; '.join(parts)}. Others were trained without it: "
+        "their references were dropped or missing, or its gate was 0."
+    ]
+
+
+def _share(aligned: int, samples: int) -> str:
+    """In percent, and 0% and 100% only where it is exactly that."""
+    if aligned in (0, samples):
+        return "100%" if aligned else "0%"
+    return f"{min(max(100 * aligned / samples, 0.1), 99.9):.1f}%"
 
 
 def gather_warnings(warnings: Mapping[int, Sequence[str]], num_seeds: int) -> list[str]:

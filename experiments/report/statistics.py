@@ -1,20 +1,30 @@
 """Is a difference to the baseline real? Paired statistics over seeds, in one place.
 
-A pair is one seed: the variant's number minus the baseline's. The methods depend on how many
-pairs there are, because what suits many is wrong for few:
+A pair is one seed: the variant's number minus the baseline's. **A change is claimed where the
+interval of its mean excludes 0**, and nowhere else. The interval is that of the test at the level
+at which Holm's correction over the variants decides: 5% over the number of variants that are not
+told apart before it, so it is as wide as the 95% interval or wider. In at most 5% of comparisons
+does any interval of a metric exclude 0 where there is no effect. That all intervals hold their
+true differences at once is not promised: Bonferroni's would, and would find fewer changes.
 
-- Fewer than `BOOTSTRAP_PAIRS`: Student's t, interval and p-value. A bootstrap of five numbers is
-  too narrow (its 95% intervals hold the truth in 84% of cases), and a sign flip of five cannot give
-  a p-value below 2 / 2**5 = 0.06.
-- From there on: a BCa bootstrap interval at a level widened for the sample size, and the sign-flip
-  permutation test.
+The methods depend on how many pairs there are, because what suits many is wrong for few:
+
+- Fewer than `MIN_PAIRS`: no interval and no p-value.
+- Fewer than `BOOTSTRAP_PAIRS`: Student's t. A bootstrap of five numbers is too narrow (its 95%
+  intervals hold the truth in 84% of cases), and a sign flip of n pairs cannot give a p-value below
+  2 / 2**n: 0.25 of three, 0.06 of five, so that exact tests of few seeds claim nothing.
+- From there on: the sign-flip permutation test. The interval holds every difference that the test
+  does not reject at Holm's level, and the 95% BCa bootstrap interval, at a level widened for the
+  sample size, which is the better one of skewed differences. A p-value of 5% or less alone is then
+  no claim: of ten simulated pairs without effect, the two disagree in 1 to 3 of 100 cases.
 
 On normal differences, and from ten pairs also on skewed ones, the intervals hold the truth in 92%
-to 97% of cases. With few pairs and a skewness of 2 it is 88%; no method does better there. Under no
-effect the differences are symmetric, and a false claim among five variants comes up in at most 6%
-of cases. `tests/experiments/report/test_statistics_errors.py` simulates all this.
+to 97% of cases where one variant is tested, and in more where several are. With few pairs and a
+skewness of 2 it is 88%; no method does better there. Under no effect the differences are symmetric,
+and a false claim among five variants comes up in at most 6% of cases.
+`tests/experiments/report/test_statistics_errors.py` simulates all this.
 
-Letters: R rows, each a variant of its own; N pairs.
+Letters: R rows, each a variant of its own; N pairs; S subsets of pairs.
 """
 
 import dataclasses
@@ -35,6 +45,7 @@ POWER = 0.8
 MIN_PAIRS = 3  # two pairs agree by luck too often, above all on counts
 BOOTSTRAP_PAIRS = 10
 _RESAMPLES = 9999  # scipy's default; odd plus one makes p-values and quantiles exact fractions
+_EXACT_PAIRS = 13  # up to which all signs can be flipped, with no more patterns than resamples
 _ROUNDING = 16 * sys.float_info.epsilon
 
 Method = Literal["t", "bootstrap", "none"]
@@ -48,8 +59,9 @@ class Paired:
     Args:
         num_pairs: seeds that variant and baseline share.
         mean, std: of the differences; std is the sample's (n - 1), None with one pair.
-        low, high: 95% interval of the mean, not corrected for the number of variants; None with
-            one pair, or with equal differences other than zero, whose spread is not known.
+        low, high: interval of the mean, which excludes 0 exactly where a change is claimed; None
+            below `MIN_PAIRS`, or with equal differences other than zero, whose spread is not known.
+        confidence: of the interval: 95%, or more where several variants are tested.
         method: how interval and p-value were made: "t", "bootstrap" (and sign flip), "none".
         p_value: two-sided, of `method`; the sign flip's when all differences are equal.
         sign_flip_p: two-sided p-value of the sign-flip permutation test, exact up to 13 pairs.
@@ -66,6 +78,7 @@ class Paired:
     std: float | None
     low: float | None = None
     high: float | None = None
+    confidence: float | None = None
     method: Method = "none"
     p_value: float | None = None
     sign_flip_p: float | None = None
@@ -80,9 +93,8 @@ class Paired:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether a difference may be claimed: enough pairs, an interval, Holm's p at most 5%."""
-        enough = self.num_pairs >= MIN_PAIRS and self.low is not None
-        return enough and self.holm_p is not None and self.holm_p <= ALPHA
+        """Whether a difference may be claimed: its interval excludes 0."""
+        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
 
 
 def paired_statistics(
@@ -100,11 +112,14 @@ def paired_statistics(
         for variant, values in differences.items()
         if values and all(math.isfinite(value) for value in values)
     }
-    num_tests = sum(len(values) > 1 for values in usable.values())
+    num_tests = sum(len(values) >= MIN_PAIRS for values in usable.values())
     paired = {v: _paired(values, scale, num_tests) for v, values in usable.items()}
     tested = {v: one.p_value for v, one in paired.items() if one.p_value is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return {v: dataclasses.replace(one, holm_p=corrected.get(v)) for v, one in paired.items()}
+    p_values = list(tested.values())
+    for variant, holm_p, level in zip(tested, holm(p_values), holm_levels(p_values), strict=True):
+        one = dataclasses.replace(paired[variant], holm_p=holm_p)
+        paired[variant] = _with_interval(one, usable[variant], level)
+    return paired
 
 
 def without_rounding(value: float, scale: float) -> float:
@@ -130,6 +145,24 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def holm_levels(p_values: Sequence[float]) -> list[float]:
+    """The level at which Holm's correction decides on each p-value.
+
+    Those that pass have the level of their step, all others that of the first step that fails, so
+    that a p-value is at or below its level exactly if Holm's correction leaves it at 5% or less.
+
+    >>> [round(level, 4) for level in holm_levels([0.2, 0.001, 0.03, 0.01])]
+    [0.025, 0.0125, 0.025, 0.0167]
+    """
+    corrected = holm(p_values)
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    passed = sum(value <= ALPHA for value in corrected)
+    levels = [0.0] * len(p_values)
+    for rank, place in enumerate(order):
+        levels[place] = ALPHA / (len(p_values) - min(rank, passed))
+    return levels
+
+
 def detectable_difference(std: float, num_pairs: int, num_tests: int = 1) -> float:
     """Smallest true mean difference that a paired t-test finds with 80% power.
 
@@ -141,16 +174,19 @@ def detectable_difference(std: float, num_pairs: int, num_tests: int = 1) -> flo
     return _noncentrality(num_pairs, ALPHA / num_tests) * std / math.sqrt(num_pairs)
 
 
-def interval(values_RN: Array, method: Method) -> tuple[Array, Array]:
-    """Ends of the 95% interval of each row's mean, (R,); the numbers of a row are not all equal."""
+def interval(values_RN: Array, method: Method, level: float = ALPHA) -> tuple[Array, Array]:
+    """Ends of the interval of each row's mean, (R,); the numbers of a row are not all equal.
+
+    It excludes 0 only where `p_value` is at most `level`, and for "t" always there.
+    """
     num_values = values_RN.shape[-1]
-    quantile = stats.t.ppf(1 - ALPHA / 2, num_values - 1)
     if method == "t":
-        half_R = quantile * stats.sem(values_RN, axis=-1)
+        half_R = stats.t.ppf(1 - level / 2, num_values - 1) * stats.sem(values_RN, axis=-1)
         mean_R = values_RN.mean(-1)
         return mean_R - half_R, mean_R + half_R
     # A bootstrap spreads by the standard deviation with n and has normal tails; widening its level
     # gives it those of n - 1 and of t (Hesterberg's expanded percentile interval).
+    quantile = stats.t.ppf(1 - ALPHA / 2, num_values - 1)
     widened = quantile * math.sqrt(num_values / (num_values - 1))
     ends = stats.bootstrap(
         (values_RN,),
@@ -162,24 +198,45 @@ def interval(values_RN: Array, method: Method) -> tuple[Array, Array]:
         batch=_batch(values_RN),
         rng=0,
     ).confidence_interval
-    return ends.low, ends.high
+    low_R, high_R = _not_rejected(values_RN, level)
+    return np.minimum(ends.low, low_R), np.maximum(ends.high, high_R)
 
 
 def p_value(values_RN: Array, method: Method) -> Array:
     """Two-sided p-value of each row's mean, (R,): Student's t or, for "bootstrap", sign flips."""
     if method == "t":
         return np.asarray(stats.ttest_1samp(values_RN, 0.0, axis=-1).pvalue)
-    flips = stats.permutation_test(
-        (values_RN,),
-        np.mean,
-        axis=-1,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=_RESAMPLES,
-        batch=_batch(values_RN),
-        rng=0,
-    )
-    return np.asarray(flips.pvalue)
+    means_RS = _subset_means(values_RN)
+    # flipping a subset leaves as large a sum exactly if the subset's own sum is not positive
+    fewest_R = np.minimum((means_RS <= 0.0).sum(-1), (means_RS >= 0.0).sum(-1))
+    p_R: Array = np.minimum(2.0 * (1 + fewest_R) / (1 + means_RS.shape[-1]), 1.0)
+    return p_R
+
+
+def _not_rejected(values_RN: Array, level: float) -> tuple[Array, Array]:
+    """Ends, (R,), of all that may be taken from a row so that sign flips give p above `level`.
+
+    Those are means of subsets (Hartigan's typical values): taking one away moves the subset's own
+    sum through 0.
+    """
+    means_RS = np.sort(_subset_means(values_RN), axis=-1)
+    place = math.floor(level * (1 + means_RS.shape[-1]) / 2 + 1e-9) - 1
+    if place < 0:
+        raise ValueError(f"{values_RN.shape[-1]} pairs have no sign-flip interval at level {level}")
+    return means_RS[:, place], means_RS[:, -1 - place]
+
+
+def _subset_means(values_RN: Array) -> Array:
+    """Mean of every subset of a row that is not empty, (R, S); of many pairs, of random ones."""
+    num_values = values_RN.shape[-1]
+    if num_values <= _EXACT_PAIRS:
+        inside_SN = np.arange(1, 2**num_values)[:, None] >> np.arange(num_values) & 1
+    else:
+        inside_SN = np.random.default_rng(0).integers(0, 2, (_RESAMPLES, num_values))
+        inside_SN = inside_SN[inside_SN.any(-1)]
+    means_RS = values_RN @ (inside_SN / inside_SN.sum(-1, keepdims=True)).T
+    rounding_R = _ROUNDING * np.abs(values_RN).max(-1)
+    return np.where(np.abs(means_RS) <= rounding_R[:, None], 0.0, means_RS)
 
 
 def method_for(num_pairs: int, num_tests: int) -> Method:
@@ -190,30 +247,38 @@ def method_for(num_pairs: int, num_tests: int) -> Method:
 
 
 def _paired(values: list[float], scale: float, num_tests: int) -> Paired:
+    """Everything but what the correction over the variants decides."""
     num_pairs = len(values)
     mean = without_rounding(statistics.fmean(values), scale)
     if num_pairs < 2:
         return Paired(num_pairs, mean, None)
     std = without_rounding(statistics.stdev(values), scale)
-    row_N = np.asarray(values)
-    flipped = float(p_value(row_N, "bootstrap"))
+    if num_pairs < MIN_PAIRS:
+        return Paired(num_pairs, mean, std)
+    row_N = np.asarray([values])
+    flipped = float(p_value(row_N, "bootstrap")[0])
     if std == 0.0:
-        limit = 0.0 if mean == 0.0 else None
-        return Paired(num_pairs, mean, std, limit, limit, p_value=flipped, sign_flip_p=flipped)
+        return Paired(num_pairs, mean, std, p_value=flipped, sign_flip_p=flipped)
     method = method_for(num_pairs, num_tests)
-    low, high = interval(row_N, method)
-    has_spread = num_pairs >= MIN_PAIRS
     return Paired(
         num_pairs,
         mean,
         std,
-        float(low),
-        float(high),
         method=method,
-        p_value=flipped if method == "bootstrap" else float(p_value(row_N, "t")),
+        p_value=flipped if method == "bootstrap" else float(p_value(row_N, "t")[0]),
         sign_flip_p=flipped,
-        effect_size=mean / std * _small_sample(num_pairs) if has_spread else None,
-        detectable=detectable_difference(std, num_pairs, num_tests) if has_spread else None,
+        effect_size=mean / std * _small_sample(num_pairs),
+        detectable=detectable_difference(std, num_pairs, num_tests),
+    )
+
+
+def _with_interval(one: Paired, values: list[float], level: float) -> Paired:
+    if one.std == 0.0:
+        limit = 0.0 if one.mean == 0.0 else None
+        return dataclasses.replace(one, low=limit, high=limit)
+    low_R, high_R = interval(np.asarray([values]), one.method, level)
+    return dataclasses.replace(
+        one, low=float(low_R[0]), high=float(high_R[0]), confidence=1.0 - level
     )
 
 

@@ -27,6 +27,7 @@ from alignlab.experiments.report.metric_table import (
     quantity,
     split_name,
 )
+from alignlab.experiments.report.run_warnings import aligned_footnotes, diverged_seeds
 from alignlab.experiments.report.statistics import Paired, paired_statistics, without_rounding
 
 # Metrics of the finished runs, by variant and seed.
@@ -50,9 +51,10 @@ class SummaryRow:
         paired: statistics of `differences`; None for the baseline, and when no seed is shared or a
             difference is not finite.
         num_better: of `differences`, how many lie on the better side; None without a better side.
-        is_best: best mean of the variants; never of a cost, or with a number missing anywhere.
         ratio: over the baseline, of a cost that is measured once for all seeds and has no values
             per seed.
+        diverged: seeds of the variant whose run did.
+        is_claimable: neither the variant's runs nor the baseline's diverged.
     """
 
     metric: str
@@ -68,8 +70,9 @@ class SummaryRow:
     differences: dict[int, float]
     paired: Paired | None
     num_better: int | None
-    is_best: bool = False
     ratio: Ratio | None = None
+    diverged: tuple[int, ...] = ()
+    is_claimable: bool = True
 
     @property
     def text(self) -> tuple[str, str]:
@@ -83,7 +86,7 @@ class SummaryRow:
 
     @property
     def diff_text(self) -> str:
-        """Paired difference and its 95% interval as shown; empty for the baseline."""
+        """Paired difference and its interval as shown; empty for the baseline."""
         if self.is_baseline:
             return ""
         if self.ratio is not None:
@@ -110,12 +113,20 @@ class SummaryRow:
             if not self.ratio.is_claimed:
                 return ""
             return "worse" if self.ratio.value > 1.0 else "better"
-        if self.paired is None or not self.paired.is_claimed:
+        if self.paired is None or not self.paired.is_claimed or not self.is_claimable:
             return ""
         if self.quantity.better == "none":
             return "changed"
         is_better = (self.paired.mean > 0.0) == (self.quantity.better == "higher")
         return "better" if is_better else "worse"
+
+    @property
+    def is_bold(self) -> bool:
+        """Whether the number is set in bold: it is claimed to be better than the baseline's.
+
+        The best mean is not: nothing tells the variants apart from each other.
+        """
+        return self.change == "better"
 
     @property
     def p_text(self) -> str:
@@ -137,6 +148,8 @@ class SummaryRow:
         infinite = [str(seed) for seed, value in self.values.items() if not math.isfinite(value)]
         if infinite:
             parts.append(f"not finite with seed {', '.join(infinite)}")
+        if self.diverged:
+            parts.append(f"diverged with seed {', '.join(map(str, self.diverged))}")
         return "; ".join(parts)
 
     @property
@@ -160,7 +173,7 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
     for metric in sorted({name for metrics in runs.values() for name in metrics}, key=_place):
         headline = quantity(metric).headline and REPLACED_BY.get(metric) not in costs
         group = [_row(comparison, runs, metric, v, headline) for v in comparison.variants]
-        groups.append(_with_best(_with_statistics(group)))
+        groups.append(_with_statistics(group))
     place = next((i for i, g in enumerate(groups) if g[0].quantity.cost), len(groups))
     groups[place:place] = costs.values()
     return [row for group in groups for row in group]
@@ -188,12 +201,20 @@ def footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
             f"Runs without a result: {', '.join(missing)}. Their variants' numbers, marked †, are "
             "over fewer seeds."
         )
+    diverged = {v: seeds for v in comparison.variants if (seeds := diverged_seeds(comparison, v))}
+    if diverged:
+        listed = "; ".join(f"{v} (seed {', '.join(map(str, s))})" for v, s in diverged.items())
+        notes.append(
+            f"Runs that diverged: {listed}. Their variants' numbers are marked †, and no change is "
+            "claimed of them."
+        )
     if len(comparison.seeds) == 1:
         notes.append(
             f"One seed ({comparison.seeds[0]}) only: no spread is known, and a difference may be "
             "that seed's alone."
         )
     notes.extend(_cost_footnotes(comparison, rows))
+    notes.extend(aligned_footnotes(comparison))
     if comparison.allowed:
         names = ", ".join(comparison.allowed)
         notes.append(
@@ -221,7 +242,7 @@ def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:
     change = 100.0 * (ratio.value - 1.0)
     if ratio.low is None or ratio.high is None:
         return f"{format_number(without_rounding(change, 100.0), sign=sign)}%"
-    low, high = (100.0 * (end - 1.0) for end in (ratio.low, ratio.high))
+    low, high = (100.0 * (end - 1.0) for end in ratio.interval)
     return format_interval(change, low, high, sign=sign, unit="%")
 
 
@@ -243,6 +264,7 @@ def _row(
     shared = [] if is_baseline else [seed for seed in values if seed in base]
     differences = {seed: _difference(values[seed], base[seed]) for seed in shared}
     mean, std = _spread(list(values.values()))
+    diverged = diverged_seeds(comparison, variant)
     num_better = None
     if meaning.better != "none" and not is_baseline:
         sign = -1.0 if meaning.better == "lower" else 1.0
@@ -261,6 +283,8 @@ def _row(
         differences=differences,
         paired=None,
         num_better=num_better,
+        diverged=tuple(diverged),
+        is_claimable=not (diverged or diverged_seeds(comparison, comparison.baseline)),
     )
 
 
@@ -293,16 +317,6 @@ def _with_statistics(group: list[SummaryRow]) -> list[SummaryRow]:
     differences = {row.variant: list(row.differences.values()) for row in group}
     paired = paired_statistics(differences, max(sizes, default=0.0))
     return [dataclasses.replace(row, paired=paired.get(row.variant)) for row in group]
-
-
-def _with_best(group: list[SummaryRow]) -> list[SummaryRow]:
-    meaning = group[0].quantity
-    means = [row.mean for row in group if row.mean is not None]
-    has_best = meaning.better != "none" and not meaning.cost
-    if not has_best or any(row.flag for row in group) or len(set(means)) < 2:
-        return group
-    best = min(means) if meaning.better == "lower" else max(means)
-    return [dataclasses.replace(row, is_best=row.mean == best) for row in group]
 
 
 def _cost_groups(comparison: Comparison) -> dict[str, list[SummaryRow]]:
@@ -363,10 +377,11 @@ def _cost_footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]
     text = (
         f"Cost of a step: variant and baseline took turns in one process, {cost.rounds} rounds on "
         f"{cost.device}, with every objective on. Change of step time: median of the ratios of a "
-        "round; brackets: interval of that median from order statistics, at least 95%; seconds: "
-        "the baseline's median times that ratio. Two copies of the baseline differed by up to "
-        f"{100.0 * cost.beyond:.2g}%, and no smaller change is claimed. FLOPs: matrix products, "
-        "convolutions and attention, teachers included."
+        "round; brackets: interval of that median from order statistics, at least 95% for each "
+        "variant by itself, and on both sides wider by the "
+        f"{100.0 * cost.beyond:.2g}% by which two copies of the baseline differed: a change is "
+        "claimed where it excludes 0. Seconds: the baseline's median times that ratio. FLOPs: "
+        "matrix products, convolutions and attention, teachers included."
     )
     if cost.unknown:
         text += f" Not in the FLOPs, for want of a formula: {', '.join(cost.unknown)}."

@@ -17,6 +17,7 @@ from alignlab.experiments.compare.result import Budget, Comparison
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.run_warnings import warning_sentences
+from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import (
     SummaryRow,
     by_metric,
@@ -33,6 +34,7 @@ _PAIRED = {
     "diff_std": "std",
     "diff_low": "low",
     "diff_high": "high",
+    "confidence": "confidence",
     "num_pairs": "num_pairs",
     "method": "method",
     "p_value": "p_value",
@@ -41,8 +43,7 @@ _PAIRED = {
     "hedges_g": "effect_size",
     "detectable": "detectable",
 }
-# Column of table.csv to field of `Ratio`, of what is measured once for all seeds.
-_RATIO = {"ratio": "value", "ratio_low": "low", "ratio_high": "high"}
+_RATIO = ("ratio", "ratio_low", "ratio_high")  # of what is measured once for all seeds
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
@@ -55,13 +56,13 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     if len(comparison.seeds) == 1:
         table.add_column(Text(f"to {comparison.baseline}"), justify="right")
     else:
-        table.add_column(Text(f"to {comparison.baseline} [95%]"), justify="right")
+        table.add_column(Text(f"to {comparison.baseline} [interval]"), justify="right")
         table.add_column("p", justify="right")
         table.add_column("better in")
     for group in headline(rows):
         for row in group:
             name = title(row) if row is group[0] else ""
-            style = "bold" if row.is_best else "dim" if row.is_baseline else ""
+            style = "bold" if row.is_bold else "dim" if row.is_baseline else ""
             cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
             texts = [Text(cell, style) for cell in cells[: len(table.columns)]]
             table.add_row(*texts, end_section=row is group[-1])
@@ -94,7 +95,7 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
     lines += ["|---|" + "---:|" * len(names)]
     for group in headline(rows):
-        cells = [f"**{row.value_text}**" if row.is_best else row.value_text for row in group]
+        cells = [f"**{row.value_text}**" if row.is_bold else row.value_text for row in group]
         lines.append(f"| {_escape(title(group[0]))} | " + " | ".join(cells) + " |")
         if any(row.diff_text for row in group):
             lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
@@ -116,12 +117,12 @@ def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in comparison.seeds]
-    columns = ["metric", "better", "variant", "mean", "std", "num_seeds", "is_best"]
+    columns = ["metric", "better", "variant", "mean", "std", "num_seeds"]
     writer.writerow([*columns, *_PAIRED, *_RATIO, "num_better", "change", *seeds])
     for row in rows:
-        measured = [row.mean, row.std, len(row.values), int(row.is_best)]
+        measured = [row.mean, row.std, len(row.values)]
         paired = [getattr(row.paired, name, None) for name in _PAIRED.values()]
-        paired += [getattr(row.ratio, name, None) for name in _RATIO.values()]
+        paired += _ratio_cells(row)
         values = [row.values.get(seed) for seed in comparison.seeds]
         start = [row.metric, row.quantity.better, row.variant]
         writer.writerow([*start, *measured, *paired, row.num_better, row.change, *values])
@@ -138,19 +139,34 @@ def title(row: SummaryRow) -> str:
     return f"{row.quantity.label} {ARROWS[row.quantity.better]}".rstrip()
 
 
+def _ratio_cells(row: SummaryRow) -> list[float | None]:
+    if row.ratio is None:
+        return [None, None, None]
+    low, high = (None, None) if row.ratio.low is None else row.ratio.interval
+    return [row.ratio.value, low, high]
+
+
 def _paired(row: SummaryRow) -> str:
-    return f"{row.diff_text} ({row.agreement})" if row.agreement else row.diff_text
+    text = f"{row.diff_text}, p {row.p_text}" if row.p_text else row.diff_text
+    return f"{text} ({row.agreement})" if row.agreement else text
 
 
 def reading(comparison: Comparison) -> str:
     """How to read the summary table."""
-    arrows = "Arrows point to the better side; the best mean is bold."
+    arrows, base = "Arrows point to the better side.", comparison.baseline
     if len(comparison.seeds) == 1:
-        return f"{arrows} Differences are to {comparison.baseline}, with the same seed."
-    return (
+        return f"{arrows} Differences are to {base}, with the same seed."
+    text = (
         f"{arrows} Numbers are mean ± sample standard deviation over {len(comparison.seeds)} "
-        f"seeds. Differences are paired, variant minus {comparison.baseline} with the same seed, "
-        "with their 95% interval. A fraction says in how many seeds the variant is better."
+        f"seeds. Differences are paired, variant minus {base} with the same seed"
+    )
+    fraction = "A fraction says in how many seeds the variant is better."
+    if len(comparison.seeds) < MIN_PAIRS:
+        return f"{text}. {fraction}"
+    return (
+        f"{text}, with their interval, which excludes 0 exactly where a change is claimed, and the "
+        f"corrected p. {fraction} Bold is what is claimed to be better than {base}; the variants "
+        "are not tested against each other."
     )
 
 

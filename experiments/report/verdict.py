@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from alignlab.experiments.compare.result import Comparison, Ratio
 from alignlab.experiments.report.formatting import format_interval, format_number
+from alignlab.experiments.report.run_warnings import diverged_seeds
 from alignlab.experiments.report.statistics import ALPHA, BOOTSTRAP_PAIRS, MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow, by_metric, ratio_text
 
@@ -34,27 +35,41 @@ def verdict(comparison: Comparison, rows: list[SummaryRow]) -> Verdict:
     """Says for every variant which headline quantities it changes, and what could not be seen.
 
     Quantities are those of the summary table that have a better side, and the step time. A change
-    is claimed where `Paired.is_claimed`.
+    is claimed where `Paired.is_claimed`. Of a variant that diverged nothing else is said, and if
+    the baseline did, nothing at all.
     """
     others = [variant for variant in comparison.variants if variant != comparison.baseline]
+    diverged = {v: seeds for v in comparison.variants if (seeds := diverged_seeds(comparison, v))}
+    told = "".join(f" {_diverged(diverged, variant)}." for variant in diverged)
     if not others:
         lead = f"Only the baseline {comparison.baseline} is here: there is nothing to compare."
-        return Verdict(lead, {}, "")
+        return Verdict(lead + told, {}, "")
     groups = [group for group in by_metric(rows) if _has_verdict(group[0])]
     if all(group[0].quantity.cost for group in groups):
-        return Verdict("No headline metric with a better side was measured.", {}, "")
+        return Verdict(f"No headline metric with a better side was measured.{told}", {}, "")
     num_seeds = len(comparison.seeds)
     if num_seeds < MIN_PAIRS:
         count = "One seed" if num_seeds == 1 else f"{num_seeds} seeds"
         lead = f"{count}: no verdict. It takes {MIN_PAIRS} seeds to tell an effect from luck."
-        return Verdict(lead, {}, "")
+        return Verdict(lead + told, {}, "")
     by_variant = {v: [row for group in groups for row in group if row.variant == v] for v in others}
     base = {group[0].metric: row for group in groups for row in group if row.is_baseline}
+    if comparison.baseline in diverged:
+        return Verdict(f"No verdict: the baseline is of no use.{told}", {}, "")
+    sound = {v: rows for v, rows in by_variant.items() if v not in diverged}
+    sentences = {v: _sentence(v, rows, base) for v, rows in sound.items()}
+    sentences |= {v: f"{_diverged(diverged, v)}: nothing is claimed of it." for v in diverged}
     return Verdict(
-        _lead(comparison, by_variant),
-        {variant: _sentence(variant, by_variant[variant], base) for variant in others},
-        _reading(comparison, by_variant),
+        _lead(comparison, sound, list(diverged)),
+        {variant: sentences[variant] for variant in others},
+        _reading(comparison, sound) if sound else "",
     )
+
+
+def _diverged(diverged: dict[str, list[int]], variant: str) -> str:
+    seeds = diverged[variant]
+    which = f"seed{'s' if len(seeds) > 1 else ''} {_listed([str(seed) for seed in seeds], 'and')}"
+    return f"{variant} DIVERGED with {which} (its validation loss ended far above its start)"
 
 
 def _has_verdict(row: SummaryRow) -> bool:
@@ -62,7 +77,9 @@ def _has_verdict(row: SummaryRow) -> bool:
     return row.headline and meaning.better != "none" and (meaning.slower or not meaning.cost)
 
 
-def _lead(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) -> str:
+def _lead(
+    comparison: Comparison, by_variant: dict[str, list[SummaryRow]], diverged: list[str]
+) -> str:
     against = f"Against {comparison.baseline}, over {len(comparison.seeds)} seeds"
     if comparison.budget is not None:
         against += f" at {comparison.budget.label}"
@@ -75,7 +92,11 @@ def _lead(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) -> st
         ]
         if names:
             parts.append(f"{change} on something: {', '.join(names)}")
-    return f"{against}: {'; '.join(parts) or 'no change of quality can be told from chance'}."
+    if by_variant and not parts:
+        parts.append("no change of quality can be told from chance")
+    if diverged:
+        parts.append(f"DIVERGED: {', '.join(diverged)}")
+    return f"{against}: {'; '.join(parts)}."
 
 
 def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow]) -> str:
@@ -118,7 +139,7 @@ def _claim_time(ratio: Ratio) -> str:
     assert ratio.low is not None and ratio.high is not None
     if ratio.value > 1.0:
         return f"{ratio_text(ratio)} slower"
-    faster = Ratio(2.0 - ratio.value, 2.0 - ratio.high, 2.0 - ratio.low)
+    faster = Ratio(2.0 - ratio.value, 2.0 - ratio.high, 2.0 - ratio.low, ratio.beyond)
     return f"{ratio_text(faster)} faster"
 
 
@@ -166,10 +187,14 @@ def _reading(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) ->
     interleaved = ""
     if any(row.ratio is not None for rows in by_variant.values() for row in rows):
         interleaved = " Step times are not over seeds: see the note on the cost of a step."
-    corrected = f", Holm-corrected over {len(by_variant)} variants," if len(by_variant) > 1 else ""
+    tests = len(by_variant)
+    level = "95% intervals"
+    if tests > 1:
+        level = f"intervals, at the level of Holm's correction over {tests} variants (95% or more),"
     return (
-        f"Numbers in brackets are 95% intervals of the difference with the same seed: {how}. A "
-        f"change is claimed where the p-value{corrected} is at most {ALPHA}, each quantity by "
-        "itself. What could have been seen: the true change that would be found in 4 of 5 "
-        f"comparisons with these seeds and this spread.{interleaved}"
+        f"Numbers in brackets are {level} of the difference with the same seed: {how}. A change is "
+        "claimed where its interval excludes 0, each quantity by itself; the "
+        f"{'corrected ' if tests > 1 else ''}p-value is then at most {ALPHA}. What could have been "
+        "seen: the true change that would be found in 4 of 5 comparisons with these seeds and this "
+        f"spread.{interleaved}"
     )

@@ -20,6 +20,7 @@ from alignlab.experiments.report.formatting import format_number, format_p
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.experiments.report.run_warnings import warnings_by_variant
+from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import (
     SummaryRow,
     by_metric,
@@ -80,6 +81,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         verdict=verdict(comparison, rows),
         warnings=warnings_by_variant(comparison),
         reading=reading(comparison),
+        min_pairs=MIN_PAIRS,
         headline=headline(rows),
         groups=by_metric(rows),
         footnotes=footnotes(comparison, rows),

@@ -27,6 +27,9 @@ SWEEP_KEYS = (
     "storage",
 )
 
+MAX_VALUES = 1_000_000
+MAX_GRID = 100_000
+
 
 def _check_range(low: float, high: float, *, log: bool) -> None:
     if low > high:
@@ -58,6 +61,8 @@ class FloatSpace(Settings):
         _check_range(self.low, self.high, log=self.log)
         if self.log and self.step is not None:
             raise ValueError("step: nothing reads it with log: true; remove one")
+        if self.step is not None and (self.high - self.low) / self.step > MAX_VALUES:
+            raise ValueError(f"step: {self.step:g} makes more than {MAX_VALUES} values")
         return self
 
 

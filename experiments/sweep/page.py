@@ -23,6 +23,7 @@ from alignlab.experiments.report.run_warnings import gather_warnings
 from alignlab.experiments.sweep.config import BlocksSpace
 from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
+from alignlab.experiments.sweep.trial import repeated
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.run_folder import RunFolder
 
@@ -113,6 +114,7 @@ def _importances(study: SweepStudy, index: int, varied: list[str]) -> dict[str, 
     maximized = study.study.directions[index] == StudyDirection.MAXIMIZE
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="PedAnova.*to achieve low")  # as it is done here
+        warnings.filterwarnings("ignore", message="Target and region quantiles")  # equal trials
         return get_param_importances(
             study.study,
             evaluator=PedAnovaImportanceEvaluator(),
@@ -177,8 +179,8 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
         parts.append(f"{metric.name} {format_number(value)}{against}")
     return (
         f"Trial {best.number} is the best of {len(study.trials(TrialState.COMPLETE))} finished "
-        f"ones: {', '.join(parts)}. The best of many trials looks better than it is: train "
-        "best.yaml with other seeds before believing it."
+        f"ones: {', '.join(parts)}{repeated(study)}. The best of many trials looks better than "
+        "it is: train best.yaml with other seeds before believing it."
     )
 
 

@@ -13,12 +13,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
 from alignlab.experiments.sweep.space import distributions, value_of
-from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
-from alignlab.experiments.sweep.trial import ERROR, METRICS, trial_run
+from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.trial import (
+    ERROR,
+    SAME_AS,
+    repeated,
+    trained_as,
+    trial_run,
+)
 from alignlab.recipe import dump
 from alignlab.runs.atomic_files import write_text
 
@@ -79,8 +86,9 @@ def best_recipe(study: SweepStudy, trial: FrozenTrial) -> str:
     Every setting is the trial's, so that training it again gives the trial's numbers.
     """
     config, seed = study.config, study.config.seeds[0]
-    run: RunConfig = trial_run(config, trial_values(study, trial), trial.number, seed)
-    environment = json.loads((Path(run.output) / run.name / "environment.json").read_text())
+    number = trained_as(study, trial)
+    run: RunConfig = trial_run(config, trial_values(study, trial), number, seed)
+    environment = json.loads((user_path(run.output) / run.name / "environment.json").read_text())
     metrics = trial.user_attrs[METRICS]
     numbers = ", ".join(f"{m.name} {metrics[m.name][0]!r}" for m in config.metric)
     lines = [
@@ -92,7 +100,11 @@ def best_recipe(study: SweepStudy, trial: FrozenTrial) -> str:
 
 
 def trials_csv(study: SweepStudy) -> str:
-    """One row per trial: number, state, values, metrics (means over seeds), folder, error."""
+    """One row per trial: number, state, values, metrics (means over seeds), folder, error.
+
+    `same_as` is the trial whose result was taken because it has the same settings; the folder is
+    then that one's.
+    """
     trials = study.trials()
     names = sorted({name for t in trials for name in t.user_attrs.get(METRICS, {})})
     optimized = [metric.name for metric in study.config.metric]
@@ -100,7 +112,7 @@ def trials_csv(study: SweepStudy) -> str:
     keys = list(study.config.space)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "feasible", *keys, *names, "folder", "error"])
+    writer.writerow(["trial", "state", "feasible", *keys, *names, "same_as", "folder", "error"])
     for trial in trials:
         values, metrics = trial_values(study, trial), trial.user_attrs.get(METRICS, {})
         feasible = all(excess <= 0 for excess in trial.constraints.values())
@@ -111,7 +123,8 @@ def trials_csv(study: SweepStudy) -> str:
                 feasible if trial.state == TrialState.COMPLETE else "",
                 *(values.get(key, "") for key in keys),
                 *(fmean(metrics[name]) if name in metrics else "" for name in names),
-                f"trial-{trial.number:04d}",
+                trial.user_attrs.get(SAME_AS, ""),
+                f"trial-{trained_as(study, trial):04d}",
                 trial.user_attrs.get(ERROR, ""),
             ]
         )
@@ -127,6 +140,8 @@ def print_trials(study: SweepStudy, console: Console) -> None:
         table.add_column(header, overflow="fold")
     for trial in front[:SHOWN_TRIALS]:
         number = f"{trial.number}{' *' if trial.number in starred else ''}"
+        if SAME_AS in trial.user_attrs:
+            number += f" (= {trial.user_attrs[SAME_AS]})"
         cells = [number, *map(format_number, trial.values)]
         cells += [_cell(value) for value in trial_values(study, trial).values()]
         table.add_row(*map(Text, cells))
@@ -146,7 +161,8 @@ def _rest(study: SweepStudy, feasible: int) -> str:
     text = f"{count[TrialState.COMPLETE]} complete, {count[TrialState.PRUNED]} pruned, "
     text += f"{count[TrialState.FAIL]} failed"
     broken = count[TrialState.COMPLETE] - feasible
-    return text + (f"; {broken} break a constraint" if broken else "")
+    text += f"; {broken} break a constraint" if broken else ""
+    return text + repeated(study)
 
 
 def _cell(value: Any) -> str:

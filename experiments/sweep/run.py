@@ -15,8 +15,15 @@ from rich.console import Console
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep
 from alignlab.experiments.sweep.launch import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
-from alignlab.experiments.sweep.study import create_study, join_study, shown_url, sweep_folder
+from alignlab.experiments.sweep.study import (
+    SweepStudy,
+    create_study,
+    join_study,
+    shown_url,
+    sweep_folder,
+)
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.experiments.sweep.trial import check_inputs
 from alignlab.experiments.sweep.worker import check
 from alignlab.runs.atomic_files import write_text
 
@@ -34,12 +41,14 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         The page with the results; `best.yaml` and `trials.csv` lie beside it.
 
     Raises:
-        UserError: the recipe cannot run here, or the storage cannot be used.
+        UserError: the recipe cannot run here, the storage cannot be used, or the trials so far
+            have read other files.
     """
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = create_study(config)
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
+        _check_inputs(study)
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
@@ -55,13 +64,26 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     """Helps with a sweep that another process began, until all its trials are finished.
 
     Raises:
-        UserError: there is no such sweep, or it is of another recipe.
+        UserError: there is no such sweep, it is of another recipe, or its trials so far have read
+            other files.
     """
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
+        _check_inputs(study)
         with sigterm_interrupts():
             run_trials(study, SweepTracker(study))
+
+
+def _check_inputs(study: SweepStudy) -> None:
+    """Refuses, before any trial, other files than those that finished trials have read."""
+    record = check_inputs(study.config, study.config.base)
+    if not record.exists and study.num_finished():
+        log.warning(
+            "%s: its trials so far are from before inputs were recorded: whether they read the "
+            "files of today is not known",
+            record.folder,
+        )
 
 
 @contextmanager

@@ -22,7 +22,9 @@ from alignlab.config.data import unknown_name
 from alignlab.config.merging import merge
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.errors import UserError
+from alignlab.experiments.compare.fairness import why_not_searched
 from alignlab.experiments.sweep.config import (
+    MAX_GRID,
     BlocksSpace,
     CategoricalSpace,
     FloatSpace,
@@ -31,7 +33,7 @@ from alignlab.experiments.sweep.config import (
     SweepConfig,
 )
 from alignlab.models.model_files import on_disk
-from alignlab.recipe import validated
+from alignlab.recipe import recipe_hash, validated
 
 Params = dict[str, Any]
 
@@ -102,6 +104,22 @@ def apply_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     return validated(RunConfig, merge(base.model_dump(mode="json", exclude_unset=True), values))
 
 
+def settings_of(config: SweepConfig, params: Params) -> str | None:
+    """A short name of what a trial trains; equal for params that stand for the same settings.
+
+    None where params are missing, or make no run.
+    """
+    values = {}
+    for key, parameter in config.space.items():
+        if not distributions(key, parameter).keys() <= params.keys():
+            return None
+        values[key] = value_of(key, parameter, params)
+    try:
+        return recipe_hash(apply_values(config.base, values))
+    except UserError:
+        return None
+
+
 def own_params(config: SweepConfig) -> Params | None:
     """The params under which a trial is the recipe itself; None if one value lies outside."""
     own: Params = {}
@@ -120,7 +138,15 @@ def own_params(config: SweepConfig) -> Params | None:
 
 def grid_points(config: SweepConfig) -> list[Params]:
     """The params of every combination, the recipe's own first if it is one of them."""
-    axes = [list(_axis(key, parameter)) for key, parameter in config.space.items()]
+    axes = [
+        list(itertools.islice(_axis(key, parameter), MAX_GRID + 1))
+        for key, parameter in config.space.items()
+    ]
+    if math.prod(map(len, axes)) > MAX_GRID:
+        raise UserError(
+            f"sampler: the grid has more than {MAX_GRID} points: widen the steps, or use another "
+            "sampler"
+        )
     points = [
         {name: value for part in parts for name, value in part.items()}
         for parts in itertools.product(*axes)
@@ -130,15 +156,19 @@ def grid_points(config: SweepConfig) -> list[Params]:
 
 
 def check_space(config: SweepConfig) -> None:
-    """Refuses, before any trial, what no run could take.
+    """Refuses, before any trial, what no run could take or no sweep can search.
 
     Raises:
-        UserError: a key that the recipe does not have, a value that its setting refuses, a block
-            that the transformer does not have.
+        UserError: a key that the recipe does not have, that no number depends on or that says how
+            a run is measured; a value that its setting refuses; a block that the transformer does
+            not have.
     """
     num_blocks = _num_blocks(config.base)
+    tried = [config.base]
     for key, parameter in config.space.items():
         _setting(config.base, key)
+        _refuse(key, why_not_searched(key, config.base))
+        runs = []
         for value in _extremes(parameter):
             try:
                 run = apply_values(config.base, {key: value})
@@ -146,6 +176,19 @@ def check_space(config: SweepConfig) -> None:
                     check_blocks(run, num_blocks)
             except UserError as error:
                 raise UserError(f"space.{key}: {label(value)} does not fit: {error}") from None
+            runs.append(run)
+        _refuse(key, why_not_searched(key, config.base, runs))
+        tried += runs
+    read = {alias for run in tried for o in run.objectives.values() for alias in o.teachers}
+    for key in config.space:
+        section, alias = [*key.split("."), ""][:2]
+        if section == "teachers" and alias and alias not in read:
+            _refuse(key, f"no objective reads the teacher {alias}; remove it")
+
+
+def _refuse(key: str, reason: str) -> None:
+    if reason:
+        raise UserError(f"space.{key}: {reason}")
 
 
 def tapped_blocks(config: SweepConfig) -> tuple[int, ...]:

@@ -2,14 +2,15 @@
 
 A study is created with all its trials, waiting. Workers only take waiting trials and never add
 any, so the number of trials is exact however many workers there are; a trial whose worker died
-waits again, under its own number and with the params that it had.
+waits again, under its own number and with the params that it had. Of trials that stand for the same
+settings, one trains and the others take its result.
 """
 
 import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from filelock import FileLock
@@ -20,20 +21,22 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from alignlab.config.data import unknown_name
 from alignlab.config.identity import has_hash, settings_hash
+from alignlab.config.merging import flatten
+from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.errors import UserError, first_line
-from alignlab.experiments.report.metric_table import QUANTITIES, quantity, split_name
-from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
+from alignlab.experiments.sweep.metrics import directions
 from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
-from alignlab.experiments.sweep.space import grid_points, own_params
+from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
 
 log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
+TRAINS = "trains"  # user attribute of a trial that is the one to train its settings
+METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
-Direction = Literal["minimize", "maximize"]
 # What no number of a trial depends on: a sweep may get more trials, or move.
 NUMBERLESS: dict[str, Any] = {
     "base": dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
@@ -55,6 +58,7 @@ class SweepStudy:
         """How many trials there are, or will be once all are added."""
         self._lock = FileLock(sweep_folder(config) / ".claims.lock")
         self._watch = Watch()
+        self._settings: dict[int, str] = {}  # of trials, by number
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in order of number; without `states`, all."""
@@ -86,6 +90,35 @@ class SweepStudy:
         self.study.sampler = build_sampler(self.config.sampler, trial.number)
         return optuna.Trial(self.study, trial_id), lease
 
+    def settle(self, number: int) -> FrozenTrial | None:
+        """Decides whether a running trial, whose params are drawn, trains its settings.
+
+        Returns:
+            None: it trains. A trial that ended: its result is to be taken, and further seeds of one
+            that was pruned are to be trained. A trial that has not ended: that one trains them.
+        """
+        with self._lock:  # two workers may have drawn the same
+            trials = self.trials()
+            mine, settings = trials[number], self._settings_of(trials[number])
+            if settings is None:
+                return None
+            same = [t for t in trials if t is not mine and self._settings_of(t) == settings]
+            complete = [t for t in same if t.state == TrialState.COMPLETE]
+            busy = [t for t in same if _comes_before(t, mine)]
+            pruned = [t for t in same if t.state == TrialState.PRUNED]
+            if complete or busy:
+                return (complete or busy)[0]
+            self._storage.set_trial_user_attr(self._trial_id(number), TRAINS, True)
+            return max(pruned, key=_num_seeds, default=None)
+
+    def _settings_of(self, trial: FrozenTrial) -> str | None:
+        if trial.number not in self._settings:
+            settings = settings_of(self.config, trial.params)
+            if settings is None:
+                return None
+            self._settings[trial.number] = settings
+        return self._settings[trial.number]
+
     def put_back(self, number: int, claim: Any) -> bool:
         """Lets a running trial wait again; False if another claim on it was made meanwhile."""
         with self._lock:
@@ -110,16 +143,34 @@ class SweepStudy:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
 
+def _comes_before(trial: FrozenTrial, mine: FrozenTrial) -> bool:
+    """Whether `trial`, not ended, is the one that trains the settings of both.
+
+    Who has begun comes first; a lower number does where both have, or where the other waits for a
+    new worker: that one is claimed next.
+    """
+    if not trial.user_attrs.get(TRAINS) or trial.state.is_finished():
+        return False
+    begun = trial.state == TrialState.RUNNING and not mine.user_attrs.get(TRAINS)
+    return begun or trial.number < mine.number
+
+
+def _num_seeds(trial: FrozenTrial) -> int:
+    return max(map(len, trial.user_attrs[METRICS].values()))
+
+
 def sweep_folder(config: SweepConfig) -> Path:
     """Where everything of a sweep lies."""
-    return Path(config.output) / config.name
+    return user_path(config.output) / config.name
 
 
 def storage_url(config: SweepConfig) -> str:
     """The storage as Optuna's own commands take it (`optuna-dashboard URL`)."""
     if config.storage is None:
-        return f"sqlite:///{(sweep_folder(config) / 'study.db').resolve()}"
-    return config.storage.removeprefix("journal://")
+        return sqlite_url((sweep_folder(config) / "study.db").resolve())
+    url = expanded_url(config.storage)
+    path = re.sub(r"^/?~", "~", url.removeprefix("journal://"))
+    return str(user_path(path)) if path.startswith("~") else path
 
 
 def shown_url(config: SweepConfig) -> str:
@@ -177,27 +228,6 @@ def join_study(config: SweepConfig) -> SweepStudy:
     return SweepStudy(config, study, storage)
 
 
-def directions(config: SweepConfig) -> list[Direction]:
-    """`minimize` or `maximize` for each metric.
-
-    Raises:
-        UserError: a metric with no better side.
-    """
-    sides: list[Direction] = []
-    for metric in config.metric:
-        better = quantity(metric.name).better
-        base, _ = split_name(metric.name)
-        if metric.direction is None and base not in QUANTITIES:
-            raise UserError(f"metric: {unknown_name('metric', base, QUANTITIES)}")
-        if metric.direction is None and better == "none":
-            raise UserError(
-                f"metric: {metric.name} has no better side of its own: "
-                f"write {{name: {metric.name}, direction: minimize}} (or maximize)"
-            )
-        sides.append(metric.direction or ("minimize" if better == "lower" else "maximize"))
-    return sides
-
-
 def _plan(config: SweepConfig) -> Sequence[dict[str, Any] | None]:
     """The params of every trial, None where the sampler draws them; the recipe's own are first."""
     if config.sampler.name == "grid":
@@ -220,19 +250,43 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
 
 def _check_same_sweep(config: SweepConfig, recipe_hash: str | None) -> None:
     if recipe_hash is not None and not has_hash(config, recipe_hash, NUMBERLESS):
+        difference = _shown_difference(sweep_folder(config) / "recipe.yaml", config)
         raise UserError(
-            f"{shown_url(config)} holds a sweep {config.name!r} of another recipe: "
+            f"{shown_url(config)} holds a sweep {config.name!r} of another recipe{difference}: "
             "choose another name, or remove the study and its folder"
         )
+
+
+def _shown_difference(path: Path, config: SweepConfig) -> str:
+    """The first setting that the study's recipe has otherwise, in words; empty if it is not here.
+
+    The recipe lies in the folder of the process that created the study.
+    """
+    try:
+        there, here = _settings(load_sweep(path)), _settings(config)
+    except UserError:
+        return ""
+    keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+    if not keys:
+        return ""
+    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f" ({keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more})"
+
+
+def _settings(config: SweepConfig) -> dict[str, Any]:
+    """What numbers of trials depend on, by dotted name as a recipe has it."""
+    kept = config.model_dump(mode="json", exclude=NUMBERLESS)
+    return flatten(kept.pop("base") | kept)
 
 
 def _open_storage(config: SweepConfig) -> BaseStorage:
     url = storage_url(config)
     if "://" not in url:
-        if not url.endswith((".log", ".journal")) and config.storage == url:
+        if not url.endswith((".log", ".journal")) and "://" not in str(config.storage):
             raise UserError(
-                f"storage: {url!r} is neither a URL nor a journal file: write sqlite:///PATH, "
-                "postgresql://..., journal:///PATH, or a path that ends in .log or .journal"
+                f"storage: {config.storage!r} is neither a URL nor a journal file: write "
+                "sqlite:///PATH, postgresql://..., journal:///PATH, or a path that ends in .log or "
+                ".journal"
             )
         Path(url).parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(JournalFileBackend(url))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -9,27 +10,37 @@ from typing import Any
 
 import optuna
 import torch
+from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
-from alignlab.config.data import unknown_name
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
+from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.runs.input_record import InputRecord
+from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
+from alignlab.training.aligned_samples import check_recipe
 from alignlab.training.setup import Caches, shared_caches
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 ERROR = "error"
+SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
+LOOK_EVERY_S = 2.0
 
 
 class LostTrialError(Exception):
     """Another worker has taken the trial over."""
+
+
+class OutOfTurnError(Exception):
+    """The trial that trains the same settings waits for a worker: it comes first."""
 
 
 @dataclass
@@ -50,22 +61,26 @@ class Outcome:
 class TrialRunner:
     """Trains trials in this process; encoded clips are shared between them."""
 
-    def __init__(self, config: SweepConfig, tracker: SweepTracker) -> None:
-        self._config = config
+    def __init__(self, study: SweepStudy, tracker: SweepTracker) -> None:
+        self._study = study
+        self._config = study.config
         self._tracker = tracker
         self._caches: dict[str, Caches] = {}
 
     def run(self, trial: optuna.Trial, lease: Lease) -> None:
         """Trains what is not trained yet of a trial, and tells Optuna how it ended.
 
+        What another trial has trained with the same settings is taken from there.
+
         Raises:
             LostTrialError: the lease is no longer held.
+            OutOfTurnError: the trial is to be put back.
             UserError: a run cannot even be built: the recipe, not the trial, is at fault.
         """
         values = suggest_values(trial, self._config.space)
         self._tracker.begin_trial(trial, values)
         log.info("trial %d: %s", trial.number, shown_values(values))
-        outcome = self._train(trial, values)
+        outcome = self._train(trial, values, self._twin(trial))
         if not lease.is_held():
             raise LostTrialError
         if outcome.error:
@@ -79,24 +94,41 @@ class TrialRunner:
         trial.study.tell(trial, optimized, state=outcome.state)
         self._tracker.end_trial(trial, outcome.state.name, means)
 
-    def _train(self, trial: optuna.Trial, values: dict[str, Any]) -> Outcome:
+    def _twin(self, trial: optuna.Trial) -> FrozenTrial | None:
+        """The trial that has trained the same settings; waits for one that does so now."""
+        waited = False
+        while (twin := self._study.settle(trial.number)) and not twin.state.is_finished():
+            if twin.state == TrialState.WAITING:
+                raise OutOfTurnError
+            if not waited:
+                log.info("trial %d: trial %d trains the same now", trial.number, twin.number)
+            waited = True
+            time.sleep(LOOK_EVERY_S)
+            self._study.put_back_dead()
+        if twin is not None:
+            state, number = twin.state.name.lower(), twin.number
+            log.info(
+                "trial %d: the settings of trial %d, whose result (%s) is taken; it counts as a "
+                "trial",
+                *(trial.number, number, state),
+            )
+            trial.set_user_attr(SAME_AS, number)
+            self._tracker.tag_twin(trial, number)
+        return twin
+
+    def _train(
+        self, trial: optuna.Trial, values: dict[str, Any], twin: FrozenTrial | None
+    ) -> Outcome:
+        first = self._config.metric[0].name
         metrics: dict[str, list[float]] = {}
+        if twin is not None:
+            metrics = {name: list(by_seed) for name, by_seed in twin.user_attrs[METRICS].items()}
         for done, seed in enumerate(self._config.seeds, 1):
-            try:
-                run = trial_run(self._config, values, trial.number, seed)
-            except UserError as error:  # each value fits, but not with the others
-                return Outcome(TrialState.FAIL, metrics, str(error))
-            _forget_start(run)
-            try:
-                folder = train(run, caches=shared_caches(run, self._caches), wait=True)
-            except (UserError, torch.OutOfMemoryError) as error:
-                if not _was_built(run) and isinstance(error, UserError):
-                    raise
-                return Outcome(TrialState.FAIL, metrics, one_line(error))
-            self._tracker.link_run(trial, folder)
-            for name, value in self._result(folder).items():
-                metrics.setdefault(name, []).append(value)
-            if self._is_bad(trial, metrics, done) and done < len(self._config.seeds):
+            if done > len(metrics.get(first, ())):
+                failed = self._train_seed(trial, values, seed, metrics)
+                if failed is not None:
+                    return failed
+            if self._is_bad(trial, metrics[first][:done], done) and done < len(self._config.seeds):
                 return Outcome(TrialState.PRUNED, metrics)
         for name, bound in self._config.constraints.items():
             if name not in _stored(trial).constraints:  # a resumed trial may come again
@@ -106,20 +138,41 @@ class TrialRunner:
                 return Outcome(TrialState.FAIL, metrics, f"{metric.name} is not finite")
         return Outcome(TrialState.COMPLETE, metrics)
 
-    def _result(self, folder: Path) -> dict[str, float]:
+    def _train_seed(
+        self,
+        trial: optuna.Trial,
+        values: dict[str, Any],
+        seed: int,
+        metrics: dict[str, list[float]],
+    ) -> Outcome | None:
+        """Trains a run and appends its metrics; the outcome of the trial if that fails."""
+        try:
+            run = trial_run(self._config, values, trial.number, seed)
+        except UserError as error:  # each value fits, but not with the others
+            return Outcome(TrialState.FAIL, metrics, str(error))
+        _forget_start(run)
+        check_inputs(self._config, run)
+        try:
+            folder = train(run, caches=shared_caches(run, self._caches), wait=True)
+        except (UserError, torch.OutOfMemoryError) as error:
+            if not _was_built(run) and isinstance(error, UserError):
+                raise
+            return Outcome(TrialState.FAIL, metrics, one_line(error))
+        _record_inputs(self._config, folder)
+        self._tracker.link_run(trial, folder)
         result = RunFolder(folder).read_result()
         assert result is not None
-        metrics: dict[str, float] = result["metrics"]
+        for name, value in result["metrics"].items():
+            metrics.setdefault(name, []).append(value)
         for name in (*(m.name for m in self._config.metric), *self._config.constraints):
-            if name not in metrics:
-                raise UserError(f"metric: {unknown_name('metric', name, metrics)}")
-        return metrics
+            if name not in result["metrics"]:
+                return Outcome(TrialState.FAIL, metrics, f"{name} was not measured, seed {seed}")
+        return None
 
-    def _is_bad(self, trial: optuna.Trial, metrics: dict[str, list[float]], done: int) -> bool:
+    def _is_bad(self, trial: optuna.Trial, by_seed: list[float], done: int) -> bool:
         """Reports the seeds finished so far; whether the pruner stops the trial."""
         if self._config.pruner.name == "none":
             return False
-        by_seed = metrics[self._config.metric[0].name]
         paired = self._config.pruner.name == "wilcoxon"
         if done not in _stored(trial).intermediate_values:
             trial.report(by_seed[-1] if paired else fmean(by_seed), step=done)
@@ -132,14 +185,60 @@ def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: in
     It is evaluated on every block that any trial may align, unless the recipe says which.
 
     Raises:
-        UserError: the values do not fit each other.
+        UserError: the values do not fit each other, or leave an objective nothing to align.
     """
     run = apply_values(config.base, values)
+    check_recipe(run)
     name = f"{config.name}/trial-{number:04d}/seed-{seed}"
     update: dict[str, Any] = {"name": name, "seed": seed}
     if run.eval.blocks is None:
         update["eval"] = run.eval.model_copy(update={"blocks": tapped_blocks(config)})
     return run.model_copy(update=update)
+
+
+def trained_as(study: SweepStudy, trial: FrozenTrial) -> int:
+    """Number of the trial in whose folder the run of a trial's first seed lies."""
+    while (number := trial.user_attrs.get(SAME_AS)) is not None:
+        trial = study.trials()[number]
+    return trial.number
+
+
+def repeated(study: SweepStudy) -> str:
+    """How many trials took another's result, for the end of a sentence; empty for none."""
+    count = sum(SAME_AS in trial.user_attrs for trial in study.trials())
+    took = "trial has the settings of an earlier one and took its result"
+    if count > 1:
+        took = "trials have the settings of an earlier one and took its result"
+    return f"; {count} {took}" if count else ""
+
+
+def check_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
+    """Refuses a run that would read other files than the finished runs of the sweep.
+
+    Returns:
+        What these have read.
+
+    Raises:
+        UserError: it names the inputs and the files.
+    """
+    record = InputRecord(sweep_folder(config), config.output)
+    record.refuse_changes(
+        read_inputs(run, fetch=False),
+        since="this sweep began",
+        remedy="choose another name=...",
+    )
+    return record
+
+
+def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
+    """Adds what a finished run has read to what all trials must read."""
+    folder = sweep_folder(config)
+    with FileLock(folder / ".inputs.lock"):
+        record, of_run = (InputRecord(path, config.output) for path in (folder, run_folder))
+        record.refuse_differences(
+            of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"
+        )
+        record.add(of_run.inputs.values())
 
 
 def shown_values(values: dict[str, Any]) -> str:
@@ -157,11 +256,11 @@ def _stored(trial: optuna.Trial) -> FrozenTrial:
 
 def _forget_start(run: RunConfig) -> None:
     """Removes the mark that an earlier, killed start of a run has left; see `_was_built`."""
-    folder = RunFolder(Path(run.output) / run.name)
+    folder = RunFolder(user_path(run.output) / run.name)
     if folder.read_result() is None:
         (folder.path / "environment.json").unlink(missing_ok=True)
 
 
 def _was_built(run: RunConfig) -> bool:
     """Whether the run began to train, so that its failure says something about its settings."""
-    return (Path(run.output) / run.name / "environment.json").exists()
+    return (user_path(run.output) / run.name / "environment.json").exists()

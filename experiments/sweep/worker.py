@@ -12,15 +12,19 @@ from optuna.trial import TrialState
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.experiments.report.formatting import format_duration
 from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.experiments.sweep.metrics import check_metrics
 from alignlab.experiments.sweep.samplers import check_sampler
 from alignlab.experiments.sweep.space import check_space, own_params
-from alignlab.experiments.sweep.study import SweepStudy, directions
+from alignlab.experiments.sweep.study import SweepStudy
 from alignlab.experiments.sweep.tracking import SweepTracker
-from alignlab.experiments.sweep.trial import LostTrialError, TrialRunner
+from alignlab.experiments.sweep.trial import (
+    LOOK_EVERY_S,
+    LostTrialError,
+    OutOfTurnError,
+    TrialRunner,
+)
 
 log = logging.getLogger(__name__)
-
-LOOK_EVERY_S = 2.0
 
 
 def check(config: SweepConfig) -> None:
@@ -33,7 +37,7 @@ def check(config: SweepConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_space(config)
     check_sampler(config)
-    directions(config)
+    check_metrics(config)
     if own_params(config) is None:
         log.info("the recipe's own settings lie outside the space: they are not tried first")
 
@@ -47,7 +51,7 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
         stay: until all trials are finished, also those that other workers hold now and that wait
             again if these die; else until none waits.
     """
-    runner = TrialRunner(study.config, tracker)
+    runner = TrialRunner(study, tracker)
     begin, done = time.monotonic(), 0
     while True:
         if stay:
@@ -62,6 +66,9 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
         try:
             with lease.renewed():
                 runner.run(trial, lease)
+        except OutOfTurnError:
+            study.put_back(trial.number, lease.claim)
+            continue
         except BaseException as error:
             if lease.lost or isinstance(error, LostTrialError):
                 log.info("trial %d: another worker has taken it over", trial.number)

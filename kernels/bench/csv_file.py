@@ -70,7 +70,8 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def replace_rows(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
-    """Joins rows; a new one takes the place of an old one of the same thing on the same device."""
+    """Joins rows; a new one takes the place of an old one of the same thing on the same device, of
+    the same commit, alignlab, torch and Triton."""
     kept = {_identity(row): row for row in [*old, *new]}
     return list(kept.values())
 
@@ -85,4 +86,5 @@ def to_csv(rows: Iterable[Row]) -> str:
 
 
 def _identity(row: Row) -> tuple[str, ...]:
-    return tuple(row[key] for key in (*_KEY, "extra_benchmark_config_str", "gpu_name"))
+    facts = (fact for fact in _FACTS if fact != "timestamp")
+    return tuple(row[key] for key in (*_KEY, "extra_benchmark_config_str", "gpu_name", *facts))

@@ -17,9 +17,8 @@ from alignlab.kernels.bench.cases import Case, Inputs, Op, draw_inputs
 from alignlab.kernels.bench.floor import floor_step, minimum_flops
 from alignlab.kernels.bench.measure import Spread, Step, peak_extra_mib, time_steps
 from alignlab.kernels.dispatch import Impl
-from alignlab.kernels.pull_push import implementations as pull_push_implementations
 from alignlab.kernels.pull_push import pull_push
-from alignlab.kernels.relation import implementations as relation_implementations
+from alignlab.kernels.registry import OPERATIONS
 from alignlab.kernels.relation import relation_distance
 
 Provider = Literal["floor", "eager", "compile", "chunked", "triton"]
@@ -27,7 +26,7 @@ Mode = Literal["forward", "full"]
 Metric = Literal["speed", "memory"]
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 MODES: tuple[Mode, ...] = get_args(Mode)
-UNITS: dict[Metric, str] = {"speed": "ms", "memory": "MB"}
+UNITS: dict[Metric, str] = {"speed": "ms", "memory": "MiB"}
 
 # Held at the peak for each pair of tokens, whatever the dtype of the inputs; measured.
 BYTES_PER_PAIR: dict[tuple[Op, Provider], int] = {
@@ -70,8 +69,7 @@ def missing(op: Op, provider: Provider, device: torch.device) -> str | None:
         return None
     if provider == "triton" and device.type == "cpu":
         return "a CPU has only Triton's interpreter, whose speed says nothing"
-    reasons = relation_implementations() if op == "relation" else pull_push_implementations()
-    return reasons[provider]
+    return OPERATIONS[op].implementations()[provider]
 
 
 def too_large(case: Case, provider: Provider, max_gib: float) -> str | None:

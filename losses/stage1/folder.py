@@ -195,7 +195,7 @@ def read_stage1_info(folder: str | Path, kind: Kind) -> Stage1Info:
             One line.
     """
     stage1_rows()  # a package that is broken is named as such, not taken for a damaged folder
-    path = Path(folder) / INFO
+    path = _expanded(folder) / INFO
     if not path.is_file():
         raise ValueError(
             f"{folder} is no Stage 1 folder: it has no {INFO}; `alignlab stage1 {kind} RECIPE` "
@@ -210,6 +210,13 @@ def read_stage1_info(folder: str | Path, kind: Kind) -> Stage1Info:
     return info
 
 
+def _expanded(folder: str | Path) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{folder}: there is no such home folder") from None
+
+
 def load_stage1(folder: str | Path, kind: Kind) -> tuple[Any, Stage1Info]:
     """Loads a trained network, frozen and in evaluation mode, on the CPU.
 
@@ -222,7 +229,7 @@ def load_stage1(folder: str | Path, kind: Kind) -> tuple[Any, Stage1Info]:
     """
     info = read_stage1_info(folder, kind)
     network = stage1_rows()[kind].network(info.module)
-    path = Path(folder) / WEIGHTS
+    path = _expanded(folder) / WEIGHTS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -92,13 +92,18 @@ def check_is_registered_final_and_named(case: ContractCase) -> None:
     assert registry.OBJECTIVES.get(case.name) is case.objective, f"no row for {case.name!r}"
     assert getattr(case.objective, "__final__", False), "not final"
     assert issubclass(case.objective.Config, ObjectiveConfig)
-    assert re.fullmatch(r"|\d{4}\.\d{4,5}", case.objective.paper), "paper is no arXiv id"
+    assert re.fullmatch(r"|\d{4}\.\d{4,5}", case.objective.paper), (
+        "paper is no arXiv id, and not empty"
+    )
     assert (case.objective.__doc__ or "").strip(), "no docstring: its first line is what users read"
 
 
 def check_gives_one_finite_value_per_sample(case: ContractCase) -> None:
     """Loss, parts and similarity are (B,) and finite; only the loss carries a gradient."""
-    terms = _run(case.build(), case.samples())
+    student, teacher, context = collate(case.samples())
+    for tokens in student.values():  # an objective may have no projector
+        tokens.tokens_BND.requires_grad_()
+    terms: Terms = case.build()(student, teacher, context)
     assert isinstance(terms, Terms)
     assert terms.loss_B.shape == (4,) and torch.isfinite(terms.loss_B).all()
     assert terms.loss_B.requires_grad and terms.parts, "no gradient, or no named part for the log"
@@ -157,8 +162,11 @@ def check_order_of_the_batch_does_not_matter(case: ContractCase) -> None:
 
 
 def check_each_sample_has_the_value_it_has_alone(case: ContractCase) -> None:
-    """Nothing leaks between samples, whatever their numbers of references."""
+    """Nothing leaks between samples, whatever their numbers of references; but for an objective
+    that says that it couples them."""
     objective, samples = case.build(), case.samples()
+    if objective.couples_samples:
+        return
     together = _run(objective, samples)
     for index, sample in enumerate(samples):
         alone = _run(objective, [sample])
@@ -198,7 +206,7 @@ def check_bf16_formula_is_no_worse_than_naive_bf16(case: ContractCase) -> None:
 
 
 def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> None:
-    """bfloat16 tokens and features give a float32 loss near the exact one."""
+    """bfloat16 tokens and features give a float32 loss within 0.01, or 1 %, of the exact one."""
     objective = case.build()
     student, teacher, context = collate(case.samples())
     exact = objective(student, teacher, context)
@@ -208,7 +216,7 @@ def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> Non
         context,
     )
     assert rounded.loss_B.dtype == torch.float32
-    assert_close(rounded.loss_B, exact.loss_B, atol=1e-2, rtol=0)
+    assert_close(rounded.loss_B, exact.loss_B, atol=1e-2, rtol=1e-2)
 
 
 def check_every_setting_changes_the_loss(case: ContractCase) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from rich.console import Console
 
 from alignlab import doctor, environment
+from alignlab.kernels import dispatch
 from alignlab.kernels.bench.cases import OPS
+from alignlab.kernels.registry import OPERATIONS
+from attention_tools import STOOD_IN, StrictAttention, replace_backend
 
 
 def test_versions_are_those_installed() -> None:
@@ -18,8 +22,13 @@ def test_versions_are_those_installed() -> None:
     assert versions["diffusers"] == importlib.metadata.version("diffusers")
 
 
-def test_every_kernel_is_listed() -> None:
-    assert list(doctor.KERNELS) == list(OPS)
+def test_every_kernel_has_a_row() -> None:
+    """An operation is a file in kernels/ that says so; doctor and the benchmark ask the table."""
+    folder = Path(dispatch.__file__).parent
+    operations = [
+        f.stem for f in folder.glob("*.py") if re.search(r"^OPERATION\b", f.read_text(), re.M)
+    ]
+    assert sorted(operations) == sorted(OPERATIONS) == sorted(OPS)
 
 
 def test_what_numbers_depend_on_is_shown() -> None:
@@ -47,7 +56,17 @@ def test_models_are_looked_up_not_downloaded(
     assert states["assets/tiny-wan (Wan)"].endswith("assets/tiny-wan")
 
 
+def test_a_backend_is_said_to_do_what_it_does_in_each_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replace_backend(monkeypatch, StrictAttention(half=True))
+    states = dict(doctor.attention_states("cpu"))
+    assert states[STOOD_IN] == "trains in bf16; fp32 needs a GPU: only half precision"
+    assert list(states)[:3] == ["native", "_native_flash", STOOD_IN]
+
+
 def test_every_part_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPERATIONS, "third", dispatch.Operation("third", {"eager": id}, 1))
     monkeypatch.setattr(doctor, "model_states", lambda: {"mine": "needs [this] and [/that]"})
     console = Console(record=True, width=300, file=io.StringIO())
     doctor.print_diagnosis(console)
@@ -56,9 +75,12 @@ def test_every_part_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert part in text
     lines = [line.split("│") for line in text.splitlines() if "│" in line]
     states = {cells[1].strip(): cells[2].strip() for cells in lines if len(cells) > 3}
-    assert states["native"] == "works"
+    assert states["native"] == "trains in bf16 and fp32"
+    assert states["flex"].startswith("inference only: ")
+    assert states["_native_cudnn"].startswith("needs a GPU: ")
     for kernel in ("pull_push", "relation"):
         assert states[f"{kernel}, impl=eager"] == states[f"{kernel}, impl=chunked"] == "works"
         assert f"{kernel}, impl=triton" in states
-    assert "flash-attn" in states["flash"]
+    assert states["third, impl=eager"] == "works"
+    assert states["flash"].startswith("missing package: ") and "flash-attn" in states["flash"]
     assert states["mine"] == "needs [this] and [/that]"

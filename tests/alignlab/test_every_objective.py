@@ -19,9 +19,11 @@ from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.recipe import load_run
 from alignlab.runs.run_folder import RunFolder
-from alignlab.train import RunTrainer, train
+from alignlab.train import RunTrainer, Trainer, train
+from alignlab.training.batches import Batch
 from alignlab.training.checkpoint import latest
 from alignlab.training.setup import Caches, build_run, new_caches
+from attention_tools import BF16InFp32Functions
 from run_contents import timeless_rows
 
 TrainUntil = Callable[[RunConfig, int], None]
@@ -129,6 +131,26 @@ class HostSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_the_norms_of_queries_and_keys_alone_have_another_dtype_on_a_gpu(
+    make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a bf16 step, of all functions that CUDA's autocast runs in fp32 and the CPU's does not.
+
+    So what tests emulate (`attention_tools.run_norms_as_cuda`) is all that a step has of it.
+    """
+    noted, take_step = BF16InFp32Functions(), Trainer.step
+
+    def step(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+        with noted:
+            return take_step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    config = make("every", None, "model.precision=bf16", "steps=1")
+    every = {name: make("every", name).objectives["ra"] for name in SETTINGS}
+    train(config.model_copy(update={"objectives": every}), caches=caches)
+    assert noted.names == {"rms_norm"}
+
+
 SYNCS = (
     torch.ops.aten._local_scalar_dense,
     torch.ops.aten.nonzero,
@@ -185,7 +207,7 @@ def log_of(run: Path) -> list[dict[str, float]]:
 
 
 def test_every_objective_has_settings() -> None:
-    assert list(SETTINGS) == list(BUILT_IN)
+    assert sorted(SETTINGS) == sorted(BUILT_IN)
 
 
 def test_it_trains_and_is_logged(whole: tuple[str, Path], plain: dict[str, Tensor]) -> None:

@@ -50,7 +50,7 @@ def test_an_implementation_that_does_not_exist(recipe_file: Path, tmp_path: Path
         ("data.size=[16,1040]", "data.size: 65 positions, this transformer has 32"),
         (
             "data.frames=253",
-            "data.frames and data.references: 67 positions, this transformer has 64",
+            "data.frames and data.references: 67 positions, this transformer has 32",
         ),
     ],
 )

@@ -263,3 +263,6 @@ def test_a_second_measurement_takes_the_place_of_the_first() -> None:
     elsewhere = [{**row, "gpu_name": "another card"} for row in old]
     assert replace_rows(old, again) == again
     assert replace_rows(old, elsewhere) == [*old, *elsewhere]
+    for fact in ("commit", "alignlab_version", "torch_version", "triton_version"):
+        other = [{**row, fact: "another"} for row in old]
+        assert replace_rows(old, other) == [*old, *other]

@@ -59,7 +59,7 @@ def test_an_implementation_that_does_not_exist_is_refused(module: Any, compute: 
 def test_triton_that_cannot_run_is_refused_and_listed_with_the_reason(
     module: Any, compute: Any, without_triton: None
 ) -> None:
-    assert module.implementations() == {
+    assert module.OPERATION.implementations() == {
         "eager": None,
         "chunked": None,
         "triton": "needs a CUDA device",

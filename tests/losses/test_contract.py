@@ -265,11 +265,11 @@ def test_the_side_is_the_configs_grid(row: ContractCase, tmp_path: Path) -> None
 
 
 def test_every_objective_has_a_row_and_a_readme_section() -> None:
-    assert [row.name for row in ROWS] == list(BUILT_IN)
+    assert sorted(row.name for row in ROWS) == sorted(BUILT_IN)
     readme = (Path(alignlab.losses.__file__).parent / "README.md").read_text()
     for name, objective in BUILT_IN.items():
         assert f"\n## `{name}`" in readme
-        assert objective.paper and objective.paper in readme
+        assert objective.paper in readme  # it may have none
 
 
 def test_unknown_objective_names_the_known_ones() -> None:

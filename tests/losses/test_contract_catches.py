@@ -200,3 +200,10 @@ def test_a_broken_one_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BREAKS[name].apply(monkeypatch)
     with pytest.raises(AssertionError):
         BREAKS[name].check(BREAKS[name].case)
+
+
+def test_one_that_says_that_it_couples_samples_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    leak = BREAKS["leak between samples"]
+    leak.apply(monkeypatch)
+    monkeypatch.setattr(Repa, "couples_samples", True)
+    leak.check(leak.case)

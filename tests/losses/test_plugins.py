@@ -1,4 +1,4 @@
-"""Objectives and Stage 1 networks of other packages: a real package, installed; bad ones."""
+"""Objectives, Stage 1 networks and teachers of other packages: a real one, installed; bad ones."""
 
 import json
 import os
@@ -14,6 +14,8 @@ from alignlab.losses.registry import BUILT_IN, STAGE1, installed_objectives
 from alignlab.losses.stage1.folder import BUILT_IN as BUILT_IN_STAGE1
 from alignlab.losses.stage1.folder import INFO, installed_stage1, read_stage1_info, stage1_rows
 from alignlab.losses.testing.contract import CHECKS
+from alignlab.teachers.registry import BUILT_IN as BUILT_IN_TEACHERS
+from alignlab.teachers.registry import installed_teachers
 
 PACKAGE = Path(__file__).with_name("external")
 
@@ -48,7 +50,7 @@ def test_an_installed_objective_is_listed_after_the_built_in_ones(installed: Pat
     done = run(installed, "alignlab.cli", "list", "objectives")
     assert done.returncode == 0, done.stderr
     names = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
-    assert names == [*BUILT_IN, "unit_distance"]
+    assert names == [*BUILT_IN, "gram", "unit_distance"]
     assert "Squared distance of unit vectors." in done.stdout
 
 
@@ -57,7 +59,48 @@ def test_it_passes_the_contract_of_its_own_test_suite(installed: Path, tmp_path:
     file = tmp_path / "contract_of_tiny_objective.py"
     done = run(installed, "pytest", "-q", "-p", "no:cacheprovider", file)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CHECKS)} passed" in done.stdout
+    assert f"{2 * len(CHECKS)} passed" in done.stdout
+
+
+def test_an_installed_teacher_is_listed_and_used(installed: Path, tmp_path: Path) -> None:
+    listed = run(installed, "alignlab.cli", "list", "teachers")
+    assert listed.returncode == 0, listed.stderr
+    lines = [line for line in listed.stdout.splitlines() if "half-dino" in line]
+    assert len(lines) == 1 and "assets/tiny-dino" in lines[0] and "pre_norm" in lines[0]
+    recipe = ("tiny", "teachers.half={family: half-dino}")
+    printed = run(installed, "alignlab.cli", "train", *recipe, "--print-config")
+    assert printed.returncode == 0, printed.stderr
+    assert "family: half-dino" in printed.stdout and "feature: pre_norm" in printed.stdout
+    wrong = run(installed, "alignlab.cli", "train", "tiny", "teachers.half={family: half-dyno}")
+    assert wrong.returncode == 2
+    assert "unknown family 'half-dyno', did you mean 'half-dino'?" in wrong.stderr
+    script = tmp_path / "use_teacher.py"
+    script.write_text(
+        """
+import tiny_teacher  # before alignlab looks for it
+
+import torch
+from alignlab.teachers import TEACHERS, load_teacher
+
+assert TEACHERS["half-dino"] is tiny_teacher.HALF_DINO
+frames = torch.randint(0, 256, (1, 2, 64, 64, 3), dtype=torch.uint8)
+ours, its = (
+    load_teacher(family, feature="pre_norm").encode(frames, (4, 4)).tokens_BTPD
+    for family in ("tiny-dino", "half-dino")
+)
+assert ours.shape == its.shape and not torch.allclose(ours, its, atol=0.01)
+"""
+    )
+    paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=installed,
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_recipe_can_use_it(installed: Path, tmp_path: Path) -> None:
@@ -199,6 +242,53 @@ def test_a_bad_stage1_row_is_told_with_its_package(
     with pytest.raises(PluginError) as error:
         installed_stage1(BUILT_IN_STAGE1)
     assert str(error.value).startswith(f"package bad-package registers Stage 1 network {name!r}: ")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+BAD_TEACHERS = """
+from alignlab.teachers.registry import TeacherRow
+
+SOUND = dict(classes={"clip": "CLIPVisionModel"}, path="a/b", feature="post_norm")
+function = print
+no_path = TeacherRow(**(SOUND | {"path": ""}))
+odd_features = TeacherRow(**SOUND, features=("post_norm", "pooled"))
+other_feature = TeacherRow(**(SOUND | {"feature": "stage:3"}))
+odd_filter = TeacherRow(**SOUND, resize="nearest")
+odd_std = TeacherRow(**SOUND, std=(0.0, 1.0, 1.0))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dinov2", "bad_teachers:no_path", "alignlab has that name already"),
+        ("bad", "no_such_module:X", "cannot load no_such_module:X: No module named"),
+        ("bad", "bad_teachers:function", "is no alignlab.teachers.registry.TeacherRow"),
+        ("bad", "bad_teachers:no_path", "has no classes or no path"),
+        (
+            "bad",
+            "bad_teachers:odd_features",
+            "has features post_norm, pooled: choose from pre_norm",
+        ),
+        (
+            "bad",
+            "bad_teachers:other_feature",
+            "has the feature 'stage:3', which is none of pre_norm",
+        ),
+        ("bad", "bad_teachers:odd_filter", "has resize 'nearest': choose from bicubic, bilinear"),
+        ("bad", "bad_teachers:odd_std", "no std of 3 positive ones"),
+    ],
+)
+def test_a_bad_teacher_is_told_with_its_package(
+    name: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(tmp_path, "bad-package", group="alignlab.teachers", **{name: value})
+    (tmp_path / "bad_teachers.py").write_text(BAD_TEACHERS)
+    monkeypatch.delitem(sys.modules, "bad_teachers", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError) as error:
+        installed_teachers(BUILT_IN_TEACHERS)
+    assert str(error.value).startswith(f"package bad-package registers teacher {name!r}: ")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

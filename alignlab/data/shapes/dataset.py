@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alignlab.config.data import ShapesConfig
+from alignlab.config.data import MAX_SUBJECTS, ShapesConfig
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.shapes.world import (
     ACCENTS,
@@ -105,16 +105,27 @@ class ShapesDataset:
     def _draw(self, index: int) -> "_Scene":
         if not 0 <= index < len(self):
             raise IndexError(f"shapes has {len(self)} {self.split} clips, no clip {index}")
-        rng = np.random.default_rng([self.config.seed, SPLIT_STREAMS[self.split], index])
+        rng, count = self._begin(index)
         height, width = self.config.size
-        low, high = self.config.references
-        count = int(rng.integers(low, high + 1))
         tracks = _draw_tracks(rng, max(count, 1), self.config.frames, height, width)
         tone, backdrop = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(BACKDROPS))
         return _Scene(tracks, count, tone, backdrop, rng)
 
     def without_masks(self) -> None:
         """Every clip has entity masks."""
+
+    def share_with_references(self) -> float:
+        """Share of the clips, of the first thousand, that draw a reference."""
+        if self.config.references[0] > 0:
+            return 1.0
+        count = min(len(self), 1000)
+        return sum(self._begin(index)[1] > 0 for index in range(count)) / count
+
+    def _begin(self, index: int) -> tuple[np.random.Generator, int]:
+        """The generator of a clip, and what it draws first: how many references there are."""
+        rng = np.random.default_rng([self.config.seed, SPLIT_STREAMS[self.split], index])
+        low, high = self.config.references
+        return rng, int(rng.integers(low, high + 1))
 
 
 def draw_reference(
@@ -186,7 +197,8 @@ def _draw_tracks(
 ) -> list[Track]:
     side = min(height, width)
     colors = rng.permutation(list(COLORS))[:count]  # distinct, so that phrases are distinct
-    quarters = rng.permutation(4)[:count]  # distinct, so that subjects rarely start overlapped
+    # distinct, so that subjects rarely start overlapped
+    quarters = rng.permutation(MAX_SUBJECTS)[:count]
     along = np.linspace(-0.5, 0.5, frames).astype(np.float32)
     tracks = []
     for color, quarter in zip(colors, quarters, strict=True):

@@ -13,7 +13,9 @@ from alignlab.experiments.sweep.study import NUMBERLESS
 from alignlab.recipe import has_recipe_hash, load_run, load_stage1_run, recipe_hash
 
 # Written by the code that hashed recipes whole.
-V1_RUNS = {"tiny": "b6bc555c0ea3", "wan21_1.3b": "709ff9f600c3"}
+V1_RUNS = {"tiny": "b6bc555c0ea3"}
+# Of a run on a folder, whose clips were dealt to the splits by another rule.
+OLD_FOLDER_RUN = ("wan21_1.3b", ("709ff9f600c3", "v2-3429818de017"))
 V1_STAGE1 = {"sara": "7acf09ccf3a1", "moalign": "ce5542bf865c"}
 V1_SWEEP = "60f7d50dea11"
 
@@ -42,6 +44,13 @@ def test_old_and_new_hashes_of_runs_hold_when_settings_are_added(name: str) -> N
         assert has_recipe_hash(config, known)
         assert has_recipe_hash(later, known)
     assert recipe_hash(later) == recipe_hash(config)
+
+
+def test_hashes_of_runs_whose_clips_were_dealt_otherwise_hold_no_more() -> None:
+    name, known = OLD_FOLDER_RUN
+    config = run_of(name)
+    assert has_recipe_hash(with_new_settings(config), recipe_hash(config))
+    assert not any(has_recipe_hash(config, one) for one in known)
 
 
 @pytest.mark.parametrize("kind", V1_STAGE1)

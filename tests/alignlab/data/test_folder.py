@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from alignlab.config.data import ClipsConfig, FolderConfig
-from alignlab.data.folder import FolderDataset, held_out_names
+from alignlab.data.folder import FolderDataset
+from alignlab.data.metadata import misnamed_columns, read_rows
 from alignlab.data.registry import DATASETS, build_dataset
 from alignlab.data.sample import Sample
 from alignlab.data.video import write_mp4
@@ -184,15 +185,6 @@ def test_masks_follow_the_frames_of_the_clip(root: Path) -> None:
         both_splits(root)
 
 
-def test_split_keeps_videos_apart_and_ignores_other_rows() -> None:
-    names = [f"{i}.mp4" for i in range(2000)]
-    held_out = held_out_names(names, 0.1)
-    assert 150 < len(held_out) < 250
-    assert held_out_names(names[:500] * 3, 0.1) == held_out & set(names[:500])
-    assert held_out_names(names, 0.2) > held_out
-    assert len(held_out_names(names[:3], 1e-9)) == 1
-
-
 def test_bad_clips_are_fatal_or_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "clips" / "a.mp4").write_bytes(b"nothing" * 1000)
     write_mp4(root / "clips" / "b.mp4", torch.zeros(6, 32, 32, 3, dtype=torch.uint8), 12)
@@ -358,7 +350,7 @@ def notes_of(root: Path, split: Split) -> tuple[str, ...]:
         ({"caption": " "}, "line 2: caption is missing or empty"),
         ({"caption": None}, "line 2: caption is missing or empty"),
         ({"text": "b"}, "line 2: has both caption and text"),
-        ({"file_name": 3}, "line 2: file_name is missing or empty"),
+        ({"file_name": 3}, "line 2: file_name must be a text, not 3"),
         ({"file_name": "../a.mp4"}, "line 2: '../a.mp4' must be a path inside"),
         ({"file_name": "/etc/passwd"}, "line 2: '/etc/passwd' must be a path inside"),
         ({"references": ["refs/../../x.png", "refs/red.png"]}, "line 2: .* must be a path inside"),
@@ -448,3 +440,38 @@ def test_registry_builds_what_the_recipe_names(root: Path) -> None:
         } <= row.config.model_fields.keys()
         assert issubclass(row.config, ClipsConfig) and callable(pkgutil.resolve_name(row.dataset))
     assert isinstance(build_dataset(config(root), "train"), FolderDataset)
+
+
+def test_columns_of_another_name_are_told_once(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [{**row, "subject_image": row["references"][0], "width": 48} for row in rows()]
+    for line in lines[1:]:
+        del line["references"], line["reference_names"], line["reference_phrases"]
+    write_jsonl(root, lines)
+    with caplog.at_level(logging.WARNING):
+        train, val = (FolderDataset(config(root), split) for split in ("train", "val"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{root / 'metadata.jsonl'}: nothing reads the column 'subject_image'; did you mean "
+        "'references'?"
+    ]
+    shares = {train.share_with_references(), val.share_with_references()}
+    assert shares in ({0.0, 1.0}, {1 / 3, 0.0})
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("reference_image", "references"),
+        ("ref_images", "references"),
+        ("Mask_dir", "masks"),
+        ("prompt", "caption"),
+        ("start_time", "start"),
+        ("fps", None),
+        ("source", None),
+    ],
+)
+def test_what_a_column_sounds_like(root: Path, column: str, meant: str | None) -> None:
+    write_jsonl(root, [{**row, column: "x"} for row in rows()])
+    found = misnamed_columns(read_rows(root, "metadata.jsonl"))
+    assert found == ({} if meant is None else {column: meant})

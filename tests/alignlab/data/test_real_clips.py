@@ -66,7 +66,7 @@ def test_shot_boundaries_are_where_the_pictures_jump() -> None:
 @needs_wheel
 def test_every_clip_trains(prepared: Path) -> None:
     config = FolderConfig(
-        path=str(prepared), frames=9, size=(64, 64), fps=8, references=(2, 3), val_fraction=0.2
+        path=str(prepared), frames=9, size=(64, 64), fps=8, references=(2, 3), val_fraction=0.3
     )
     train, val = FolderDataset(config, "train"), FolderDataset(config, "val")
     samples = [train[i] for i in range(len(train))] + [val[i] for i in range(len(val))]

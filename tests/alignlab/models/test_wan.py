@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from alignlab.config.parts import LoraConfig
 from alignlab.errors import UserError
 from alignlab.models.lora import add_lora
-from alignlab.models.wan import Wan, load_wan, unwrap
+from alignlab.models.reference_branch import unwrap
+from alignlab.models.wan import Wan, load_wan
 
 PROMPTS = ["a red  striped circle &amp; a square ", "a", ""]
 

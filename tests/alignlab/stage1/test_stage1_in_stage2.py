@@ -155,3 +155,19 @@ def test_another_text_encoder_is_pointed_out(
     copy = shutil.copytree(wan_folder, tmp_path / "wan")
     build_run(stage2(f"model.path={copy}"))
     assert f"text encoder of {wan_folder}, this run has that of {copy}" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "setting"), [("sara", "aligner"), ("moalign", "head")])
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_stage_2_refuses_networks_that_are_not_finite_or_all_zero(
+    stage2: MakeConfig, networks: Recipes, tmp_path: Path, kind: str, setting: str, value: float
+) -> None:
+    folder = shutil.copytree(networks[kind], tmp_path / "spoilt")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: t.mul(value) for name, t in tensors.items()}, folder / "model.safetensors")
+    config = stage2()
+    objective = config.objectives[kind].model_copy(update={setting: str(folder)})
+    with pytest.raises(
+        UserError, match=f"^objectives.{kind}: its Stage 1 network: .* (finite|zero)"
+    ):
+        build_run(config.model_copy(update={"objectives": {kind: objective}}))

@@ -8,10 +8,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-import alignlab
 from alignlab.cli import app
 from alignlab.experiments.bench.kernel_plots import Point, draw_plots, roofline_share
-from alignlab.experiments.bench.kernels import default_folder
 from alignlab.kernels.bench import run as bench
 from alignlab.kernels.bench.cases import Case
 from alignlab.kernels.bench.csv_file import Row, to_row
@@ -56,7 +54,7 @@ def test_measures_what_can_run_and_names_the_rest(tmp_path: Path) -> None:
     assert len(rows) == 2 * 2 * 2 * (3 + 2)
     assert {row["kernel_provider"] for row in rows} == {"floor", "eager", "chunked"}
     assert {row["torch_version"] for row in rows} == {torch.__version__}
-    assert {row["metric_unit"] for row in rows} == {"ms", "MB"}
+    assert {row["metric_unit"] for row in rows} == {"ms", "MiB"}
     for line in (
         "pull_push 3x20 C=16 L=2 float32 │ chunked",
         "left out: triton of pull_push: a CPU has only",
@@ -130,14 +128,40 @@ def test_cuda_must_be_there(tmp_path: Path) -> None:
     assert "there is no CUDA device" in refused(tmp_path / "out", "--device", "cuda")
 
 
-def test_results_go_into_the_checkout_only_from_its_root(
+def test_a_plain_call_leaves_the_committed_results_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(alignlab.__file__).resolve().parent.parent
-    monkeypatch.chdir(root)
-    assert default_folder() == Path("experiments/results/kernels")
     monkeypatch.chdir(tmp_path)
-    assert default_folder() == Path("runs/kernels")
+    for file in ("pyproject.toml", "experiments/results/kernels/all_benchmark_data.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    # as at the root of a checkout
+    monkeypatch.setattr("alignlab.__file__", str(tmp_path / "alignlab" / "__init__.py"))
+    command = ["bench", "kernels", "--device", "cpu", "--op", "relation", "--impl", "floor"]
+    assert CliRunner().invoke(app, [*command, *SMALL]).exit_code == 0
+    assert rows_in(tmp_path / "runs/kernels")
+    assert rows_in(tmp_path / "experiments/results/kernels") == []
+
+
+def test_rows_of_another_commit_stay_and_are_not_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--op", "relation", "--impl", "chunked", "--impl", "floor")
+    for commit in ("aaaaaaaaa", "bbbbbbbbb"):
+        monkeypatch.setattr("alignlab.experiments.bench.kernels.git_commit", lambda c=commit: c)
+        assert bench_kernels(tmp_path, *arguments).exit_code == 0
+    rows = rows_in(tmp_path)
+    commits = [row["commit"] for row in rows]
+    assert commits.count("aaaaaaaaa") == commits.count("bbbbbbbbb") == len(rows) / 2
+    drawn: list[Row] = []
+
+    def draw(rows: list[Row], out: Path) -> list[Path]:
+        drawn.extend(rows)
+        return []
+
+    monkeypatch.setattr("alignlab.experiments.bench.kernels.draw_plots", draw)
+    assert bench_kernels(tmp_path, *arguments).exit_code == 0
+    assert {row["commit"] for row in drawn} == {"bbbbbbbbb"}
 
 
 def _speed(provider: Any, tokens: int, ms: float, flops: int) -> Row:

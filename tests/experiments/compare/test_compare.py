@@ -206,3 +206,12 @@ def test_runs_of_different_threads_are_told(
         folders["none", seed] = RunFolder(folder)
     assert trained_on(folders)["threads"] == "1, 2"
     assert "threads: runs were trained with 1 and with 2" in caplog.text
+
+
+def test_a_variant_with_nothing_to_align_is_refused_before_any_training(
+    make: MakeCompare, tmp_path: Path
+) -> None:
+    never = "variants.aligned.objectives.ra.schedule={kind: stop_at, step: 0}"
+    with pytest.raises(UserError, match=r"^objectives\.ra\.schedule: it stops at step 0"):
+        compare(make(never))
+    assert not list(tmp_path.rglob("metrics.jsonl"))

@@ -29,6 +29,7 @@ from alignlab.experiments.report.write import write_report
 from alignlab.train import RunTrainer, Trainer
 from alignlab.training.batches import Batch
 from made_comparisons import make_comparison
+from run_contents import read_table
 from small_recipes import comparison_recipe
 
 Make = Callable[..., CompareConfig]
@@ -244,9 +245,12 @@ def made_up_cost() -> Cost:
 def test_the_verdict_tells_the_interleaved_cost(tmp_path: Path) -> None:
     found = made_up(made_up_cost())
     said = verdict(found, summary_rows(found))
-    assert ": 3.1% [2.2%, 4.4%] slower" in said.variants["slow"]
-    assert ": 10.0% [9.0%, 12.0%] faster" in said.variants["fast"]
-    assert re.search(r"no detectable change in .*step time \(\+0\.60% ", said.variants["same"])
+    assert ": 3.1% [1.2%, 5.4%] slower" in said.variants["slow"]
+    assert ": 10.0% [8.0%, 13.0%] faster" in said.variants["fast"]
+    assert re.search(
+        r"no detectable change in .*step time \(\+0\.6% \[\N{MINUS SIGN}0\.8%, 1\.9%\]\)",
+        said.variants["same"],
+    )
     assert "slower" not in said.variants["same"]
     assert "Step times are not over seeds" in said.reading
     rows = {(r.variant, r.metric): r for r in summary_rows(found)}
@@ -265,12 +269,13 @@ def test_the_verdict_tells_the_interleaved_cost(tmp_path: Path) -> None:
         assert "one after another" not in text
     tex = (tmp_path / "table.tex").read_text()
     assert r"+3.1\%" in tex and not re.search(r"\\%\]?\$\^\{\*\}", tex), "p-values are of seeds"
-    line = next(
-        text
-        for text in (tmp_path / "table.csv").read_text().splitlines()
-        if text.startswith("cost/step,lower,slow")
+    (line,) = (
+        line
+        for line in read_table(tmp_path / "table.csv")
+        if (line["metric"], line["variant"]) == ("cost/step", "slow")
     )
-    assert "1.031,1.022,1.044" in line
+    ratio = [float(line[column]) for column in ("ratio", "ratio_low", "ratio_high")]
+    assert ratio == pytest.approx([1.031, 1.012, 1.054]), "wider by what equal models differ"
 
 
 def test_without_it_the_report_says_what_the_times_are(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Tuned against tuned: variants that take the best recipe of a sweep of their own."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, dump_compare, load_compare
 from alignlab.experiments.compare.fairness import check_fair, tuning_facts
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.compare.run import compare
+from alignlab.experiments.compare.run import compare, prepare
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.recipe import load_run
@@ -90,6 +91,33 @@ def test_the_variant_is_the_sweeps_best_run(make: Make, folder: Path, tmp_path: 
     for name in ("report.html", "report.md"):
         text = (report.parent / name).read_text()
         assert "tuning.trials" in text and "ra/best.yaml" in text.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("eval.clips", "trials would be measured differently"),
+        ("data.seed", "trials would be measured differently"),
+        ("seed", "every trial trains with the sweep's `seeds`"),
+        ("tracking.log_every", "no number of a trial depends on it"),
+        ("steps", "the comparison sets them for all variants alike"),
+    ],
+)
+def test_a_sweep_over_what_no_variant_may_take_is_refused(
+    make: Make, folder: Path, key: str, why: str
+) -> None:
+    """As an older version let it be searched."""
+    check_fair(make())
+    section, _, name = key.rpartition(".")
+    searched = f"  {section or name}:\n" + (f"    {name}:\n" if section else "")
+    searched += "      kind: int\n      low: 1\n      high: 2\n"
+    edit(folder / "recipe.yaml", "space:\n", f"space:\n{searched}")
+    with pytest.raises(UserError) as caught:
+        check_fair(make())
+    assert str(caught.value).startswith(
+        f"variants.tuned.from: {folder}/best.yaml searched {key}: {why}"
+    )
+    assert "\n" not in str(caught.value)
 
 
 def test_what_the_variant_changes_itself_comes_on_top(make: Make, folder: Path) -> None:
@@ -209,3 +237,15 @@ def test_what_is_no_sweep_is_refused(make: Make, folder: Path, removed: str, nam
         make()
     with pytest.raises(UserError, match=r"variants\.tuned\.from: expected the path"):
         make("from: [1]")
+
+
+def test_a_sweep_on_other_files_is_refused(swept: Path, folder: Path, make: Make) -> None:
+    record = (swept / "inputs.json").read_text()
+    (folder / "inputs.json").write_text(record)
+    prepare(make())
+    vae = next(one for one in json.loads(record)["inputs"] if one["name"] == "model/vae")
+    (folder / "inputs.json").write_text(record.replace(vae["digest"], "0" * 64))
+    with pytest.raises(
+        UserError, match=f"{folder}: model/vae changed since variant tuned was tuned"
+    ):
+        prepare(make())

@@ -13,6 +13,7 @@ from alignlab.experiments.report.statistics import (
     Paired,
     detectable_difference,
     holm,
+    holm_levels,
     p_value,
     paired_statistics,
 )
@@ -35,6 +36,7 @@ def test_few_pairs_use_student_t() -> None:
     assert (found.num_pairs, found.method) == (5, "t")
     assert found.mean == pytest.approx(0.114) and found.std == pytest.approx(statistics.stdev(FIVE))
     assert (found.low, found.high) == pytest.approx((limits.low, limits.high))
+    assert found.confidence == 0.95
     assert found.p_value == pytest.approx(reference.pvalue)
     assert found.sign_flip_p == 2 / 2**5, "the smallest that five seeds can give"
     assert found.is_claimed
@@ -49,10 +51,25 @@ def test_many_pairs_use_bca_and_sign_flips() -> None:
     assert found.p_value == pytest.approx(np.mean(sums >= sum(TEN) - 1e-9))
     plain = stats.bootstrap((np.array(TEN),), np.mean, method="BCa", rng=0).confidence_interval
     assert found.low < plain.low and found.high > plain.high, "widened for ten seeds"
+    scipys = stats.permutation_test(
+        (np.array(TEN),), np.mean, permutation_type="samples", n_resamples=9999
+    )
+    assert found.p_value == pytest.approx(scipys.pvalue)
     t = stats.ttest_1samp(TEN, 0.0).confidence_interval()
     assert found.high - found.low == pytest.approx(t.high - t.low, rel=0.15)
     assert found.high - found.mean > found.mean - found.low, "follows the long right tail"
     assert one(TEN) == found, "the same numbers every time"
+
+
+@pytest.mark.parametrize("num_pairs", [10, 13, 14, 20])
+@pytest.mark.parametrize("level", [0.05, 0.01])
+def test_a_sign_flip_interval_ends_where_the_test_rejects(num_pairs: int, level: float) -> None:
+    rng = np.random.default_rng(num_pairs)
+    values_RN = rng.gamma(2.0, 1.0, (5, num_pairs))
+    low_R, high_R = paired_module._not_rejected(values_RN, level)
+    for ends_R, outwards in ((low_R, -1e-9), (high_R, 1e-9)):
+        assert (p_value(values_RN - ends_R[:, None], "bootstrap") > level).all()
+        assert (p_value(values_RN - ends_R[:, None] - outwards, "bootstrap") <= level).all()
 
 
 def test_very_many_variants_keep_a_test_that_can_pass() -> None:
@@ -68,7 +85,7 @@ def test_equal_numbers_claim_nothing() -> None:
 
 
 def test_equal_differences_have_no_interval_and_claim_nothing() -> None:
-    for pairs in (2, 3, 8):
+    for pairs in (3, 8):
         found = one([0.25] * pairs)
         assert (found.mean, found.std, found.low, found.high) == (0.25, 0.0, None, None)
         assert found.p_value == 2 / 2**pairs and not found.is_claimed and not found.is_equal
@@ -87,8 +104,8 @@ def test_rounding_is_no_difference() -> None:
 def test_one_and_two_pairs_get_no_verdict() -> None:
     assert one([0.5]) == Paired(1, 0.5, None)
     two = one([0.5, 0.5001])
-    assert two.holm_p is not None and two.holm_p < 0.001 and not two.is_claimed
-    assert (two.effect_size, two.detectable) == (None, None)
+    assert two == Paired(2, two.mean, two.std) and not two.is_claimed
+    assert two.mean == pytest.approx(0.50005) and two.std is not None and two.std > 0.0
 
 
 def test_holm_counts_only_variants_with_a_test() -> None:
@@ -107,6 +124,14 @@ def test_holm_by_hand() -> None:
     assert holm([0.2]) == [0.2]
     assert holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])
     assert holm([0.6, 0.6]) == [1.0, 1.0]
+
+
+def test_each_p_value_has_the_level_at_which_holm_decides() -> None:
+    assert holm_levels([0.2]) == [0.05]
+    levels = holm_levels([0.012, 0.011, 0.5, 0.001, 0.04])
+    assert levels == pytest.approx([0.05 / 3, 0.05 / 4, 0.05 / 2, 0.05 / 5, 0.05 / 2])
+    assert holm_levels([0.02, 0.03]) == [0.025, 0.05], "the second step follows the first"
+    assert holm_levels([0.026, 0.03]) == [0.025, 0.025], "and not a failed one"
 
 
 @pytest.mark.parametrize(("pairs", "factor"), [(3, 0.5642), (10, 0.9139), (100, 0.9924)])

@@ -11,6 +11,7 @@ from alignlab.experiments.report.statistics import (
     Array,
     detectable_difference,
     holm,
+    holm_levels,
     interval,
     method_for,
     p_value,
@@ -88,10 +89,14 @@ def test_a_comparison_claims_what_was_counted_here(num_pairs: int) -> None:
         named = {str(place): values_N.tolist() for place, values_N in enumerate(values_VN)}
         found = paired_statistics(named, 1.0)
         corrected = holm(p_value(values_VN, method).tolist())
-        low_V, high_V = interval(values_VN, method)
+        levels = holm_levels(p_value(values_VN, method).tolist())
         for place, one in enumerate(found.values()):
+            low_R, high_R = interval(values_VN[place : place + 1], method, levels[place])
             assert one.holm_p == pytest.approx(corrected[place])
-            assert one.is_claimed == (corrected[place] <= ALPHA)
-            assert (one.low, one.high) == pytest.approx((low_V[place], high_V[place]), rel=1e-2)
+            assert (one.low, one.high) == (low_R[0], high_R[0])
+            assert one.confidence == 1 - levels[place]
+            assert one.is_claimed == bool(low_R[0] > 0.0 or high_R[0] < 0.0)
+            if one.is_claimed or method == "t":
+                assert one.is_claimed == (corrected[place] <= ALPHA)
             claimed += one.is_claimed
     assert claimed >= 5

@@ -76,7 +76,7 @@ def test_a_lowered_quantity_is_told_by_its_size() -> None:
     assert "% faster" not in words.variants["a"] and "] faster" in words.variants["a"]
     assert "(worse)" in words.variants["a"] and "(better)" in words.variants["a"]
     assert words.lead.endswith("better on something: a; worse on something: a, b.")
-    assert "Holm-corrected over 2 variants" in words.reading
+    assert "Holm's correction over 2 variants (95% or more)" in words.reading
     for sentence in words.variants.values():
         for claim in re.findall(r"(?:raises|lowers) [^;]*", sentence):
             assert re.search(r"by [\d.]+ \[[\d.]+, [\d.]+\]", claim), claim

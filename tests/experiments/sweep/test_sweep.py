@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.trial import TrialState
 from torch import Tensor
 
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
@@ -108,8 +110,12 @@ def test_a_finished_sweep_is_not_trained_again(
     sweep(finished)
     assert (folder_of(finished) / "trials.csv").read_text() == before
     output = f"output={finished.output}"
-    with pytest.raises(UserError, match="another recipe"):
+    other = r"another recipe \(space\.objectives\.ra\.weight\.high was 10\.0, is 5\.0\): choose"
+    with pytest.raises(UserError, match=other):
         sweep(load_sweep(recipe, [output, "space.objectives.ra.weight.high=5"]))
+    more = r"\(metric was .*'val/flow'.*, is .*'cross_cos/mean'.*, and 1 more\)"
+    with pytest.raises(UserError, match=more):
+        sweep(load_sweep(recipe, [output, "metric=cross_cos/mean", "optim.lr=2e-3"]))
     with pytest.raises(UserError, match="cannot shrink to 2"):
         sweep(load_sweep(recipe, [output, "trials=2"]))
 
@@ -164,12 +170,21 @@ def test_more_trials_may_be_added(make: MakeSweep, monkeypatch: pytest.MonkeyPat
     assert len(trained) == 1 and [row["state"] for row in rows_of(config)] == ["complete"] * 2
 
 
-def test_a_diverged_trial_is_failed_and_counted(make: MakeSweep) -> None:
-    lr = "space.optim.lr={kind: categorical, choices: [0.001, 1e30]}"
+def test_a_diverged_trial_is_failed_and_counted(
+    make: MakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(run: RunConfig, **options: Any) -> Path:
+        folder = train(run, **options)
+        if run.optim.lr == 1.0:
+            raise UserError("loss/total is not finite after step 2")
+        return folder
+
+    monkeypatch.setattr(sweep_trial, "train", diverging)
+    lr = "space.optim.lr={kind: categorical, choices: [0.001, 1.0]}"
     config = make(lr, "trials=2", "sampler={name: random, seed: 0}")
     sweep(config)
     by_lr = {row["optim.lr"]: row for row in rows_of(config)}
-    bad = by_lr["1e+30"]
+    bad = by_lr["1.0"]
     assert bad["state"] == "fail" and "is not finite" in bad["error"]
     assert by_lr["0.001"]["state"] == "complete"
 
@@ -206,7 +221,7 @@ def test_constraints_and_several_metrics(make: MakeSweep) -> None:
 
 
 def test_a_hopeless_trial_is_pruned_between_its_seeds(make: MakeSweep) -> None:
-    lr = "space.optim.lr={kind: categorical, choices: [1e-5, 10.0]}"
+    lr = "space.optim.lr={kind: categorical, choices: [1e-5, 1.0]}"
     seeds = ["optim.lr=1e-5", "trials=3", "seeds=[0,1]", "steps=1"]
     searched = ["pruner={name: median, startup: 1}", "sampler={name: random, seed: 1}"]
     config = make(lr, *seeds, *searched)
@@ -214,7 +229,7 @@ def test_a_hopeless_trial_is_pruned_between_its_seeds(make: MakeSweep) -> None:
     by_lr = [(row["optim.lr"], row["state"], row["folder"]) for row in rows_of(config)]
     assert {"complete", "pruned"} == {state for _, state, _ in by_lr}, by_lr
     for rate, state, name in by_lr:
-        assert (state == "pruned") == (rate == "10.0")
+        assert (state == "pruned") == (rate == "1.0")
         assert (folder_of(config) / name / "seed-1").exists() == (state == "complete")
 
 

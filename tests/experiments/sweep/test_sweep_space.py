@@ -1,6 +1,7 @@
 """Search spaces: what is refused before any trial, and how params become recipe values."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def blocks(**settings: object) -> str:
     return f"space.objectives.ra.blocks={{kind: blocks, {fields}}}"
 
 
+def searched(key: str, *choices: object) -> str:
+    return f"space.{key}={{kind: categorical, choices: {json.dumps(choices)}}}"
+
+
 def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> None:
     config = make("space.objectives.ra.weight.high=3")
     path = tmp_path / "again.yaml"
@@ -75,6 +80,10 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
         (["space.optim.warmpu={kind: int, low: 0, high: 1}"], "did you mean 'warmup'?"),
         (["space.optim.warmup.low=-1"], "space.optim.warmup: -1 does not fit: optim.warmup: "),
         (["space.optim.warmup.low=3"], "space.optim.warmup: high: 2 is below low, 3"),
+        (
+            ["space.objectives.ra.weight={kind: float, low: 0, high: 1, step: 1.0e-300}"],
+            "step: 1e-300 makes more than 1000000 values",
+        ),
         (["space.objectives.ra.weight.low=0"], "a log space begins above 0"),
         (["space.objectives.ra.weight.step=0.1"], "step: nothing reads it with log: true"),
         (["space.optim.warmup.kind=integer"], "unknown value 'integer'"),
@@ -84,6 +93,57 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
         (["space.objectives.ra.blocks.max_size=5"], "max_size: 5 is more than the 4 blocks"),
         (["space.objectives.ra.blocks.choose=single"], "max_size: nothing reads it with"),
         (["space.objectives.ra.blocks.max_size=null"], "max_size: missing; a subset needs it"),
+        ([searched("seed", 0, 1)], "space.seed: every trial trains with the sweep's `seeds`"),
+        ([searched("name", "a", "b")], "space.name: no number of a trial depends on it"),
+        ([searched("output", "a", "b")], "space.output: no number of a trial depends on it"),
+        ([searched("tracking.log_every", 1, 2)], "space.tracking.log_every: no number of a trial"),
+        ([searched("checkpoint.every", 1, 2)], "space.checkpoint.every: no number of a trial"),
+        ([searched("data.cache_clips", 1, 2)], "space.data.cache_clips: no number of a trial"),
+        ([searched("data.val_clips", 4, 5)], "space.data.val_clips: trials would be measured diff"),
+        ([searched("data.frames", 5, 9)], "space.data.frames: trials would be measured diff"),
+        ([searched("data.seed", 0)], "space.data.seed: trials would be measured differently"),
+        ([searched("eval.clips", 1, 2)], "space.eval.clips: trials would be measured differently"),
+        ([searched("eval.blocks", [0], [1])], "space.eval.blocks: trials would be measured diff"),
+        ([searched("teachers.dino.feature", "pre_norm", "post_norm")], "would be measured diff"),
+        (
+            [searched("flow.shift", 3.0, 5.0), "eval.sample_clips=1"],
+            "space.flow.shift: trials would be measured differently (eval.sample_shift would "
+            "differ), and their numbers could not be compared; remove it, and set "
+            "eval.sample_shift for all trials alike",
+        ),
+        (
+            [
+                "teachers.late={family: dinov2, path: x, feature: post_norm}",
+                searched("teachers.late.feature", "pre_norm", "post_norm"),
+            ],
+            "space.teachers.late.feature: no objective reads the teacher late",
+        ),
+        (["metric=retrieval/mean"], "unknown metric 'retrieval/mean', did you mean 'teacher_retr"),
+        (["metric=cost/step"], "unknown metric 'cost/step', did you mean 'time/step'?"),
+        (
+            ["metric=gen/identity_proxy"],
+            "metric: no generated clip is measured (eval.generated_clips); unknown metric 'gen/id",
+        ),
+        (
+            ["metric=gen/confusion_proxy", "eval.generated_clips=1", "data.references=[1,1]"],
+            "metric: gen/confusion_proxy needs two references; unknown metric",
+        ),
+        (
+            ["metric=teacher_retrieval/mean", "eval.clips=1"],
+            "metric: teacher_retrieval needs two clips; unknown metric",
+        ),
+        (
+            ["metric={name: cknna/block9, direction: maximize}"],
+            "did you mean 'cknna/block3'? valid: cknna/block0, cknna/block1, cknna/block2, ckn",
+        ),
+        (["metric={name: val/flow, direction: up}"], "direction: unknown value 'up', valid: min"),
+        (["metric={name: val/flow, direction: maximize}"], "maximize would search for the worst"),
+        (
+            ["metric={name: gen_real/flicker, direction: maximize}", "eval.generated_clips=1"],
+            "gen_real/flicker is of the real clips, no trial changes it",
+        ),
+        (["constraints={val/flwo: 1}"], "constraints.val/flwo: unknown metric 'val/flwo', did you"),
+        (["constraints={silhouette/mean: 1}"], "constraints.silhouette/mean: a constraint is the"),
         (["metric=val/flwo"], "unknown metric 'val/flwo', did you mean 'val/flow'?"),
         (["metric=cknna/mean"], "cknna/mean has no better side of its own"),
         (["metric=[val/flow,val/flow]"], "names a metric twice"),
@@ -111,6 +171,30 @@ def test_one_line_before_any_trial(
         check(config)
         grid_points(config)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        [searched("steps", 1, 2)],
+        [searched("optim.lr", 1e-3, 1e-4)],
+        [searched("flow.shift", 3.0, 5.0)],  # no clip is generated with it
+        [searched("flow.shift", 3.0, 5.0), "eval.sample_clips=1", "eval.sample_shift=5"],
+        [
+            "teachers.late={family: dinov2, path: x, feature: post_norm}",
+            searched("teachers.late.feature", "pre_norm", "post_norm"),
+            searched("objectives.ra.teacher", "dino", "late"),
+        ],
+        ["metric=cross_cos/block3", "constraints={memory/peak_mib: 8000, time/step: 1}"],
+        ["metric={name: cknna/mean, direction: maximize}"],
+        ["metric=gen/identity_proxy", "eval.generated_clips=1"],
+        ["metric={name: val/flow, direction: minimize}"],
+    ],
+)
+def test_what_only_trains_is_searched_and_what_is_measured_optimised(
+    make: MakeSweep, accepted: list[str]
+) -> None:
+    check(make(*accepted))
 
 
 @pytest.mark.parametrize("sampler", ["gp", "cmaes"])
@@ -227,3 +311,9 @@ def test_cmaes_draws(make: MakeSweep) -> None:
         weight = suggest_values(trial, space)["objectives.ra.weight"]
         study.tell(trial, weight)
     assert len({trial.params["objectives.ra.weight"] for trial in study.trials}) == 4
+
+
+def test_a_grid_without_end_is_refused(make: MakeSweep) -> None:
+    space = ("space={}", "space.optim.warmup={kind: int, low: 0, high: 1000000000000}")
+    with pytest.raises(UserError, match="the grid has more than 100000 points"):
+        grid_points(make(*space, "sampler=grid", "trials=null"))

@@ -33,6 +33,13 @@ space:
   objectives.ra.blocks: {kind: blocks, choose: single, last: 3}
 metric: val/flow
 """
+TWO_CHOICES = """
+space:
+  objectives.ra.weight: {kind: categorical, choices: [0.5, 1.0]}
+sampler: random
+metric: val/flow
+trials: 6
+"""
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +119,16 @@ def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
     rows = read_rows(folder / f"trial-{number:04d}" / "seed-0" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [*range(13), 12]
     assert rows[1]["time"] < killed < rows[-1]["time"], "the steps before the kill are kept"
+
+
+@pytest.mark.slow
+def test_two_workers_train_two_choices_once_each(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = sweep_recipe(recipe_file, tmp_path / "sweep.yaml", TWO_CHOICES)
+    run_sweep(recipe, f"output={tmp_path}", "--workers", "2")
+    rows = read_table(tmp_path / "sweep" / "trials.csv")
+    assert [row["state"] for row in rows] == ["complete"] * 6
+    assert sum(bool(row["same_as"]) for row in rows) == 4
+    assert len(list(tmp_path.glob("sweep/trial-*/seed-0/result.json"))) == 2
 
 
 @pytest.mark.slow

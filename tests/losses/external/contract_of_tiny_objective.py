@@ -1,10 +1,11 @@
-"""The package's own test: alignlab's contract, run on its objective."""
+"""The package's own test: alignlab's contract, run on its objectives."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_gram import Gram, gram_loss  # type: ignore[import-not-found]
 from tiny_objective import (  # type: ignore[import-not-found]
     ChannelGain,
     ChannelGainConfig,
@@ -49,6 +50,22 @@ CASE = ContractCase(
 )
 
 
+def naive_gram(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    ours, theirs = (x / x.norm(dim=-1, keepdim=True) for x in (student_BND, teacher_BND))
+    distance_B: Tensor = (ours @ ours.mT - theirs @ theirs.mT).pow(2).mean((1, 2))
+    return distance_B
+
+
+WITHOUT_PROJECTOR = ContractCase(
+    objective=Gram,
+    settings={"teacher": "dino", "blocks": (0, 1)},
+    changes={"blocks": (1,), "teacher": "clip"},
+    formula=lambda s, t, ids: gram_loss(s, t),
+    naive=naive_gram,
+)
+
+
+@pytest.mark.parametrize("case", [CASE, WITHOUT_PROJECTOR], ids=lambda case: case.name)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_contract(check: Check, tmp_path: Path) -> None:
-    check(CASE.ready(tmp_path))
+def test_contract(check: Check, case: ContractCase, tmp_path: Path) -> None:
+    check(case.ready(tmp_path))

@@ -1,0 +1,124 @@
+"""What a training reads besides its recipe: models, teachers, Stage 1 networks, clips."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignlab.config.parts import TeacherConfig, TrainingConfig
+from alignlab.config.run import RunConfig
+from alignlab.data.registry import DataConfig, dataset_files
+from alignlab.losses.stage1.folder import INFO, WEIGHTS
+from alignlab.models.model_files import present_folder
+from alignlab.models.wan import COMPONENTS, TEXT_PARTS, pipeline_folder
+from alignlab.runs.file_digests import combined, digest_files
+from alignlab.stage1.compatibility import stage1_folder_of
+from alignlab.stage1.config import Stage1Config
+from alignlab.teachers.load import TEACHER_FILES, teacher_folder
+
+MODEL_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Files that make one input of a training.
+
+    Args:
+        name: as messages have it: `model/vae`, `teachers.dino`, `objectives.sara.aligner`, `data`.
+        source: as the recipe names it; inputs of one name and source are the same input.
+        files: digest of each file by its name in the source's folder.
+    """
+
+    name: str
+    source: str
+    files: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Of all files with their names."""
+        return combined(self.files)
+
+
+def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
+    """Digests every file that a training reads; generated data has none.
+
+    Of a model these are all JSON and safetensors files of its parts and the whole tokenizer, of a
+    data set its metadata and all files that the metadata names, also those that are left out as
+    unreadable.
+
+    Args:
+        config: the recipe, of a run or a Stage 1 training.
+        fetch: fetch models that are on the hub only, as the training will; else what is not on
+            this machine is left out.
+
+    Raises:
+        UserError: with `fetch`, a model cannot be had; bad metadata; a file changes while it is
+            read.
+    """
+    inputs: list[Input] = []
+    if isinstance(config, RunConfig):
+        inputs += _model(config.model.path, MODEL_PARTS, fetch=fetch)
+        for alias in _teachers(config):
+            inputs += _teacher(alias, config.teachers[alias], fetch=fetch)
+        inputs += _stage1(config)
+        inputs += _data(config.data)
+    elif isinstance(config, Stage1Config):
+        if config.model is not None:
+            inputs += _model(config.model.path, TEXT_PARTS, fetch=fetch)
+        for alias, teacher in config.teachers.items():
+            inputs += _teacher(alias, teacher, fetch=fetch)
+        inputs += _data(config.data)
+    return inputs
+
+
+def model_inputs(config: RunConfig) -> list[Input]:
+    """Of `read_inputs` those of the model, as far as they are on this machine."""
+    return list(_model(config.model.path, MODEL_PARTS, fetch=False))
+
+
+def _teachers(config: RunConfig) -> list[str]:
+    """Those that are loaded: for objectives, and to measure with."""
+    used = {alias for objective in config.objectives.values() for alias in objective.teachers}
+    return [alias for alias in config.teachers if alias in used | {config.measured_against}]
+
+
+def _model(path: str, parts: tuple[str, ...], *, fetch: bool) -> Iterator[Input]:
+    fetched = COMPONENTS if parts == MODEL_PARTS else TEXT_PARTS
+    folder = pipeline_folder(path, fetched) if fetch else present_folder(path)
+    if folder is None:
+        return
+    for part in parts:
+        endings = None if part == "tokenizer" else ("json", "safetensors")
+        yield _input(f"model/{part}", path, folder / part, endings)
+
+
+def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Input]:
+    assert teacher.path is not None  # the family's, if left out
+    path = teacher.path
+    folder = teacher_folder(teacher.family, path) if fetch else present_folder(path)
+    if folder is not None:
+        yield _input(f"teachers.{alias}", path, folder, TEACHER_FILES)
+
+
+def _stage1(config: RunConfig) -> Iterator[Input]:
+    for alias, objective in config.objectives.items():
+        named = stage1_folder_of(alias, objective)
+        if named is not None and (folder := Path(named.folder)).is_dir():
+            files = {name: folder / name for name in (WEIGHTS, INFO)}
+            yield Input(named.key, named.folder, digest_files(folder, files))
+
+
+def _data(config: DataConfig) -> Iterator[Input]:
+    found = dataset_files(config)
+    if found is not None:
+        yield Input("data", found.source, digest_files(found.root, found.files))
+
+
+def _input(name: str, source: str, folder: Path, endings: Iterable[str] | None) -> Input:
+    """The files of a folder, those with one of the endings."""
+    kept = None if endings is None else {f".{ending}" for ending in endings}
+    names = sorted(
+        path.name
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_file() and (kept is None or path.suffix in kept)
+    )
+    return Input(name, source, digest_files(folder, {file: folder / file for file in names}))

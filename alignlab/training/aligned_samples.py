@@ -1,0 +1,216 @@
+"""In how many samples each objective has something to align: what is possible, what is counted.
+
+A sample counts for an objective if it has tokens of the kind that the objective taps (reference
+tokens of a picture that is not blank), the objective names it in `Terms.aligned_B`, the gate is
+above 0 at its noise level, and its loss is not exactly 0, as that of a teacher which gives zeros or
+of a margin that nothing exceeds. Samples of steps in which the schedule is 0 are not asked for.
+
+An objective that aligns nothing trains nothing, with a loss of 0 that looks like success. It is
+refused before training where the recipe or the data say so (`check_recipe`, `Alignment.check_data`)
+and else stops the run (`AlignedSamples`). With weight 0 an objective is measured and not trained:
+nothing is asked of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.losses import OBJECTIVES
+from alignlab.losses.gate import gate_weights
+from alignlab.losses.objective import ObjectiveConfig
+from alignlab.losses.schedule import StopAt
+from alignlab.training.flow_matching import representative_levels
+
+PREFIX = "aligned/"
+# A run stops after so many samples that the recipe lets an objective align, of which it aligned
+# none. If one clip in 100 has something to align, that happens by chance in 4 of 100,000 runs
+# (exp(-10)); if one in 10 has, in none that anybody will see (exp(-100)).
+PATIENCE = 1000
+# A shorter run that aligned nothing is an error unless that is so likely by chance.
+CHANCE = 1e-3
+
+
+def trains(objective: ObjectiveConfig) -> bool:
+    """Whether the objective changes the training at all."""
+    return objective.weight > 0
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Refuses a recipe by which an objective never has anything to align.
+
+    Raises:
+        UserError: it names objective and setting.
+    """
+    for alias, objective in config.objectives.items():
+        if not trains(objective):
+            continue
+        where = f"objectives.{alias}"
+        if _reads_references(objective):
+            if config.data.references[1] == 0:
+                raise UserError(
+                    f"data.references: {list(config.data.references)} leaves {where} nothing to "
+                    "align, which reads reference tokens; raise it or remove the objective"
+                )
+            if not _kept_references(config):
+                raise UserError(
+                    "flow: reference_dropout + both_dropout is 1: no step keeps a reference, and "
+                    f"{where} reads reference tokens; lower them or remove the objective"
+                )
+        if isinstance(objective.schedule, StopAt) and objective.schedule.step == 0:
+            raise UserError(
+                f"{where}.schedule: it stops at step 0, before the first step; give a later step "
+                "or remove the objective"
+            )
+        if not _gate_share(config, objective):
+            raise UserError(
+                f"{where}.gate: it is 0 at every noise level that flow.sampler="
+                f"{config.flow.sampler} draws; widen the gate or remove the objective"
+            )
+
+
+def possible_share(config: RunConfig, alias: str) -> float:
+    """Share of samples that the recipe lets an objective align: dropout and gate, not the data."""
+    objective = config.objectives[alias]
+    kept = _kept_references(config) if _reads_references(objective) else 1.0
+    return kept * _gate_share(config, objective)
+
+
+def _reads_references(objective: ObjectiveConfig) -> bool:
+    return OBJECTIVES[objective.name].tokens == "reference"
+
+
+def _kept_references(config: RunConfig) -> float:
+    kept = 1.0 - config.flow.reference_dropout - config.flow.both_dropout
+    return kept if kept > 1e-9 else 0.0
+
+
+def _gate_share(config: RunConfig, objective: ObjectiveConfig) -> float:
+    """Share of the noise levels of training at which the gate is above 0."""
+    levels = representative_levels(config.flow).float()  # a batch's are fp32
+    return float((gate_weights(objective.gate, levels) > 0).double().mean())
+
+
+@dataclass(frozen=True)
+class AlignedCount:
+    """What was counted of one objective.
+
+    Args:
+        aligned: samples that had something to align.
+        samples: all of the steps in which its schedule was on.
+        possible: share of samples that the recipe lets it align.
+        is_trained: its weight is above 0.
+    """
+
+    aligned: int
+    samples: int
+    possible: float
+    is_trained: bool = True
+
+    @property
+    def share(self) -> float:
+        """Of the samples, those that had something to align."""
+        return self.aligned / max(1, self.samples)
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether it should train something and has not yet."""
+        return self.is_trained and self.samples > 0 and self.aligned == 0
+
+
+class AlignedSamples:
+    """Counts on the device; the host waits for it only where a row is logged.
+
+    Args:
+        config: the run.
+        with_references: share of the training clips that have a reference.
+        logged: rows of the run so far, in order; a resumed run counts on from the last one.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        with_references: float,
+        logged: Sequence[Mapping[str, float]] = (),
+    ) -> None:
+        self._config = config
+        self._with_references = with_references
+        self._possible = {alias: possible_share(config, alias) for alias in config.objectives}
+        self._totals = {alias: (0, 0) for alias in config.objectives}
+        self._lap: dict[str, Tensor] = {}
+        self._lap_samples = dict.fromkeys(config.objectives, 0)
+        for row in logged:
+            for alias in config.objectives:
+                share, samples = row.get(f"{PREFIX}{alias}"), row.get(f"{PREFIX}{alias}/samples")
+                if share is not None and samples is not None:
+                    self._totals[alias] = round(share * samples), int(samples)
+
+    def see(self, scalars: Mapping[str, Tensor]) -> None:
+        """Takes a step's shares, `aligned/<alias>`, of the objectives that were on."""
+        batch_size = self._config.optim.batch_size
+        for alias in self._totals:
+            share = scalars.get(f"{PREFIX}{alias}")
+            if share is not None:
+                count = (share * batch_size).round()
+                self._lap[alias] = self._lap[alias] + count if alias in self._lap else count
+                self._lap_samples[alias] += batch_size
+
+    def row(self) -> dict[str, float]:
+        """`aligned/<alias>`, the share since the run began, and `aligned/<alias>/samples`.
+
+        Raises:
+            UserError: an objective aligned none of very many samples.
+        """
+        row = {}
+        for alias, count in self.counts().items():
+            if not count.samples:
+                continue
+            if count.is_missed and count.samples * count.possible >= PATIENCE:
+                raise self._nothing(alias, count)
+            row[f"{PREFIX}{alias}"] = count.share
+            row[f"{PREFIX}{alias}/samples"] = float(count.samples)
+        return row
+
+    def check_end(self) -> None:
+        """Refuses a finished training in which an objective aligned nothing.
+
+        Raises:
+            UserError: and by the recipe and the data it is unlikely to be chance.
+        """
+        for alias, count in self.counts().items():
+            likely = count.possible
+            if _reads_references(self._config.objectives[alias]):
+                likely *= self._with_references
+            if count.is_missed and (1 - likely) ** count.samples < CHANCE:
+                raise self._nothing(alias, count)
+
+    def counts(self) -> dict[str, AlignedCount]:
+        """By alias; waits for the device."""
+        for alias, lap in self._lap.items():
+            aligned, samples = self._totals[alias]
+            self._totals[alias] = aligned + int(lap), samples + self._lap_samples[alias]
+            self._lap_samples[alias] = 0
+        self._lap = {}
+        return {
+            alias: AlignedCount(*self._totals[alias], self._possible[alias], trains(objective))
+            for alias, objective in self._config.objectives.items()
+        }
+
+    def _nothing(self, alias: str, count: AlignedCount) -> UserError:
+        causes = "its teacher gives zeros, or its margins leave a loss of 0"
+        if _reads_references(self._config.objectives[alias]):
+            causes = f"references are missing or blank (`alignlab data preview`), {causes}"
+        else:
+            causes = f"masks or saliency are empty, {causes}"
+        return UserError(
+            f"objectives.{alias}: none of {count.samples:,} samples had anything to align, so it "
+            f"trained nothing: {causes}; mend that and train under another name, or remove the "
+            "objective"
+        )
+
+
+def trained_samples(gate_B: Tensor, loss_B: Tensor, aligned_B: Tensor) -> Tensor:
+    """Which of the samples with something to align get a loss, bool (B,); all on one device."""
+    return aligned_B & (gate_B > 0) & (loss_B.detach() != 0)

@@ -1,0 +1,88 @@
+"""Which metrics a sweep can optimise or bound, and which way is better."""
+
+from typing import Literal
+
+from alignlab.config.data import unknown_name
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.evaluation.measured_names import measured_names, needs_met
+from alignlab.evaluation.metric_registry import METRICS
+from alignlab.experiments.report.metric_table import quantity, split_name
+from alignlab.experiments.sweep.config import MetricConfig, SweepConfig
+from alignlab.experiments.sweep.space import tapped_blocks
+
+Direction = Literal["minimize", "maximize"]
+
+
+def check_metrics(config: SweepConfig) -> None:
+    """Refuses, before there is a study, metrics and constraints that can lead nowhere.
+
+    Raises:
+        UserError: a metric that no trial measures or changes, that has no better side and no
+            direction, or a direction or constraint that points to its worse side.
+    """
+    blocks = config.base.eval.blocks
+    names = measured_names(config.base, tapped_blocks(config) if blocks is None else blocks)
+    for metric in config.metric:
+        _check_measured("metric", metric.name, names, config.base)
+    directions(config)
+    for name in config.constraints:
+        _check_measured(f"constraints.{name}", name, names, config.base)
+        if quantity(name).better == "higher":
+            raise UserError(
+                f"constraints.{name}: a constraint is the largest value that a metric may have, "
+                "and of this one more is better: it would leave out the best trials; remove it"
+            )
+
+
+def directions(config: SweepConfig) -> list[Direction]:
+    """`minimize` or `maximize` for each metric.
+
+    Raises:
+        UserError: a metric with no better side, or a direction to its worse one.
+    """
+    return [_direction(metric) for metric in config.metric]
+
+
+def _direction(metric: MetricConfig) -> Direction:
+    better = quantity(metric.name).better
+    if better == "none":
+        if metric.direction is None:
+            raise UserError(
+                f"metric: {metric.name} has no better side of its own: "
+                f"write {{name: {metric.name}, direction: minimize}} (or maximize)"
+            )
+        return metric.direction
+    right: Direction = "minimize" if better == "lower" else "maximize"
+    if metric.direction not in (None, right):
+        raise UserError(
+            f"metric: {metric.name} is the better the {better} it is, {metric.direction} would "
+            "search for the worst trial; remove direction"
+        )
+    return right
+
+
+def _check_measured(setting: str, name: str, names: list[str], base: RunConfig) -> None:
+    if name.startswith("gen_real/") and name in names:
+        raise UserError(f"{setting}: {name} is of the real clips, no trial changes it")
+    if name in names:
+        return
+    asked, _ = split_name(name)
+    of_blocks = [known for known in names if split_name(known)[0] == asked]
+    whole = [known for known in names if split_name(known)[1] in ("", "mean")]
+    why = _why_not_measured(asked, base)
+    raise UserError(f"{setting}: {why}{unknown_name('metric', name, of_blocks or whole)}")
+
+
+def _why_not_measured(asked: str, base: RunConfig) -> str:
+    """Of a metric that other recipes measure, what this one lacks."""
+    metric = METRICS.get(asked)
+    if metric is None:
+        return ""
+    if asked.startswith("gen/") and not base.eval.num_measured_clips:
+        return "no generated clip is measured (eval.generated_clips); "
+    met = needs_met(base)
+    lacks = [need for need in metric.needs if need not in met]
+    if not asked.startswith(("gen/", "val/")) and "any teacher" not in met:
+        lacks = ["any teacher"]
+    return f"{asked} needs {', '.join(lacks)}; " if lacks else ""

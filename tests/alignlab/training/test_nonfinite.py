@@ -1,0 +1,113 @@
+"""Numbers that are not finite: one line that names them, at the step or before the first one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.losses.objective import Features
+from alignlab.models.wan import Wan
+from alignlab.train import Trainer, train
+from alignlab.training.alignment import teacher_features
+from alignlab.training.checkpoint import TrainState, latest
+
+MakeConfig = Callable[..., RunConfig]
+TrainUntil = Callable[[RunConfig, int], None]
+
+
+def poison_moment(state: TrainState) -> None:
+    next(iter(state.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = torch.inf
+
+
+def poison_average(state: TrainState) -> None:
+    average = next(iter(state.ema.values()))  # type: ignore[attr-defined]
+    average.view(-1)[0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("poison", "named"),
+    [
+        (poison_moment, "step 2: the optimizer's exp_avg_sq is not finite"),
+        (poison_average, "step 2: the moving average of the weights (optim.ema) is not finite"),
+    ],
+)
+def test_what_a_step_leaves_behind_is_seen_at_the_next_row(
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    poison: Callable[[TrainState], None],
+    named: str,
+) -> None:
+    take_step = Trainer.step
+
+    def poisoned(trainer: Trainer, batches: object) -> dict[str, torch.Tensor]:
+        scalars = take_step(trainer, batches)  # type: ignore[arg-type]
+        if trainer.state.step == 2:
+            poison(trainer.state)
+        return scalars
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    config = make_config("steps=6", "optim.ema=0.5", "checkpoint.every=1")
+    with pytest.raises(UserError) as stopped:
+        train(config)
+    assert str(stopped.value).startswith(named)
+    checkpoints = Path(config.output) / "run/checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-000001"]
+
+
+def test_a_teacher_whose_features_break_is_named(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> Features:
+        features = teacher_features(*args)  # type: ignore[arg-type]
+        return replace(features, tokens_BTPD=features.tokens_BTPD * torch.inf)
+
+    monkeypatch.setattr("alignlab.training.alignment.teacher_features", broken)
+    with pytest.raises(UserError, match=r"^step 1: features/dino/reference.*of that teacher$"):
+        train(make_config("flow.reference_dropout=0", "flow.both_dropout=0"))
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("optimizer.safetensors", torch.inf),
+        ("ema.safetensors", torch.nan),
+        ("objectives.safetensors", torch.nan),
+        ("transformer/diffusion_pytorch_model.safetensors", -torch.inf),
+    ],
+)
+def test_a_checkpoint_that_is_not_finite_is_not_resumed(
+    make_config: MakeConfig, train_until: TrainUntil, file: str, value: float
+) -> None:
+    config = make_config("steps=3", "optim.ema=0.5", "checkpoint.every=1", "checkpoint.keep=1")
+    train_until(config, 2)
+    checkpoint = latest(Path(config.output) / "run/checkpoints")
+    assert checkpoint is not None
+    tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / file).items()}
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    tensors[name][0, 0] = value
+    save_file(tensors, checkpoint / file, {"format": "pt"})
+    with pytest.raises(UserError) as stopped:
+        train(config)
+    message = str(stopped.value)
+    assert str(checkpoint) in message and "is not finite" in message and "\n" not in message
+    assert name.removeprefix("objective_") in message and "remove that step's folder" in message
+    # with the step's folder gone the run begins again
+    shutil.rmtree(checkpoint)
+    assert json.loads((train(config) / "result.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize("part", ["video", "image", "text"])
+def test_a_clip_that_an_encoder_breaks_on_is_named(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    encode = getattr(Wan, f"encode_{part}")
+    monkeypatch.setattr(Wan, f"encode_{part}", lambda *a: encode(*a) * torch.inf)
+    with pytest.raises(UserError, match=r"^shapes-0-\w+-0+\d: encoding its .* not finite"):
+        train(make_config())
