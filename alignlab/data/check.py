@@ -11,11 +11,12 @@ import errno
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import av
 import PIL
@@ -129,7 +130,8 @@ def _run(
         if memory is not None and checks:
             stack.callback(_write, memory, known)
         pool = stack.enter_context(ThreadPoolExecutor())
-        results = stack.enter_context(closing(pool.map(_verdict, checks)))  # cancels the rest
+        mapped = cast(Generator[tuple[Verdict, bool], None, None], pool.map(_verdict, checks))
+        results = stack.enter_context(closing(mapped))  # cancels the rest
         for check, (verdict, is_lasting) in zip(checks, results, strict=True):
             verdicts[check.key] = verdict
             stamp = stamps[check.key]

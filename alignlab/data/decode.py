@@ -175,12 +175,11 @@ def _orientation(name: str, frame: VideoFrame) -> Orientation:
     Raises:
         ClipError: a rotation by no multiple of 90 degrees, or a shear.
     """
-    for side_data in frame.side_data:
-        if side_data.type == SideDataType.DISPLAYMATRIX:
-            matrix = np.frombuffer(bytes(side_data), dtype=np.int32).astype(float)
-            break
-    else:
+    try:
+        side_data = frame.side_data[SideDataType.DISPLAYMATRIX]
+    except KeyError:
         return Orientation()
+    matrix = np.frombuffer(bytes(side_data), dtype=np.int32).astype(float)
     a, b, c, d = matrix[[0, 1, 3, 4]]
     nothing = MATRIX_TOLERANCE * max(abs(a), abs(b), abs(c), abs(d))
     if max(abs(b), abs(c)) <= nothing < min(abs(a), abs(d)):
@@ -226,10 +225,10 @@ def _filmed_stream(path: Path, container: InputContainer) -> VideoStream:
 
 def _may_set_its_clock(container: InputContainer) -> bool:
     """Whether this kind of container may be cut and joined anywhere: MPEG streams, Ogg."""
-    return bool(container.format.flags & Flags.ts_discont.value)
+    return bool(Flags(container.format.flags) & Flags.ts_discont)
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
     """All packets in decode order; where the clock is set anew, times go on from what was."""
     is_steady = not _may_set_its_clock(container)
     shift = 0
@@ -253,7 +252,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]
 
 
 def _decoded(
-    packets: Iterable[Packet], *, by_order: bool = False
+    packets: Iterable[Packet[VideoStream]], *, by_order: bool = False
 ) -> Iterator[tuple[VideoFrame, int | None]]:
     """Frames in display order with their timestamps: their own, or the packets' in order."""
     unshown: list[int] = []
@@ -266,7 +265,7 @@ def _decoded(
             yield frame, heapq.heappop(unshown) if unshown else frame.pts
 
 
-def _stamp(packet: Packet) -> int | None:
+def _stamp(packet: Packet[VideoStream]) -> int | None:
     return packet.dts if packet.pts is None else packet.pts
 
 

@@ -118,7 +118,8 @@ def check_clip(
     Raises:
         ClipError: as `decode_clip`.
     """
-    indices, size_HW, hdr = [], (0, 0), None
+    indices: list[int] = []
+    size_HW, hdr = (0, 0), None
     for index, timed in _clip_frames(path, frames, fps, start_s, seek=seek, threads=1):
         if not indices:
             upright(timed, VideoReformatter())
