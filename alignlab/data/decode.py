@@ -228,7 +228,7 @@ def _may_set_its_clock(container: InputContainer) -> bool:
     return bool(Flags(container.format.flags) & Flags.ts_discont)
 
 
-def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+def _packets(container: InputContainer, stream: VideoStream) -> "Iterator[Packet[VideoStream]]":
     """All packets in decode order; where the clock is set anew, times go on from what was."""
     is_steady = not _may_set_its_clock(container)
     shift = 0
@@ -252,7 +252,7 @@ def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[
 
 
 def _decoded(
-    packets: Iterable[Packet[VideoStream]], *, by_order: bool = False
+    packets: "Iterable[Packet[VideoStream]]", *, by_order: bool = False
 ) -> Iterator[tuple[VideoFrame, int | None]]:
     """Frames in display order with their timestamps: their own, or the packets' in order."""
     unshown: list[int] = []
@@ -265,7 +265,7 @@ def _decoded(
             yield frame, heapq.heappop(unshown) if unshown else frame.pts
 
 
-def _stamp(packet: Packet[VideoStream]) -> int | None:
+def _stamp(packet: "Packet[VideoStream]") -> int | None:
     return packet.dts if packet.pts is None else packet.pts
 
 

@@ -124,9 +124,9 @@ def test_processes_that_start_at_once_check_once(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_text(name)
     log = tmp_path / "log"
-    spawn = multiprocessing.get_context("spawn")
+    fork = multiprocessing.get_context("fork")
     parts = [names, names[10:], names[:20], list(reversed(names))]
-    processes = [spawn.Process(target=_slow_reads, args=(tmp_path, log, part)) for part in parts]
+    processes = [fork.Process(target=_slow_reads, args=(tmp_path, log, part)) for part in parts]
     for process in processes:
         process.start()
     for process in processes:

@@ -218,8 +218,8 @@ def test_bad_clips_are_fatal_or_counted(root: Path, caplog: pytest.LogCaptureFix
 def damage(path: Path) -> None:
     """Overwrites bytes behind the first half second; the index stays whole."""
     contents = bytearray(path.read_bytes())
-    begin = len(contents) * 6 // 10
-    contents[begin : len(contents) * 9 // 10] = bytes(len(contents) * 3 // 10)
+    begin, end = len(contents) * 7 // 20, len(contents) * 9 // 10
+    contents[begin:end] = bytes(end - begin)
     path.write_bytes(contents)
 
 
@@ -263,7 +263,7 @@ def with_mask(image: Image.Image, frame: int = 4) -> Callable[[Path], None]:
 def cut_mask(root: Path) -> None:
     write_masks(root, range(24))
     path = root / "masks" / "00004.png"
-    path.write_bytes(path.read_bytes()[:-20])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
 
 
 SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
