@@ -102,7 +102,7 @@ def sample(
         list[Path] | None,
         path_option("Image of a subject on white; repeat it for more subjects."),
     ] = None,
-    out: Annotated[Path, path_option("The video to write.")] = Path("sample.mp4"),
+    out: Annotated[Path, path_option("The video to write, .mp4.")] = Path("sample.mp4"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps (default: the recipe's).")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alignlab.errors import UserError
 from alignlab.runs.atomic_files import whole_folder
+from alignlab.runs.out_paths import check_out_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
 from alignlab.training import checkpoint
@@ -29,10 +30,10 @@ def export(run_dir: Path, out: Path) -> Path:
     `model.absent_references: zero` a warning says what inference has to add.
 
     Raises:
-        UserError: no such run, no checkpoint in it, or `out` holds something else.
+        UserError: no such run, no checkpoint in it, or `out` holds something else or cannot
+            be written.
     """
-    if out.is_file():
-        raise UserError(f"{out} is a file: choose another --out")
+    check_out_folder(out)
     if out.exists() and out != run_dir / "export" and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
     wan = load_trained(run_dir)

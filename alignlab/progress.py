@@ -1,9 +1,10 @@
-"""Progress of a run on the terminal, and in a log file where there is no terminal."""
+"""Progress and warnings on the terminal, and in a log file where there is no terminal."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +16,12 @@ log = logging.getLogger(__name__)
 LINE_EVERY_S = 20.0
 
 Advance = Callable[[int, str], None]
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Logs a warning that every run of a command would repeat, such as one about the data."""
+    log.warning("%s", text)
 
 
 @contextmanager

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
+from alignlab.data.images import read_image
 from alignlab.data.resize import fit_reference
-from alignlab.data.video import read_image, write_mp4
+from alignlab.data.video import write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, load_wan
-from alignlab.progress import Advance, step_progress
+from alignlab.progress import Advance, step_progress, warn_once
 from alignlab.randomness import generator
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.out_paths import check_out_file
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
 from alignlab.training.flow_matching import euler_sample
@@ -154,8 +156,10 @@ def sample_to_file(
             recipe's.
 
     Raises:
-        UserError: no such run, no checkpoint, or an image that cannot be read.
+        UserError: no such run, no checkpoint, an image that cannot be read, or `out` is no mp4 file
+            that can be written.
     """
+    check_out_file(out, ".mp4")
     config = RunFolder.open(run_dir).config()
     recipe = guidance_of(config)
     guidance = replace(
@@ -164,12 +168,12 @@ def sample_to_file(
         text=recipe.text if text_guidance is None else text_guidance,
         reference=recipe.reference if reference_guidance is None else reference_guidance,
     )
+    images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
     wan = load_trained(run_dir)
-    references = []
-    for path in reference_paths:
-        image_HWC, mask_HW = read_image(path)
-        image_HWC, _ = fit_reference(image_HWC, mask_HW, config.data.size)
-        references.append(wan.encode_image(image_HWC))
+    if wan.text.cut([prompt]):
+        limit = wan.text.max_tokens
+        warn_once(f"--prompt is cut at {limit} tokens, the text encoder's limit: shorten it")
+    references = [wan.encode_image(image_HWC) for image_HWC in images]
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
     negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
     negative_LD, text_LD = wan.encode_text([negative_text(negative), prompt])

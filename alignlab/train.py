@@ -379,7 +379,8 @@ class RunTrainer(Trainer):
         digests = stage1_digests(self.config, self.run.alignment.objectives)
         rows, counts = read_rows(folder.metrics), self._aligned.counts()
         diverged = divergence_warnings(rows, flow_of_first_clips(self.run))
-        notes = [*diverged, *alignment_warnings(counts), *RankWarnings(rows).texts]
+        notes = [*self.run.notes, *diverged, *alignment_warnings(counts)]
+        notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
         notes += nonfinite_warnings(metrics)
         result = {

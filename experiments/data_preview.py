@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from alignlab.config.paths import user_path
 from alignlab.config.recipe_file import read_recipe
 from alignlab.data.registry import DataConfig, build_dataset
 from alignlab.data.sample import Sample
@@ -21,6 +22,7 @@ from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.config import load_base
 from alignlab.experiments.report.page import data_uri
 from alignlab.recipe import validated
+from alignlab.runs.out_paths import check_out_folder
 from alignlab.stage1.config import Stage1Config
 
 TILE_HEIGHT = 128
@@ -54,7 +56,7 @@ video, img { height: 176px; border: 1px solid #ddd; image-rendering: pixelated; 
 """)
 
 
-def preview(config: DataConfig, out: Path, clips: int = 8) -> Path:
+def preview(config: DataConfig, out: Path, clips: int = 8, *, memory: Path | None = None) -> Path:
     """Write `out/sheet.png` and `out/index.html` for the first clips of the train split.
 
     Beside each clip: its caption, its references, and, where the data set knows them, entity
@@ -65,11 +67,16 @@ def preview(config: DataConfig, out: Path, clips: int = 8) -> Path:
         config: settings of any data set.
         out: folder, made when missing.
         clips: at most so many clips.
+        memory: as in `build_dataset`.
 
     Returns:
         the page, which holds its media and needs no other file.
+
+    Raises:
+        UserError: `out` cannot be written into, or as `build_dataset`.
     """
-    dataset = build_dataset(config, "train")
+    check_out_folder(out)
+    dataset = build_dataset(config, "train", memory=memory)
     samples = [dataset[index] for index in range(min(clips, len(dataset)))]
     out.mkdir(parents=True, exist_ok=True)
     sheet = _stacked([_sheet_row(sample) for sample in samples])
@@ -183,13 +190,15 @@ def _png(image_HWC: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def load_data(recipe: str | Path, overrides: list[str] | None = None) -> DataConfig:
-    """The data settings of a recipe of any kind.
+def load_data(recipe: str | Path, overrides: list[str] | None = None) -> tuple[DataConfig, Path]:
+    """The data settings of a recipe of any kind, and its `output`.
 
     Raises:
         UserError: as `load_base`.
     """
     mapping = read_recipe(recipe, overrides or [])
     if "stage1" in mapping:
-        return validated(Stage1Config, mapping).data
-    return load_base(recipe, overrides).data
+        stage1 = validated(Stage1Config, mapping)
+        return stage1.data, user_path(stage1.output)
+    base = load_base(recipe, overrides)
+    return base.data, user_path(base.output)

@@ -180,4 +180,5 @@ class FolderConfig(ClipsConfig):
     cache_clips: int = Field(default=0, ge=0)
     """Encoded clips kept in memory, 0 for none: 480x832 clips take about 100 MB each."""
     on_bad_video: Literal["error", "skip"] = "error"
-    """What to do with a row whose video or references are missing, unreadable or too few/short."""
+    """What to do with a row whose video, references or masks are missing, damaged or too few/short.
+    All are decoded before training."""

@@ -5,31 +5,24 @@ Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 """
 
 import logging
+import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
-from torch import Tensor
+from functools import partial
+from pathlib import Path
 
 from alignlab.config.data import FolderConfig
 from alignlab.config.paths import user_path
+from alignlab.data.check import MediaCheck, check_media
+from alignlab.data.decode import ClipError
+from alignlab.data.images import read_image
+from alignlab.data.masks import check_masks, clip_masks, mask_files
 from alignlab.data.metadata import Row, misnamed_columns, read_rows
-from alignlab.data.resize import cover_crop, fit_reference
+from alignlab.data.resize import fit_reference
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.split import Split, deal
-from alignlab.data.video import (
-    ClipError,
-    DecodedClip,
-    decode_clip,
-    probe_clip,
-    probe_image,
-    read_image,
-    read_labels,
-)
+from alignlab.data.video import check_clip, decode_clip
 from alignlab.errors import UserError
-
-PROBE_THREADS = 8
-VOID_LABEL = 255  # undecided pixels in DAVIS-style label images
+from alignlab.progress import warn_once
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +33,22 @@ class FolderDataset:
     Args:
         config: see `alignlab.config.data.FolderConfig`.
         split: which rows are in it says `alignlab.data.split.deal`.
+        memory: folder that keeps what the check of the files found (`alignlab.data.check`); None:
+            it is not kept.
+
+    `notes` are warnings about the split: clips that were left out, colours that are read too pale.
 
     Raises:
-        ClipError: with `on_bad_video: error`, a clip that is unreadable, too short, or short of
-            references. With `skip` such clips are left out and counted in one warning.
+        ClipError: with `on_bad_video: error`, a clip that is unreadable, damaged or too short, that
+            is short of references, or whose references or masks cannot be used. With `skip` such
+            clips are left out and counted in one warning.
         UserError: bad metadata, or nothing left in the split.
     """
 
-    def __init__(self, config: FolderConfig, split: Split) -> None:
+    def __init__(self, config: FolderConfig, split: Split, memory: Path | None = None) -> None:
         self.config = config
         self.split = split
+        self._memory = memory
         root = user_path(config.path)
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
@@ -89,7 +88,7 @@ class FolderDataset:
             caption=row.caption,
             references=self._references(row),
             entities=row.entities,
-            masks_ETHW=None if row.masks is None else _masks(row, clip, self.config.size),
+            masks_ETHW=None if row.masks is None else clip_masks(row, clip, self.config.size),
         )
 
     def without_masks(self) -> str | None:
@@ -97,43 +96,86 @@ class FolderDataset:
         rows = zip(self._keys, self._rows, strict=True)
         return next((key for key, row in rows if row.masks is None), None)
 
+    def caption(self, index: int) -> str:
+        """The caption of a clip."""
+        return self._rows[index].caption
+
     def share_with_references(self) -> float:
         """Share of the clips whose row lists a reference."""
         return sum(bool(row.references) for row in self._rows) / len(self._rows)
 
     def _usable(self, rows: list[Row]) -> list[Row]:
-        with ThreadPoolExecutor(PROBE_THREADS) as pool:
-            errors = list(pool.map(self._error_of, rows))
-        bad = [error for error in errors if error is not None]
-        if bad and self.config.on_bad_video == "error":
-            raise ClipError(f"{bad[0]}; data.on_bad_video=skip leaves such clips out", bad[0].kind)
-        if bad:
-            kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(e.kind for e in bad).items())
-            log.warning(
-                "%s: %d of %d clips of the %s split skipped: %s; first: %s",
-                *(self.config.path, len(bad), len(rows), self.split, kinds, bad[0]),
-            )
+        """The rows whose files can be used, all decoded as a sample is."""
+        is_strict = self.config.on_bad_video == "error"
+        errors = [self._shortage(row) for row in rows]
+        if is_strict:
+            self._refuse_first(errors)  # before hours of decoding
+        files = [None if e else self._file_checks(r) for r, e in zip(rows, errors, strict=True)]
+        ordered = [check for checks in files if checks for check in checks]
+        verdicts = check_media(ordered, self._memory, stop_at_error=is_strict)
+        remarks = Counter[str]()
+        for at, (row, checks) in enumerate(zip(rows, files, strict=True)):
+            for check in checks or ():
+                verdict = verdicts.get(check.key)  # none behind the first error, if that stops
+                if verdict is not None and verdict.error is not None:
+                    errors[at] = ClipError(f"{row.where}: {verdict.error}", verdict.kind)
+                    break
+            if checks and errors[at] is None and checks[0].key in verdicts:
+                remarks.update(filter(None, [verdicts[checks[0].key].remark]))
+        if is_strict:
+            self._refuse_first(errors)
+        self.notes = self._notes([e for e in errors if e is not None], len(rows), remarks)
+        for note in self.notes:
+            warn_once(note)
         return [row for row, error in zip(rows, errors, strict=True) if error is None]
 
-    def _error_of(self, row: Row) -> ClipError | None:
-        fewest = self.config.references[0]
-        try:
-            probe_clip(
-                row.video, frames=self.config.frames, fps=self.config.fps, start_s=row.start_s
-            )
-            if len(row.references) < fewest:
+    def _refuse_first(self, errors: list[ClipError | None]) -> None:
+        for error in errors:
+            if error is not None:
                 raise ClipError(
-                    f"{row.where}: has {len(row.references)} references, data.references asks "
-                    f"for at least {fewest}",
-                    kind="short of references",
+                    f"{error}; mend the file or the row, or leave such clips out with "
+                    "data.on_bad_video=skip",
+                    error.kind,
                 )
-            for path in row.references:
-                probe_image(path)
-            if row.masks is not None and not row.masks.is_dir():
-                raise ClipError(f"{row.where}: there is no masks folder {row.masks}")
-        except ClipError as error:
-            return error
-        return None
+
+    def _shortage(self, row: Row) -> ClipError | None:
+        fewest = self.config.references[0]
+        if len(row.references) >= fewest:
+            return None
+        return ClipError(
+            f"{row.where}: has {len(row.references)} references, data.references asks "
+            f"for at least {fewest}",
+            kind="short of references",
+        )
+
+    def _file_checks(self, row: Row) -> list[MediaCheck]:
+        """Of the clip with its masks, and of every reference."""
+        return [self._clip_check(row), *map(_image_check, row.references)]
+
+    def _clip_check(self, row: Row) -> MediaCheck:
+        settings = self.config
+        asked = f"{settings.frames} frames at {settings.fps} fps from {row.start_s!r} s"
+        key = f"{asked}: {os.path.abspath(row.video)}"
+        check = partial(_check_row, row, frames=settings.frames, fps=settings.fps)
+        if row.masks is None:
+            return MediaCheck(key, (row.video,), check)
+        key += f", {len(row.entities)} entities: {os.path.abspath(row.masks)}"
+        return MediaCheck(key, (row.video, *mask_files(row.masks)), check)
+
+    def _notes(self, bad: list[ClipError], num_rows: int, remarks: Counter[str]) -> tuple[str, ...]:
+        notes = []
+        if bad:
+            kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(e.kind for e in bad).items())
+            notes.append(
+                f"{self.config.path}: {len(bad)} of {num_rows} clips of the {self.split} split "
+                f"skipped: {kinds}; first: {bad[0]}"
+            )
+        for remark, count in remarks.items():
+            notes.append(
+                f"{self.config.path}: {count} of {num_rows - len(bad)} clips of the {self.split} "
+                f"split {remark}"
+            )
+        return tuple(notes)
 
     def _references(self, row: Row) -> tuple[Reference, ...]:
         most = self.config.references[1]
@@ -171,19 +213,23 @@ def _unique_keys(rows: list[Row]) -> list[str]:
     return keys
 
 
-def _masks(row: Row, clip: DecodedClip, size_HW: tuple[int, int]) -> Tensor:
-    """Label images of the clip's frames as bool `(E, T, H, W)`, resized like the clip."""
-    assert row.masks is not None
-    labels = torch.arange(1, len(row.entities) + 1)[:, None, None]
-    mask_by_frame: dict[int, Tensor] = {}
-    for index in set(clip.frame_indices):
-        path = row.masks / f"{index:05d}.png"
-        labels_HW = read_labels(path)
-        if labels_HW.shape != clip.source_size_HW:
-            raise ClipError(f"{path}: is {tuple(labels_HW.shape)}, the video {clip.source_size_HW}")
-        known_HW = (labels_HW <= len(row.entities)) | (labels_HW == VOID_LABEL)
-        if not known_HW.all():
-            raise ClipError(f"{path}: has labels beyond the {len(row.entities)} entities")
-        masks_EHW = (labels_HW == labels).to(torch.uint8) * 255
-        mask_by_frame[index] = cover_crop(masks_EHW, size_HW, pixel_aspect=clip.pixel_aspect) >= 128
-    return torch.stack([mask_by_frame[index] for index in clip.frame_indices], dim=1)
+def _check_row(row: Row, *, frames: int, fps: float) -> str | None:
+    """Decodes a row's clip and the labels of its frames; says if colours are read too pale."""
+    has_masks = row.masks is not None
+    clip = check_clip(row.video, frames=frames, fps=fps, start_s=row.start_s, seek=not has_masks)
+    if has_masks:
+        check_masks(row, clip.frame_indices, clip.source_size_HW)
+    if clip.hdr is None:
+        return None
+    return (
+        f"have HDR colours ({clip.hdr}), which are read as stored and hence pale: convert them to "
+        "SDR (tone mapping)"
+    )
+
+
+def _image_check(path: Path) -> MediaCheck:
+    return MediaCheck(f"image: {os.path.abspath(path)}", (path,), partial(_check_image, path))
+
+
+def _check_image(path: Path) -> None:
+    read_image(path)

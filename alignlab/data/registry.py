@@ -34,7 +34,8 @@ class DatasetRow:
         dataset: `module:class` of its clips, a `ClipDataset` built from config and split. Imported
             where clips are read.
         files: `module:function` that gives, of the settings, the `DataFiles` which clips are read
-            from, or None while they are not there. None for clips that are generated.
+            from, or None while they are not there. The class of clips then also takes `memory`, a
+            folder where it may keep what a check of them found. None for clips that are generated.
     """
 
     config: type[ClipsConfig]
@@ -72,11 +73,28 @@ def dataset_files(config: DataConfig) -> DataFiles | None:
     return cast(DataFiles | None, pkgutil.resolve_name(function)(config))
 
 
-def build_dataset(config: DataConfig, split: Literal["train", "val"]) -> ClipDataset:
+def build_dataset(
+    config: DataConfig, split: Literal["train", "val"], *, memory: Path | None = None
+) -> ClipDataset:
     """The data set that `config.name` says.
+
+    Args:
+        config: its settings.
+        split: which clips.
+        memory: folder, such as a recipe's `output`, that keeps what a check of the data's files
+            found, so that they are decoded for it once; None: it is not kept.
 
     Raises:
         UserError: as the data set's constructor.
     """
-    dataset = pkgutil.resolve_name(DATASETS[config.name].dataset)
+    row = DATASETS[config.name]
+    dataset = pkgutil.resolve_name(row.dataset)
+    if row.files is not None:
+        return cast(ClipDataset, dataset(config, split, memory))
     return cast(ClipDataset, dataset(config, split))
+
+
+def build_splits(config: DataConfig, *, memory: Path) -> tuple[ClipDataset, ClipDataset]:
+    """The train and the val split, as `build_dataset` gives them."""
+    train = build_dataset(config, "train", memory=memory)
+    return train, build_dataset(config, "val", memory=memory)

@@ -51,11 +51,21 @@ class Sample:
 
 
 class ClipDataset(Protocol):
-    """Clips addressed by index; the same index always gives the same bits."""
+    """Clips addressed by index; the same index always gives the same bits.
+
+    `notes` are warnings about the data, one text each; they are kept with a run's result.
+    """
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def caption(self, index: int) -> str:
+        """The caption of a clip, without reading its video."""
+        ...
 
     def without_masks(self) -> str | None:
         """Key of the first clip whose entity masks are unknown; None if there is no such clip."""

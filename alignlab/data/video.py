@@ -1,13 +1,11 @@
-"""Clips and images in and out of files: PyAV for video, Pillow for images.
+"""Clips in and out of video files, through PyAV.
 
 Shape letters: T frames, H height, W width, C channels (RGB).
 """
 
 import io
-import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,13 +15,17 @@ import numpy as np
 import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, VideoReformatter
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from alignlab.data.decode import TIME_TOLERANCE_S, frames_at, shown_until, upright
-from alignlab.data.decode import ClipError as ClipError
-from alignlab.data.resize import WHITE, cover_crop
-from alignlab.data.resize import fit_reference as fit_reference
+from alignlab.data.decode import (
+    ClipError,
+    TimedFrame,
+    frames_at,
+    hdr_transfer,
+    upright,
+    upright_size,
+)
+from alignlab.data.resize import cover_crop
 
 # H.273 code points: BT.709 has the same one as matrix, primaries and transfer function.
 BT709 = 1
@@ -60,8 +62,8 @@ def decode_clip(
 
     Frame k is the last one that starts at or before `start_s + k / fps` (give or take
     0.6 ms, since containers round), by timestamps, so any source rate, constant or not, keeps
-    its speed. The resize is antialiased bicubic; display rotation and non-square pixels are
-    honoured.
+    its speed. The resize is antialiased bicubic; display rotation, mirroring and non-square pixels
+    are honoured.
 
     Args:
         path: any file FFmpeg reads.
@@ -73,16 +75,13 @@ def decode_clip(
             that keyframe.
 
     Raises:
-        ClipError: unreadable file, no video stream, or fewer frames than asked for.
+        ClipError: unreadable or damaged file, no video stream, or fewer frames than asked for.
     """
-    if frames < 1 or fps <= 0 or start_s < 0:
-        raise ValueError(f"impossible clip: frames={frames}, fps={fps}, start_s={start_s}")
     video: list[Tensor] = []
     indices: list[int] = []
     source_size_HW, pixel_aspect = (0, 0), 1.0
-    wanted_s = [start_s + k / fps for k in range(frames)]
     reformatter = VideoReformatter()
-    for index, timed in frames_at(path, wanted_s, seek=seek):
+    for index, timed in _clip_frames(path, frames, fps, start_s, seek=seek):
         if indices and indices[-1] == index:
             video.append(video[-1])
         else:
@@ -93,22 +92,59 @@ def decode_clip(
             )
             video.append(cropped_CHW.permute(1, 2, 0))
         indices.append(index)
-    if len(video) < frames:
-        raise _too_short(path, len(video), frames, fps, start_s)
     return DecodedClip(torch.stack(video), tuple(indices), source_size_HW, pixel_aspect)
 
 
-def probe_clip(path: Path, *, frames: int, fps: float, start_s: float = 0.0) -> None:
-    """Check cheaply, without decoding the clip, that `decode_clip` would succeed.
+@dataclass(frozen=True)
+class ClipFacts:
+    """What `check_clip` saw of a clip.
+
+    Args:
+        frame_indices: as in `DecodedClip`.
+        source_size_HW: as in `DecodedClip`.
+        hdr: PQ or HLG, if the colours are so coded; they are read as they are, hence pale.
+    """
+
+    frame_indices: tuple[int, ...]
+    source_size_HW: tuple[int, int]
+    hdr: str | None
+
+
+def check_clip(
+    path: Path, *, frames: int, fps: float, start_s: float = 0.0, seek: bool = False
+) -> ClipFacts:
+    """Decode a clip as `decode_clip` does, in one thread, but make pixels of one frame alone.
 
     Raises:
         ClipError: as `decode_clip`.
     """
-    last_needed_s = start_s + (frames - 1) / fps
-    end_s = shown_until(path, last_needed_s)
-    if last_needed_s >= end_s - TIME_TOLERANCE_S:
-        num_available = max(0, math.ceil((end_s - TIME_TOLERANCE_S - start_s) * fps))
-        raise _too_short(path, num_available, frames, fps, start_s)
+    indices: list[int] = []
+    size_HW, hdr = (0, 0), None
+    for index, timed in _clip_frames(path, frames, fps, start_s, seek=seek, threads=1):
+        if not indices:
+            upright(timed, VideoReformatter())
+            hdr = hdr_transfer(timed.frame)
+        size_HW = upright_size(timed)
+        indices.append(index)
+    return ClipFacts(tuple(indices), size_HW, hdr)
+
+
+def _clip_frames(
+    path: Path, frames: int, fps: float, start_s: float, *, seek: bool, threads: int = 0
+) -> Iterator[tuple[int, TimedFrame]]:
+    if frames < 1 or fps <= 0 or start_s < 0:
+        raise ValueError(f"impossible clip: frames={frames}, fps={fps}, start_s={start_s}")
+    num_given = 0
+    wanted_s = [start_s + k / fps for k in range(frames)]
+    for indexed in frames_at(path, wanted_s, seek=seek, threads=threads):
+        yield indexed
+        num_given += 1
+    if num_given < frames:
+        since = f" from {start_s:g} s on" if start_s else ""
+        raise ClipError(
+            f"{path}: is too short: {num_given} frames at {fps:g} fps{since}, {frames} are needed",
+            kind="too short",
+        )
 
 
 def encode_mp4(video_THWC: Tensor, fps: float, *, crf: int = 18) -> bytes:
@@ -151,67 +187,3 @@ def write_mp4(path: Path, video_THWC: Tensor, fps: float) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(encoded)
     os.replace(partial, path)
-
-
-def read_image(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Read an image as uint8 RGB on white, and its alpha channel as a mask.
-
-    Returns:
-        image `(H, W, 3)` uint8, upright (EXIF), composed on white; and a bool mask `(H, W)`,
-        true where alpha is at least one half, or None when the image has no transparency.
-
-    Raises:
-        ClipError: unreadable file, or more than 8 bits per channel.
-    """
-    with _open_image(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith(("I", "F")):
-            raise ClipError(f"{path}: has more than 8 bits per channel; convert it to 8-bit")
-        has_alpha = image.has_transparency_data
-        pixels_HWC = torch.from_numpy(np.array(image.convert("RGBA" if has_alpha else "RGB")))
-    if not has_alpha:
-        return pixels_HWC, None
-    alpha_HW1 = pixels_HWC[..., 3:].float() / 255
-    composed_HWC = pixels_HWC[..., :3].float() * alpha_HW1 + WHITE * (1 - alpha_HW1)
-    return composed_HWC.round().to(torch.uint8), pixels_HWC[..., 3] >= 128
-
-
-def read_labels(path: Path) -> Tensor:
-    """Read a label image, palette or 8-bit gray, as uint8 `(H, W)` indices.
-
-    Raises:
-        ClipError: unreadable file, or an image in colour.
-    """
-    with _open_image(path) as image:
-        if image.mode not in ("P", "L"):
-            raise ClipError(f"{path}: must be a palette or 8-bit gray image, not {image.mode}")
-        return torch.from_numpy(np.array(image))
-
-
-def probe_image(path: Path) -> None:
-    """Check cheaply that a file is an image: only its header is read.
-
-    Raises:
-        ClipError: missing or unreadable file.
-    """
-    with _open_image(path):
-        pass
-
-
-@contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ClipError(f"{path}: cannot be read ({error})") from error
-
-
-def _too_short(
-    path: Path, num_available: int, frames: int, fps: float, start_s: float
-) -> ClipError:
-    since = f" from {start_s:g} s on" if start_s else ""
-    return ClipError(
-        f"{path}: is too short: {num_available} frames at {fps:g} fps{since}, {frames} are needed",
-        kind="too short",
-    )

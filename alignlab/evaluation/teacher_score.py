@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.parts import TeacherConfig
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
 from alignlab.data.sample import Sample
@@ -69,7 +70,7 @@ def score_teachers(
     """
     if not config.teachers:
         raise UserError("teachers: the recipe has none to score")
-    dataset = build_dataset(config.data, "val")
+    dataset = build_dataset(config.data, "val", memory=user_path(config.output))
     samples = [dataset[i] for i in range(min(clips or config.eval.clips, len(dataset)))]
     if len(samples) < 2:
         raise UserError("teachers are scored on two clips or more, and there is one")

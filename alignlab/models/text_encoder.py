@@ -3,15 +3,19 @@
 Shape letters: B batch, L text tokens, D width.
 """
 
+import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+SHOWN = 60  # characters of a caption in a message
 MAX_TEXT_TOKENS = 512  # WanPipeline's max_sequence_length, and the length Wan was trained with
 
 
@@ -56,6 +60,17 @@ class TextEncoder:
             ]
         return torch.cat(rows)
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """Those of the prompts that have more than `max_tokens` tokens: `encode` cuts them."""
+        return [prompt for prompt in prompts if self._is_cut(prompt_clean(prompt))]
+
+    def _is_cut(self, prompt: str) -> bool:
+        # a token is a byte or more of the normalised text; one more may begin and one end it
+        normalised = unicodedata.normalize("NFKC", prompt)
+        if len(normalised.encode(errors="replace")) + 2 <= self.max_tokens:
+            return False
+        return len(self.tokenizer(prompt, verbose=False).input_ids) > self.max_tokens
+
     @cached_property
     def _pipeline(self) -> WanPipeline:
         return WanPipeline(
@@ -65,3 +80,15 @@ class TextEncoder:
             scheduler=None,
             transformer=None,
         )
+
+
+def cut_captions(encoder: TextEncoder, captions: Sequence[str]) -> tuple[str, ...]:
+    """A warning, its numbers in brackets at the end, if the encoder cuts any of the captions."""
+    cut = encoder.cut(captions)
+    if not cut:
+        return ()
+    beginning = textwrap.shorten(cut[0], SHOWN, placeholder="...")
+    return (
+        f"captions are cut at {encoder.max_tokens} tokens, the text encoder's limit: shorten them; "
+        f"the first begins {beginning!r} [{len(cut)} of {len(captions)}]",
+    )

@@ -130,10 +130,11 @@ class Wan:
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""
-        return self._text.encode(prompts)
+        return self.text.encode(prompts)
 
     @cached_property
-    def _text(self) -> TextEncoder:
+    def text(self) -> TextEncoder:
+        """The frozen text encoder with its tokenizer."""
         return TextEncoder(self.text_encoder, self.tokenizer)
 
     @cached_property

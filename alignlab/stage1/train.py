@@ -13,12 +13,15 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignlab.data.registry import build_dataset
+from alignlab.config.paths import user_path
+from alignlab.data.registry import build_splits
 from alignlab.data.sample import ClipDataset
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
+from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import load_text_encoder
+from alignlab.progress import warn_once
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
 from alignlab.runs.log_filters import quiet_libraries
@@ -93,11 +96,17 @@ class Stage1Trainer(Trainer):
     config: Stage1Config
 
     def __init__(self, config: Stage1Config, ranks: Ranks) -> None:
-        train_clips = build_dataset(config.data, "train")
-        val_clips = build_dataset(config.data, "val")
+        train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
         task_class = STAGE1_TASKS[config.stage1.kind]
         task_class.check_data(train_clips, val_clips)
         self.models = load_frozen_models(config, ranks.device)
+        self.notes = (*train_clips.notes, *val_clips.notes)
+        if self.models.text is not None:
+            captions = [c.caption(i) for c in (train_clips, val_clips) for i in range(len(c))]
+            cut = cut_captions(self.models.text, captions)
+            self.notes += cut
+            for note in cut:
+                warn_once(note)
         self.task = task_class(config.stage1, self.models, seed=config.seed)
         self.clips = TaskClips(self.task, train_clips, config.data.cache_clips)
         self.val_clips = TaskClips(self.task, val_clips, 0)
@@ -131,7 +140,7 @@ class Stage1Trainer(Trainer):
         with whole_folder(folder.stage1) as stage1_folder:
             info = stage1_info(self.config, self.task.shape, self.models.teacher)
             save_stage1(stage1_folder, network, info)
-        result = {"steps": self.config.steps, "metrics": metrics}
+        result = {"steps": self.config.steps, "metrics": metrics, "notes": self.notes}
         write_text(folder.result, json.dumps(result, indent=1))
 
 

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.config.parts import AdamWConfig
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.data.registry import build_dataset, dataset_files
+from alignlab.data.registry import build_splits, dataset_files
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
 from alignlab.losses.grids import Grid
 from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
+from alignlab.progress import warn_once
 from alignlab.recipe import recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
@@ -42,6 +45,8 @@ class Run:
     flow_weights: FlowWeights
     branch: ReferenceBranch
     caches: "Caches"
+    notes: tuple[str, ...]
+    """Warnings about the data, which were logged; they are kept in `result.json`."""
 
     @property
     def device(self) -> torch.device:
@@ -82,7 +87,9 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
             group was joined.
     """
     ranks = ranks or single_rank(config.model.precision)
-    dataset, val_dataset = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+    if ranks.world_size > 1:
+        ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
+    dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
     wan = load_wan(
         config.model.path,
         train=config.model.train,
@@ -99,6 +106,10 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=ranks.device)
     alignment.check_data(dataset)
     alignment.check_world_size(ranks.world_size)
+    captions = [clips.caption(i) for clips in (dataset, val_dataset) for i in range(len(clips))]
+    cut = cut_captions(wan.text, captions)
+    for note in cut:
+        warn_once(note)
     caches = caches or new_caches(config)
     branch = ReferenceBranch.of(wan.transformer, config.model, blocks=alignment.blocks)
     return Run(
@@ -112,7 +123,12 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         FlowWeights(config.flow),
         branch,
         caches,
+        (*dataset.notes, *val_dataset.notes, *cut),
     )
+
+
+def _check_data(config: RunConfig) -> None:
+    build_splits(config.data, memory=user_path(config.output))
 
 
 def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:

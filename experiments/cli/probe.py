@@ -48,7 +48,9 @@ def score(
     from alignlab.evaluation.teacher_score import parse_size, score_teachers
     from alignlab.experiments.compare.config import load_base
     from alignlab.experiments.probe.teacher_table import print_scores, write_scores
+    from alignlab.runs.out_paths import check_out_file
 
+    check_out_file(out, ".csv")
     size = None if grid is None else parse_size(grid)
     scores = score_teachers(load_base(recipe, overrides), clips=clips, size=size)
     print_scores(scores)
@@ -66,4 +68,5 @@ def preview(
     from alignlab.experiments.data_preview import load_data
     from alignlab.experiments.data_preview import preview as write
 
-    typer.echo(f"preview: {write(load_data(recipe, overrides), out, clips)}")
+    data, output = load_data(recipe, overrides)
+    typer.echo(f"preview: {write(data, out, clips, memory=output)}")

@@ -8,7 +8,6 @@ import io
 from pathlib import Path
 
 from alignlab.data.video import encode_mp4
-from alignlab.errors import UserError
 from alignlab.evaluation.feature_maps import FeatureClip
 from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, probe_run
 from alignlab.experiments.probe.figures import MapTable, map_charts, map_tables
@@ -17,6 +16,7 @@ from alignlab.experiments.report.charts import COLOURS, Chart, figures_of
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.out_paths import check_out_folder
 
 MEASURES = {
     "cknna": (
@@ -59,10 +59,9 @@ def probe(
         block: whose tokens are shown one by one.
 
     Raises:
-        UserError: as `probe_run`, or `out` is a file.
+        UserError: as `probe_run`, or `out` cannot be written into.
     """
-    if out.is_file():
-        raise UserError(f"{out} is a file: choose another --out")
+    check_out_folder(out)
     result = probe_run(run_dir, teacher=teacher, block=block)
     out.mkdir(parents=True, exist_ok=True)
     return write_probe(result, out)

@@ -325,8 +325,9 @@ def test_missing_comparison_key(tmp_path: Path) -> None:
 
 
 def test_data_of_either_kind_of_recipe() -> None:
-    assert load_data("tiny", ["data.frames=13"]).frames == 13
-    assert load_data("demo").name == "shapes"
+    data, output = load_data("tiny", ["data.frames=13", "output=somewhere"])
+    assert data.frames == 13 and output == Path("somewhere")
+    assert load_data("demo")[0].name == "shapes"
 
 
 def test_hash_ignores_what_changes_no_number() -> None:

@@ -32,7 +32,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=16,
+        model_max_length=32,  # no caption of `shapes` is cut
     )
 
 

@@ -45,6 +45,24 @@ class Track:
     angle_T: Array
 
 
+@dataclass(frozen=True)
+class _Scene:
+    """What a clip shows; `rng` goes on to the background's phase and the references."""
+
+    tracks: list[Track]
+    num_references: int
+    tone: str
+    backdrop: str
+    rng: np.random.Generator
+
+    @property
+    def caption(self) -> str:
+        spoken = ", ".join(
+            f"{_with_article(t.subject.phrase)} moves {t.motion}" for t in self.tracks
+        )
+        return f"{spoken}, over a {self.backdrop} {self.tone} background"
+
+
 class ShapesDataset:
     """Clips of the shapes world (see `alignlab.config.data.ShapesConfig` for the settings).
 
@@ -52,6 +70,8 @@ class ShapesDataset:
         config: frames, size, reference counts and clip counts.
         split: `train` and `val` draw from different random streams.
     """
+
+    notes = ()
 
     def __init__(self, config: ShapesConfig, split: Literal["train", "val"]) -> None:
         self.config = config
@@ -61,24 +81,35 @@ class ShapesDataset:
         return self.config.train_clips if self.split == "train" else self.config.val_clips
 
     def __getitem__(self, index: int) -> Sample:
+        scene = self._draw(index)
+        height, width = self.config.size
+        background = draw_background(
+            scene.backdrop, scene.tone, height, width, float(scene.rng.uniform(0, 6.28))
+        )
+        video, masks, flow = render(scene.tracks, background)
+        pictured = scene.tracks[: scene.num_references]
+        return Sample(
+            key=f"shapes-{self.config.seed}-{self.split}-{index:06d}",
+            video_THWC=torch.from_numpy(video),
+            caption=scene.caption,
+            references=tuple(draw_reference(t.subject, scene.rng, height, width) for t in pictured),
+            entities=tuple(t.subject.phrase for t in scene.tracks),
+            masks_ETHW=torch.from_numpy(masks),
+            flow_THWC=torch.from_numpy(flow),
+        )
+
+    def caption(self, index: int) -> str:
+        """The caption of a clip; nothing is rendered."""
+        return self._draw(index).caption
+
+    def _draw(self, index: int) -> "_Scene":
         if not 0 <= index < len(self):
             raise IndexError(f"shapes has {len(self)} {self.split} clips, no clip {index}")
         rng, count = self._begin(index)
         height, width = self.config.size
         tracks = _draw_tracks(rng, max(count, 1), self.config.frames, height, width)
         tone, backdrop = str(rng.choice(list(BACKGROUNDS))), str(rng.choice(BACKDROPS))
-        background = draw_background(backdrop, tone, height, width, float(rng.uniform(0, 6.28)))
-        video, masks, flow = render(tracks, background)
-        spoken = ", ".join(f"{_with_article(t.subject.phrase)} moves {t.motion}" for t in tracks)
-        return Sample(
-            key=f"shapes-{self.config.seed}-{self.split}-{index:06d}",
-            video_THWC=torch.from_numpy(video),
-            caption=f"{spoken}, over a {backdrop} {tone} background",
-            references=tuple(draw_reference(t.subject, rng, height, width) for t in tracks[:count]),
-            entities=tuple(t.subject.phrase for t in tracks),
-            masks_ETHW=torch.from_numpy(masks),
-            flow_THWC=torch.from_numpy(flow),
-        )
+        return _Scene(tracks, count, tone, backdrop, rng)
 
     def without_masks(self) -> None:
         """Every clip has entity masks."""

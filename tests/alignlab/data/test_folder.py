@@ -3,9 +3,12 @@
 import json
 import logging
 import pkgutil
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,8 @@ from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
 
 Rows = list[dict[str, Any]]
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @pytest.fixture
@@ -53,12 +58,19 @@ def write_jsonl(root: Path, lines: Rows) -> None:
     (root / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
 
 
+def write_masks(root: Path, frames: Iterable[int], label: int = 1) -> None:
+    """Label images of the clips' frames, which are all one entity."""
+    (root / "masks").mkdir(exist_ok=True)
+    for index in frames:
+        Image.new("L", (48, 32), label).save(root / "masks" / f"{index:05d}.png")
+
+
 def config(root: Path, **changes: Any) -> FolderConfig:
     settings = {"frames": 5, "size": (32, 32), "fps": 6, "val_fraction": 0.2, **changes}
     return FolderConfig(path=str(root), **settings)
 
 
-def all_of(settings: FolderConfig, split: Literal["train", "val"]) -> list[Sample]:
+def all_of(settings: FolderConfig, split: Split) -> list[Sample]:
     dataset = FolderDataset(settings, split)
     return [dataset[index] for index in range(len(dataset))]
 
@@ -157,7 +169,7 @@ def test_of_more_references_than_allowed_the_largest_crops_are_taken(root: Path)
 
 
 def test_it_names_the_first_clip_without_masks(root: Path) -> None:
-    (root / "masks").mkdir()
+    write_masks(root, range(24))
     masked = {"masks": "masks", "entities": ["block"]}
     held_out = {row.key for row in all_of(config(root), "val")}
     lines = [{**row, **masked} for row in rows()]
@@ -214,8 +226,7 @@ def test_bad_clips_are_fatal_or_counted(root: Path, caplog: pytest.LogCaptureFix
     settings = config(root, references=(1, 3), val_fraction=1e-9)
     kept: list[Sample] = []
     reasons: list[str] = []
-    splits: tuple[Literal["train", "val"], ...] = ("train", "val")
-    for split in splits:
+    for split in SPLITS:
         skipping = settings.model_copy(update={"on_bad_video": "skip"})
         caplog.clear()
         try:
@@ -232,6 +243,135 @@ def test_bad_clips_are_fatal_or_counted(root: Path, caplog: pytest.LogCaptureFix
 
     with pytest.raises(UserError, match=r"(a\.mp4|b\.mp4|line 3).*on_bad_video=skip"):
         both_splits(root, references=(1, 3), val_fraction=1e-9)
+
+
+def damage(path: Path) -> None:
+    """Overwrites bytes behind the first half second; the index stays whole."""
+    contents = bytearray(path.read_bytes())
+    begin, end = len(contents) * 7 // 20, len(contents) * 9 // 10
+    contents[begin:end] = bytes(end - begin)
+    path.write_bytes(contents)
+
+
+def noise(num_frames: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_frames, 32, 48, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def trained(root: Path) -> str:
+    """The letter of a clip that is in the train split."""
+    return Path(all_of(config(root), "train")[0].key).stem
+
+
+def spoil_video(root: Path) -> None:
+    path = root / "clips" / f"{trained(root)}.mp4"
+    write_mp4(path, noise(24), 12)
+    damage(path)
+
+
+def spoil_reference(root: Path) -> None:
+    own = root / "refs" / "own.png"
+    Image.fromarray(noise(1)[0].numpy()).save(own)
+    own.write_bytes(own.read_bytes()[:-30])
+
+
+def deep_reference(root: Path) -> None:
+    Image.new("I;16", (8, 8), 40_000).save(root / "refs" / "own.png")
+
+
+def with_mask(image: Image.Image, frame: int = 4) -> Callable[[Path], None]:
+    """Labels for all frames, one of which is this image."""
+
+    def spoil(root: Path) -> None:
+        write_masks(root, range(24))
+        image.save(root / "masks" / f"{frame:05d}.png")
+
+    return spoil
+
+
+def cut_mask(root: Path) -> None:
+    write_masks(root, range(24))
+    path = root / "masks" / "00004.png"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "video": (spoil_video, r"clips/.\.mp4: (is damaged|cannot be read)"),
+    "cut image": (spoil_reference, r"refs/own\.png: cannot be read"),
+    "16-bit image": (deep_reference, r"refs/own\.png: has more than 8 bits"),
+    "no masks": (lambda root: None, "there is no masks folder .*masks"),
+    "masks one short": (
+        lambda root: write_masks(root, range(8)),
+        r"masks/00008\.png: is missing, the labels of frame 8",
+    ),
+    "masks from 1": (
+        lambda root: write_masks(root, range(1, 25)),
+        r"masks: has 00001\.png but no 00000\.png, and frames are counted from 0",
+    ),
+    "mask of another size": (
+        with_mask(Image.new("L", (32, 48))),
+        r"00004\.png: is 48x32 \(height x width\), the video 32x48",
+    ),
+    "mask in colour": (with_mask(Image.new("RGB", (48, 32))), r"00004\.png: .*not RGB"),
+    "mask of 16 bits": (with_mask(Image.new("I;16", (48, 32))), r"00004\.png: .*not I;16"),
+    "mask of 1 bit": (with_mask(Image.new("1", (48, 32))), r"00004\.png: .*not 1"),
+    "cut mask": (
+        cut_mask,
+        r"00004\.png: cannot be read",
+    ),
+    "label beyond": (
+        with_mask(Image.new("L", (48, 32), 2)),
+        r"00004\.png: has the label 2, and the row names 1 entities",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_what_cannot_be_decoded_is_found_before_training(
+    root: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoil, message = SPOILT[kind]
+    at = "abcd".index(trained(root))
+    spoil(root)
+    lines = rows()
+    if "image" in kind:
+        lines[at]["references"] = ["refs/red.png", "refs/own.png"]
+    if "mask" in kind or "label" in kind:
+        lines[at] |= {"masks": "masks", "entities": ["block"]}
+    write_jsonl(root, lines)
+    line = f"metadata.jsonl line {at + 1}: .*{message}.*; mend .* data.on_bad_video=skip"
+    with pytest.raises(UserError, match=line):
+        both_splits(root)
+    with caplog.at_level(logging.WARNING):
+        kept = both_splits(root, on_bad_video="skip")
+    assert kept.keys() == {row["file_name"] for row in lines if row is not lines[at]}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "1 of " in said and re.search(message, said)
+
+
+def test_frames_that_no_clip_shows_may_be_damaged(root: Path) -> None:
+    spoil_video(root)
+    assert len(both_splits(root, fps=12)) == 4
+
+
+def test_hdr_colours_are_told_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in "bd":
+        with av.open(str(root / "clips" / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=12)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            stream.codec_context.color_trc = 18
+            for frame_HWC in noise(24).numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, "rgb24")))
+            container.mux(stream.encode())
+    with caplog.at_level(logging.WARNING):
+        notes = [note for _ in range(2) for split in SPLITS for note in notes_of(root, split)]
+    assert [record.getMessage() for record in caplog.records] == notes[: len(notes) // 2]
+    assert all("have HDR colours (HLG), which are read as stored" in note for note in notes)
+
+
+def notes_of(root: Path, split: Split) -> tuple[str, ...]:
+    return FolderDataset(config(root), split).notes
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_print_config_and_data_of_a_recipe(recipes: Recipes) -> None:
         config = load_stage1_run(kind, recipes[kind])
         shown = alignlab("stage1", kind, recipes[kind], "--print-config")
         assert shown.stdout == dump(config)
-        assert load_data(recipes[kind]) == config.data
+        assert load_data(recipes[kind]) == (config.data, Path(config.output))
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
