@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
@@ -176,7 +176,8 @@ def _orientation(name: str, frame: VideoFrame) -> Orientation:
         ClipError: a rotation by no multiple of 90 degrees, or a shear.
     """
     try:
-        side_data = frame.side_data[SideDataType.DISPLAYMATRIX]
+        # the stubs of PyAV know its keys as texts only
+        side_data = cast(Any, frame.side_data)[SideDataType.DISPLAYMATRIX]
     except KeyError:
         return Orientation()
     matrix = np.frombuffer(bytes(side_data), dtype=np.int32).astype(float)

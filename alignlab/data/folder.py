@@ -10,6 +10,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from alignlab.config.data import FolderConfig
 from alignlab.config.paths import user_path
 from alignlab.data.check import MediaCheck, check_media
@@ -195,7 +197,7 @@ class FolderDataset:
 def _crop_area(image_HWC: Tensor, mask_HW: Tensor | None) -> int:
     """Pixels of the smallest box around the subject, in the image as it lies in its file."""
     if mask_HW is None:
-        return image_HWC.shape[0] * image_HWC.shape[1]
+        return int(image_HWC.shape[0] * image_HWC.shape[1])
     rows, columns = mask_HW.any(1).nonzero(), mask_HW.any(0).nonzero()
     if not len(rows):
         return 0
