@@ -119,7 +119,7 @@ def test_the_sampler_is_refaligns(transformer: WanTransformer3DModel, count: int
     expected = TENSORS[f"sampled_{count}"]
     found = {}
     for absent in ("zero", "none"):
-        with ReferenceBranch(transformer, absent_references=absent) as branch:  # type: ignore[arg-type]
+        with ReferenceBranch(transformer, absent_references=absent) as branch:
             found[absent] = sample_latents(
                 branch, NOISE[0], TEXT, NEGATIVE, REFERENCES[:count], guidance
             )

@@ -39,7 +39,11 @@ def test_videorepas_projector_starts_as_widely_as_the_authors() -> None:
     objective = VideoRepa(
         VideoRepaConfig(teacher="video"), student_dim=512, teacher_dims={"video": 256}
     )
-    layers = [layer for layer in objective.projectors["block_17"] if isinstance(layer, nn.Linear)]
+    layers = [
+        layer
+        for layer in objective.projectors["block_17"].modules()
+        if isinstance(layer, nn.Linear)
+    ]
     for layer, expected in zip(layers, stored_numbers("videorepa")["projector"], strict=True):
         assert layer.in_features == expected["inputs"]
         assert layer.weight.std().item() == pytest.approx(expected["weight_std"], rel=0.01)

@@ -153,7 +153,11 @@ def test_projectors_start_as_the_released_code_or_repas(initial_weights: str) ->
         student_dim=512,
         teacher_dims={"clip": 256},
     )
-    layers = [layer for layer in objective.projectors["block_17"] if isinstance(layer, nn.Linear)]
+    layers = [
+        layer
+        for layer in objective.projectors["block_17"].modules()
+        if isinstance(layer, nn.Linear)
+    ]
     assert [layer.in_features for layer in layers] == [512, 2048, 2048]
     for layer in layers:
         inputs, outputs = layer.in_features, layer.out_features
