@@ -18,8 +18,9 @@ from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
-from alignlab.progress import Advance, step_progress, warn_once
+from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
@@ -170,13 +171,12 @@ def sample_to_file(
     )
     images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
     wan = load_trained(run_dir)
-    if wan.text.cut([prompt]):
-        limit = wan.text.max_tokens
-        warn_once(f"--prompt is cut at {limit} tokens, the text encoder's limit: shorten it")
     references = [wan.encode_image(image_HWC) for image_HWC in images]
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
     negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
-    negative_LD, text_LD = wan.encode_text([negative_text(negative), prompt])
+    texts = {"--negative-prompt": negative_text(negative), "--prompt": prompt}
+    warn_of_cut(wan.text, texts)
+    negative_LD, text_LD = wan.encode_text(list(texts.values()))
     stacked = torch.stack(references) if references else noise[None, :, 0][:0].to(wan.device)
     with (
         ReferenceBranch.of(wan.transformer, config.model) as branch,

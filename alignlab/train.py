@@ -50,7 +50,13 @@ from alignlab.training.flow_matching import flow_loss, interpolate, timestep_his
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.nonfinite import NonFiniteWatch, state_norms
 from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
-from alignlab.training.setup import Caches, Run, build_run, check_inputs, check_ranks_agree
+from alignlab.training.setup import (
+    Caches,
+    Run,
+    build_run,
+    check_ranks_agree,
+    check_teachers_and_eval,
+)
 
 
 @quiet_libraries()
@@ -82,7 +88,7 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
         run = build_run(config, caches, ranks)
-        check_inputs(run)
+        check_teachers_and_eval(run)
         if newest is not None:
             checkpoint.restore(run.state, newest)
         check_ranks_agree(run)
@@ -141,7 +147,7 @@ class Trainer(ABC):
             newest: the checkpoint that the state stands on, if any.
 
         Raises:
-            UserError: a scalar or a weight stopped being finite.
+            UserError: a scalar or a weight stopped being finite, or an objective aligned nothing.
         """
         ranks = self.ranks
         with self._tracker(folder, resumed=newest is not None) as tracker:
@@ -342,6 +348,11 @@ class RunTrainer(Trainer):
         """Share of samples that had something to align, by objective."""
         return self._aligned.row()
 
+    def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
+        """The loop; then, on every rank, whether the objectives had something to align."""
+        super().train_steps(folder, tracker, newest)
+        self._aligned.check_end()
+
     @contextmanager
     def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
         """Reference branch and taps; logs the noise levels that the run will draw."""
@@ -349,8 +360,7 @@ class RunTrainer(Trainer):
             flow = self.ranks.on_main(flow_of_first_clips, self.run)
             tracker.log(0, timestep_histogram(self.config) | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
-        references = self.run.clips.share_with_references()
-        self._aligned = AlignedSamples(self.config, references, rows)
+        self._aligned.count_on(rows)
         every = self.config.tracking.diagnose_every
         if every is not None:
             self._diagnosis = Diagnosis(self.run, every=every, logged=rows)
@@ -371,7 +381,6 @@ class RunTrainer(Trainer):
             yield self.run.flow_weights(batch.sigma_B) * flow_B, aligned
 
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
-        self._aligned.check_end()
         metrics = evaluate(self.run, folder) | logged_costs(folder)
         projectors = [p for p in self.run.alignment.parameters() if p.requires_grad]
         metrics["params/extra"] = float(sum(p.numel() for p in projectors))

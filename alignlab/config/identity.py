@@ -29,7 +29,9 @@ Exclude = Mapping[str, Any]
 def identity(config: BaseModel, exclude: Exclude | None = None) -> dict[str, Any]:
     """The settings that differ from their defaults, as plain JSON values.
 
-    The tag that picks one of several classes (`name: repa`, `kind: float`) is always there.
+    A setting of one possible value is always there: the tag that picks one of several classes
+    (`name: repa`, `kind: float`), and the mark of a rule that changed (`data.split_rule`), by which
+    older recipes are told from today's.
     """
     left_out = exclude or {}
     settings: dict[str, Any] = {}

@@ -90,17 +90,20 @@ def _steps(changes: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path,
 
 
 def _kinds_first(steps: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
-    """Edits of a kind before those of its neighbours, which they would clear."""
+    """Edits of a kind before those of its neighbours, which they would clear.
+
+    But behind the last change of the whole mapping, or of one around it.
+    """
     ordered: list[tuple[Path, Any]] = []
     for path, value in steps:
         place = len(ordered)
         if len(path) > 1 and path[-1] in KINDS:
-            neighbours = (
-                at
-                for at, (other, _) in enumerate(ordered)
-                if len(other) >= len(path) and other[: len(path) - 1] == path[:-1]
-            )
-            place = next(neighbours, place)
+            for at in reversed(range(len(ordered))):
+                other = ordered[at][0]
+                if other == path[: len(other)] and len(other) < len(path):
+                    break
+                if len(other) >= len(path) and other[: len(path) - 1] == path[:-1]:
+                    place = at
         ordered.insert(place, (path, value))
     return ordered
 

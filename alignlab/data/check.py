@@ -168,7 +168,9 @@ def _stamp(check: MediaCheck) -> str | None:
             stat = path.stat()
         except OSError:  # the check itself will say why
             return None
-        digest.update(f"{path}\0{stat.st_size} {stat.st_mtime_ns}\0".encode(errors="replace"))
+        # the time of change sees what a copy with its old date does not show
+        times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
+        digest.update(f"{path}\0{stat.st_size} {times}\0".encode(errors="replace"))
     return digest.hexdigest()[:16]
 
 

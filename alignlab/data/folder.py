@@ -4,7 +4,6 @@ The columns are described in `alignlab.data.metadata`.
 Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 """
 
-import logging
 import os
 from collections import Counter
 from functools import partial
@@ -25,8 +24,6 @@ from alignlab.data.split import Split, deal
 from alignlab.data.video import check_clip, decode_clip
 from alignlab.errors import UserError
 from alignlab.progress import warn_once
-
-log = logging.getLogger(__name__)
 
 
 class FolderDataset:
@@ -55,14 +52,16 @@ class FolderDataset:
         if not root.is_dir():
             raise UserError(f"data.path: there is no folder {root}")
         rows = read_rows(root, config.metadata, follow_links=config.follow_links)
-        if split == "train":  # once for each data set
-            for name, column in misnamed_columns(rows).items():
-                log.warning(
-                    "%s: nothing reads the column %r; did you mean %r?",
-                    *(root / config.metadata, name, column),
-                )
+        misnamed = tuple(
+            f"{root / config.metadata}: nothing reads the column {name!r}; did you mean {column!r}?"
+            for name, column in misnamed_columns(rows).items()
+            if split == "train"  # once for each data set
+        )
+        for note in misnamed:
+            warn_once(note)
         dealt = zip(rows, deal(rows, root, config.val_fraction), strict=True)
         in_split = [row for row, dealt_to in dealt if dealt_to == split]
+        self.notes: tuple[str, ...] = misnamed
         self._rows = self._usable(in_split)
         self._keys = _unique_keys(self._rows)
         if not self._rows:
@@ -126,9 +125,10 @@ class FolderDataset:
                 remarks.update(filter(None, [verdicts[checks[0].key].remark]))
         if is_strict:
             self._refuse_first(errors)
-        self.notes = self._notes([e for e in errors if e is not None], len(rows), remarks)
-        for note in self.notes:
+        notes = self._notes([e for e in errors if e is not None], len(rows), remarks)
+        for note in notes:
             warn_once(note)
+        self.notes += notes
         return [row for row, error in zip(rows, errors, strict=True) if error is None]
 
     def _refuse_first(self, errors: list[ClipError | None]) -> None:

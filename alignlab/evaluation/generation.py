@@ -14,6 +14,7 @@ from torch import Tensor
 from alignlab.data.video import write_mp4
 from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.text_encoder import warn_of_cut
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import write_text
@@ -96,6 +97,7 @@ def generated_clip(
     """
     clip, device = run.val_clips[index], run.device
     negative = negative_text(run.config.eval.negative_prompt)
+    warn_of_cut(run.wan.text, {"eval.negative_prompt": negative})
     # the empty prompt was encoded when the run was built
     negative_LD = run.wan.encode_text([negative])[0] if negative else run.val_clips.empty_text_LD
     noise = torch.randn(

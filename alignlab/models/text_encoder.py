@@ -5,7 +5,7 @@ Shape letters: B batch, L text tokens, D width.
 
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,6 +14,8 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from alignlab.progress import warn_once
 
 SHOWN = 60  # characters of a caption in a message
 MAX_TEXT_TOKENS = 512  # WanPipeline's max_sequence_length, and the length Wan was trained with
@@ -92,3 +94,11 @@ def cut_captions(encoder: TextEncoder, captions: Sequence[str]) -> tuple[str, ..
         f"captions are cut at {encoder.max_tokens} tokens, the text encoder's limit: shorten them; "
         f"the first begins {beginning!r} [{len(cut)} of {len(captions)}]",
     )
+
+
+def warn_of_cut(encoder: TextEncoder, texts: Mapping[str, str]) -> None:
+    """Warns of the texts that the encoder cuts, by the name of what set them."""
+    for setting, text in texts.items():
+        if encoder.cut([text]):
+            limit = encoder.max_tokens
+            warn_once(f"{setting} is cut at {limit} tokens, the text encoder's limit: shorten it")

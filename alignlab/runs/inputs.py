@@ -8,7 +8,7 @@ from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import DataConfig, dataset_files
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
-from alignlab.models.model_files import present_folder
+from alignlab.models.model_files import on_disk, present_folder
 from alignlab.models.wan import COMPONENTS, TEXT_PARTS, pipeline_folder
 from alignlab.runs.file_digests import combined, digest_files
 from alignlab.stage1.compatibility import stage1_folder_of
@@ -102,7 +102,7 @@ def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Inp
 def _stage1(config: RunConfig) -> Iterator[Input]:
     for alias, objective in config.objectives.items():
         named = stage1_folder_of(alias, objective)
-        if named is not None and (folder := Path(named.folder)).is_dir():
+        if named is not None and (folder := on_disk(named.folder)) is not None:
             files = {name: folder / name for name in (WEIGHTS, INFO)}
             yield Input(named.key, named.folder, digest_files(folder, files))
 

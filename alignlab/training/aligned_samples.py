@@ -25,10 +25,10 @@ from alignlab.losses.schedule import StopAt
 from alignlab.training.flow_matching import representative_levels
 
 PREFIX = "aligned/"
-# A run stops after so many samples that the recipe lets an objective align, of which it aligned
-# none. If one clip in 100 has something to align, that happens by chance in 4 of 100,000 runs
+# A run stops once recipe and data let an objective align so many samples, and it aligned none. If
+# one in 100 of those has something to align after all, that happens by chance in 4 of 100,000 runs
 # (exp(-10)); if one in 10 has, in none that anybody will see (exp(-100)).
-PATIENCE = 1000
+STOP_AT_EXPECTED = 1000
 # A shorter run that aligned nothing is an error unless that is so likely by chance.
 CHANCE = 1e-3
 
@@ -126,23 +126,20 @@ class AlignedSamples:
     Args:
         config: the run.
         with_references: share of the training clips that have a reference.
-        logged: rows of the run so far, in order; a resumed run counts on from the last one.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        with_references: float,
-        logged: Sequence[Mapping[str, float]] = (),
-    ) -> None:
+    def __init__(self, config: RunConfig, with_references: float) -> None:
         self._config = config
         self._with_references = with_references
         self._possible = {alias: possible_share(config, alias) for alias in config.objectives}
         self._totals = {alias: (0, 0) for alias in config.objectives}
         self._lap: dict[str, Tensor] = {}
         self._lap_samples = dict.fromkeys(config.objectives, 0)
+
+    def count_on(self, logged: Sequence[Mapping[str, float]]) -> None:
+        """Goes on from the last of the run's rows so far, which are in order."""
         for row in logged:
-            for alias in config.objectives:
+            for alias in self._totals:
                 share, samples = row.get(f"{PREFIX}{alias}"), row.get(f"{PREFIX}{alias}/samples")
                 if share is not None and samples is not None:
                     self._totals[alias] = round(share * samples), int(samples)
@@ -167,7 +164,7 @@ class AlignedSamples:
         for alias, count in self.counts().items():
             if not count.samples:
                 continue
-            if count.is_missed and count.samples * count.possible >= PATIENCE:
+            if count.is_missed and count.samples * self._likely(alias) >= STOP_AT_EXPECTED:
                 raise self._nothing(alias, count)
             row[f"{PREFIX}{alias}"] = count.share
             row[f"{PREFIX}{alias}/samples"] = float(count.samples)
@@ -180,11 +177,13 @@ class AlignedSamples:
             UserError: and by the recipe and the data it is unlikely to be chance.
         """
         for alias, count in self.counts().items():
-            likely = count.possible
-            if _reads_references(self._config.objectives[alias]):
-                likely *= self._with_references
-            if count.is_missed and (1 - likely) ** count.samples < CHANCE:
+            if count.is_missed and (1 - self._likely(alias)) ** count.samples < CHANCE:
                 raise self._nothing(alias, count)
+
+    def _likely(self, alias: str) -> float:
+        """Share of samples in which recipe and data let an objective align something."""
+        reads_references = _reads_references(self._config.objectives[alias])
+        return self._possible[alias] * (self._with_references if reads_references else 1.0)
 
     def counts(self) -> dict[str, AlignedCount]:
         """By alias; waits for the device."""

@@ -142,7 +142,8 @@ class Alignment(nn.Module):
         Raises:
             UserError: features are not finite, or those of the two clips are the same.
         """
-        clips = noise_clips(config.data.frames, config.data.size)
+        is_any_video = any(teacher.is_video for teacher in self.teachers.values())
+        clips = noise_clips(config.data.frames if is_any_video else 1, config.data.size)
         for alias, teacher in self.teachers.items():
             frames_BTHWC = clips if teacher.is_video else clips[:, :1]
             tokens_BTPD = teacher.encode(frames_BTHWC, teacher.grid or grid[1:]).tokens_BTPD
@@ -218,7 +219,7 @@ class Alignment(nn.Module):
             if kind == "reference":
                 shown_B = shown_B & batch.referenced_B.to(gate_B.device)
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
-        return Aligned(loss_B, terms, samples, weighted, counted, _magnitudes(features))
+        return Aligned(loss_B, terms, samples, weighted, counted, feature_magnitudes(features))
 
     def _log_grids(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
         """Logs once per objective which blocks and which token grids meet."""
@@ -240,10 +241,10 @@ def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:
     """A dark and a bright clip of noise, uint8 (2, T, H, W, 3)."""
     generator = torch.Generator().manual_seed(0)
     dark, bright = (
-        torch.randint(low, low + 128, (frames, *size_HW, 3), generator=generator)
+        torch.randint(low, low + 128, (frames, *size_HW, 3), generator=generator, dtype=torch.uint8)
         for low in (0, 128)
     )
-    return torch.stack([dark, bright]).to(torch.uint8)
+    return torch.stack([dark, bright])
 
 
 def check_features(where: str, tokens_BTPD: Tensor) -> None:
@@ -262,13 +263,19 @@ def check_features(where: str, tokens_BTPD: Tensor) -> None:
         )
 
 
-def _magnitudes(features: Mapping[tuple[str, str], Features]) -> dict[str, Tensor]:
-    """Mean magnitude of a sample's features: not finite if one of them is not."""
-    flat = {key: f.tokens_BTPD.float().abs().flatten(1) for key, f in features.items()}
-    return {
-        f"{FEATURES}{alias}/{kind}": x_BN.sum(1) / max(1, x_BN.shape[1])
-        for (alias, kind), x_BN in flat.items()
-    }
+def feature_magnitudes(features: Mapping[tuple[str, str], Features]) -> dict[str, Tensor]:
+    """Mean magnitude of a sample's features, (B,): not finite if one of them is not.
+
+    Tokens of zeros are left out: they fill up samples with fewer references than others.
+    """
+    means = {}
+    for (alias, kind), found in features.items():
+        x_BTPD = found.tokens_BTPD
+        # a norm, which keeps no copy of the features in fp32
+        sums_BTP = torch.linalg.vector_norm(x_BTPD, ord=1, dim=-1, dtype=torch.float32)
+        count_B = (sums_BTP != 0).flatten(1).sum(1).clamp_min(1) * x_BTPD.shape[-1]
+        means[f"{FEATURES}{alias}/{kind}"] = sums_BTP.flatten(1).sum(1) / count_B
+    return means
 
 
 def _has_tokens(batch: Batch, kind: str) -> Tensor:

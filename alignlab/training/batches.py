@@ -24,12 +24,16 @@ Clip = TypeVar("Clip")
 
 @dataclass(frozen=True)
 class Encoded:
-    """One clip after the frozen encoders, on the CPU."""
+    """One clip after the frozen encoders, on the CPU.
+
+    `shows_reference` says whether one of its references is not blank.
+    """
 
     sample: Sample
     latents_CTHW: Tensor
     text_LD: Tensor
     references_KCHW: Tensor
+    shows_reference: bool
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class ClipEncoder:
             latents.cpu(),
             self._wan.encode_text([sample.caption])[0].cpu(),
             torch.stack(references).cpu() if references else _no_references(latents),
+            _shows_reference(sample),
         )
         self._check_finite(encoded)
         self._cache.put(index, encoded)
@@ -204,11 +209,11 @@ def collate(
         video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
         names=names,
         masks=[e.sample.masks_ETHW for e in encoded],
-        referenced_B=torch.tensor([refs and _shows_something(e.sample) for e, (_, refs) in rows]),
+        referenced_B=torch.tensor([refs and e.shows_reference for e, (_, refs) in rows]),
     )
 
 
-def _shows_something(sample: Sample) -> bool:
+def _shows_reference(sample: Sample) -> bool:
     """Whether one of the references is not blank."""
     return not all(is_blank(r.image_HWC, r.mask_HW) for r in sample.references)
 

@@ -140,6 +140,8 @@ def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
     frames, height, width = grid
     positions = wan.transformer.rope.max_seq_len
     _, most = config.data.references
+    if config.model.absent_references == "zero":
+        most = max(most, 1)  # a frame of zeros stands in for references
     for setting, length in {
         "data.frames and data.references": frames + most,
         "data.size": max(height, width),
@@ -176,11 +178,12 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunStat
     return RunState(adamw(parameters, config.optim), wan.transformer, alignment, ema)
 
 
-def check_inputs(run: Run) -> None:
+def check_teachers_and_eval(run: Run) -> None:
     """Looks, before the first step, at what would show only during or after the training.
 
     The teachers that objectives read must tell two clips apart, and the one that is only measured
-    against must have sound weights. Warns of an evaluation on fewer clips than asked for.
+    against must have sound weights: rank 0, which evaluates, alone reads it. Warns of an
+    evaluation on fewer clips than asked for.
 
     Raises:
         UserError: a teacher is of no use.
@@ -189,7 +192,7 @@ def check_inputs(run: Run) -> None:
     run.alignment.check_teachers(config, run.wan.latent_grid(config.data.frames, *config.data.size))
     alias = config.measured_against
     if alias is not None and alias not in run.alignment.teachers:
-        teacher_from(config.teachers[alias], device="cpu")
+        run.ranks.on_main(_check_measured_teacher, config, alias)
     for key in ("clips", "sample_clips", "generated_clips"):
         count = getattr(config.eval, key) or 0
         if count > len(run.val_clips):
@@ -197,6 +200,11 @@ def check_inputs(run: Run) -> None:
                 "eval.%s: %d, but the val split has %d; those are taken",
                 *(key, count, len(run.val_clips)),
             )
+
+
+def _check_measured_teacher(config: RunConfig, alias: str) -> None:
+    # gives nothing: what rank 0 finds would be sent to the others
+    teacher_from(config.teachers[alias], device="cpu")
 
 
 def check_ranks_agree(run: Run) -> None:

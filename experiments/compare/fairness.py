@@ -89,7 +89,7 @@ def why_not_searched(key: str, base: RunConfig, trials: Sequence[RunConfig] = ()
     if key == "seed":
         return "every trial trains with the sweep's `seeds`; list there what is to be tried"
     if _is_numberless(key):
-        return "no number of a trial depends on it; remove it"
+        return "changes no number of a trial; remove it"
     unfair = measured_differently(
         {"base": base, **{str(place): trial for place, trial in enumerate(trials)}}
     )

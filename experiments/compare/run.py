@@ -109,6 +109,9 @@ def prepare(config: CompareConfig) -> Plan:
     """
     refuse_several_ranks()
     check_fair(config)
+    # before folders are made and the budget measured; neither seed nor number of steps matters
+    for run in config.runs.values():
+        check_recipe(run)
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
@@ -121,9 +124,6 @@ def prepare(config: CompareConfig) -> Plan:
         for seed in config.seeds
         for variant in config.variants
     }
-    # all of them at once: what is refused, is refused before hours of training, not after
-    for run in runs.values():
-        check_recipe(run)
     folders = {key: RunFolder.create(run) for key, run in runs.items()}
     _fix_inputs(config, runs, folders)
     return Plan(folder, config, budget, runs, folders)

@@ -55,14 +55,14 @@ def verdict(comparison: Comparison, rows: list[SummaryRow]) -> Verdict:
     by_variant = {v: [row for group in groups for row in group if row.variant == v] for v in others}
     base = {group[0].metric: row for group in groups for row in group if row.is_baseline}
     if comparison.baseline in diverged:
-        return Verdict(f"No verdict: the baseline is of no use.{told}", {}, "")
+        return Verdict(f"No verdict: the baseline diverged.{told}", {}, "")
     sound = {v: rows for v, rows in by_variant.items() if v not in diverged}
     sentences = {v: _sentence(v, rows, base) for v, rows in sound.items()}
     sentences |= {v: f"{_diverged(diverged, v)}: nothing is claimed of it." for v in diverged}
     return Verdict(
         _lead(comparison, sound, list(diverged)),
         {variant: sentences[variant] for variant in others},
-        _reading(comparison, sound) if sound else "",
+        _reading(comparison, sound, _num_tests(groups)) if sound else "",
     )
 
 
@@ -179,7 +179,15 @@ def _listed(parts: list[str], word: str) -> str:
     return f" {word} ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
-def _reading(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) -> str:
+def _num_tests(groups: list[list[SummaryRow]]) -> int:
+    """Most variants that Holm's correction of a metric is over, those that diverged included."""
+    return max(
+        sum(row.paired is not None and row.paired.holm_p is not None for row in group)
+        for group in groups
+    )
+
+
+def _reading(comparison: Comparison, by_variant: dict[str, list[SummaryRow]], tests: int) -> str:
     methods = {row.paired.method for rows in by_variant.values() for row in rows if row.paired}
     how = "BCa bootstrap and sign-flip test" if "bootstrap" in methods else "Student's t"
     if "t" in methods and len(comparison.seeds) < BOOTSTRAP_PAIRS:
@@ -187,7 +195,6 @@ def _reading(comparison: Comparison, by_variant: dict[str, list[SummaryRow]]) ->
     interleaved = ""
     if any(row.ratio is not None for rows in by_variant.values() for row in rows):
         interleaved = " Step times are not over seeds: see the note on the cost of a step."
-    tests = len(by_variant)
     level = "95% intervals"
     if tests > 1:
         level = f"intervals, at the level of Holm's correction over {tests} variants (95% or more),"

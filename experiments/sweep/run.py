@@ -23,9 +23,10 @@ from alignlab.experiments.sweep.study import (
     sweep_folder,
 )
 from alignlab.experiments.sweep.tracking import SweepTracker
-from alignlab.experiments.sweep.trial import check_inputs
+from alignlab.experiments.sweep.trial import refuse_other_inputs
 from alignlab.experiments.sweep.worker import check
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.input_record import InputRecord
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,10 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
     """
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
+        record = refuse_other_inputs(config, config.base)  # before anything is written
         study = create_study(config)
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
-        _check_inputs(study)
+        _tell_unknown_inputs(study, record)
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
@@ -70,14 +72,13 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     check(config)
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
-        _check_inputs(study)
+        _tell_unknown_inputs(study, refuse_other_inputs(config, config.base))
         with sigterm_interrupts():
             run_trials(study, SweepTracker(study))
 
 
-def _check_inputs(study: SweepStudy) -> None:
-    """Refuses, before any trial, other files than those that finished trials have read."""
-    record = check_inputs(study.config, study.config.base)
+def _tell_unknown_inputs(study: SweepStudy, record: InputRecord) -> None:
+    """Warns where finished trials are older than `record`, which says what all trials read."""
     if not record.exists and study.num_finished():
         log.warning(
             "%s: its trials so far are from before inputs were recorded: whether they read the "

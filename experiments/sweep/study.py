@@ -37,7 +37,7 @@ RECIPE_HASH = "alignlab.recipe_hash"
 TRAINS = "trains"  # user attribute of a trial that is the one to train its settings
 METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
-# What no number of a trial depends on: a sweep may get more trials, or move.
+# What changes no number of a trial: a sweep may get more trials, or move.
 NUMBERLESS: dict[str, Any] = {
     "base": dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
     "trials": True,
@@ -90,7 +90,7 @@ class SweepStudy:
         self.study.sampler = build_sampler(self.config.sampler, trial.number)
         return optuna.Trial(self.study, trial_id), lease
 
-    def settle(self, number: int) -> FrozenTrial | None:
+    def claim_settings(self, number: int) -> FrozenTrial | None:
         """Decides whether a running trial, whose params are drawn, trains its settings.
 
         Returns:

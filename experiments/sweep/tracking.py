@@ -78,7 +78,7 @@ class SweepTracker:
             self._client.set_tag(run_id, PARENT, trial.user_attrs[MLFLOW_ID])
             self._client.set_tag(run_id, "optuna.trial", str(trial.number))
 
-    def tag_twin(self, trial: optuna.Trial, number: int) -> None:
+    def tag_duplicate(self, trial: optuna.Trial, number: int) -> None:
         """Says whose result the trial has: that of the trial of this number."""
         if self._client is not None:
             self._client.set_tag(trial.user_attrs[MLFLOW_ID], "optuna.same_as", str(number))

@@ -39,7 +39,7 @@ class LostTrialError(Exception):
     """Another worker has taken the trial over."""
 
 
-class OutOfTurnError(Exception):
+class WaitForDuplicateError(Exception):
     """The trial that trains the same settings waits for a worker: it comes first."""
 
 
@@ -48,7 +48,7 @@ class Outcome:
     """How a trial ended.
 
     Args:
-        state: COMPLETE, PRUNED, or FAIL for a run that cannot be trained to its end.
+        state: COMPLETE, PRUNED, or FAIL for a run that diverged or cannot be trained to its end.
         metrics: all metrics by name, one value per finished seed.
         error: why it failed.
     """
@@ -74,13 +74,13 @@ class TrialRunner:
 
         Raises:
             LostTrialError: the lease is no longer held.
-            OutOfTurnError: the trial is to be put back.
+            WaitForDuplicateError: the trial is to be put back.
             UserError: a run cannot even be built: the recipe, not the trial, is at fault.
         """
         values = suggest_values(trial, self._config.space)
         self._tracker.begin_trial(trial, values)
         log.info("trial %d: %s", trial.number, shown_values(values))
-        outcome = self._train(trial, values, self._twin(trial))
+        outcome = self._train(trial, values, self._duplicate(trial))
         if not lease.is_held():
             raise LostTrialError
         if outcome.error:
@@ -94,35 +94,38 @@ class TrialRunner:
         trial.study.tell(trial, optimized, state=outcome.state)
         self._tracker.end_trial(trial, outcome.state.name, means)
 
-    def _twin(self, trial: optuna.Trial) -> FrozenTrial | None:
+    def _duplicate(self, trial: optuna.Trial) -> FrozenTrial | None:
         """The trial that has trained the same settings; waits for one that does so now."""
         waited = False
-        while (twin := self._study.settle(trial.number)) and not twin.state.is_finished():
-            if twin.state == TrialState.WAITING:
-                raise OutOfTurnError
+        while (duplicate := self._study.claim_settings(trial.number)) is not None:
+            if duplicate.state.is_finished():
+                break
+            if duplicate.state == TrialState.WAITING:
+                raise WaitForDuplicateError
             if not waited:
-                log.info("trial %d: trial %d trains the same now", trial.number, twin.number)
+                log.info("trial %d: trial %d trains the same now", trial.number, duplicate.number)
             waited = True
             time.sleep(LOOK_EVERY_S)
             self._study.put_back_dead()
-        if twin is not None:
-            state, number = twin.state.name.lower(), twin.number
+        if duplicate is not None:
+            state, number = duplicate.state.name.lower(), duplicate.number
             log.info(
-                "trial %d: the settings of trial %d, whose result (%s) is taken; it counts as a "
+                "trial %d has the settings of trial %d: its result (%s) is reused and counts as a "
                 "trial",
                 *(trial.number, number, state),
             )
             trial.set_user_attr(SAME_AS, number)
-            self._tracker.tag_twin(trial, number)
-        return twin
+            self._tracker.tag_duplicate(trial, number)
+        return duplicate
 
     def _train(
-        self, trial: optuna.Trial, values: dict[str, Any], twin: FrozenTrial | None
+        self, trial: optuna.Trial, values: dict[str, Any], duplicate: FrozenTrial | None
     ) -> Outcome:
         first = self._config.metric[0].name
         metrics: dict[str, list[float]] = {}
-        if twin is not None:
-            metrics = {name: list(by_seed) for name, by_seed in twin.user_attrs[METRICS].items()}
+        if duplicate is not None:
+            stored = duplicate.user_attrs[METRICS]
+            metrics = {name: list(by_seed) for name, by_seed in stored.items()}
         for done, seed in enumerate(self._config.seeds, 1):
             if done > len(metrics.get(first, ())):
                 failed = self._train_seed(trial, values, seed, metrics)
@@ -151,7 +154,7 @@ class TrialRunner:
         except UserError as error:  # each value fits, but not with the others
             return Outcome(TrialState.FAIL, metrics, str(error))
         _forget_start(run)
-        check_inputs(self._config, run)
+        refuse_other_inputs(self._config, run)
         try:
             folder = train(run, caches=shared_caches(run, self._caches), wait=True)
         except (UserError, torch.OutOfMemoryError) as error:
@@ -164,6 +167,8 @@ class TrialRunner:
         assert result is not None
         for name, value in result["metrics"].items():
             metrics.setdefault(name, []).append(value)
+        if result.get("diverged"):  # runs of older versions do not say
+            return Outcome(TrialState.FAIL, metrics, f"diverged, seed {seed}")
         for name in (*(m.name for m in self._config.metric), *self._config.constraints):
             if name not in result["metrics"]:
                 return Outcome(TrialState.FAIL, metrics, f"{name} was not measured, seed {seed}")
@@ -212,7 +217,7 @@ def repeated(study: SweepStudy) -> str:
     return f"; {count} {took}" if count else ""
 
 
-def check_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
+def refuse_other_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
     """Refuses a run that would read other files than the finished runs of the sweep.
 
     Returns:

@@ -20,8 +20,8 @@ from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.trial import (
     LOOK_EVERY_S,
     LostTrialError,
-    OutOfTurnError,
     TrialRunner,
+    WaitForDuplicateError,
 )
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
         try:
             with lease.renewed():
                 runner.run(trial, lease)
-        except OutOfTurnError:
+        except WaitForDuplicateError:
             study.put_back(trial.number, lease.claim)
             continue
         except BaseException as error:

@@ -132,7 +132,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 def test_the_norms_of_queries_and_keys_alone_have_another_dtype_on_a_gpu(
-    make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a bf16 step, of all functions that CUDA's autocast runs in fp32 and the CPU's does not.
 
@@ -147,7 +147,8 @@ def test_the_norms_of_queries_and_keys_alone_have_another_dtype_on_a_gpu(
     monkeypatch.setattr(Trainer, "step", step)
     config = make("every", None, "model.precision=bf16", "steps=1")
     every = {name: make("every", name).objectives["ra"] for name in SETTINGS}
-    train(config.model_copy(update={"objectives": every}), caches=caches)
+    # no shared caches: in bf16 the text encoder gives other embeddings
+    train(config.model_copy(update={"objectives": every}))
     assert noted.names == {"rms_norm"}
 
 
@@ -273,7 +274,7 @@ def test_a_changed_stage1_network_ends_the_run(
     tensors = load_file(file)
     key = next(iter(tensors))
     save_file({**tensors, key: tensors[key] + 1}, file)
-    with pytest.raises(UserError, match=r"Stage 1 network .* has changed"):
+    with pytest.raises(UserError, match=r"objectives\.ra\.\w+ changed since this run began"):
         train(config, caches=caches)
     file.write_bytes(saved)
     finished = train(config, caches=caches)

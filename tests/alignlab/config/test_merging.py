@@ -39,6 +39,14 @@ BASE = {"steps": 3, "objectives": {"ra": REFALIGN}, "flow": {"shift": 5.0, "text
             {"objectives.ra": {"name": "repa", "gate.kind": "power"}},
             {"ra": {"name": "repa", "gate": {"kind": "power"}}},
         ),
+        (
+            {"objectives.ra.weight": 2, "objectives.ra": REPA, "objectives.ra.name": "sara"},
+            {"ra": {"name": "sara"}},
+        ),
+        (
+            {"objectives.ra.weight": 2, "objectives.ra": {}, "objectives.ra.name": "sara"},
+            {"ra": {"name": "sara"}},
+        ),
         ({"objectives": {"b": REPA}}, {"ra": REFALIGN, "b": REPA}),
         ({"objectives": {}, "objectives.b": REPA}, {"b": REPA}),
         ({"objectives.b": REPA, "objectives": {}}, None),

@@ -20,7 +20,7 @@ from alignlab.evaluation.run_warnings import (
 from alignlab.sampling import sample_latents
 from alignlab.tracking import read_rows
 from alignlab.train import train
-from alignlab.training.setup import build_run, check_inputs
+from alignlab.training.setup import build_run, check_teachers_and_eval
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -87,5 +87,5 @@ def test_fewer_val_clips_than_asked_for_are_told(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(ShapesDataset, "__len__", lambda dataset: 1)
-    check_inputs(build_run(make_config("eval.clips=2")))
+    check_teachers_and_eval(build_run(make_config("eval.clips=2")))
     assert "eval.clips: 2, but the val split has 1; those are taken" in caplog.messages

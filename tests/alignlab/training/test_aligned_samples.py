@@ -15,12 +15,14 @@ from alignlab.data.sample import Reference
 from alignlab.data.shapes import dataset as shapes
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.data.video import write_mp4
+from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.evaluation.run_warnings import alignment_warnings
+from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training.aligned_samples import (
-    PATIENCE,
+    STOP_AT_EXPECTED,
     AlignedCount,
     AlignedSamples,
     possible_share,
@@ -101,7 +103,7 @@ def counter(make_config: MakeConfig, *settings: str) -> AlignedSamples:
 
 def test_a_run_stops_when_very_many_samples_had_nothing(make_config: MakeConfig) -> None:
     count = counter(make_config)  # keeps references in 8 of 10 samples
-    for _ in range(int(PATIENCE / 0.8 / 10) - 1):
+    for _ in range(int(STOP_AT_EXPECTED / 0.8 / 10) - 1):
         count.see({"aligned/ra": torch.tensor(0.0)})
     assert count.row() == {"aligned/ra": 0.0, "aligned/ra/samples": 1240.0}
     count.see({"aligned/ra": torch.tensor(0.0)})
@@ -109,9 +111,17 @@ def test_a_run_stops_when_very_many_samples_had_nothing(make_config: MakeConfig)
         count.row()
 
 
+def test_few_clips_with_references_are_waited_for(make_config: MakeConfig) -> None:
+    few = AlignedSamples(make_config("optim.batch_size=10"), 0.001)
+    for _ in range(200):  # by chance, in 20 of 100 runs
+        few.see({"aligned/ra": torch.tensor(0.0)})
+    assert few.row() == {"aligned/ra": 0.0, "aligned/ra/samples": 2000.0}
+    few.check_end()
+
+
 def test_one_clip_in_ten_with_references_never_trips(make_config: MakeConfig) -> None:
-    assert (1 - 0.1 * 0.8) ** (PATIENCE / 0.8) < 1e-40
-    assert (1 - 0.01 * 0.8) ** (PATIENCE / 0.8) < 1e-4
+    assert (1 - 0.1 * 0.8) ** (STOP_AT_EXPECTED / 0.8) < 1e-40
+    assert (1 - 0.01 * 0.8) ** (STOP_AT_EXPECTED / 0.8) < 1e-4
     rng = torch.Generator().manual_seed(0)
     for _ in range(20):
         count = counter(make_config)
@@ -162,6 +172,19 @@ def test_blank_references_end_in_an_error(
     with pytest.raises(UserError, match=r"^objectives\.ra: none of 6 samples.*missing or blank"):
         train(config)
     assert not list(Path(config.output).rglob("result.json"))
+
+
+def test_every_rank_stops_at_the_end(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = shapes.draw_reference
+    monkeypatch.setattr(shapes, "draw_reference", lambda *a: white(draw(*a)))
+    config = make_config("steps=3", *KEPT)
+    folder = RunFolder.create(config)
+    trainer = RunTrainer(build_run(config))
+    monkeypatch.setattr(Ranks, "is_main", False)
+    with pytest.raises(UserError, match=r"^objectives\.ra: none of 6 samples"):
+        trainer.fit(folder, None)
 
 
 def test_what_is_blank() -> None:

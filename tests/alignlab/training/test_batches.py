@@ -51,7 +51,7 @@ def batch_of(run: Run, step: int, *, seed: int = 0, samples: range = range(2)) -
 
 def test_variants_of_a_seed_train_on_the_same_bits(make_config: MakeConfig) -> None:
     plain = build_run(make_config("name=none", "optim.lr=0.5", aligned=False))
-    other = ["name=repa", "objectives.ra.name=repa", "objectives.ra.blocks=[3]"]
+    other = ["name=repa", "objectives.ra={name: repa, teacher: dino, blocks: [3]}"]
     torch.manual_seed(7)  # whatever else was drawn in the process
     repa = build_run(make_config(*other))
     for step in range(3):
@@ -159,3 +159,13 @@ def test_clips_are_drawn_evenly(run: Run) -> None:
         for drawn in batch_of(run, step, samples=range(10)).video_BTHWC:
             counts[[torch.equal(drawn, video) for video in videos].index(True)] += 1
     assert all(0.5 < count / (600 / len(counts)) < 1.5 for count in counts)
+
+
+def test_pictures_of_a_cached_clip_are_not_looked_at_again(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build_run(make_config("data.references=[3,3]", "flow.both_dropout=0"))
+    first = batch_of(run, 0)
+    assert first.referenced_B.any()
+    monkeypatch.setattr("alignlab.training.batches.is_blank", None)
+    assert same([first], [batch_of(run, 0)])

@@ -89,6 +89,24 @@ def test_a_comparison_of_equal_compute(make: Make, monkeypatch: pytest.MonkeyPat
     assert (again.budget, again.results) == (found.budget, found.results)
 
 
+def test_an_idle_objective_is_refused_before_the_cost_is_measured(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_measurement(*_: object, **__: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(budget_module, "cost_of", no_measurement)
+    idle = "objectives.ra={name: refalign, teacher: dino, blocks: [0]}"
+    config = make(
+        "budget=compute",
+        "data.references=[0,0]",
+        f"variants.heavy={{{idle.replace('=', ': ', 1)}}}",
+    )
+    with pytest.raises(UserError, match=r"leaves objectives\.ra nothing to align"):
+        compare(config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_wall_time_is_decided_once(
     make: Make, tmp_path: Path, measured: Callable[..., None]
 ) -> None:

@@ -99,7 +99,7 @@ def test_the_variant_is_the_sweeps_best_run(make: Make, folder: Path, tmp_path: 
         ("eval.clips", "trials would be measured differently"),
         ("data.seed", "trials would be measured differently"),
         ("seed", "every trial trains with the sweep's `seeds`"),
-        ("tracking.log_every", "no number of a trial depends on it"),
+        ("tracking.log_every", "changes no number of a trial"),
         ("steps", "the comparison sets them for all variants alike"),
     ],
 )

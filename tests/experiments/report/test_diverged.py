@@ -51,6 +51,18 @@ def test_a_variant_that_diverged_has_no_other_verdict() -> None:
     assert "wild DIVERGED" in markdown(found, summary_rows(found))
 
 
+def test_a_variant_that_diverged_counts_in_the_correction_of_the_others() -> None:
+    found = comparison({"wild": [1]})
+    (good,) = [
+        row.paired
+        for row in summary_rows(found)
+        if row.metric == "val/flow" and row.variant == "good"
+    ]
+    assert good is not None and good.holm_p is not None and good.p_value is not None
+    assert good.holm_p == pytest.approx(2 * good.p_value)
+    assert "Holm's correction over 2 variants" in said(found).reading
+
+
 def test_of_nothing_but_diverged_variants_no_change_is_denied() -> None:
     words = said(comparison({"good": [0], "wild": [0, 1, 2, 3, 4]}))
     assert words.lead == "Against none, over 5 seeds: DIVERGED: good, wild."
@@ -59,7 +71,7 @@ def test_of_nothing_but_diverged_variants_no_change_is_denied() -> None:
 def test_a_baseline_that_diverged_leaves_no_verdict() -> None:
     found = comparison({"none": [2]})
     words = said(found)
-    assert words.lead.startswith("No verdict: the baseline is of no use. none DIVERGED with seed 2")
+    assert words.lead.startswith("No verdict: the baseline diverged. none DIVERGED with seed 2")
     assert words.variants == {}
     assert not any(row.change for row in summary_rows(found))
 

@@ -1,6 +1,7 @@
 """Small real sweeps in this process: results, pruning, failures, Pareto fronts, MLflow."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,15 @@ def test_a_diverged_trial_is_failed_and_counted(
     assert by_lr["0.001"]["state"] == "complete"
 
 
+def test_a_trial_that_diverged_to_finite_numbers_cannot_win(make: MakeSweep) -> None:
+    config = make("optim.lr=1", "trials=1")
+    sweep(config)
+    (row,) = rows_of(config)
+    assert (row["state"], row["error"]) == ("fail", "diverged, seed 0")
+    assert math.isfinite(float(row["val/flow"]))
+    assert not (folder_of(config) / "best.yaml").exists()
+
+
 def test_a_recipe_that_cannot_run_stops_the_sweep(make: MakeSweep) -> None:
     config = make("teachers.dino.path=assets/nothing-here")
     with pytest.raises(UserError, match="nothing-here"):
@@ -221,15 +231,15 @@ def test_constraints_and_several_metrics(make: MakeSweep) -> None:
 
 
 def test_a_hopeless_trial_is_pruned_between_its_seeds(make: MakeSweep) -> None:
-    lr = "space.optim.lr={kind: categorical, choices: [1e-5, 1.0]}"
-    seeds = ["optim.lr=1e-5", "trials=3", "seeds=[0,1]", "steps=1"]
+    lr = "space.optim.lr={kind: categorical, choices: [5e-3, 1e-5]}"
+    seeds = ["optim.lr=5e-3", "trials=3", "seeds=[0,1]", "steps=1"]
     searched = ["pruner={name: median, startup: 1}", "sampler={name: random, seed: 1}"]
     config = make(lr, *seeds, *searched)
     sweep(config)
     by_lr = [(row["optim.lr"], row["state"], row["folder"]) for row in rows_of(config)]
     assert {"complete", "pruned"} == {state for _, state, _ in by_lr}, by_lr
     for rate, state, name in by_lr:
-        assert (state == "pruned") == (rate == "1.0")
+        assert (state == "pruned") == (rate == "1e-05")
         assert (folder_of(config) / name / "seed-1").exists() == (state == "complete")
 
 

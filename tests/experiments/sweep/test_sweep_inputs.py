@@ -13,6 +13,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
+from alignlab.experiments.sweep.study import join_study
 from alignlab.runs.input_record import InputRecord, hold_inputs
 from alignlab.runs.run_folder import RunFolder
 from small_recipes import sweep_recipe
@@ -75,12 +76,14 @@ def test_trials_on_other_inputs_than_the_first_are_refused(
     )
     begun = list(trainings.names)
     with pytest.raises(UserError) as caught:
-        sweep(config)
+        sweep(config.model_copy(update={"trials": 4}))
     assert str(caught.value) == (
         f"{folder}: teachers.dino changed since this sweep began (model.safetensors): restore it, "
         "or choose another name=..."
     )
     assert trainings.names == begun  # no trial was trained
+    # and nothing of the sweep is changed
+    assert len(join_study(config).trials()) == load_sweep(folder / "recipe.yaml").trials == 3
 
     shutil.copytree(teacher_folder, teacher, dirs_exist_ok=True)
     shutil.rmtree(second)

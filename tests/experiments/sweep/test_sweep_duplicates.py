@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,12 @@ def test_two_choices_train_two_runs(
         assert row["same_as"] == ("" if row is own else own["trial"])
     again = "4 trials have the settings of an earlier one and took its result"
     assert again in page and again in " ".join(capsys.readouterr().out.split())
-    said = [record.getMessage() for record in caplog.records if "is taken" in record.getMessage()]
-    assert len(said) == 4 and said[0].endswith("(complete) is taken; it counts as a trial")
+    said = [record.getMessage() for record in caplog.records if "is reused" in record.getMessage()]
+    assert len(said) == 4
+    reused = (
+        r"trial \d has the settings of trial \d: its result \(complete\) is reused and counts as"
+    )
+    assert re.fullmatch(f"{reused} a trial", said[0])
 
 
 @pytest.fixture
@@ -146,17 +151,17 @@ def test_workers_that_draw_the_same_train_it_once(same: SweepConfig) -> None:
     study, other = create_study(same), join_study(same)
     (_, _), (_, lease) = claimed(study, 2)
 
-    def settled(by: SweepStudy, number: int) -> tuple[int, TrialState] | None:
-        twin = by.settle(number)
-        return None if twin is None else (twin.number, twin.state)
+    def claimed_by(by: SweepStudy, number: int) -> tuple[int, TrialState] | None:
+        duplicate = by.claim_settings(number)
+        return None if duplicate is None else (duplicate.number, duplicate.state)
 
-    assert settled(study, 1) is None, "it begins"
-    assert settled(other, 0) == (1, TrialState.RUNNING), "and is waited for"
+    assert claimed_by(study, 1) is None, "it begins"
+    assert claimed_by(other, 0) == (1, TrialState.RUNNING), "and is waited for"
     assert study.put_back(1, lease.claim)
-    assert settled(other, 0) is None, "the lower number trains in its place"
+    assert claimed_by(other, 0) is None, "the lower number trains in its place"
     assert study.claim() is not None
-    assert settled(study, 1) == (0, TrialState.RUNNING)
-    assert settled(other, 0) is None, "and goes on"
+    assert claimed_by(study, 1) == (0, TrialState.RUNNING)
+    assert claimed_by(other, 0) is None, "and goes on"
 
 
 def test_the_trial_of_a_dead_worker_is_taken_by_the_one_that_waits_for_it(
@@ -164,7 +169,7 @@ def test_the_trial_of_a_dead_worker_is_taken_by_the_one_that_waits_for_it(
 ) -> None:
     study = create_study(same)
     ((_, lease),) = claimed(study, 1)
-    assert study.settle(0) is None
+    assert study.claim_settings(0) is None
     monkeypatch.setattr("time.sleep", lambda _: study.put_back(0, lease.claim))
     work(study, SweepTracker(study))
     assert trained == ["trial-0000/seed-0"]
