@@ -1,11 +1,12 @@
 """Is a difference to the baseline real? Paired statistics over seeds, in one place.
 
 A pair is one seed: the variant's number minus the baseline's. **A change is claimed where the
-interval of its mean excludes 0**, and nowhere else; of runs that diverged, never. The interval is that of the test at the level
-at which Holm's correction over the variants decides: 5% over the number of variants that are not
-told apart before it, so it is as wide as the 95% interval or wider. In at most 5% of comparisons
-does any interval of a metric exclude 0 where there is no effect. That all intervals hold their
-true differences at once is not promised: Bonferroni's would, and would find fewer changes.
+interval of its mean excludes 0**, and nowhere else; of runs that diverged, never. The interval is
+that of the test at the level at which Holm's correction over the variants decides: 5% over the
+number of variants that are not told apart before it, so it is as wide as the 95% interval or wider.
+In at most 5% of comparisons does any interval of a metric exclude 0 where there is no effect. That
+all intervals hold their true differences at once is not promised: Bonferroni's would, and would
+find fewer changes.
 
 The methods depend on how many pairs there are, because what suits many is wrong for few:
 
