@@ -280,7 +280,9 @@ def test_a_changed_stage1_network_ends_the_run(
     finished = train(config, caches=caches)
     # and neither is a finished run returned, unless there is nothing left to compare it with
     save_file({**tensors, key: tensors[key] + 1}, file)
-    with pytest.raises(UserError, match=r"^[^\n]*another Stage 1 network than [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]*objectives\.ra\.\w+ changed since this run began[^\n]*$"
+    ):
         train(config, caches=caches)
     file.write_bytes(saved)
     moved = (stage1 / name).rename(stage1 / "moved")
