@@ -4,9 +4,9 @@
 networks, which objectives in turn import: hence a file of its own.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import EntryPoint, entry_points
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 # What importing foreign code commonly ends in; the error line says whose code it is.
 BROKEN = (
@@ -20,6 +20,9 @@ BROKEN = (
     TypeError,
     ValueError,
 )
+
+
+Row = TypeVar("Row")
 
 
 class PluginError(ValueError):
@@ -70,6 +73,37 @@ def registrations(group: str, what: str, taken: Iterable[str]) -> Iterator[Regis
             reason = one_line(error)
             raise PluginError(f"{source}: cannot load {point.value}: {reason}") from error
         yield Registration(point.name, loaded, source, point.value)
+
+
+def installed_rows(
+    group: str,
+    what: str,
+    taken: Iterable[str],
+    row: type[Row],
+    problem_of: Callable[[Row], str | None],
+) -> dict[str, Row]:
+    """Loads the rows of a table that packages registered, in the order of their names.
+
+    Args:
+        group: as in `registrations`, and so `what` and `taken`.
+        what: see there.
+        taken: see there.
+        row: class of a row.
+        problem_of: says what keeps a row from being used; None if nothing does.
+
+    Raises:
+        PluginError: a name is taken, or what it stands for is no row that can be used.
+    """
+    rows: dict[str, Row] = {}
+    for registration in registrations(group, what, taken):
+        loaded = registration.loaded
+        if not isinstance(loaded, row):
+            raise registration.refusal(f"is no {row.__module__}.{row.__name__}")
+        problem = problem_of(loaded)
+        if problem is not None:
+            raise registration.refusal(problem)
+        rows[registration.name] = loaded
+    return rows
 
 
 def one_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from alignlab.losses.plugins import registrations
+from alignlab.losses.plugins import installed_rows
 
 GROUP = "alignlab.teachers"
 """Entry point group under which other packages register teachers."""
@@ -139,20 +139,11 @@ def installed_teachers(built_in: Mapping[str, TeacherRow]) -> dict[str, TeacherR
     Raises:
         PluginError: a name is taken, or what it stands for is no `TeacherRow` as described there.
     """
-    rows: dict[str, TeacherRow] = {}
-    for registration in registrations(GROUP, "teacher", built_in):
-        problem = _problem(registration.loaded)
-        if problem is not None:
-            raise registration.refusal(problem)
-        assert isinstance(registration.loaded, TeacherRow)
-        rows[registration.name] = registration.loaded
-    return rows
+    return installed_rows(GROUP, "teacher", built_in, TeacherRow, _problem)
 
 
-def _problem(thing: object) -> str | None:
-    """Says what keeps a thing from being a row."""
-    if not isinstance(thing, TeacherRow):
-        return "is no alignlab.teachers.registry.TeacherRow"
+def _problem(thing: TeacherRow) -> str | None:
+    """Says what keeps a row from being used."""
     if not thing.classes or not thing.path:
         return "has no classes or no path"
     unknown = set(thing.features) - set(FEATURES)

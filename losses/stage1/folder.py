@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from alignlab.losses.plugins import one_line, registrations
+from alignlab.losses.plugins import installed_rows, one_line
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 
@@ -71,20 +71,11 @@ def installed_stage1(built_in: Mapping[Kind, Stage1Row]) -> dict[Kind, Stage1Row
     Raises:
         PluginError: a name is taken, or what it stands for is no `Stage1Row` as described there.
     """
-    rows: dict[Kind, Stage1Row] = {}
-    for registration in registrations(GROUP, "Stage 1 network", built_in):
-        problem = _problem(registration.loaded)
-        if problem is not None:
-            raise registration.refusal(problem)
-        assert isinstance(registration.loaded, Stage1Row)
-        rows[registration.name] = registration.loaded
-    return rows
+    return installed_rows(GROUP, "Stage 1 network", built_in, Stage1Row, _problem)
 
 
-def _problem(thing: object) -> str | None:
-    """Says what keeps a thing from being a row."""
-    if not isinstance(thing, Stage1Row):
-        return "is no alignlab.losses.stage1.folder.Stage1Row"
+def _problem(thing: Stage1Row) -> str | None:
+    """Says what keeps a row from being used."""
     if not (isinstance(thing.network, type) and issubclass(thing.network, nn.Module)):
         return "has a network that is no class derived from torch.nn.Module"
     if not (isinstance(thing.config, type) and issubclass(thing.config, BaseModel)):
