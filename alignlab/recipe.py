@@ -29,6 +29,7 @@ NUMBERLESS: dict[str, Any] = {
     "tracking": True,
     "checkpoint": True,
     "data": {"cache_clips": True},
+    "optim": {"resume_schedule": True},  # what it did is in the run's history.json
 }
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -122,8 +123,8 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
 def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
-    Settings that change no number are left out: name, output, tracking, checkpoint and
-    `data.cache_clips`.
+    Settings that change no number are left out: name, output, tracking, checkpoint,
+    `data.cache_clips` and `optim.resume_schedule`.
     """
     return settings_hash(config, NUMBERLESS)
 

@@ -7,6 +7,7 @@ Shape letters: B batch.
 """
 
 import json
+import logging
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers, write_text
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.prolong import SchedulePlan, begin_leg, take_back_result
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
 from alignlab.tracking import SilentTracker, Tracker, read_rows
@@ -58,12 +60,15 @@ from alignlab.training.setup import (
     check_teachers_and_eval,
 )
 
+log = logging.getLogger(__name__)
+
 
 @quiet_libraries()
 def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False) -> Path:
     """Trains, or resumes, the run `<output>/<name>`, evaluates it and returns its folder.
 
-    A finished run is returned as it is. Called in each of several processes that torchrun or
+    A finished run is returned as it is, unless the recipe has more steps: then it is prolonged
+    (`alignlab.runs.prolong`). Called in each of several processes that torchrun or
     `accelerate launch` started, it trains one run with all of them; at its end, such a program
     calls `alignlab.distributed.ranks.destroy_process_group`.
 
@@ -92,7 +97,8 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         if newest is not None:
             checkpoint.restore(run.state, newest)
         check_ranks_agree(run)
-        RunTrainer(run).fit(opened.folder, newest)
+        plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
+        RunTrainer(run, plan).fit(opened.folder, newest)
     return opened.folder.path
 
 
@@ -117,12 +123,16 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
             it is finished with another Stage 1 network.
     """
     folder = RunFolder.create(config)
-    if not folder.result.exists():
+    if not folder.is_finished_at(config.steps):
         locks.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
+        take_back_result(folder, config)
     hold_inputs(folder, config)
     newest = checkpoint.latest(folder.checkpoints)
-    return OpenedFolder(folder, is_finished(config, folder), newest)
+    finished = is_finished(config, folder)
+    if finished:
+        log.info("%s is finished already: all %d steps are trained", folder.path, config.steps)
+    return OpenedFolder(folder, finished, newest)
 
 
 class Trainer(ABC):
@@ -132,12 +142,20 @@ class Trainer(ABC):
         config: the recipe.
         ranks: this rank and those that train with it.
         state: what the training changes.
+        plan: of its schedules; None: it is not prolonged.
     """
 
-    def __init__(self, config: TrainingConfig, ranks: Ranks, state: TrainState) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        ranks: Ranks,
+        state: TrainState,
+        plan: SchedulePlan | None = None,
+    ) -> None:
         self.config = config
         self.ranks = ranks
         self.state = state
+        self.plan = plan or SchedulePlan.of(config)
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
         """Trains from where the state stands to the last step, and evaluates.
@@ -155,6 +173,7 @@ class Trainer(ABC):
             with self.prepared(folder, tracker):
                 self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
+                    self.forget_earlier_ends(folder)
                     self.finish(folder, tracker)
                 ranks.barrier()
 
@@ -195,7 +214,7 @@ class Trainer(ABC):
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """One optimizer step on the micro-batches; returns its scalars, still on the device."""
         config, state = self.config, self.state
-        set_learning_rate(state.optimizer, config, state.step)
+        set_learning_rate(state.optimizer, config, self.plan, state.step)
         parts: list[dict[str, Tensor]] = []
         for batch in batches:
             loss, per_sample = self.losses(batch)
@@ -224,6 +243,27 @@ class Trainer(ABC):
             checkpoint.save(state, folder.checkpoints, keep=self.config.checkpoint.keep)
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
         return checkpoint.step_path(folder.checkpoints, state.step)
+
+    def forget_earlier_ends(self, folder: RunFolder) -> None:
+        """Makes the log of a prolonged training that of one which was planned so from the start.
+
+        Its last step then is due at no other row than those of `tracking.log_every` and
+        `checkpoint.every`. Done at the end: until then a resumed training counts on from that row.
+        """
+        if not self.plan.was_prolonged:
+            return
+        every = (self.config.tracking.log_every, self.config.checkpoint.every)
+        ends = {leg.from_step for leg in self.plan.legs[1:]} - {self.config.steps}
+        extra = {step for step in ends if all(step % number for number in every)}
+        rows = [
+            row for row in read_rows(folder.metrics) if not (row["step"] in extra and "lr" in row)
+        ]
+        rows = [row | self.first_row() if row["step"] == 0 else row for row in rows]
+        write_text(folder.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def first_row(self) -> dict[str, float]:
+        """What the log says before the first step that depends on the number of steps."""
+        return {}
 
     def _tracker(self, folder: RunFolder, *, resumed: bool) -> Tracker:
         """Writes `environment.json` and gives the tracker; silent on all ranks but the main one."""
@@ -277,13 +317,15 @@ class RunTrainer(Trainer):
 
     Args:
         run: everything that the run trains with. Enter `run.branch` before taking steps by hand.
+        plan: of its schedules; None: it is not prolonged.
     """
 
     config: RunConfig
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run.config, run.ranks, run.state)
+    def __init__(self, run: Run, plan: SchedulePlan | None = None) -> None:
+        super().__init__(run.config, run.ranks, run.state, plan)
         self.run = run
+        run.alignment.plan = self.plan
         self._diagnosis: Diagnosis | None = None
         self._aligned = AlignedSamples(run.config, run.clips.share_with_references())
 
@@ -358,7 +400,7 @@ class RunTrainer(Trainer):
         """Reference branch and taps; logs the noise levels that the run will draw."""
         if self.state.step == 0:
             flow = self.ranks.on_main(flow_of_first_clips, self.run)
-            tracker.log(0, timestep_histogram(self.config) | {START_FLOW: flow})
+            tracker.log(0, self.first_row() | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
         self._aligned.count_on(rows)
         every = self.config.tracking.diagnose_every
@@ -366,6 +408,9 @@ class RunTrainer(Trainer):
             self._diagnosis = Diagnosis(self.run, every=every, logged=rows)
         with self.run.branch:
             yield
+
+    def first_row(self) -> dict[str, float]:
+        return timestep_histogram(self.config)
 
     def is_diagnosis_due(self) -> bool:
         return self._diagnosis is not None and self._diagnosis.is_due(self.state.step + 1)
@@ -391,7 +436,7 @@ class RunTrainer(Trainer):
         notes = [*self.run.notes, *diverged, *alignment_warnings(counts)]
         notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
-        notes += nonfinite_warnings(metrics)
+        notes += [*nonfinite_warnings(metrics), *self.plan.notes()]
         result = {
             "steps": self.config.steps,
             "metrics": metrics,

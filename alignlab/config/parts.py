@@ -187,6 +187,11 @@ class AdamWConfig(Settings):
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: kept, or brought to 0 at the last step."""
+    resume_schedule: Literal["keep", "stretch"] | None = None
+    """What becomes of schedules that depend on `steps` when a run is prolonged, by its recipe with
+    more `steps`: `stretch`, from there on as in a run of that many steps; `keep`, as planned for
+    the old number, and after that their last value. Left out: such a run is not prolonged. Nothing
+    else reads it."""
 
     @field_validator("betas")
     @classmethod

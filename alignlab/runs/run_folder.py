@@ -7,6 +7,8 @@ metrics.jsonl      one row of scalars per logged step
 checkpoints/step-000500/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
+history.json       the legs of a run that was prolonged (`alignlab.runs.prolong`)
+result-000500.json the result of 500 steps, of a run that was prolonged since
 result.json        final metrics, digests of the Stage 1 networks that were used, in how many
                    samples objectives had something to align, whether it diverged, and notes of
                    all that there was warning of; its presence says that the run is finished
@@ -36,6 +38,7 @@ from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
+from alignlab.runs import prolong
 from alignlab.runs.atomic_files import write_text
 
 log = logging.getLogger(__name__)
@@ -59,14 +62,17 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainingConfig) -> "RunFolder":
-        """Makes the folder, or opens it to resume the same recipe.
+        """Makes the folder, or opens it to resume the same recipe, maybe with more steps.
 
         Raises:
-            UserError: it holds a run of another recipe, or one whose clips were dealt otherwise.
+            UserError: it holds a run of another recipe, one that cannot be prolonged so, or one
+                whose clips were dealt otherwise.
         """
         folder = cls(user_path(config.output) / config.name)
         folder.check_split_rule()
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
+            if prolong.goes_on(folder, config):
+                return folder
             raise UserError(
                 f"{folder.path} holds a run of another recipe "
                 f"({shown_difference(folder.recipe, config)}): "
@@ -110,6 +116,35 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether it keeps what was trained: a checkpoint, or the result."""
         return self.result.exists() or any(self.checkpoints.glob("step-*"))
+
+    def steps_done(self) -> int:
+        """Steps of the newest checkpoint, or of the result where there is none."""
+        newest = self._newest_step()
+        return newest or int((self.read_result() or {"steps": 0})["steps"])
+
+    def is_finished_at(self, steps: int) -> bool:
+        """Whether there is the result of a training of at least so many steps."""
+        result = self.read_result()
+        return result is not None and int(result.get("steps", steps)) >= steps
+
+    def earlier_result(self, steps: int) -> Path:
+        """Where the result of so many steps is kept once the run is prolonged."""
+        return self.path / f"result-{steps:06d}.json"
+
+    def check_resumable(self) -> None:
+        """Refuses a run that has no checkpoint to go on from.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self._newest_step():
+            raise UserError(
+                f"{self.path}: its checkpoints are gone, so it cannot go on: choose another name"
+            )
+
+    def _newest_step(self) -> int:
+        steps = (int(p.name.removeprefix("step-")) for p in self.checkpoints.glob("step-*"))
+        return max(steps, default=0)
 
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""

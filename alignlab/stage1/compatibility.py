@@ -81,7 +81,7 @@ def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
         UserError: it is done, but with another Stage 1 network, or a folder cannot be read.
     """
     result = folder.read_result()
-    if result is None:
+    if result is None or not folder.is_finished_at(config.steps):
         return False
     if not isinstance(config, RunConfig):
         return True

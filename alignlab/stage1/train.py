@@ -25,6 +25,7 @@ from alignlab.progress import warn_once
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.prolong import begin_leg
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
@@ -44,7 +45,8 @@ Clip = TypeVar("Clip")
 def train_stage1(config: Stage1Config) -> Path:
     """Trains, or resumes, `<output>/<name>`, and returns its subfolder `stage1`.
 
-    That is the folder that a Stage 2 recipe names. A finished training is returned as it is.
+    That is the folder that a Stage 2 recipe names. A finished training is returned as it is, unless
+    the recipe has more steps: then it is prolonged (`alignlab.runs.prolong`).
 
     Raises:
         UserError: the recipe cannot run here, another command trains it, or a loss stopped being
@@ -59,6 +61,7 @@ def train_stage1(config: Stage1Config) -> Path:
         trainer = Stage1Trainer(config, ranks)
         if opened.newest is not None:
             checkpoint.restore(trainer.state, opened.newest)
+        trainer.plan = begin_leg(opened.folder, config, trainer.state.step)
         trainer.fit(opened.folder, opened.newest)
     return opened.folder.stage1
 
@@ -140,7 +143,8 @@ class Stage1Trainer(Trainer):
         with whole_folder(folder.stage1) as stage1_folder:
             info = stage1_info(self.config, self.task.shape, self.models.teacher)
             save_stage1(stage1_folder, network, info)
-        result = {"steps": self.config.steps, "metrics": metrics, "notes": self.notes}
+        notes = [*self.notes, *self.plan.notes()]
+        result = {"steps": self.config.steps, "metrics": metrics, "notes": notes}
         write_text(folder.result, json.dumps(result, indent=1))
 
 
