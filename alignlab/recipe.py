@@ -30,6 +30,7 @@ NUMBERLESS: dict[str, Any] = {
     "checkpoint": True,
     "data": {"cache_clips": True},
     "optim": {"resume_schedule": True},  # what it did is in the run's history.json
+    "eval": {"every": True, "sample_every": True},
 }
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -124,7 +125,8 @@ def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
     Settings that change no number are left out: name, output, tracking, checkpoint,
-    `data.cache_clips` and `optim.resume_schedule`.
+    Settings that change no number are left out: name, output, tracking, checkpoint,
+    `data.cache_clips`, `optim.resume_schedule`, and how often a run is evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
 

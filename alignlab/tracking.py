@@ -182,13 +182,14 @@ def read_rows(metrics: Path) -> list[dict[str, float]]:
 def _keep_rows(metrics: Path, start: int) -> None:
     """Keeps what resuming from step `start` will not write again.
 
-    That is nothing for a run that starts anew, and never the evaluation, which comes last.
+    That is nothing for a run that starts anew, and never the evaluation at the end of a training.
     """
     if metrics.exists():
-        rows = [r for r in read_rows(metrics) if r["step"] <= start and not _is_evaluation(r)]
+        rows = [r for r in read_rows(metrics) if r["step"] <= start and not _is_last(r)]
         rows = rows if start else []
         write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _is_evaluation(row: Mapping[str, float]) -> bool:
-    return any(key.startswith("val/") for key in row)
+def _is_last(row: Mapping[str, float]) -> bool:
+    """Whether a row is the evaluation at the end of a training, which has its costs as well."""
+    return any(key.startswith("params/") for key in row)

@@ -228,8 +228,14 @@ class CheckpointConfig(Settings):
 
 
 class EvalConfig(Settings):
-    """What is measured on the val split."""
+    """What is measured on the val split, and when. The last step is always evaluated."""
 
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations during the training: validation loss and tokens, as at its end.
+    Training keeps its bits, and `time/step` leaves them out. Left out: none."""
+    sample_every: int | None = Field(default=None, ge=1)
+    """Steps between those in which clips are generated, written and measured, as at the end of the
+    training. Left out: none."""
     clips: int = Field(default=16, ge=1)
     """Val clips, taken from the start of the split."""
     batch_size: Annotated[int, Field(ge=1), at_most(*BATCH)] = 8

@@ -18,7 +18,6 @@ from alignlab.models.text_encoder import warn_of_cut
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import guidance_of, latent_shape, negative_text, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded, reference_images
@@ -29,12 +28,12 @@ NOISE_SEED = 0  # of the starting noise: the same for every run, whatever its re
 
 @torch.no_grad()
 def generate(
-    run: Run, branch: ReferenceBranch, folder: RunFolder, teacher: Teacher | None
+    run: Run, branch: ReferenceBranch, samples: Path, teacher: Teacher | None
 ) -> dict[str, float]:
     """Generates val clips with noise that no seed changes, writes some and measures some.
 
-    The first `eval.sample_clips` go to `samples/`, clip i as `i.mp4` beside `i-real.mp4` and
-    `i-reference-k.png`; `samples.json` lists them with key and caption. The first
+    The first `eval.sample_clips` go to the folder `samples`, clip i as `i.mp4` beside
+    `i-real.mp4` and `i-reference-k.png`; `samples.json` lists them with key and caption. The first
     `eval.generated_clips` are measured (`metric_registry.GENERATION_METRICS`).
 
     Returns:
@@ -56,12 +55,12 @@ def generate(
             advance_clip = partial(_advance_from, advance, i * steps)
             video_THWC = generated_clip(run, branch, i, advance=advance_clip)
             if i < num_written:
-                files = _write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps)
+                files = _write_sample(samples, i, video_THWC, clip, run.config.data.fps)
                 listing.append(files)
             if i < num_measured:
                 collector.add(video_THWC, clip.sample)
     if listing:
-        write_text(folder.samples / "samples.json", json.dumps(listing, indent=1))
+        write_text(samples / "samples.json", json.dumps(listing, indent=1))
     real = real_clip_metrics(run, teacher, num_measured)
     generated = {f"gen/{name}": value for name, value in collector.metrics().items()}
     return generated | {f"gen_real/{name}": value for name, value in real.items()}
@@ -128,7 +127,7 @@ def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:
 def _write_sample(
     folder: Path, i: int, video_THWC: Tensor, clip: Encoded, fps: int
 ) -> dict[str, object]:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_mp4(folder / f"{i}.mp4", video_THWC, fps)
     write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
     references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]

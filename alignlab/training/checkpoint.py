@@ -157,14 +157,23 @@ def restore(state: TrainState, checkpoint: Path) -> None:
     """Puts a checkpoint back into a freshly built state.
 
     Raises:
+        UserError: as `restore_weights`.
+    """
+    restore_weights(state, checkpoint)
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    _check(checkpoint / "optimizer.safetensors", moments)
+    restore_state(state.optimizer, state.names, moments)
+
+
+def restore_weights(state: TrainState, checkpoint: Path) -> None:
+    """Puts back the weights, their moving average and the step, and leaves the optimizer fresh.
+
+    Raises:
         UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
     """
     facts = json.loads((checkpoint / "state.json").read_text())
     state.read_weights(checkpoint, facts)
     _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    _check(checkpoint / "optimizer.safetensors", moments)
-    restore_state(state.optimizer, state.names, moments)
     state.step = int(facts["step"])
 
 

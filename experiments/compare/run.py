@@ -20,11 +20,18 @@ from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
+from alignlab.evaluation.blocks import metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
+from alignlab.experiments.compare.reuse import (
+    begin_legs,
+    measure_missing_blocks,
+    open_run,
+    refuse_different_plans,
+)
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
@@ -56,6 +63,7 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     plan = prepare(config)
     folder = plan.folder
     _train_missing(plan, launcher or make_launcher("local", config.launch))
+    measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
     comparison.save(folder / "comparison.json")
@@ -73,6 +81,7 @@ def unfinished(config: CompareConfig) -> list[Path]:
         UserError: as `compare`.
     """
     plan = prepare(config)
+    begin_legs(plan.runs, plan.folders)
     return [
         folder.recipe
         for key, folder in plan.folders.items()
@@ -88,8 +97,9 @@ class Plan:
         folder: of the comparison.
         config: with the steps that the budget gives each variant.
         budget: what was decided, if the budget is not in steps.
-        runs: every variant with every seed.
+        runs: every variant with every seed, as they are trained.
         folders: theirs; they exist.
+        blocks: those of each run that the report is about.
     """
 
     folder: Path
@@ -97,6 +107,7 @@ class Plan:
     budget: Budget | None
     runs: dict[RunKey, RunConfig]
     folders: dict[RunKey, RunFolder]
+    blocks: dict[RunKey, tuple[int, ...]]
 
 
 def prepare(config: CompareConfig) -> Plan:
@@ -119,14 +130,18 @@ def prepare(config: CompareConfig) -> Plan:
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
-    runs = {
+    planned = {
         (variant, seed): probed(config, variant, seed)
         for seed in config.seeds
         for variant in config.variants
     }
-    folders = {key: RunFolder.create(run) for key, run in runs.items()}
+    opened = {key: open_run(run) for key, run in planned.items()}
+    runs = {key: run for key, (run, _) in opened.items()}
+    folders = {key: run_folder for key, (_, run_folder) in opened.items()}
+    refuse_different_plans(runs, folders, same_steps=config.budget == "steps")
     _fix_inputs(config, runs, folders)
-    return Plan(folder, config, budget, runs, folders)
+    blocks = {key: run.eval.blocks or () for key, run in planned.items()}
+    return Plan(folder, config, budget, runs, folders, blocks)
 
 
 def _fix_inputs(
@@ -169,7 +184,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     config, folder, folders = plan.config, plan.folder, plan.folders
     refuse_different_inputs(record for _, record in _records(plan.runs, folders))
     results = tuple(
-        collect(run_folder, variant, seed, folder)
+        collect(run_folder, variant, seed, folder, plan.blocks[variant, seed])
         for (variant, seed), run_folder in folders.items()
     )
     environment = describe_environment() | trained_on(folders)
@@ -226,8 +241,10 @@ def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
     return run.model_copy(update={"eval": evaluation})
 
 
-def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
-    """What a finished run left in its folder."""
+def collect(
+    run: RunFolder, variant: str, seed: int, folder: Path, blocks: tuple[int, ...]
+) -> RunResult:
+    """What a finished run left in its folder; of more blocks than these it may have metrics."""
     result = run.read_result()
     if result is None:
         raise UserError(f"{run.path}: the run is not finished")
@@ -243,7 +260,7 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         seed=seed,
         steps=result["steps"],
         run_dir=str(run.path.relative_to(folder)),
-        metrics=result["metrics"],
+        metrics=metrics_of_blocks(result["metrics"], blocks),
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in clips),
         notes=tuple(result.get("notes", ())),

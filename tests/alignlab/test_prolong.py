@@ -184,5 +184,5 @@ def test_the_legs_are_read_as_far_as_they_are_planned(make_config: MakeConfig) -
     plan = prolong.plan_of(folder, longer)
     assert [plan.total_steps(step) for step in (2, 3, 7)] == [4, 8, 8]
     (folder.path / prolong.HISTORY).write_text("[{")
-    with pytest.raises(UserError, match="history.json is damaged"):
+    with pytest.raises(UserError, match=r"history\.json is damaged"):
         prolong.plan_of(folder, config)
