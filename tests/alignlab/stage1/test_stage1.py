@@ -183,3 +183,16 @@ def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> 
             for i in range(5)
         ]
         assert [c.caption for c in run.micro_batches()[0]] == [dataset[i].caption for i in drawn]
+
+
+def test_a_prolonged_training_is_the_long_one(recipes: Recipes, tmp_path: Path) -> None:
+    constant = (f"output={tmp_path}", "optim.schedule=constant", "tracking.log_every=3")
+    long = train_stage1(config_of(recipes, "moalign", "steps=4", *constant, "name=long"))
+    train_stage1(config_of(recipes, "moalign", "steps=2", *constant))
+    short = train_stage1(config_of(recipes, "moalign", "steps=4", *constant))
+    assert file_contents(short) == file_contents(long)
+    last = [file_contents(run.parent / "checkpoints" / "step-000004") for run in (short, long)]
+    assert last[0] == last[1] and len(last[0]) == 3
+    assert timeless_rows(short.parent) == timeless_rows(long.parent)
+    result = json.loads((short.parent / "result.json").read_text())
+    assert result["notes"][-1].startswith("prolonged: it was planned for fewer steps at first [2")
