@@ -6,7 +6,6 @@ Stage 1 (`alignlab.stage1.train`) goes through the same loop and step with a tra
 Shape letters: B batch.
 """
 
-import json
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +34,12 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.atomic_files import clear_leftovers, write_text
+from alignlab.runs.atomic_files import clear_leftovers
+from alignlab.runs.checkpoint_folders import log_mark, resumable, step_path
+from alignlab.runs.checksums import write_json
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.metric_rows import read_rows
+from alignlab.runs.metric_rows import check_log, mark_log, read_rows
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
 from alignlab.tracking import SilentTracker, Tracker
@@ -91,18 +92,26 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
         if newest is not None:
-            checkpoint.restore(run.state, newest)
+            checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)
         RunTrainer(run).fit(opened.folder, newest)
     return opened.folder.path
 
 
 class OpenedFolder(NamedTuple):
-    """A run folder before its training, whether that is finished, and the newest checkpoint."""
+    """A run folder before its training.
+
+    Args:
+        folder: of the run.
+        is_finished: nothing is left to do.
+        newest: the checkpoint to resume from, which is whole.
+        notes: what was damaged, for the result.
+    """
 
     folder: RunFolder
     is_finished: bool
     newest: Path | None
+    notes: tuple[str, ...]
 
 
 def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> OpenedFolder:
@@ -115,15 +124,19 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
 
     Raises:
         UserError: the folder holds another recipe or other inputs, another command trains there, or
-            it is finished with another Stage 1 network.
+            it is finished with another Stage 1 network, or what it keeps is damaged.
     """
     folder = RunFolder.create(config)
     if not folder.result.exists():
         locks.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
     hold_inputs(folder, config)
-    newest = checkpoint.latest(folder.checkpoints)
-    return OpenedFolder(folder, is_finished(config, folder), newest)
+    if is_finished(config, folder):
+        return OpenedFolder(folder, True, None, ())
+    newest, notes = resumable(folder.checkpoints)
+    if newest is not None:
+        notes += check_log(folder.metrics, log_mark(newest))
+    return OpenedFolder(folder, False, newest, notes)
 
 
 class Trainer(ABC):
@@ -222,9 +235,10 @@ class Trainer(ABC):
             norm = float(get_total_norm(list(state.names)))
             ranks.check_same("the norm of the trained weights", norm)
         if ranks.is_main:
-            checkpoint.save(state, folder.checkpoints, keep=self.config.checkpoint.keep)
+            keep, log = self.config.checkpoint.keep, mark_log(folder.metrics)
+            checkpoint.save(state, folder.checkpoints, keep=keep, log=log)
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-        return checkpoint.step_path(folder.checkpoints, state.step)
+        return step_path(folder.checkpoints, state.step)
 
     def _tracker(self, folder: RunFolder, *, resumed: bool) -> Tracker:
         """Writes `environment.json` and gives the tracker; silent on all ranks but the main one."""
@@ -233,7 +247,7 @@ class Trainer(ABC):
         environment = describe_environment() | {"processes": str(self.ranks.world_size)}
         if resumed:
             environment = continued(folder.path / "environment.json", environment)
-        write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
+        write_json(folder.path / "environment.json", environment)
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod
@@ -389,7 +403,7 @@ class RunTrainer(Trainer):
         digests = stage1_digests(self.config, self.run.alignment.objectives)
         rows, counts = read_rows(folder.metrics), self._aligned.counts()
         diverged = divergence_warnings(rows, flow_of_first_clips(self.run))
-        notes = [*self.run.notes, *diverged, *alignment_warnings(counts)]
+        notes = [*self.run.notes, *self.state.notes, *diverged, *alignment_warnings(counts)]
         notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
         notes += nonfinite_warnings(metrics)
@@ -401,7 +415,7 @@ class RunTrainer(Trainer):
             "diverged": bool(diverged),
             "notes": notes,
         }
-        write_text(folder.result, json.dumps(result, indent=1))
+        folder.write_result(result)
 
 
 def logged_costs(folder: RunFolder) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """One Stage 1 training, in the loop of every training (`alignlab.train.Trainer`)."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,8 @@ from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import load_text_encoder
 from alignlab.progress import warn_once
 from alignlab.randomness import generator
-from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
+from alignlab.runs.atomic_files import clear_leftovers, whole_folder
+from alignlab.runs.checksums import write_checksums
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
@@ -58,7 +58,7 @@ def train_stage1(config: Stage1Config) -> Path:
         clear_leftovers(opened.folder.path)
         trainer = Stage1Trainer(config, ranks)
         if opened.newest is not None:
-            checkpoint.restore(trainer.state, opened.newest)
+            checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)
         trainer.fit(opened.folder, opened.newest)
     return opened.folder.stage1
 
@@ -140,8 +140,9 @@ class Stage1Trainer(Trainer):
         with whole_folder(folder.stage1) as stage1_folder:
             info = stage1_info(self.config, self.task.shape, self.models.teacher)
             save_stage1(stage1_folder, network, info)
-        result = {"steps": self.config.steps, "metrics": metrics, "notes": self.notes}
-        write_text(folder.result, json.dumps(result, indent=1))
+            write_checksums(stage1_folder)
+        notes = [*self.notes, *self.state.notes]
+        folder.write_result({"steps": self.config.steps, "metrics": metrics, "notes": notes})
 
 
 class TaskClips(Generic[Clip]):
