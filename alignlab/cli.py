@@ -17,6 +17,7 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
+from alignlab.experiments.cli.verify import verify
 
 app = typer.Typer(
     cls=Commands,
@@ -111,6 +112,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     sample,
     export,
     probe,
+    verify,
     doctor,
 )
 """In the order of `alignlab --help`."""

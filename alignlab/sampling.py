@@ -22,6 +22,7 @@ from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
+from alignlab.runs.checkpoint_folders import latest, reading_newest
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import check_out_file
@@ -200,8 +201,7 @@ def load_trained(run_dir: Path) -> Wan:
     refuse_several_ranks()  # each would write the same file
     folder = RunFolder.open(run_dir)
     config = folder.config()
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None:
+    if latest(folder.checkpoints) is None:  # seen before models are loaded
         raise UserError(f"{run_dir}: the run has no checkpoint yet")
     tell_changes(folder, config, model_only=True)
     wan = load_wan(
@@ -212,7 +212,8 @@ def load_trained(run_dir: Path) -> Wan:
         precision=config.model.precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    checkpoint.load_transformer(wan.transformer, newest, ema=config.optim.ema is not None)
+    with reading_newest(folder.checkpoints) as newest:
+        checkpoint.load_transformer(wan.transformer, newest, ema=config.optim.ema is not None)
     wan.transformer.eval()
     return wan
 

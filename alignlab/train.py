@@ -6,7 +6,6 @@ Stage 1 (`alignlab.stage1.train`) goes through the same loop and step with a tra
 Shape letters: B batch.
 """
 
-import json
 import logging
 import statistics
 from abc import ABC, abstractmethod
@@ -37,13 +36,21 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.atomic_files import clear_leftovers, write_text
+from alignlab.runs.atomic_files import clear_leftovers
+from alignlab.runs.checkpoint_folders import log_mark, resumable, step_path
+from alignlab.runs.checksums import write_json
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.prolong import SchedulePlan, begin_leg, take_back_result
+from alignlab.runs.metric_rows import check_log, mark_log, read_rows
+from alignlab.runs.prolong import (
+    SchedulePlan,
+    begin_leg,
+    forget_earlier_ends,
+    take_back_result,
+)
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
-from alignlab.tracking import SilentTracker, Tracker, read_rows
+from alignlab.tracking import SilentTracker, Tracker
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
@@ -104,7 +111,7 @@ def train(
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
         if newest is not None:
-            checkpoint.restore(run.state, newest)
+            checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)
         plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
         RunTrainer(run, on_evaluation, plan=plan).fit(opened.folder, newest)
@@ -112,11 +119,19 @@ def train(
 
 
 class OpenedFolder(NamedTuple):
-    """A run folder before its training, whether that is finished, and the newest checkpoint."""
+    """A run folder before its training.
+
+    Args:
+        folder: of the run.
+        is_finished: nothing is left to do.
+        newest: the checkpoint to resume from, which is whole.
+        notes: what was damaged, for the result.
+    """
 
     folder: RunFolder
     is_finished: bool
     newest: Path | None
+    notes: tuple[str, ...]
 
 
 def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> OpenedFolder:
@@ -129,7 +144,7 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
 
     Raises:
         UserError: the folder holds another recipe or other inputs, another command trains there, or
-            it is finished with another Stage 1 network.
+            it is finished with another Stage 1 network, or what it keeps is damaged.
     """
     folder = RunFolder.create(config)
     if not folder.is_finished_at(config.steps):
@@ -137,11 +152,13 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
         clear_leftovers(folder.checkpoints)
         take_back_result(folder, config)
     hold_inputs(folder, config)
-    newest = checkpoint.latest(folder.checkpoints)
-    finished = is_finished(config, folder)
-    if finished:
+    if is_finished(config, folder):
         log.info("%s is finished already: all %d steps are trained", folder.path, config.steps)
-    return OpenedFolder(folder, finished, newest)
+        return OpenedFolder(folder, True, None, ())
+    newest, notes = resumable(folder.checkpoints)
+    if newest is not None:
+        notes += check_log(folder.metrics, log_mark(newest))
+    return OpenedFolder(folder, False, newest, notes)
 
 
 class Trainer(ABC):
@@ -182,7 +199,7 @@ class Trainer(ABC):
             with self.prepared(folder, tracker):
                 self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
-                    self.forget_earlier_ends(folder)
+                    forget_earlier_ends(folder, self.config, self.plan, self.first_row())
                     self.finish(folder, tracker)
                 ranks.barrier()
 
@@ -254,26 +271,10 @@ class Trainer(ABC):
             norm = float(get_total_norm(list(state.names)))
             ranks.check_same("the norm of the trained weights", norm)
         if ranks.is_main:
-            checkpoint.save(state, folder.checkpoints, keep=self.config.checkpoint.keep)
+            keep, log = self.config.checkpoint.keep, mark_log(folder.metrics)
+            checkpoint.save(state, folder.checkpoints, keep=keep, log=log)
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-        return checkpoint.step_path(folder.checkpoints, state.step)
-
-    def forget_earlier_ends(self, folder: RunFolder) -> None:
-        """Makes the log of a prolonged training that of one which was planned so from the start.
-
-        Its last step then is due at no other row than those of `tracking.log_every` and
-        `checkpoint.every`. Done at the end: until then a resumed training counts on from that row.
-        """
-        if not self.plan.was_prolonged:
-            return
-        every = (self.config.tracking.log_every, self.config.checkpoint.every)
-        ends = {leg.from_step for leg in self.plan.legs[1:]} - {self.config.steps}
-        extra = {step for step in ends if all(step % number for number in every)}
-        rows = [
-            row for row in read_rows(folder.metrics) if not (row["step"] in extra and "lr" in row)
-        ]
-        rows = [row | self.first_row() if row["step"] == 0 else row for row in rows]
-        write_text(folder.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        return step_path(folder.checkpoints, state.step)
 
     def first_row(self) -> dict[str, float]:
         """What the log says before the first step that depends on the number of steps."""
@@ -286,7 +287,7 @@ class Trainer(ABC):
         environment = describe_environment() | {"processes": str(self.ranks.world_size)}
         if resumed:
             environment = continued(folder.path / "environment.json", environment)
-        write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
+        write_json(folder.path / "environment.json", environment)
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod
@@ -472,7 +473,7 @@ class RunTrainer(Trainer):
         digests = stage1_digests(self.config, self.run.alignment.objectives)
         rows, counts = read_rows(folder.metrics), self._aligned.counts()
         diverged = divergence_warnings(rows, flow_of_first_clips(self.run))
-        notes = [*self.run.notes, *diverged, *alignment_warnings(counts)]
+        notes = [*self.run.notes, *self.state.notes, *diverged, *alignment_warnings(counts)]
         notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
         notes += [*nonfinite_warnings(metrics), *self.plan.notes()]
@@ -484,7 +485,7 @@ class RunTrainer(Trainer):
             "diverged": bool(diverged),
             "notes": notes,
         }
-        write_text(folder.result, json.dumps(result, indent=1))
+        folder.write_result(result)
 
 
 def logged_costs(folder: RunFolder) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Metrics of other blocks than those that a run was measured on when it was finished."""
 
-import json
 import re
 from collections.abc import Collection, Mapping
 
@@ -10,8 +9,6 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.collectors import with_means
 from alignlab.evaluation.evaluate import block_metrics, evaluated_model, teacher_of
-from alignlab.recipe import dump
-from alignlab.runs.atomic_files import write_text
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
@@ -53,8 +50,8 @@ def measure_blocks(folder: RunFolder, config: RunConfig, caches: Caches | None =
     with evaluated_model(run, blocks) as branch:
         measured = block_metrics(run, branch, clips, teacher)
     result["metrics"] = _placed(result["metrics"], measured)
-    write_text(folder.result, json.dumps(result, indent=1))
-    write_text(folder.recipe, dump(config))  # last: a kill before is made up for
+    folder.write_result(result)
+    folder.write_recipe(config)  # last: a kill before is made up for
 
 
 def metrics_of_blocks(metrics: Mapping[str, float], blocks: Collection[int]) -> dict[str, float]:

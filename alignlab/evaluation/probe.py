@@ -3,8 +3,6 @@
 Shape letters: B batch, N tokens, D student width, E teacher width, T, H, W, C frames.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
 from alignlab.metrics import cka
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
+from alignlab.runs.checkpoint_folders import latest, reading_newest, step_of
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
@@ -110,8 +109,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     folder = RunFolder.open(run_dir)
     folder.check_split_rule()
     config = folder.config()
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None:
+    if latest(folder.checkpoints) is None:  # seen before models are loaded
         raise UserError(f"{run_dir}: the run has no checkpoint yet")
     alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
@@ -124,7 +122,9 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     for model in MODELS:
         if model == "after":
             ema = config.optim.ema is not None
-            checkpoint.load_transformer(run.wan.transformer, newest, ema=ema)
+            with reading_newest(folder.checkpoints) as newest:
+                checkpoint.load_transformer(run.wan.transformer, newest, ema=ema)
+                step = step_of(newest)
         run.wan.transformer.eval()
         every_block = range(run.wan.num_blocks)
         with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
@@ -132,7 +132,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
     return RunProbe(
         config,
-        int(newest.name.removeprefix("step-")),
+        step,
         alias,
         run.wan.num_blocks,
         run.alignment.blocks,
@@ -215,7 +215,8 @@ def _shown_block(run: Run, block: int | None) -> int:
 
 
 def _sample_of(folder: RunFolder, key: str) -> Path | None:
-    listing = folder.samples / "samples.json"
-    clips: Sequence[dict[str, str]] = json.loads(listing.read_text()) if listing.exists() else []
-    videos = [folder.samples / clip["video"] for clip in clips if clip["key"] == key]
+    result = folder.read_result()
+    if result is not None:
+        folder.check_files(result)
+    videos = [folder.samples / clip["video"] for clip in folder.sample_list() if clip["key"] == key]
     return videos[0] if videos and videos[0].is_file() else None

@@ -11,7 +11,7 @@ the training for.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,8 +24,10 @@ from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.schedule import Ramp
-from alignlab.recipe import NUMBERLESS, dump, validated
-from alignlab.runs.atomic_files import write_text
+from alignlab.recipe import NUMBERLESS, validated
+from alignlab.runs.checkpoint_folders import mark_checkpoint, step_folders
+from alignlab.runs.checksums import DamagedError, read_json, write_json
+from alignlab.runs.metric_rows import mark_log, read_rows, write_rows
 
 if TYPE_CHECKING:
     from alignlab.runs.run_folder import RunFolder
@@ -149,11 +151,11 @@ def begin_leg(folder: "RunFolder", config: TrainingConfig, step: int) -> Schedul
         return plan_of(folder, config)
     legs = plan_of(folder, held).legs
     plan = SchedulePlan([*legs, _next_leg(config, step)])
-    text = _LEGS.dump_json(plan.legs, indent=1, exclude_defaults=True).decode() + "\n"
-    write_text(folder.path / HISTORY, text)
+    legs_json = [leg.model_dump(exclude_defaults=True) for leg in plan.legs]
+    write_json(folder.path / HISTORY, {"legs": legs_json})
     if folder.result.exists():
         os.replace(folder.result, folder.earlier_result(held.steps))
-    write_text(folder.recipe, dump(config))  # last: from here on the leg counts
+    folder.write_recipe(config)  # last: from here on the leg counts
     return plan
 
 
@@ -170,14 +172,43 @@ def plan_of(folder: "RunFolder", config: TrainingConfig) -> SchedulePlan:
     path = folder.path / HISTORY
     if not path.exists():
         return SchedulePlan.of(config)
+    fix = "copy it back from elsewhere, or choose another name: it says how schedules were planned"
     try:
-        legs = _LEGS.validate_json(path.read_bytes())
+        legs = _LEGS.validate_python(read_json(path, fix=fix).get("legs"))
     except ValidationError:
-        raise UserError(
-            f"{path} is damaged, and with it how schedules were planned: restore it, or choose "
-            "another name"
-        ) from None
+        raise DamagedError(path, "it names no legs", fix) from None
     return SchedulePlan(leg for leg in legs if leg.steps <= config.steps)
+
+
+def forget_earlier_ends(
+    folder: "RunFolder",
+    config: TrainingConfig,
+    plan: SchedulePlan,
+    first_row: Mapping[str, float],
+) -> None:
+    """Makes the log of a prolonged training that of one which was planned so from the start.
+
+    The last step of an earlier leg is due at no other row than those of `tracking.log_every` and
+    `checkpoint.every`. Done once all steps are: until then a resumed training may count on from it.
+
+    Args:
+        folder: of the training.
+        config: its recipe.
+        plan: of its legs; of a single one, nothing is done.
+        first_row: what the row of step 0 says that depends on the number of steps.
+    """
+    if not plan.was_prolonged:
+        return
+    every = (config.tracking.log_every, config.checkpoint.every)
+    ends = {leg.from_step for leg in plan.legs[1:]} - {config.steps}
+    extra = {step for step in ends if all(step % number for number in every)}
+    rows = [row | first_row if row["step"] == 0 else row for row in read_rows(folder.metrics)]
+    *older, newest = step_folders(folder.checkpoints)
+    for checkpoint in (*older, newest):  # first: a kill leaves no mark that does not fit the log
+        mark_checkpoint(checkpoint, None)
+    is_extra = [row["step"] in extra and "lr" in row for row in rows]
+    write_rows(folder.metrics, [row for row, drop in zip(rows, is_extra, strict=True) if not drop])
+    mark_checkpoint(newest, mark_log(folder.metrics))
 
 
 def expected_plan(folder: "RunFolder", config: TrainingConfig) -> SchedulePlan:

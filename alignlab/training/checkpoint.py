@@ -7,6 +7,8 @@ checkpoints/step-000500/
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
     state.json                           step, hash of frozen Stage 1 networks
+    checksums.json                       SHA-256 of all of these
+    log.json                             what `metrics.jsonl` held
 
 Stage 1 has `network.safetensors` in place of the first three.
 """
@@ -25,9 +27,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.errors import UserError
+from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
-from alignlab.runs.atomic_files import remove_folder, whole_folder
+from alignlab.runs.atomic_files import whole_folder
+from alignlab.runs.checkpoint_folders import (
+    OPTIMIZER,
+    STATE,
+    latest,
+    mark_checkpoint,
+    prune,
+    remove_replaced,
+    step_path,
+)
+from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
+from alignlab.runs.metric_rows import LogMark
+
+__all__ = ["latest", "prune", "step_path"]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
@@ -42,12 +58,14 @@ class TrainState(ABC):
     Args:
         optimizer: over `names`.
         step: optimizer steps done.
+        notes: what the result has to say of how it came about, such as a damaged checkpoint.
 
     `names` holds the trained parameters with the names that a checkpoint gives them.
     """
 
     optimizer: torch.optim.Optimizer
     step: int = field(default=0, kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
     names: dict[nn.Parameter, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +89,7 @@ class TrainState(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What `state.json` says."""
-        return {"step": self.step}
+        return {"step": self.step} | ({"notes": list(self.notes)} if self.notes else {})
 
 
 @dataclass
@@ -125,43 +143,43 @@ class RunState(TrainState):
         return super().facts() | {"frozen": frozen_digest(self.objectives)}
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The newest checkpoint of a run, or None."""
-    folders = _by_step(checkpoints)
-    return folders[-1] if folders else None
+def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None = None) -> Path:
+    """Writes `step-<step>` and removes all but the newest `keep` checkpoints.
 
-
-def step_path(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return checkpoints / f"step-{step:06d}"
-
-
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for old in _by_step(checkpoints)[:-keep]:
-        remove_folder(old)
-
-
-def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
-    """Writes `step-<step>` and removes all but the newest `keep` checkpoints."""
+    Args:
+        state: what is written.
+        checkpoints: the folder of all checkpoints.
+        keep: how many.
+        log: what the run's log holds.
+    """
     target = step_path(checkpoints, state.step)
     with whole_folder(target) as folder:
         state.write_weights(folder)
-        save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps(state.facts()))
+        save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps(state.facts()))
+        write_checksums(folder)
+        # by itself: the log has times, and all else is the same whenever it is trained
+        mark_checkpoint(folder, log)
+    remove_replaced(checkpoints, state.step)
     prune(checkpoints, keep)
     return target
 
 
-def restore(state: TrainState, checkpoint: Path) -> None:
+def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ()) -> None:
     """Puts a checkpoint back into a freshly built state.
+
+    Args:
+        state: is changed.
+        checkpoint: a whole one.
+        notes: what the result has to say besides what the checkpoint says.
 
     Raises:
         UserError: as `restore_weights`.
     """
     restore_weights(state, checkpoint)
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    _check(checkpoint / "optimizer.safetensors", moments)
+    state.notes = tuple(dict.fromkeys([*state.notes, *notes]))
+    moments = load_file(checkpoint / OPTIMIZER)
+    _check(checkpoint / OPTIMIZER, moments)
     restore_state(state.optimizer, state.names, moments)
 
 
@@ -171,10 +189,11 @@ def restore_weights(state: TrainState, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
     """
-    facts = json.loads((checkpoint / "state.json").read_text())
+    facts = json.loads((checkpoint / STATE).read_text())
     state.read_weights(checkpoint, facts)
     _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
     state.step = int(facts["step"])
+    state.notes = tuple(facts.get("notes", ()))
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
@@ -216,9 +235,13 @@ def load_transformer(
             transformer, {k.removeprefix(LORA_PREFIX): v for k, v in layers.items()}
         )
     elif (checkpoint / "transformer").is_dir():
-        weights = WanTransformer3DModel.from_pretrained(
-            checkpoint / "transformer", use_safetensors=True
-        ).state_dict()
+        loaded = load_pretrained(
+            WanTransformer3DModel,
+            checkpoint / "transformer",
+            setting="checkpoint",
+            use_safetensors=True,
+        )
+        weights = loaded.state_dict()
         _check(checkpoint / "transformer", weights)
         transformer.load_state_dict(weights)
     else:
@@ -228,11 +251,6 @@ def load_transformer(
 def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuses what is not finite; nothing that trains has to be other than zero."""
     check_weights(str(where), tensors.items(), fix=DAMAGED, may_be_zero=True)
-
-
-def _by_step(checkpoints: Path) -> list[Path]:
-    """Oldest first; by number, since names of more than six digits do not sort."""
-    return sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _frozen(module: nn.Module) -> set[str]:

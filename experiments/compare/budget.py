@@ -5,6 +5,7 @@ Whatever follows from `steps` follows the variant's own number: the learning rat
 last step. What a recipe gives in steps (`optim.warmup`, `end`, `checkpoint.every`) stays as it is.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.result import Budget, Cost
 from alignlab.losses.schedule import StopAtPlateau, weight_at
 from alignlab.recipe import has_recipe_hash, recipe_hash
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import DamagedError, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def _decided(config: CompareConfig, path: Path) -> Budget:
         budget = _decide(config, _measured(config, path.parent), budget, planned)
         hashes = recipes if kept is None else kept.recipes | recipes
         content = _BudgetFile(config.baseline, hashes, budget)
-        write_text(path, _BUDGET_FILE.dump_json(content, indent=1).decode() + "\n")
+        write_json(path, _BUDGET_FILE.dump_python(content, mode="json"))
     if steps != planned:  # prolonged since, at the ratios that were measured
         budget = replace(budget, steps=_steps_at(steps, budget.ratios))
     for variant in config.variants:
@@ -154,10 +155,12 @@ def _check_constant_cost(config: CompareConfig, steps: Mapping[str, int]) -> Non
 def _read(path: Path) -> _BudgetFile | None:
     if not path.exists():
         return None
+    fix = "copy it back from elsewhere, or remove the comparison's folder"
+    content = read_json(path, fix=fix)
     try:
-        return _BUDGET_FILE.validate_json(path.read_bytes())
+        return _BUDGET_FILE.validate_json(json.dumps(content))
     except ValidationError:
-        raise UserError(f"{path}: not a budget: remove the comparison's folder") from None
+        raise DamagedError(path, "it holds no budget", fix) from None
 
 
 def _check_same(path: Path, config: CompareConfig, kept: _BudgetFile) -> None:

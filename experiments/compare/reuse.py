@@ -14,8 +14,7 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import measure_blocks
 from alignlab.experiments.launchers import RunKey
-from alignlab.recipe import NUMBERLESS, dump
-from alignlab.runs.atomic_files import write_text
+from alignlab.recipe import NUMBERLESS
 from alignlab.runs.prolong import Leg, begin_leg, expected_plan, planned_by_steps
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.training.setup import Caches, shared_caches
@@ -44,7 +43,7 @@ def open_run(run: RunConfig) -> tuple[RunConfig, RunFolder]:
             with only_writer(folder.path, wait=False):
                 stored = folder.config()
                 more = sorted({*held, *(run.eval.blocks or ())})
-                write_text(folder.recipe, dump(_with_blocks(stored, tuple(more))))
+                folder.write_recipe(_with_blocks(stored, tuple(more)))
             run = _with_blocks(run, tuple(more))
     return run, RunFolder.create(run)
 

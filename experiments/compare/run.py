@@ -4,7 +4,6 @@ Variants of a seed share initial weights, clips, noise and noise levels, because
 functions of the seed (`alignlab.randomness`). A finished run is reused, a killed one is resumed.
 """
 
-import json
 import logging
 import sys
 import time
@@ -18,7 +17,7 @@ from rich.console import Console
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
-from alignlab.environment import describe_environment
+from alignlab.environment import describe_environment, read_environment
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
@@ -36,16 +35,23 @@ from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import (
+    CHECKSUMS,
+    DamagedError,
+    read_json,
+    write_checksums,
+    write_json,
+)
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
-from alignlab.tracking import read_rows
 from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
+OUTPUTS = ("comparison.json", "report.html", "report.md", "table.csv", "table.tex")
 CURVES = ("loss/", "sim/", "grad/", "diag/")
 
 
@@ -66,8 +72,10 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
     comparison.save(folder / "comparison.json")
     report = write_report(comparison, folder)
+    write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
     print_summary(comparison, Console())
     return report
 
@@ -217,7 +225,7 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
 
     def finished(key: RunKey) -> None:
         seconds = earlier + time.monotonic() - begin
-        write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}))
+        write_json(plan.folder / "progress.json", {"seconds": seconds})
 
     if missing:
         launch(missing, finished)
@@ -253,8 +261,6 @@ def collect(
         for key, value in row.items():
             if key.startswith(CURVES):
                 curves.setdefault(key, []).append((int(row["step"]), value))
-    listing = run.samples / "samples.json"
-    clips = json.loads(listing.read_text()) if listing.exists() else []
     return RunResult(
         variant=variant,
         seed=seed,
@@ -262,7 +268,7 @@ def collect(
         run_dir=str(run.path.relative_to(folder)),
         metrics=metrics_of_blocks(result["metrics"], blocks),
         curves={key: tuple(points) for key, points in curves.items()},
-        samples=tuple(_clip(clip) for clip in clips),
+        samples=tuple(_clip(clip) for clip in run.sample_list()),
         notes=tuple(result.get("notes", ())),
         aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
         diverged=result.get("diverged", False),
@@ -273,7 +279,7 @@ def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
     """Threads, processes, device and torch of the runs; several of a kind are logged."""
     environments = [
         # older runs had one process and do not say so
-        {"processes": "1"} | json.loads((folder.path / "environment.json").read_text())
+        {"processes": "1"} | read_environment(folder.path / "environment.json")
         for folder in folders.values()
     ]
     facts = {
@@ -300,4 +306,10 @@ def _clip(clip: dict[str, Any]) -> SampleClip:
 def _seconds_so_far(folder: Path) -> float:
     """Training time before a killed comparison was resumed."""
     progress = folder / "progress.json"
-    return float(json.loads(progress.read_text())["seconds"]) if progress.exists() else 0.0
+    if not progress.exists():
+        return 0.0
+    fix = "remove it; the comparison's duration then counts from this start"
+    seconds = read_json(progress, fix=fix).get("seconds")
+    if not isinstance(seconds, int | float):
+        raise DamagedError(progress, "it holds no seconds", fix)
+    return float(seconds)

@@ -15,9 +15,9 @@ from alignlab.distributed.ranks import single_rank
 from alignlab.losses.stage1.folder import load_stage1
 from alignlab.randomness import generator
 from alignlab.recipe import load_stage1_run
+from alignlab.runs.metric_rows import read_rows
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, train_stage1
-from alignlab.tracking import read_rows
 from command_line import alignlab
 from run_contents import file_contents, timeless_rows
 
@@ -192,7 +192,9 @@ def test_a_prolonged_training_is_the_long_one(recipes: Recipes, tmp_path: Path) 
     short = train_stage1(config_of(recipes, "moalign", "steps=4", *constant))
     assert file_contents(short) == file_contents(long)
     last = [file_contents(run.parent / "checkpoints" / "step-000004") for run in (short, long)]
-    assert last[0] == last[1] and len(last[0]) == 3
+    for files in last:
+        del files["log.json"]  # the log has times
+    assert last[0] == last[1] and "optimizer.safetensors" in last[0]
     assert timeless_rows(short.parent) == timeless_rows(long.parent)
     result = json.loads((short.parent / "result.json").read_text())
     assert result["notes"][-1].startswith("prolonged: it was planned for fewer steps at first [2")

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, trained_on
 from alignlab.experiments.launchers import local
+from alignlab.runs.checksums import write_json
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking import read_rows
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
 from kills import Killed
@@ -199,10 +201,10 @@ def test_runs_of_different_threads_are_told(
 ) -> None:
     folders = {}
     for seed in (0, 1):
-        given = json.loads((report.parent / f"none/seed-{seed}/environment.json").read_text())
+        given = read_environment(report.parent / f"none/seed-{seed}/environment.json")
         folder = tmp_path / str(seed)
         folder.mkdir()
-        (folder / "environment.json").write_text(json.dumps(given | {"threads": str(seed + 1)}))
+        write_json(folder / "environment.json", given | {"threads": str(seed + 1)})
         folders["none", seed] = RunFolder(folder)
     assert trained_on(folders)["threads"] == "1, 2"
     assert "threads: runs were trained with 1 and with 2" in caplog.text

@@ -1,6 +1,7 @@
-"""A comparison with other variants, seeds or steps than before takes over the runs that are there."""
+"""A comparison with other variants, seeds or steps takes over the runs that are there."""
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import UserError
-from alignlab.evaluation import blocks as blocks_module
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, unfinished
@@ -103,13 +103,15 @@ def test_finished_runs_are_measured_on_the_blocks_of_a_later_variant(
 def test_a_kill_while_a_block_is_measured_is_made_up_for(
     make: MakeCompare, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make("more", "seeds=[0]")
+    config, replace = make("more", "seeds=[0]"), os.replace
 
-    def dying(path: Path, text: str) -> None:
-        raise Killed
+    def dying(source: Path, target: Path) -> None:
+        if target.parts[-3:] == ("none", "seed-0", "recipe.yaml"):
+            raise Killed
+        replace(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(blocks_module, "write_text", dying)
+        patch.setattr(os, "replace", dying)
         compare(config)
     expected = {key: v for key, v in numbers(outputs / "more" / "pair").items() if key[1] == 0}
     assert numbers(compare(config).parent) == expected
