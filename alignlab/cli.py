@@ -10,7 +10,7 @@ import typer
 
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
-from alignlab.cli_runs import export, sample
+from alignlab.cli_runs import export, repro, sample
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
 from alignlab.experiments.cli.bench import bench_app
@@ -111,6 +111,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     sweep,
     sample,
     export,
+    repro,
     probe,
     verify,
     doctor,

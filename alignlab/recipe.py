@@ -54,6 +54,16 @@ def load_run(
     return validated(RunConfig, mapping, stored=stored)
 
 
+def load_training(recipe: Path) -> TrainingConfig:
+    """The config in a run's folder, whether it is of a run or of a Stage 1 training.
+
+    Raises:
+        UserError: as `load_run`.
+    """
+    mapping = read_recipe(recipe, [])
+    return validated(Stage1Config if "stage1" in mapping else RunConfig, mapping, stored=True)
+
+
 def load_stage1_run(
     kind: str, recipe: str | Path, overrides: list[str] | None = None
 ) -> Stage1Config:

@@ -16,13 +16,12 @@ from alignlab.data.resize import fit_reference
 from alignlab.data.video import write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
-from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
-from alignlab.runs.checkpoint_folders import latest, reading_newest
+from alignlab.runs.checkpoint_folders import latest, no_checkpoint, reading_newest
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import check_out_file
@@ -202,7 +201,7 @@ def load_trained(run_dir: Path) -> Wan:
     folder = RunFolder.open(run_dir)
     config = folder.config()
     if latest(folder.checkpoints) is None:  # seen before models are loaded
-        raise UserError(f"{run_dir}: the run has no checkpoint yet")
+        raise no_checkpoint(folder.checkpoints)
     tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,

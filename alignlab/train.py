@@ -39,7 +39,10 @@ from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers
 from alignlab.runs.checkpoint_folders import log_mark, resumable, step_path
 from alignlab.runs.checksums import write_json
+from alignlab.runs.code_record import record_code
+from alignlab.runs.init_source import init_source
 from alignlab.runs.input_record import hold_inputs
+from alignlab.runs.kept_checkpoints import drop_checkpoints, drop_if_unread
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.metric_rows import check_log, mark_log, read_rows
 from alignlab.runs.prolong import (
@@ -57,6 +60,7 @@ from alignlab.training.alignment import Aligned
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
+from alignlab.training.init_from import start_from
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.nonfinite import NonFiniteWatch, state_norms
 from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
@@ -108,8 +112,11 @@ def train(
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        source = init_source(config) if newest is None else None  # refused before models are read
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
+        if source is not None:
+            start_from(run.state, run.wan, config, source)
         if newest is not None:
             checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)
@@ -154,6 +161,7 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
     hold_inputs(folder, config)
     if is_finished(config, folder):
         log.info("%s is finished already: all %d steps are trained", folder.path, config.steps)
+        drop_if_unread(folder, config)
         return OpenedFolder(folder, True, None, ())
     newest, notes = resumable(folder.checkpoints)
     if newest is not None:
@@ -201,6 +209,7 @@ class Trainer(ABC):
                 if ranks.is_main:
                     forget_earlier_ends(folder, self.config, self.plan, self.first_row())
                     self.finish(folder, tracker)
+                    drop_checkpoints(folder, self.config)
                 ranks.barrier()
 
     def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
@@ -288,6 +297,7 @@ class Trainer(ABC):
         if resumed:
             environment = continued(folder.path / "environment.json", environment)
         write_json(folder.path / "environment.json", environment)
+        record_code(folder.path, step=self.state.step)
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod

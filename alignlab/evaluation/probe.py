@@ -18,7 +18,7 @@ from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
 from alignlab.metrics import cka
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
-from alignlab.runs.checkpoint_folders import latest, reading_newest, step_of
+from alignlab.runs.checkpoint_folders import latest, no_checkpoint, reading_newest, step_of
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
@@ -110,7 +110,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     folder.check_split_rule()
     config = folder.config()
     if latest(folder.checkpoints) is None:  # seen before models are loaded
-        raise UserError(f"{run_dir}: the run has no checkpoint yet")
+        raise no_checkpoint(folder.checkpoints)
     alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
     run = build_run(config)

@@ -35,6 +35,10 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 LOG = "log.json"
+WEIGHTS_ONLY = (
+    "holds weights only (checkpoint.keep_finished: weights): training cannot go on from it, "
+    "choose another name"
+)
 ASIDE = ".damaged"
 _NAME = re.compile(r"step-\d{6,}")
 
@@ -62,6 +66,17 @@ def latest(checkpoints: Path) -> Path | None:
     """The newest checkpoint of a run, whole or not, or None."""
     folders = step_folders(checkpoints)
     return folders[-1] if folders else None
+
+
+def no_checkpoint(checkpoints: Path) -> UserError:
+    """Says why there is none: not yet, or no more."""
+    run = checkpoints.parent
+    if (run / "result.json").exists():
+        return UserError(
+            f"{run}: the run is finished, and its checkpoints were dropped "
+            "(checkpoint.keep_finished): to have them, train it again under another name"
+        )
+    return UserError(f"{run}: the run has no checkpoint yet")
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -174,7 +189,7 @@ def _held_newest(checkpoints: Path, stack: ExitStack) -> Path | None:
     """None if a checkpoint went away meanwhile: there is a newer one then."""
     folders = step_folders(checkpoints)
     if not folders:
-        raise UserError(f"{checkpoints.parent}: the run has no checkpoint yet")
+        raise no_checkpoint(checkpoints)
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         with ExitStack() as held:

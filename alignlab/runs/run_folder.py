@@ -40,7 +40,13 @@ from alignlab.errors import UserError, one_line
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
 from alignlab.runs import prolong
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checkpoint_folders import step_folders, step_of
+from alignlab.runs.checkpoint_folders import (
+    OPTIMIZER,
+    WEIGHTS_ONLY,
+    no_checkpoint,
+    step_folders,
+    step_of,
+)
 from alignlab.runs.checksums import (
     DamagedError,
     damaged_files,
@@ -182,12 +188,13 @@ class RunFolder:
         """Refuses a run that has no checkpoint to go on from.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or one of weights only.
         """
-        if not self._newest_step():
-            raise UserError(
-                f"{self.path}: its checkpoints are gone, so it cannot go on: choose another name"
-            )
+        checkpoints = step_folders(self.checkpoints)
+        if not checkpoints:
+            raise no_checkpoint(self.checkpoints)
+        if not (checkpoints[-1] / OPTIMIZER).exists():
+            raise UserError(f"{checkpoints[-1]} {WEIGHTS_ONLY}")
 
     def _newest_step(self) -> int:
         return max((step_of(path) for path in step_folders(self.checkpoints)), default=0)

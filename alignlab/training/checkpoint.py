@@ -33,6 +33,7 @@ from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.checkpoint_folders import (
     OPTIMIZER,
     STATE,
+    WEIGHTS_ONLY,
     latest,
     mark_checkpoint,
     prune,
@@ -178,6 +179,8 @@ def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ())
     """
     restore_weights(state, checkpoint)
     state.notes = tuple(dict.fromkeys([*state.notes, *notes]))
+    if not (checkpoint / OPTIMIZER).exists():
+        raise UserError(f"{checkpoint} {WEIGHTS_ONLY}")
     moments = load_file(checkpoint / OPTIMIZER)
     _check(checkpoint / OPTIMIZER, moments)
     restore_state(state.optimizer, state.names, moments)

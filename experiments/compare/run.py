@@ -44,6 +44,7 @@ from alignlab.runs.checksums import (
 )
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.kept_checkpoints import drop_if_unread
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
@@ -70,6 +71,8 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     folder = plan.folder
     _train_missing(plan, launcher or make_launcher("local", config.launch))
     measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
+    for key, run in plan.runs.items():
+        drop_if_unread(plan.folders[key], run)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
     (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew

@@ -50,8 +50,8 @@ def test_the_command_trains_and_returns_a_finished_run_as_it_is(
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.stdout == f"stage 1 folder: {run / 'stage1'}\n"
     assert sorted(p.name for p in run.iterdir()) == [
-        *(".writer", ".writer.lock", "checkpoints", "environment.json", "inputs.json"),
-        *("metrics.jsonl", "recipe.yaml", "result.json", "stage1"),
+        *(".writer", ".writer.lock", "checkpoints", "code.diff", "code.json", "environment.json"),
+        *("inputs.json", "metrics.jsonl", "recipe.yaml", "result.json", "stage1"),
     ]
     written = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     assert alignlab(*arguments).exit_code == 0

@@ -239,5 +239,5 @@ def test_equal_steps_need_no_decision(make: Make, tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(make: Make, tmp_path: Path, measured: Callable[..., None]) -> None:
     measured(none=1.0, heavy=2.5, other=1.0)
     (tmp_path / "budget.json").write_text(json.dumps({"steps": 3}))
-    with pytest.raises(UserError, match=r"budget\.json: not a budget"):
+    with pytest.raises(UserError, match=r"budget\.json is damaged"):
         decide_budget(make("budget=compute"), tmp_path)
