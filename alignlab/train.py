@@ -6,13 +6,12 @@ Stage 1 (`alignlab.stage1.train`) goes through the same loop and step with a tra
 Shape letters: B batch.
 """
 
-import logging
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,23 +35,20 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.atomic_files import clear_leftovers
-from alignlab.runs.checkpoint_folders import log_mark, resumable, step_path
+from alignlab.runs.checkpoint_folders import step_path
 from alignlab.runs.checksums import write_json
 from alignlab.runs.code_record import record_code
-from alignlab.runs.init_source import init_source
-from alignlab.runs.input_record import hold_inputs
-from alignlab.runs.kept_checkpoints import drop_checkpoints, drop_if_unread
+from alignlab.runs.kept_checkpoints import drop_checkpoints
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.metric_rows import check_log, mark_log, read_rows
+from alignlab.runs.metric_rows import mark_log, read_rows
+from alignlab.runs.open_folder import open_folder
 from alignlab.runs.prolong import (
     SchedulePlan,
     begin_leg,
     forget_earlier_ends,
-    take_back_result,
 )
-from alignlab.runs.run_folder import RunFolder, only_writer
-from alignlab.stage1.compatibility import is_finished, stage1_digests
+from alignlab.runs.run_folder import RunFolder
+from alignlab.stage1.compatibility import stage1_digests
 from alignlab.tracking import SilentTracker, Tracker
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
@@ -60,7 +56,7 @@ from alignlab.training.alignment import Aligned
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
-from alignlab.training.init_from import start_from
+from alignlab.training.init_from import checked_source, start_from
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.nonfinite import NonFiniteWatch, state_norms
 from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
@@ -71,8 +67,6 @@ from alignlab.training.setup import (
     check_ranks_agree,
     check_teachers_and_eval,
 )
-
-log = logging.getLogger(__name__)
 
 
 @quiet_libraries()
@@ -112,7 +106,7 @@ def train(
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
-        source = init_source(config) if newest is None else None  # refused before models are read
+        source = checked_source(config) if newest is None else None
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
         if source is not None:
@@ -123,50 +117,6 @@ def train(
         plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
         RunTrainer(run, on_evaluation, plan=plan).fit(opened.folder, newest)
     return opened.folder.path
-
-
-class OpenedFolder(NamedTuple):
-    """A run folder before its training.
-
-    Args:
-        folder: of the run.
-        is_finished: nothing is left to do.
-        newest: the checkpoint to resume from, which is whole.
-        notes: what was damaged, for the result.
-    """
-
-    folder: RunFolder
-    is_finished: bool
-    newest: Path | None
-    notes: tuple[str, ...]
-
-
-def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> OpenedFolder:
-    """Opens the folder of a training, which may be an interrupted one.
-
-    Args:
-        config: the recipe.
-        locks: keeps the lock of a folder that will be written.
-        wait: for another command that trains this run; else refuse.
-
-    Raises:
-        UserError: the folder holds another recipe or other inputs, another command trains there, or
-            it is finished with another Stage 1 network, or what it keeps is damaged.
-    """
-    folder = RunFolder.create(config)
-    if not folder.is_finished_at(config.steps):
-        locks.enter_context(only_writer(folder.path, wait=wait))
-        clear_leftovers(folder.checkpoints)
-        take_back_result(folder, config)
-    hold_inputs(folder, config)
-    if is_finished(config, folder):
-        log.info("%s is finished already: all %d steps are trained", folder.path, config.steps)
-        drop_if_unread(folder, config)
-        return OpenedFolder(folder, True, None, ())
-    newest, notes = resumable(folder.checkpoints)
-    if newest is not None:
-        notes += check_log(folder.metrics, log_mark(newest))
-    return OpenedFolder(folder, False, newest, notes)
 
 
 class Trainer(ABC):

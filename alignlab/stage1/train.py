@@ -25,6 +25,7 @@ from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.open_folder import open_folder
 from alignlab.runs.prolong import begin_leg
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
@@ -32,7 +33,7 @@ from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import FrozenModels, Stage1Task
 from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker
-from alignlab.train import Trainer, logged_costs, open_folder
+from alignlab.train import Trainer, logged_costs
 from alignlab.training import checkpoint
 from alignlab.training.batches import ClipCache
 from alignlab.training.checkpoint import TrainState

@@ -16,20 +16,23 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.models.wan import Wan
 from alignlab.runs.checkpoint_folders import problem
-from alignlab.runs.init_source import SETTING, InitSource
+from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.training import checkpoint
 from alignlab.training.checkpoint import RunState
 
 log = logging.getLogger(__name__)
 
 
-def check_source(config: RunConfig, source: InitSource) -> RunConfig:
-    """Refuses a source whose weights do not fit; gives its recipe.
+def checked_source(config: RunConfig) -> InitSource | None:
+    """What `model.init_from` names, if its weights fit; None if the recipe does not say it.
 
     Raises:
-        UserError: the checkpoint is damaged, one of the two trains a LoRA and the other all
-            weights, or their LoRAs differ.
+        UserError: as `init_source`, and when the checkpoint is damaged, one of the two trains a
+            LoRA and the other all weights, or their LoRAs differ.
     """
+    source = init_source(config)
+    if source is None:
+        return None
     there = source.run.config()
     broken = problem(source.checkpoint, leave_out=("optimizer.safetensors", "ema.safetensors"))
     if broken:
@@ -50,7 +53,7 @@ def check_source(config: RunConfig, source: InitSource) -> RunConfig:
             "%s: the LoRA of %s was trained on %s, this run puts it on %s",
             *(SETTING, source.run.path, there.model.path, config.model.path),
         )
-    return there
+    return source
 
 
 def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource) -> None:
@@ -59,9 +62,8 @@ def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource)
     What of the objectives could not be taken over is logged, and noted for the result.
 
     Raises:
-        UserError: the transformer is of another shape, or the source does not fit (`check_source`).
+        UserError: the transformer is of another shape.
     """
-    there = check_source(config, source)
     try:
         checkpoint.load_transformer(wan.transformer, source.checkpoint)
     except RuntimeError as error:  # torch's of other shapes
@@ -69,7 +71,7 @@ def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource)
             f"{SETTING}: {source.checkpoint} does not fit the transformer of {config.model.path}: "
             "it is of another shape; take the model that the run began with"
         ) from error
-    _take_projectors(state, config, there, source)
+    _take_projectors(state, config, source)
     if state.ema is not None:
         parameters = dict(wan.transformer.named_parameters())
         for name, average in state.ema.items():
@@ -78,9 +80,8 @@ def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource)
 
 
 @torch.no_grad()
-def _take_projectors(
-    state: RunState, config: RunConfig, there: RunConfig, source: InitSource
-) -> None:
+def _take_projectors(state: RunState, config: RunConfig, source: InitSource) -> None:
+    there = source.run.config()
     tensors = load_file(source.checkpoint / "objectives.safetensors")
     here = state.objectives.state_dict()
     trained = {name for name, p in state.objectives.named_parameters() if p.requires_grad}

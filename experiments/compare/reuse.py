@@ -88,20 +88,20 @@ def refuse_different_plans(runs: Runs, folders: Folders, *, same_steps: bool) ->
     Args:
         runs: of the comparison.
         folders: theirs.
-        same_steps: whether variants have the same number of steps; else seeds are held against
-            each other only.
+        same_steps: whether what variants have in common is their number of steps: those with the
+            same are held against each other. Else the seeds of a variant are.
 
     Raises:
         UserError: it names two of them.
     """
-    first: dict[str, tuple[RunKey, tuple[Leg, ...]]] = {}
+    first: dict[int | str, tuple[RunKey, tuple[Leg, ...]]] = {}
     for key, run in runs.items():
         if not planned_by_steps(run):
             continue
         legs = tuple(
             leg.model_copy(update={"begun": ""}) for leg in expected_plan(folders[key], run).legs
         )
-        other, others = first.setdefault("" if same_steps else key[0], (key, legs))
+        other, others = first.setdefault(run.steps if same_steps else key[0], (key, legs))
         if legs != others:
             one, two = folders[other].path, folders[key].path
             raise UserError(

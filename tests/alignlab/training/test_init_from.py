@@ -118,9 +118,9 @@ def test_a_lora_goes_on_as_a_lora_and_not_as_a_model(
         (*LORA, f"model.init_from={source}"): "trained all weights, this run trains a LoRA",
         (*LORA[:1], "model.lora.rank=2", f"model.init_from={lora_run}"): "they must be equal",
     }
-    for settings, expected in refusals.items():
+    for number, (settings, expected) in enumerate(refusals.items()):
         with pytest.raises(UserError, match=expected):
-            train(make_config("name=other", *SMALL, *settings))
+            train(make_config(f"name=other{number}", *SMALL, *settings))
 
 
 def test_what_is_no_finished_run_or_checkpoint_is_refused(

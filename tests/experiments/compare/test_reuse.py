@@ -11,7 +11,7 @@ import pytest
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.compare.run import compare, unfinished
+from alignlab.experiments.compare.run import compare, prepare, unfinished
 from alignlab.runs.run_folder import RunFolder
 from kills import Killed
 from run_contents import file_contents, timeless
@@ -152,11 +152,7 @@ def test_runs_whose_schedules_were_planned_otherwise_are_refused(
         overrides = (f"output={tmp_path}", "optim.schedule=linear", *overrides)
         return load_compare(recipes / "one" / "pair.yaml", list(overrides))
 
-    for variant in ("none", "first"):
-        run = RunFolder.create(config("steps=4").run(variant, 0))
-        shutil.rmtree(run.path)
-    from alignlab.experiments.compare.run import prepare
-
+    prepare(config("steps=4", "name=own", "variants.first.steps=3"))  # on purpose
     plan = prepare(config("steps=4"))
     for folder in plan.folders.values():
         (folder.checkpoints / "step-000004").mkdir(parents=True)
