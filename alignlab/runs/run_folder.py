@@ -8,8 +8,9 @@ checkpoints/step-000500/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
 result.json        final metrics, digests of the Stage 1 networks that were used, in how many
-                   samples objectives had something to align, whether it diverged, and notes of
-                   all that there was warning of; its presence says that the run is finished
+                   samples objectives had something to align, whether it diverged, notes of all
+                   that there was warning of, and checksums of the files above; its presence says
+                   that the run is finished
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
