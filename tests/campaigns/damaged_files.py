@@ -259,7 +259,7 @@ class Scenes:
         train(load_run(self.recipe, [f"output={output}", *settings]))
         again = Command(
             lambda root: ["train", str(self.recipe), f"output={root}", *settings],
-            lambda root: trained(root / "run"),
+            lambda root: (timeless_metrics(root / "run"), timeless_rows(root / "run")),
         )
         export = Command(
             lambda root: ["export", str(root / "run")],

@@ -52,6 +52,7 @@ def test_a_damaged_study_is_refused_by_name(
 def test_a_study_that_is_gone_while_its_trials_lie_there_is_told(
     make: Callable[..., SweepConfig], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("WARNING")
     begun(make(), tmp_path)
     assert caplog.text == ""
     delete(tmp_path / "sweep" / "study.db")
