@@ -69,7 +69,7 @@ def test_a_folder_names_its_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(name.encode() * 9)
     write_checksums(tmp_path)
     expected = read_checksums(tmp_path)
-    assert expected is not None and sorted(expected) == names
+    assert expected is not None and sorted(expected) == sorted(names)
     assert damaged_files(tmp_path, expected) == {}
     for damage, name in zip((empty, cut, flip, delete, folder), names, strict=False):
         damage(tmp_path / name)

@@ -72,7 +72,7 @@ def test_a_flipped_bit_in_the_optimizer_costs_two_steps_and_no_bit(
     assert result is not None
     note = "the checkpoint step-000004 was damaged: an older one was resumed"
     assert note in result["notes"]
-    assert verify_run(stopped).damaged == []
+    assert verify_run(stopped).damaged == {}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_a_resume_reads_is_refused_in_one_line(
     with pytest.raises(UserError, match=named) as caught:
         resume()
     assert "\n" not in str(caught.value)
-    assert any(file in line for line in verify_run(stopped).damaged)
+    assert stopped / file in verify_run(stopped).damaged
 
 
 def test_a_recipe_of_other_settings_is_still_another_recipe(resume: Callable[..., Path]) -> None:
@@ -138,20 +138,21 @@ def finished(full_run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("damage", KINDS, ids=lambda k: k.__name__)
 def test_every_file_of_a_finished_run_is_verified(finished: Path, damage: Damage) -> None:
     whole = verify_run(finished)
-    assert whole.damaged == [] and whole.unknown == []
-    files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
-    files = {name for name in files if not name.startswith(".writer")}
-    assert whole.files == len(files)
-    for name in sorted(files):
-        kept = (finished / name).read_bytes()
-        damage(finished / name)
+    assert whole.damaged == {} and whole.unknown == []
+    files = {p for p in finished.rglob("*") if p.is_file() and not p.name.startswith(".writer")}
+    assert whole.files == files
+    for path in sorted(files):
+        kept = path.read_bytes()
+        damage(path)
         found = verify_run(finished)
-        lines = found.damaged if damage is not delete else [*found.damaged, *found.unknown]
-        assert lines, name
-        assert any(Path(name).name in line or "step-000002" in line for line in lines), lines
-        if damage.__name__ == "folder":
-            (finished / name).rmdir()
-        (finished / name).write_bytes(kept)
+        if damage is delete and path.name in ("result.json", "checksums.json"):
+            # as a run that is not finished, or an older version, leaves it
+            assert found.unknown
+        else:
+            assert found.damaged.keys() & {path, finished / "checkpoints" / "step-000002"}, path
+        if path.is_dir():
+            path.rmdir()
+        path.write_bytes(kept)
 
 
 @pytest.mark.parametrize("file", ["result.json", "metrics.jsonl", "environment.json"])
@@ -174,7 +175,6 @@ def test_the_command_says_what_is_damaged(finished: Path) -> None:
     assert "step-000002 is damaged (state.json: its checksum is another): " in line
     assert summary.endswith(" files, 1 damaged")
     assert alignlab("verify", finished.parent / "nothing").exit_code == 2
-    assert alignlab("verify", finished / "samples" / "..").exit_code == 1
 
 
 def test_a_model_is_not_loaded_from_damaged_weights(finished: Path) -> None:
@@ -191,5 +191,5 @@ def test_a_result_of_an_older_version_is_read(finished: Path) -> None:
     (finished / "result.json").write_text(json.dumps(older))
     assert RunFolder(finished).read_result() == older
     found = verify_run(finished)
-    assert found.damaged == []
+    assert found.damaged == {}
     assert found.unknown == [f"{finished}: finished before checksums were kept"]
