@@ -40,6 +40,7 @@ from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.checkpoint_folders import step_folders
 from alignlab.runs.checksums import (
+    CHECKSUMS,
     DamagedError,
     damaged_files,
     file_checksums,
@@ -221,10 +222,10 @@ class RunFolder:
 
     def _kept_files(self) -> list[str]:
         """What no later command writes again."""
-        below = [f"samples/{name}" for name in files_below(self.samples)]
-        below += [f"stage1/{name}" for name in files_below(self.stage1)]
-        single = ("metrics.jsonl", "environment.json", "inputs.json")
-        return [*(name for name in single if (self.path / name).is_file()), *below]
+        names = ["metrics.jsonl", "environment.json", "inputs.json"]
+        names += [f"samples/{name}" for name in files_below(self.samples)]
+        names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
+        return [name for name in names if (self.path / name).is_file()]
 
 
 def _is_clip(clip: object) -> bool:
