@@ -39,9 +39,10 @@ from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers, write_text
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
-from alignlab.tracking import SilentTracker, Tracker, read_rows
+from alignlab.tracking import SilentTracker, Tracker
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
@@ -279,6 +280,7 @@ class Trainer(ABC):
 
     def evaluate_now(self) -> None:
         """Evaluates before the last step, and leaves the state as it is."""
+        raise NotImplementedError
 
     def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """What follows an optimizer step; gives the exact settings that the step used."""

@@ -12,11 +12,12 @@ for it when it is resumed.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignlab.evaluation.evaluate import measure
 from alignlab.progress import tell
+from alignlab.runs.metric_rows import evaluations, has_generation, has_validation
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
 from alignlab.training.checkpoint import step_path
@@ -30,9 +31,6 @@ OnEvaluation = Callable[[int, Mapping[str, float]], None]
 It is called in order of step, once the row is written, and by a run that is resumed first of all
 for the evaluations that were there already: the same step may come again, with the same numbers.
 """
-
-VALIDATION = "val/"
-GENERATION = "gen/"
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ class IntermediateEvaluations:
                 self._on_evaluation(step, metrics)
         due, found = self._due(), earlier.get(self._run.state.step, {})
         missing = Parts(
-            due.validation and not _has(found, VALIDATION),
-            due.generation and not _has(found, GENERATION),
+            due.validation and not has_validation(found),
+            due.generation and not has_generation(found),
         )
         if missing.validation or missing.generation:
             self._run.ranks.on_main(self._evaluate, missing)
@@ -124,17 +122,3 @@ class IntermediateEvaluations:
             log.warning("step %d: not finite: %s", step, ", ".join(broken))
         if self._on_evaluation is not None:
             self._on_evaluation(step, metrics)
-
-
-def evaluations(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """Metrics of the evaluations among the rows of a log, by step."""
-    found: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if _has(row, VALIDATION) or _has(row, GENERATION):
-            metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
-            found.setdefault(int(row["step"]), {}).update(metrics)
-    return found
-
-
-def _has(row: Mapping[str, float], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in row)

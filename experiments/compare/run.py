@@ -32,9 +32,9 @@ from alignlab.experiments.report.write import write_report
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
-from alignlab.tracking import read_rows
 from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
