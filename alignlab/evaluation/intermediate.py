@@ -14,8 +14,10 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignlab.evaluation.evaluate import measure
+from alignlab.evaluation.generation import LISTING, num_measured_clips
 from alignlab.progress import tell
 from alignlab.runs.metric_rows import evaluations, has_generation, has_validation
 from alignlab.runs.run_folder import RunFolder
@@ -93,10 +95,19 @@ class IntermediateEvaluations:
         due, found = self._due(), earlier.get(self._run.state.step, {})
         missing = Parts(
             due.validation and not has_validation(found),
-            due.generation and not has_generation(found),
+            due.generation and not self._is_generated(found),
         )
         if missing.validation or missing.generation:
             self._run.ranks.on_main(self._evaluate, missing)
+
+    def _is_generated(self, found: Mapping[str, float]) -> bool:
+        """Whether clips of the present step were generated; some recipes measure none of them."""
+        if num_measured_clips(self._run):
+            return has_generation(found)
+        return (self._samples() / LISTING).exists()
+
+    def _samples(self) -> Path:
+        return step_path(self._folder.samples, self._run.state.step)
 
     def _due(self) -> Parts:
         config, step = self._run.config, self._run.state.step
@@ -112,10 +123,12 @@ class IntermediateEvaluations:
         tell(f"evaluation at step {step}")
         metrics = measure(
             self._run,
-            step_path(self._folder.samples, step),
+            self._samples(),
             validation=parts.validation,
             generation=parts.generation,
         )
+        if not metrics:  # clips were generated, and none is measured
+            return
         self._tracker.log(step, metrics)
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
