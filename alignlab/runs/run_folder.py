@@ -202,13 +202,16 @@ class RunFolder:
         for name, what in damaged_files(self.path, read).items():
             raise DamagedError(self.path / name, what, FILE_FIX.format(result=self.result))
 
-    def sample_list(self) -> list[dict[str, Any]]:
+    def sample_list(self, samples: Path | None = None) -> list[dict[str, Any]]:
         """What `samples.json` says of each generated clip: its key, caption and files.
+
+        Args:
+            samples: the folder of the clips; None: of those at the end of the training.
 
         Raises:
             UserError: it is damaged.
         """
-        path = self.samples / "samples.json"
+        path = (samples or self.samples) / "samples.json"
         if not path.exists():
             return []
         fix = FILE_FIX.format(result=self.result)

@@ -69,6 +69,13 @@ def verify_run(path: Path) -> Findings:
         elif not (path / name).exists():
             found.say(path / name, f"{path / name} is missing: {TRAIN_AGAIN}")
     _verify_checkpoints(folder, found)
+    for evaluation in sorted(path.glob("evaluations/*.json")):
+        try:
+            read_json(evaluation, fix="evaluate the checkpoint again")
+        except DamagedError as error:
+            found.check(evaluation, error.problem, error.fix)
+        else:
+            found.files.add(evaluation)
     try:
         result = folder.read_result()
     except DamagedError as error:

@@ -17,7 +17,7 @@ from alignlab.runs.checkpoint_folders import (
     latest,
     problem,
     prune,
-    reading_newest,
+    reading,
     resumable,
     step_of,
 )
@@ -138,10 +138,10 @@ def test_readers_take_the_newest_whole_weights(
     checkpoints: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(checkpoints / "step-000003" / "optimizer.safetensors")  # which they do not read
-    with reading_newest(checkpoints) as newest:
+    with reading(checkpoints) as newest:
         assert step_of(newest) == 3
     flip(checkpoints / "step-000003" / "network.safetensors")
-    with reading_newest(checkpoints) as newest:
+    with reading(checkpoints) as newest:
         assert step_of(newest) == 2
     assert "step-000003 is damaged (network.safetensors: " in caplog.text
     assert (checkpoints / "step-000003").exists()  # a reader changes nothing
@@ -162,7 +162,7 @@ def test_readers_beside_a_writer_that_keeps_one_checkpoint(tmp_path: Path) -> No
     try:
         steps = []
         for _ in range(50):
-            with reading_newest(checkpoints) as newest:
+            with reading(checkpoints) as newest:
                 ends.wait(0.01)  # the writer goes on meanwhile
                 weights = load_file(newest / "network.safetensors")
             steps.append(step_of(newest))
