@@ -280,6 +280,7 @@ class Trainer(ABC):
 
     def evaluate_now(self) -> None:
         """Evaluates before the last step, and leaves the state as it is."""
+        raise NotImplementedError
 
     def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """What follows an optimizer step; gives the exact settings that the step used."""

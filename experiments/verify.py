@@ -14,7 +14,8 @@ from alignlab.runs.verify import Findings, looks_like_run, verify_run, verify_st
 SEALED = ("budget.json", "progress.json", "inputs.json")
 SAME_COMMAND = "give the command that wrote it again"
 STUDY = "study.db"
-KINDS = ("comparison.json", "trials.csv", STUDY, *SEALED, "report.html", "sweep.html")
+COMPARISON = "comparison.json"
+KINDS = (COMPARISON, "trials.csv", STUDY, *SEALED, "report.html", "sweep.html")
 
 
 def verify_folder(folder: Path) -> Findings:
@@ -55,7 +56,7 @@ def _outputs(folder: Path) -> Findings:
             except DamagedError as error:
                 found.check(folder / name, error.problem, error.fix)
             else:
-                found.files += 1
+                found.files.add(folder / name)
     try:
         expected = read_checksums(folder)
     except DamagedError as error:
@@ -71,21 +72,19 @@ def _outputs(folder: Path) -> Findings:
             found.check(folder / name, wrong.get(name), SAME_COMMAND)
     if (folder / STUDY).exists() or STUDY in (expected or {}):
         found.check(folder / STUDY, study_problem(folder / STUDY) or wrong.get(STUDY), STUDY_FIX)
-    _check_runs_are_there(folder, found)
+    if COMPARISON not in wrong and (folder / COMPARISON).is_file():
+        _check_runs_are_there(folder, found)
     return found
 
 
 def _check_runs_are_there(folder: Path, found: Findings) -> None:
-    path = folder / "comparison.json"
-    if not path.is_file():
-        return
+    """Of a comparison whose file is whole, as far as is known."""
     try:
-        results = Comparison.load(path).results
+        results = Comparison.load(folder / COMPARISON).results
     except UserError as error:
-        found.damaged.append(f"{error}; {SAME_COMMAND}")
+        found.say(folder / COMPARISON, f"{error}; {SAME_COMMAND}")
         return
     for result in results:
-        if not (folder / result.run_dir / "result.json").exists():
-            found.damaged.append(
-                f"{folder / result.run_dir / 'result.json'} is missing: {SAME_COMMAND}"
-            )
+        path = folder / result.run_dir / "result.json"
+        if not path.exists():
+            found.say(path, f"{path} is missing: {SAME_COMMAND}")

@@ -269,6 +269,15 @@ class EvalConfig(Settings):
     """What stands for the caption where guidance leaves it out: nothing, a text, or `wan`, Wan's
     own negative prompt (RefAlign's code)."""
 
+    @model_validator(mode="after")
+    def _sample_every_generates(self) -> Self:
+        if self.sample_every is not None and not (self.sample_clips or self.num_measured_clips):
+            raise ValueError(
+                f"sample_every: {self.sample_every}: no clip is generated with sample_clips: 0; "
+                "raise it, or remove sample_every"
+            )
+        return self
+
     @property
     def num_measured_clips(self) -> int:
         """How many generated clips are to be measured; a smaller val split has fewer."""

@@ -9,6 +9,7 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.collectors import with_means
 from alignlab.evaluation.evaluate import block_metrics, evaluated_model, teacher_of
+from alignlab.runs.checkpoint_folders import step_folders, step_path
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
@@ -34,8 +35,8 @@ def measure_blocks(folder: RunFolder, config: RunConfig, caches: Caches | None =
     """
     result, blocks = folder.read_result(), config.eval.blocks
     assert result is not None and blocks is not None
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None or newest != checkpoint.step_path(folder.checkpoints, config.steps):
+    newest = step_path(folder.checkpoints, config.steps)
+    if newest not in step_folders(folder.checkpoints):
         raise UserError(
             f"{folder.path} was measured on other blocks than {', '.join(map(str, blocks))}, and "
             "the checkpoint of its last step is gone: set eval.blocks to those that it has, or "

@@ -50,7 +50,7 @@ def evaluate(run: Run, samples: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(
-    run: Run, samples: Path, *, validation: bool = True, generation: bool = True
+    run: Run, samples: Path | None, *, validation: bool = True, generation: bool = True
 ) -> dict[str, float]:
     """Metrics of the weights as they are now; of their moving average, if there is one.
 
@@ -58,7 +58,7 @@ def measure(
 
     Args:
         run: whose state is measured.
-        samples: folder that generated clips are written to.
+        samples: folder that generated clips are written to; None: none is written.
         validation: measure `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle
             of ten noise bins), and for each block of `eval.blocks` the `REFERENCE_METRICS` and
             `VIDEO_METRICS` of `metric_registry.py` against the teacher `eval.teacher`.

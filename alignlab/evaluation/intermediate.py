@@ -12,14 +12,17 @@ for it when it is resumed.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignlab.evaluation.evaluate import measure
+from alignlab.evaluation.generation import LISTING, num_measured_clips
 from alignlab.progress import tell
+from alignlab.runs.checkpoint_folders import step_path
+from alignlab.runs.metric_rows import evaluations, has_generation, has_validation
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
-from alignlab.training.checkpoint import step_path
 from alignlab.training.setup import Run
 
 log = logging.getLogger(__name__)
@@ -30,9 +33,6 @@ OnEvaluation = Callable[[int, Mapping[str, float]], None]
 It is called in order of step, once the row is written, and by a run that is resumed first of all
 for the evaluations that were there already: the same step may come again, with the same numbers.
 """
-
-VALIDATION = "val/"
-GENERATION = "gen/"
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,20 @@ class IntermediateEvaluations:
                 self._on_evaluation(step, metrics)
         due, found = self._due(), earlier.get(self._run.state.step, {})
         missing = Parts(
-            due.validation and not _has(found, VALIDATION),
-            due.generation and not _has(found, GENERATION),
+            due.validation and not has_validation(found),
+            due.generation and not self._is_generated(found),
         )
         if missing.validation or missing.generation:
             self._run.ranks.on_main(self._evaluate, missing)
+
+    def _is_generated(self, found: Mapping[str, float]) -> bool:
+        """Whether clips of the present step were generated; some recipes measure none of them."""
+        if num_measured_clips(self._run):
+            return has_generation(found)
+        return (self._samples() / LISTING).exists()
+
+    def _samples(self) -> Path:
+        return step_path(self._folder.samples, self._run.state.step)
 
     def _due(self) -> Parts:
         config, step = self._run.config, self._run.state.step
@@ -114,27 +123,15 @@ class IntermediateEvaluations:
         tell(f"evaluation at step {step}")
         metrics = measure(
             self._run,
-            step_path(self._folder.samples, step),
+            self._samples(),
             validation=parts.validation,
             generation=parts.generation,
         )
+        if not metrics:  # clips were generated, and none is measured
+            return
         self._tracker.log(step, metrics)
         broken = [name for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             log.warning("step %d: not finite: %s", step, ", ".join(broken))
         if self._on_evaluation is not None:
             self._on_evaluation(step, metrics)
-
-
-def evaluations(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """Metrics of the evaluations among the rows of a log, by step."""
-    found: dict[int, dict[str, float]] = {}
-    for row in rows:
-        if _has(row, VALIDATION) or _has(row, GENERATION):
-            metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
-            found.setdefault(int(row["step"]), {}).update(metrics)
-    return found
-
-
-def _has(row: Mapping[str, float], prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in row)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 import alignlab
@@ -26,6 +26,7 @@ _CONFIGS = ("config.json", "tokenizer.json", "model_index.json", _SHARD_LIST)
 _LOAD_ERRORS = (
     OSError,
     SafetensorError,
+    StrictDataclassError,
     ValueError,
     TypeError,
     KeyError,

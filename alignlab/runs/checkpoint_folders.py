@@ -170,26 +170,32 @@ def _asides(checkpoints: Path) -> list[Path]:
 
 
 @contextmanager
-def reading_newest(checkpoints: Path) -> Iterator[Path]:
-    """The newest checkpoint whose weights are whole; until the end no training prunes it.
+def reading(checkpoints: Path, step: int | None = None) -> Iterator[Path]:
+    """A checkpoint whose weights are whole; until the end no training prunes it.
 
     The optimizer's state is not looked at.
+
+    Args:
+        checkpoints: of a run, which may be training.
+        step: of the checkpoint; None: the newest that is whole.
 
     Raises:
         UserError: there is none.
     """
     with ExitStack() as stack:
-        newest = None
-        while newest is None:  # once more if it was pruned between being listed and being held
-            newest = _held_newest(checkpoints, stack)
-        yield newest
+        found = None
+        while found is None:  # once more if it was pruned between being listed and being held
+            found = _held(checkpoints, step, stack)
+        yield found
 
 
-def _held_newest(checkpoints: Path, stack: ExitStack) -> Path | None:
+def _held(checkpoints: Path, step: int | None, stack: ExitStack) -> Path | None:
     """None if a checkpoint went away meanwhile: there is a newer one then."""
-    folders = step_folders(checkpoints)
+    folders = [f for f in step_folders(checkpoints) if step is None or step_of(f) == step]
     if not folders:
-        raise no_checkpoint(checkpoints)
+        if step is None or not step_folders(checkpoints):
+            raise no_checkpoint(checkpoints)
+        raise UserError(f"{checkpoints.parent}: no checkpoint of step {step}")
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         with ExitStack() as held:
@@ -206,6 +212,8 @@ def _held_newest(checkpoints: Path, stack: ExitStack) -> Path | None:
             if not folder.exists():
                 return None
             damaged[folder] = found
+    if step is not None:
+        raise UserError(f"{folders[0]} is damaged ({damaged[folders[0]]}): name another checkpoint")
     raise _nothing_whole(damaged)
 
 

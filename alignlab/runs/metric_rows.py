@@ -128,6 +128,31 @@ def write_rows(metrics: Path, rows: Iterable[Mapping[str, float]]) -> None:
     write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def evaluations(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Metrics of the evaluations before the last step, by step, among the rows of a run."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if (has_validation(row) or has_generation(row)) and not _is_last(row):
+            metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
+            found.setdefault(int(row["step"]), {}).update(metrics)
+    return found
+
+
+def has_validation(row: Mapping[str, float]) -> bool:
+    """Whether a row holds a validation loss."""
+    return any(key.startswith("val/") for key in row)
+
+
+def has_generation(row: Mapping[str, float]) -> bool:
+    """Whether a row holds metrics of generated clips."""
+    return any(key.startswith("gen/") for key in row)
+
+
+def _is_last(row: Mapping[str, float]) -> bool:
+    """Whether a row is the evaluation at the end of a training, which has its costs as well."""
+    return any(key.startswith("params/") for key in row)
+
+
 _LINE_FIX = "copy the file back from elsewhere, or remove the line"
 
 
@@ -145,12 +170,8 @@ def _row(line: bytes) -> dict[str, float] | str:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return one_line(error)
-    is_row = isinstance(row, dict) and type(row.get("step")) is int
-    if not is_row or not all(isinstance(value, int | float) for value in row.values()):
-        return "no row of numbers with a step"
-    return row
-
-
-def _is_last(row: Mapping[str, float]) -> bool:
-    """Whether a row is the evaluation at the end of a training, which has its costs as well."""
-    return any(key.startswith("params/") for key in row)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return "no row with a step"
+    if not all(isinstance(value, int | float) for value in row.values()):
+        return "not all its values are numbers"
+    return {str(key): value for key, value in row.items()}

@@ -10,8 +10,9 @@ stage1/            the trained network, of a Stage 1 training
 history.json       the legs of a run that was prolonged (`alignlab.runs.prolong`)
 result-000500.json the result of 500 steps, of a run that was prolonged since
 result.json        final metrics, digests of the Stage 1 networks that were used, in how many
-                   samples objectives had something to align, whether it diverged, and notes of
-                   all that there was warning of; its presence says that the run is finished
+                   samples objectives had something to align, whether it diverged, notes of all
+                   that there was warning of, and checksums of the files above; its presence says
+                   that the run is finished
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
@@ -48,6 +49,7 @@ from alignlab.runs.checkpoint_folders import (
     step_of,
 )
 from alignlab.runs.checksums import (
+    CHECKSUMS,
     DamagedError,
     damaged_files,
     file_checksums,
@@ -244,13 +246,16 @@ class RunFolder:
         for name, what in damaged_files(self.path, read).items():
             raise DamagedError(self.path / name, what, FILE_FIX.format(result=self.result))
 
-    def sample_list(self) -> list[dict[str, Any]]:
+    def sample_list(self, samples: Path | None = None) -> list[dict[str, Any]]:
         """What `samples.json` says of each generated clip: its key, caption and files.
+
+        Args:
+            samples: the folder of the clips; None: of those at the end of the training.
 
         Raises:
             UserError: it is damaged.
         """
-        path = self.samples / "samples.json"
+        path = (samples or self.samples) / "samples.json"
         if not path.exists():
             return []
         fix = FILE_FIX.format(result=self.result)
@@ -264,10 +269,10 @@ class RunFolder:
 
     def _kept_files(self) -> list[str]:
         """What no later command writes again."""
-        below = [f"samples/{name}" for name in files_below(self.samples)]
-        below += [f"stage1/{name}" for name in files_below(self.stage1)]
-        single = ("metrics.jsonl", "environment.json", "inputs.json")
-        return [*(name for name in single if (self.path / name).is_file()), *below]
+        names = ["metrics.jsonl", "environment.json", "inputs.json"]
+        names += [f"samples/{name}" for name in files_below(self.samples)]
+        names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
+        return [name for name in names if (self.path / name).is_file()]
 
 
 def _is_clip(clip: object) -> bool:

@@ -27,26 +27,31 @@ class Findings:
     """What was looked at in a folder.
 
     Args:
-        files: how many were compared with a checksum, or read where there is none.
-        damaged: a line each: the file, what is wrong, what to do.
+        files: all that were compared with a checksum, or read where there is none.
+        damaged: by file or checkpoint a line: what is wrong, what to do.
         unknown: a line each: what cannot be told.
     """
 
-    files: int = 0
-    damaged: list[str] = field(default_factory=list)
+    files: set[Path] = field(default_factory=set)
+    damaged: dict[Path, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
     def add(self, other: "Findings") -> None:
         """Takes over what was found elsewhere."""
-        self.files += other.files
-        self.damaged += other.damaged
+        self.files |= other.files
+        self.damaged = other.damaged | self.damaged
         self.unknown += other.unknown
 
     def check(self, path: Path, problem: str | None, fix: str) -> None:
         """Notes a file, and what is wrong with it, if anything."""
-        self.files += 1
+        self.files.add(path)
         if problem is not None:
-            self.damaged.append(f"{path} is damaged ({problem}): {fix}")
+            self.say(path, f"{path} is damaged ({problem}): {fix}")
+
+    def say(self, path: Path, line: str) -> None:
+        """Notes that a file is damaged, if that is not known yet."""
+        self.files.add(path)
+        self.damaged.setdefault(path, line)
 
 
 def looks_like_run(folder: Path) -> bool:
@@ -58,12 +63,19 @@ def verify_run(path: Path) -> Findings:
     """Reads every file of a run, finished or not, of any training."""
     folder, found = RunFolder(path), Findings()
     for name, error in _alone(folder):
-        found.files += 1
+        found.files.add(path / name)
         if error is not None:
-            found.damaged.append(error)
+            found.say(path / name, error)
         elif not (path / name).exists():
-            found.damaged.append(f"{path / name} is missing: {TRAIN_AGAIN}")
+            found.say(path / name, f"{path / name} is missing: {TRAIN_AGAIN}")
     _verify_checkpoints(folder, found)
+    for evaluation in sorted(path.glob("evaluations/*.json")):
+        try:
+            read_json(evaluation, fix="evaluate the checkpoint again")
+        except DamagedError as error:
+            found.check(evaluation, error.problem, error.fix)
+        else:
+            found.files.add(evaluation)
     try:
         result = folder.read_result()
     except DamagedError as error:
@@ -72,7 +84,7 @@ def verify_run(path: Path) -> Findings:
     if result is None:
         found.unknown.append(f"{path}: the run is not finished (it has no result.json)")
         return found
-    found.files += 1
+    found.files.add(folder.result)
     expected = result.get(FILES)
     if expected is None:
         found.unknown.append(f"{path}: finished before checksums were kept")
@@ -108,18 +120,19 @@ def _alone(folder: RunFolder) -> Iterator[tuple[str, str | None]]:
 def _verify_checkpoints(folder: RunFolder, found: Findings) -> None:
     for checkpoint in step_folders(folder.checkpoints):
         fix = "the older one is resumed in its place, or copy it back from elsewhere"
-        found.files += len(files_below(checkpoint)) - 1
+        found.files |= {checkpoint / name for name in files_below(checkpoint)}
         what = problem(checkpoint)
-        found.check(checkpoint, what, fix)
         if what is not None:
+            found.say(checkpoint, f"{checkpoint} is damaged ({what}): {fix}")
             continue
         if not (checkpoint / CHECKSUMS).exists():
             found.unknown.append(f"{checkpoint}: written before checksums were kept")
             continue
+        found.files.add(checkpoint / CHECKSUMS)
         try:
             check_log(folder.metrics, log_mark(checkpoint))
         except DamagedError as error:
-            found.damaged.append(f"{error}, of {checkpoint.name}")
+            found.say(folder.metrics, str(error))
     for aside in folder.checkpoints.glob(f"step-*{ASIDE}"):
         found.unknown.append(f"{aside}: a damaged checkpoint that was renamed; remove it")
 
@@ -133,12 +146,14 @@ def verify_stage1(folder: Path) -> Findings:
         found.check(error.path, error.problem, error.fix)
         return found
     if expected is None:
-        missing = [name for name in (INFO, WEIGHTS) if not (folder / name).is_file()]
-        found.damaged += [f"{folder / name} is missing: {TRAIN_AGAIN}" for name in missing]
-        found.files += 2 - len(missing)
+        for name in (INFO, WEIGHTS):
+            found.check(
+                folder / name, None if (folder / name).is_file() else "it is missing", TRAIN_AGAIN
+            )
         found.unknown.append(f"{folder}: written before checksums were kept")
         return found
     wrong = damaged_files(folder, expected)
+    found.files.add(folder / CHECKSUMS)
     for name in expected:
         found.check(folder / name, wrong.get(name), TRAIN_AGAIN)
     return found

@@ -16,6 +16,7 @@ Stage 1 has `network.safetensors` in place of the first three.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab.config.parts import OptimConfig
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
@@ -34,17 +36,18 @@ from alignlab.runs.checkpoint_folders import (
     OPTIMIZER,
     STATE,
     WEIGHTS_ONLY,
-    latest,
     mark_checkpoint,
+    no_checkpoint,
     prune,
+    reading,
     remove_replaced,
+    step_folders,
+    step_of,
     step_path,
 )
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.metric_rows import LogMark
-
-__all__ = ["latest", "prune", "step_path"]
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
@@ -142,6 +145,67 @@ class RunState(TrainState):
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"frozen": frozen_digest(self.objectives)}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model of a run is meant.
+
+    Args:
+        step: of the checkpoint; None: the newest.
+        ema: the moving average of the weights, or the weights themselves; None: the average if
+            the recipe keeps one, as a run evaluates itself.
+    """
+
+    step: int | None = None
+    ema: bool | None = None
+
+    def is_average(self, optim: OptimConfig) -> bool:
+        """Whether it is the moving average.
+
+        Raises:
+            UserError: it is asked for, and the recipe keeps none.
+        """
+        if self.ema and optim.ema is None:
+            raise UserError("--ema: the run keeps no moving average of its weights (optim.ema)")
+        return optim.ema is not None if self.ema is None else self.ema
+
+    def find(self, checkpoints: Path) -> Path:
+        """The folder of the checkpoint.
+
+        Raises:
+            UserError: it is not there; the message names those that are.
+        """
+        folders = step_folders(checkpoints)
+        if not folders:
+            raise no_checkpoint(checkpoints)
+        if self.step is None:
+            return folders[-1]
+        found = step_path(checkpoints, self.step)
+        if found not in folders:
+            steps = ", ".join(str(step_of(folder)) for folder in folders)
+            raise UserError(
+                f"{checkpoints.parent}: no checkpoint of step {self.step}; "
+                f"there are those of steps {steps}"
+            )
+        return found
+
+    @contextmanager
+    def reading(self, checkpoints: Path) -> Iterator[Path]:
+        """The folder of the checkpoint, whose weights are whole; no training prunes it meanwhile.
+
+        If the newest is meant and is damaged, an older one is given, and that is said.
+
+        Raises:
+            UserError: as `find`, or it is damaged.
+        """
+        if self.step is not None:
+            self.find(checkpoints)
+        with reading(checkpoints, self.step) as found:
+            yield found
+
+
+NEWEST = ModelChoice()
 
 
 def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None = None) -> Path:

@@ -25,11 +25,11 @@ def verify(folder: Folder) -> None:
     from alignlab.experiments.verify import verify_folder
 
     found = verify_folder(folder)
-    for line in found.damaged:
+    for line in found.damaged.values():
         typer.echo(line)
     for line in found.unknown:
         typer.echo(f"note: {line}")
     if found.damaged:
-        typer.echo(f"{found.files} files, {len(found.damaged)} damaged")
+        typer.echo(f"{len(found.files)} files, {len(found.damaged)} damaged")
         raise typer.Exit(1)
-    typer.echo(f"{found.files} files, all whole")
+    typer.echo(f"{len(found.files)} files, all whole")

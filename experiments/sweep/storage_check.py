@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ FIX = (
     "runs of trials that it draws again"
 )
 LOCK_WAIT_S = 60
+CUT = "is cut"
 
 
 def storage_file(url: str) -> Path | None:
@@ -42,6 +44,9 @@ def check_storage_file(path: Path) -> None:
     """
     if path.exists():
         problem = study_problem(path)
+        if problem is not None and problem.endswith(CUT):  # another worker may be writing it
+            time.sleep(1.0)
+            problem = study_problem(path)
         if problem is not None:
             raise UserError(f"{path} is damaged ({problem}): {FIX}")
 
@@ -63,7 +68,8 @@ def _sqlite_problem(path: Path) -> str | None:
         with closing(sqlite3.connect(address, uri=True, timeout=LOCK_WAIT_S)) as database:
             ((answer,),) = database.execute("PRAGMA quick_check(1)").fetchall()
     except sqlite3.DatabaseError as error:
-        return one_line(error)
+        is_busy = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+        return None if is_busy else one_line(error)
     return None if answer == "ok" else one_line(answer)
 
 
@@ -76,7 +82,7 @@ def _journal_problem(path: Path) -> str | None:
             return f"line {number}: {one_line(error)}"
         if not isinstance(record, dict) or "op_code" not in record:
             return f"line {number} is no record of a study"
-    return f"line {len(lines)} is cut" if lines[-1] else None
+    return f"line {len(lines)} {CUT}" if lines[-1] else None
 
 
 @contextmanager

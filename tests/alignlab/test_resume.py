@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alignlab.config.run import RunConfig
-from alignlab.environment import continued, describe_environment
+from alignlab.environment import continued, describe_environment, read_environment
 from alignlab.train import train
 from run_contents import file_contents, timeless_metrics, timeless_rows
 
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_with_other_threads_says_so(
         folder = train(config)
     finally:
         torch.set_num_threads(threads)
-    facts = json.loads((folder / "environment.json").read_text())
+    facts = read_environment(folder / "environment.json")
     assert facts == describe_environment() | {
         "threads": f"{threads}, then {threads + 1}",
         "processes": "1",

@@ -8,8 +8,9 @@ import pytest
 
 from alignlab.config.run import RunConfig
 from alignlab.recipe import load_run
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking import Tracker, read_rows
+from alignlab.tracking import Tracker
 from alignlab.train import train
 from kills import Killed
 from run_contents import file_contents, timeless_metrics, timeless_rows

@@ -157,7 +157,9 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: st
     for moment in MOMENTS:
         found = file_contents(outputs / moment / "first")
         assert found.keys() == expected.keys()
-        assert [n for n in found.keys() - timed if found[n] != expected[n]] == []
+        differing = [n for n in found.keys() - timed if found[n] != expected[n]]
+        # the checksum of the log, in which times are
+        assert [n for n in differing if not n.endswith("/log.json")] == []
         rows = timeless_rows(outputs / "uninterrupted" / "first")
         other = timeless_rows(outputs / moment / "first")
         assert rows == other and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 7]
