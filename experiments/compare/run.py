@@ -260,9 +260,21 @@ def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
 
 
 def collect(
-    run: RunFolder, variant: str, seed: int, folder: Path, blocks: tuple[int, ...]
+    run: RunFolder,
+    variant: str,
+    seed: int,
+    folder: Path,
+    blocks: tuple[int, ...] | None = None,
 ) -> RunResult:
-    """What a finished run left in its folder; of more blocks than these it may have metrics."""
+    """What a finished run left in its folder.
+
+    Args:
+        run: its folder.
+        variant: its name.
+        seed: of the run.
+        folder: of the comparison.
+        blocks: those whose metrics are taken; None: all that were measured.
+    """
     result = run.read_result()
     if result is None:
         raise UserError(f"{run.path}: the run is not finished")
@@ -277,7 +289,9 @@ def collect(
         seed=seed,
         steps=result["steps"],
         run_dir=str(run.path.relative_to(folder)),
-        metrics=metrics_of_blocks(result["metrics"], blocks),
+        metrics=(
+            result["metrics"] if blocks is None else metrics_of_blocks(result["metrics"], blocks)
+        ),
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in run.sample_list()),
         notes=tuple(result.get("notes", ())),
