@@ -34,6 +34,10 @@ def trained_state(run: Path) -> dict[str, bytes]:
     }
 
 
+def killed(*_: object) -> None:
+    raise Killed
+
+
 def assert_same_run(found: Path, expected: Path) -> None:
     assert len(trained_state(expected)) > 3
     assert trained_state(found) == trained_state(expected)
@@ -51,6 +55,7 @@ def test_a_prolonged_run_is_the_long_one(
     train_until: TrainUntil,
     settings: tuple[str, ...],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three steps, two more; with a kill in each leg, and one between the legs."""
     caplog.set_level(logging.INFO, "alignlab")
@@ -65,6 +70,9 @@ def test_a_prolonged_run_is_the_long_one(
     train_until(more, 4)  # after the checkpoint of step 3, so that the leg begins there again
     assert (folder / "result-000003.json").read_bytes() == earlier
     assert not (folder / "result.json").exists()
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # while the log is tidied up
+        patch.setattr(prolong, "write_rows", killed)
+        train(more)
     assert_same_run(train(more), long)
     result = json.loads((folder / "result.json").read_text())
     assert result["notes"][-1] == (
