@@ -10,7 +10,7 @@ import os
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import alignlab
 from alignlab.checkout import git
@@ -33,28 +33,36 @@ GROUPS = ("alignlab.objectives", "alignlab.stage1", "alignlab.teachers")
 _FIX = "remove it: with which code the run was trained is then not known"
 
 
-class Start(TypedDict):
-    """A start of a training.
+class Code(TypedDict):
+    """The code of a process.
 
     Args:
-        step: steps that were done by then.
         version: of alignlab.
         commit: of the checkout; None for an installed package.
-        diff: file in the run's folder; None without a checkout, or if it would be too large.
-        diff_bytes: its size, also if it is not kept.
+        diff_bytes: size of its changes, also if they are not kept.
         untracked: names of files in the checkout that git does not know.
         plugins: versions of packages that register something, by name.
         variables: those of `VARIABLES` that are set.
     """
 
-    step: int
     version: str
     commit: str | None
-    diff: str | None
     diff_bytes: int
     untracked: list[str]
     plugins: dict[str, str]
     variables: dict[str, str]
+
+
+class Start(Code):
+    """A start of a training.
+
+    Args:
+        step: steps that were done by then.
+        diff: file in the run's folder; None without a checkout, or if it would be too large.
+    """
+
+    step: int
+    diff: str | None
 
 
 def record_code(folder: Path, *, step: int) -> None:
@@ -68,7 +76,7 @@ def record_code(folder: Path, *, step: int) -> None:
     diff = _diff()
     kept = None if diff is None or len(diff) > MOST_BYTES else diff
     name = "code.diff" if not starts else f"code-{len(starts) + 1}.diff"
-    start = Start(step=step, diff=None if kept is None else name, **_facts())
+    start: Start = {"step": step, "diff": None if kept is None else name, **_facts()}
     if starts and _same(folder, starts[-1], start, kept):
         return
     if kept is not None:
@@ -103,7 +111,7 @@ def _diff() -> bytes | None:
 
 
 @cache
-def _facts() -> dict[str, Any]:
+def _facts() -> Code:
     commit, untracked = git("rev-parse", "HEAD"), git("ls-files", "--others", "--exclude-standard")
     names = (untracked or b"").decode("utf-8", "replace").splitlines()
     points = [point for group in GROUPS for point in entry_points(group=group)]
