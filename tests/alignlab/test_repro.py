@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from alignlab import checkout
+from alignlab.errors import UserError
 from alignlab.recipe import load_run
 from alignlab.repro import repro_commands
 from alignlab.runs import code_record
 from alignlab.runs.code_record import read_code, record_code
+from alignlab.runs.verify import verify_run
 from alignlab.train import train
 from command_line import alignlab, refused
 from run_contents import timeless_metrics
@@ -121,6 +123,10 @@ def test_commit_and_changes_are_kept(
     forget()
     record_code(run, step=1)
     assert [s["diff"] for s in read_code(run)] == ["code.diff", "code-2.diff"]
+    (run / "code-2.diff").write_text("")
+    with pytest.raises(UserError, match=r"code-2\.diff is damaged \(it is empty\)"):
+        repro_commands(run)
+    assert any("code-2.diff is damaged" in line for line in verify_run(run).damaged.values())
     # larger than is kept: that is said
     monkeypatch.setattr(code_record, "MOST_BYTES", 10)
     record_code(run, step=0)
