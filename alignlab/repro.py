@@ -113,8 +113,7 @@ def _train(
     command = ["alignlab"]
     if processes != "1":
         command = ["torchrun", f"--nproc-per-node={processes}", "-m", "alignlab.cli"]
-    is_stage1 = isinstance(config, Stage1Config)
-    command += ["stage1", config.stage1.kind] if is_stage1 else ["train"]
+    command += ["stage1", config.stage1.kind] if isinstance(config, Stage1Config) else ["train"]
     said = {"optim.resume_schedule": leg.resume_schedule} if leg.resume_schedule else {}
     settings = settings | {"steps": str(leg.steps)} | said
     command += [str(folder.recipe.resolve()), *(f"{k}={v}" for k, v in settings.items())]

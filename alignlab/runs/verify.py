@@ -1,6 +1,6 @@
 """Whether what lies in a run folder is what was written there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -106,7 +106,7 @@ def verify_run(path: Path) -> Findings:
 
 def _alone(folder: RunFolder) -> Iterator[tuple[str, str | None]]:
     """Files that say by themselves whether they are whole, and the message if they are not."""
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "recipe.yaml": folder.check_recipe_file,
         "environment.json": lambda: read_environment(folder.path / "environment.json"),
         "inputs.json": lambda: read_json(folder.path / "inputs.json", fix=TRAIN_AGAIN),
