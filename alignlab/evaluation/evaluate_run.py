@@ -118,9 +118,8 @@ def evaluate_to_file(
     unscheduled = [f"eval.{key}=null" for key in SCHEDULE]
     asked = load_run(folder.recipe, [*unscheduled, *overrides], stored=True).eval
     with choice.reading(folder.checkpoints) as found:
-        choice = replace(
-            choice, step=step_of(found)
-        )  # the same, though a run that trains has newer
+        # the same one, though a run that trains has a newer one meanwhile
+        choice = replace(choice, step=step_of(found))
         if out is None:
             out = folder.path / "evaluations" / f"{found.name}{_mark(own, asked, choice)}.json"
         out.parent.mkdir(parents=True, exist_ok=True)

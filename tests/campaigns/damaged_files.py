@@ -303,7 +303,8 @@ class Scenes:
         def arguments(root: Path) -> list[str]:
             return ["compare", str(recipe), f"output={root}"]
 
-        assert CliRunner().invoke(app, arguments(output)).exit_code == 0
+        done = CliRunner().invoke(app, arguments(output))
+        assert done.exit_code == 0, (done.output, done.exception)
 
         def numbers(root: Path) -> object:
             rows = read_table(root / "pair" / "table.csv")

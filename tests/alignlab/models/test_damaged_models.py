@@ -61,6 +61,25 @@ def test_json_that_is_no_object(wan: Path, file: str) -> None:
     assert f"{wan / file} holds a list where an object" in line
 
 
+@pytest.mark.parametrize("file", JSON)
+def test_settings_that_are_missing_are_no_default_s(wan: Path, file: str) -> None:
+    (wan / file).unlink()
+    line = refused(lambda: load_wan(str(wan)))
+    assert Path(file).name in line or file == "tokenizer/tokenizer.json"
+
+
+def test_nothing_is_printed_besides_the_line(
+    wan: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = wan / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"d_ff": 64', '"d_ff": 128'))
+    (wan / WEIGHTS).rename(wan / "transformer" / "other.safetensors")
+    for load in (lambda: load_text_encoder(str(wan)), lambda: load_wan(str(wan))):
+        refused(load)
+    out, err = capfd.readouterr()
+    assert (out, err, caplog.text) == ("", "", "")
+
+
 @pytest.mark.parametrize("file", [TEXT, "tokenizer/tokenizer.json"])
 def test_the_text_encoder_alone_is_looked_at_as_well(wan: Path, file: str) -> None:
     cut(wan / file)
