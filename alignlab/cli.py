@@ -10,7 +10,7 @@ import typer
 
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
-from alignlab.cli_runs import evaluate, export, sample
+from alignlab.cli_runs import evaluate, export, repro, sample
 from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
@@ -113,6 +113,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate,
     sample,
     export,
+    repro,
     probe,
     verify,
     doctor,

@@ -2,8 +2,6 @@
 
 import logging
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 
 import alignlab
+from alignlab.checkout import git
 from alignlab.runs.atomic_files import remove_folder
 from alignlab.runs.checksums import DamagedError, read_json
 
@@ -107,14 +106,5 @@ def package_version(name: str) -> str | None:
 
 def git_commit() -> str | None:
     """Short commit of the alignlab checkout, with `-dirty` for uncommitted changes; else None."""
-    folder = Path(alignlab.__file__).resolve().parent.parent
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return None
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=9"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+    described = git("describe", "--always", "--dirty", "--abbrev=9")
+    return (described or b"").decode().strip() or None

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,14 +35,20 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.atomic_files import clear_leftovers
-from alignlab.runs.checkpoint_folders import log_mark, resumable, step_path
+from alignlab.runs.checkpoint_folders import step_path
 from alignlab.runs.checksums import write_json
-from alignlab.runs.input_record import hold_inputs
+from alignlab.runs.code_record import record_code
+from alignlab.runs.kept_checkpoints import drop_checkpoints
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.metric_rows import check_log, mark_log, read_rows
-from alignlab.runs.run_folder import RunFolder, only_writer
-from alignlab.stage1.compatibility import is_finished, stage1_digests
+from alignlab.runs.metric_rows import mark_log, read_rows
+from alignlab.runs.open_folder import open_folder
+from alignlab.runs.prolong import (
+    SchedulePlan,
+    begin_leg,
+    forget_earlier_ends,
+)
+from alignlab.runs.run_folder import RunFolder
+from alignlab.stage1.compatibility import stage1_digests
 from alignlab.tracking import SilentTracker, Tracker
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
@@ -50,6 +56,7 @@ from alignlab.training.alignment import Aligned
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
+from alignlab.training.init_from import checked_source, start_from
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.nonfinite import NonFiniteWatch, state_norms
 from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
@@ -72,7 +79,8 @@ def train(
 ) -> Path:
     """Trains, or resumes, the run `<output>/<name>`, evaluates it and returns its folder.
 
-    A finished run is returned as it is. Called in each of several processes that torchrun or
+    A finished run is returned as it is, unless the recipe has more steps: then it is prolonged
+    (`alignlab.runs.prolong`). Called in each of several processes that torchrun or
     `accelerate launch` started, it trains one run with all of them; at its end, such a program
     calls `alignlab.distributed.ranks.destroy_process_group`.
 
@@ -98,54 +106,17 @@ def train(
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        source = checked_source(config) if newest is None else None
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
+        if source is not None:
+            start_from(run.state, run.wan, config, source)
         if newest is not None:
             checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)
-        RunTrainer(run, on_evaluation).fit(opened.folder, newest)
+        plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
+        RunTrainer(run, on_evaluation, plan=plan).fit(opened.folder, newest)
     return opened.folder.path
-
-
-class OpenedFolder(NamedTuple):
-    """A run folder before its training.
-
-    Args:
-        folder: of the run.
-        is_finished: nothing is left to do.
-        newest: the checkpoint to resume from, which is whole.
-        notes: what was damaged, for the result.
-    """
-
-    folder: RunFolder
-    is_finished: bool
-    newest: Path | None
-    notes: tuple[str, ...]
-
-
-def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> OpenedFolder:
-    """Opens the folder of a training, which may be an interrupted one.
-
-    Args:
-        config: the recipe.
-        locks: keeps the lock of a folder that will be written.
-        wait: for another command that trains this run; else refuse.
-
-    Raises:
-        UserError: the folder holds another recipe or other inputs, another command trains there, or
-            it is finished with another Stage 1 network, or what it keeps is damaged.
-    """
-    folder = RunFolder.create(config)
-    if not folder.result.exists():
-        locks.enter_context(only_writer(folder.path, wait=wait))
-        clear_leftovers(folder.checkpoints)
-    hold_inputs(folder, config)
-    if is_finished(config, folder):
-        return OpenedFolder(folder, True, None, ())
-    newest, notes = resumable(folder.checkpoints)
-    if newest is not None:
-        notes += check_log(folder.metrics, log_mark(newest))
-    return OpenedFolder(folder, False, newest, notes)
 
 
 class Trainer(ABC):
@@ -155,12 +126,20 @@ class Trainer(ABC):
         config: the recipe.
         ranks: this rank and those that train with it.
         state: what the training changes.
+        plan: of its schedules; None: it is not prolonged.
     """
 
-    def __init__(self, config: TrainingConfig, ranks: Ranks, state: TrainState) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        ranks: Ranks,
+        state: TrainState,
+        plan: SchedulePlan | None = None,
+    ) -> None:
         self.config = config
         self.ranks = ranks
         self.state = state
+        self.plan = plan or SchedulePlan.of(config)
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
         """Trains from where the state stands to the last step, and evaluates.
@@ -178,7 +157,9 @@ class Trainer(ABC):
             with self.prepared(folder, tracker):
                 self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
+                    forget_earlier_ends(folder, self.config, self.plan, self.first_row())
                     self.finish(folder, tracker)
+                    drop_checkpoints(folder, self.config)
                 ranks.barrier()
 
     def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
@@ -223,7 +204,7 @@ class Trainer(ABC):
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """One optimizer step on the micro-batches; returns its scalars, still on the device."""
         config, state = self.config, self.state
-        set_learning_rate(state.optimizer, config, state.step)
+        set_learning_rate(state.optimizer, config, self.plan, state.step)
         parts: list[dict[str, Tensor]] = []
         for batch in batches:
             loss, per_sample = self.losses(batch)
@@ -254,6 +235,10 @@ class Trainer(ABC):
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
         return step_path(folder.checkpoints, state.step)
 
+    def first_row(self) -> dict[str, float]:
+        """What the log says before the first step that depends on the number of steps."""
+        return {}
+
     def _tracker(self, folder: RunFolder, *, resumed: bool) -> Tracker:
         """Writes `environment.json` and gives the tracker; silent on all ranks but the main one."""
         if not self.ranks.is_main:
@@ -262,6 +247,7 @@ class Trainer(ABC):
         if resumed:
             environment = continued(folder.path / "environment.json", environment)
         write_json(folder.path / "environment.json", environment)
+        record_code(folder.path, step=self.state.step)
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod
@@ -315,13 +301,21 @@ class RunTrainer(Trainer):
     Args:
         run: everything that the run trains with. Enter `run.branch` before taking steps by hand.
         on_evaluation: see `train`.
+        plan: of its schedules; None: it is not prolonged.
     """
 
     config: RunConfig
 
-    def __init__(self, run: Run, on_evaluation: OnEvaluation | None = None) -> None:
-        super().__init__(run.config, run.ranks, run.state)
+    def __init__(
+        self,
+        run: Run,
+        on_evaluation: OnEvaluation | None = None,
+        *,
+        plan: SchedulePlan | None = None,
+    ) -> None:
+        super().__init__(run.config, run.ranks, run.state, plan)
         self.run = run
+        run.alignment.plan = self.plan
         self._on_evaluation = on_evaluation
         self._evaluations: IntermediateEvaluations | None = None
         self._diagnosis: Diagnosis | None = None
@@ -398,7 +392,7 @@ class RunTrainer(Trainer):
         """Reference branch and taps; logs the noise levels that the run will draw."""
         if self.state.step == 0:
             flow = self.ranks.on_main(flow_of_first_clips, self.run)
-            tracker.log(0, timestep_histogram(self.config) | {START_FLOW: flow})
+            tracker.log(0, self.first_row() | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
         self._aligned.count_on(rows)
         every = self.config.tracking.diagnose_every
@@ -408,6 +402,9 @@ class RunTrainer(Trainer):
         with self.run.branch:
             self._evaluations.catch_up(rows)
             yield
+
+    def first_row(self) -> dict[str, float]:
+        return timestep_histogram(self.config)
 
     def is_evaluation_due(self) -> bool:
         return self._evaluations is not None and self._evaluations.is_due()
@@ -440,7 +437,7 @@ class RunTrainer(Trainer):
         notes = [*self.run.notes, *self.state.notes, *diverged, *alignment_warnings(counts)]
         notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
-        notes += nonfinite_warnings(metrics)
+        notes += [*nonfinite_warnings(metrics), *self.plan.notes()]
         result = {
             "steps": self.config.steps,
             "metrics": metrics,

@@ -20,11 +20,16 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
         text: what it holds then.
         shared: several processes may write it at once; the last one wins.
     """
+    write_bytes(path, text.encode(), shared=shared)
+
+
+def write_bytes(path: Path, content: bytes, *, shared: bool = False) -> None:
+    """As `write_text`."""
     mark = f".{uuid.uuid4().hex}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         with named_errors(path):
-            temporary.write_text(text)
+            temporary.write_bytes(content)
             sync_file(temporary)
             os.replace(temporary, path)
             _sync_folder(path.parent)

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,13 @@ from safetensors import SafetensorError, safe_open
 from alignlab.errors import UserError, one_line
 from alignlab.progress import warn_once
 from alignlab.runs.atomic_files import remove_folder
-from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums, read_json
+from alignlab.runs.checksums import (
+    DamagedError,
+    damaged_files,
+    read_checksums,
+    read_json,
+    write_json,
+)
 from alignlab.runs.metric_rows import LogMark
 
 log = logging.getLogger(__name__)
@@ -28,6 +35,10 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 LOG = "log.json"
+WEIGHTS_ONLY = (
+    "holds weights only (checkpoint.keep_finished: weights): training cannot go on from it, "
+    "choose another name"
+)
 ASIDE = ".damaged"
 _NAME = re.compile(r"step-\d{6,}")
 
@@ -55,6 +66,17 @@ def latest(checkpoints: Path) -> Path | None:
     """The newest checkpoint of a run, whole or not, or None."""
     folders = step_folders(checkpoints)
     return folders[-1] if folders else None
+
+
+def no_checkpoint(checkpoints: Path) -> UserError:
+    """Says why there is none: not yet, or no more."""
+    run = checkpoints.parent
+    if (run / "result.json").exists():
+        return UserError(
+            f"{run}: the run is finished, and its checkpoints were dropped "
+            "(checkpoint.keep_finished): to have them, train it again under another name"
+        )
+    return UserError(f"{run}: the run has no checkpoint yet")
 
 
 def prune(checkpoints: Path, keep: int) -> None:
@@ -171,8 +193,9 @@ def _held(checkpoints: Path, step: int | None, stack: ExitStack) -> Path | None:
     """None if a checkpoint went away meanwhile: there is a newer one then."""
     folders = [f for f in step_folders(checkpoints) if step is None or step_of(f) == step]
     if not folders:
-        which = "the run has no checkpoint yet" if step is None else f"no checkpoint of step {step}"
-        raise UserError(f"{checkpoints.parent}: {which}")
+        if step is None or not step_folders(checkpoints):
+            raise no_checkpoint(checkpoints)
+        raise UserError(f"{checkpoints.parent}: no checkpoint of step {step}")
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         with ExitStack() as held:
@@ -246,6 +269,11 @@ def _nothing_whole(damaged: dict[Path, str]) -> UserError:
         f"{newest} is damaged ({found}){others}, and {newest.parent} holds no other checkpoint: "
         f"copy one back from elsewhere, or remove {run} to train from the start"
     )
+
+
+def mark_checkpoint(checkpoint: Path, log: LogMark | None) -> None:
+    """Writes into a checkpoint what the run's log holds with it; None: that is not known."""
+    write_json(checkpoint / LOG, {} if log is None else asdict(log))
 
 
 def log_mark(checkpoint: Path) -> LogMark | None:

@@ -177,7 +177,7 @@ def hold_inputs(folder: RunFolder, config: TrainingConfig) -> None:
     Raises:
         UserError: inputs have changed, or cannot be read.
     """
-    is_finished = folder.result.exists()
+    is_finished = folder.is_finished_at(config.steps)
     inputs = read_inputs(config, fetch=not is_finished)
     record = InputRecord(folder.path, config.output)
     if folder.has_begun:

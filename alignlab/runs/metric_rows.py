@@ -120,7 +120,12 @@ def keep_rows(metrics: Path, start: int) -> None:
             if broken:
                 raise UserError(broken)
             kept.append(row)
-    write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    write_rows(metrics, kept)
+
+
+def write_rows(metrics: Path, rows: Iterable[Mapping[str, float]]) -> None:
+    """Replaces all rows of the file."""
+    write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def evaluations(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:

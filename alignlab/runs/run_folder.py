@@ -7,6 +7,8 @@ metrics.jsonl      one row of scalars per logged step
 checkpoints/step-000500/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
+history.json       the legs of a run that was prolonged (`alignlab.runs.prolong`)
+result-000500.json the result of 500 steps, of a run that was prolonged since
 result.json        final metrics, digests of the Stage 1 networks that were used, in how many
                    samples objectives had something to align, whether it diverged, notes of all
                    that there was warning of, and checksums of the files above; its presence says
@@ -37,8 +39,15 @@ from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
+from alignlab.runs import prolong
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checkpoint_folders import step_folders
+from alignlab.runs.checkpoint_folders import (
+    OPTIMIZER,
+    WEIGHTS_ONLY,
+    no_checkpoint,
+    step_folders,
+    step_of,
+)
 from alignlab.runs.checksums import (
     CHECKSUMS,
     DamagedError,
@@ -78,11 +87,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainingConfig) -> "RunFolder":
-        """Makes the folder, or opens it to resume the same recipe.
+        """Makes the folder, or opens it to resume the same recipe, maybe with more steps.
 
         Raises:
-            UserError: it holds a run of another recipe, or one whose clips were dealt otherwise, or
-                the recipe in it is damaged.
+            UserError: it holds a run of another recipe, one that cannot be prolonged so, or one
+                whose clips were dealt otherwise, or the recipe in it is damaged.
         """
         folder = cls(user_path(config.output) / config.name)
         folder.check_recipe_file()
@@ -94,15 +103,15 @@ class RunFolder:
                 folder.path,
             )
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
+            if prolong.goes_on(folder, config):
+                return folder
             raise UserError(
                 f"{folder.path} holds a run of another recipe "
                 f"({shown_difference(folder.recipe, config)}): "
                 "choose another name, or remove the folder"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
-        text = with_checksum_line(dump(config))
-        if not folder.recipe.exists() or folder.recipe.read_text() != text:
-            write_text(folder.recipe, text)
+        folder.write_recipe(config)
         return folder
 
     @classmethod
@@ -163,9 +172,44 @@ class RunFolder:
         """Whether it keeps what was trained: a checkpoint, or the result."""
         return self.result.exists() or bool(step_folders(self.checkpoints))
 
+    def steps_done(self) -> int:
+        """Steps of the newest checkpoint, or of the result where there is none."""
+        newest = self._newest_step()
+        return newest or int((self.read_result() or {"steps": 0})["steps"])
+
+    def is_finished_at(self, steps: int) -> bool:
+        """Whether there is the result of a training of at least so many steps."""
+        result = self.read_result()
+        return result is not None and int(result.get("steps", steps)) >= steps
+
+    def earlier_result(self, steps: int) -> Path:
+        """Where the result of so many steps is kept once the run is prolonged."""
+        return self.path / f"result-{steps:06d}.json"
+
+    def check_resumable(self) -> None:
+        """Refuses a run that has no checkpoint to go on from.
+
+        Raises:
+            UserError: there is none, or one of weights only.
+        """
+        checkpoints = step_folders(self.checkpoints)
+        if not checkpoints:
+            raise no_checkpoint(self.checkpoints)
+        if not (checkpoints[-1] / OPTIMIZER).exists():
+            raise UserError(f"{checkpoints[-1]} {WEIGHTS_ONLY}")
+
+    def _newest_step(self) -> int:
+        return max((step_of(path) for path in step_folders(self.checkpoints)), default=0)
+
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""
         return load_run(self.recipe, stored=True)
+
+    def write_recipe(self, config: TrainingConfig) -> None:
+        """Makes a recipe that of the folder, unless it is."""
+        text = with_checksum_line(dump(config))
+        if not self.recipe.exists() or self.recipe.read_text() != text:
+            write_text(self.recipe, text)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes `result.json`, with checksums of what the run leaves besides."""

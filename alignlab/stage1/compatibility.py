@@ -85,7 +85,7 @@ def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
             it left is damaged.
     """
     result = folder.read_result()
-    if result is None:
+    if result is None or not folder.is_finished_at(config.steps):
         return False
     folder.check_files(result)
     if not isinstance(config, RunConfig):

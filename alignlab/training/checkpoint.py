@@ -17,7 +17,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
 from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.checkpoint_folders import (
-    LOG,
     OPTIMIZER,
     STATE,
+    WEIGHTS_ONLY,
+    mark_checkpoint,
+    no_checkpoint,
     prune,
     reading,
     remove_replaced,
@@ -43,7 +45,7 @@ from alignlab.runs.checkpoint_folders import (
     step_of,
     step_path,
 )
-from alignlab.runs.checksums import write_checksums, write_json
+from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.metric_rows import LogMark
 
@@ -176,7 +178,7 @@ class ModelChoice:
         """
         folders = step_folders(checkpoints)
         if not folders:
-            raise UserError(f"{checkpoints.parent}: the run has no checkpoint yet")
+            raise no_checkpoint(checkpoints)
         if self.step is None:
             return folders[-1]
         found = step_path(checkpoints, self.step)
@@ -222,7 +224,7 @@ def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None
         (folder / STATE).write_text(json.dumps(state.facts()))
         write_checksums(folder)
         # by itself: the log has times, and all else is the same whenever it is trained
-        write_json(folder / LOG, {} if log is None else asdict(log))
+        mark_checkpoint(folder, log)
     remove_replaced(checkpoints, state.step)
     prune(checkpoints, keep)
     return target
@@ -237,20 +239,22 @@ def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ())
         notes: what the result has to say besides what the checkpoint says.
 
     Raises:
-        UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
+        UserError: as `restore_weights`.
     """
     restore_weights(state, checkpoint)
+    state.notes = tuple(dict.fromkeys([*state.notes, *notes]))
+    if not (checkpoint / OPTIMIZER).exists():
+        raise UserError(f"{checkpoint} {WEIGHTS_ONLY}")
     moments = load_file(checkpoint / OPTIMIZER)
     _check(checkpoint / OPTIMIZER, moments)
     restore_state(state.optimizer, state.names, moments)
-    state.notes = tuple(dict.fromkeys([*state.notes, *notes]))
 
 
 def restore_weights(state: TrainState, checkpoint: Path) -> None:
-    """Puts back all but what the optimizer keeps: enough for an evaluation.
+    """Puts back the weights, their moving average and the step, and leaves the optimizer fresh.
 
     Raises:
-        UserError: as `restore`.
+        UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
     """
     facts = json.loads((checkpoint / STATE).read_text())
     state.read_weights(checkpoint, facts)

@@ -19,6 +19,7 @@ from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment, read_environment
 from alignlab.errors import UserError
+from alignlab.evaluation.blocks import metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
@@ -30,6 +31,12 @@ from alignlab.experiments.compare.result import (
     Curve,
     RunResult,
     SampleClip,
+)
+from alignlab.experiments.compare.reuse import (
+    begin_legs,
+    measure_missing_blocks,
+    open_run,
+    refuse_different_plans,
 )
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
@@ -44,6 +51,7 @@ from alignlab.runs.checksums import (
 )
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.kept_checkpoints import drop_if_unread
 from alignlab.runs.metric_rows import evaluations, read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
@@ -76,6 +84,9 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     plan = prepare(config)
     folder = plan.folder
     _train_missing(plan, launcher or make_launcher("local", config.launch))
+    measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
+    for key, run in plan.runs.items():
+        drop_if_unread(plan.folders[key], run)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
     forget_checksums(folder)
@@ -95,6 +106,7 @@ def unfinished(config: CompareConfig) -> list[Path]:
         UserError: as `compare`.
     """
     plan = prepare(config)
+    begin_legs(plan.runs, plan.folders)
     return [
         folder.recipe
         for key, folder in plan.folders.items()
@@ -110,8 +122,9 @@ class Plan:
         folder: of the comparison.
         config: with the steps that the budget gives each variant.
         budget: what was decided, if the budget is not in steps.
-        runs: every variant with every seed.
+        runs: every variant with every seed, as they are trained.
         folders: theirs; they exist.
+        blocks: those of each run that the report is about.
     """
 
     folder: Path
@@ -119,6 +132,7 @@ class Plan:
     budget: Budget | None
     runs: dict[RunKey, RunConfig]
     folders: dict[RunKey, RunFolder]
+    blocks: dict[RunKey, tuple[int, ...]]
 
 
 def prepare(config: CompareConfig) -> Plan:
@@ -141,14 +155,18 @@ def prepare(config: CompareConfig) -> Plan:
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
-    runs = {
+    planned = {
         (variant, seed): probed(config, variant, seed)
         for seed in config.seeds
         for variant in config.variants
     }
-    folders = {key: RunFolder.create(run) for key, run in runs.items()}
+    opened = {key: open_run(run) for key, run in planned.items()}
+    runs = {key: run for key, (run, _) in opened.items()}
+    folders = {key: run_folder for key, (_, run_folder) in opened.items()}
+    refuse_different_plans(runs, folders, same_steps=config.budget == "steps")
     _fix_inputs(config, runs, folders)
-    return Plan(folder, config, budget, runs, folders)
+    blocks = {key: run.eval.blocks or () for key, run in planned.items()}
+    return Plan(folder, config, budget, runs, folders, blocks)
 
 
 def _fix_inputs(
@@ -191,7 +209,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     config, folder, folders = plan.config, plan.folder, plan.folders
     refuse_different_inputs(record for _, record in _records(plan.runs, folders))
     results = tuple(
-        collect(run_folder, variant, seed, folder)
+        collect(run_folder, variant, seed, folder, plan.blocks[variant, seed])
         for (variant, seed), run_folder in folders.items()
     )
     environment = describe_environment() | trained_on(folders)
@@ -248,8 +266,22 @@ def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
     return run.model_copy(update={"eval": evaluation})
 
 
-def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
-    """What a finished run left in its folder."""
+def collect(
+    run: RunFolder,
+    variant: str,
+    seed: int,
+    folder: Path,
+    blocks: tuple[int, ...] | None = None,
+) -> RunResult:
+    """What a finished run left in its folder.
+
+    Args:
+        run: its folder.
+        variant: its name.
+        seed: of the run.
+        folder: of the comparison.
+        blocks: those whose metrics are taken; None: all that were measured.
+    """
     result = run.read_result()
     if result is None:
         raise UserError(f"{run.path}: the run is not finished")
@@ -264,7 +296,9 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         seed=seed,
         steps=result["steps"],
         run_dir=str(run.path.relative_to(folder)),
-        metrics=result["metrics"],
+        metrics=(
+            result["metrics"] if blocks is None else metrics_of_blocks(result["metrics"], blocks)
+        ),
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in run.sample_list()),
         notes=tuple(result.get("notes", ())),

@@ -57,6 +57,8 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
         tracker.begin_study()
+        if study.is_finished():
+            log.info("all %d trials are finished already", study.size)
         with sigterm_interrupts():
             run_trials(study, tracker)
     tracker.end_study(best_metrics(study))

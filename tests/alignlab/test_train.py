@@ -154,7 +154,7 @@ def test_learning_rate_schedules(
     make_config: MakeConfig, settings: tuple[str, ...], expected: list[float]
 ) -> None:
     config = make_config("steps=6", *settings)
-    assert [lr_scale(config, step) for step in range(6)] == pytest.approx(expected)
+    assert [lr_scale(config, step, config.steps) for step in range(6)] == pytest.approx(expected)
 
 
 def test_the_learning_rate_of_the_log_is_the_one_used(make_config: MakeConfig) -> None:

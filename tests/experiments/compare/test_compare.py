@@ -182,7 +182,7 @@ def test_a_changed_recipe_is_refused_before_anything_is_trained(
     compare(config)
     monkeypatch.setattr(local, "train", no_training)
     with pytest.raises(UserError, match="another recipe"):
-        compare(make("seeds=[0]", "steps=3"))
+        compare(make("seeds=[0]", "optim.lr=2e-3"))
     # seed 1 is still to be trained, but the variant that changed comes later
     with pytest.raises(UserError, match=r"aligned/seed-0 holds a run of another recipe"):
         compare(make("seeds=[1,0]", "variants.aligned.objectives.ra.weight=0.5"))
