@@ -115,7 +115,8 @@ def probe_run(
     folder = RunFolder.open(run_dir)
     folder.check_split_rule()
     config = folder.config()
-    is_average, _ = choice.is_average(config.optim), choice.find(folder.checkpoints)
+    choice.is_average(config.optim)
+    choice.find(folder.checkpoints)  # both are refused before models are loaded
     alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
     run = build_run(config)
@@ -125,9 +126,7 @@ def probe_run(
     maps, taps = {}, {}
     for model in MODELS:
         if model == "after":
-            with choice.reading(folder.checkpoints) as found:
-                load_transformer(run.wan.transformer, found, ema=is_average)
-                step = step_of(found)
+            step = _load_chosen(run, folder, choice)
         run.wan.transformer.eval()
         every_block = range(run.wan.num_blocks)
         with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
@@ -147,6 +146,14 @@ def probe_run(
         feature_clip(taps, loaded_teacher, batch, clips[0]),
         _sample_of(folder, step, clips[0].sample.key),
     )
+
+
+def _load_chosen(run: Run, folder: RunFolder, choice: ModelChoice) -> int:
+    """Puts the weights of a checkpoint into the run's transformer; gives its step."""
+    is_average = choice.is_average(run.config.optim)
+    with choice.reading(folder.checkpoints) as found:
+        load_transformer(run.wan.transformer, found, ema=is_average)
+        return step_of(found)
 
 
 @dataclass(frozen=True)
