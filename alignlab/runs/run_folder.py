@@ -269,7 +269,9 @@ class RunFolder:
 
     def _kept_files(self) -> list[str]:
         """What no later command writes again."""
-        names = ["metrics.jsonl", "environment.json", "inputs.json"]
+        names = ["metrics.jsonl", "environment.json", "inputs.json", "history.json"]
+        for pattern in ("code*", "result-*"):
+            names += sorted(path.name for path in self.path.glob(pattern))
         names += [f"samples/{name}" for name in files_below(self.samples)]
         names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
         return [name for name in names if (self.path / name).is_file()]

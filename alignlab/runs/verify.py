@@ -1,6 +1,6 @@
 """Whether what lies in a run folder is what was written there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,13 +69,14 @@ def verify_run(path: Path) -> Findings:
         elif not (path / name).exists():
             found.say(path / name, f"{path / name} is missing: {TRAIN_AGAIN}")
     _verify_checkpoints(folder, found)
-    for evaluation in sorted(path.glob("evaluations/*.json")):
-        try:
-            read_json(evaluation, fix="evaluate the checkpoint again")
-        except DamagedError as error:
-            found.check(evaluation, error.problem, error.fix)
-        else:
-            found.files.add(evaluation)
+    for name in ("evaluations/*.json", "code.json", "history.json", "result-*.json"):
+        for file in sorted(path.glob(name)):
+            try:
+                read_json(file, fix=TRAIN_AGAIN)
+            except DamagedError as error:
+                found.check(file, error.problem, error.fix)
+            else:
+                found.files.add(file)
     try:
         result = folder.read_result()
     except DamagedError as error:
@@ -97,7 +98,7 @@ def verify_run(path: Path) -> Findings:
 
 def _alone(folder: RunFolder) -> Iterator[tuple[str, str | None]]:
     """Files that say by themselves whether they are whole, and the message if they are not."""
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "recipe.yaml": folder.check_recipe_file,
         "environment.json": lambda: read_environment(folder.path / "environment.json"),
         "inputs.json": lambda: read_json(folder.path / "inputs.json", fix=TRAIN_AGAIN),
