@@ -262,7 +262,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return loaded
 
 
-def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
+def _load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
     """Loads one model and insists that no weight was left at its random initial value."""
     model, info = load_pretrained(
         model_class,

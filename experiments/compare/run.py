@@ -66,6 +66,7 @@ OUTPUTS = (
     "table.csv",
     "table.tex",
     "steps.csv",
+    "progress.json",
 )
 CURVES = ("loss/", "sim/", "grad/", "diag/")
 
@@ -83,13 +84,13 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
+    forget_checksums(folder)
     _train_missing(plan, launcher or make_launcher("local", config.launch))
     measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
     for key, run in plan.runs.items():
         drop_if_unread(plan.folders[key], run)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
-    forget_checksums(folder)
     comparison.save(folder / "comparison.json")
     report = write_report(comparison, folder)
     write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])

@@ -87,6 +87,7 @@ class Scene:
             name.as_posix()
             for name in found
             if (self.root / name).is_file()
+            and (self.root / name).stat().st_size  # emptied, cut or flipped it would be the same
             and not name.name.endswith(IGNORED)
             and not self.leave_out(name.as_posix())
         )
