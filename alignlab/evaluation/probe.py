@@ -123,12 +123,11 @@ def probe_run(
     shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
-    maps, taps = {}, {}
+    maps, taps, every_block = {}, {}, range(run.wan.num_blocks)
     for model in MODELS:
         if model == "after":
             step = _load_chosen(run, folder, choice)
         run.wan.transformer.eval()
-        every_block = range(run.wan.num_blocks)
         with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
             maps[model] = _measure(run, branch, clips, loaded_teacher, shown, model)
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]

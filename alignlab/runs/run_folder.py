@@ -228,7 +228,7 @@ class RunFolder:
             "again from its last checkpoint"
         )
         content = read_json(self.result, fix=fix)
-        if not isinstance(content.get("metrics"), dict) or "steps" not in content:
+        if not isinstance(content.get("metrics"), dict):
             raise DamagedError(self.result, "it has no metrics", fix)
         return content
 
