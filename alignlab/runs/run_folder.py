@@ -228,7 +228,7 @@ class RunFolder:
             "again from its last checkpoint"
         )
         content = read_json(self.result, fix=fix)
-        if not isinstance(content.get("metrics"), dict) or "steps" not in content:
+        if not isinstance(content.get("metrics"), dict):
             raise DamagedError(self.result, "it has no metrics", fix)
         return content
 
@@ -269,7 +269,9 @@ class RunFolder:
 
     def _kept_files(self) -> list[str]:
         """What no later command writes again."""
-        names = ["metrics.jsonl", "environment.json", "inputs.json"]
+        names = ["metrics.jsonl", "environment.json", "inputs.json", "history.json"]
+        for pattern in ("code*", "result-*"):
+            names += sorted(path.name for path in self.path.glob(pattern))
         names += [f"samples/{name}" for name in files_below(self.samples)]
         names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
         return [name for name in names if (self.path / name).is_file()]

@@ -2,8 +2,6 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,18 +130,17 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
         config = load_pretrained(transformers.AutoConfig, folder, setting="teachers")
     for name in row.part:
         config = getattr(config, name, config)
-    with _quiet_loading():
-        model, info = load_pretrained(
-            model_class,
-            folder,
-            setting="teachers",
-            **source,
-            config=config,
-            key_mapping={row.part_prefix: ""} if row.part_prefix else None,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # checked below
-            output_loading_info=True,
-        )
+    model, info = load_pretrained(
+        model_class,
+        folder,
+        setting="teachers",
+        **source,
+        config=config,
+        key_mapping={row.part_prefix: ""} if row.part_prefix else None,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # checked below
+        output_loading_info=True,
+    )
     _check_weights(folder, row, model, info)
     return model
 
@@ -166,16 +163,3 @@ def _check_weights(folder: Path, row: TeacherRow, model: Any, info: dict[str, An
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json", setting="teachers")
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silences transformers' table of the weights of the parts that are not run."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -43,8 +43,8 @@ from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.checksums import (
-    CHECKSUMS,
     DamagedError,
+    forget_checksums,
     read_json,
     write_checksums,
     write_json,
@@ -59,7 +59,15 @@ from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = ("comparison.json", "report.html", "report.md", "table.csv", "table.tex")
+OUTPUTS = (
+    "comparison.json",
+    "report.html",
+    "report.md",
+    "table.csv",
+    "table.tex",
+    "steps.csv",
+    "progress.json",
+)
 CURVES = ("loss/", "sim/", "grad/", "diag/")
 
 
@@ -76,13 +84,13 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
+    forget_checksums(folder)
     _train_missing(plan, launcher or make_launcher("local", config.launch))
     measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
     for key, run in plan.runs.items():
         drop_if_unread(plan.folders[key], run)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
-    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
     comparison.save(folder / "comparison.json")
     report = write_report(comparison, folder)
     write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])

@@ -89,13 +89,14 @@ def test_full_while_the_log_is_written(
 def test_a_text_file_is_there_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, text: str) -> None:
-        self.write_bytes(text.encode()[:3])
+    def full(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:3])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     path = tmp_path / "result.json"
     write_text(path, "old")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left") as error:
         write_text(path, "a longer new text")
     assert error.value.filename == str(path)
