@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from alignlab import interruption
 from alignlab.distributed import launch_env
 from alignlab.errors import UserError
 
@@ -19,8 +20,13 @@ class Commands(TyperGroup):
         rank = ""
         try:
             rank = _rank()
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            interruption.check()
+            return result
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(interruption.tell(stop, rank)) from None
         except _user_errors() as error:
+            interruption.settle()
             typer.echo(f"error{rank}: {error}", err=True)
             raise typer.Exit(2) from None
         except _write_errors() as error:

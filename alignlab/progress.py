@@ -9,6 +9,7 @@ from functools import cache
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from alignlab import interruption
 from alignlab.distributed import launch_env
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,21 @@ def warn_once(text: str) -> None:
 
 @contextmanager
 def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
-    """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds."""
+    """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds.
+
+    It is where loops see that they were interrupted (`alignlab.interruption.check`).
+    """
+    with _shown(label, total, done) as show:
+
+        def advance(done: int, note: str) -> None:
+            show(done, note)
+            interruption.check()
+
+        yield advance
+
+
+@contextmanager
+def _shown(label: str, total: int, done: int) -> Iterator[Advance]:
     if launch_env.rank() > 0:  # rank 0 speaks for all
         yield lambda done, note: None
         return

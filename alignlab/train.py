@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import Ranks, join_ranks
@@ -57,6 +58,7 @@ from alignlab.training.setup import (
     check_ranks_agree,
     check_teachers_and_eval,
 )
+from alignlab.training.stopping import Stopping
 
 
 @quiet_libraries()
@@ -138,6 +140,8 @@ class Trainer(ABC):
         self.config = config
         self.ranks = ranks
         self.state = state
+        self._stopping = Stopping(config.checkpoint, ranks)
+        self._newest: Path | None = None
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
         """Trains from where the state stands to the last step, and evaluates.
@@ -149,8 +153,11 @@ class Trainer(ABC):
         Raises:
             UserError: a scalar or a weight stopped being finite, or an objective aligned nothing.
         """
-        ranks = self.ranks
-        with self._tracker(folder, resumed=newest is not None) as tracker:
+        ranks, self._newest = self.ranks, newest
+        with (
+            interruption.telling(self._shown_progress),
+            self._tracker(folder, resumed=newest is not None) as tracker,
+        ):
             ranks.barrier()  # a tracking server may be slow
             with self.prepared(folder, tracker):
                 self.train_steps(folder, tracker, newest)
@@ -162,12 +169,19 @@ class Trainer(ABC):
         """The loop: batches, diagnosis, step, log, checkpoint.
 
         What is not finite is seen at every step, on the device, and raised when a row is logged or
-        a checkpoint is due.
+        a checkpoint is due. No signal or clock changes which steps have a row.
+
+        Raises:
+            Interrupted: a signal came; there is a checkpoint of the last step.
         """
         config, state, device = self.config, self.state, self.ranks.device
         nonfinite, memory = NonFiniteWatch(device), PeakMemory(device)
         clock, note = StepClock(device), ""
-        with step_progress(config.name, total=config.steps, done=state.step) as advance:
+        with (
+            step_progress(config.name, total=config.steps, done=state.step) as advance,
+            interruption.deferred(),
+        ):
+            self._stopping.saved()
             while state.step < config.steps:
                 clock.step_begins()
                 batches = self.micro_batches()
@@ -177,9 +191,11 @@ class Trainer(ABC):
                         tracker.log(state.step + 1, self.diagnose(batches))
                 scalars = self.step(batches)
                 nonfinite.check(state.step, scalars)
+                due = self._stopping.due()
                 is_last = state.step == config.steps
-                is_saved = is_last or state.step % config.checkpoint.every == 0
-                if is_saved or state.step % config.tracking.log_every == 0:
+                is_in_turn = is_last or state.step % config.checkpoint.every == 0
+                is_saved = is_in_turn or due.checkpoint
+                if is_in_turn or state.step % config.tracking.log_every == 0:
                     row = {key: float(value) for key, value in scalars.items()}
                     row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
                     nonfinite.check(state.step, state_norms(state))
@@ -190,6 +206,13 @@ class Trainer(ABC):
                     if is_saved:
                         newest = self.save(folder)
                     clock.restart()
+                elif is_saved:
+                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.raise_if_broken(newest)
+                    with clock.paused():
+                        newest = self.save(folder)
+                if due.signal:
+                    raise interruption.Interrupted(due.signal, told=not self.ranks.is_main)
                 advance(state.step, note)
 
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
@@ -223,7 +246,15 @@ class Trainer(ABC):
         if ranks.is_main:
             checkpoint.save(state, folder.checkpoints, keep=self.config.checkpoint.keep)
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-        return checkpoint.step_path(folder.checkpoints, state.step)
+        self._stopping.saved()
+        self._newest = checkpoint.step_path(folder.checkpoints, state.step)
+        return self._newest
+
+    def _shown_progress(self) -> str:
+        """How far it came, for the line of an interruption."""
+        newest = self._newest
+        kept = f"checkpoint at {checkpoint.step_of(newest)}" if newest else "no checkpoint yet"
+        return f"after step {self.state.step} of {self.config.steps} ({kept})"
 
     def _tracker(self, folder: RunFolder, *, resumed: bool) -> Tracker:
         """Writes `environment.json` and gives the tracker; silent on all ranks but the main one."""
@@ -353,6 +384,11 @@ class RunTrainer(Trainer):
         super().train_steps(folder, tracker, newest)
         self._aligned.check_end()
 
+    def save(self, folder: RunFolder) -> Path:
+        """As every training does; with what was counted since the last row of the log."""
+        self.state.extra = {"aligned": self._aligned.totals()}
+        return super().save(folder)
+
     @contextmanager
     def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
         """Reference branch and taps; logs the noise levels that the run will draw."""
@@ -361,6 +397,7 @@ class RunTrainer(Trainer):
             tracker.log(0, timestep_histogram(self.config) | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
         self._aligned.count_on(rows)
+        self._aligned.restore(self.state.extra.get("aligned", {}))
         every = self.config.tracking.diagnose_every
         if every is not None:
             self._diagnosis = Diagnosis(self.run, every=every, logged=rows)

@@ -218,6 +218,9 @@ class CheckpointConfig(Settings):
 
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Minutes after which a checkpoint is written at the end of the step, besides those of `every`.
+    Left out: steps alone count."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
 

@@ -132,7 +132,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
     return RunProbe(
         config,
-        int(newest.name.removeprefix("step-")),
+        checkpoint.step_of(newest),
         alias,
         run.wan.num_blocks,
         run.alignment.blocks,

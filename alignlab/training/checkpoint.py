@@ -6,7 +6,8 @@ checkpoints/step-000500/
     objectives.safetensors               projectors, state of plateau stops
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
-    state.json                           step, hash of frozen Stage 1 networks
+    state.json                           step, hash of frozen Stage 1 networks, how many samples
+                                         had something to align
 
 Stage 1 has `network.safetensors` in place of the first three.
 """
@@ -31,6 +32,7 @@ from alignlab.runs.digest import frozen_digest
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
+EXTRA = ("aligned",)  # of `state.json`, see `TrainState.extra`
 SEPARATOR = "|"  # between the name of a parameter and that of its optimizer state
 DAMAGED = "remove that step's folder: the run then resumes from the checkpoint before it"
 
@@ -42,12 +44,14 @@ class TrainState(ABC):
     Args:
         optimizer: over `names`.
         step: optimizer steps done.
+        extra: what else `state.json` keeps; only its owner reads it.
 
     `names` holds the trained parameters with the names that a checkpoint gives them.
     """
 
     optimizer: torch.optim.Optimizer
     step: int = field(default=0, kw_only=True)
+    extra: dict[str, Any] = field(default_factory=dict, kw_only=True)
     names: dict[nn.Parameter, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +75,7 @@ class TrainState(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What `state.json` says."""
-        return {"step": self.step}
+        return {"step": self.step, **self.extra}
 
 
 @dataclass
@@ -136,6 +140,11 @@ def step_path(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
 def prune(checkpoints: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
     for old in _by_step(checkpoints)[:-keep]:
@@ -166,6 +175,7 @@ def restore(state: TrainState, checkpoint: Path) -> None:
     _check(checkpoint / "optimizer.safetensors", moments)
     restore_state(state.optimizer, state.names, moments)
     state.step = int(facts["step"])
+    state.extra = {key: facts[key] for key in EXTRA if key in facts}
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
@@ -223,7 +233,7 @@ def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _by_step(checkpoints: Path) -> list[Path]:
     """Oldest first; by number, since names of more than six digits do not sort."""
-    return sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(checkpoints.glob("step-*"), key=step_of)
 
 
 def _frozen(module: nn.Module) -> set[str]:

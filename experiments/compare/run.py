@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from alignlab import interruption
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
@@ -27,6 +28,7 @@ from alignlab.experiments.compare.fairness import check_fair, differences, tunin
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
+from alignlab.experiments.launchers.local import shown
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.atomic_files import write_text
@@ -200,12 +202,20 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
     begin = time.monotonic()
     earlier = _seconds_so_far(plan.folder)
 
+    ended = [shown(key) for key in runs if key not in missing]
+
     def finished(key: RunKey) -> None:
+        ended.append(shown(key))
         seconds = earlier + time.monotonic() - begin
         write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}))
 
+    def how_far() -> str:
+        names = f" ({'; '.join(ended)})" if ended else ""
+        return f"with {len(ended)} of {len(runs)} runs finished{names}"
+
     if missing:
-        launch(missing, finished)
+        with interruption.telling(how_far):
+            launch(missing, finished)
 
 
 def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from alignlab import interruption
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.node import Order
@@ -257,6 +258,7 @@ def connected(address: str | None) -> Iterator[RayCluster]:
         if address == "auto":
             line = "no node of a cluster here: start one with `ray start`, or name HOST:PORT"
         raise UserError(f"Ray at {address}: {line}") from error
+    interruption.handle_again()  # Ray puts its own handler of SIGTERM in place
     try:
         yield RayCluster(ray, may_grow=address != "local")
     finally:

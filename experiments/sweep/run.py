@@ -4,14 +4,12 @@ The same command resumes a killed sweep; a killed worker's trial resumes from it
 """
 
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
+from alignlab import interruption
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep
 from alignlab.experiments.sweep.launch import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
@@ -55,7 +53,7 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
         tracker.begin_study()
-        with sigterm_interrupts():
+        with interruption.telling(partial(_shown_progress, study)):
             run_trials(study, tracker)
     tracker.end_study(best_metrics(study))
     print_trials(study, Console())
@@ -73,7 +71,7 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
         _tell_unknown_inputs(study, refuse_other_inputs(config, config.base))
-        with sigterm_interrupts():
+        with interruption.telling(partial(_shown_progress, study)):
             run_trials(study, SweepTracker(study))
 
 
@@ -87,15 +85,6 @@ def _tell_unknown_inputs(study: SweepStudy, record: InputRecord) -> None:
         )
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """A scheduler's SIGTERM is a Ctrl-C: the running trial is put back."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _shown_progress(study: SweepStudy) -> str:
+    """How far it came, for the line of an interruption."""
+    return f"with {study.num_finished()} of {study.size} trials finished"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import lease as sweep_lease
@@ -107,7 +108,7 @@ def test_sigterm_puts_the_trial_back(make: MakeSweep, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(sweep_trial, "train", terminated)
     config = make()
-    with pytest.raises(KeyboardInterrupt):
+    with interruption.handled(), pytest.raises(KeyboardInterrupt):
         sweep(config)
     assert {t.state for t in join_study(config).trials()} == {TrialState.WAITING}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
