@@ -25,6 +25,12 @@ def warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
+@cache
+def tell_once(text: str) -> None:
+    """Logs a fact that every run of a command would repeat, such as one about a teacher."""
+    log.info("%s", text)
+
+
 @contextmanager
 def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
     """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds.

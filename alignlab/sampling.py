@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.out_paths import check_out_file
+from alignlab.runs.out_paths import out_file
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
 from alignlab.training.flow_matching import euler_sample
@@ -160,15 +161,33 @@ def sample_to_file(
         UserError: no such run, no checkpoint, an image that cannot be read, or `out` is no mp4 file
             that can be written.
     """
-    check_out_file(out, ".mp4")
+    with out_file(out, ".mp4"):
+        video_THWC, fps = _sampled(
+            run_dir,
+            prompt,
+            reference_paths,
+            seed,
+            negative_prompt,
+            steps=steps,
+            text=text_guidance,
+            reference=reference_guidance,
+        )
+        write_mp4(out, video_THWC, fps)
+    return out
+
+
+def _sampled(
+    run_dir: Path,
+    prompt: str,
+    reference_paths: Sequence[Path],
+    seed: int,
+    negative_prompt: str | None,
+    **replaced: float | None,
+) -> tuple[Tensor, int]:
+    """The clip of `sample_to_file` and its frames per second; `replaced` are of `Guidance`."""
     config = RunFolder.open(run_dir).config()
-    recipe = guidance_of(config)
-    guidance = replace(
-        recipe,
-        steps=recipe.steps if steps is None else steps,
-        text=recipe.text if text_guidance is None else text_guidance,
-        reference=recipe.reference if reference_guidance is None else reference_guidance,
-    )
+    given: dict[str, Any] = {key: value for key, value in replaced.items() if value is not None}
+    guidance = replace(guidance_of(config), **given)
     images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
     wan = load_trained(run_dir)
     references = [wan.encode_image(image_HWC) for image_HWC in images]
@@ -185,9 +204,7 @@ def sample_to_file(
         latents = sample_latents(
             branch, noise.to(wan.device), text_LD, negative_LD, stacked, guidance, advance=advance
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(out, wan.decode(latents).cpu(), config.data.fps)
-    return out
+    return wan.decode(latents).cpu(), config.data.fps
 
 
 @quiet_libraries()

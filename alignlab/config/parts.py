@@ -302,3 +302,10 @@ class TrainingConfig(Settings):
     optim: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("output")
+    @classmethod
+    def _names_a_folder(cls, output: str) -> str:
+        if not output.strip():
+            raise ValueError(f"{output!r} names no folder; write . for the current one")
+        return output

@@ -1,7 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from alignlab.runs.disk_errors import as_os_error
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
@@ -24,6 +25,21 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     try:
         with named_errors(path):
             temporary.write_text(text)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path of the same ending, for a library to write, that becomes `path`.
+
+    It goes away on an error, and `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        with named_errors(path):
+            yield temporary
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -58,11 +74,10 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, shutil.Error) as error:
-        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
-        if number is None:
+        known = as_os_error(error, path)
+        if known is None:
             raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        raise known from error
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

@@ -13,22 +13,20 @@ result.json        final metrics, digests of the Stage 1 networks that were used
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
-still live: behind a broken network, say. The lock is the kernel's (flock), so that it ends with the
-process that holds it, however that ends. On NFS the server keeps it: for a node that is gone, until
-its lease has run out (NFSv4, 90 s unless configured).
+still live: behind a broken network, say. The lock (`alignlab.runs.file_lock`) ends with the process
+that holds it. On NFS the server keeps it: for a node that is gone, until its lease has run out
+(NFSv4, 90 s unless configured).
 """
 
-import errno
 import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.paths import user_path
@@ -37,12 +35,17 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
 from alignlab.runs.atomic_files import write_text
-
-log = logging.getLogger(__name__)
+from alignlab.runs.file_lock import file_lock
+from alignlab.runs.out_paths import make_output_folder
 
 LOCK = ".writer.lock"
 HOLDER = ".writer"
-NOTE_EVERY_S = 60.0
+START_FILES = (  # of a run before its first checkpoint
+    *(LOCK, HOLDER, "recipe.yaml", "inputs.json", "environment.json", "metrics.jsonl"),
+    *("mlflow_run_id", "worker.log"),
+)
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -61,18 +64,22 @@ class RunFolder:
     def create(cls, config: TrainingConfig) -> "RunFolder":
         """Makes the folder, or opens it to resume the same recipe.
 
+        A run of another recipe that kept no step gives way: it holds nothing but what a start
+        writes, and so is begun anew.
+
         Raises:
             UserError: it holds a run of another recipe, or one whose clips were dealt otherwise.
         """
-        folder = cls(user_path(config.output) / config.name)
+        folder = cls(make_output_folder(user_path(config.output), config.name))
         folder.check_split_rule()
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
+            if folder._gives_way(config):
+                return folder
             raise UserError(
                 f"{folder.path} holds a run of another recipe "
                 f"({shown_difference(folder.recipe, config)}): "
                 "choose another name, or remove the folder"
             )
-        folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.recipe.exists() or folder.recipe.read_text() != dump(config):
             write_text(folder.recipe, dump(config))
         return folder
@@ -106,6 +113,30 @@ class RunFolder:
                 "use that version"
             )
 
+    def _gives_way(self, config: TrainingConfig) -> bool:
+        """Clears a folder whose run kept no step, for another recipe; false if it did keep one.
+
+        Raises:
+            UserError: a process trains there.
+        """
+        if self.has_begun or not all(map(_is_of_a_start, self.path.iterdir())):
+            return False
+        with only_writer(self.path, wait=False):
+            if self.has_begun:
+                return False
+            difference = shown_difference(self.recipe, config)
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in (LOCK, HOLDER):
+                    path.unlink()
+            write_text(self.recipe, dump(config))
+        log.info(
+            "%s: its run of another recipe (%s) kept no step: it begins anew",
+            *(self.path, difference),
+        )
+        return True
+
     @property
     def has_begun(self) -> bool:
         """Whether it keeps what was trained: a checkpoint, or the result."""
@@ -123,6 +154,14 @@ class RunFolder:
         return content
 
 
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a run folder's entry says nothing of a step that was kept, and is ours."""
+    if path.name == "checkpoints":
+        return path.is_dir() and all(entry.name.startswith(".step-") for entry in path.iterdir())
+    is_leftover = path.name.startswith(".") and path.name.endswith(".tmp")
+    return path.is_file() and (path.name in START_FILES or is_leftover)
+
+
 @contextmanager
 def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
     """Holds the lock of a run folder.
@@ -134,31 +173,19 @@ def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         UserError: another process holds it and `wait` is false, or the filesystem has no locks.
     """
-    # no soft lock: its marker would outlive a killed process
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)
-    while True:
-        try:
-            lock.acquire(timeout=NOTE_EVERY_S if wait else 0)
-            break
-        except Timeout:
-            if not wait:
-                raise UserError(
-                    f"{folder} is being trained by another process ({_holder(folder)}): "
-                    "wait for it, or end it"
-                ) from None
-            log.info("waiting for the process that trains here (%s)", _holder(folder))
-        except OSError as error:
-            if error.errno != errno.ENOSYS:
-                raise
-            raise UserError(
-                f"{folder} is on a filesystem without file locks: mount it with flock, or choose "
-                "another output"
-            ) from error
-    try:
+
+    def refused() -> str:
+        return (
+            f"{folder} is being trained by another process ({_holder(folder)}): wait for it, or "
+            "end it"
+        )
+
+    def waiting() -> str:
+        return f"waiting for the process that trains in {folder} ({_holder(folder)})"
+
+    with file_lock(folder / LOCK, waiting=waiting, refused=None if wait else refused):
         write_text(folder / HOLDER, f"{platform.node()}, process {os.getpid()}")
         yield
-    finally:
-        lock.release()
 
 
 def _holder(folder: Path) -> str:

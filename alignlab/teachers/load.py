@@ -1,7 +1,6 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from alignlab.config.data import unknown_name
 from alignlab.errors import UserError, first_line
 from alignlab.models.model_files import local_folder
 from alignlab.models.weight_check import check_weights
+from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
@@ -21,8 +21,6 @@ from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
-
-log = logging.getLogger(__name__)
 
 TEACHER_FILES = ("json", "safetensors")
 """Endings of the files that a teacher is loaded from."""
@@ -78,7 +76,7 @@ def load_teacher(
         )
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
-        log.warning("teachers (%s): %s", family, warning)
+        warn_once(f"teachers ({family}): {warning}")
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from alignlab.config.run import RunConfig
@@ -21,6 +20,8 @@ from alignlab.experiments.compare.result import Budget, Cost
 from alignlab.losses.schedule import StopAtPlateau, weight_at
 from alignlab.recipe import has_recipe_hash, recipe_hash
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.file_lock import file_lock
+from alignlab.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,10 @@ def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
     path = folder / "budget.json"
     if config.budget == "steps":
         if path.exists():
-            raise UserError(_other_recipe(path))
+            _drop(path)
         return None
-    with FileLock(folder / "budget.json.lock"):  # several commands may share the folder
+    lock = folder / "budget.json.lock"  # several commands may share the folder
+    with file_lock(lock, waiting=lambda: f"waiting for the process that measures costs ({lock})"):
         return _decided(config, path)
 
 
@@ -69,8 +71,9 @@ def _decided(config: CompareConfig, path: Path) -> Budget:
     _check_constant_cost(config, {v: run.steps for v, run in config.runs.items()})
     recipes = {v: recipe_hash(_seedless(run)) for v, run in config.runs.items()}
     kept = _read(path)
-    if kept is not None:
-        _check_same(path, config, kept)
+    if kept is not None and not _is_same(config, kept):
+        _drop(path)
+        kept = None
     budget = None if kept is None else kept.budget
     if budget is None or not recipes.keys() <= budget.steps.keys():
         budget = _decide(config, _measured(config, path.parent), budget)
@@ -159,14 +162,26 @@ def _read(path: Path) -> _BudgetFile | None:
         raise UserError(f"{path}: not a budget: remove the comparison's folder") from None
 
 
-def _check_same(path: Path, config: CompareConfig, kept: _BudgetFile) -> None:
+def _drop(path: Path) -> None:
+    """Removes a budget of another recipe, if no run of the comparison has kept a step.
+
+    Raises:
+        UserError: one has.
+    """
+    runs = [RunFolder(recipe.parent) for recipe in path.parent.glob("*/seed-*/recipe.yaml")]
+    if any(run.has_begun for run in runs):
+        raise UserError(_other_recipe(path))
+    log.info("%s was decided for another recipe, of which no run kept a step: decided anew", path)
+    path.unlink()
+
+
+def _is_same(config: CompareConfig, kept: _BudgetFile) -> bool:
     shared = config.runs.keys() & kept.recipes.keys()
     changed = any(
         not has_recipe_hash(_seedless(config.runs[variant]), kept.recipes[variant])
         for variant in shared
     )
-    if changed or (kept.baseline, kept.budget.kind) != (config.baseline, config.budget):
-        raise UserError(_other_recipe(path))
+    return not changed and (kept.baseline, kept.budget.kind) == (config.baseline, config.budget)
 
 
 def _other_recipe(path: Path) -> str:

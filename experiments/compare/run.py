@@ -34,6 +34,7 @@ from alignlab.experiments.report.write import write_report
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.tracking import read_rows
@@ -117,8 +118,7 @@ def prepare(config: CompareConfig) -> Plan:
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
-    folder = user_path(config.output) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_folder(user_path(config.output), config.name)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
     runs = {
@@ -207,7 +207,7 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
     def finished(key: RunKey) -> None:
         ended.append(shown(key))
         seconds = earlier + time.monotonic() - begin
-        write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}))
+        write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}), shared=True)
 
     def how_far() -> str:
         names = f" ({'; '.join(ended)})" if ended else ""

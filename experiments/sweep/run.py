@@ -17,6 +17,7 @@ from alignlab.experiments.sweep.study import (
     SweepStudy,
     create_study,
     join_study,
+    named_storage,
     shown_url,
     sweep_folder,
 )
@@ -25,6 +26,7 @@ from alignlab.experiments.sweep.trial import refuse_other_inputs
 from alignlab.experiments.sweep.worker import check
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.input_record import InputRecord
+from alignlab.runs.out_paths import check_out_folder
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
             have read other files.
     """
     check(config)
+    check_out_folder(sweep_folder(config), "output")
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         record = refuse_other_inputs(config, config.base)  # before anything is written
         study = create_study(config)
@@ -53,7 +56,7 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
         tracker.begin_study()
-        with interruption.telling(partial(_shown_progress, study)):
+        with interruption.telling(partial(_shown_progress, study)), named_storage(config):
             run_trials(study, tracker)
     tracker.end_study(best_metrics(study))
     print_trials(study, Console())
@@ -71,7 +74,7 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
         _tell_unknown_inputs(study, refuse_other_inputs(config, config.base))
-        with interruption.telling(partial(_shown_progress, study)):
+        with interruption.telling(partial(_shown_progress, study)), named_storage(config):
             run_trials(study, SweepTracker(study))
 
 
