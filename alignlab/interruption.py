@@ -165,7 +165,7 @@ def line(stop: KeyboardInterrupt) -> str:
     notes = getattr(stop, "__notes__", [])
     if not notes:
         return f"interrupted{name}: run the same command again"
-    return f"interrupted{name} {'; '.join(notes)}: run the same command again to resume"
+    return f"interrupted{name} {', '.join(notes)}: run the same command again to resume"
 
 
 def tell(stop: KeyboardInterrupt, who: str = "") -> int:
@@ -176,8 +176,8 @@ def tell(stop: KeyboardInterrupt, who: str = "") -> int:
         who: which of several processes this is.
     """
     if not (_state.is_told or getattr(stop, "told", False)):
-        _state.is_told = bool(_state.handlers)
         print(line(stop) + who, file=sys.stderr)
+    settle()
     return 128 + _number(stop)
 
 

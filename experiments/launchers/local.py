@@ -39,7 +39,7 @@ def launch_local(
         for done, (key, run) in enumerate(runs.items()):
             interruption.check()
             _announce(done, len(runs), key, time.monotonic() - begin)
-            with interruption.telling(partial(shown, key)):
+            with interruption.telling(partial(_of_run, key)):
                 train_one(run, caches, wait=False)
             finished(key)
 
@@ -112,6 +112,10 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _of_run(key: RunKey) -> str:
+    return f"of {shown(key)}"
 
 
 def _announce(done: int, total: int, key: RunKey, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import signal
 import sys
 import weakref
@@ -216,10 +217,13 @@ def test_every_command_ends_with_one_line(
 
 
 def test_an_interrupted_comparison_names_the_runs_that_are_finished(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     text = "\nvariants: {none: {}, ra: {objectives: {ra: {name: refalign, teacher: dino, "
-    text += "blocks: [0]}}}}\nbaseline: none\nseeds: [0]\ncost: null\n"
+    text += "blocks: [0]}}}}\nbaseline: none\nseeds: [0, 1]\ncost: null\n"
     recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", text)
     finish = Trainer.step
     runs: list[str] = []
@@ -227,17 +231,19 @@ def test_an_interrupted_comparison_names_the_runs_that_are_finished(
     def interrupted(trainer: Trainer, batches: list[Batch]) -> Any:
         scalars = finish(trainer, batches)
         runs.append(trainer.config.name)
-        if len(set(runs)) == 2:
+        if len(set(runs)) == 4:
             send("SIGTERM")
         return scalars
 
     monkeypatch.setattr(Trainer, "step", interrupted)
-    result = command("compare", recipe, f"output={tmp_path}")
+    with caplog.at_level(logging.INFO, "alignlab"):
+        result = command("compare", recipe, f"output={tmp_path}", "steps=1")
     assert result.exit_code == 143
     assert result.stderr.splitlines()[-1] == (
-        "interrupted (SIGTERM) after step 1 of 2 (checkpoint at 1); ra, seed 0; with 1 of 2 runs "
-        "finished (none, seed 0): run the same command again to resume"
+        "interrupted (SIGTERM) after step 1 of 1 (checkpoint at 1), of ra, seed 1, with 3 of 4 runs "
+        "finished (none, seed 0; ra, seed 0; none, seed 1): run the same command again to resume"
     )
+    assert caplog.text.count("ra: refalign on reference tokens") == 1, "of two runs"
 
 
 def test_outside_the_command_line_no_handler_is_put_in_place(
