@@ -240,8 +240,9 @@ def test_an_interrupted_comparison_names_the_runs_that_are_finished(
         result = command("compare", recipe, f"output={tmp_path}", "steps=1")
     assert result.exit_code == 143
     assert result.stderr.splitlines()[-1] == (
-        "interrupted (SIGTERM) after step 1 of 1 (checkpoint at 1), of ra, seed 1, with 3 of 4 runs "
-        "finished (none, seed 0; ra, seed 0; none, seed 1): run the same command again to resume"
+        "interrupted (SIGTERM) after step 1 of 1 (checkpoint at 1), of ra, seed 1, with 3 of 4 "
+        "runs finished (none, seed 0; ra, seed 0; none, seed 1): run the same command again to "
+        "resume"
     )
     assert caplog.text.count("ra: refalign on reference tokens") == 1, "of two runs"
 
