@@ -90,10 +90,17 @@ def _only_writer(out: Path) -> Iterator[None]:
     def held() -> str:
         return f"--out: another process writes {out}: wait for it, or choose another --out"
 
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.with_name(f".{out.name}.lock")
-    with file_lock(lock, waiting=held, refused=held, remove=True):
-        yield
+    lock = out.absolute().with_name(f".{out.absolute().name}.lock")
+    try:
+        with file_lock(lock, waiting=held, refused=held, remove=True):
+            yield
+    finally:
+        for folder in made:  # of work that failed
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
 
 def _check_parent(out: Path, setting: str) -> None:

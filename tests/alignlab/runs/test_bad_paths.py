@@ -210,4 +210,5 @@ def test_one_command_writes_a_path_at_a_time(full_run: Path, tmp_path: Path) -> 
     with out_paths.out_file(out / "x.mp4", ".mp4"):
         line = refused("sample", full_run, "--prompt", "x", "--out", out / "x.mp4")
     assert "another process writes" in line
-    assert list(tmp_path.rglob("*")) == [out], "no lock stays"
+    assert "no run there" in refused("export", tmp_path / "no" / "run")
+    assert list(tmp_path.rglob("*")) == [], "neither locks nor empty folders stay"
