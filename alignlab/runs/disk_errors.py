@@ -26,7 +26,7 @@ def as_os_error(error: BaseException, path: Path | None = None) -> OSError | Non
     """
     found: BaseException | None = error
     while found is not None:
-        number = found.errno if isinstance(found, OSError) else _number(str(found))
+        number = getattr(found, "errno", None) or _number(str(found))
         if number is not None:
             name = getattr(found, "filename", None) or (None if path is None else str(path))
             return OSError(number, os.strerror(number), name)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import shutil
 import signal
 import sys
 import weakref
@@ -218,10 +219,13 @@ def test_every_command_ends_with_one_line(
 
 def test_an_interrupted_comparison_names_the_runs_that_are_finished(
     recipe_file: Path,
+    teacher_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    teacher = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    (teacher / "preprocessor_config.json").write_text("{}")
     text = "\nvariants: {none: {}, ra: {objectives: {ra: {name: refalign, teacher: dino, "
     text += "blocks: [0]}}}}\nbaseline: none\nseeds: [0, 1]\ncost: null\n"
     recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", text)
@@ -237,14 +241,16 @@ def test_an_interrupted_comparison_names_the_runs_that_are_finished(
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     with caplog.at_level(logging.INFO, "alignlab"):
-        result = command("compare", recipe, f"output={tmp_path}", "steps=1")
+        settings = ("steps=1", f"teachers.dino.path={teacher}", f"output={tmp_path}")
+        result = command("compare", recipe, *settings)
     assert result.exit_code == 143
     assert result.stderr.splitlines()[-1] == (
         "interrupted (SIGTERM) after step 1 of 1 (checkpoint at 1), of ra, seed 1, with 3 of 4 "
         "runs finished (none, seed 0; ra, seed 0; none, seed 1): run the same command again to "
         "resume"
     )
-    assert caplog.text.count("ra: refalign on reference tokens") == 1, "of two runs"
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and told[0].startswith("teachers (dinov2): "), "once for four runs"
 
 
 def test_outside_the_command_line_no_handler_is_put_in_place(
