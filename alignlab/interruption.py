@@ -52,6 +52,7 @@ class _State:
         self.deferring = 0
         self.handlers: dict[int, Any] = {}  # those before ours
         self.is_told = False
+        self.is_task = False
 
 
 _state = _State()
@@ -79,19 +80,24 @@ def run(command: Callable[[], None]) -> None:
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def handled(*, sent_by_ray: bool = False) -> Iterator[None]:
     """Handles the signals for a while; in the main thread alone, and once.
 
     A signal that is ignored (`nohup`, a job that a script put into the background) stays so.
+
+    Args:
+        sent_by_ray: Ray ends a task with a SIGINT, which then counts as a SIGTERM; the other
+            signals are Ray's own.
     """
     global _state
     if _state.handlers or threading.current_thread() is not threading.main_thread():
         yield
         return
     _state = _State()
+    _state.is_task = sent_by_ray
     hook = sys.unraisablehook
     sys.unraisablehook = _unraisable(hook)
-    for number in SIGNALS:
+    for number in SIGNALS[:1] if sent_by_ray else SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             _state.handlers[number] = signal.signal(number, _on_signal)
     try:
@@ -193,6 +199,7 @@ def _number(stop: KeyboardInterrupt) -> int:
 def _on_signal(number: int, frame: object) -> None:
     if _state.dropped:
         raise Interrupted(_state.dropped)
+    number = signal.SIGTERM if _state.is_task else number
     before, now = _state.number, time.monotonic()
     if before and now - _state.since < AGAIN_S:
         return
@@ -222,7 +229,8 @@ def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
 def _raise_again(state: _State) -> None:
     if state is not _state or not state.dropped:
         return
+    number = signal.SIGINT if state.is_task else state.dropped
     if hasattr(signal, "pthread_kill"):  # ends what the main thread waits for
-        signal.pthread_kill(threading.main_thread().ident or 0, state.dropped)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
-        signal.raise_signal(state.dropped)  # its handler runs in the main thread
+        signal.raise_signal(number)  # its handler runs in the main thread
