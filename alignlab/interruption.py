@@ -49,7 +49,8 @@ class _State:
         self.number = 0  # of the signal; 0 for none
         self.since = 0.0
         self.dropped = 0  # of what Python has dropped, until it is raised again
-        self.deferring = 0
+        self.deferring = False
+        self.is_held = False
         self.handlers: dict[int, Any] = {}  # those before ours
         self.is_told = False
         self.is_task = False
@@ -131,27 +132,29 @@ def check() -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def deferred(is_deferred: bool = True) -> Iterator[None]:
     """SIGTERM and SIGUSR1 raise nothing for a while: who enters this reads `asked`.
 
-    A second SIGTERM does raise.
+    A second SIGTERM does raise. `deferred(False)` within it lets them raise again.
     """
-    _state.deferring += 1
+    before, _state.deferring = _state.deferring, is_deferred
     try:
         yield
     finally:
-        _state.deferring -= 1
+        _state.deferring = before
 
 
 @contextmanager
-def ignored() -> Iterator[None]:
-    """No signal counts for a while: for the main thread, where it ends something."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+def held() -> Iterator[None]:
+    """No signal raises anything inside, for what may not be left half done; one does at the end."""
+    before, _state.is_held = _state.is_held, True
+    first = _state.number
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _state.is_held = before
+    if _state.number != first:
+        check()
 
 
 @contextmanager
@@ -197,7 +200,7 @@ def _number(stop: KeyboardInterrupt) -> int:
 
 
 def _on_signal(number: int, frame: object) -> None:
-    if _state.dropped:
+    if _state.dropped and not _state.is_held:
         raise Interrupted(_state.dropped)
     number = signal.SIGTERM if _state.is_task else number
     before, now = _state.number, time.monotonic()
@@ -206,6 +209,8 @@ def _on_signal(number: int, frame: object) -> None:
     is_first = not before or (before == USR1 and number != USR1)
     if is_first:
         _state.number, _state.since = number, now
+    if _state.is_held:
+        return
     if _state.deferring and number != signal.SIGINT and (is_first or number == USR1):
         return
     raise Interrupted(number)

@@ -17,7 +17,6 @@ from alignlab.data.resize import fit_reference
 from alignlab.data.video import write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
-from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
@@ -27,7 +26,7 @@ from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import out_file
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training import checkpoint
+from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.flow_matching import euler_sample
 
 NEGATIVE_PROMPTS = {
@@ -142,8 +141,9 @@ def sample_to_file(
     text_guidance: float | None = None,
     reference_guidance: float | None = None,
     negative_prompt: str | None = None,
+    choice: ModelChoice = NEWEST,
 ) -> Path:
-    """Generates one clip with the newest checkpoint of a run and writes it as mp4.
+    """Generates one clip with the model of a run and writes it as mp4.
 
     Args:
         run_dir: a run folder.
@@ -156,43 +156,37 @@ def sample_to_file(
         reference_guidance: see `Guidance`.
         negative_prompt: a text, or the name of a preset (`NEGATIVE_PROMPTS`); None takes the
             recipe's.
+        choice: which model of the run.
 
     Raises:
-        UserError: no such run, no checkpoint, an image that cannot be read, or `out` is no mp4 file
+        UserError: no such run or checkpoint, an image that cannot be read, or `out` is no mp4 file
             that can be written.
     """
+    asked = {"steps": steps, "text": text_guidance, "reference": reference_guidance}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     with out_file(out, ".mp4"):
-        video_THWC, fps = _sampled(
-            run_dir,
-            prompt,
-            reference_paths,
-            seed,
-            negative_prompt,
-            steps=steps,
-            text=text_guidance,
-            reference=reference_guidance,
-        )
-        write_mp4(out, video_THWC, fps)
+        config = RunFolder.open(run_dir).config()
+        guidance = replace(guidance_of(config), **given)
+        wan = load_trained(run_dir, choice)
+        negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
+        video_THWC = _sampled(wan, config, guidance, prompt, negative, reference_paths, seed)
+        write_mp4(out, video_THWC, config.data.fps)
     return out
 
 
 def _sampled(
-    run_dir: Path,
+    wan: Wan,
+    config: RunConfig,
+    guidance: Guidance,
     prompt: str,
+    negative: str,
     reference_paths: Sequence[Path],
     seed: int,
-    negative_prompt: str | None,
-    **replaced: float | None,
-) -> tuple[Tensor, int]:
-    """The clip of `sample_to_file` and its frames per second; `replaced` are of `Guidance`."""
-    config = RunFolder.open(run_dir).config()
-    given: dict[str, Any] = {key: value for key, value in replaced.items() if value is not None}
-    guidance = replace(guidance_of(config), **given)
+) -> Tensor:
+    """A clip, uint8 `(T, H, W, C)` on the CPU."""
     images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
-    wan = load_trained(run_dir)
     references = [wan.encode_image(image_HWC) for image_HWC in images]
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
-    negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
     texts = {"--negative-prompt": negative_text(negative), "--prompt": prompt}
     warn_of_cut(wan.text, texts)
     negative_LD, text_LD = wan.encode_text(list(texts.values()))
@@ -204,22 +198,20 @@ def _sampled(
         latents = sample_latents(
             branch, noise.to(wan.device), text_LD, negative_LD, stacked, guidance, advance=advance
         )
-    return wan.decode(latents).cpu(), config.data.fps
+    return wan.decode(latents).cpu()
 
 
 @quiet_libraries()
-def load_trained(run_dir: Path) -> Wan:
-    """The model of a run's newest checkpoint (its moving average, if the recipe keeps one).
+def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
+    """A model of a run.
 
     Raises:
-        UserError: the run has no checkpoint yet.
+        UserError: there is no such checkpoint, or no moving average.
     """
     refuse_several_ranks()  # each would write the same file
     folder = RunFolder.open(run_dir)
     config = folder.config()
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None:
-        raise UserError(f"{run_dir}: the run has no checkpoint yet")
+    is_average, found = choice.is_average(config.optim), choice.find(folder.checkpoints)
     tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,
@@ -229,7 +221,7 @@ def load_trained(run_dir: Path) -> Wan:
         precision=config.model.precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    checkpoint.load_transformer(wan.transformer, newest, ema=config.optim.ema is not None)
+    load_transformer(wan.transformer, found, ema=is_average)
     wan.transformer.eval()
     return wan
 

@@ -156,8 +156,9 @@ class RunFolder:
 
 def _is_of_a_start(path: Path) -> bool:
     """Whether a run folder's entry says nothing of a step that was kept, and is ours."""
-    if path.name == "checkpoints":
-        return path.is_dir() and all(entry.name.startswith(".step-") for entry in path.iterdir())
+    if path.is_dir():  # leftovers of a killed process; clips of evaluations while it trained
+        begins = {"checkpoints": (".step-",), "samples": ("step-", ".step-")}.get(path.name, ())
+        return bool(begins) and all(entry.name.startswith(begins) for entry in path.iterdir())
     is_leftover = path.name.startswith(".") and path.name.endswith(".tmp")
     return path.is_file() and (path.name in START_FILES or is_leftover)
 

@@ -1,11 +1,16 @@
 """Checkpoints that no step number asks for: a signal came, or `checkpoint.every_minutes` passed."""
 
+import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from alignlab import interruption
-from alignlab.config.parts import CheckpointConfig
+from alignlab.config.parts import TrainingConfig
 from alignlab.distributed.ranks import Ranks
+from alignlab.training.checkpoint import TrainState, step_of
 
 
 class Due(NamedTuple):
@@ -24,17 +29,20 @@ class Stopping:
     """Looks at the clock and at signals, on behalf of all ranks.
 
     Args:
-        config: `every_minutes` is read.
+        config: of the training.
         ranks: of the training.
+        state: of the training.
     """
 
-    def __init__(self, config: CheckpointConfig, ranks: Ranks) -> None:
-        self._minutes = config.every_minutes
+    def __init__(self, config: TrainingConfig, ranks: Ranks, state: TrainState) -> None:
+        self._config = config
         self._ranks = ranks
-        self.saved()
+        self._state = state
+        self.saved(None)
 
-    def saved(self) -> None:
-        """A checkpoint was written, or the loop begins."""
+    def saved(self, newest: Path | None) -> None:
+        """This checkpoint was written, or is the one that the training resumes from."""
+        self._newest = newest
         self._since = time.monotonic()
 
     def due(self) -> Due:
@@ -42,8 +50,40 @@ class Stopping:
 
         The clock is that of rank 0.
         """
-        passed = time.monotonic() - self._since
-        by_time = self._minutes is not None and passed >= 60 * self._minutes
+        minutes = self._config.checkpoint.every_minutes
+        by_time = minutes is not None and time.monotonic() - self._since >= 60 * minutes
         asks = (interruption.asked(), int(by_time and self._ranks.is_main))
-        signal, due = self._ranks.largest(asks)
-        return Due(signal, bool(signal or due))
+        number, due = self._ranks.largest(asks)
+        return Due(number, bool(number or due))
+
+    def interrupted(self, due: Due) -> interruption.Interrupted:
+        """What ends the training; rank 0 speaks for all."""
+        return interruption.Interrupted(due.signal, told=not self._ranks.is_main)
+
+    @contextmanager
+    def between_steps(self, save: Callable[[], object]) -> Iterator[None]:
+        """SIGTERM and SIGUSR1 stop what is done between two steps; it leaves the state as it is.
+
+        Of several ranks, the others wait for rank 0 and know of no signal: there, it waits too.
+
+        Args:
+            save: writes the checkpoint of the last step, where it has none.
+        """
+        if self._ranks.world_size > 1:
+            yield
+            return
+        try:
+            with interruption.deferred(False):
+                interruption.check()
+                yield
+        except interruption.Interrupted as stop:
+            is_saved = self._newest is not None and step_of(self._newest) == self._state.step
+            if stop.number != signal.SIGINT and not is_saved:
+                save()
+            raise
+
+    def progress(self) -> str:
+        """How far the training came, for the line of an interruption."""
+        newest = self._newest
+        kept = "no checkpoint yet" if newest is None else f"checkpoint at {step_of(newest)}"
+        return f"after step {self._state.step} of {self._config.steps} ({kept})"

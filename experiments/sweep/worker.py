@@ -72,7 +72,7 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
             if lease.lost or isinstance(error, LostTrialError):
                 log.info("trial %d: another worker has taken it over", trial.number)
                 continue
-            with interruption.ignored():
+            with interruption.held():
                 study.put_back(trial.number, lease.claim)
             raise
         done += 1

@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "sweep",
     "demo",
+    "evaluate",
     "sample",
     "export",
     "probe",

@@ -15,10 +15,11 @@ import pytest
 from typer.testing import Result
 
 from alignlab import interruption
-from alignlab.distributed.ranks import Ranks
+from alignlab.evaluation import evaluate
 from alignlab.train import Trainer
 from alignlab.training import stopping
 from alignlab.training.batches import Batch
+from alignlab.training.setup import Run
 from command_line import alignlab
 from run_contents import file_contents, timeless_metrics, timeless_rows
 from small_recipes import comparison_recipe
@@ -315,19 +316,28 @@ def test_a_checkpoint_by_the_clock_changes_no_number(
     check_same(run, uninterrupted)
 
 
-def test_the_clock_of_rank_0_and_any_signal_count() -> None:
-    class Pair(Ranks):
-        """Rank 1 of two, where rank 0 has seen SIGUSR1."""
+@pytest.mark.parametrize("checkpoint_at", [2, 4])
+def test_a_warning_within_an_evaluation_keeps_the_trained_weights(
+    checkpoint_at: int, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not their moving average, which is evaluated in their place."""
+    settings = ("optim.ema=0.9", "eval.every=2")
+    assert trained(recipe_file, tmp_path / "whole", *settings).exit_code == 0
+    measure = evaluate.validation_flow
 
-        def __init__(self) -> None:
-            self.rank, self.world_size = 1, 2
+    def interrupted(run: Run, *arguments: Any) -> dict[str, float]:
+        if run.state.step == checkpoint_at:
+            send("SIGTERM")
+            raise AssertionError("not reached")
+        return measure(run, *arguments)
 
-        def largest(self, values: Any) -> list[int]:
-            return [max(values[0], int(signal.SIGUSR1)), values[1]]
-
-    config = importlib.import_module("alignlab.config.parts").CheckpointConfig(every_minutes=1e-9)
-    due = stopping.Stopping(config, Pair()).due()
-    assert due == (signal.SIGUSR1, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "validation_flow", interrupted)
+        result = trained(recipe_file, tmp_path, *settings)
+    assert result.exit_code == 143
+    assert f"after step {checkpoint_at} of 6 (checkpoint at {checkpoint_at})" in result.stderr
+    assert trained(recipe_file, tmp_path, *settings).exit_code == 0
+    check_same(tmp_path / "run", tmp_path / "whole" / "run")
 
 
 def test_a_process_ends_silently_once_its_command_is_over() -> None:
