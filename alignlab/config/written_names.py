@@ -6,11 +6,11 @@ A run of such a name would lie where a file has to be, or in a folder that is re
 import re
 
 _IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns")
-_IN_RUNS = ("checkpoints", "samples", "stage1", "export", "probe")
+_IN_RUNS = ("checkpoints", "samples", "stage1", "export", "probe", "evaluations")
 _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
-    comparison.json report.html report.md table.csv table.tex progress.json budget.json cost.json
+    comparison.json report.html report.md table.csv table.tex steps.csv progress.json budget.json cost.json
     study.db trials.csv best.yaml sweep.html worker.log
     """.split()
 )

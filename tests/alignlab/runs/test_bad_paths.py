@@ -32,6 +32,7 @@ FROM_RECIPE = (
 )
 WITH_OUT = (
     ("sample", "run", "--prompt", "x", "--out", ".mp4"),
+    ("evaluate", "run", "--out", ".json"),
     ("export", "run", "--out", ""),
     ("probe", "run", "--out", ""),
     ("data", "preview", "tiny", "--out", ""),
@@ -113,6 +114,12 @@ def test_a_name_that_alignlab_writes_itself_is_refused(name: str) -> None:
 
 def test_a_variant_named_as_a_file_is_refused() -> None:
     assert "alignlab writes a file 'report.md'" in refused("demo", "variants={report.md: {}}")
+
+
+def test_what_a_run_writes_is_known(full_run: Path) -> None:
+    for path in full_run.iterdir():
+        with pytest.raises(ValueError, match="alignlab"):
+            refuse_written(f"x/{path.name}")
 
 
 @pytest.mark.parametrize("name", ["stage1", "probe", "a/b", "pair/export/seed-0", "v1.2", "mlflow"])
