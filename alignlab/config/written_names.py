@@ -10,7 +10,8 @@ _IN_RUNS = ("checkpoints", "samples", "stage1", "export", "probe", "evaluations"
 _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
-    comparison.json report.html report.md table.csv table.tex steps.csv progress.json budget.json cost.json
+    comparison.json report.html report.md table.csv table.tex steps.csv progress.json budget.json
+    cost.json
     study.db trials.csv best.yaml sweep.html worker.log
     """.split()
 )
