@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,7 +259,7 @@ def test_outside_the_command_line_no_handler_is_put_in_place(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [signal.getsignal(number) for number in interruption.SIGNALS]
-    seen = []
+    seen: list[object] = []
     at_step(monkeypatch, 0, lambda: seen.extend(map(signal.getsignal, interruption.SIGNALS)))
     result = alignlab("train", recipe_file, f"output={tmp_path}", "steps=1")
     assert result.exit_code == 0 and seen == before
@@ -301,7 +302,7 @@ def test_a_checkpoint_by_the_clock_changes_no_number(
     uninterrupted: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def later() -> None:
         clock[0] += 90.0

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,14 +51,14 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nothing").symlink_to(tmp_path / "gone" / "deep")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "readonly").mkdir()
-    temporary = out_paths.tempfile.TemporaryFile
+    temporary = tempfile.TemporaryFile
 
-    def refusing(dir: Path) -> Any:  # root writes wherever the rights forbid it
-        if dir == tmp_path / "readonly":
+    def refusing(*arguments: Any, **settings: Any) -> Any:
+        if settings.get("dir") == tmp_path / "readonly":  # root writes where the rights forbid it
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return temporary(dir=dir)
+        return temporary(*arguments, **settings)
 
-    monkeypatch.setattr(out_paths.tempfile, "TemporaryFile", refusing)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refusing)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
