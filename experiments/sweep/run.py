@@ -49,7 +49,8 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
     check_out_folder(sweep_folder(config), "output")
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         record = refuse_other_inputs(config, config.base)  # before anything is written
-        study = create_study(config)
+        with named_storage(config):
+            study = create_study(config)
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
         _tell_unknown_inputs(study, record)
         log.info("sweep %s: %s", config.name, sweep_folder(config))

@@ -30,7 +30,7 @@ from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
 from alignlab.experiments.sweep.metrics import directions
 from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
 from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
-from alignlab.runs.disk_errors import as_os_error
+from alignlab.runs.disk_errors import FULL, as_os_error
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
@@ -356,4 +356,7 @@ def _open_storage(config: SweepConfig) -> BaseStorage:
             "for PostgreSQL: pip install 'alignlab[postgres]'"
         ) from None
     except (OperationalError, ArgumentError, NoSuchModuleError) as error:
+        known = as_os_error(error, Path(url.removeprefix("sqlite:///")))
+        if known is not None and known.errno in FULL:
+            raise known from error
         raise UserError(f"storage: {shown_url(config)}: {first_line(error)}") from None
