@@ -172,6 +172,17 @@ def test_a_signal_that_python_drops_is_raised_again() -> None:
         raise AssertionError("dropped")
 
 
+@pytest.mark.parametrize("name", CODES)
+def test_what_may_not_be_left_half_done_is_ended_first(name: str) -> None:
+    done = []
+    with interruption.handled(), pytest.raises(interruption.Interrupted):
+        with interruption.held():
+            send(name)
+            done.append("all")
+        raise AssertionError("not reached")
+    assert done == ["all"]
+
+
 def test_a_signal_that_is_caught_stops_the_next_loop() -> None:
     """By a library, say."""
     with interruption.handled():
