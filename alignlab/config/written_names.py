@@ -11,11 +11,13 @@ _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
     comparison.json report.html report.md table.csv table.tex steps.csv progress.json budget.json
-    cost.json
+    cost.json code.json checksums.json
     study.db trials.csv best.yaml sweep.html worker.log
     """.split()
 )
-_MORE_FILES = r"(mlflow|study)\.db\b.*|budget\.json\.lock|worker-\d+\.log|result-\d+\.json"
+_MORE_FILES = (
+    r"(mlflow|study)\.db\b.*|budget\.json\.lock|worker-\d+\.log|result-\d+\.json|code(-\d+)?\.diff"
+)
 _OF_A_SEED = r".+/seed-\d+"  # as comparisons and sweeps name their runs
 
 

@@ -18,7 +18,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
@@ -30,6 +30,11 @@ from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
 from alignlab.experiments.sweep.metrics import directions
 from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
 from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
+from alignlab.experiments.sweep.storage_check import (
+    check_storage_file,
+    storage_errors,
+    storage_file,
+)
 from alignlab.runs.disk_errors import FULL, as_os_error
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.out_paths import make_output_folder
@@ -196,7 +201,8 @@ def create_study(config: SweepConfig) -> SweepStudy:
         UserError: the study is of another recipe or larger, or the storage cannot be used.
     """
     folder = make_output_folder(user_path(config.output), config.name)
-    with _only_one(folder, ".create.lock"):
+    with _only_one(folder, ".create.lock"), storage_errors(shown_url(config)):
+        _check_storage(config)
         storage = _open_storage(config)
         study = _opened(config, storage)
         recipe_hash = study.user_attrs.get(RECIPE_HASH)
@@ -208,6 +214,8 @@ def create_study(config: SweepConfig) -> SweepStudy:
             optuna.delete_study(study_name=config.name, storage=storage)
             study = _opened(config, storage)
             recipe_hash = None
+        elif recipe_hash is None:
+            _tell_lost_study(config)
         if recipe_hash is None:
             study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
             with experimental_accepted():
@@ -245,7 +253,9 @@ def join_study(config: SweepConfig) -> SweepStudy:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
     """
     make_output_folder(user_path(config.output), config.name)
-    storage = _open_storage(config)
+    _check_storage(config)
+    with storage_errors(shown_url(config)):
+        storage = _open_storage(config)
     try:
         study = optuna.load_study(
             storage=storage,
@@ -270,12 +280,37 @@ def named_storage(config: SweepConfig) -> Iterator[None]:
     """
     try:
         yield
-    except StorageInternalError as error:
-        url = storage_url(config)
-        known = as_os_error(error, Path(url.removeprefix("sqlite:///")))
-        if known is None or not url.startswith("sqlite"):
+    except (StorageInternalError, DatabaseError) as error:
+        path = storage_file(storage_url(config))
+        known = None if path is None else as_os_error(error, path)
+        if known is None:
             raise
         raise known from error
+
+
+def _check_storage(config: SweepConfig) -> None:
+    path = storage_file(storage_url(config))
+    if path is not None and path.exists() and not _is_unused(config, path):
+        check_storage_file(path)
+
+
+def _is_unused(config: SweepConfig, path: Path) -> bool:
+    """Whether a file is what a process leaves that was killed before the first trial."""
+    return path.is_file() and not path.stat().st_size and not _trial_folders(config)
+
+
+def _tell_lost_study(config: SweepConfig) -> None:
+    """Warns of a new study where trials lie already."""
+    if trials := _trial_folders(config):
+        log.warning(
+            "%s: the study is new, though %d trials lie there, such as %s: the storage %s was lost "
+            "or is another; trials that are drawn again take their finished runs",
+            *(sweep_folder(config), len(trials), trials[0].name, shown_url(config)),
+        )
+
+
+def _trial_folders(config: SweepConfig) -> list[Path]:
+    return sorted(path for path in sweep_folder(config).glob("trial-*") if path.is_dir())
 
 
 def _plan(config: SweepConfig) -> Sequence[dict[str, Any] | None]:
@@ -356,7 +391,7 @@ def _open_storage(config: SweepConfig) -> BaseStorage:
             "for PostgreSQL: pip install 'alignlab[postgres]'"
         ) from None
     except (OperationalError, ArgumentError, NoSuchModuleError) as error:
-        known = as_os_error(error, Path(url.removeprefix("sqlite:///")))
+        known = as_os_error(error, storage_file(url))
         if known is not None and known.errno in FULL:
             raise known from error
         raise UserError(f"storage: {shown_url(config)}: {first_line(error)}") from None
