@@ -10,7 +10,8 @@ from typing import NamedTuple
 from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.distributed.ranks import Ranks
-from alignlab.training.checkpoint import TrainState, step_of
+from alignlab.runs.checkpoint_folders import step_of
+from alignlab.training.checkpoint import TrainState
 
 
 class Due(NamedTuple):
