@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from alignlab import interruption
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
 from alignlab.cli_runs import evaluate, export, repro, sample
@@ -208,7 +209,12 @@ def build_assets(
 
 
 def main() -> None:
-    """Entry point of the `alignlab` command and of `python -m alignlab.cli`."""
+    """Entry point of `python -m alignlab.cli`, and of commands that were installed earlier."""
+    interruption.run(command_line)
+
+
+def command_line() -> None:
+    """What the command line does; `alignlab.__main__` begins it."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("alignlab")

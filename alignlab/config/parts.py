@@ -227,6 +227,9 @@ class CheckpointConfig(Settings):
 
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Minutes after which a checkpoint is written at the end of the step, besides those of `every`.
+    Left out: steps alone count."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_finished: Literal["all", "weights", "none"] = "all"
@@ -326,3 +329,10 @@ class TrainingConfig(Settings):
     optim: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("output")
+    @classmethod
+    def _names_a_folder(cls, output: str) -> str:
+        if not output.strip():
+            raise ValueError(f"{output!r} names no folder; write . for the current one")
+        return output

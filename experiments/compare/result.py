@@ -239,7 +239,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        write_text(path, _ADAPTER.dump_json(self, indent=1).decode() + "\n")
+        write_text(path, _ADAPTER.dump_json(self, indent=1).decode() + "\n", shared=True)
 
     @staticmethod
     def load(path: Path) -> "Comparison":

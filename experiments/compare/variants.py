@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignlab.config.run import RunConfig
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
 
 NAME_LETTERS = frozenset(string.ascii_letters + string.digits + ".+-_")
@@ -34,6 +35,10 @@ def checked_variants(variants: Any) -> dict[str, dict[str, Any]]:
             raise UserError(
                 f"variants.{name}: a variant's name is made of letters, digits and .+-_"
             )
+        try:
+            refuse_written(name)
+        except ValueError as error:
+            raise UserError(f"variants.{name}: {error}") from None
         for key in ("name", "seed", "output"):
             if any(f"{change}.".startswith(f"{key}.") for change in changes):
                 raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")

@@ -10,7 +10,6 @@ from typing import Any
 
 import optuna
 import torch
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from alignlab.config.paths import user_path
@@ -21,6 +20,7 @@ from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
 from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder
@@ -238,7 +238,7 @@ def refuse_other_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
 def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
     """Adds what a finished run has read to what all trials must read."""
     folder = sweep_folder(config)
-    with FileLock(folder / ".inputs.lock"):
+    with file_lock(folder / ".inputs.lock", waiting=lambda: f"waiting for a worker of {folder}"):
         record, of_run = (InputRecord(path, config.output) for path in (folder, run_folder))
         record.refuse_differences(
             of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"

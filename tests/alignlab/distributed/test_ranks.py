@@ -48,6 +48,7 @@ ENDS = {
     "killed": "-9 -9",
     "unreached": "0 0",
     "lora": "0 0",
+    "warned": "138 138",
     "drifted": "2 2",
     "teacher": "2 2",
     "parts": "2 2",
@@ -122,6 +123,14 @@ def test_a_killed_pair_ends_with_the_bits_of_the_uninterrupted_one(pairs: Path) 
     assert found.keys() == expected.keys()
     assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
     assert rows(pairs / "killed") == rows(pairs / "whole")
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(pairs: Path) -> None:
+    left = [path.name for path in (pairs / "warned" / "run" / "checkpoints").iterdir()]
+    assert sorted(left) == ["step-000003", "step-000004"]
+    first, second = said(pairs, "warned-warned")
+    assert first.startswith("interrupted (SIGUSR1) after step 4 of 6 (checkpoint at 4)")
+    assert "interrupted" not in second
 
 
 def test_one_process_goes_on_where_two_were_killed(

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
@@ -66,6 +67,13 @@ def rows_of(config: SweepConfig) -> list[dict[str, str]]:
 
 def metric_of(run: Path, name: str = "val/flow") -> float:
     return float(json.loads((run / "result.json").read_text())["metrics"][name])
+
+
+def test_no_run_may_have_the_name_of_what_a_sweep_writes(finished: SweepConfig) -> None:
+    for path in folder_of(finished).iterdir():
+        if not path.name.startswith("trial-"):
+            with pytest.raises(ValueError, match="alignlab"):
+                refuse_written(path.name)
 
 
 def test_the_best_recipe_reproduces_its_own_metric(finished: SweepConfig, tmp_path: Path) -> None:
