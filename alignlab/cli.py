@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from alignlab.cli_errors import Commands
-from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_runs_page, path_option
 from alignlab.cli_runs import export, sample
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
@@ -75,6 +75,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
         destroy_process_group()
     if launch_env.rank() == 0:
         typer.echo(f"run folder: {folder}")
+        echo_runs_page(folder, config)
 
 
 def stage1(
@@ -92,7 +93,9 @@ def stage1(
         return
     from alignlab.stage1.train import train_stage1
 
-    typer.echo(f"stage 1 folder: {train_stage1(config)}")
+    folder = train_stage1(config)
+    typer.echo(f"stage 1 folder: {folder}")
+    echo_runs_page(folder.parent, config)
 
 
 def doctor() -> None:

@@ -21,6 +21,15 @@ RunFolder = Annotated[
 ]
 
 
+def echo_runs_page(folder: Path, config: Any) -> None:
+    """Says where MLflow shows the runs of a folder, if it has any."""
+    from alignlab.tracking import runs_page
+
+    page = runs_page(folder, config)
+    if page is not None:
+        typer.echo(f"mlflow: {page}")
+
+
 def path_option(help: str) -> Any:
     """An option that takes a path, `~` included: `--out=~/x` is expanded by no shell."""
     return typer.Option(parser=user_path, metavar="PATH", help=help)

@@ -41,7 +41,7 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
-from alignlab.tracking import SilentTracker, Tracker
+from alignlab.tracking import SilentTracker, Tracker, ask
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
@@ -88,6 +88,7 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        ranks.on_main(ask, config)
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
         if newest is not None:

@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.merging import flatten
-from alignlab.config.paths import expanded_url, sqlite_url, user_path
+from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
@@ -175,7 +175,7 @@ def storage_url(config: SweepConfig) -> str:
 
 def shown_url(config: SweepConfig) -> str:
     """The storage without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", storage_url(config))
+    return without_password(storage_url(config))
 
 
 def create_study(config: SweepConfig) -> SweepStudy:
