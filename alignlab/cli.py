@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from alignlab.cli_errors import Commands
-from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_runs_page, path_option
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow, path_option
 from alignlab.cli_runs import export, sample
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
@@ -17,6 +17,7 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
+from alignlab.experiments.cli.track import track
 
 app = typer.Typer(
     cls=Commands,
@@ -75,7 +76,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
         destroy_process_group()
     if launch_env.rank() == 0:
         typer.echo(f"run folder: {folder}")
-        echo_runs_page(folder, config)
+        echo_mlflow(folder, config)
 
 
 def stage1(
@@ -95,7 +96,7 @@ def stage1(
 
     folder = train_stage1(config)
     typer.echo(f"stage 1 folder: {folder}")
-    echo_runs_page(folder.parent, config)
+    echo_mlflow(folder.parent, config)
 
 
 def doctor() -> None:
@@ -114,6 +115,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     sample,
     export,
     probe,
+    track,
     doctor,
 )
 """In the order of `alignlab --help`."""

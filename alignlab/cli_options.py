@@ -21,13 +21,13 @@ RunFolder = Annotated[
 ]
 
 
-def echo_runs_page(folder: Path, config: Any) -> None:
+def echo_mlflow(folder: Path, config: Any) -> None:
     """Says where MLflow shows the runs of a folder, if it has any."""
-    from alignlab.tracking import runs_page
+    from alignlab.tracking import runs_address
 
-    page = runs_page(folder, config)
-    if page is not None:
-        typer.echo(f"mlflow: {page}")
+    address = runs_address(folder, config)
+    if address is not None:
+        typer.echo(f"mlflow: {address}")
 
 
 def path_option(help: str) -> Any:

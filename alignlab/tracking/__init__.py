@@ -5,6 +5,6 @@ the way to MLflow, which may be away, `database.py` the SQLite file under it, `n
 that MLflow takes.
 """
 
-from alignlab.tracking.tracker import SilentTracker, Tracker, ask, runs_page
+from alignlab.tracking.tracker import SilentTracker, Tracker, ask, runs_address
 
-__all__ = ["SilentTracker", "Tracker", "ask", "runs_page"]
+__all__ = ["SilentTracker", "Tracker", "ask", "runs_address"]

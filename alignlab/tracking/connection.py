@@ -1,8 +1,8 @@
 """MLflow at an address. It may be away or slow: that ends no training, and holds none up for long.
 
-A call that fails is told once, until one succeeds again. After any call, none follows for
-`SHARE` times as long as it took, after a failure for at least `REST_S`: so MLflow takes no more
-than a twentieth of a training's time, whatever it does.
+A call that fails is told once, until one succeeds again. During training, none follows another for
+`SHARE` times as long as that took, and after a failure for at least `REST_S`: so MLflow takes no
+more than a twentieth of a training's time, whatever it does.
 """
 
 import json
@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
@@ -33,9 +33,14 @@ ENVIRONMENT = {
     "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no network unless asked
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # `runs_page` is printed
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # `runs_address` is printed
 }
 CONNECT_S = 5
+
+When = Literal["paced", "unless_away", "now"]
+PACED: When = "paced"
+UNLESS_AWAY: When = "unless_away"
+NOW: When = "now"
 
 Work = Callable[[Any], object]
 """What is done with MLflow's client; may be done again after it failed half-way."""
@@ -59,26 +64,24 @@ class Connection:
         self._takes_no_files = False
 
     @property
-    def is_due(self) -> bool:
-        """Whether enough time has passed since the last call."""
-        return time.monotonic() >= self._not_before
-
-    @property
     def is_away(self) -> bool:
         """Whether the last call failed."""
         return self._failures > 0
 
-    def attempt(self, work: Work, *, wait: bool = True) -> bool:
+    def attempt(self, work: Work, *, when: When = UNLESS_AWAY) -> bool:
         """Does something with MLflow's client, or tells once that it could not be done.
 
         Args:
             work: gets the client.
-            wait: do nothing if a call is not due.
+            when: to do nothing: `paced`, before a call is due; `unless_away`, before one is due
+                after a failure; `now`, never.
 
         Returns:
             Whether it was done.
         """
-        if wait and not self.is_due:
+        if time.monotonic() < self._not_before and (
+            when == PACED or (when == UNLESS_AWAY and self.is_away)
+        ):
             return False
         begin = time.monotonic()
         try:
@@ -130,13 +133,13 @@ class Connection:
         database = self._database()
         return None if database is None else database.with_name("mlartifacts").as_uri()
 
-    def runs_page(self, experiment_id: str) -> str:
+    def runs_address(self, experiment_id: str) -> str:
         """Where a browser shows the runs of an experiment, in words."""
-        page = f"/#/experiments/{experiment_id}/runs"
+        path = f"/#/experiments/{experiment_id}/runs"
         if self.uri.startswith("http"):
-            return f"{self.shown.rstrip('/')}{page}"
+            return f"{self.shown.rstrip('/')}{path}"
         if "://" in self.uri and not self.uri.startswith(("databricks", "uc")):
-            return f"mlflow ui --backend-store-uri '{self.shown}', then http://127.0.0.1:5000{page}"
+            return f"mlflow ui --backend-store-uri '{self.shown}', then http://127.0.0.1:5000{path}"
         return f"{self.shown}, experiment {experiment_id}"
 
     def _rest(self, seconds: float) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 STATE = "mlflow.json"
 TAGS = "mlflow_tags.json"
 OLD_ID = "mlflow_run_id"  # file of older versions, which holds the run's id alone
+ENDED = "ended"
 KEY = "alignlab.key"
 CHANGED = "alignlab.changed."  # begins the tag of a setting that is another one since a resume
 RECIPE_HASH = "alignlab.recipe_hash"
@@ -46,6 +47,7 @@ class MlflowRun:
         params: likewise; MLflow changes none, so another value of one becomes a tag.
         metrics: the file whose rows it has.
         anew: nothing of the folder is kept: a run of another recipe there is not this one.
+        known_id: of the run, where an older version kept it elsewhere.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class MlflowRun:
         params: Mapping[str, str] | None = None,
         metrics: Path | None = None,
         anew: bool = False,
+        known_id: str = "",
     ) -> None:
         self._folder = folder
         self._way = way
@@ -68,6 +71,7 @@ class MlflowRun:
         self._params = dict(params or {})
         self._metrics = metrics
         self._anew = anew
+        self._known_id = known_id
         self._run_id = ""
         self._is_new = False
         self._known: dict[str, set[int]] = {}  # marker -> steps that MLflow has
@@ -91,7 +95,7 @@ class MlflowRun:
         experiment = experiment_id(client, self._experiment, self._way)
         state = read_state(self._folder)
         key = state.get("key") or uuid.uuid4().hex
-        run = self._found(client, state.get("run_id", ""), experiment, key)
+        run = self._found(client, state.get("run_id", self._known_id), experiment, key)
         tags = self._tags | read_tags(self._folder)
         if run is not None and self._anew and self._is_other(run):
             client.set_terminated(run.info.run_id, "KILLED")
@@ -170,6 +174,9 @@ class MlflowRun:
         """Ends it: `FINISHED`, `FAILED` or `KILLED`."""
         client.set_terminated(self._run_id, status)
         self._run_id = ""
+        if not self._queue:
+            state = read_state(self._folder) | {ENDED: status}
+            write_text(self._folder / STATE, json.dumps(state))
 
     def _found(self, client: Any, run_id: str, experiment: str, key: str) -> Any:
         """The run of this folder, unless somebody deleted it."""
@@ -235,7 +242,10 @@ def _names(row: Mapping[str, float], last: str | None = None) -> list[str]:
 
 
 def read_state(folder: Path) -> dict[str, str]:
-    """What a folder knows of its run: `key`, `run_id` and `experiment_id`, or less."""
+    """What a folder knows of its run: `key`, `run_id`, `experiment_id`, or less.
+
+    And `ended`, the status that MLflow was told after all rows.
+    """
     path, old = folder / STATE, folder / OLD_ID
     if path.exists():
         try:
@@ -248,10 +258,17 @@ def read_state(folder: Path) -> dict[str, str]:
 
 
 def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
-    """Gives the run of a folder further tags, such as its parent; the folder need not exist."""
+    """Gives the run of a folder further tags, such as its parent; the folder need not exist.
+
+    MLflow gets them when the run is opened next: it counts as not ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    if read_tags(folder) != dict(tags):
-        write_text(folder / TAGS, json.dumps(dict(tags), indent=1))
+    if read_tags(folder) == dict(tags):
+        return
+    write_text(folder / TAGS, json.dumps(dict(tags), indent=1))
+    state = read_state(folder)
+    if state.pop(ENDED, None) is not None:
+        write_text(folder / STATE, json.dumps(state))
 
 
 def read_tags(folder: Path) -> dict[str, str]:

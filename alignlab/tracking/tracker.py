@@ -11,7 +11,7 @@ from alignlab.config.parts import TrainingConfig
 from alignlab.recipe import recipe_hash
 from alignlab.runs.metric_rows import append_row, keep_rows
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking.connection import Connection, connection
+from alignlab.tracking.connection import NOW, PACED, UNLESS_AWAY, Connection, When, Work, connection
 from alignlab.tracking.mlflow_run import (
     RECIPE_HASH,
     TAGS,
@@ -59,7 +59,7 @@ class Tracker:
 
     def __enter__(self) -> Self:
         if self._shipper is not None:
-            self._shipper.ship()
+            self._shipper.ship(UNLESS_AWAY)
         return self
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -68,7 +68,7 @@ class Tracker:
         append_row(self._folder.metrics, row)
         if self._shipper is not None:
             self._shipper.add(row)
-            self._shipper.ship()
+            self._shipper.ship(PACED)
 
     def __exit__(
         self,
@@ -134,14 +134,14 @@ class Shipper:
         """A row that has been written to the file."""
         self._run.add(row)
 
-    def ship(self, *, wait: bool = True) -> bool:
-        """Sends a request's worth of rows, if a call is due; whether that went well."""
+    def ship(self, when: When) -> bool:
+        """Sends a request's worth of rows; whether that went well."""
 
         def work(client: Any) -> None:
             self._run.open(client)
             self._run.send(client)
 
-        return self._attempt(work, wait=wait)
+        return self._attempt(work, when)
 
     def end(self, status: str, *, within_s: float) -> bool:
         """Sends the rows that are left, and files, and ends the run; whether MLflow has it all.
@@ -151,21 +151,21 @@ class Shipper:
             within_s: no further request is begun after that.
         """
         until = time.monotonic() + within_s
-        went_well = self.ship(wait=False)
+        went_well = self.ship(NOW)
         while went_well and self._run.unsent and time.monotonic() < until:
-            went_well = self.ship(wait=False)
+            went_well = self.ship(NOW)
         unsent = self._run.unsent
         if went_well:
             files = (self._folder.recipe, self._folder.result)
             self._way.upload(self._run.upload, files)
-            went_well = self._attempt(lambda client: self._run.close(client, status), wait=False)
+            went_well = self._attempt(lambda client: self._run.close(client, status), NOW)
         complete = went_well and not unsent
         if not complete and not (self._folder.path / TAGS).exists():  # else its parent tells
             tell_unsent(self._way, self._folder.path)
         return complete
 
-    def _attempt(self, work: Any, *, wait: bool) -> bool:
-        done = self._way.attempt(work, wait=wait)
+    def _attempt(self, work: Work, when: When) -> bool:
+        done = self._way.attempt(work, when=when)
         if self._way.is_away:
             self._run.forget()
         return done
@@ -191,9 +191,9 @@ def ask(config: TrainingConfig) -> None:
         way.attempt(lambda client: experiment_id(client, experiment_name(config), way))
 
 
-def runs_page(folder: Path, config: TrainingConfig) -> str | None:
+def runs_address(folder: Path, config: TrainingConfig) -> str | None:
     """Where the runs of a folder's experiment are shown; None if MLflow never had it."""
     way, state = connection(config), read_state(folder)
     if way is None or "experiment_id" not in state:
         return None
-    return way.runs_page(state["experiment_id"])
+    return way.runs_address(state["experiment_id"])

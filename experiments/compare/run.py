@@ -25,6 +25,7 @@ from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
+from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
@@ -55,11 +56,12 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
-    _train_missing(plan, launcher or make_launcher("local", config.launch))
-    cost = cost_of(config, folder)
-    comparison = _comparison(plan, cost)
-    comparison.save(folder / "comparison.json")
-    report = write_report(comparison, folder)
+    with tracked(folder, plan.runs, plan.folders):
+        _train_missing(plan, launcher or make_launcher("local", config.launch))
+        cost = cost_of(config, folder)
+        comparison = _comparison(plan, cost)
+        comparison.save(folder / "comparison.json")
+        report = write_report(comparison, folder)
     print_summary(comparison, Console())
     return report
 

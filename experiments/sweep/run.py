@@ -54,12 +54,12 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
-        tracker.begin_study()
-        with sigterm_interrupts():
+        with tracker.studied(), sigterm_interrupts():
             run_trials(study, tracker)
-    tracker.end_study(best_metrics(study))
     print_trials(study, Console())
-    return write_results(study)
+    results = write_results(study)
+    tracker.end_study(best_metrics(study))
+    return results
 
 
 def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:

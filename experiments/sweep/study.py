@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
 TRAINS = "trains"  # user attribute of a trial that is the one to train its settings
+SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
 # What changes no number of a trial: a sweep may get more trials, or move.

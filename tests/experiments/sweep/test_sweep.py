@@ -20,6 +20,7 @@ from alignlab.experiments.sweep.run import join, sweep
 from alignlab.experiments.sweep.study import join_study
 from alignlab.recipe import load_run
 from alignlab.runs.metric_rows import read_rows
+from alignlab.tracking.mlflow_run import read_state
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
 from run_contents import read_table, timeless, timeless_metrics
@@ -253,7 +254,7 @@ def test_mlflow_runs_are_nested_and_linked(make: MakeSweep) -> None:
     parent = client.get_run(study.user_attrs["mlflow_run_id"])
     (trial,) = study.trials
     nested = client.get_run(trial.user_attrs["mlflow_run_id"])
-    trained = (folder_of(config) / "trial-0000" / "seed-0" / "mlflow_run_id").read_text()
+    trained = read_state(folder_of(config) / "trial-0000" / "seed-0")["run_id"]
     assert parent.data.tags["optuna.study"] == "sweep" and parent.info.status == "FINISHED"
     assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert nested.data.tags["optuna.trial"] == "0"
