@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 SHARE = 19.0
 REST_S = 10.0
 LONGEST_REST_S = 300.0
-# Unless the environment says otherwise. MLflow's own limits let a call wait for minutes.
+# Unless the environment says otherwise. With MLflow's own settings a call may wait for minutes.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -217,5 +217,7 @@ def _failures() -> tuple[type[Exception], ...]:
 def _reason(error: Exception) -> str:
     """One line of an error, without what MLflow says around it."""
     text = first_line(error)
-    refused = re.search(r"(Connection refused|timed out|Name or service not known)", str(error))
-    return refused[1].lower() if refused else printable(text[:300])
+    known = re.search(
+        r"Connection refused|timed out|Failed to resolve|No route to host", str(error)
+    )
+    return known[0].lower() if known else printable(text[:300])

@@ -139,7 +139,7 @@ class MlflowRun:
             step = int(row["step"])
             if step not in self._steps(client, marker):
                 points = [
-                    Metric(mlflow_name(name), row[name], round(row["time"] * 1000), step)
+                    Metric(mlflow_name(name), row[name], round(row.get("time", 0.0) * 1000), step)
                     for name in _names(row, last=marker)
                 ]
                 if batch and len(batch) + len(points) > MOST_METRICS:
