@@ -1,7 +1,7 @@
 """Rows of a run's `metrics.jsonl`: one per logged step, as JSON, with `step` and `time`."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from alignlab.runs.atomic_files import named_errors, write_text
@@ -24,13 +24,34 @@ def read_rows(metrics: Path) -> list[dict[str, float]]:
 def keep_rows(metrics: Path, start: int) -> None:
     """Keeps what resuming from step `start` will not write again.
 
-    That is nothing for a run that starts anew, and never the evaluation, which comes last.
+    That is nothing for a run that starts anew, and never the evaluation at the end of a training.
     """
     if metrics.exists():
-        rows = [r for r in read_rows(metrics) if r["step"] <= start and not _is_evaluation(r)]
+        rows = [r for r in read_rows(metrics) if r["step"] <= start and not _is_last(r)]
         rows = rows if start else []
         write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _is_evaluation(row: Mapping[str, float]) -> bool:
+def evaluations(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Metrics of the evaluations before the last step, by step, among the rows of a run."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if (has_validation(row) or has_generation(row)) and not _is_last(row):
+            metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
+            found.setdefault(int(row["step"]), {}).update(metrics)
+    return found
+
+
+def has_validation(row: Mapping[str, float]) -> bool:
+    """Whether a row holds a validation loss."""
     return any(key.startswith("val/") for key in row)
+
+
+def has_generation(row: Mapping[str, float]) -> bool:
+    """Whether a row holds metrics of generated clips."""
+    return any(key.startswith("gen/") for key in row)
+
+
+def _is_last(row: Mapping[str, float]) -> bool:
+    """Whether a row is the evaluation at the end of a training, which has its costs as well."""
+    return any(key.startswith("params/") for key in row)

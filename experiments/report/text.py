@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignlab.experiments.compare.result import Budget, Comparison
+from alignlab.experiments.report.by_step import step_table
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.run_warnings import warning_sentences
@@ -101,6 +102,7 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
             lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
     notes = footnotes(comparison, rows)
     lines += ["", reading(comparison), "", *(f"- {_escape(note)}" for note in notes)]
+    lines += _markdown_steps(comparison)
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
         lines += ["", "## How variants were tuned", ""]
@@ -207,6 +209,19 @@ def setting_table(
         }
         for name, values in settings.items()
     }
+
+
+def _markdown_steps(comparison: Comparison) -> list[str]:
+    """Headline metrics of runs that were evaluated while they trained, by step."""
+    steps, rows = step_table(comparison)
+    if not rows:
+        return []
+    lines = ["", "## Metrics during training", "", "By step; steps.csv has every number.", ""]
+    lines += ["| metric | variant |" + "".join(f" {step:,} |" for step in steps)]
+    lines += ["|---|---|" + "---:|" * len(steps)]
+    for label, variant, texts in rows:
+        lines.append(f"| {_escape(label)} | {_escape(variant)} | " + " | ".join(texts) + " |")
+    return lines
 
 
 def _markdown_settings(

@@ -140,10 +140,9 @@ def test_what_somebody_deletes_is_made_again(what: str, output: Output) -> None:
     output.log(range(4), then=delete)
     assert send_run(output.run.path)
     assert output.sent() == output.written()
-    page = runs_address(output.run.path, output.config)
-    assert page is not None and page.endswith(
-        "/#/experiments/1/runs" if what == "run" else "2/runs"
-    )
+    address = runs_address(output.run.path, output.config)
+    experiment = 1 if what == "run" else 2
+    assert address is not None and address.endswith(f"/#/experiments/{experiment}/runs")
 
 
 def test_a_run_that_was_left_is_closed(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
