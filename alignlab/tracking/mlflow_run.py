@@ -94,8 +94,9 @@ class MlflowRun:
             return
         experiment = experiment_id(client, self._experiment, self._way)
         state = read_state(self._folder)
+        run_id = state.get("run_id", self._known_id)
+        run = self._found(client, run_id, experiment, state.get("key"))
         key = state.get("key") or uuid.uuid4().hex
-        run = self._found(client, state.get("run_id", self._known_id), experiment, key)
         tags = self._tags | read_tags(self._folder)
         if run is not None and self._anew and self._is_other(run):
             client.set_terminated(run.info.run_id, "KILLED")
@@ -113,6 +114,7 @@ class MlflowRun:
         self._complete(client, run, tags | {KEY: key})
         self._known.clear()
         self._queue.clear()
+        self._last_names = (-1, set())
         if self._metrics is not None:
             for row in read_rows(self._metrics):
                 self._append(row)
@@ -178,7 +180,7 @@ class MlflowRun:
             state = read_state(self._folder) | {ENDED: status}
             write_text(self._folder / STATE, json.dumps(state))
 
-    def _found(self, client: Any, run_id: str, experiment: str, key: str) -> Any:
+    def _found(self, client: Any, run_id: str, experiment: str, key: str | None) -> Any:
         """The run of this folder, unless somebody deleted it."""
         from mlflow.exceptions import MlflowException
 
@@ -190,6 +192,8 @@ class MlflowRun:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
+        if key is None:  # so no run has it
+            return None
         found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'")
         return found[-1] if found else None  # the first that was created
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.send import send_folder
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.results import best_trial, ranked
@@ -244,11 +245,18 @@ def test_a_hopeless_trial_is_pruned_between_its_seeds(make: MakeSweep) -> None:
         assert (folder_of(config) / name / "seed-1").exists() == (state == "complete")
 
 
-def test_mlflow_runs_are_nested_and_linked(make: MakeSweep) -> None:
+@pytest.mark.parametrize("place", ["sqlite", "http://127.0.0.1:9"])
+def test_mlflow_runs_are_nested_and_linked(
+    place: str, make: MakeSweep, caplog: pytest.LogCaptureFixture
+) -> None:
     from mlflow import MlflowClient
 
-    config = make("tracking.mlflow=sqlite", "trials=1", "steps=1")
+    config = make(f"tracking.mlflow={place}", "trials=1", "steps=1")
     sweep(config)
+    if place != "sqlite":  # nothing listens there: it is sent later
+        assert caplog.text.count("connection refused: nothing is lost") == 1
+        assert caplog.text.count(f"`alignlab track {folder_of(config)}`") == 1
+        assert send_folder(folder_of(config), to="sqlite").complete
     client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
     study = join_study(config).study
     parent = client.get_run(study.user_attrs["mlflow_run_id"])
@@ -263,3 +271,7 @@ def test_mlflow_runs_are_nested_and_linked(make: MakeSweep) -> None:
     assert client.get_run(trained).data.tags["mlflow.parentRunId"] == nested.info.run_id
     experiments = {run.info.experiment_id for run in (parent, nested, client.get_run(trained))}
     assert len(experiments) == 1
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"recipe.yaml", "best.yaml", "trials.csv", "sweep.html"}
+    runs = client.search_runs(list(experiments))
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3
