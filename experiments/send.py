@@ -49,10 +49,14 @@ def send_folder(folder: Path, *, to: str | None = None) -> Sent:
         UserError: there is no run, or its recipe says `tracking.mlflow: none`.
     """
     runs, sweeps = _found(folder)
-    complete, addresses = True, []
+    complete, addresses, busy = True, list[str](), set[Path]()
     for path in sweeps:  # first, and comparisons: runs are put under them
         complete = _send_sweep(path, to) and complete
-    parents = [_parent(path, children, to) for path, children in _comparisons(runs).items()]
+    parents = [
+        _parent(path, children, to)
+        for path, children in _comparisons(runs).items()
+        if path.is_relative_to(folder)
+    ]
     for run in runs:
         try:
             sent = send_run(run, to=to)
@@ -60,6 +64,7 @@ def send_folder(folder: Path, *, to: str | None = None) -> Sent:
             if len(runs) == 1:
                 raise
             log.warning("%s", error)
+            busy.add(run.parent.parent)
             continue
         complete = complete and sent
         address = runs_address(run, stored_config(run, to=to))
@@ -68,6 +73,8 @@ def send_folder(folder: Path, *, to: str | None = None) -> Sent:
         if not sent:
             break
     for path, parent in parents:
+        if path in busy:
+            continue
         status = "FINISHED" if (path / "comparison.json").exists() else "KILLED"
         complete = complete and parent.end(status)
     return Sent(complete, addresses)

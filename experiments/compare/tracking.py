@@ -57,6 +57,7 @@ class ParentRun:
     def __init__(self, folder: Path, run: TrainingConfig) -> None:
         self._folder = folder
         self._tags: Mapping[Path, Mapping[str, str]] = {}
+        self._place = run.tracking.mlflow
         self._way = connection(run)
         if self._way is not None:
             name = run.name.split("/")[0]
@@ -106,7 +107,9 @@ class ParentRun:
     def _send_children(self) -> bool:
         until = time.monotonic() + END_S
         for child in self._tags:
-            left = until - time.monotonic()
-            if ENDED not in read_state(child) and not (left > 0 and send_run(child, within_s=left)):
+            left, to = until - time.monotonic(), self._place
+            if ENDED not in read_state(child) and not (
+                left > 0 and send_run(child, to=to, within_s=left)
+            ):
                 return False
         return True

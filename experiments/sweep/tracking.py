@@ -1,7 +1,8 @@
 """A sweep in MLflow: one parent run per study, one run per trial under it, training runs below.
 
-Optuna's study and trials keep the MLflow run ids as user attributes, MLflow's runs the study's
-name and the trial's number as tags. All of it is made from what Optuna keeps, so that what could
+Optuna's study and trials keep the MLflow run ids as user attributes (a trial that ended before
+MLflow answered has it in `mlflow.json` in its folder alone), MLflow's runs the study's name and the
+trial's number as tags. All of it is made from what Optuna keeps, so that what could
 not be sent at the time is sent later.
 """
 
@@ -35,6 +36,7 @@ class SweepTracker:
     def __init__(self, sweep: SweepStudy) -> None:
         self._sweep = sweep
         self._folder = sweep_folder(sweep.config)
+        self._place = sweep.config.base.tracking.mlflow
         self._way = connection(sweep.config.base)
         self._watch = Watch()
 
@@ -98,7 +100,7 @@ class SweepTracker:
     def begin_run(self, trial: optuna.Trial, folder: Path) -> None:
         """Says in the folder of a training run, which may not exist, whose child it is."""
         if self._way is not None:
-            self._tell(folder, trial.number)
+            self._tell_run(folder, trial.number)
 
     def end_trial(self, trial: optuna.Trial) -> None:
         """Closes the run of a trial that has ended."""
@@ -137,14 +139,12 @@ class SweepTracker:
     ) -> MlflowRun:
         study = self._sweep.study
         tags = {"optuna.study": study.study_name, "optuna.trial": str(number)}
-        if (parent := study.user_attrs.get(MLFLOW_ID)) is not None:
-            tags[PARENT] = parent
         if SAME_AS in attrs:
             tags["optuna.same_as"] = str(attrs[SAME_AS])
         if state:
             tags["optuna.state"] = state
         folder = self._trial_folder(number)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._tell_trial(number)
         return MlflowRun(
             folder,
             way,
@@ -159,18 +159,19 @@ class SweepTracker:
         """Sends what MLflow lacks of trials that have ended, and of the runs below them."""
         until = time.monotonic() + END_S
         for trial in self._sweep.trials():
-            state = read_state(self._trial_folder(trial.number))
-            sent = ENDED in state if trial.state.is_finished() else not state
-            if self._is_busy(trial):
+            folder, finished = self._trial_folder(trial.number), trial.state.is_finished()
+            if self._is_busy(trial) or not (finished or read_state(folder)):
                 continue
-            if not sent and not (
-                time.monotonic() < until and self._send_trial(way, trial, when=NOW)
-            ):
-                return False
+            self._tell_trial(trial.number)
+            if not finished or ENDED not in read_state(folder):
+                if time.monotonic() > until or not self._send_trial(way, trial, when=NOW):
+                    return False
             for run in self._run_folders(trial.number):
-                self._tell(run, trial.number)
+                self._tell_run(run, trial.number)
                 left = until - time.monotonic()
-                if ENDED not in read_state(run) and not (left > 0 and send_run(run, within_s=left)):
+                if ENDED not in read_state(run) and not (
+                    left > 0 and send_run(run, to=self._place, within_s=left)
+                ):
                     return False
         return True
 
@@ -194,11 +195,15 @@ class SweepTracker:
         """Whether somebody works on it."""
         return trial.state == TrialState.RUNNING and not self._watch.is_dead(trial)
 
-    def _tell(self, folder: Path, number: int) -> None:
+    def _tell_run(self, folder: Path, number: int) -> None:
         """Writes into the folder of a trial's run whose child it is."""
         parent = read_state(self._trial_folder(number)).get("run_id")
-        tags = {"optuna.trial": str(number)} | ({PARENT: parent} if parent else {})
-        write_tags(folder, tags)
+        write_tags(folder, {"optuna.trial": str(number)} | ({PARENT: parent} if parent else {}))
+
+    def _tell_trial(self, number: int) -> None:
+        """Writes into the folder of a trial whose child it is."""
+        parent = self._sweep.study.user_attrs.get(MLFLOW_ID)
+        write_tags(self._trial_folder(number), {PARENT: parent} if parent else {})
 
     def _run_folders(self, number: int) -> list[Path]:
         """Of the seeds that were trained or are about to be; a duplicate has none."""

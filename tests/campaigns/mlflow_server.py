@@ -50,7 +50,7 @@ eval: {clips: 1, batch_size: 8, sample_clips: 0}
 tracking: {log_every: 1}
 checkpoint: {every: 5, keep: 1}
 """
-ROWS = 15  # after which something happens to the server
+ROWS = 50  # after which something happens to the server
 AWAY_S = 5.0
 WARM = (
     "alignlab.cli",

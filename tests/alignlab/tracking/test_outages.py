@@ -157,6 +157,14 @@ def test_a_run_that_was_left_is_closed(output: Output, monkeypatch: pytest.Monke
     assert output.sent() == output.written()
 
 
+@pytest.mark.usefixtures("without_rest")
+def test_an_outage_at_the_first_rows(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(monkeypatch, "log_batch", {1, 2}, MlflowException("away"), after=False)
+    with Tracker(output.run, output.config, start=0, environment={}) as tracker:
+        tracker.log(0, {"loss/total": 1.0})  # the same row comes first when it is read again
+    assert output.sent() == output.written()
+
+
 def test_few_requests(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
     for name in (n for n in dir(MlflowClient) if not n.startswith("_")):
