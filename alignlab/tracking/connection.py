@@ -28,7 +28,7 @@ LONGEST_REST_S = 300.0
 # Unless the environment says otherwise. With MLflow's own settings a call may wait for minutes.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # to create a run twice would leave one open for ever
     "MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER": "false",
     "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # no network unless asked

@@ -195,6 +195,8 @@ class MlflowRun:
         if key is None:  # so no run has it
             return None
         found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'")
+        for run in found[:-1]:  # of a request that was repeated
+            client.set_terminated(run.info.run_id, "KILLED")
         return found[-1] if found else None  # the first that was created
 
     def _is_other(self, run: Any) -> bool:

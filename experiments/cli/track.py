@@ -8,8 +8,7 @@ import typer
 
 from alignlab.config.paths import user_path
 
-# Nothing waits for this command: it may wait longer than a training does.
-PATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3"}
+PATIENCE_S = "30"  # for an answer: no training waits for this command
 
 
 def track(
@@ -27,8 +26,7 @@ def track(
     ] = None,
 ) -> None:
     """Send to MLflow what it lacks of a folder, and end there what is not being trained."""
-    for name, value in PATIENT.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", PATIENCE_S)
     from alignlab.experiments.send import send_folder
 
     sent = send_folder(folder, to=to)

@@ -31,8 +31,12 @@ def by_name(client: MlflowClient) -> dict[str, Run]:
 
 
 def test_the_runs_of_a_comparison_are_under_one(
-    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr("alignlab.tracking.connection._connections", {})  # of earlier commands
     recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
     overrides = [f"output={tmp_path}", "steps=1"]
     # nothing listens there

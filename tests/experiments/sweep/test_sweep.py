@@ -247,9 +247,14 @@ def test_a_hopeless_trial_is_pruned_between_its_seeds(make: MakeSweep) -> None:
 
 @pytest.mark.parametrize("place", ["sqlite", "http://127.0.0.1:9"])
 def test_mlflow_runs_are_nested_and_linked(
-    place: str, make: MakeSweep, caplog: pytest.LogCaptureFixture
+    place: str,
+    make: MakeSweep,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     from mlflow import MlflowClient
+
+    monkeypatch.setattr("alignlab.tracking.connection._connections", {})  # of earlier commands
 
     config = make(f"tracking.mlflow={place}", "trials=1", "steps=1")
     sweep(config)
