@@ -217,7 +217,6 @@ def _failures() -> tuple[type[Exception], ...]:
 def _reason(error: Exception) -> str:
     """One line of an error, without what MLflow says around it."""
     text = first_line(error)
-    known = re.search(
-        r"Connection refused|timed out|Failed to resolve|No route to host", str(error)
-    )
+    short = r"Connection refused|Connection reset|timed out|Failed to resolve|No route to host"
+    known = re.search(short, str(error))
     return known[0].lower() if known else printable(text[:300])

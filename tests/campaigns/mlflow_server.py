@@ -36,6 +36,7 @@ import torch
 from mlflow import MlflowClient
 
 from alignlab.runs.metric_rows import read_rows
+from alignlab.tracking.connection import Connection
 from alignlab.tracking.names import mlflow_name
 
 RECIPE = """
@@ -115,6 +116,7 @@ class Seen:
     Args:
         case: its name.
         seconds: that the training took, from its start to its exit.
+        waited: of these, spent with MLflow (of its resumption, where the run was killed).
         exit_code: of the training, or of `alignlab track` where that failed.
         longest_gap: seconds between two rows.
         points: in metrics.jsonl.
@@ -126,6 +128,7 @@ class Seen:
 
     case: str
     seconds: float
+    waited: float
     exit_code: int
     longest_gap: float
     points: int = 0
@@ -137,7 +140,7 @@ class Seen:
 
 def in_child(
     arguments: list[str], errors: Path, then: Callable[[int], None] = lambda child: None
-) -> tuple[int, float]:
+) -> tuple[int, float, float]:
     """Runs a command of alignlab in a forked child.
 
     Args:
@@ -146,13 +149,15 @@ def in_child(
         then: is done meanwhile, with the child's process id.
 
     Returns:
-        Its exit code, negative for a signal, and how many seconds it ran.
+        Its exit code, negative for a signal, how many seconds it ran, and how many of them with
+        MLflow.
     """
     begin, ended = time.time(), errors.with_name("ended")
     ended.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         status = 70
+        waited = count_waiting()
         try:
             with errors.open("ab") as file:
                 os.dup2(file.fileno(), 2)
@@ -163,12 +168,33 @@ def in_child(
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
-            ended.write_text(str(time.time()))
+            ended.write_text(f"{time.time()} {waited[0]}")
             os._exit(status)
     then(child)
     _, status = os.waitpid(child, 0)
-    seconds = (float(ended.read_text()) if ended.exists() else time.time()) - begin
-    return os.waitstatus_to_exitcode(status), seconds
+    end, waited_s = time.time(), 0.0
+    if ended.exists():
+        end, waited_s = map(float, ended.read_text().split())
+    return os.waitstatus_to_exitcode(status), end - begin, waited_s
+
+
+def count_waiting() -> list[float]:
+    """Counts, from now on in this process, the seconds that are spent with MLflow."""
+    waited, attempt, upload = [0.0], Connection.attempt, Connection.upload
+
+    def counted(original: Any) -> Any:
+        def call(*args: Any, **settings: Any) -> Any:
+            begin = time.monotonic()
+            try:
+                return original(*args, **settings)
+            finally:
+                waited[0] += time.monotonic() - begin
+
+        return call
+
+    Connection.attempt = counted(attempt)  # type: ignore[method-assign]
+    Connection.upload = counted(upload)  # type: ignore[method-assign]
+    return waited
 
 
 def wait_for_rows(metrics: Path) -> None:
@@ -226,9 +252,9 @@ def watch(case: str, folder: Path, steps: int) -> Seen:
         earlier = 0.0
         if case == "run killed, resumed":
             earlier = in_child(command, errors, kill)[1]
-        code, seconds = in_child(command, errors, act)
+        code, seconds, waited = in_child(command, errors, act)
         times = [row["time"] for row in read_rows(metrics)][1:]
-        seen = Seen(case, earlier + seconds, code, max(map(sub, times[1:], times)))
+        seen = Seen(case, earlier + seconds, waited, code, max(map(sub, times[1:], times)))
         if case == "no MLflow":
             return seen
         if case == "hung for good":
@@ -313,7 +339,7 @@ def main() -> None:
     for module in WARM:
         importlib.import_module(module)
     print(
-        "case                     seconds  longest gap  exit  points  lost/twice at the end  "
+        "case                     seconds  with MLflow  longest gap  exit  points  lost/twice at the end  "
         "after track  runs/open"
     )
     for case in CASES:
@@ -321,7 +347,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 seen = watch(case, Path(folder), options.steps)
             print(
-                f"{seen.case:24} {seen.seconds:7.1f}  {seen.longest_gap:11.1f}  "
+                f"{seen.case:24} {seen.seconds:7.1f}  {seen.waited:11.1f}  {seen.longest_gap:11.1f}  "
                 f"{seen.exit_code:4}  {seen.points:6}  {seen.at_the_end!s:>21}  "
                 f"{seen.after_track!s:>11}  {seen.runs:4}/{seen.open}",
                 flush=True,
