@@ -339,15 +339,16 @@ def main() -> None:
     for module in WARM:
         importlib.import_module(module)
     print(
-        "case                     seconds  with MLflow  longest gap  exit  points  lost/twice at the end  "
-        "after track  runs/open"
+        "case                     seconds  with MLflow  longest gap  exit  points  "
+        "lost/twice at the end  after track  runs/open"
     )
     for case in CASES:
         if any(word in case for word in words):
             with tempfile.TemporaryDirectory() as folder:
                 seen = watch(case, Path(folder), options.steps)
             print(
-                f"{seen.case:24} {seen.seconds:7.1f}  {seen.waited:11.1f}  {seen.longest_gap:11.1f}  "
+                f"{seen.case:24} {seen.seconds:7.1f}  {seen.waited:11.1f}  "
+                f"{seen.longest_gap:11.1f}  "
                 f"{seen.exit_code:4}  {seen.points:6}  {seen.at_the_end!s:>21}  "
                 f"{seen.after_track!s:>11}  {seen.runs:4}/{seen.open}",
                 flush=True,
