@@ -10,7 +10,7 @@ import typer
 
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow, path_option
-from alignlab.cli_runs import evaluate, export, sample
+from alignlab.cli_runs import evaluate, export, repro, sample
 from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
@@ -19,6 +19,7 @@ from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
+from alignlab.experiments.cli.verify import verify
 
 app = typer.Typer(
     cls=Commands,
@@ -116,8 +117,10 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate,
     sample,
     export,
+    repro,
     probe,
     track,
+    verify,
     doctor,
 )
 """In the order of `alignlab --help`."""
