@@ -1,12 +1,12 @@
 """What MLflow lacks of run folders, sent after the training."""
 
-import json
 import math
 from pathlib import Path
 
 from alignlab.config.parts import TrackingConfig, TrainingConfig
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
+from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.recipe import validated
 from alignlab.runs.run_folder import RunFolder, only_writer
@@ -35,7 +35,7 @@ def send_run(path: Path, *, to: str | None = None, within_s: float = math.inf) -
     if way is None:
         raise UserError(f"{path}: its recipe says tracking.mlflow: none; name a place with --to")
     environment = folder.path / "environment.json"
-    facts = json.loads(environment.read_text()) if environment.exists() else {}
+    facts = read_environment(environment) if environment.exists() else {}
     with only_writer(folder.path, wait=False):
         status = "FINISHED" if folder.result.exists() else "KILLED"
         return Shipper(way, folder, config, facts).end(status, within_s=within_s)
