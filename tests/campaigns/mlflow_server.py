@@ -172,10 +172,10 @@ def in_child(
             os._exit(status)
     then(child)
     _, status = os.waitpid(child, 0)
-    end, waited_s = time.time(), 0.0
+    until, waited_s = time.time(), 0.0
     if ended.exists():
-        end, waited_s = map(float, ended.read_text().split())
-    return os.waitstatus_to_exitcode(status), end - begin, waited_s
+        until, waited_s = map(float, ended.read_text().split())
+    return os.waitstatus_to_exitcode(status), until - begin, waited_s
 
 
 def count_waiting() -> list[float]:
