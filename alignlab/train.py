@@ -51,7 +51,7 @@ from alignlab.runs.prolong import (
 )
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import stage1_digests
-from alignlab.tracking import SilentTracker, Tracker
+from alignlab.tracking import SilentTracker, Tracker, ask
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
@@ -109,6 +109,7 @@ def train(
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        ranks.on_main(ask, config)
         source = checked_source(config) if newest is None else None
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)

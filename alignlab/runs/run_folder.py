@@ -13,6 +13,8 @@ result.json        final metrics, digests of the Stage 1 networks that were used
                    samples objectives had something to align, whether it diverged, notes of all
                    that there was warning of, and checksums of the files above; its presence says
                    that the run is finished
+mlflow.json        which run of MLflow is this one's, unless `tracking.mlflow` is `none`; its
+                   parent and further tags are in mlflow_tags.json (`alignlab.tracking`)
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may

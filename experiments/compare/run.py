@@ -39,6 +39,7 @@ from alignlab.experiments.compare.reuse import (
     open_run,
     refuse_different_plans,
 )
+from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.launchers.local import shown
@@ -88,15 +89,16 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     plan = prepare(config)
     folder = plan.folder
     forget_checksums(folder)
-    _train_missing(plan, launcher or make_launcher("local", config.launch))
-    measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
-    for key, run in plan.runs.items():
-        drop_if_unread(plan.folders[key], run)
-    cost = cost_of(config, folder)
-    comparison = _comparison(plan, cost)
-    comparison.save(folder / "comparison.json")
-    report = write_report(comparison, folder)
-    write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
+    with tracked(folder, plan.runs, plan.folders):
+        _train_missing(plan, launcher or make_launcher("local", config.launch))
+        measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
+        for key, run in plan.runs.items():
+            drop_if_unread(plan.folders[key], run)
+        cost = cost_of(config, folder)
+        comparison = _comparison(plan, cost)
+        comparison.save(folder / "comparison.json")
+        report = write_report(comparison, folder)
+        write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
     print_summary(comparison, Console())
     return report
 

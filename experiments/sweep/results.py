@@ -18,10 +18,9 @@ from alignlab.environment import read_environment
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
 from alignlab.experiments.sweep.space import distributions, value_of
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import (
     ERROR,
-    SAME_AS,
     repeated,
     trained_as,
     trial_run,

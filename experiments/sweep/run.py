@@ -58,14 +58,15 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
-        tracker.begin_study()
         if study.is_finished():
             log.info("all %d trials are finished already", study.size)
-        with interruption.telling(partial(_shown_progress, study)), named_storage(config):
+        telling = interruption.telling(partial(_shown_progress, study))
+        with tracker.studied(), telling, named_storage(config):
             run_trials(study, tracker)
-    tracker.end_study(best_metrics(study))
     print_trials(study, Console())
-    return write_results(study)
+    results = write_results(study)
+    tracker.end_study(best_metrics(study))
+    return results
 
 
 def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:

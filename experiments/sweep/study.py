@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.merging import flatten
-from alignlab.config.paths import expanded_url, sqlite_url, user_path
+from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
 TRAINS = "trains"  # user attribute of a trial that is the one to train its settings
+SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
 # What changes no number of a trial: a sweep may get more trials, or move.
@@ -191,7 +192,7 @@ def storage_url(config: SweepConfig) -> str:
 
 def shown_url(config: SweepConfig) -> str:
     """The storage without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", storage_url(config))
+    return without_password(storage_url(config))
 
 
 def create_study(config: SweepConfig) -> SweepStudy:

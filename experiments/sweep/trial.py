@@ -18,7 +18,7 @@ from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord
@@ -31,7 +31,6 @@ from alignlab.training.setup import Caches, shared_caches
 log = logging.getLogger(__name__)
 
 ERROR = "error"
-SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 LOOK_EVERY_S = 2.0
 
 
@@ -92,7 +91,7 @@ class TrialRunner:
         if outcome.state == TrialState.COMPLETE:
             optimized = [means[metric.name] for metric in self._config.metric]
         trial.study.tell(trial, optimized, state=outcome.state)
-        self._tracker.end_trial(trial, outcome.state.name, means)
+        self._tracker.end_trial(trial)
 
     def _duplicate(self, trial: optuna.Trial) -> FrozenTrial | None:
         """The trial that has trained the same settings; waits for one that does so now."""
@@ -115,7 +114,6 @@ class TrialRunner:
                 *(trial.number, number, state),
             )
             trial.set_user_attr(SAME_AS, number)
-            self._tracker.tag_duplicate(trial, number)
         return duplicate
 
     def _train(
@@ -155,6 +153,7 @@ class TrialRunner:
             return Outcome(TrialState.FAIL, metrics, str(error))
         _forget_start(run)
         refuse_other_inputs(self._config, run)
+        self._tracker.begin_run(trial, user_path(run.output) / run.name)
         try:
             folder = train(run, caches=shared_caches(run, self._caches), wait=True)
         except (UserError, torch.OutOfMemoryError) as error:
@@ -162,7 +161,6 @@ class TrialRunner:
                 raise
             return Outcome(TrialState.FAIL, metrics, one_line(error))
         _record_inputs(self._config, folder)
-        self._tracker.link_run(trial, folder)
         result = RunFolder(folder).read_result()
         assert result is not None
         for name, value in result["metrics"].items():

@@ -148,7 +148,10 @@ def test_the_first_process_alone_writes_and_speaks(pairs: Path) -> None:
         assert database.execute("select count(*) from runs").fetchone() == (1,)
     environment = json.loads((pairs / "whole" / "run" / "environment.json").read_text())
     assert environment["processes"] == "2"
-    assert (pairs / "again-whole.0").read_text() == f"run folder: {pairs / 'whole' / 'run'}\n"
+    said = (pairs / "again-whole.0").read_text().splitlines()
+    assert said[-2] == f"run folder: {pairs / 'whole' / 'run'}"
+    assert said[-1].startswith("mlflow: ") and said[-1].endswith("/#/experiments/1/runs")
+    assert [line for line in said[:-2] if "is finished already" not in line] == []
     assert (pairs / "again-whole.1").read_text() == ""
     assert "val flow" in (pairs / "whole-killed.0").read_text()
     assert (pairs / "whole-killed.1").read_text() == ""
