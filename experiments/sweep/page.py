@@ -21,7 +21,7 @@ from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import render
 from alignlab.experiments.report.run_warnings import gather_warnings
 from alignlab.experiments.sweep.config import BlocksSpace
-from alignlab.experiments.sweep.space import distributions, value_of
+from alignlab.experiments.sweep.space import distributions, own_params, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import repeated
 from alignlab.runs.atomic_files import write_text
@@ -170,12 +170,12 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
     if best is None:
         return "No trial finished within the constraints."
     parts = []
-    first = study.trials()[0]
-    for metric, value, own in zip(
+    first, own = study.trials()[0], own_params(study.config)
+    for metric, value, own_value in zip(
         study.config.metric, best.values, first.values or [math.nan] * 9, strict=False
     ):
-        has_own = first.state == TrialState.COMPLETE and "fixed_params" in first.system_attrs
-        against = f" (the recipe's own settings: {format_number(own)})" if has_own else ""
+        has_own = first.state == TrialState.COMPLETE and first.params == own
+        against = f" (the recipe's own settings: {format_number(own_value)})" if has_own else ""
         parts.append(f"{metric.name} {format_number(value)}{against}")
     return (
         f"Trial {best.number} is the best of {len(study.trials(TrialState.COMPLETE))} finished "

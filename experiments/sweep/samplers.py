@@ -1,7 +1,9 @@
 """Optuna's samplers and pruners from a sweep's recipe, and what they need.
 
 A sampler is built anew for every trial, seeded by the trial's number: workers never repeat each
-other's draws, and a sweep resumed after a kill draws what it would have drawn.
+other's draws, and a sweep resumed after a kill draws what it would have drawn. `random` and `grid`
+promise that with any number of workers, the others with one at a time: they learn from the trials
+that ended before, and with several workers that depends on which is faster.
 """
 
 import importlib.util
@@ -72,6 +74,11 @@ def build_sampler(config: SamplerConfig, number: int) -> optuna.samplers.BaseSam
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=config.population or 50)
         case "random" | "grid":  # a grid's points are fixed when the study is made
             return optuna.samplers.RandomSampler(seed=seed)
+
+
+def reads_earlier_trials(config: SweepConfig) -> bool:
+    """Whether what a trial draws, or how far it trains, depends on the trials that ended before."""
+    return config.sampler.name not in ("random", "grid") or config.pruner.name != "none"
 
 
 def build_pruner(config: PrunerConfig, num_seeds: int) -> optuna.pruners.BasePruner:

@@ -26,9 +26,15 @@ from alignlab.config.merging import flatten
 from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
-from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
+from alignlab.experiments.sweep.draw import FIXED, fix_params
+from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Lease, Watch
 from alignlab.experiments.sweep.metrics import directions
-from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
+from alignlab.experiments.sweep.samplers import (
+    build_pruner,
+    build_sampler,
+    experimental_accepted,
+    reads_earlier_trials,
+)
 from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
 
 log = logging.getLogger(__name__)
@@ -58,6 +64,7 @@ class SweepStudy:
         """How many trials there are, or will be once all are added."""
         self._lock = FileLock(sweep_folder(config) / ".claims.lock")
         self._watch = Watch()
+        self._unseen: set[tuple[int, str]] | None = None  # trial and owner, of those first found
         self._settings: dict[int, str] = {}  # of trials, by number
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -87,8 +94,21 @@ class SweepStudy:
                     break
             else:
                 return None
-        self.study.sampler = build_sampler(self.config.sampler, trial.number)
-        return optuna.Trial(self.study, trial_id), lease
+        return self._drawn(trial_id, trial.number), lease
+
+    def _drawn(self, trial_id: int, number: int) -> optuna.Trial:
+        """The trial with the params that an uninterrupted sweep gives it."""
+        # new each time: Optuna keeps in a study what it has read of the trials
+        study = optuna.Study(
+            self.study.study_name,
+            self._storage,
+            sampler=optuna.samplers.RandomSampler(),  # nothing is left to draw
+            pruner=self.study.pruner,
+        )
+        fix_params(study, trial_id, self.config)
+        trial = optuna.Trial(study, trial_id)
+        study.sampler = build_sampler(self.config.sampler, number)  # is told how the trial ends
+        return trial
 
     def claim_settings(self, number: int) -> FrozenTrial | None:
         """Decides whether a running trial, whose params are drawn, trains its settings.
@@ -138,6 +158,29 @@ class SweepStudy:
         for number in numbers:
             log.info("trial %d: its worker died, it resumes from its checkpoint", number)
         return numbers
+
+    def is_settled(self) -> bool:
+        """Whether the next trial may be drawn; puts the trials of dead workers back.
+
+        A trial that was running when this process came has a worker that lives, or must come
+        first. Of one on another machine only time tells.
+        """
+        self.put_back_dead()
+        if not reads_earlier_trials(self.config):
+            return True
+        unseen = {
+            (t.number, (t.user_attrs.get(LEASE) or {}).get("owner", ""))
+            for t in self.trials(TrialState.RUNNING)
+            if not self._watch.is_alive(t)
+        }
+        if unseen and self._unseen is None:
+            log.info(
+                "trial %s: no sign of life of its worker yet; the next trial is drawn once there "
+                "is one, or after %d seconds",
+                *(", ".join(str(number) for number, _ in sorted(unseen)), GRACE_S),
+            )
+        self._unseen = unseen if self._unseen is None else self._unseen & unseen
+        return not self._unseen
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
@@ -197,9 +240,9 @@ def create_study(config: SweepConfig) -> SweepStudy:
         )
         recipe_hash = study.user_attrs.get(RECIPE_HASH)
         if recipe_hash is None:
-            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
             with experimental_accepted():
                 study.set_metric_names([metric.name for metric in config.metric])
+            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))  # last: all is set
         _check_same_sweep(config, recipe_hash)
         _add_trials(config, study)
     return SweepStudy(config, study, storage)
@@ -244,7 +287,7 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
             f"trials: the study has {present} trials already, it cannot shrink to {len(points)}"
         )
     for point in points[present:]:
-        attrs = None if point is None else {"fixed_params": point}
+        attrs = None if point is None else {FIXED: point}
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attrs))
 
 
