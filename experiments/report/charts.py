@@ -4,7 +4,6 @@ The look is one for all pages (`COLOURS`, `layout`, `axis`). In the charts of a 
 means over seeds and bands run from the lowest to the highest seed.
 """
 
-import html
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from alignlab.experiments.compare.result import Comparison, Curve
+from alignlab.experiments.report.escaping import plot_text
 from alignlab.experiments.report.metric_table import block_of, quantity, split_name
-from alignlab.experiments.report.statistics import Paired
+from alignlab.experiments.report.statistics import Paired, mean_and_std
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
 # After Okabe and Ito, told apart with any kind of colour vision; the baseline is grey. Some are
@@ -220,7 +220,7 @@ def _curve_chart(
             if math.isfinite(value):
                 binned.setdefault(places[step], []).append(value)
         for place, values in binned.items():
-            series.setdefault(variant, {}).setdefault(place, []).append(statistics.fmean(values))
+            series.setdefault(variant, {}).setdefault(place, []).append(mean_and_std(values)[0])
     if not series:
         return []
     caption = f"means of {size} logged steps" if size > 1 else ""
@@ -258,8 +258,8 @@ def _lines(
                 "type": "scatter",
                 "mode": "lines+markers" if has_markers else "lines",
                 "x": x,
-                "y": [statistics.fmean(values) for _, values in points],
-                "name": html.escape(variant),
+                "y": [mean_and_std(values)[0] for _, values in points],
+                "name": plot_text(variant),
                 "legendgroup": variant,
                 "line": {"color": style.colour, "width": 1.8, "dash": style.dash},
                 "marker": {"size": 5, "color": style.colour},
@@ -290,7 +290,7 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
     traces: list[JsonValue] = []
     for row in shown:
         style = styles(comparison)[row.variant]
-        name = html.escape(row.variant)
+        name = plot_text(row.variant)
         finite = {s: v for s, v in row.differences.items() if math.isfinite(v)}
         traces.append(
             {
@@ -324,11 +324,12 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
 
 def _mean_bar(style: Style, paired: Paired, text: str) -> JsonValue:
     assert paired.low is not None and paired.high is not None
+    up, down = paired.high - paired.mean, paired.mean - paired.low
     return {
         "type": "scatter",
         "mode": "markers",
         "x": [paired.mean],
-        "y": [html.escape(style.variant)],
+        "y": [plot_text(style.variant)],
         "hovertemplate": f"mean {text}<extra></extra>",
         "legendgroup": style.variant,
         "marker": {
@@ -339,8 +340,8 @@ def _mean_bar(style: Style, paired: Paired, text: str) -> JsonValue:
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [paired.high - paired.mean],
-            "arrayminus": [paired.mean - paired.low],
+            "array": [up if math.isfinite(up) else None],
+            "arrayminus": [down if math.isfinite(down) else None],
             "color": style.colour,
             "thickness": 1.5,
             "width": 4,

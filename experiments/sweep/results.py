@@ -15,6 +15,7 @@ from rich.text import Text
 
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
+from alignlab.experiments.report.escaping import csv_cell, one_visible_line
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
 from alignlab.experiments.sweep.space import distributions, value_of
@@ -117,7 +118,8 @@ def trials_csv(study: SweepStudy) -> str:
         values, metrics = trial_values(study, trial), trial.user_attrs.get(METRICS, {})
         feasible = all(excess <= 0 for excess in trial.constraints.values())
         writer.writerow(
-            [
+            csv_cell(cell)
+            for cell in (
                 trial.number,
                 trial.state.name.lower(),
                 feasible if trial.state == TrialState.COMPLETE else "",
@@ -126,7 +128,7 @@ def trials_csv(study: SweepStudy) -> str:
                 trial.user_attrs.get(SAME_AS, ""),
                 f"trial-{trained_as(study, trial):04d}",
                 trial.user_attrs.get(ERROR, ""),
-            ]
+            )
         )
     return text.getvalue()
 
@@ -137,14 +139,14 @@ def print_trials(study: SweepStudy, console: Console) -> None:
     starred = pareto(study) if len(config.metric) > 1 else set()
     table = Table(title=f"{config.name}: best of {study.size} trials")
     for header in ("trial", *(metric.name for metric in config.metric), *config.space):
-        table.add_column(header, overflow="fold")
+        table.add_column(Text(one_visible_line(header)), overflow="fold")
     for trial in front[:SHOWN_TRIALS]:
         number = f"{trial.number}{' *' if trial.number in starred else ''}"
         if SAME_AS in trial.user_attrs:
             number += f" (= {trial.user_attrs[SAME_AS]})"
         cells = [number, *map(format_number, trial.values)]
         cells += [_cell(value) for value in trial_values(study, trial).values()]
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(one_visible_line(cell)) for cell in cells))
     console.print(table)
     if starred:
         console.print("* on the Pareto front")
