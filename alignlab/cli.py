@@ -1,7 +1,7 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,8 @@ import typer
 
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
-from alignlab.cli_runs import export, sample
+from alignlab.cli_runs import evaluate, export, sample
+from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
 from alignlab.experiments.cli.bench import bench_app
@@ -108,6 +109,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     compare,
     demo,
     sweep,
+    evaluate,
     sample,
     export,
     probe,
@@ -140,7 +142,7 @@ def list_teachers() -> None:
     from alignlab.teachers import TEACHERS
 
     rows = [(name, row.path, row.feature) for name, row in TEACHERS.items()]
-    _print_table(("family", "path unless set", "feature unless set"), rows)
+    print_table(("family", "path unless set", "feature unless set"), rows)
 
 
 @list_app.command("metrics")
@@ -149,7 +151,7 @@ def list_metrics() -> None:
     from alignlab.evaluation.metric_registry import METRICS
 
     rows = [(name, m.label, m.unit or "-", m.better) for name, m in METRICS.items()]
-    _print_table(("metric", "what it is", "unit", "better"), rows)
+    print_table(("metric", "what it is", "unit", "better"), rows)
 
 
 @list_app.command("recipes")
@@ -157,7 +159,7 @@ def list_recipes() -> None:
     """Recipes that come with alignlab."""
     from alignlab.config.recipe_file import shipped_recipes
 
-    _print_table(("recipe", "what it is"), list(shipped_recipes().items()))
+    print_table(("recipe", "what it is"), list(shipped_recipes().items()))
 
 
 @list_app.command("data")
@@ -170,7 +172,7 @@ def list_data() -> None:
         for key, field in dataset.config.model_fields.items():
             default = "required" if field.is_required() else str(field.default)
             rows.append((f"data.{key}", default, field.description or "which data set this is"))
-        _print_table((name, "default", "meaning"), rows)
+        print_table((name, "default", "meaning"), rows)
 
 
 data_app.command("preview")(preview)
@@ -217,17 +219,6 @@ def main() -> None:
 
 def _about(thing: object) -> str:
     return (thing.__doc__ or "").strip().split("\n", 1)[0]
-
-
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header)
-    for row in rows:
-        table.add_row(*map(Text, row))  # plain: brackets are no markup
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,18 @@ RunFolder = Annotated[
     Path,
     typer.Argument(parser=user_path, metavar="RUN", help="The folder of a run, such as runs/tiny."),
 ]
+CheckpointStep = Annotated[
+    int | None,
+    typer.Option("--checkpoint", min=1, metavar="STEP", help="Which one (default: the newest)."),
+]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        help="The moving average of the weights, or the weights themselves (default: the average, "
+        "if the recipe keeps one).",
+        show_default=False,
+    ),
+]
 
 
 def path_option(help: str) -> Any:

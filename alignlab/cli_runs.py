@@ -5,8 +5,32 @@ from typing import Annotated
 
 import typer
 
-from alignlab.cli_options import RunFolder, path_option
+from alignlab.cli_options import CheckpointStep, Ema, Overrides, RunFolder, path_option
+from alignlab.cli_tables import print_table
 from alignlab.errors import UserError
+
+
+def evaluate(
+    run: RunFolder,
+    overrides: Overrides = None,
+    checkpoint: CheckpointStep = None,
+    ema: Ema = None,
+    out: Annotated[
+        Path | None, path_option("JSON file to write (default: RUN/evaluations/step-*.json).")
+    ] = None,
+) -> None:
+    """Evaluate a checkpoint of a run, also with other settings: eval.clips=64."""
+    from alignlab.evaluation.evaluate_run import evaluate_to_file
+    from alignlab.runs.out_paths import check_out_file
+    from alignlab.training.checkpoint import ModelChoice
+
+    if out is not None:
+        check_out_file(out, ".json")
+    choice = ModelChoice(checkpoint, ema)
+    found, written = evaluate_to_file(run, overrides or (), choice=choice, out=out)
+    rows = [(name, f"{value:.4g}") for name, value in found.metrics.items()]
+    print_table(("metric", f"step {found.step}"), rows)
+    typer.echo(f"evaluation: {written}")
 
 
 def sample(
@@ -31,12 +55,15 @@ def sample(
         str | None,
         typer.Option(help="What the video should not show, or 'wan' (default: the recipe's)."),
     ] = None,
+    checkpoint: CheckpointStep = None,
+    ema: Ema = None,
 ) -> None:
     """Generate a video with the model of a run."""
     for path in reference or ():
         if not path.is_file():
             raise UserError(f"--reference: no such file: {path}")
     from alignlab.sampling import sample_to_file
+    from alignlab.training.checkpoint import ModelChoice
 
     written = sample_to_file(
         run,
@@ -48,6 +75,7 @@ def sample(
         text_guidance=text_guidance,
         reference_guidance=reference_guidance,
         negative_prompt=negative_prompt,
+        choice=ModelChoice(checkpoint, ema),
     )
     typer.echo(f"video: {written}")
 
@@ -55,8 +83,11 @@ def sample(
 def export(
     run: RunFolder,
     out: Annotated[Path | None, path_option("Folder to write (default: RUN/export).")] = None,
+    checkpoint: CheckpointStep = None,
+    ema: Ema = None,
 ) -> None:
     """Write the trained model as a diffusers pipeline folder (or a LoRA) that needs no alignlab."""
     from alignlab.export import export as write
+    from alignlab.training.checkpoint import ModelChoice
 
-    typer.echo(f"exported: {write(run, out or run / 'export')}")
+    typer.echo(f"exported: {write(run, out or run / 'export', ModelChoice(checkpoint, ema))}")

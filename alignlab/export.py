@@ -11,7 +11,7 @@ from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.out_paths import check_out_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
-from alignlab.training import checkpoint
+from alignlab.training.checkpoint import NEWEST, ModelChoice, save_lora
 
 log = logging.getLogger(__name__)
 
@@ -22,26 +22,31 @@ ZEROS = (
 )
 
 
-def export(run_dir: Path, out: Path) -> Path:
-    """Writes the trained model of a run's newest checkpoint.
+def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
+    """Writes a trained model of a run.
 
     Full fine-tuning gives a diffusers pipeline folder, `WanPipeline.from_pretrained(out)`. LoRA
     gives the adapter, `pipeline.load_lora_weights(out)`. Of a run with
     `model.absent_references: zero` a warning says what inference has to add.
 
+    Args:
+        run_dir: its folder.
+        out: the folder to write; the run's own `export` may be written again.
+        choice: which model of the run.
+
     Raises:
-        UserError: no such run, no checkpoint in it, or `out` holds something else or cannot
+        UserError: no such run or checkpoint, or `out` holds something else or cannot
             be written.
     """
     check_out_folder(out)
     if out.exists() and out != run_dir / "export" and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or remove it")
-    wan = load_trained(run_dir)
+    wan = load_trained(run_dir, choice)
     if RunFolder.open(run_dir).config().model.absent_references == "zero":
         log.warning(ZEROS)
     with whole_folder(out) as folder:
         if getattr(wan.transformer, "peft_config", None):
-            checkpoint.save_lora(wan.transformer, folder)
+            save_lora(wan.transformer, folder)
             return out
         shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=_base_weights(wan.folder))
         wan.transformer.save_pretrained(folder / "transformer")

@@ -8,6 +8,7 @@ from functools import cache
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from alignlab.distributed import launch_env
 
@@ -17,6 +18,9 @@ LINE_EVERY_S = 20.0
 
 Advance = Callable[[int, str], None]
 
+_bars: list[Progress] = []  # that are on the terminal: one, or none
+_depth = 0  # of progress within progress
+
 
 @cache
 def warn_once(text: str) -> None:
@@ -24,16 +28,40 @@ def warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
+def tell(text: str) -> None:
+    """Logs a line; on a terminal that shows a bar, above it."""
+    if _bars:
+        _bars[0].console.print(Text(text))
+    else:
+        log.info("%s", text)
+
+
 @contextmanager
 def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
-    """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds."""
+    """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds.
+
+    Within another one, the bar is under that one's and goes away at the end.
+    """
+    global _depth
     if launch_env.rank() > 0:  # rank 0 speaks for all
         yield lambda done, note: None
         return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(label, total, done)
-        return
+    _depth += 1
+    try:
+        if _bars:
+            with _another_bar(_bars[0], label, total, done) as advance:
+                yield advance
+        elif (console := Console(stderr=True)).is_terminal:
+            with _bar(console, label, total, done) as advance:
+                yield advance
+        else:
+            yield _lines(label, total, done, is_inner=_depth > 1)
+    finally:
+        _depth -= 1
+
+
+@contextmanager
+def _bar(console: Console, label: str, total: int, done: int) -> Iterator[Advance]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,17 +71,31 @@ def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total, completed=done, note="")
+        _bars.append(progress)
+        try:
+            task = progress.add_task(label, total=total, completed=done, note="")
+            yield lambda done, note: progress.update(task, completed=done, note=note)
+        finally:
+            _bars.remove(progress)
+
+
+@contextmanager
+def _another_bar(progress: Progress, label: str, total: int, done: int) -> Iterator[Advance]:
+    task = progress.add_task(label, total=total, completed=done, note="")
+    try:
         yield lambda done, note: progress.update(task, completed=done, note=note)
+    finally:
+        progress.remove_task(task)
 
 
-def _lines(label: str, total: int, start: int) -> Advance:
+def _lines(label: str, total: int, start: int, *, is_inner: bool) -> Advance:
     begin = last = time.monotonic()
 
     def advance(done: int, note: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last < LINE_EVERY_S and done < total:
+        is_end = done >= total and not is_inner  # whoever is around it says that it is over
+        if now - last < LINE_EVERY_S and not is_end:
             return
         last = now
         left = (now - begin) / max(1, done - start) * (total - done)

@@ -29,6 +29,7 @@ NUMBERLESS: dict[str, Any] = {
     "tracking": True,
     "checkpoint": True,
     "data": {"cache_clips": True},
+    "eval": {"every": True, "sample_every": True},
 }
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -122,8 +123,8 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
 def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
-    Settings that change no number are left out: name, output, tracking, checkpoint and
-    `data.cache_clips`.
+    Settings that change no number are left out: name, output, tracking, checkpoint,
+    `data.cache_clips`, and how often a run is evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
 

@@ -16,7 +16,6 @@ from alignlab.data.resize import fit_reference
 from alignlab.data.video import write_mp4
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
-from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
@@ -26,7 +25,7 @@ from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import check_out_file
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training import checkpoint
+from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.flow_matching import euler_sample
 
 NEGATIVE_PROMPTS = {
@@ -141,8 +140,9 @@ def sample_to_file(
     text_guidance: float | None = None,
     reference_guidance: float | None = None,
     negative_prompt: str | None = None,
+    choice: ModelChoice = NEWEST,
 ) -> Path:
-    """Generates one clip with the newest checkpoint of a run and writes it as mp4.
+    """Generates one clip with the model of a run and writes it as mp4.
 
     Args:
         run_dir: a run folder.
@@ -155,22 +155,19 @@ def sample_to_file(
         reference_guidance: see `Guidance`.
         negative_prompt: a text, or the name of a preset (`NEGATIVE_PROMPTS`); None takes the
             recipe's.
+        choice: which model of the run.
 
     Raises:
-        UserError: no such run, no checkpoint, an image that cannot be read, or `out` is no mp4 file
+        UserError: no such run or checkpoint, an image that cannot be read, or `out` is no mp4 file
             that can be written.
     """
     check_out_file(out, ".mp4")
     config = RunFolder.open(run_dir).config()
-    recipe = guidance_of(config)
-    guidance = replace(
-        recipe,
-        steps=recipe.steps if steps is None else steps,
-        text=recipe.text if text_guidance is None else text_guidance,
-        reference=recipe.reference if reference_guidance is None else reference_guidance,
-    )
+    asked = {"steps": steps, "text": text_guidance, "reference": reference_guidance}
+    given = {name: value for name, value in asked.items() if value is not None}
+    guidance = replace(guidance_of(config), **given)
     images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
-    wan = load_trained(run_dir)
+    wan = load_trained(run_dir, choice)
     references = [wan.encode_image(image_HWC) for image_HWC in images]
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
     negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
@@ -191,18 +188,16 @@ def sample_to_file(
 
 
 @quiet_libraries()
-def load_trained(run_dir: Path) -> Wan:
-    """The model of a run's newest checkpoint (its moving average, if the recipe keeps one).
+def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
+    """A model of a run.
 
     Raises:
-        UserError: the run has no checkpoint yet.
+        UserError: there is no such checkpoint, or no moving average.
     """
     refuse_several_ranks()  # each would write the same file
     folder = RunFolder.open(run_dir)
     config = folder.config()
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None:
-        raise UserError(f"{run_dir}: the run has no checkpoint yet")
+    is_average, found = choice.is_average(config.optim), choice.find(folder.checkpoints)
     tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,
@@ -212,7 +207,7 @@ def load_trained(run_dir: Path) -> Wan:
         precision=config.model.precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    checkpoint.load_transformer(wan.transformer, newest, ema=config.optim.ema is not None)
+    load_transformer(wan.transformer, found, ema=is_average)
     wan.transformer.eval()
     return wan
 

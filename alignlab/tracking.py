@@ -1,7 +1,6 @@
 """Scalars of a run: `metrics.jsonl` always, MLflow unless the recipe says `none`."""
 
 import errno
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,8 @@ from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.recipe import recipe_hash
-from alignlab.runs.atomic_files import named_errors, write_text
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.metric_rows import append_row, keep_rows
 from alignlab.runs.run_folder import RunFolder
 
 MAX_PARAM = 6000  # MLflow refuses longer values
@@ -48,7 +48,7 @@ class Tracker:
         self._environment = environment
         self._mlflow: Any = None
         self._run_id = ""
-        _keep_rows(folder.metrics, start)
+        keep_rows(folder.metrics, start)
 
     def __enter__(self) -> Self:
         if self._config.tracking.mlflow != "none":
@@ -58,8 +58,7 @@ class Tracker:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row; `step` counts finished optimizer steps."""
         row = {"step": step, "time": round(time.time(), 3), **scalars}
-        with named_errors(self._folder.metrics), self._folder.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self._folder.metrics, row)
         if self._mlflow is not None:
             from mlflow.entities import Metric
 
@@ -169,26 +168,3 @@ def _database_errors(config: TrainingConfig) -> Iterator[None]:
 
 def _mlflow_database(config: TrainingConfig) -> Path:
     return user_path(config.output).resolve() / "mlflow.db"
-
-
-def read_rows(metrics: Path) -> list[dict[str, float]]:
-    """Rows of `metrics.jsonl`; a last line cut off by a kill is left out."""
-    if not metrics.exists():
-        return []
-    lines = metrics.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
-
-
-def _keep_rows(metrics: Path, start: int) -> None:
-    """Keeps what resuming from step `start` will not write again.
-
-    That is nothing for a run that starts anew, and never the evaluation, which comes last.
-    """
-    if metrics.exists():
-        rows = [r for r in read_rows(metrics) if r["step"] <= start and not _is_evaluation(r)]
-        rows = rows if start else []
-        write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _is_evaluation(row: Mapping[str, float]) -> bool:
-    return any(key.startswith("val/") for key in row)

@@ -26,6 +26,7 @@ from alignlab.errors import UserError
 from alignlab.evaluation.diagnostics import Diagnosis
 from alignlab.evaluation.evaluate import evaluate, flow_of_first_clips
 from alignlab.evaluation.generation import num_measured_clips
+from alignlab.evaluation.intermediate import IntermediateEvaluations, OnEvaluation
 from alignlab.evaluation.run_warnings import (
     START_FLOW,
     RankWarnings,
@@ -38,9 +39,10 @@ from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import clear_leftovers, write_text
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.stage1.compatibility import is_finished, stage1_digests
-from alignlab.tracking import SilentTracker, Tracker, read_rows
+from alignlab.tracking import SilentTracker, Tracker
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
@@ -60,7 +62,13 @@ from alignlab.training.setup import (
 
 
 @quiet_libraries()
-def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False) -> Path:
+def train(
+    config: RunConfig,
+    *,
+    caches: Caches | None = None,
+    wait: bool = False,
+    on_evaluation: OnEvaluation | None = None,
+) -> Path:
     """Trains, or resumes, the run `<output>/<name>`, evaluates it and returns its folder.
 
     A finished run is returned as it is. Called in each of several processes that torchrun or
@@ -71,6 +79,8 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         config: the recipe.
         caches: encoded clips of earlier runs.
         wait: wait for another command that trains this run; else refuse.
+        on_evaluation: is told, on rank 0, of every evaluation before the last step
+            (`alignlab.evaluation.intermediate`). What it raises ends the run, which can be resumed.
 
     Raises:
         UserError: the recipe cannot run here, a loss stopped being finite, another command trains
@@ -92,7 +102,7 @@ def train(config: RunConfig, *, caches: Caches | None = None, wait: bool = False
         if newest is not None:
             checkpoint.restore(run.state, newest)
         check_ranks_agree(run)
-        RunTrainer(run).fit(opened.folder, newest)
+        RunTrainer(run, on_evaluation).fit(opened.folder, newest)
     return opened.folder.path
 
 
@@ -159,7 +169,7 @@ class Trainer(ABC):
                 ranks.barrier()
 
     def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
-        """The loop: batches, diagnosis, step, log, checkpoint.
+        """The loop: batches, diagnosis, step, log, checkpoint, evaluation.
 
         What is not finite is seen at every step, on the device, and raised when a row is logged or
         a checkpoint is due.
@@ -190,6 +200,11 @@ class Trainer(ABC):
                     if is_saved:
                         newest = self.save(folder)
                     clock.restart()
+                if self.is_evaluation_due():
+                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.raise_if_broken(newest)
+                    with clock.paused(), memory.paused():
+                        self.evaluate_now()
                 advance(state.step, note)
 
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
@@ -259,6 +274,14 @@ class Trainer(ABC):
         """Looks into the step before it is taken, and leaves the state as it is."""
         return {}
 
+    def is_evaluation_due(self) -> bool:
+        """Whether `evaluate_now` is called after the step that was taken."""
+        return False
+
+    def evaluate_now(self) -> None:
+        """Evaluates before the last step, and leaves the state as it is."""
+        raise NotImplementedError
+
     def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """What follows an optimizer step; gives the exact settings that the step used."""
         return {}
@@ -277,13 +300,16 @@ class RunTrainer(Trainer):
 
     Args:
         run: everything that the run trains with. Enter `run.branch` before taking steps by hand.
+        on_evaluation: see `train`.
     """
 
     config: RunConfig
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, on_evaluation: OnEvaluation | None = None) -> None:
         super().__init__(run.config, run.ranks, run.state)
         self.run = run
+        self._on_evaluation = on_evaluation
+        self._evaluations: IntermediateEvaluations | None = None
         self._diagnosis: Diagnosis | None = None
         self._aligned = AlignedSamples(run.config, run.clips.share_with_references())
 
@@ -364,8 +390,17 @@ class RunTrainer(Trainer):
         every = self.config.tracking.diagnose_every
         if every is not None:
             self._diagnosis = Diagnosis(self.run, every=every, logged=rows)
+        self._evaluations = IntermediateEvaluations(self.run, folder, tracker, self._on_evaluation)
         with self.run.branch:
+            self._evaluations.catch_up(rows)
             yield
+
+    def is_evaluation_due(self) -> bool:
+        return self._evaluations is not None and self._evaluations.is_due()
+
+    def evaluate_now(self) -> None:
+        assert self._evaluations is not None
+        self._evaluations.evaluate()
 
     def is_diagnosis_due(self) -> bool:
         return self._diagnosis is not None and self._diagnosis.is_due(self.state.step + 1)
@@ -381,7 +416,7 @@ class RunTrainer(Trainer):
             yield self.run.flow_weights(batch.sigma_B) * flow_B, aligned
 
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
-        metrics = evaluate(self.run, folder) | logged_costs(folder)
+        metrics = evaluate(self.run, folder.samples) | logged_costs(folder)
         projectors = [p for p in self.run.alignment.parameters() if p.requires_grad]
         metrics["params/extra"] = float(sum(p.numel() for p in projectors))
         tracker.log(self.config.steps, metrics)

@@ -21,6 +21,7 @@ SHORTER = {
     ("stage1", "sara"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
     ("stage1", "moalign"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
     ("sample", "runs/tiny"): ["--steps", "1"],
+    ("evaluate", "runs/tiny"): ["eval.clips=2", "eval.sample_steps=1"],
     ("teachers", "score"): ["--clips", "2"],
 }
 # Needs more than this machine: the resolved recipe is checked instead.

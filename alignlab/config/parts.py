@@ -223,8 +223,14 @@ class CheckpointConfig(Settings):
 
 
 class EvalConfig(Settings):
-    """What is measured on the val split."""
+    """What is measured on the val split, and when. The last step is always evaluated."""
 
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations during the training: validation loss and tokens, as at its end.
+    Training keeps its bits, and `time/step` leaves them out. Left out: none."""
+    sample_every: int | None = Field(default=None, ge=1)
+    """Steps between those in which clips are generated, written and measured, as at the end of the
+    training. Left out: none."""
     clips: int = Field(default=16, ge=1)
     """Val clips, taken from the start of the split."""
     batch_size: Annotated[int, Field(ge=1), at_most(*BATCH)] = 8
@@ -250,6 +256,15 @@ class EvalConfig(Settings):
     negative_prompt: str = ""
     """What stands for the caption where guidance leaves it out: nothing, a text, or `wan`, Wan's
     own negative prompt (RefAlign's code)."""
+
+    @model_validator(mode="after")
+    def _sample_every_generates(self) -> Self:
+        if self.sample_every is not None and not (self.sample_clips or self.num_measured_clips):
+            raise ValueError(
+                f"sample_every: {self.sample_every}: no clip is generated with sample_clips: 0; "
+                "raise it, or remove sample_every"
+            )
+        return self
 
     @property
     def num_measured_clips(self) -> int:

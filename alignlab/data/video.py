@@ -164,7 +164,9 @@ def encode_mp4(video_THWC: Tensor, fps: float, *, crf: int = 18) -> bytes:
     reformatter = VideoReformatter()
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        # mbtree reads memory that x264 has not written: the bytes would differ from run to run
+        options = {"crf": str(crf), "x264-params": "mbtree=0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1  # the bytes then do not depend on the machine
         # Untagged video is read as BT.601 by some players and as BT.709 by others.

@@ -4,6 +4,9 @@ Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, 
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -13,7 +16,6 @@ from alignlab.evaluation.generation import generate
 from alignlab.models.reference_branch import Output, ReferenceBranch
 from alignlab.progress import step_progress
 from alignlab.randomness import generator
-from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher, teacher_from
 from alignlab.training.batches import Batch, Encoded, collate
 from alignlab.training.flow_matching import flow_loss, interpolate
@@ -27,38 +29,72 @@ EVAL_SEED = 0  # of validation noise: the same for every run, whatever its recip
 
 
 @torch.no_grad()
-def evaluate(run: Run, folder: RunFolder) -> dict[str, float]:
-    """All metrics of a run; also writes `samples/`. Uses the moving average, if there is one.
+def evaluate(run: Run, samples: Path) -> dict[str, float]:
+    """All metrics of a run, as `measure` gives them.
 
-    Keys: `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle of ten noise
-    bins), for each block of `eval.blocks` the `REFERENCE_METRICS` and `VIDEO_METRICS` of
-    `metric_registry.py` against the teacher `eval.teacher`, and of generated clips what `generate`
-    measures.
+    Args:
+        run: whose state is evaluated.
+        samples: folder of the generated clips.
 
     Raises:
         UserError: the validation loss is not finite.
+    """
+    metrics = measure(run, samples)
+    if not math.isfinite(metrics["val/flow"]):
+        raise UserError(
+            f"DIVERGED: val/flow is not finite after step {run.state.step}: lower optim.lr, "
+            f"and remove {samples.parent} or choose another name"
+        )
+    return metrics
+
+
+@torch.no_grad()
+def measure(
+    run: Run, samples: Path | None, *, validation: bool = True, generation: bool = True
+) -> dict[str, float]:
+    """Metrics of the weights as they are now; of their moving average, if there is one.
+
+    Everything that a training changes is afterwards as it was.
+
+    Args:
+        run: whose state is measured.
+        samples: folder that generated clips are written to; None: none is written.
+        validation: measure `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle
+            of ten noise bins), and for each block of `eval.blocks` the `REFERENCE_METRICS` and
+            `VIDEO_METRICS` of `metric_registry.py` against the teacher `eval.teacher`.
+        generation: generate clips, and measure what `generate` does.
+
+    Returns:
+        Numbers by name. With a validation loss that is not finite nothing else is measured.
     """
     config = run.config.eval
     clips = [run.val_clips[i] for i in range(min(config.clips, len(run.val_clips)))]
     blocks = run.alignment.blocks if config.blocks is None else config.blocks
     alias = run.config.measured_against
     teacher = teacher_of(run, alias) if alias else None
-    run.wan.transformer.eval()
-    branch = ReferenceBranch.of(
-        run.wan.transformer, run.config.model, blocks=blocks if teacher else ()
-    )
-    with averaged_weights(run.state), branch:
-        metrics = validation_flow(run, branch, clips)
-        if not math.isfinite(metrics["val/flow"]):
-            raise UserError(
-                f"DIVERGED: val/flow is not finite after step {run.state.step}: lower optim.lr, "
-                f"and remove {folder.path} or choose another name"
-            )
-        if teacher is not None and blocks:
-            metrics |= block_metrics(run, branch, clips, teacher)
-        metrics |= generate(run, branch, folder, teacher)
-    run.wan.transformer.train()
+    metrics: dict[str, float] = {}
+    with evaluated_model(run, blocks if teacher else ()) as branch:
+        if validation:
+            metrics |= validation_flow(run, branch, clips)
+            if not math.isfinite(metrics["val/flow"]):
+                return metrics
+            if teacher is not None and blocks:
+                metrics |= block_metrics(run, branch, clips, teacher)
+        if generation:
+            metrics |= generate(run, branch, samples, teacher)
     return metrics
+
+
+@contextmanager
+def evaluated_model(run: Run, blocks: Sequence[int] = ()) -> Iterator[ReferenceBranch]:
+    """The transformer as it is evaluated: not in training mode, the moving average in place."""
+    branch = ReferenceBranch.of(run.wan.transformer, run.config.model, blocks=blocks)
+    run.wan.transformer.eval()
+    try:
+        with averaged_weights(run.state), branch:
+            yield branch
+    finally:
+        run.wan.transformer.train()
 
 
 @torch.no_grad()
@@ -70,12 +106,8 @@ def flow_of_first_clips(run: Run) -> float:
     """
     count = min(FIRST_CLIPS, run.config.eval.clips, len(run.val_clips))
     clips = [run.val_clips[i] for i in range(count)]
-    branch = ReferenceBranch.of(run.wan.transformer, run.config.model)
-    run.wan.transformer.eval()
-    with averaged_weights(run.state), branch:
-        flow = validation_flow(run, branch, clips)["val/flow"]
-    run.wan.transformer.train()
-    return flow
+    with evaluated_model(run) as branch:
+        return validation_flow(run, branch, clips)["val/flow"]
 
 
 def validation_flow(run: Run, branch: ReferenceBranch, clips: list[Encoded]) -> dict[str, float]:

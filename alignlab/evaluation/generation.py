@@ -18,31 +18,31 @@ from alignlab.models.text_encoder import warn_of_cut
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import guidance_of, latent_shape, negative_text, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded, reference_images
 from alignlab.training.setup import Run
 
+LISTING = "samples.json"  # beside the clips; written last
 NOISE_SEED = 0  # of the starting noise: the same for every run, whatever its recipe and seed
 
 
 @torch.no_grad()
 def generate(
-    run: Run, branch: ReferenceBranch, folder: RunFolder, teacher: Teacher | None
+    run: Run, branch: ReferenceBranch, samples: Path | None, teacher: Teacher | None
 ) -> dict[str, float]:
     """Generates val clips with noise that no seed changes, writes some and measures some.
 
-    The first `eval.sample_clips` go to `samples/`, clip i as `i.mp4` beside `i-real.mp4` and
-    `i-reference-k.png`; `samples.json` lists them with key and caption. The first
-    `eval.generated_clips` are measured (`metric_registry.GENERATION_METRICS`).
+    The first `eval.sample_clips` go to the folder `samples`, unless it is None: clip i as `i.mp4`
+    beside `i-real.mp4` and `i-reference-k.png`; `samples.json` lists them with key and caption. The
+    first `eval.generated_clips` are measured (`metric_registry.GENERATION_METRICS`).
 
     Returns:
         `gen/<name>`, and as a measure of what is within reach `gen_real/<name>`
         (`real_clip_metrics`). Empty when no clip is measured.
     """
     config = run.config.eval
-    num_written = min(config.sample_clips, len(run.val_clips))
+    num_written = 0 if samples is None else min(config.sample_clips, len(run.val_clips))
     num_measured = num_measured_clips(run)
     count = max(num_written, num_measured)
     if not count:
@@ -55,13 +55,13 @@ def generate(
             clip = run.val_clips[i]
             advance_clip = partial(_advance_from, advance, i * steps)
             video_THWC = generated_clip(run, branch, i, advance=advance_clip)
-            if i < num_written:
-                files = _write_sample(folder.samples, i, video_THWC, clip, run.config.data.fps)
+            if samples is not None and i < num_written:
+                files = _write_sample(samples, i, video_THWC, clip, run.config.data.fps)
                 listing.append(files)
             if i < num_measured:
                 collector.add(video_THWC, clip.sample)
-    if listing:
-        write_text(folder.samples / "samples.json", json.dumps(listing, indent=1))
+    if samples is not None and listing:
+        write_text(samples / LISTING, json.dumps(listing, indent=1))
     real = real_clip_metrics(run, teacher, num_measured)
     generated = {f"gen/{name}": value for name, value in collector.metrics().items()}
     return generated | {f"gen_real/{name}": value for name, value in real.items()}
@@ -128,7 +128,7 @@ def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:
 def _write_sample(
     folder: Path, i: int, video_THWC: Tensor, clip: Encoded, fps: int
 ) -> dict[str, object]:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_mp4(folder / f"{i}.mp4", video_THWC, fps)
     write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
     references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]

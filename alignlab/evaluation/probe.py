@@ -1,4 +1,4 @@
-"""A finished run looked into: which blocks see what the teacher sees, at which noise level.
+"""A run looked into: which blocks see what the teacher sees, at which noise level.
 
 Shape letters: B batch, N tokens, D student width, E teacher width, T, H, W, C frames.
 """
@@ -16,6 +16,7 @@ from alignlab.errors import UserError
 from alignlab.evaluation.collectors import ReferenceCollector, VideoCollector
 from alignlab.evaluation.evaluate import denoise, eval_batch, teacher_of
 from alignlab.evaluation.feature_maps import FeatureClip, feature_clip
+from alignlab.evaluation.generation import LISTING
 from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
 from alignlab.metrics import cka
 from alignlab.models.reference_branch import ReferenceBranch
@@ -24,8 +25,8 @@ from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
-from alignlab.training import checkpoint
 from alignlab.training.batches import Encoded
+from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer, step_of, step_path
 from alignlab.training.setup import Run, build_run
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -87,7 +88,13 @@ class RunProbe:
 
 @quiet_libraries()
 @torch.no_grad()
-def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = None) -> RunProbe:
+def probe_run(
+    run_dir: Path,
+    *,
+    teacher: str | None = None,
+    block: int | None = None,
+    choice: ModelChoice = NEWEST,
+) -> RunProbe:
     """Measures every block of a run's model at five noise levels, before and after training.
 
     On the first `eval.clips` val clips, with the noise of the evaluation: `cknna` (k = 10) and
@@ -98,11 +105,11 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     blocks are held at once, of `eval.batch_size` clips.
 
     Args:
-        run_dir: a run folder with a checkpoint; the newest is taken, and its moving average if
-            the recipe keeps one.
+        run_dir: a run folder with a checkpoint.
         teacher: alias of the recipe; None takes `eval.teacher`, or else the first.
         block: whose tokens are shown one by one; None takes the last aligned block, or else the
             middle one.
+        choice: which model of the run.
 
     Raises:
         UserError: no such run, checkpoint, teacher or block.
@@ -110,21 +117,17 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
     folder = RunFolder.open(run_dir)
     folder.check_split_rule()
     config = folder.config()
-    newest = checkpoint.latest(folder.checkpoints)
-    if newest is None:
-        raise UserError(f"{run_dir}: the run has no checkpoint yet")
-    alias = _teacher_alias(config, teacher)
+    is_average, found = choice.is_average(config.optim), choice.find(folder.checkpoints)
+    step, alias = step_of(found), _teacher_alias(config, teacher)
     tell_changes(folder, config)
     run = build_run(config)
-    shown = _shown_block(run, block)
-    loaded_teacher = teacher_of(run, alias)
+    shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
     maps, taps = {}, {}
     for model in MODELS:
         if model == "after":
-            ema = config.optim.ema is not None
-            checkpoint.load_transformer(run.wan.transformer, newest, ema=ema)
+            load_transformer(run.wan.transformer, found, ema=is_average)
         run.wan.transformer.eval()
         every_block = range(run.wan.num_blocks)
         with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
@@ -132,7 +135,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
     return RunProbe(
         config,
-        int(newest.name.removeprefix("step-")),
+        step,
         alias,
         run.wan.num_blocks,
         run.alignment.blocks,
@@ -142,7 +145,7 @@ def probe_run(run_dir: Path, *, teacher: str | None = None, block: int | None = 
         shown,
         {model: one.tokens for model, one in maps.items() if one.tokens is not None},
         feature_clip(taps, loaded_teacher, batch, clips[0]),
-        _sample_of(folder, clips[0].sample.key),
+        _sample_of(folder, step, clips[0].sample.key),
     )
 
 
@@ -214,8 +217,11 @@ def _shown_block(run: Run, block: int | None) -> int:
     return block
 
 
-def _sample_of(folder: RunFolder, key: str) -> Path | None:
-    listing = folder.samples / "samples.json"
+def _sample_of(folder: RunFolder, step: int, key: str) -> Path | None:
+    """The clip that the model of this step has generated."""
+    is_last = step == folder.config().steps
+    samples = folder.samples if is_last else step_path(folder.samples, step)
+    listing = samples / LISTING
     clips: Sequence[dict[str, str]] = json.loads(listing.read_text()) if listing.exists() else []
-    videos = [folder.samples / clip["video"] for clip in clips if clip["key"] == key]
+    videos = [samples / clip["video"] for clip in clips if clip["key"] == key]
     return videos[0] if videos and videos[0].is_file() else None

@@ -24,6 +24,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab.config.parts import OptimConfig
 from alignlab.errors import UserError
 from alignlab.models.weight_check import check_weights
 from alignlab.runs.atomic_files import remove_folder, whole_folder
@@ -125,10 +126,62 @@ class RunState(TrainState):
         return super().facts() | {"frozen": frozen_digest(self.objectives)}
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model of a run is meant.
+
+    Args:
+        step: of the checkpoint; None: the newest.
+        ema: the moving average of the weights, or the weights themselves; None: the average if
+            the recipe keeps one, as a run evaluates itself.
+    """
+
+    step: int | None = None
+    ema: bool | None = None
+
+    def is_average(self, optim: OptimConfig) -> bool:
+        """Whether it is the moving average.
+
+        Raises:
+            UserError: it is asked for, and the recipe keeps none.
+        """
+        if self.ema and optim.ema is None:
+            raise UserError("--ema: the run keeps no moving average of its weights (optim.ema)")
+        return optim.ema is not None if self.ema is None else self.ema
+
+    def find(self, checkpoints: Path) -> Path:
+        """The folder of the checkpoint.
+
+        Raises:
+            UserError: it is not there; the message names those that are.
+        """
+        folders = _by_step(checkpoints)
+        if not folders:
+            raise UserError(f"{checkpoints.parent}: the run has no checkpoint yet")
+        if self.step is None:
+            return folders[-1]
+        found = step_path(checkpoints, self.step)
+        if found not in folders:
+            steps = ", ".join(str(step_of(folder)) for folder in folders)
+            raise UserError(
+                f"{checkpoints.parent}: no checkpoint of step {self.step}; "
+                f"there are those of steps {steps}"
+            )
+        return found
+
+
+NEWEST = ModelChoice()
+
+
 def latest(checkpoints: Path) -> Path | None:
     """The newest checkpoint of a run, or None."""
     folders = _by_step(checkpoints)
     return folders[-1] if folders else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def step_path(checkpoints: Path, step: int) -> Path:
@@ -159,12 +212,21 @@ def restore(state: TrainState, checkpoint: Path) -> None:
     Raises:
         UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
     """
-    facts = json.loads((checkpoint / "state.json").read_text())
-    state.read_weights(checkpoint, facts)
-    _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
+    restore_weights(state, checkpoint)
     moments = load_file(checkpoint / "optimizer.safetensors")
     _check(checkpoint / "optimizer.safetensors", moments)
     restore_state(state.optimizer, state.names, moments)
+
+
+def restore_weights(state: TrainState, checkpoint: Path) -> None:
+    """Puts back all but what the optimizer keeps: enough for an evaluation.
+
+    Raises:
+        UserError: as `restore`.
+    """
+    facts = json.loads((checkpoint / "state.json").read_text())
+    state.read_weights(checkpoint, facts)
+    _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
     state.step = int(facts["step"])
 
 
@@ -223,7 +285,7 @@ def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _by_step(checkpoints: Path) -> list[Path]:
     """Oldest first; by number, since names of more than six digits do not sort."""
-    return sorted(checkpoints.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(checkpoints.glob("step-*"), key=step_of)
 
 
 def _frozen(module: nn.Module) -> set[str]:

@@ -75,13 +75,27 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        elif (reset := Path("/proc/self/clear_refs")).exists():
-            reset.write_text("5")
+        self._before_pause = 0.0
+        self._reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is needed inside, and given back, counts for no peak."""
+        self._before_pause = self.peak_mib()
+        yield
+        self._reset()
 
     def peak_mib(self) -> float:
         """The peak so far, in MiB."""
+        return max(self._before_pause, self._since_reset())
+
+    def _reset(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif (reset := Path("/proc/self/clear_refs")).exists():
+            reset.write_text("5")
+
+    def _since_reset(self) -> float:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / MIB
         status = Path("/proc/self/status")

@@ -193,8 +193,13 @@ def check_teachers_and_eval(run: Run) -> None:
     alias = config.measured_against
     if alias is not None and alias not in run.alignment.teachers:
         run.ranks.on_main(_check_measured_teacher, config, alias)
+    warn_of_few_clips(run)
+
+
+def warn_of_few_clips(run: Run) -> None:
+    """Warns of an evaluation on fewer clips than asked for."""
     for key in ("clips", "sample_clips", "generated_clips"):
-        count = getattr(config.eval, key) or 0
+        count = getattr(run.config.eval, key) or 0
         if count > len(run.val_clips):
             log.warning(
                 "eval.%s: %d, but the val split has %d; those are taken",

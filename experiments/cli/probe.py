@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alignlab.cli_options import Overrides, Recipe, RunFolder, path_option
+from alignlab.cli_options import CheckpointStep, Ema, Overrides, Recipe, RunFolder, path_option
 
 teachers_app = typer.Typer(help="Choose a teacher.", no_args_is_help=True)
 
@@ -24,11 +24,17 @@ def probe(
         typer.Option(min=0, help="Whose tokens are shown (default: the last aligned block)."),
     ] = None,
     out: Annotated[Path | None, path_option("Folder to write (default: RUN/probe).")] = None,
+    checkpoint: CheckpointStep = None,
+    ema: Ema = None,
 ) -> None:
     """Compare every block of a run's model with a teacher, before and after training."""
     from alignlab.experiments.probe.page import probe as write
+    from alignlab.training.checkpoint import ModelChoice
 
-    typer.echo(f"probe: {write(run, out or run / 'probe', teacher=teacher, block=block)}")
+    choice = ModelChoice(checkpoint, ema)
+    folder = out or run / "probe"
+    page = write(run, folder, teacher=teacher, block=block, choice=choice)
+    typer.echo(f"probe: {page}")
 
 
 @teachers_app.command("score")

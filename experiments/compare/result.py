@@ -57,6 +57,8 @@ class RunResult:
             `experiments/report/metric_table.py` holds their meaning; other names are shown as
             they are.
         curves: scalars over training by name, each as (step, value) in order of step.
+        measured: the metrics of a run that was evaluated while it trained (`eval.every`,
+            `eval.sample_every`), each as (step, value), with the last step; else empty.
         samples: generated clips.
         notes: warnings of the run, the numbers of each in brackets at its end.
         aligned: by objective, how many samples had something to align, of how many.
@@ -75,6 +77,7 @@ class RunResult:
     notes: tuple[str, ...] = ()
     aligned: dict[str, tuple[int, int]] = field(default_factory=dict)
     diverged: bool = False
+    measured: dict[str, Curve] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

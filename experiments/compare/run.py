@@ -24,7 +24,14 @@ from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
-from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult, SampleClip
+from alignlab.experiments.compare.result import (
+    Budget,
+    Comparison,
+    Cost,
+    Curve,
+    RunResult,
+    SampleClip,
+)
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
@@ -32,9 +39,9 @@ from alignlab.experiments.report.write import write_report
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.metric_rows import evaluations, read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
-from alignlab.tracking import read_rows
 from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
@@ -232,7 +239,8 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
     if result is None:
         raise UserError(f"{run.path}: the run is not finished")
     curves: dict[str, list[tuple[int, float]]] = {}
-    for row in read_rows(run.metrics):
+    rows = read_rows(run.metrics)
+    for row in rows:
         for key, value in row.items():
             if key.startswith(CURVES):
                 curves.setdefault(key, []).append((int(row["step"]), value))
@@ -249,7 +257,22 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         notes=tuple(result.get("notes", ())),
         aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
         diverged=result.get("diverged", False),
+        measured=_by_step(evaluations(rows), result["steps"], result["metrics"]),
     )
+
+
+def _by_step(
+    earlier: Mapping[int, Mapping[str, float]], last: int, metrics: Mapping[str, float]
+) -> dict[str, Curve]:
+    """What was measured before the last step, with the numbers of the last, by name."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for step, found in sorted(earlier.items()):
+        for name, value in found.items():
+            curves.setdefault(name, []).append((step, value))
+    for name, points in curves.items():
+        if name in metrics:
+            points.append((last, metrics[name]))
+    return {name: tuple(points) for name, points in curves.items()}
 
 
 def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:

@@ -131,7 +131,7 @@ class _RayRuns:
 def reached_step(checkpoints: Path) -> int:
     """Step of the newest checkpoint in a run's folder of them; 0 without one."""
     newest = checkpoint.latest(checkpoints)
-    return 0 if newest is None else int(newest.name.removeprefix("step-"))
+    return 0 if newest is None else checkpoint.step_of(newest)
 
 
 def steps_done(folder: RunFolder) -> int:

@@ -18,6 +18,7 @@ from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.out_paths import check_out_folder
+from alignlab.training.checkpoint import NEWEST, ModelChoice
 
 MEASURES = {
     "cknna": (
@@ -49,21 +50,27 @@ MEASURES = {
 
 
 def probe(
-    run_dir: Path, out: Path, *, teacher: str | None = None, block: int | None = None
+    run_dir: Path,
+    out: Path,
+    *,
+    teacher: str | None = None,
+    block: int | None = None,
+    choice: ModelChoice = NEWEST,
 ) -> Path:
     """Probes a run, writes `probe.html` and `probe.csv` into `out` and returns the first's path.
 
     Args:
-        run_dir: see `probe_run`, as for the other two.
+        run_dir: see `probe_run`, as for all others.
         out: folder; made if need be, its other files are left alone.
         teacher: alias of the recipe.
         block: whose tokens are shown one by one.
+        choice: which model of the run.
 
     Raises:
         UserError: as `probe_run`, or `out` cannot be written into.
     """
     check_out_folder(out)
-    result = probe_run(run_dir, teacher=teacher, block=block)
+    result = probe_run(run_dir, teacher=teacher, block=block, choice=choice)
     out.mkdir(parents=True, exist_ok=True)
     return write_probe(result, out)
 

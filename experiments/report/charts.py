@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from alignlab.experiments.compare.result import Comparison, Curve
+from alignlab.experiments.report.by_step import shown_by_step
 from alignlab.experiments.report.escaping import plot_text
 from alignlab.experiments.report.metric_table import block_of, quantity, split_name
 from alignlab.experiments.report.statistics import Paired, mean_and_std
 from alignlab.experiments.report.summary import SummaryRow, by_metric
+
+Json = dict[str, JsonValue]
 
 # After Okabe and Ito, told apart with any kind of colour vision; the baseline is grey. Some are
 # shifted so that each stands out from white and from the dark page's #14171c by 3:1 or more.
@@ -23,6 +26,9 @@ PAPERS = ("#ffffff", "#14171c")
 BASELINE_COLOUR = "#7b828f"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b87d00", "#3397d1", "#8a6d00", "#8c63c4")
 _DASHES = ("solid", "dash", "dot", "dashdot")
+# The baseline's open circle is seen around another mark that lies on it.
+_BASELINE_MARK: Json = {"symbol": "circle-open", "size": 10}
+_MARKS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down", "cross", "star")
 _INK = "#374151"
 _BETTER_SIDE = {
     "lower": "\N{LEFTWARDS ARROW}\N{NO-BREAK SPACE}better",
@@ -38,7 +44,6 @@ _FEW_POINTS = 15
 _MAX_POINTS = 100
 _NUM_BINS = 10
 
-Json = dict[str, JsonValue]
 # Place on the horizontal axis -> one number per seed.
 Series = dict[float, list[float]]
 
@@ -59,6 +64,7 @@ class Style:
     variant: str
     colour: str
     dash: str
+    mark: Json
 
 
 def figures_of(sections: Mapping[str, Sequence[Chart]]) -> dict[str, JsonValue]:
@@ -100,10 +106,13 @@ def styles(comparison: Comparison) -> dict[str, Style]:
             variant,
             COLOURS[place % len(COLOURS)],
             _DASHES[place // len(COLOURS) % len(_DASHES)],
+            {"symbol": _MARKS[place % len(_MARKS)], "size": 6},
         )
         for place, variant in enumerate(others)
     }
-    by_variant[comparison.baseline] = Style(comparison.baseline, BASELINE_COLOUR, "solid")
+    by_variant[comparison.baseline] = Style(
+        comparison.baseline, BASELINE_COLOUR, "solid", _BASELINE_MARK
+    )
     return {variant: by_variant[variant] for variant in comparison.variants}
 
 
@@ -130,10 +139,25 @@ def curve_charts(comparison: Comparison) -> list[Chart]:
             for run in comparison.results
             if run.curves.get(name)
         }
-        charts.extend(_curve_chart(comparison, name, curves, zero=False))
+        charts.extend(_curve_chart(comparison, name, curves))
         if name == "loss/flow":
             paired = _minus_baseline(comparison, curves)
             charts.extend(_curve_chart(comparison, f"{name}, minus baseline", paired, zero=True))
+    return charts
+
+
+def step_charts(comparison: Comparison) -> list[Chart]:
+    """What runs measured while they trained; the validation loss also minus the baseline's."""
+    charts = []
+    for name, curves in shown_by_step(comparison).items():
+        meaning = quantity(name)
+        words = _BETTER_WORDS[meaning.better]
+        charts += _curve_chart(comparison, meaning.label, curves, words, markers=True)
+        if name == "val/flow":
+            paired = _minus_baseline(comparison, curves)
+            title = f"{meaning.label}, minus baseline"
+            words = "below zero is better"
+            charts += _curve_chart(comparison, title, paired, words, zero=True, markers=True)
     return charts
 
 
@@ -203,7 +227,13 @@ def _minus_baseline(
 
 
 def _curve_chart(
-    comparison: Comparison, title: str, curves: dict[tuple[str, int], Curve], *, zero: bool
+    comparison: Comparison,
+    title: str,
+    curves: dict[tuple[str, int], Curve],
+    caption: str = "",
+    *,
+    zero: bool = False,
+    markers: bool = False,
 ) -> list[Chart]:
     """The chart of `curves` by variant and seed; no chart when they hold no finite number."""
     steps = sorted({step for curve in curves.values() for step, _ in curve})
@@ -223,9 +253,10 @@ def _curve_chart(
             series.setdefault(variant, {}).setdefault(place, []).append(mean_and_std(values)[0])
     if not series:
         return []
-    caption = f"means of {size} logged steps" if size > 1 else ""
-    figure = _lines(comparison, series, "step", markers=False, zero=zero)
-    return [Chart(title, caption, figure)]
+    captions = [caption] if caption else []
+    captions += [f"means of {size} logged steps"] if size > 1 else []
+    figure = _lines(comparison, series, "step", markers=markers, zero=zero)
+    return [Chart(title, ", ".join(captions), figure)]
 
 
 def _lines(
@@ -262,7 +293,7 @@ def _lines(
                 "name": plot_text(variant),
                 "legendgroup": variant,
                 "line": {"color": style.colour, "width": 1.8, "dash": style.dash},
-                "marker": {"size": 5, "color": style.colour},
+                "marker": {"color": style.colour, **style.mark},
                 "hovertemplate": "%{y:.4g}",
             }
         )

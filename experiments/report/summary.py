@@ -174,7 +174,7 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
     runs = {(run.variant, run.seed): run.metrics for run in comparison.results}
     costs = _cost_groups(comparison)
     groups: list[list[SummaryRow]] = []
-    for metric in sorted({name for metrics in runs.values() for name in metrics}, key=_place):
+    for metric in sorted({name for metrics in runs.values() for name in metrics}, key=place_of):
         headline = quantity(metric).headline and REPLACED_BY.get(metric) not in costs
         group = [_row(comparison, runs, metric, v, headline) for v in comparison.variants]
         groups.append(_with_statistics(group))
@@ -252,7 +252,7 @@ def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:
     return format_interval(change, low, high, sign=sign, unit="%")
 
 
-def _place(metric: str) -> tuple[bool, bool, int, str, int, str]:
+def place_of(metric: str) -> tuple[bool, bool, int, str, int, str]:
     """Sort key of a metric: headline first, costs last, then the order of `QUANTITIES`."""
     base, part = split_name(metric)
     meaning, block = quantity(metric), block_of(metric)
@@ -269,7 +269,7 @@ def _row(
     base = _by_seed(comparison, runs, metric, comparison.baseline)
     shared = [] if is_baseline else [seed for seed in values if seed in base]
     differences = {seed: _difference(values[seed], base[seed]) for seed in shared}
-    mean, std = _spread(list(values.values()))
+    mean, std = spread_of(list(values.values()))
     diverged = diverged_seeds(comparison, variant)
     num_better = None
     if meaning.better != "none" and not is_baseline:
@@ -306,7 +306,8 @@ def _difference(value: float, base: float) -> float:
     return without_rounding(value - base, max(abs(value), abs(base)))
 
 
-def _spread(values: list[float]) -> tuple[float | None, float | None]:
+def spread_of(values: list[float]) -> tuple[float | None, float | None]:
+    """Mean and sample standard deviation, as `SummaryRow` has them."""
     if not values:
         return None, None
     if not all(math.isfinite(value) for value in values):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignlab.experiments.compare.result import Budget, Comparison
+from alignlab.experiments.report.by_step import step_table
 from alignlab.experiments.report.escaping import (
     csv_cell,
     markdown_code,
@@ -113,6 +114,7 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     notes = footnotes(comparison, rows)
     lines += ["", markdown_text(reading(comparison)), ""]
     lines += [f"- {markdown_text(note)}" for note in notes]
+    lines += _markdown_steps(comparison)
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
         lines += ["", "## How variants were tuned", ""]
@@ -220,6 +222,21 @@ def setting_table(
         }
         for name, values in settings.items()
     }
+
+
+def _markdown_steps(comparison: Comparison) -> list[str]:
+    """Headline metrics of runs that were evaluated while they trained, by step."""
+    steps, rows = step_table(comparison)
+    if not rows:
+        return []
+    lines = ["", "## Metrics during training", "", "By step; steps.csv has every number.", ""]
+    lines += ["| metric | variant |" + "".join(f" {step:,} |" for step in steps)]
+    lines += ["|---|---|" + "---:|" * len(steps)]
+    for label, variant, texts in rows:
+        lines.append(
+            f"| {markdown_text(label)} | {markdown_text(variant)} | " + " | ".join(texts) + " |"
+        )
+    return lines
 
 
 def _markdown_settings(

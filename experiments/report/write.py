@@ -1,5 +1,7 @@
 """Writes the report of a comparison: report.html, report.md, table.csv and table.tex.
 
+Of runs that were evaluated while they trained there is steps.csv as well.
+
 report.html is one file that needs no network: script, style, charts and clips are inside it, and a
 content security policy forbids the browser to fetch anything.
 """
@@ -8,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignlab.experiments.compare.result import Comparison, SampleClip
+from alignlab.experiments.report.by_step import steps_csv
 from alignlab.experiments.report.charts import (
     block_charts,
     curve_charts,
     figures_of,
     seed_charts,
+    step_charts,
     styles,
     timestep_charts,
 )
@@ -52,7 +56,7 @@ class Prompt:
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
-    """Write report.html, report.md, table.csv and table.tex; return the path of the first.
+    """Write report.html, report.md, table.csv, table.tex and steps.csv; return the first's path.
 
     Args:
         comparison: the results; their `run_dir` is relative to `folder`.
@@ -62,6 +66,11 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
     (folder / "report.md").write_text(markdown(comparison, rows), encoding="utf-8")
     (folder / "table.csv").write_text(table_csv(comparison, rows), encoding="utf-8")
     (folder / "table.tex").write_text(table_tex(comparison, rows), encoding="utf-8")
+    steps = folder / "steps.csv"
+    if any(run.measured for run in comparison.results):
+        steps.write_text(steps_csv(comparison), encoding="utf-8")
+    else:
+        steps.unlink(missing_ok=True)  # of an earlier report
     path = folder / "report.html"
     path.write_text(_html(comparison, rows, folder), encoding="utf-8")
     return path
@@ -70,6 +79,7 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
 def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
     sections = {
         "seeds": seed_charts(comparison, rows),
+        "steps": step_charts(comparison),
         "curves": curve_charts(comparison),
         "timesteps": timestep_charts(comparison, rows),
         "blocks": block_charts(comparison, rows),

@@ -25,6 +25,7 @@ COMMANDS = [
     "compare",
     "sweep",
     "demo",
+    "evaluate",
     "sample",
     "export",
     "probe",

@@ -14,7 +14,8 @@ from mlflow.entities import Run as MlflowRun
 from alignlab.config.run import RunConfig
 from alignlab.recipe import recipe_hash
 from alignlab.runs.atomic_files import write_text
-from alignlab.tracking import Tracker, read_rows
+from alignlab.runs.metric_rows import read_rows
+from alignlab.tracking import Tracker
 from alignlab.train import train
 from kills import Killed
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder, only_writer
-from alignlab.tracking import read_rows
 from alignlab.train import train
 from alignlab.training.alignment import teacher_features
 from alignlab.training.checkpoint import latest

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from alignlab.tracking import read_rows
+from alignlab.runs.metric_rows import read_rows
 
 Value = TypeVar("Value")
 

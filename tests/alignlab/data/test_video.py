@@ -1,6 +1,9 @@
 """Clips in and out of real files: which frames are picked, geometry, colours, errors."""
 
+import os
 import struct
+import subprocess
+import sys
 import wave
 from collections.abc import Sequence
 from fractions import Fraction
@@ -361,3 +364,27 @@ def test_odd_sizes_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="even size"):
         write_mp4(tmp_path / "a.mp4", torch.zeros(5, 33, 32, 3, dtype=torch.uint8), fps=8)
     assert not list(tmp_path.iterdir())
+
+
+ENCODE = """
+import hashlib, torch
+from alignlab.data.video import encode_mp4
+ramp = torch.arange(48).view(1, 48, 1, 1) * 2 + torch.arange(48).view(1, 1, 48, 1)
+moved = (ramp + 5 * torch.arange(9).view(9, 1, 1, 1)) % 200 + torch.tensor([0, 20, 50])
+video = moved.to(torch.uint8)
+print(hashlib.sha256(encode_mp4(video, 8)).hexdigest())
+"""
+
+
+def test_the_bytes_of_a_video_do_not_depend_on_what_memory_held() -> None:
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", ENCODE],
+            env=os.environ | {"MALLOC_PERTURB_": fill},  # glibc: what fresh memory is filled with
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for fill in ("0", "1", "170")
+    }
+    assert len(digests) == 1

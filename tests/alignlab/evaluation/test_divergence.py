@@ -17,8 +17,8 @@ from alignlab.evaluation.run_warnings import (
     divergence_warnings,
     nonfinite_warnings,
 )
+from alignlab.runs.metric_rows import read_rows
 from alignlab.sampling import sample_latents
-from alignlab.tracking import read_rows
 from alignlab.train import train
 from alignlab.training.setup import build_run, check_teachers_and_eval
 

@@ -22,7 +22,7 @@ MEASURES = ("teacher_retrieval", "silhouette", "cross_cos", "cknna")
 
 def measure(config: RunConfig) -> dict[str, float]:
     """Metrics of the untrained model."""
-    return evaluate(build_run(config), RunFolder.create(config))
+    return evaluate(build_run(config), RunFolder.create(config).samples)
 
 
 def test_validation_depends_on_neither_seed_nor_batch_size(make_config: MakeConfig) -> None:
@@ -47,7 +47,7 @@ def test_other_weights_give_another_validation_loss(make_config: MakeConfig) -> 
 def test_a_bin_is_the_flow_loss_at_its_middle(make_config: MakeConfig) -> None:
     config = make_config("eval.clips=1", aligned=False)
     run = build_run(config)
-    found = evaluate(run, RunFolder.create(config))
+    found = evaluate(run, RunFolder.create(config).samples)
     clip, sigma = run.val_clips[0], torch.tensor([0.75])
     clean = clip.latents_CTHW[None]
     noise = torch.randn(clean.shape[1:], generator=generator(EVAL_SEED, "val-noise", 0, 750))[None]
@@ -124,7 +124,7 @@ def test_evaluation_leaves_the_model_as_it_was(make_config: MakeConfig) -> None:
     for value in run.state.ema.values():
         value.add_(0.01)
     before = {name: p.clone() for name, p in run.state.transformer.state_dict().items()}
-    evaluate(run, RunFolder.create(config))
+    evaluate(run, RunFolder.create(config).samples)
     after = run.state.transformer.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert run.state.transformer.training
@@ -134,7 +134,7 @@ def test_evaluation_leaves_the_model_as_it_was(make_config: MakeConfig) -> None:
 def test_samples_are_listed_and_exist(make_config: MakeConfig) -> None:
     config = make_config("eval.sample_clips=2", "data.references=[1,3]")
     folder = RunFolder.create(config)
-    evaluate(build_run(config), folder)
+    evaluate(build_run(config), folder.samples)
     rows = json.loads((folder.samples / "samples.json").read_text())
     clips = build_dataset(config.data, "val")
     assert len(rows) == 2

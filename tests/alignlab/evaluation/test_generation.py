@@ -39,7 +39,7 @@ OF_TEACHER = {"identity_proxy", "confusion_proxy", "reference_match_proxy", "fre
 
 def measured_clips(config: RunConfig) -> dict[str, float]:
     """Metrics of what the untrained model generates."""
-    found = evaluate(build_run(config), RunFolder.create(config))
+    found = evaluate(build_run(config), RunFolder.create(config).samples)
     return {name: value for name, value in found.items() if name.startswith("gen")}
 
 
@@ -98,14 +98,14 @@ def test_left_out_the_kept_clips_are_measured_and_zero_measures_none(
 
 def test_the_trained_weights_are_measured(make_config: MakeConfig) -> None:
     config = make_config("eval.generated_clips=1", aligned=False)
-    run, folder = build_run(config), RunFolder.create(config)
+    run, samples = build_run(config), RunFolder.create(config).samples
     with run.branch:
-        before = generate(run, run.branch, folder, None)
+        before = generate(run, run.branch, samples, None)
         run.caches.real_metrics.clear()
         with torch.no_grad():
             for weight in run.wan.transformer.parameters():
                 weight.mul_(0.5)
-        after = generate(run, run.branch, folder, None)
+        after = generate(run, run.branch, samples, None)
     assert before["gen/flicker"] != after["gen/flicker"]
     assert names(before, "gen/") == GENERATION_METRICS.keys() - OF_TEACHER
     real = {name for name in before if name.startswith("gen_real/")}
@@ -127,7 +127,7 @@ def test_runs_that_share_caches_measure_the_real_clips_once(
     def measured(name: str, caches: Caches, *settings: str) -> tuple[dict[str, float], int]:
         config = make_config(f"name={name}", "eval.generated_clips=2", *settings, aligned=False)
         measured_now.clear()
-        found = evaluate(build_run(config, caches), RunFolder.create(config))
+        found = evaluate(build_run(config, caches), RunFolder.create(config).samples)
         real = {key: value for key, value in found.items() if key.startswith("gen_real/")}
         return real, len(measured_now)
 

@@ -19,7 +19,7 @@ MakeConfig = Callable[..., RunConfig]
 
 def measured(config: RunConfig) -> set[str]:
     """Names of what an untrained model of this run is measured by."""
-    return set(evaluate(build_run(config), RunFolder.create(config)))
+    return set(evaluate(build_run(config), RunFolder.create(config).samples))
 
 
 def promised(config: RunConfig) -> set[str]:

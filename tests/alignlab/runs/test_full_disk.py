@@ -74,7 +74,8 @@ def test_full_while_the_log_is_written(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder.metrics))
         log(self, step, scalars)
 
-    from alignlab.tracking import Tracker, read_rows
+    from alignlab.runs.metric_rows import read_rows
+    from alignlab.tracking import Tracker
 
     log = Tracker.log
     with monkeypatch.context() as patch:

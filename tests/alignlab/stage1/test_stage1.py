@@ -15,9 +15,9 @@ from alignlab.distributed.ranks import single_rank
 from alignlab.losses.stage1.folder import load_stage1
 from alignlab.randomness import generator
 from alignlab.recipe import load_stage1_run
+from alignlab.runs.metric_rows import read_rows
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, train_stage1
-from alignlab.tracking import read_rows
 from command_line import alignlab
 from run_contents import file_contents, timeless_rows
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.runs.metric_rows import read_rows
 from alignlab.stage1.compatibility import check_stage1
 from alignlab.teachers import load_teacher
-from alignlab.tracking import read_rows
 from alignlab.train import train
 from alignlab.training.setup import build_run
 

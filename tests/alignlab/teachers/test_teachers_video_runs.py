@@ -53,7 +53,7 @@ def test_a_run_is_measured_against_a_video_teacher(make_config: MakeConfig, fold
         "eval.blocks=[1,3]",
         aligned=False,
     )
-    found = evaluate(build_run(config), RunFolder.create(config))
+    found = evaluate(build_run(config), RunFolder.create(config).samples)
     measures = ("silhouette", "cross_cos", "cknna")
     expected = {f"{m}/{at}" for m in measures for at in ("block1", "block3", "mean")}
     assert {name for name in found if not name.startswith("val/")} == expected
@@ -62,7 +62,7 @@ def test_a_run_is_measured_against_a_video_teacher(make_config: MakeConfig, fold
         build_run(
             config.model_copy(update={"eval": config.eval.model_copy(update={"teacher": "dino"})})
         ),
-        RunFolder.create(config.model_copy(update={"name": "image"})),
+        RunFolder.create(config.model_copy(update={"name": "image"})).samples,
     )
     assert {name: image[name] for name in expected if "cknna" not in name} == {
         name: found[name] for name in expected if "cknna" not in name

@@ -18,8 +18,8 @@ from alignlab.data.video import write_mp4
 from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.evaluation.run_warnings import alignment_warnings
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training.aligned_samples import (
     STOP_AT_EXPECTED,

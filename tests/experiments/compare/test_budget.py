@@ -14,7 +14,7 @@ from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison, Cost, Ratio, VariantCost
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import local
-from alignlab.tracking import read_rows
+from alignlab.runs.metric_rows import read_rows
 from small_recipes import comparison_recipe
 
 Make = Callable[..., CompareConfig]

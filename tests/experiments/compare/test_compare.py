@@ -12,8 +12,8 @@ from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, trained_on
 from alignlab.experiments.launchers import local
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking import read_rows
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
 from kills import Killed

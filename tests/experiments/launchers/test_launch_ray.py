@@ -11,8 +11,8 @@ import pytest
 import ray_tools
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import HOLDER
-from alignlab.tracking import read_rows
 from run_contents import timeless_metrics
 from small_recipes import comparison_recipe
 

@@ -25,6 +25,7 @@ from alignlab.experiments.compare.result import (
     SampleClip,
     VariantCost,
 )
+from alignlab.experiments.report.by_step import steps_csv
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown, print_summary, table_csv
@@ -82,7 +83,7 @@ leaves = st.one_of(
 json_lists = st.lists(leaves, max_size=2)
 json_values = st.one_of(leaves, json_lists, st.dictionaries(texts, leaves, max_size=2))
 curves = st.dictionaries(
-    st.one_of(st.sampled_from(["loss/flow", "loss/ra", "grad/norm"]), texts),
+    st.one_of(st.sampled_from(["loss/flow", "val/flow", "retrieval/mean"]), texts),
     st.lists(st.tuples(st.integers(0, 500), numbers), max_size=5).map(tuple),
     max_size=2,
 )
@@ -157,6 +158,7 @@ def runs(variant: str, seed: int, metrics: dict[str, float]) -> st.SearchStrateg
         notes=st.lists(texts, max_size=1).map(tuple),
         aligned=st.dictionaries(texts, st.tuples(counts, counts), max_size=1),
         diverged=st.booleans(),
+        measured=curves,
     )
 
 
@@ -201,14 +203,15 @@ def test_any_comparison_is_shown_and_kept(tmp_path: Path, comparison: Comparison
         rows = summary_rows(comparison)
         report = markdown(comparison, rows)
         table = table_csv(comparison, rows)
+        steps = steps_csv(comparison)
         latex = table_tex(comparison, rows)
         terminal = io.StringIO()
         print_summary(comparison, Console(file=terminal, width=120))
-    for text in (report, table, latex, terminal.getvalue()):
+    for text in (report, table, steps, latex, terminal.getvalue()):
         text.encode()
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
     assert not re.search("<[a-z/!]", report.split("```")[0])
-    for cells in csv.reader(io.StringIO(table)):
+    for cells in [*csv.reader(io.StringIO(table)), *csv.reader(io.StringIO(steps))]:
         for cell in cells:
             if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
                 float(cell)

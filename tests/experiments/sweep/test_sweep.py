@@ -19,7 +19,7 @@ from alignlab.experiments.sweep.results import best_trial, ranked
 from alignlab.experiments.sweep.run import join, sweep
 from alignlab.experiments.sweep.study import join_study
 from alignlab.recipe import load_run
-from alignlab.tracking import read_rows
+from alignlab.runs.metric_rows import read_rows
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
 from run_contents import read_table, timeless, timeless_metrics

@@ -14,7 +14,7 @@ from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, sweep_folder
-from alignlab.tracking import read_rows
+from alignlab.runs.metric_rows import read_rows
 from run_contents import read_table, timeless
 from small_recipes import sweep_recipe
 

@@ -21,7 +21,7 @@ from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.launch import device_of
 from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
-from alignlab.tracking import read_rows
+from alignlab.runs.metric_rows import read_rows
 from run_contents import read_table
 from small_recipes import sweep_recipe
 

@@ -1,0 +1,481 @@
+"""Kills, signals and full disks at random moments of every command; by hand, minutes to an hour.
+
+    python tests/campaigns/interruptions.py [--kinds train,sweep] [--kills 20] [--signals 10]
+        [--disks 10] [--first 20] [--seed 0] [--out results.csv]
+
+Each trial starts a command of a kind, interrupts it, and gives the same command again until it
+ends: all that it leaves has to be what the uninterrupted command left. A kind is `train` with
+MLflow, `stage1`, `compare` of two variants and two seeds, `budget` the same with equal compute,
+`sweep` with TPE past its random trials, and `workers` the same with two worker processes. An
+interruption is SIGKILL, SIGINT or SIGTERM to the whole process group at a random moment, SIGKILL
+within a second of the first file in a new output folder, or a disk that is full at some point: a
+small tmpfs that grows before the second try (for root), else RLIMIT_FSIZE.
+
+Commands run in children that are forked from a process which has imported everything: that is all
+that differs from the command line. The sweep's workers are started as ever. Two workers finish
+trials in an order that the clock decides, so for `workers` no trial is lost, trained twice or open,
+and each has the values that its run's result says; the values tried may differ.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
+
+import torch
+
+from run_contents import file_contents, read_table, timeless, timeless_rows
+
+Interruption = Literal["SIGKILL", "first second", "SIGINT", "SIGTERM", "full disk"]
+
+SHARED = """
+steps: 4
+model: {path: assets/tiny-wan}
+data: {name: shapes, frames: 5, size: [48, 48], references: [2, 3], train_clips: 6, val_clips: 4}
+teachers:
+  dino: {family: dinov2, path: assets/tiny-dino, feature: post_norm}
+tracking: {log_every: 1}
+checkpoint: {every: 2, keep: 1}
+"""
+RUN = """
+optim: {lr: 1e-3, batch_size: 2, ema: 0.9}
+eval: {clips: 1, batch_size: 8, sample_clips: 1, sample_steps: 2}
+"""
+OBJECTIVE = "{ra: {name: refalign, teacher: dino, blocks: [0, 2]}}"
+VARIANTS = f"""
+variants: {{none: {{}}, ra: {{objectives: {OBJECTIVE}}}}}
+baseline: none
+seeds: [0, 1]
+"""
+SPACE = f"""
+objectives: {OBJECTIVE}
+space:
+  objectives.ra.weight: {{kind: float, low: 0.1, high: 10, log: true}}
+sampler: {{name: tpe, seed: 1, startup: 2}}
+metric: val/flow
+trials: 5
+seeds: [0]
+"""
+RECIPES = {
+    "train": SHARED + RUN + f"objectives: {OBJECTIVE}\n",
+    "stage1": SHARED
+    + "stage1: {kind: sara, hidden: 16, embed_dim: 8, val_clips: 2}\n"
+    + "optim: {lr: 1e-3, batch_size: 2}\n",
+    "compare": SHARED + RUN + VARIANTS,
+    "budget": SHARED + RUN + VARIANTS + "budget: compute\n",
+    "sweep": SHARED + RUN + SPACE,
+    "workers": SHARED + RUN + SPACE,
+}
+COMMANDS = {
+    "train": ["train"],
+    "stage1": ["stage1", "sara"],
+    "compare": ["compare"],
+    "budget": ["compare"],
+    "sweep": ["sweep"],
+    "workers": ["sweep"],
+}
+LAZY = (
+    "alignlab.cli",
+    "alignlab.train",
+    "alignlab.stage1.train",
+    "alignlab.experiments.compare.run",
+    "alignlab.experiments.report.write",
+    "alignlab.experiments.report.page",
+    "alignlab.experiments.sweep.run",
+    "alignlab.experiments.sweep.launch",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "optuna",
+    "transformers.models.dinov2.modeling_dinov2",
+)
+DEBRIS = ("tmp", "partial", "removed")
+EXIT_CODES = {
+    "SIGKILL": -signal.SIGKILL,
+    "first second": -signal.SIGKILL,
+    "SIGINT": 130,
+    "SIGTERM": 143,
+    "full disk": 1,
+}
+COST_METRICS = ("time/", "memory/", "cost/")
+
+
+@dataclass
+class Trial:
+    """What was seen of one interruption.
+
+    Args:
+        kind: of the command.
+        interruption: what was done to it.
+        moment: seconds after its start, or MiB of the disk.
+        ended: its exit code; negative for a signal.
+        seconds: from the interruption to the end of its processes.
+        said: lines on stderr after the interruption that are not of the log, one after another.
+        hit: whether it was still at work.
+        fault: what was wrong, empty if all was as it has to be.
+    """
+
+    kind: str
+    interruption: str
+    moment: float
+    ended: int = 0
+    seconds: float = 0.0
+    said: str = ""
+    hit: bool = True
+    fault: str = ""
+
+
+class Command:
+    """A command of alignlab in a forked child, with a session of its own."""
+
+    def __init__(self, kind: str, recipe: Path, output: Path, errors: Path) -> None:
+        self.errors = errors
+        self.begun = time.monotonic()
+        options = ["--workers", "2"] if kind == "workers" else []
+        self._arguments = [*COMMANDS[kind], str(recipe), f"output={output}", *options]
+        self.pid = 0
+
+    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Starts it; `prepare` is called in the child before anything else."""
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 70
+        try:
+            os.setsid()
+            _write_to(self.errors)
+            prepare()
+            sys.argv = ["alignlab", *self._arguments]
+            importlib.import_module("alignlab.cli").main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to it and to all processes that it has started."""
+        for pid in (self.pid, *_descendants(self.pid)):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
+
+    def wait(self, timeout: float) -> int | None:
+        """Its exit code, negative for a signal; None if it is still alive after `timeout`, s."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        return None
+
+    def kill(self) -> None:
+        """Ends what is stuck."""
+        self.send(signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+def _write_to(errors: Path) -> None:
+    with errors.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
+
+
+def _descendants(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+    children: dict[int, list[int]] = {}
+    for line in listed.stdout.splitlines():
+        child, parent = map(int, line.split())
+        children.setdefault(parent, []).append(child)
+    found, todo = [], [pid]
+    while todo:
+        for child in children.get(todo.pop(), ()):
+            found.append(child)
+            todo.append(child)
+    return found
+
+
+def contents(kind: str, output: Path) -> dict[str, Any]:
+    """All that a command leaves and that no clock decides, by what it is."""
+    left: dict[str, Any] = {}
+    for log in sorted(output.rglob("metrics.jsonl")):
+        run = log.parent
+        name = run.relative_to(output).as_posix()
+        if kind == "workers":  # the values of a trial may differ
+            continue
+        for part in ("checkpoints", "samples", "stage1"):
+            if (run / part).is_dir():
+                left |= {f"{name}/{part}/{k}": v for k, v in file_contents(run / part).items()}
+        left[f"{name}/metrics.jsonl"] = timeless_rows(run)
+        result = json.loads((run / "result.json").read_text())
+        if "metrics" in result:
+            result["metrics"] = timeless(result["metrics"])
+        left[f"{name}/result.json"] = result
+    for table in sorted(output.rglob("table.csv")):
+        rows = read_table(table)
+        left["table.csv"] = [row for row in rows if not row["metric"].startswith(COST_METRICS)]
+    for table in sorted(output.rglob("trials.csv")):
+        left["trials.csv"] = _trials(kind, table)
+    return left
+
+
+def _trials(kind: str, table: Path) -> list[dict[str, str]]:
+    rows = [timeless(row) for row in read_table(table)]
+    if kind != "workers":
+        return rows
+    for row in rows:
+        result = table.parent / row["folder"] / "seed-0" / "result.json"
+        measured = json.loads(result.read_text())["metrics"]["val/flow"]
+        if float(row["val/flow"]) != measured:
+            raise AssertionError(f"trial {row['trial']} has not the value of its run")
+    return [{key: row[key] for key in ("trial", "state")} for row in rows]
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
+    """What is not as expected, in a few words; empty if nothing is."""
+    names = expected.keys() | found.keys()
+    odd = sorted(name for name in names if expected.get(name) != found.get(name))
+    return f"differs: {', '.join(odd[:3])}" if odd else ""
+
+
+def debris(output: Path) -> str:
+    """Temporary files that are left; empty if none is."""
+    left = [p.name for p in output.rglob("*") if p.name.rsplit(".", 1)[-1] in DEBRIS]
+    return f"left: {', '.join(left[:3])}" if left else ""
+
+
+class Campaign:
+    """The trials of one kind.
+
+    Args:
+        kind: see `RECIPES`.
+        folder: to work in.
+        seed: of the moments.
+    """
+
+    def __init__(self, kind: str, folder: Path, seed: int) -> None:
+        self.kind = kind
+        self.folder = folder / kind
+        self.folder.mkdir(parents=True)
+        self.recipe = self.folder / "recipe.yaml"
+        self.recipe.write_text(f"name: {kind}" + RECIPES[kind])
+        self.draw = random.Random(f"{kind} {seed}")
+        self.expected: dict[str, Any] = {}
+        self.duration = 0.0
+        self.size = 0
+        self.count = 0
+
+    def uninterrupted(self) -> None:
+        """Runs the command as it is, for what the others have to leave."""
+        output = self.folder / "uninterrupted"
+        command = self._command(output)
+        command.start()
+        ended = command.wait(1200)
+        if ended != 0:
+            raise SystemExit(f"{self.kind}, uninterrupted: {ended}\n{command.errors.read_text()}")
+        self.duration = time.monotonic() - command.begun
+        self.expected = contents(self.kind, output)
+        self.size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
+
+    def trial(self, interruption: Interruption) -> Trial:
+        """Interrupts a command in a new output folder, gives it again, and compares."""
+        self.count += 1
+        output = self.folder / f"{self.count:03d}"
+        if interruption == "full disk":
+            trial = self._full_disk(output)
+        else:
+            trial = self._interrupted(interruption, output)
+        shutil.rmtree(output, ignore_errors=True)
+        return trial
+
+    def _command(self, output: Path) -> Command:
+        return Command(self.kind, self.recipe, output, output.with_suffix(".err"))
+
+    def _interrupted(self, interruption: Interruption, output: Path) -> Trial:
+        command = self._command(output)
+        command.start()
+        if interruption == "first second":
+            while not (output.is_dir() and any(output.iterdir())):
+                time.sleep(0.001)
+            moment = time.monotonic() - command.begun + self.draw.uniform(0, 1)
+        else:
+            moment = self.draw.uniform(0, self.duration * 0.98)
+        time.sleep(max(0.0, command.begun + moment - time.monotonic()))
+        trial = Trial(self.kind, interruption, round(moment, 3))
+        before = command.errors.stat().st_size if command.errors.exists() else 0
+        number = signal.SIGKILL
+        if interruption in ("SIGINT", "SIGTERM"):
+            number = signal.Signals[interruption]
+        sent = time.monotonic()
+        command.send(number)
+        ended = command.wait(60)
+        trial.seconds = round(time.monotonic() - sent, 2)
+        if ended is None:
+            command.kill()
+            trial.fault = "did not end within 60 s"
+            return trial
+        trial.ended, trial.hit = ended, ended != 0
+        said = command.errors.read_bytes()[before:].decode(errors="replace")
+        self._check_words(trial, said)
+        return self._again(trial, output)
+
+    def _check_words(self, trial: Trial, said: str) -> None:
+        if "Traceback" in said:
+            trial.fault = f"traceback: {said.strip().splitlines()[-1]}"
+        elif trial.hit and trial.ended != EXIT_CODES[trial.interruption]:
+            trial.fault = f"exit code {trial.ended}"
+        if trial.interruption not in ("SIGINT", "SIGTERM", "full disk") or not trial.hit:
+            return
+        lines = [line for line in said.splitlines() if line.startswith(("error", "interrupted"))]
+        lines += [line for line in said.splitlines() if line.startswith("stopped")]
+        trial.said = " / ".join(dict.fromkeys(lines))
+        if not lines and not trial.fault:
+            trial.fault = f"no word of it: {said.strip()[-200:]!r}"
+
+    def _full_disk(self, output: Path) -> Trial:
+        share = self.draw.uniform(0.02, 0.95)
+        limit = int(self.size * share) // 4096 * 4096 + 4096
+        trial = Trial(self.kind, "full disk", round(limit / 2**20, 2))
+        command = self._command(output)
+        with _small_disk(output, limit) as (prepare, make_room):
+            command.start(prepare)
+            ended = command.wait(self.duration * 10 + 120)
+            if ended is None:
+                command.kill()
+                trial.fault = "did not end"
+                return trial
+            trial.ended, trial.hit = ended, ended != 0
+            self._check_words(trial, command.errors.read_text(errors="replace"))
+            make_room()
+            return self._again(trial, output)
+
+    def _again(self, trial: Trial, output: Path) -> Trial:
+        command = self._command(output)
+        before = command.errors.stat().st_size
+        command.start()
+        ended = command.wait(self.duration * 10 + 120)
+        if ended is None:
+            command.kill()
+            trial.fault = trial.fault or "the command that resumes is stuck"
+            return trial
+        if ended != 0:
+            said = command.errors.read_bytes()[before:].decode(errors="replace").strip()
+            last = said.splitlines()[-1] if said else ""
+            trial.fault = trial.fault or f"the command that resumes ended with {ended}: {last}"
+            return trial
+        try:
+            found = contents(self.kind, output)
+        except (AssertionError, OSError, ValueError) as error:
+            trial.fault = trial.fault or f"not readable: {error}"
+            return trial
+        trial.fault = trial.fault or differences(self.expected, found) or debris(output)
+        return trial
+
+
+@contextmanager
+def _small_disk(
+    output: Path, limit: int
+) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """A disk of `limit` bytes as the folder `output`: what the child does, and what makes room."""
+    output.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={limit}", "tmpfs", str(output)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode:  # not root: no file may be longer than half of it
+        yield (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit // 2,) * 2)), lambda: None
+        return
+    try:
+        yield (
+            lambda: None,
+            lambda: (
+                subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True) and None
+            ),
+        )
+    finally:
+        subprocess.run(["umount", "-l", str(output)], check=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--kinds", default=",".join(RECIPES))
+    for name, count in (("kills", 20), ("signals", 10), ("disks", 10), ("first", 20)):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--keep", action="store_true", help="keep the folder")
+    return parser.parse_args()
+
+
+def _print_summary(trials: Sequence[Trial]) -> None:
+    print("\n| command | interruption | tried | hit | exact | longest to end, s |")
+    print("|---|---|---|---|---|---|")
+    for kind, interruption in dict.fromkeys((t.kind, t.interruption) for t in trials):
+        these = [t for t in trials if (t.kind, t.interruption) == (kind, interruption)]
+        hit, good = sum(t.hit for t in these), sum(not t.fault for t in these)
+        slowest = max(t.seconds for t in these)
+        print(f"| {kind} | {interruption} | {len(these)} | {hit} | {good} | {slowest:.1f} |")
+
+
+def main() -> int:
+    options = _options()
+    torch.set_num_threads(1)
+    for module in LAZY:
+        importlib.import_module(module)
+    folder = Path(tempfile.mkdtemp(prefix="interruptions-"))
+    plan: list[tuple[Interruption, int]] = [
+        ("SIGKILL", options.kills),
+        ("SIGINT", options.signals),
+        ("SIGTERM", options.signals),
+        ("full disk", options.disks),
+    ]
+    trials: list[Trial] = []
+    for kind in options.kinds.split(","):
+        campaign = Campaign(kind, folder, options.seed)
+        campaign.uninterrupted()
+        print(f"{kind}: {campaign.duration:.1f} s, {campaign.size / 2**20:.1f} MiB", flush=True)
+        first: list[tuple[Interruption, int]] = [("first second", options.first)]
+        for interruption, count in plan + (first if kind == "train" else []):
+            for _ in range(count):
+                trial = campaign.trial(interruption)
+                trials.append(trial)
+                print("  ", trial.fault or "exact", trial, flush=True)
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(field.name for field in fields(Trial))
+            writer.writerows(astuple(trial) for trial in trials)
+    _print_summary(trials)
+    if not options.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    return int(any(trial.fault for trial in trials))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Metrics of runs that were evaluated while they trained: charts, the Markdown table, steps.csv."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.report.charts import BASELINE_COLOUR, step_charts
+from alignlab.experiments.report.write import write_report
+from made_comparisons import make_comparison
+from run_contents import read_table
+
+STEPS = (4, 8, 12)
+
+
+def run_of(variant: str, seed: int, level: float) -> RunResult:
+    flows = tuple((step, level / step + 0.01 * seed) for step in STEPS)
+    measured = {
+        "val/flow": flows,
+        "val/flow/t3": flows,
+        "silhouette/block0": ((4, 0.1), (12, 0.2)),
+        "silhouette/mean": ((4, 0.1), (12, 0.2 + level)),
+        "gen/identity_proxy": ((12, 0.5),),
+        "gen_real/identity_proxy": ((12, 0.9),),
+    }
+    metrics = {name: curve[-1][1] for name, curve in measured.items()}
+    return RunResult(variant, seed, 12, "", metrics, {}, measured=measured)
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    levels = {"none": 1.0, "fast": 0.5}
+    return make_comparison(run_of(v, seed, level) for v, level in levels.items() for seed in (0, 1))
+
+
+def lines(figure: Any) -> dict[str, tuple[list[float], list[float], str]]:
+    """Line of every variant: places, values, colour; all have markers."""
+    drawn = [trace for trace in figure["data"] if "name" in trace]
+    assert {trace["mode"] for trace in drawn} == {"lines+markers"}
+    return {t["name"]: (t["x"], t["y"], t["line"]["color"]) for t in drawn}
+
+
+def test_every_whole_metric_is_drawn_against_the_step(comparison: Comparison) -> None:
+    charts = {chart.title: chart for chart in step_charts(comparison)}
+    assert list(charts) == [
+        "validation flow loss",
+        "validation flow loss, minus baseline",
+        "subject silhouette, block mean",
+        "subject identity (proxy)",
+    ]
+    flow = charts["validation flow loss"]
+    assert flow.caption == "lower is better"
+    drawn = lines(flow.figure)
+    places, values, colour = drawn["none"]
+    assert places == list(STEPS) and colour == BASELINE_COLOUR
+    assert values == pytest.approx([1 / step + 0.005 for step in STEPS])
+    band: Any = flow.figure
+    assert band["data"][0]["y"][0] == pytest.approx(1 / 4 + 0.01)  # the highest seed
+    paired = lines(charts["validation flow loss, minus baseline"].figure)
+    assert list(paired) == ["fast"]
+    assert paired["fast"][1] == pytest.approx([-0.5 / step for step in STEPS])
+    assert lines(charts["subject silhouette, block mean"].figure)["fast"][0] == [4, 12]
+
+
+def test_the_report_holds_the_steps_in_every_form(comparison: Comparison, tmp_path: Path) -> None:
+    text = write_report(comparison, tmp_path).read_text()
+    assert text.count('data-figure="steps-') == 4
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| metric | variant | 4 | 8 | 12 |" in markdown
+    assert "| subject silhouette, block mean | fast | 0.1000 ± 0 | — | 0.7000 ± 0 |" in markdown
+    rows = read_table(tmp_path / "steps.csv")
+    assert len(rows) == 4 * (3 + 3 + 2 + 2 + 1 + 1)
+    one = next(row for row in rows if row["metric"] == "val/flow/t3")
+    assert one == {
+        "metric": "val/flow/t3",
+        "variant": "none",
+        "seed": "0",
+        "step": "4",
+        "value": "0.25",
+    }
+    path = tmp_path / "comparison.json"
+    comparison.save(path)
+    assert Comparison.load(path) == comparison
+
+
+def test_without_evaluations_there_is_nothing_of_them(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    write_report(comparison, tmp_path)
+    plain = tuple(dataclasses.replace(run, measured={}) for run in comparison.results)
+    text = write_report(dataclasses.replace(comparison, results=plain), tmp_path).read_text()
+    assert "Metrics during training" not in text + (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "steps.csv").exists()
+
+
+def test_many_steps_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
+    steps = range(10, 1010, 10)
+    flows = {
+        variant: tuple((step, math.nan if step == 1000 else level / step) for step in steps)
+        for variant, level in {"none": 1.0, "fast": 0.5}.items()
+    }
+    made = make_comparison(
+        RunResult(v, 0, 1000, "", {"val/flow": c[-1][1]}, {}, measured={"val/flow": c})
+        for v, c in flows.items()
+    )
+    write_report(made, tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    header = next(line for line in markdown.split("\n") if line.startswith("| metric | variant"))
+    assert header.split("|")[3:-1] == [
+        f" {step:,} " for step in (120, 250, 380, 500, 620, 750, 880, 1000)
+    ]
+    assert "not finite |" in markdown
