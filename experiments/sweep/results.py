@@ -18,6 +18,7 @@ from alignlab.config.run import RunConfig
 from alignlab.experiments.report.escaping import csv_cell, one_visible_line
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
+from alignlab.experiments.sweep.pruning import PRUNED_AT
 from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import (
@@ -104,7 +105,7 @@ def trials_csv(study: SweepStudy) -> str:
     """One row per trial: number, state, values, metrics (means over seeds), folder, error.
 
     `same_as` is the trial whose result was taken because it has the same settings; the folder is
-    then that one's.
+    then that one's. `pruned_at`: optimizer steps over its seeds after which it was pruned.
     """
     trials = study.trials()
     names = sorted({name for t in trials for name in t.user_attrs.get(METRICS, {})})
@@ -113,7 +114,9 @@ def trials_csv(study: SweepStudy) -> str:
     keys = list(study.config.space)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "feasible", *keys, *names, "same_as", "folder", "error"])
+    writer.writerow(
+        ["trial", "state", "feasible", *keys, *names, "same_as", "folder", "pruned_at", "error"]
+    )
     for trial in trials:
         values, metrics = trial_values(study, trial), trial.user_attrs.get(METRICS, {})
         feasible = all(excess <= 0 for excess in trial.constraints.values())
@@ -127,6 +130,7 @@ def trials_csv(study: SweepStudy) -> str:
                 *(fmean(metrics[name]) if name in metrics else "" for name in names),
                 trial.user_attrs.get(SAME_AS, ""),
                 f"trial-{trained_as(study, trial):04d}",
+                trial.user_attrs.get(PRUNED_AT, ""),
                 trial.user_attrs.get(ERROR, ""),
             )
         )

@@ -15,7 +15,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 
 from alignlab.errors import UserError
-from alignlab.experiments.sweep.config import PrunerConfig, SamplerConfig, SweepConfig
+from alignlab.experiments.sweep.config import SamplerConfig, SweepConfig, steps_between
 from alignlab.experiments.sweep.space import distributions
 from alignlab.randomness import generator
 
@@ -81,20 +81,23 @@ def reads_earlier_trials(config: SweepConfig) -> bool:
     return config.sampler.name not in ("random", "grid") or config.pruner.name != "none"
 
 
-def build_pruner(config: PrunerConfig, num_seeds: int) -> optuna.pruners.BasePruner:
-    """The pruner; its steps are seeds finished, counted from 1."""
-    match config.name:
+def build_pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
+    """The pruner; for its steps see `experiments.sweep.pruning`."""
+    pruner = config.pruner
+    match pruner.name:
         case "none":
             return optuna.pruners.NopPruner()
         case "median":
-            startup = 5 if config.startup is None else config.startup
+            startup = 5 if pruner.startup is None else pruner.startup
             return optuna.pruners.MedianPruner(n_startup_trials=startup)
         case "hyperband":
+            every = steps_between(config)
+            last = len(config.seeds) * (1 if every is None else config.base.steps)
             return optuna.pruners.HyperbandPruner(
-                min_resource=1,
-                max_resource=num_seeds,
-                reduction_factor=config.reduction or 3,
+                min_resource=every or 1,
+                max_resource=last,
+                reduction_factor=pruner.reduction or 3,
             )
         case "wilcoxon":
             with experimental_accepted():
-                return optuna.pruners.WilcoxonPruner(p_threshold=config.p or 0.1)
+                return optuna.pruners.WilcoxonPruner(p_threshold=pruner.p or 0.1)

@@ -64,6 +64,9 @@ class SweepStudy:
         """How many trials there are, or will be once all are added."""
         self._lock = FileLock(sweep_folder(config) / ".claims.lock")
         self._watch = Watch()
+        if isinstance(study.pruner, optuna.pruners.HyperbandPruner):
+            # else it does so at its first decision, and draws before that know no brackets
+            study.pruner._try_initialization(study)
         self._unseen: set[tuple[int, str]] | None = None  # trial and owner, of those first found
         self._settings: dict[int, str] = {}  # of trials, by number
 
@@ -125,7 +128,8 @@ class SweepStudy:
             same = [t for t in trials if t is not mine and self._settings_of(t) == settings]
             complete = [t for t in same if t.state == TrialState.COMPLETE]
             busy = [t for t in same if _comes_before(t, mine)]
-            pruned = [t for t in same if t.state == TrialState.PRUNED]
+            # of one that was pruned inside its first run there is nothing to take
+            pruned = [t for t in same if t.state == TrialState.PRUNED and _num_seeds(t)]
             if complete or busy:
                 return (complete or busy)[0]
             self._storage.set_trial_user_attr(self._trial_id(number), TRAINS, True)
@@ -199,7 +203,7 @@ def _comes_before(trial: FrozenTrial, mine: FrozenTrial) -> bool:
 
 
 def _num_seeds(trial: FrozenTrial) -> int:
-    return max(map(len, trial.user_attrs[METRICS].values()))
+    return max(map(len, trial.user_attrs[METRICS].values()), default=0)
 
 
 def sweep_folder(config: SweepConfig) -> Path:
@@ -235,7 +239,7 @@ def create_study(config: SweepConfig) -> SweepStudy:
             storage=storage,
             study_name=config.name,
             directions=directions(config),
-            pruner=build_pruner(config.pruner, len(config.seeds)),
+            pruner=build_pruner(config),
             load_if_exists=True,
         )
         recipe_hash = study.user_attrs.get(RECIPE_HASH)
@@ -260,7 +264,7 @@ def join_study(config: SweepConfig) -> SweepStudy:
         study = optuna.load_study(
             storage=storage,
             study_name=config.name,
-            pruner=build_pruner(config.pruner, len(config.seeds)),
+            pruner=build_pruner(config),
         )
     except KeyError:
         raise UserError(

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 from optuna.storages import BaseStorage
 from optuna.storages._cached_storage import _CachedStorage
+from optuna.trial import TrialState
 
 from alignlab.config.run import RunConfig
+from alignlab.evaluation.intermediate import OnEvaluation
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import run as sweep_run
 from alignlab.experiments.sweep import trial as sweep_trial
@@ -45,6 +47,7 @@ metric: val/flow
 """
 SAMPLERS = {
     "tpe": "{name: tpe, startup: 2}",
+    "tpe, hyperband": "{name: tpe, startup: 2}",
     "gp": "{name: gp, startup: 2}",
     "cmaes": "{name: cmaes, population: 3}",
     "nsga2": "{name: nsga2, population: 3}",
@@ -54,7 +57,9 @@ SAMPLERS = {
 WRITES = [name for name in dir(BaseStorage) if name.startswith(("set_", "create_new_"))]
 
 
-def trained_at_once(run: RunConfig, **_: object) -> Path:
+def trained_at_once(
+    run: RunConfig, *, on_evaluation: OnEvaluation | None = None, **_: object
+) -> Path:
     """Stands for `train`: a number that depends on the settings, without the training."""
     folder = RunFolder.create(run)
     blocks = run.objectives["ra"].blocks
@@ -64,6 +69,10 @@ def trained_at_once(run: RunConfig, **_: object) -> Path:
     (folder.path / "environment.json").write_text(
         json.dumps({"device": "cpu", "threads": 1, "torch": "-", "commit": "-"})
     )
+    every = run.eval.every or run.steps
+    for step in range(every, run.steps, every):
+        if on_evaluation is not None:
+            on_evaluation(step, {"val/flow": flow + blocks[0] + 9 / step})
     folder.result.write_text(json.dumps({"metrics": {"val/flow": flow + blocks[0]}}))
     return folder.path
 
@@ -139,7 +148,7 @@ def moments_of(writes: list[str]) -> list[int]:
     return [last - 1]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS if KILLS else ["tpe", "gp", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS if KILLS else ["tpe, hyperband", "gp"])
 def test_a_kill_at_a_write_changes_no_trial(
     sampler: str, recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -149,11 +158,18 @@ def test_a_kill_at_a_write_changes_no_trial(
     path = sweep_recipe(recipe_file, tmp_path / "sweep.yaml", text)
 
     def configured(folder: str) -> SweepConfig:
-        return load_sweep(path, [f"output={tmp_path / folder}", f"sampler={SAMPLERS[sampler]}"])
+        overrides = [f"output={tmp_path / folder}", f"sampler={SAMPLERS[sampler]}"]
+        if "hyperband" in sampler:
+            overrides += ["pruner={name: hyperband, reduction: 2}", "steps=8", "eval.every=2"]
+            overrides += ["trials=12"]
+        return load_sweep(path, overrides)
 
     with counted_writes() as writes:
         sweep(configured("whole"))
     expected = trials_of(configured("whole"))
+    if "hyperband" in sampler:
+        states = [state for _, state, *_ in expected]
+        assert TrialState.PRUNED in states and TrialState.COMPLETE in states
     wrong, moments = [], moments_of(writes)
     for moment in moments:
         config = configured(f"killed-{moment}")
