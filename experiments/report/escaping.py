@@ -59,7 +59,7 @@ def markdown_code(text: str, language: str) -> list[str]:
 
 def plot_text(text: str) -> str:
     """Text for a chart: plotly.js reads a little HTML, and `%{...}` where it fills in numbers."""
-    return html.escape(one_visible_line(text)).replace("{", "&#123;")
+    return html.escape(one_visible_line(text), quote=False).replace("{", "&#123;")
 
 
 def csv_cell(value: object) -> object:

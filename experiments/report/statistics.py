@@ -102,17 +102,18 @@ class Paired:
 
 
 def paired_statistics(
-    differences: Mapping[str, Sequence[float]], scale: float
+    differences: Mapping[str, Sequence[float]], scales: Mapping[str, float]
 ) -> dict[str, Paired]:
     """Statistics of one metric for every variant, Holm-corrected over those that have a p-value.
 
     Args:
         differences: variant to its differences to the baseline, one per shared seed; a variant
             with none, or with one that is not finite, gets no statistics.
-        scale: largest magnitude of the numbers that were subtracted; see `without_rounding`.
+        scales: variant to the largest magnitude of the numbers that were subtracted; see
+            `without_rounding`.
     """
     usable = {
-        variant: [without_rounding(value, scale) for value in values]
+        variant: [without_rounding(value, scales[variant]) for value in values]
         for variant, values in differences.items()
         if values and all(math.isfinite(value) for value in values)
     }
@@ -121,7 +122,8 @@ def paired_statistics(
     shifts = {variant: _shift(values) for variant, values in usable.items()}
     usable = {v: [_scaled(x, -shifts[v]) for x in values] for v, values in usable.items()}
     paired = {
-        v: _paired(values, _scaled(scale, -shifts[v]), num_tests) for v, values in usable.items()
+        v: _paired(values, _scaled(scales[v], -shifts[v]), num_tests)
+        for v, values in usable.items()
     }
     tested = {v: one.p_value for v, one in paired.items() if one.p_value is not None}
     p_values = list(tested.values())

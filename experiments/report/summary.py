@@ -317,11 +317,17 @@ def spread_of(values: list[float]) -> tuple[float | None, float | None]:
     return mean, None if std is None else without_rounding(std, scale)
 
 
+def _size(values: list[float]) -> float:
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+
+
 def _with_statistics(group: list[SummaryRow]) -> list[SummaryRow]:
     """The rows of one metric with their paired statistics, corrected over its variants."""
-    sizes = [abs(v) for row in group for v in row.values.values() if math.isfinite(v)]
+    base = next((list(row.values.values()) for row in group if row.is_baseline), [])
+    # each variant's own: rounding of one that diverged must not hide differences of the others
+    scales = {row.variant: _size([*row.values.values(), *base]) for row in group}
     differences = {row.variant: list(row.differences.values()) for row in group}
-    paired = paired_statistics(differences, max(sizes, default=0.0))
+    paired = paired_statistics(differences, scales)
     return [dataclasses.replace(row, paired=paired.get(row.variant)) for row in group]
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -30,6 +31,7 @@ from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown, print_summary, table_csv
 from alignlab.experiments.report.write import write_report
+from made_comparisons import make_comparison
 
 EXAMPLES = int(os.environ.get("ALIGNLAB_EXAMPLES", "60"))
 PAGES = int(os.environ.get("ALIGNLAB_PAGES", "8"))
@@ -218,6 +220,49 @@ def test_any_comparison_is_shown_and_kept(tmp_path: Path, comparison: Comparison
     path = tmp_path / "comparison.json"
     comparison.save(path)
     assert same(Comparison.load(path), comparison)
+
+
+def test_a_variant_that_exploded_hides_no_difference_of_another() -> None:
+    numbers_ = {"none": [0.2, 0.21, 0.2], "good": [0.1, 0.12, 0.11], "wild": [1e30, 3e30, 2e30]}
+    runs_ = [
+        RunResult(variant, seed, 1, "run", {"val/flow": value}, {})
+        for variant, values in numbers_.items()
+        for seed, value in enumerate(values)
+    ]
+    rows = {row.variant: row for row in summary_rows(make_comparison(runs_))}
+    assert rows["good"].diff_text.startswith("\N{MINUS SIGN}0.093")
+    assert rows["good"].change == "better"
+
+
+def test_no_script_of_a_name_runs(browser: ModuleType, tmp_path: Path) -> None:
+    attack = "document.title = 'ran'"
+    names = [
+        f'<img src=x onerror="{attack}">',
+        f"</script><script>{attack}</script>",
+        f'"><a href="javascript:{attack}">%{{y}}',
+    ]
+    runs_ = [
+        RunResult(name, seed, 1, "run", {"val/flow": 1e308 * seed}, {name: ((1, 1e308), (2, 0.5))})
+        for name in names
+        for seed in range(3)
+    ]
+    made = make_comparison(runs_, baseline=names[0], name=names[1], recipe=names[1])
+    page = browser.with_script(
+        write_report(made, tmp_path),
+        """
+        const plots = [...document.querySelectorAll(".plot")];
+        const found = {
+          title: document.title,
+          drawn: plots.every((plot) => plot.querySelector(".main-svg")),
+          variants: [...document.querySelectorAll(".legend button")].map((b) => b.dataset.variant),
+          groups: [...new Set(plots.flatMap((p) => p.data.map((t) => t.legendgroup)))],
+          odd: document.querySelectorAll("img, a[href^=javascript]").length,
+        };""",
+    )
+    found, console = browser.opened(page)
+    assert found["title"].endswith("alignlab comparison") and "rror" not in console
+    assert found["drawn"] and found["odd"] == 0
+    assert set(found["groups"]) == set(found["variants"]) and len(found["groups"]) == 3
 
 
 def same(one: Any, other: Any) -> bool:
