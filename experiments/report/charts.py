@@ -41,6 +41,7 @@ _BETTER_WORDS = {
     "none": "",
 }
 _FEW_POINTS = 15
+_MOST_DRAWN = 1e290
 _MAX_POINTS = 100
 _NUM_BINS = 10
 
@@ -247,7 +248,7 @@ def _curve_chart(
     for (variant, _), curve in curves.items():
         binned: Series = {}
         for step, value in curve:
-            if math.isfinite(value):
+            if _is_drawn(value):
                 binned.setdefault(places[step], []).append(value)
         for place, values in binned.items():
             series.setdefault(variant, {}).setdefault(place, []).append(mean_and_std(values)[0])
@@ -276,7 +277,7 @@ def _lines(
         points = [
             (place, finite)
             for place, values in sorted(series.get(variant, {}).items())
-            if (finite := [value for value in values if math.isfinite(value)])
+            if (finite := [value for value in values if _is_drawn(value)])
         ]
         if not points:
             continue
@@ -322,7 +323,7 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
     for row in shown:
         style = styles(comparison)[row.variant]
         name = plot_text(row.variant)
-        finite = {s: v for s, v in row.differences.items() if math.isfinite(v)}
+        finite = {s: v for s, v in row.differences.items() if _is_drawn(v)}
         traces.append(
             {
                 "type": "scatter",
@@ -340,7 +341,7 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
                 },
             }
         )
-        if row.paired is not None and row.paired.low is not None:
+        if row.paired is not None and row.paired.low is not None and _is_drawn(row.paired.mean):
             traces.append(_mean_bar(style, row.paired, row.diff_text))
     across: Json = {"zeroline": True, "zerolinecolor": _INK, "rangemode": "tozero"}
     down: Json = {"autorange": "reversed", "showgrid": False, "type": "category"}
@@ -351,6 +352,11 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
         "yaxis": _report_axis("") | down,
     }
     return {"data": traces, "layout": _report_layout("", False) | changes}
+
+
+def _is_drawn(value: float) -> bool:
+    """Whether plotly.js can place it: its own axes overflow before floats do."""
+    return abs(value) < _MOST_DRAWN  # not of NaN
 
 
 def _mean_bar(style: Style, paired: Paired, text: str) -> JsonValue:
@@ -371,8 +377,8 @@ def _mean_bar(style: Style, paired: Paired, text: str) -> JsonValue:
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [up if math.isfinite(up) else None],
-            "arrayminus": [down if math.isfinite(down) else None],
+            "array": [up if _is_drawn(up) else None],
+            "arrayminus": [down if _is_drawn(down) else None],
             "color": style.colour,
             "thickness": 1.5,
             "width": 4,

@@ -250,12 +250,12 @@ def test_no_script_of_a_name_runs(browser: ModuleType, tmp_path: Path) -> None:
     page = browser.with_script(
         write_report(made, tmp_path),
         """
-        const plots = [...document.querySelectorAll(".plot")];
+        const shown = [...document.querySelectorAll(".plot")];
         const found = {
           title: document.title,
-          drawn: plots.every((plot) => plot.querySelector(".main-svg")),
+          drawn: shown.every((plot) => plot.querySelector(".main-svg")),
           variants: [...document.querySelectorAll(".legend button")].map((b) => b.dataset.variant),
-          groups: [...new Set(plots.flatMap((p) => p.data.map((t) => t.legendgroup)))],
+          groups: [...new Set(shown.flatMap((p) => p.data.map((t) => t.legendgroup)))],
           odd: document.querySelectorAll("img, a[href^=javascript]").length,
         };""",
     )
