@@ -10,7 +10,7 @@ import typer
 
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
-from alignlab.cli_runs import evaluate, export, sample
+from alignlab.cli_runs import evaluate, export, repro, sample
 from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
@@ -18,6 +18,7 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
+from alignlab.experiments.cli.verify import verify
 
 app = typer.Typer(
     cls=Commands,
@@ -112,7 +113,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     evaluate,
     sample,
     export,
+    repro,
     probe,
+    verify,
     doctor,
 )
 """In the order of `alignlab --help`."""

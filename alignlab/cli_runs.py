@@ -91,3 +91,14 @@ def export(
     from alignlab.training.checkpoint import ModelChoice
 
     typer.echo(f"exported: {write(run, out or run / 'export', ModelChoice(checkpoint, ema))}")
+
+
+def repro(
+    run: RunFolder,
+    output: Annotated[str, typer.Option(help="Where the commands make it again.")] = "repro",
+) -> None:
+    """Print the commands that make a run again: code, packages, each part of its training."""
+    from alignlab.repro import repro_commands
+
+    for line in repro_commands(run, output):
+        typer.echo(line)

@@ -1,10 +1,7 @@
 """Where a run happened: versions, commit, hardware."""
 
-import json
 import logging
 import platform
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +10,15 @@ from pathlib import Path
 import torch
 
 import alignlab
+from alignlab.checkout import git
+from alignlab.runs.atomic_files import remove_folder
+from alignlab.runs.checksums import DamagedError, read_json
 
 log = logging.getLogger(__name__)
 
 CHANGE_BITS = ("device", "threads", "processes", "torch")
 THEN = ", then "
+UNKNOWN = "unknown"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "safetensors")
 """Those that numbers depend on."""
 
@@ -45,10 +46,18 @@ def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
     is given as `1, then 2`.
 
     Args:
-        earlier: the run's `environment.json`, if there is one.
+        earlier: the run's `environment.json`, if there is one; of a damaged one every such fact
+            is `unknown`, and that is said.
         now: the facts of this process.
     """
-    before: dict[str, str] = json.loads(earlier.read_text()) if earlier.exists() else {}
+    before: dict[str, str] = {}
+    try:
+        before = read_environment(earlier) if earlier.exists() else {}
+    except DamagedError as error:
+        log.warning("%s (%s): %s", earlier, error.problem, "it is damaged and written anew")
+        before = dict.fromkeys(CHANGE_BITS, UNKNOWN)
+        if earlier.is_dir():
+            remove_folder(earlier)
     if before:
         before = {"processes": "1"} | before  # older runs had one process and do not say so
     facts = dict(now)
@@ -63,6 +72,19 @@ def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
                 now[name],
                 last,
             )
+    return facts
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """The facts in a run's `environment.json`.
+
+    Raises:
+        DamagedError: it does not hold what was written.
+    """
+    fix = "copy it back from elsewhere, or train the run again"
+    facts = read_json(path, fix=fix)
+    if not all(isinstance(value, str) for value in facts.values()) or "torch" not in facts:
+        raise DamagedError(path, "it does not hold the facts of a run", fix)
     return facts
 
 
@@ -84,14 +106,5 @@ def package_version(name: str) -> str | None:
 
 def git_commit() -> str | None:
     """Short commit of the alignlab checkout, with `-dirty` for uncommitted changes; else None."""
-    folder = Path(alignlab.__file__).resolve().parent.parent
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return None
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=9"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
+    described = git("describe", "--always", "--dirty", "--abbrev=9")
+    return (described or b"").decode().strip() or None

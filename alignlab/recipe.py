@@ -29,6 +29,7 @@ NUMBERLESS: dict[str, Any] = {
     "tracking": True,
     "checkpoint": True,
     "data": {"cache_clips": True},
+    "optim": {"resume_schedule": True},  # what it did is in the run's history.json
     "eval": {"every": True, "sample_every": True},
 }
 
@@ -51,6 +52,16 @@ def load_run(
     mapping = read_recipe(recipe, overrides or [])
     refuse_other_command(recipe, mapping, "train")
     return validated(RunConfig, mapping, stored=stored)
+
+
+def load_training(recipe: Path) -> TrainingConfig:
+    """The config in a run's folder, whether it is of a run or of a Stage 1 training.
+
+    Raises:
+        UserError: as `load_run`.
+    """
+    mapping = read_recipe(recipe, [])
+    return validated(Stage1Config if "stage1" in mapping else RunConfig, mapping, stored=True)
 
 
 def load_stage1_run(
@@ -124,7 +135,8 @@ def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
     Settings that change no number are left out: name, output, tracking, checkpoint,
-    `data.cache_clips`, and how often a run is evaluated while it trains.
+    Settings that change no number are left out: name, output, tracking, checkpoint,
+    `data.cache_clips`, `optim.resume_schedule`, and how often a run is evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
 

@@ -197,7 +197,7 @@ def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
     refuse_several_ranks()  # each would write the same file
     folder = RunFolder.open(run_dir)
     config = folder.config()
-    is_average, found = choice.is_average(config.optim), choice.find(folder.checkpoints)
+    is_average, _ = choice.is_average(config.optim), choice.find(folder.checkpoints)
     tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,
@@ -207,7 +207,8 @@ def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
         precision=config.model.precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    load_transformer(wan.transformer, found, ema=is_average)
+    with choice.reading(folder.checkpoints) as found:
+        load_transformer(wan.transformer, found, ema=is_average)
     wan.transformer.eval()
     return wan
 

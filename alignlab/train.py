@@ -6,13 +6,12 @@ Stage 1 (`alignlab.stage1.train`) goes through the same loop and step with a tra
 Shape letters: B batch.
 """
 
-import json
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +35,20 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.atomic_files import clear_leftovers, write_text
-from alignlab.runs.input_record import hold_inputs
+from alignlab.runs.checkpoint_folders import step_path
+from alignlab.runs.checksums import write_json
+from alignlab.runs.code_record import record_code
+from alignlab.runs.kept_checkpoints import drop_checkpoints
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.metric_rows import read_rows
-from alignlab.runs.run_folder import RunFolder, only_writer
-from alignlab.stage1.compatibility import is_finished, stage1_digests
+from alignlab.runs.metric_rows import mark_log, read_rows
+from alignlab.runs.open_folder import open_folder
+from alignlab.runs.prolong import (
+    SchedulePlan,
+    begin_leg,
+    forget_earlier_ends,
+)
+from alignlab.runs.run_folder import RunFolder
+from alignlab.stage1.compatibility import stage1_digests
 from alignlab.tracking import SilentTracker, Tracker
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
@@ -49,6 +56,7 @@ from alignlab.training.alignment import Aligned
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
+from alignlab.training.init_from import checked_source, start_from
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.nonfinite import NonFiniteWatch, state_norms
 from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
@@ -71,7 +79,8 @@ def train(
 ) -> Path:
     """Trains, or resumes, the run `<output>/<name>`, evaluates it and returns its folder.
 
-    A finished run is returned as it is. Called in each of several processes that torchrun or
+    A finished run is returned as it is, unless the recipe has more steps: then it is prolonged
+    (`alignlab.runs.prolong`). Called in each of several processes that torchrun or
     `accelerate launch` started, it trains one run with all of them; at its end, such a program
     calls `alignlab.distributed.ranks.destroy_process_group`.
 
@@ -97,42 +106,17 @@ def train(
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        source = checked_source(config) if newest is None else None
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
+        if source is not None:
+            start_from(run.state, run.wan, config, source)
         if newest is not None:
-            checkpoint.restore(run.state, newest)
+            checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)
-        RunTrainer(run, on_evaluation).fit(opened.folder, newest)
+        plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
+        RunTrainer(run, on_evaluation, plan=plan).fit(opened.folder, newest)
     return opened.folder.path
-
-
-class OpenedFolder(NamedTuple):
-    """A run folder before its training, whether that is finished, and the newest checkpoint."""
-
-    folder: RunFolder
-    is_finished: bool
-    newest: Path | None
-
-
-def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> OpenedFolder:
-    """Opens the folder of a training, which may be an interrupted one.
-
-    Args:
-        config: the recipe.
-        locks: keeps the lock of a folder that will be written.
-        wait: for another command that trains this run; else refuse.
-
-    Raises:
-        UserError: the folder holds another recipe or other inputs, another command trains there, or
-            it is finished with another Stage 1 network.
-    """
-    folder = RunFolder.create(config)
-    if not folder.result.exists():
-        locks.enter_context(only_writer(folder.path, wait=wait))
-        clear_leftovers(folder.checkpoints)
-    hold_inputs(folder, config)
-    newest = checkpoint.latest(folder.checkpoints)
-    return OpenedFolder(folder, is_finished(config, folder), newest)
 
 
 class Trainer(ABC):
@@ -142,12 +126,20 @@ class Trainer(ABC):
         config: the recipe.
         ranks: this rank and those that train with it.
         state: what the training changes.
+        plan: of its schedules; None: it is not prolonged.
     """
 
-    def __init__(self, config: TrainingConfig, ranks: Ranks, state: TrainState) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        ranks: Ranks,
+        state: TrainState,
+        plan: SchedulePlan | None = None,
+    ) -> None:
         self.config = config
         self.ranks = ranks
         self.state = state
+        self.plan = plan or SchedulePlan.of(config)
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
         """Trains from where the state stands to the last step, and evaluates.
@@ -165,7 +157,9 @@ class Trainer(ABC):
             with self.prepared(folder, tracker):
                 self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
+                    forget_earlier_ends(folder, self.config, self.plan, self.first_row())
                     self.finish(folder, tracker)
+                    drop_checkpoints(folder, self.config)
                 ranks.barrier()
 
     def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
@@ -210,7 +204,7 @@ class Trainer(ABC):
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
         """One optimizer step on the micro-batches; returns its scalars, still on the device."""
         config, state = self.config, self.state
-        set_learning_rate(state.optimizer, config, state.step)
+        set_learning_rate(state.optimizer, config, self.plan, state.step)
         parts: list[dict[str, Tensor]] = []
         for batch in batches:
             loss, per_sample = self.losses(batch)
@@ -236,9 +230,14 @@ class Trainer(ABC):
             norm = float(get_total_norm(list(state.names)))
             ranks.check_same("the norm of the trained weights", norm)
         if ranks.is_main:
-            checkpoint.save(state, folder.checkpoints, keep=self.config.checkpoint.keep)
+            keep, log = self.config.checkpoint.keep, mark_log(folder.metrics)
+            checkpoint.save(state, folder.checkpoints, keep=keep, log=log)
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-        return checkpoint.step_path(folder.checkpoints, state.step)
+        return step_path(folder.checkpoints, state.step)
+
+    def first_row(self) -> dict[str, float]:
+        """What the log says before the first step that depends on the number of steps."""
+        return {}
 
     def _tracker(self, folder: RunFolder, *, resumed: bool) -> Tracker:
         """Writes `environment.json` and gives the tracker; silent on all ranks but the main one."""
@@ -247,7 +246,8 @@ class Trainer(ABC):
         environment = describe_environment() | {"processes": str(self.ranks.world_size)}
         if resumed:
             environment = continued(folder.path / "environment.json", environment)
-        write_text(folder.path / "environment.json", json.dumps(environment, indent=1))
+        write_json(folder.path / "environment.json", environment)
+        record_code(folder.path, step=self.state.step)
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod
@@ -301,13 +301,21 @@ class RunTrainer(Trainer):
     Args:
         run: everything that the run trains with. Enter `run.branch` before taking steps by hand.
         on_evaluation: see `train`.
+        plan: of its schedules; None: it is not prolonged.
     """
 
     config: RunConfig
 
-    def __init__(self, run: Run, on_evaluation: OnEvaluation | None = None) -> None:
-        super().__init__(run.config, run.ranks, run.state)
+    def __init__(
+        self,
+        run: Run,
+        on_evaluation: OnEvaluation | None = None,
+        *,
+        plan: SchedulePlan | None = None,
+    ) -> None:
+        super().__init__(run.config, run.ranks, run.state, plan)
         self.run = run
+        run.alignment.plan = self.plan
         self._on_evaluation = on_evaluation
         self._evaluations: IntermediateEvaluations | None = None
         self._diagnosis: Diagnosis | None = None
@@ -384,7 +392,7 @@ class RunTrainer(Trainer):
         """Reference branch and taps; logs the noise levels that the run will draw."""
         if self.state.step == 0:
             flow = self.ranks.on_main(flow_of_first_clips, self.run)
-            tracker.log(0, timestep_histogram(self.config) | {START_FLOW: flow})
+            tracker.log(0, self.first_row() | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
         self._aligned.count_on(rows)
         every = self.config.tracking.diagnose_every
@@ -394,6 +402,9 @@ class RunTrainer(Trainer):
         with self.run.branch:
             self._evaluations.catch_up(rows)
             yield
+
+    def first_row(self) -> dict[str, float]:
+        return timestep_histogram(self.config)
 
     def is_evaluation_due(self) -> bool:
         return self._evaluations is not None and self._evaluations.is_due()
@@ -423,10 +434,10 @@ class RunTrainer(Trainer):
         digests = stage1_digests(self.config, self.run.alignment.objectives)
         rows, counts = read_rows(folder.metrics), self._aligned.counts()
         diverged = divergence_warnings(rows, flow_of_first_clips(self.run))
-        notes = [*self.run.notes, *diverged, *alignment_warnings(counts)]
+        notes = [*self.run.notes, *self.state.notes, *diverged, *alignment_warnings(counts)]
         notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))
-        notes += nonfinite_warnings(metrics)
+        notes += [*nonfinite_warnings(metrics), *self.plan.notes()]
         result = {
             "steps": self.config.steps,
             "metrics": metrics,
@@ -435,7 +446,7 @@ class RunTrainer(Trainer):
             "diverged": bool(diverged),
             "notes": notes,
         }
-        write_text(folder.result, json.dumps(result, indent=1))
+        folder.write_result(result)
 
 
 def logged_costs(folder: RunFolder) -> dict[str, float]:

@@ -61,7 +61,7 @@ def has_hash(config: BaseModel, stored: str, exclude: Exclude | None = None) -> 
     """
     if stored.startswith(_PREFIX):
         return stored == settings_hash(config, exclude)
-    if _has_later_settings(config):
+    if _has_later_settings(config, exclude or {}):
         return False
     whole = _as_of_v1(config, config.model_dump(mode="json", exclude=_pydantic(exclude or {})))
     # runs were hashed without spaces between the settings, sweeps with them
@@ -90,7 +90,7 @@ def _plain(value: Any, exclude: Exclude) -> Any:
     return None if value is PydanticUndefined else to_jsonable_python(value)
 
 
-def _has_later_settings(value: Any) -> bool:
+def _has_later_settings(value: Any, exclude: Exclude) -> bool:
     """Whether a setting that version 1 did not have is given another value than its default.
 
     A tag that it did not have marks what is computed otherwise since.
@@ -99,15 +99,16 @@ def _has_later_settings(value: Any) -> bool:
         fields = type(value).model_fields
         old = FIELDS_V1.get(type(value).__name__, frozenset(fields))
         return any(
-            _has_later_settings(getattr(value, name))
+            _has_later_settings(getattr(value, name), exclude.get(name) or {})
             if name in old
             else _is_tag(field) or getattr(value, name) != _before(field)
             for name, field in fields.items()
+            if exclude.get(name) is not True
         )
     if isinstance(value, Mapping):
-        return any(map(_has_later_settings, value.values()))
+        return any(_has_later_settings(one, {}) for one in value.values())
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return any(map(_has_later_settings, value))
+        return any(_has_later_settings(one, {}) for one in value)
     return False
 
 

@@ -46,6 +46,10 @@ class ModelConfig(Settings):
 
     path: str
     """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
+    init_from: str | None = None
+    """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`), whose last weights
+    this one starts from, with the projectors of objectives that fit, as RefAlign's second stage
+    does. Step, optimizer and moving average begin anew. Left out: `path` as it is."""
     train: Literal["full", "lora"] = "full"
     """Train all weights (RefAlign) or low-rank adapters."""
     lora: LoraConfig | None = None
@@ -187,6 +191,11 @@ class AdamWConfig(Settings):
     """Steps over which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: kept, or brought to 0 at the last step."""
+    resume_schedule: Literal["keep", "stretch"] | None = None
+    """What becomes of schedules that depend on `steps` when a run is prolonged, by its recipe with
+    more `steps`: `stretch`, from there on as in a run of that many steps; `keep`, as planned for
+    the old number, and after that their last value. Left out: such a run is not prolonged. Nothing
+    else reads it."""
 
     @field_validator("betas")
     @classmethod
@@ -220,6 +229,9 @@ class CheckpointConfig(Settings):
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    keep_finished: Literal["all", "weights", "none"] = "all"
+    """What is left of them once the run is finished: `weights`, the newest without its optimizer,
+    from which nothing trains on; `none`, which also cannot be sampled, exported or evaluated."""
 
 
 class EvalConfig(Settings):

@@ -1,6 +1,5 @@
 """A checkpoint of a run, evaluated as the run itself is at its end."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +13,12 @@ from alignlab.evaluation.evaluate import measure
 from alignlab.evaluation.generation import num_measured_clips
 from alignlab.evaluation.run_warnings import nonfinite_warnings, sample_warnings
 from alignlab.recipe import load_run, validated
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checkpoint_folders import step_of
+from alignlab.runs.checksums import write_json
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training.checkpoint import (
-    NEWEST,
-    ModelChoice,
-    restore_weights,
-    step_of,
-)
+from alignlab.training.checkpoint import NEWEST, ModelChoice, restore_weights
 from alignlab.training.setup import Caches, build_run, warn_of_few_clips
 
 SCHEDULE = ("every", "sample_every")  # settings of `eval` that say when a run evaluates itself
@@ -80,11 +75,12 @@ def evaluate_run(
     if evaluation is not None:
         settings = config.model_dump(mode="json") | {"eval": evaluation.model_dump(mode="json")}
         config = validated(RunConfig, settings, stored=True)
-    is_average, found = choice.is_average(config.optim), choice.find(folder.checkpoints)
+    is_average, _ = choice.is_average(config.optim), choice.find(folder.checkpoints)
     tell_changes(folder, config)
     run = build_run(config, caches)
     warn_of_few_clips(run)
-    restore_weights(run.state, found)
+    with choice.reading(folder.checkpoints) as found:
+        restore_weights(run.state, found)
     if not is_average:
         run.state.ema = None
     metrics = measure(run, samples, generation=generation)
@@ -121,13 +117,15 @@ def evaluate_to_file(
     own = folder.config()
     unscheduled = [f"eval.{key}=null" for key in SCHEDULE]
     asked = load_run(folder.recipe, [*unscheduled, *overrides], stored=True).eval
-    found = choice.find(folder.checkpoints)
-    choice = replace(choice, step=step_of(found))  # the same, though a run that trains has newer
-    if out is None:
-        out = folder.path / "evaluations" / f"{found.name}{_mark(own, asked, choice)}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    samples = out.with_name(f"{out.stem}-samples")
-    result = evaluate_run(run_dir, choice=choice, evaluation=asked, samples=samples)
+    with choice.reading(folder.checkpoints) as found:
+        choice = replace(
+            choice, step=step_of(found)
+        )  # the same, though a run that trains has newer
+        if out is None:
+            out = folder.path / "evaluations" / f"{found.name}{_mark(own, asked, choice)}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        samples = out.with_name(f"{out.stem}-samples")
+        result = evaluate_run(run_dir, choice=choice, evaluation=asked, samples=samples)
     content = {
         "step": result.step,
         "ema": result.ema,
@@ -136,7 +134,7 @@ def evaluate_to_file(
         "notes": result.notes,
         "environment": describe_environment(),
     }
-    write_text(out, json.dumps(content, indent=1))
+    write_json(out, content)
     return result, out
 
 

@@ -19,10 +19,10 @@ from pathlib import Path
 from alignlab.evaluation.evaluate import measure
 from alignlab.evaluation.generation import LISTING, num_measured_clips
 from alignlab.progress import tell
+from alignlab.runs.checkpoint_folders import step_path
 from alignlab.runs.metric_rows import evaluations, has_generation, has_validation
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
-from alignlab.training.checkpoint import step_path
 from alignlab.training.setup import Run
 
 log = logging.getLogger(__name__)

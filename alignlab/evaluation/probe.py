@@ -3,8 +3,6 @@
 Shape letters: B batch, N tokens, D student width, E teacher width, T, H, W, C frames.
 """
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,17 +14,17 @@ from alignlab.errors import UserError
 from alignlab.evaluation.collectors import ReferenceCollector, VideoCollector
 from alignlab.evaluation.evaluate import denoise, eval_batch, teacher_of
 from alignlab.evaluation.feature_maps import FeatureClip, feature_clip
-from alignlab.evaluation.generation import LISTING
 from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
 from alignlab.metrics import cka
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
+from alignlab.runs.checkpoint_folders import step_of, step_path
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded
-from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer, step_of, step_path
+from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.setup import Run, build_run
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -117,8 +115,8 @@ def probe_run(
     folder = RunFolder.open(run_dir)
     folder.check_split_rule()
     config = folder.config()
-    is_average, found = choice.is_average(config.optim), choice.find(folder.checkpoints)
-    step, alias = step_of(found), _teacher_alias(config, teacher)
+    is_average, _ = choice.is_average(config.optim), choice.find(folder.checkpoints)
+    alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
     run = build_run(config)
     shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
@@ -127,7 +125,9 @@ def probe_run(
     maps, taps = {}, {}
     for model in MODELS:
         if model == "after":
-            load_transformer(run.wan.transformer, found, ema=is_average)
+            with choice.reading(folder.checkpoints) as found:
+                load_transformer(run.wan.transformer, found, ema=is_average)
+                step = step_of(found)
         run.wan.transformer.eval()
         every_block = range(run.wan.num_blocks)
         with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
@@ -219,9 +219,10 @@ def _shown_block(run: Run, block: int | None) -> int:
 
 def _sample_of(folder: RunFolder, step: int, key: str) -> Path | None:
     """The clip that the model of this step has generated."""
+    result = folder.read_result()
+    if result is not None:
+        folder.check_files(result)
     is_last = step == folder.config().steps
     samples = folder.samples if is_last else step_path(folder.samples, step)
-    listing = samples / LISTING
-    clips: Sequence[dict[str, str]] = json.loads(listing.read_text()) if listing.exists() else []
-    videos = [samples / clip["video"] for clip in clips if clip["key"] == key]
+    videos = [samples / clip["video"] for clip in folder.sample_list(samples) if clip["key"] == key]
     return videos[0] if videos and videos[0].is_file() else None

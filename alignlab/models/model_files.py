@@ -1,17 +1,40 @@
-"""Where a model lies on disk: a local folder, an asset of this package, or the hub's cache."""
+"""Where a model lies on disk, and the one door through which its files are loaded.
 
+A model is in a local folder, an asset of this package, or the hub's cache. Its files are looked at
+before a library reads them, so that a damaged one is named.
+"""
+
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError, safe_open
 
 import alignlab
 from alignlab.config.paths import user_path
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line, one_line
 
 _PACKAGE = Path(alignlab.__file__).resolve().parent
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SHARD_LIST = ".safetensors.index.json"
+_CONFIGS = ("config.json", "tokenizer.json", "model_index.json", _SHARD_LIST)
+"""Ends of the names of JSON files that hold an object."""
+_LOAD_ERRORS = (
+    OSError,
+    SafetensorError,
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ZeroDivisionError,
+)
+"""What diffusers and transformers raise on settings and weights that fit nothing."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -61,3 +84,96 @@ def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[s
     if not (folder / marker).is_file():
         raise UserError(f"{setting}: {source} has no {marker}")
     return folder
+
+
+def load_pretrained(loader: Any, folder: Path, *, setting: str, **options: Any) -> Any:
+    """`loader.from_pretrained(folder)` without network, of files that were looked at before.
+
+    Args:
+        loader: a class of diffusers or transformers.
+        folder: of the model or of one part of a pipeline.
+        setting: the recipe key that it came from, for messages.
+        options: of `from_pretrained`; a `state_dict` stands for the folder's weights.
+
+    Raises:
+        UserError: a file is damaged, or what the files hold fits the class not.
+    """
+    check_model_files(folder, setting=setting)
+    try:
+        source = None if "state_dict" in options else folder
+        return loader.from_pretrained(source, local_files_only=True, **options)
+    except _LOAD_ERRORS as error:
+        raise UserError(
+            f"{setting}: cannot load {folder}: {first_line(error) or type(error).__name__}"
+        ) from error
+
+
+def check_model_files(folder: Path, *, setting: str) -> None:
+    """Refuses a model's folder in which a file is damaged, as far as that shows without reading it.
+
+    Seen are Git-LFS pointers, empty and cut safetensors files (their header says their length),
+    shards that are missing, and JSON files that are none.
+
+    Raises:
+        UserError: it names the file and the fix.
+    """
+    for path in sorted(folder.iterdir()):
+        problem = _problem(path)
+        if problem is not None:
+            raise UserError(f"{setting}: {path} {problem}")
+
+
+def read_object(path: Path, *, setting: str) -> dict[str, Any]:
+    """What a JSON file of a model holds.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    problem = _problem(path)
+    if problem is None and not path.is_file():
+        problem = "is missing: fetch it again"
+    if problem is not None:
+        raise UserError(f"{setting}: {path} {problem}")
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a file of a model, with the fix."""
+    again = "fetch it again"
+    is_json, is_weights = path.suffix == ".json", path.suffix == ".safetensors"
+    if path.is_dir():
+        return f"is a folder, not a file: {again}" if is_json or is_weights else None
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_POINTER))
+        if begin == _POINTER:
+            return "is a Git-LFS pointer, not the file itself: run `git lfs pull` in its folder"
+        if not begin and (is_json or is_weights):
+            return f"is empty: {again}"
+        if is_weights:
+            with safe_open(path, "pt"):
+                pass
+        elif is_json:
+            return _json_problem(path, again)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or one_line(error)}"
+    except SafetensorError as error:
+        return f"is damaged ({one_line(error)}): {again}"
+    except (ValueError, RecursionError) as error:
+        return f"is no JSON ({one_line(error)}): {again}"
+    return None
+
+
+def _json_problem(path: Path, again: str) -> str | None:
+    content = json.loads(path.read_text("utf-8"))
+    if path.name.endswith(_CONFIGS) and not isinstance(content, dict):
+        return f"holds a {type(content).__name__} where an object {{...}} has to be: {again}"
+    if path.name.endswith(_SHARD_LIST):
+        shards = content.get("weight_map")
+        if not isinstance(shards, dict):
+            return f"has no weight_map: {again}"
+        missing = sorted({str(v) for v in shards.values() if not (path.parent / str(v)).is_file()})
+        if missing:
+            return f"names {missing[0]}, which is not there: {again}"
+    return None

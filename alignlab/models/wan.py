@@ -4,8 +4,7 @@ Shape letters: B batch, C channels, T frames, H height, W width, L text tokens, 
 `T`, `H`, `W` count pixels for uint8 tensors and latent cells for latents.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +17,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from alignlab.config.parts import LoraConfig
-from alignlab.errors import UserError, first_line
+from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
 from alignlab.models.lora import add_lora
-from alignlab.models.model_files import local_folder
+from alignlab.models.model_files import (
+    check_model_files,
+    load_pretrained,
+    local_folder,
+    read_object,
+)
 from alignlab.models.text_encoder import TextEncoder
 from alignlab.models.weight_check import check_weights
 
@@ -198,7 +202,7 @@ def load_wan(
         transformer=transformer.to(device).train(),
         vae=vae.to(device).requires_grad_(False).eval(),
         text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        tokenizer=_load_tokenizer(folder),
         folder=folder,
     )
     return _checked(wan)
@@ -241,23 +245,26 @@ def load_text_encoder(
     _check_part(folder, "text_encoder", model)
     return TextEncoder(
         model.to(device).requires_grad_(False).eval(),
-        AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+        _load_tokenizer(folder),
     )
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    loaded = load_pretrained(AutoTokenizer, folder / "tokenizer", setting="model.path")
+    assert isinstance(loaded, PreTrainedTokenizerBase)
+    return loaded
 
 
 def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
     """Loads one model and insists that no weight was left at its random initial value."""
-    try:
-        model, info = model_class.from_pretrained(
-            folder,
-            subfolder=part,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **dtype,
-        )
-    except OSError as error:
-        raise UserError(f"model.path: cannot load {folder / part}: {first_line(error)}") from error
+    model, info = load_pretrained(
+        model_class,
+        folder / part,
+        setting="model.path",
+        use_safetensors=True,
+        output_loading_info=True,
+        **dtype,
+    )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -291,18 +298,26 @@ def _check_part(folder: Path, part: str, model: nn.Module) -> None:
 
 def _check_pipeline(folder: Path) -> None:
     """Refuses a folder that is no pipeline with one transformer and a scheduler of diffusers."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_object(folder / "model_index.json", setting="model.path")
     absent = [part for part in COMPONENTS if not (folder / part).is_dir()]
     if absent:
         raise UserError(f"model.path: {folder} has no {absent[0]}/ folder")
-    if index.get("transformer_2", [None, None])[1] is not None:
+    for part in COMPONENTS:  # also the scheduler, which an export copies
+        check_model_files(folder / part, setting="model.path")
+    if _class_name(index, "transformer_2") is not None:
         raise UserError(
             f"model.path: {folder} holds two transformers (Wan 2.2 experts); only pipelines "
             "with one are supported"
         )
-    name = str(index.get("scheduler", [None, None])[1])
+    name = str(_class_name(index, "scheduler"))
     if not hasattr(diffusers, name):
         raise UserError(f"model.path: {folder / 'model_index.json'}: unknown scheduler {name}")
+
+
+def _class_name(index: Mapping[str, Any], part: str) -> Any:
+    """The class that a `model_index.json` has for a part; None where it has none."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _check_text_to_video(

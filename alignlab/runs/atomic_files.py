@@ -1,5 +1,6 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, also after a power failure."""
 
+import errno
 import os
 import re
 import shutil
@@ -19,12 +20,19 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
         text: what it holds then.
         shared: several processes may write it at once; the last one wins.
     """
+    write_bytes(path, text.encode(), shared=shared)
+
+
+def write_bytes(path: Path, content: bytes, *, shared: bool = False) -> None:
+    """As `write_text`."""
     mark = f".{uuid.uuid4().hex}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")
     try:
         with named_errors(path):
-            temporary.write_text(text)
+            temporary.write_bytes(content)
+            sync_file(temporary)
             os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,11 +49,38 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         with named_errors(path):
             yield temporary
+            _sync_tree(temporary)
             remove_folder(path)
             os.replace(temporary, path)
+            _sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sync_file(path: Path) -> None:
+    """Waits until what was written to a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            sync_file(Path(folder, name))
+        _sync_folder(Path(folder))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on the disk, where its filesystem can."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(number)
 
 
 @contextmanager
@@ -77,7 +112,12 @@ def clear_leftovers(parent: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder that may be gone; renamed first, so that none is ever half there."""
+    """Removes a folder that may be gone; renamed first, so that none is ever half there.
+
+    A file in its place is removed as well.
+    """
+    if path.is_file() or path.is_symlink():
+        path.unlink()
     if not path.exists():
         return
     doomed = path.with_name(f".{path.name}.removed")

@@ -21,6 +21,7 @@ from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import DamagedError, read_json, write_json
 from alignlab.runs.inputs import Input, model_inputs, read_inputs
 from alignlab.runs.run_folder import RunFolder, only_writer
 
@@ -124,9 +125,9 @@ class InputRecord:
         self.inputs = new if replace else new | self.inputs
         self.is_fixed = fixed
         content = _Content(fixed=fixed, inputs=tuple(self.inputs.values()))
-        text = content.model_dump_json(indent=1, exclude_none=True) + "\n"
-        if not self.exists or self._path.read_text() != text:
-            write_text(self._path, text, shared=True)
+        if self._read() != content:
+            values = content.model_dump(mode="json", exclude_none=True)
+            write_json(self._path, values, shared=True)
         self.exists = True
 
     def files(self, recorded: RecordedInput) -> dict[str, str] | None:
@@ -137,7 +138,7 @@ class InputRecord:
             files: dict[str, str] = json.loads(self._list(recorded.digest).read_bytes())
         except (OSError, ValueError):
             return None
-        return files
+        return files if isinstance(files, dict) else None
 
     def _recorded(self, one: Input) -> RecordedInput:
         files = _shortened(one.files)
@@ -158,14 +159,13 @@ class InputRecord:
     def _read(self) -> _Content | None:
         if not self._path.exists():
             return None
+        fix = "remove it; whether the inputs have changed since is then not known"
+        content = read_json(self._path, fix=fix)
         try:
-            return _Content.model_validate_json(self._path.read_bytes())
+            return _Content.model_validate(content)
         except ValidationError as error:
             reason = one_line(error.errors(include_url=False)[0]["msg"])
-            raise UserError(
-                f"{self._path} is damaged ({reason}): remove it; whether the inputs have changed "
-                "since is then not known"
-            ) from error
+            raise DamagedError(self._path, reason, fix) from error
 
 
 def hold_inputs(folder: RunFolder, config: TrainingConfig) -> None:
@@ -177,7 +177,7 @@ def hold_inputs(folder: RunFolder, config: TrainingConfig) -> None:
     Raises:
         UserError: inputs have changed, or cannot be read.
     """
-    is_finished = folder.result.exists()
+    is_finished = folder.is_finished_at(config.steps)
     inputs = read_inputs(config, fetch=not is_finished)
     record = InputRecord(folder.path, config.output)
     if folder.has_begun:

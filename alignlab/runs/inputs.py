@@ -7,10 +7,12 @@ from pathlib import Path
 from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import DataConfig, dataset_files
+from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
 from alignlab.models.model_files import on_disk, present_folder
 from alignlab.models.wan import COMPONENTS, TEXT_PARTS, pipeline_folder
 from alignlab.runs.file_digests import combined, digest_files
+from alignlab.runs.init_source import SETTING, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
 from alignlab.teachers.load import TEACHER_FILES, teacher_folder
@@ -60,6 +62,7 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
         for alias in _teachers(config):
             inputs += _teacher(alias, config.teachers[alias], fetch=fetch)
         inputs += _stage1(config)
+        inputs += _init_from(config)
         inputs += _data(config.data)
     elif isinstance(config, Stage1Config):
         if config.model is not None:
@@ -105,6 +108,18 @@ def _stage1(config: RunConfig) -> Iterator[Input]:
         if named is not None and (folder := on_disk(named.folder)) is not None:
             files = {name: folder / name for name in (WEIGHTS, INFO)}
             yield Input(named.key, named.folder, digest_files(folder, files))
+
+
+def _init_from(config: RunConfig) -> Iterator[Input]:
+    """The weights that the run starts from, if they are on this machine: none reads them later."""
+    try:
+        source = init_source(config)
+    except UserError:
+        return  # is told where a run starts from them
+    if source is not None:
+        assert config.model.init_from is not None
+        digests = digest_files(source.checkpoint, source.files())
+        yield Input(SETTING, config.model.init_from, digests)
 
 
 def _data(config: DataConfig) -> Iterator[Input]:

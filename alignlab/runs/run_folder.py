@@ -7,9 +7,12 @@ metrics.jsonl      one row of scalars per logged step
 checkpoints/step-000500/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
+history.json       the legs of a run that was prolonged (`alignlab.runs.prolong`)
+result-000500.json the result of 500 steps, of a run that was prolonged since
 result.json        final metrics, digests of the Stage 1 networks that were used, in how many
-                   samples objectives had something to align, whether it diverged, and notes of
-                   all that there was warning of; its presence says that the run is finished
+                   samples objectives had something to align, whether it diverged, notes of all
+                   that there was warning of, and checksums of the files above; its presence says
+                   that the run is finished
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
@@ -23,7 +26,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,37 @@ from alignlab.config.parts import TrainingConfig
 from alignlab.config.paths import user_path
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
-from alignlab.errors import UserError
+from alignlab.errors import UserError, one_line
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
+from alignlab.runs import prolong
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checkpoint_folders import (
+    OPTIMIZER,
+    WEIGHTS_ONLY,
+    no_checkpoint,
+    step_folders,
+    step_of,
+)
+from alignlab.runs.checksums import (
+    CHECKSUMS,
+    DamagedError,
+    damaged_files,
+    file_checksums,
+    files_below,
+    read_json,
+    with_checksum_line,
+    without_checksum_line,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
+FILES = "files"
+"""Key of `result.json`: SHA-256 of the files that the run leaves, by name."""
+FILE_FIX = (
+    "copy it back from elsewhere, or remove {result}: the same command then evaluates the run "
+    "again from its last checkpoint"
+)
 LOCK = ".writer.lock"
 HOLDER = ".writer"
 NOTE_EVERY_S = 60.0
@@ -59,22 +87,31 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: TrainingConfig) -> "RunFolder":
-        """Makes the folder, or opens it to resume the same recipe.
+        """Makes the folder, or opens it to resume the same recipe, maybe with more steps.
 
         Raises:
-            UserError: it holds a run of another recipe, or one whose clips were dealt otherwise.
+            UserError: it holds a run of another recipe, one that cannot be prolonged so, or one
+                whose clips were dealt otherwise, or the recipe in it is damaged.
         """
         folder = cls(user_path(config.output) / config.name)
+        folder.check_recipe_file()
         folder.check_split_rule()
+        if folder.has_begun and not folder.recipe.exists():
+            log.warning(
+                "%s: its recipe.yaml is gone: whether the run was begun with these settings is "
+                "not known",
+                folder.path,
+            )
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
+            if prolong.goes_on(folder, config):
+                return folder
             raise UserError(
                 f"{folder.path} holds a run of another recipe "
                 f"({shown_difference(folder.recipe, config)}): "
                 "choose another name, or remove the folder"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
-        if not folder.recipe.exists() or folder.recipe.read_text() != dump(config):
-            write_text(folder.recipe, dump(config))
+        folder.write_recipe(config)
         return folder
 
     @classmethod
@@ -82,12 +119,36 @@ class RunFolder:
         """An existing run.
 
         Raises:
-            UserError: there is no run at `path`.
+            UserError: there is no run at `path`, or its recipe is damaged.
         """
         folder = cls(path)
+        folder.check_recipe_file()
         if not folder.recipe.is_file():
             raise UserError(f"{path}: no run there (a run folder has a recipe.yaml)")
         return folder
+
+    def check_recipe_file(self) -> None:
+        """Refuses a `recipe.yaml` that is not what was written.
+
+        Raises:
+            DamagedError: it is damaged, or was edited.
+        """
+        fix = (
+            "copy it back from elsewhere, or remove it and give the command that began the run "
+            "again, which writes it; if you edited it, remove its first line"
+        )
+        if self.recipe.is_dir():
+            raise DamagedError(self.recipe, "it is a folder", fix)
+        if not self.recipe.exists():
+            return
+        try:
+            without_checksum_line(self.recipe.read_text("utf-8"))
+            read_recipe(self.recipe, [])
+        except ValueError as error:
+            raise DamagedError(self.recipe, one_line(error), fix) from error
+        except UserError as error:
+            reason = str(error).removeprefix(f"{self.recipe}: ")
+            raise DamagedError(self.recipe, reason, fix) from error
 
     def check_split_rule(self) -> None:
         """Refuses a run that another rule than today's dealt to train and val.
@@ -109,18 +170,116 @@ class RunFolder:
     @property
     def has_begun(self) -> bool:
         """Whether it keeps what was trained: a checkpoint, or the result."""
-        return self.result.exists() or any(self.checkpoints.glob("step-*"))
+        return self.result.exists() or bool(step_folders(self.checkpoints))
+
+    def steps_done(self) -> int:
+        """Steps of the newest checkpoint, or of the result where there is none."""
+        newest = self._newest_step()
+        return newest or int((self.read_result() or {"steps": 0})["steps"])
+
+    def is_finished_at(self, steps: int) -> bool:
+        """Whether there is the result of a training of at least so many steps."""
+        result = self.read_result()
+        return result is not None and int(result.get("steps", steps)) >= steps
+
+    def earlier_result(self, steps: int) -> Path:
+        """Where the result of so many steps is kept once the run is prolonged."""
+        return self.path / f"result-{steps:06d}.json"
+
+    def check_resumable(self) -> None:
+        """Refuses a run that has no checkpoint to go on from.
+
+        Raises:
+            UserError: there is none, or one of weights only.
+        """
+        checkpoints = step_folders(self.checkpoints)
+        if not checkpoints:
+            raise no_checkpoint(self.checkpoints)
+        if not (checkpoints[-1] / OPTIMIZER).exists():
+            raise UserError(f"{checkpoints[-1]} {WEIGHTS_ONLY}")
+
+    def _newest_step(self) -> int:
+        return max((step_of(path) for path in step_folders(self.checkpoints)), default=0)
 
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""
         return load_run(self.recipe, stored=True)
 
+    def write_recipe(self, config: TrainingConfig) -> None:
+        """Makes a recipe that of the folder, unless it is."""
+        text = with_checksum_line(dump(config))
+        if not self.recipe.exists() or self.recipe.read_text() != text:
+            write_text(self.recipe, text)
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Writes `result.json`, with checksums of what the run leaves besides."""
+        write_json(self.result, {**result, FILES: file_checksums(self.path, self._kept_files())})
+
     def read_result(self) -> dict[str, Any] | None:
-        """What `result.json` says, or None while the run is not finished."""
+        """What `result.json` says, or None while the run is not finished.
+
+        Raises:
+            UserError: it is damaged.
+        """
         if not self.result.exists():
             return None
-        content: dict[str, Any] = json.loads(self.result.read_text())
+        fix = (
+            "copy it back from elsewhere, or remove it: the same command then evaluates the run "
+            "again from its last checkpoint"
+        )
+        content = read_json(self.result, fix=fix)
+        if not isinstance(content.get("metrics"), dict) or "steps" not in content:
+            raise DamagedError(self.result, "it has no metrics", fix)
         return content
+
+    def check_files(self, result: Mapping[str, Any]) -> None:
+        """Refuses a finished run whose log, samples or environment are not those that it wrote.
+
+        Args:
+            result: what `read_result` gave; an older version's names no files.
+
+        Raises:
+            UserError: it names the first such file.
+        """
+        # of changed inputs `hold_inputs` says more
+        read = {n: digest for n, digest in result.get(FILES, {}).items() if n != "inputs.json"}
+        for name, what in damaged_files(self.path, read).items():
+            raise DamagedError(self.path / name, what, FILE_FIX.format(result=self.result))
+
+    def sample_list(self, samples: Path | None = None) -> list[dict[str, Any]]:
+        """What `samples.json` says of each generated clip: its key, caption and files.
+
+        Args:
+            samples: the folder of the clips; None: of those at the end of the training.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = (samples or self.samples) / "samples.json"
+        if not path.exists():
+            return []
+        fix = FILE_FIX.format(result=self.result)
+        try:
+            clips = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise DamagedError(path, one_line(error), fix) from error
+        if not isinstance(clips, list) or not all(map(_is_clip, clips)):
+            raise DamagedError(path, "it is no list of clips", fix)
+        return clips
+
+    def _kept_files(self) -> list[str]:
+        """What no later command writes again."""
+        names = ["metrics.jsonl", "environment.json", "inputs.json"]
+        names += [f"samples/{name}" for name in files_below(self.samples)]
+        names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
+        return [name for name in names if (self.path / name).is_file()]
+
+
+def _is_clip(clip: object) -> bool:
+    texts = ("key", "caption", "video", "real")
+    if not isinstance(clip, dict) or not isinstance(clip.get("references"), list):
+        return False
+    return all(isinstance(clip.get(name), str) for name in texts)
 
 
 @contextmanager

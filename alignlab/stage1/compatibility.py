@@ -2,15 +2,18 @@
 
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Grid, Objective, ObjectiveConfig
 from alignlab.losses.stage1.folder import Kind, Stage1Info, read_stage1_info, stage1_rows
 from alignlab.models.model_files import on_disk
+from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
@@ -78,11 +81,13 @@ def is_finished(config: TrainingConfig, folder: RunFolder) -> bool:
     A Stage 1 folder that is gone by now says nothing against the run.
 
     Raises:
-        UserError: it is done, but with another Stage 1 network, or a folder cannot be read.
+        UserError: it is done, but with another Stage 1 network, or a folder cannot be read, or what
+            it left is damaged.
     """
     result = folder.read_result()
-    if result is None:
+    if result is None or not folder.is_finished_at(config.steps):
         return False
+    folder.check_files(result)
     if not isinstance(config, RunConfig):
         return True
     for alias, used in result.get("stage1", {}).items():
@@ -108,10 +113,24 @@ def stage1_folder_of(alias: str, objective: ObjectiveConfig) -> NamedFolder | No
 
 
 def _read_info(named: NamedFolder) -> Stage1Info:
+    folder = user_path(named.folder)
+    if folder.is_dir():
+        _check_files(named.key, folder)
     try:
         return read_stage1_info(named.folder, named.kind)
     except ValueError as error:
         raise UserError(f"{named.key}: {error}") from error
+
+
+def _check_files(key: str, folder: Path) -> None:
+    """Refuses a folder of which a file is not what Stage 1 wrote."""
+    fix = "copy it back from elsewhere, or train Stage 1 again"
+    try:
+        expected = read_checksums(folder) or {}
+    except DamagedError as error:
+        raise UserError(f"{key}: {error}") from error
+    for name, problem in damaged_files(folder, expected).items():
+        raise UserError(f"{key}: {folder / name} is damaged ({problem}): {fix}")
 
 
 def _digest_now(named: NamedFolder, objective: ObjectiveConfig) -> str:

@@ -1,6 +1,5 @@
 """One Stage 1 training, in the loop of every training (`alignlab.train.Trainer`)."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,15 +22,18 @@ from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import load_text_encoder
 from alignlab.progress import warn_once
 from alignlab.randomness import generator
-from alignlab.runs.atomic_files import clear_leftovers, whole_folder, write_text
+from alignlab.runs.atomic_files import clear_leftovers, whole_folder
+from alignlab.runs.checksums import write_checksums
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.open_folder import open_folder
+from alignlab.runs.prolong import begin_leg
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import FrozenModels, Stage1Task
 from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker
-from alignlab.train import Trainer, logged_costs, open_folder
+from alignlab.train import Trainer, logged_costs
 from alignlab.training import checkpoint
 from alignlab.training.batches import ClipCache
 from alignlab.training.checkpoint import TrainState
@@ -44,7 +46,8 @@ Clip = TypeVar("Clip")
 def train_stage1(config: Stage1Config) -> Path:
     """Trains, or resumes, `<output>/<name>`, and returns its subfolder `stage1`.
 
-    That is the folder that a Stage 2 recipe names. A finished training is returned as it is.
+    That is the folder that a Stage 2 recipe names. A finished training is returned as it is, unless
+    the recipe has more steps: then it is prolonged (`alignlab.runs.prolong`).
 
     Raises:
         UserError: the recipe cannot run here, another command trains it, or a loss stopped being
@@ -58,7 +61,8 @@ def train_stage1(config: Stage1Config) -> Path:
         clear_leftovers(opened.folder.path)
         trainer = Stage1Trainer(config, ranks)
         if opened.newest is not None:
-            checkpoint.restore(trainer.state, opened.newest)
+            checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)
+        trainer.plan = begin_leg(opened.folder, config, trainer.state.step)
         trainer.fit(opened.folder, opened.newest)
     return opened.folder.stage1
 
@@ -140,8 +144,9 @@ class Stage1Trainer(Trainer):
         with whole_folder(folder.stage1) as stage1_folder:
             info = stage1_info(self.config, self.task.shape, self.models.teacher)
             save_stage1(stage1_folder, network, info)
-        result = {"steps": self.config.steps, "metrics": metrics, "notes": self.notes}
-        write_text(folder.result, json.dumps(result, indent=1))
+            write_checksums(stage1_folder)
+        notes = [*self.notes, *self.state.notes, *self.plan.notes()]
+        folder.write_result({"steps": self.config.steps, "metrics": metrics, "notes": notes})
 
 
 class TaskClips(Generic[Clip]):

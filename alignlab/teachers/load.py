@@ -1,6 +1,5 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -11,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alignlab.config.data import unknown_name
-from alignlab.errors import UserError, first_line
-from alignlab.models.model_files import local_folder
+from alignlab.errors import UserError
+from alignlab.models.model_files import (
+    check_model_files,
+    load_pretrained,
+    local_folder,
+    read_object,
+)
 from alignlab.models.weight_check import check_weights
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
@@ -119,30 +123,27 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
             f"teachers: transformers {transformers.__version__} has no {row.classes[model_type]}, "
             f"which runs a {model_type} model"
         )
-    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    check_model_files(folder, setting="teachers")
+    source: dict[str, Any] = {"use_safetensors": True}
     if model_type in videomae_v2.MODEL_TYPES:
         config = model_class.config_class(**videomae_v2.config_values(_read_config(folder)))
-        source = {
-            "pretrained_model_name_or_path": None,
-            "state_dict": videomae_v2.weights(folder),
-        }
+        source = {"state_dict": videomae_v2.weights(folder)}
     else:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = load_pretrained(transformers.AutoConfig, folder, setting="teachers")
     for name in row.part:
         config = getattr(config, name, config)
-    try:
-        with _quiet_loading():
-            model, info = model_class.from_pretrained(
-                **source,
-                config=config,
-                key_mapping={row.part_prefix: ""} if row.part_prefix else None,
-                dtype=dtype,
-                ignore_mismatched_sizes=True,  # checked below
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except OSError as error:
-        raise UserError(f"teachers: cannot load {folder}: {first_line(error)}") from error
+    with _quiet_loading():
+        model, info = load_pretrained(
+            model_class,
+            folder,
+            setting="teachers",
+            **source,
+            config=config,
+            key_mapping={row.part_prefix: ""} if row.part_prefix else None,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # checked below
+            output_loading_info=True,
+        )
     _check_weights(folder, row, model, info)
     return model
 
@@ -164,11 +165,7 @@ def _check_weights(folder: Path, row: TeacherRow, model: Any, info: dict[str, An
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"teachers: {folder}/config.json is no JSON: {error}") from None
-    return config if isinstance(config, dict) else {}
+    return read_object(folder / "config.json", setting="teachers")
 
 
 @contextmanager

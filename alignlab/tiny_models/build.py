@@ -15,6 +15,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 
 from alignlab.errors import UserError
+from alignlab.models.model_files import load_pretrained
 from alignlab.models.wan import load_wan
 from alignlab.teachers import load_teacher
 from alignlab.tiny_models.clips import ClipPool, shapes_clips
@@ -94,8 +95,12 @@ def _vae(out: Path, work: Path, keep: bool) -> AutoencoderKLWan:
     """The autoencoder with its latent statistics, trained or as `out` has it."""
     clips = ClipPool(shapes_clips(VAE_CLIPS))
     if keep:
-        vae = AutoencoderKLWan.from_pretrained(out / KEPT["vae"], torch_dtype=torch.float32)
-        vae = vae.eval().requires_grad_(False)
+        folder = out / KEPT["vae"]
+        loaded = load_pretrained(
+            AutoencoderKLWan, folder, setting="--keep", torch_dtype=torch.float32
+        )
+        assert isinstance(loaded, AutoencoderKLWan)
+        vae = loaded.eval().requires_grad_(False)
     else:
         vae = train_vae(clips, steps=VAE_STEPS, decoder_steps=VAE_DECODER_STEPS, work=work)
         vae = vae.half().float()  # the latents are to be those of the weights that are shipped

@@ -21,6 +21,7 @@ from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weig
 from alignlab.models.taps import BlockTokens
 from alignlab.models.weight_check import check_weights
 from alignlab.randomness import derive_seed
+from alignlab.runs.prolong import SchedulePlan
 from alignlab.stage1.compatibility import check_stage1
 from alignlab.teachers import Teacher, image_families, teacher_from
 from alignlab.training.aligned_samples import trained_samples, trains
@@ -72,7 +73,7 @@ class Alignment(nn.Module):
         self, config: RunConfig, *, student_dim: int, grid: Grid, device: torch.device
     ) -> None:
         super().__init__()
-        self._steps = config.steps
+        self.plan = SchedulePlan.of(config)
         self._logged: set[str] = set()
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
@@ -170,7 +171,7 @@ class Alignment(nn.Module):
             alias: weight_at(
                 objective.config.schedule,
                 step,
-                self._steps,
+                self.plan.total_steps(step),
                 stopped=alias in self.watches and self.watches[alias].stopped,
             )
             for alias, objective in self.objectives.items()

@@ -7,6 +7,8 @@ checkpoints/step-000500/
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
     state.json                           step, hash of frozen Stage 1 networks
+    checksums.json                       SHA-256 of all of these
+    log.json                             what `metrics.jsonl` held
 
 Stage 1 has `network.safetensors` in place of the first three.
 """
@@ -14,6 +16,7 @@ Stage 1 has `network.safetensors` in place of the first three.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,25 @@ from torch import Tensor, nn
 
 from alignlab.config.parts import OptimConfig
 from alignlab.errors import UserError
+from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
-from alignlab.runs.atomic_files import remove_folder, whole_folder
+from alignlab.runs.atomic_files import whole_folder
+from alignlab.runs.checkpoint_folders import (
+    OPTIMIZER,
+    STATE,
+    WEIGHTS_ONLY,
+    mark_checkpoint,
+    no_checkpoint,
+    prune,
+    reading,
+    remove_replaced,
+    step_folders,
+    step_of,
+    step_path,
+)
+from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
+from alignlab.runs.metric_rows import LogMark
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
@@ -43,12 +62,14 @@ class TrainState(ABC):
     Args:
         optimizer: over `names`.
         step: optimizer steps done.
+        notes: what the result has to say of how it came about, such as a damaged checkpoint.
 
     `names` holds the trained parameters with the names that a checkpoint gives them.
     """
 
     optimizer: torch.optim.Optimizer
     step: int = field(default=0, kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
     names: dict[nn.Parameter, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +93,7 @@ class TrainState(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What `state.json` says."""
-        return {"step": self.step}
+        return {"step": self.step} | ({"notes": list(self.notes)} if self.notes else {})
 
 
 @dataclass
@@ -155,9 +176,9 @@ class ModelChoice:
         Raises:
             UserError: it is not there; the message names those that are.
         """
-        folders = _by_step(checkpoints)
+        folders = step_folders(checkpoints)
         if not folders:
-            raise UserError(f"{checkpoints.parent}: the run has no checkpoint yet")
+            raise no_checkpoint(checkpoints)
         if self.step is None:
             return folders[-1]
         found = step_path(checkpoints, self.step)
@@ -169,65 +190,77 @@ class ModelChoice:
             )
         return found
 
+    @contextmanager
+    def reading(self, checkpoints: Path) -> Iterator[Path]:
+        """The folder of the checkpoint, whose weights are whole; no training prunes it meanwhile.
+
+        If the newest is meant and is damaged, an older one is given, and that is said.
+
+        Raises:
+            UserError: as `find`, or it is damaged.
+        """
+        if self.step is not None:
+            self.find(checkpoints)
+        with reading(checkpoints, self.step) as found:
+            yield found
+
 
 NEWEST = ModelChoice()
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The newest checkpoint of a run, or None."""
-    folders = _by_step(checkpoints)
-    return folders[-1] if folders else None
+def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None = None) -> Path:
+    """Writes `step-<step>` and removes all but the newest `keep` checkpoints.
 
-
-def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint, by the name of its folder."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def step_path(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return checkpoints / f"step-{step:06d}"
-
-
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for old in _by_step(checkpoints)[:-keep]:
-        remove_folder(old)
-
-
-def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
-    """Writes `step-<step>` and removes all but the newest `keep` checkpoints."""
+    Args:
+        state: what is written.
+        checkpoints: the folder of all checkpoints.
+        keep: how many.
+        log: what the run's log holds.
+    """
     target = step_path(checkpoints, state.step)
     with whole_folder(target) as folder:
         state.write_weights(folder)
-        save_file(named_state(state.optimizer, state.names), folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps(state.facts()))
+        save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps(state.facts()))
+        write_checksums(folder)
+        # by itself: the log has times, and all else is the same whenever it is trained
+        mark_checkpoint(folder, log)
+    remove_replaced(checkpoints, state.step)
     prune(checkpoints, keep)
     return target
 
 
-def restore(state: TrainState, checkpoint: Path) -> None:
+def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ()) -> None:
     """Puts a checkpoint back into a freshly built state.
 
+    Args:
+        state: is changed.
+        checkpoint: a whole one.
+        notes: what the result has to say besides what the checkpoint says.
+
     Raises:
-        UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
+        UserError: as `restore_weights`.
     """
     restore_weights(state, checkpoint)
-    moments = load_file(checkpoint / "optimizer.safetensors")
-    _check(checkpoint / "optimizer.safetensors", moments)
+    state.notes = tuple(dict.fromkeys([*state.notes, *notes]))
+    if not (checkpoint / OPTIMIZER).exists():
+        raise UserError(f"{checkpoint} {WEIGHTS_ONLY}")
+    moments = load_file(checkpoint / OPTIMIZER)
+    _check(checkpoint / OPTIMIZER, moments)
     restore_state(state.optimizer, state.names, moments)
 
 
 def restore_weights(state: TrainState, checkpoint: Path) -> None:
-    """Puts back all but what the optimizer keeps: enough for an evaluation.
+    """Puts back the weights, their moving average and the step, and leaves the optimizer fresh.
 
     Raises:
-        UserError: as `restore`.
+        UserError: the checkpoint belongs to another kind of training, or holds what is not finite.
     """
-    facts = json.loads((checkpoint / "state.json").read_text())
+    facts = json.loads((checkpoint / STATE).read_text())
     state.read_weights(checkpoint, facts)
     _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
     state.step = int(facts["step"])
+    state.notes = tuple(facts.get("notes", ()))
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
@@ -269,9 +302,13 @@ def load_transformer(
             transformer, {k.removeprefix(LORA_PREFIX): v for k, v in layers.items()}
         )
     elif (checkpoint / "transformer").is_dir():
-        weights = WanTransformer3DModel.from_pretrained(
-            checkpoint / "transformer", use_safetensors=True
-        ).state_dict()
+        loaded = load_pretrained(
+            WanTransformer3DModel,
+            checkpoint / "transformer",
+            setting="checkpoint",
+            use_safetensors=True,
+        )
+        weights = loaded.state_dict()
         _check(checkpoint / "transformer", weights)
         transformer.load_state_dict(weights)
     else:
@@ -281,11 +318,6 @@ def load_transformer(
 def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuses what is not finite; nothing that trains has to be other than zero."""
     check_weights(str(where), tensors.items(), fix=DAMAGED, may_be_zero=True)
-
-
-def _by_step(checkpoints: Path) -> list[Path]:
-    """Oldest first; by number, since names of more than six digits do not sort."""
-    return sorted(checkpoints.glob("step-*"), key=step_of)
 
 
 def _frozen(module: nn.Module) -> set[str]:

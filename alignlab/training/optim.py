@@ -9,21 +9,30 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.runs.prolong import SchedulePlan
 from alignlab.training.checkpoint import RunState
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainingConfig, step: int) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, plan: SchedulePlan, step: int
+) -> None:
     """The learning rate of a step is a function of the step alone, so nothing is saved of it."""
     for group in optimizer.param_groups:
-        group["lr"] = config.optim.lr * lr_scale(config, step)
+        group["lr"] = config.optim.lr * lr_scale(config, step, plan.total_steps(step))
 
 
-def lr_scale(config: TrainingConfig, step: int) -> float:
-    """Warm-up from 0, then constant, or down to 0 along a line or half a cosine."""
+def lr_scale(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Warm-up from 0, then constant, or down to 0 along a line or half a cosine.
+
+    Args:
+        config: `optim` is read.
+        step: 0-based.
+        total_steps: at which 0 is reached.
+    """
     optim = config.optim
     if step < optim.warmup:
         return (step + 1) / optim.warmup
-    done = (step - optim.warmup) / max(1, config.steps - optim.warmup)
+    done = (step - optim.warmup) / max(1, total_steps - optim.warmup)
     if optim.schedule == "linear":
         return 1 - done
     if optim.schedule == "cosine":

@@ -5,9 +5,10 @@ Whatever follows from `steps` follows the variant's own number: the learning rat
 last step. What a recipe gives in steps (`optim.warmup`, `end`, `checkpoint.every`) stays as it is.
 """
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -20,7 +21,7 @@ from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.result import Budget, Cost
 from alignlab.losses.schedule import StopAtPlateau, weight_at
 from alignlab.recipe import has_recipe_hash, recipe_hash
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import DamagedError, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ _BUDGET_FILE = TypeAdapter(_BudgetFile)
 def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
     """Steps of every variant, kept in `folder`/budget.json: a resumed comparison decides nothing.
 
-    A variant that is new to the comparison is added, the others keep their steps.
+    A variant that is new to the comparison is added, the others keep their steps. A comparison with
+    more `steps` than it was decided for is prolonged at the ratios that it was decided with.
 
     Args:
         config: the comparison; its `budget` says what is equal.
@@ -67,17 +69,20 @@ def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
 def _decided(config: CompareConfig, path: Path) -> Budget:
     _check_steps(config)
     _check_constant_cost(config, {v: run.steps for v, run in config.runs.items()})
-    recipes = {v: recipe_hash(_seedless(run)) for v, run in config.runs.items()}
     kept = _read(path)
+    steps = config.runs[config.baseline].steps
+    planned = steps if kept is None else kept.budget.steps[kept.baseline]
+    recipes = {v: recipe_hash(_planned(run, planned)) for v, run in config.runs.items()}
     if kept is not None:
         _check_same(path, config, kept)
     budget = None if kept is None else kept.budget
     if budget is None or not recipes.keys() <= budget.steps.keys():
-        budget = _decide(config, _measured(config, path.parent), budget)
-        _check_constant_cost(config, budget.steps)
+        budget = _decide(config, _measured(config, path.parent), budget, planned)
         hashes = recipes if kept is None else kept.recipes | recipes
         content = _BudgetFile(config.baseline, hashes, budget)
-        write_text(path, _BUDGET_FILE.dump_json(content, indent=1).decode() + "\n")
+        write_json(path, _BUDGET_FILE.dump_python(content, mode="json"))
+    if steps != planned:  # prolonged since, at the ratios that were measured
+        budget = replace(budget, steps=_steps_at(steps, budget.ratios))
     for variant in config.variants:
         log.info("%s: %s gets %d steps", budget.label, variant, budget.steps[variant])
     return budget
@@ -99,17 +104,14 @@ def relative_cost(config: CompareConfig, cost: Cost) -> dict[str, float]:
     return {v: cost.variants[v].flops / base for v in config.variants}
 
 
-def _decide(config: CompareConfig, cost: Cost, earlier: Budget | None) -> Budget:
+def _decide(config: CompareConfig, cost: Cost, earlier: Budget | None, steps: int) -> Budget:
     assert config.budget != "steps"
-    steps = config.runs[config.baseline].steps
     ratios = relative_cost(config, cost)
     if earlier is not None:
         ratios |= earlier.ratios
-    return Budget(
-        kind=config.budget,
-        ratios=ratios,
-        steps={v: max(1, round(steps / ratio)) for v, ratio in ratios.items()},
-    )
+    budget = Budget(kind=config.budget, ratios=ratios, steps=_steps_at(steps, ratios))
+    _check_constant_cost(config, budget.steps)
+    return budget
 
 
 def _measured(config: CompareConfig, folder: Path) -> Cost:
@@ -153,16 +155,19 @@ def _check_constant_cost(config: CompareConfig, steps: Mapping[str, int]) -> Non
 def _read(path: Path) -> _BudgetFile | None:
     if not path.exists():
         return None
+    fix = "copy it back from elsewhere, or remove the comparison's folder"
+    content = read_json(path, fix=fix)
     try:
-        return _BUDGET_FILE.validate_json(path.read_bytes())
+        return _BUDGET_FILE.validate_json(json.dumps(content))
     except ValidationError:
-        raise UserError(f"{path}: not a budget: remove the comparison's folder") from None
+        raise DamagedError(path, "it holds no budget", fix) from None
 
 
 def _check_same(path: Path, config: CompareConfig, kept: _BudgetFile) -> None:
     shared = config.runs.keys() & kept.recipes.keys()
-    changed = any(
-        not has_recipe_hash(_seedless(config.runs[variant]), kept.recipes[variant])
+    planned, steps = kept.budget.steps[kept.baseline], config.runs[config.baseline].steps
+    changed = steps < planned or any(
+        not has_recipe_hash(_planned(config.runs[variant], planned), kept.recipes[variant])
         for variant in shared
     )
     if changed or (kept.baseline, kept.budget.kind) != (config.baseline, config.budget):
@@ -176,5 +181,11 @@ def _other_recipe(path: Path) -> str:
     )
 
 
-def _seedless(run: RunConfig) -> RunConfig:
-    return run.model_copy(update={"seed": 0})
+def _steps_at(steps: int, ratios: Mapping[str, float]) -> dict[str, int]:
+    """Of every variant, where the baseline has so many."""
+    return {v: max(1, round(steps / ratio)) for v, ratio in ratios.items()}
+
+
+def _planned(run: RunConfig, steps: int) -> RunConfig:
+    """A variant's run without its seed, as it was planned when the budget was decided."""
+    return run.model_copy(update={"seed": 0, "steps": steps})

@@ -4,7 +4,6 @@ Variants of a seed share initial weights, clips, noise and noise levels, because
 functions of the seed (`alignlab.randomness`). A finished run is reused, a killed one is resumed.
 """
 
-import json
 import logging
 import sys
 import time
@@ -18,8 +17,9 @@ from rich.console import Console
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
-from alignlab.environment import describe_environment
+from alignlab.environment import describe_environment, read_environment
 from alignlab.errors import UserError
+from alignlab.evaluation.blocks import metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
@@ -32,13 +32,26 @@ from alignlab.experiments.compare.result import (
     RunResult,
     SampleClip,
 )
+from alignlab.experiments.compare.reuse import (
+    begin_legs,
+    measure_missing_blocks,
+    open_run,
+    refuse_different_plans,
+)
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import (
+    CHECKSUMS,
+    DamagedError,
+    read_json,
+    write_checksums,
+    write_json,
+)
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
+from alignlab.runs.kept_checkpoints import drop_if_unread
 from alignlab.runs.metric_rows import evaluations, read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
@@ -46,6 +59,7 @@ from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
+OUTPUTS = ("comparison.json", "report.html", "report.md", "table.csv", "table.tex")
 CURVES = ("loss/", "sim/", "grad/", "diag/")
 
 
@@ -63,10 +77,15 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     plan = prepare(config)
     folder = plan.folder
     _train_missing(plan, launcher or make_launcher("local", config.launch))
+    measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
+    for key, run in plan.runs.items():
+        drop_if_unread(plan.folders[key], run)
     cost = cost_of(config, folder)
     comparison = _comparison(plan, cost)
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
     comparison.save(folder / "comparison.json")
     report = write_report(comparison, folder)
+    write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
     print_summary(comparison, Console())
     return report
 
@@ -80,6 +99,7 @@ def unfinished(config: CompareConfig) -> list[Path]:
         UserError: as `compare`.
     """
     plan = prepare(config)
+    begin_legs(plan.runs, plan.folders)
     return [
         folder.recipe
         for key, folder in plan.folders.items()
@@ -95,8 +115,9 @@ class Plan:
         folder: of the comparison.
         config: with the steps that the budget gives each variant.
         budget: what was decided, if the budget is not in steps.
-        runs: every variant with every seed.
+        runs: every variant with every seed, as they are trained.
         folders: theirs; they exist.
+        blocks: those of each run that the report is about.
     """
 
     folder: Path
@@ -104,6 +125,7 @@ class Plan:
     budget: Budget | None
     runs: dict[RunKey, RunConfig]
     folders: dict[RunKey, RunFolder]
+    blocks: dict[RunKey, tuple[int, ...]]
 
 
 def prepare(config: CompareConfig) -> Plan:
@@ -126,14 +148,18 @@ def prepare(config: CompareConfig) -> Plan:
     folder.mkdir(parents=True, exist_ok=True)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
-    runs = {
+    planned = {
         (variant, seed): probed(config, variant, seed)
         for seed in config.seeds
         for variant in config.variants
     }
-    folders = {key: RunFolder.create(run) for key, run in runs.items()}
+    opened = {key: open_run(run) for key, run in planned.items()}
+    runs = {key: run for key, (run, _) in opened.items()}
+    folders = {key: run_folder for key, (_, run_folder) in opened.items()}
+    refuse_different_plans(runs, folders, same_steps=config.budget == "steps")
     _fix_inputs(config, runs, folders)
-    return Plan(folder, config, budget, runs, folders)
+    blocks = {key: run.eval.blocks or () for key, run in planned.items()}
+    return Plan(folder, config, budget, runs, folders, blocks)
 
 
 def _fix_inputs(
@@ -176,7 +202,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     config, folder, folders = plan.config, plan.folder, plan.folders
     refuse_different_inputs(record for _, record in _records(plan.runs, folders))
     results = tuple(
-        collect(run_folder, variant, seed, folder)
+        collect(run_folder, variant, seed, folder, plan.blocks[variant, seed])
         for (variant, seed), run_folder in folders.items()
     )
     environment = describe_environment() | trained_on(folders)
@@ -209,7 +235,7 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
 
     def finished(key: RunKey) -> None:
         seconds = earlier + time.monotonic() - begin
-        write_text(plan.folder / "progress.json", json.dumps({"seconds": seconds}))
+        write_json(plan.folder / "progress.json", {"seconds": seconds})
 
     if missing:
         launch(missing, finished)
@@ -233,8 +259,22 @@ def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
     return run.model_copy(update={"eval": evaluation})
 
 
-def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
-    """What a finished run left in its folder."""
+def collect(
+    run: RunFolder,
+    variant: str,
+    seed: int,
+    folder: Path,
+    blocks: tuple[int, ...] | None = None,
+) -> RunResult:
+    """What a finished run left in its folder.
+
+    Args:
+        run: its folder.
+        variant: its name.
+        seed: of the run.
+        folder: of the comparison.
+        blocks: those whose metrics are taken; None: all that were measured.
+    """
     result = run.read_result()
     if result is None:
         raise UserError(f"{run.path}: the run is not finished")
@@ -244,16 +284,16 @@ def collect(run: RunFolder, variant: str, seed: int, folder: Path) -> RunResult:
         for key, value in row.items():
             if key.startswith(CURVES):
                 curves.setdefault(key, []).append((int(row["step"]), value))
-    listing = run.samples / "samples.json"
-    clips = json.loads(listing.read_text()) if listing.exists() else []
     return RunResult(
         variant=variant,
         seed=seed,
         steps=result["steps"],
         run_dir=str(run.path.relative_to(folder)),
-        metrics=result["metrics"],
+        metrics=(
+            result["metrics"] if blocks is None else metrics_of_blocks(result["metrics"], blocks)
+        ),
         curves={key: tuple(points) for key, points in curves.items()},
-        samples=tuple(_clip(clip) for clip in clips),
+        samples=tuple(_clip(clip) for clip in run.sample_list()),
         notes=tuple(result.get("notes", ())),
         aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
         diverged=result.get("diverged", False),
@@ -279,7 +319,7 @@ def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
     """Threads, processes, device and torch of the runs; several of a kind are logged."""
     environments = [
         # older runs had one process and do not say so
-        {"processes": "1"} | json.loads((folder.path / "environment.json").read_text())
+        {"processes": "1"} | read_environment(folder.path / "environment.json")
         for folder in folders.values()
     ]
     facts = {
@@ -306,4 +346,10 @@ def _clip(clip: dict[str, Any]) -> SampleClip:
 def _seconds_so_far(folder: Path) -> float:
     """Training time before a killed comparison was resumed."""
     progress = folder / "progress.json"
-    return float(json.loads(progress.read_text())["seconds"]) if progress.exists() else 0.0
+    if not progress.exists():
+        return 0.0
+    fix = "remove it; the comparison's duration then counts from this start"
+    seconds = read_json(progress, fix=fix).get("seconds")
+    if not isinstance(seconds, int | float):
+        raise DamagedError(progress, "it holds no seconds", fix)
+    return float(seconds)

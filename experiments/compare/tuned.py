@@ -13,9 +13,11 @@ from typing import Any
 from alignlab.config.data import Settings
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
-from alignlab.errors import UserError
+from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
+from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums
 
+SWEEP_AGAIN = "give the command of the sweep again, which writes it anew"
 FINISHED = ("complete", "pruned", "fail")
 
 
@@ -51,14 +53,27 @@ def sweep_recipe(variant: str, source: Any) -> Path:
     for name in ("recipe.yaml", "trials.csv"):
         if not best.with_name(name).is_file():
             raise UserError(f"{where}: {source} is not in a sweep's folder: no {name} beside it")
+    _check_files(best.parent)
     return best.with_name("recipe.yaml")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses results of a sweep that are not those that it wrote."""
+    read = ("best.yaml", "recipe.yaml", "trials.csv")
+    expected = read_checksums(folder) or {}
+    wrong = damaged_files(folder, {n: digest for n, digest in expected.items() if n in read})
+    for name, problem in wrong.items():
+        raise DamagedError(folder / name, problem, SWEEP_AGAIN)
 
 
 def tuning_of(source: str, sweep: SweepConfig) -> Tuning:
     """What a sweep spent on finding its best recipe."""
     trials = user_path(source).with_name("trials.csv")
-    with trials.open(newline="") as file:
-        states = [row["state"] for row in csv.DictReader(file)]
+    try:
+        with trials.open(newline="") as file:
+            states = [row["state"] for row in csv.DictReader(file)]
+    except (KeyError, ValueError, csv.Error) as error:
+        raise DamagedError(trials, f"no table of trials: {one_line(error)}", SWEEP_AGAIN) from error
     return Tuning(
         sweep=source,
         trials=sum(state in FINISHED for state in states),

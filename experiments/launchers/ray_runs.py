@@ -14,8 +14,8 @@ from alignlab.experiments.launchers.local import RunKey, shown
 from alignlab.experiments.launchers.node import LOG, order_for, seen, train_run
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths, RayTasks, connected
 from alignlab.progress import step_progress
+from alignlab.runs.checkpoint_folders import latest, step_of
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -130,17 +130,20 @@ class _RayRuns:
 
 def reached_step(checkpoints: Path) -> int:
     """Step of the newest checkpoint in a run's folder of them; 0 without one."""
-    newest = checkpoint.latest(checkpoints)
-    return 0 if newest is None else checkpoint.step_of(newest)
+    newest = latest(checkpoints)
+    return 0 if newest is None else step_of(newest)
 
 
 def steps_done(folder: RunFolder) -> int:
     """The step of the last whole row in `metrics.jsonl`; 0 without one."""
-    if not folder.metrics.exists():
+    if not folder.metrics.is_file():
         return 0
     with folder.metrics.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TAIL))
         lines = file.read().split(b"\n")[:-1]
     whole = lines[1:] if size > TAIL else lines
-    return int(json.loads(whole[-1])["step"]) if whole else 0
+    try:
+        return int(json.loads(whole[-1])["step"]) if whole else 0
+    except (ValueError, KeyError, TypeError):
+        return 0  # of a damaged row the run itself speaks

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
+from alignlab.environment import read_environment
 from alignlab.experiments.report.escaping import csv_cell, one_visible_line
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
@@ -30,7 +30,9 @@ from alignlab.experiments.sweep.trial import (
 )
 from alignlab.recipe import dump
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import CHECKSUMS, write_checksums
 
+OUTPUTS = ("recipe.yaml", "study.db", "trials.csv", "best.yaml", "sweep.html")
 SHOWN_TRIALS = 10
 
 
@@ -41,13 +43,16 @@ def write_results(study: SweepStudy) -> Path:
     sweep is removed.
     """
     folder = sweep_folder(study.config)
+    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
     write_text(folder / "trials.csv", trials_csv(study))
     best = best_trial(study)
     if best is None:
         (folder / "best.yaml").unlink(missing_ok=True)
     else:
         write_text(folder / "best.yaml", best_recipe(study, best))
-    return write_page(study, best)
+    page = write_page(study, best)
+    write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
+    return page
 
 
 def ranked(study: SweepStudy) -> list[FrozenTrial]:
@@ -90,7 +95,7 @@ def best_recipe(study: SweepStudy, trial: FrozenTrial) -> str:
     config, seed = study.config, study.config.seeds[0]
     number = trained_as(study, trial)
     run: RunConfig = trial_run(config, trial_values(study, trial), number, seed)
-    environment = json.loads((user_path(run.output) / run.name / "environment.json").read_text())
+    environment = read_environment(user_path(run.output) / run.name / "environment.json")
     metrics = trial.user_attrs[METRICS]
     numbers = ", ".join(f"{m.name} {metrics[m.name][0]!r}" for m in config.metric)
     lines = [

@@ -26,6 +26,7 @@ from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.trial import refuse_other_inputs
 from alignlab.experiments.sweep.worker import check
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import CHECKSUMS
 from alignlab.runs.input_record import InputRecord
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,15 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         record = refuse_other_inputs(config, config.base)  # before anything is written
         study = create_study(config)
+        (sweep_folder(config) / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
         _tell_unknown_inputs(study, record)
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
         tracker.begin_study()
+        if study.is_finished():
+            log.info("all %d trials are finished already", study.size)
         with sigterm_interrupts():
             run_trials(study, tracker)
     tracker.end_study(best_metrics(study))

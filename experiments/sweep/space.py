@@ -32,7 +32,7 @@ from alignlab.experiments.sweep.config import (
     Parameter,
     SweepConfig,
 )
-from alignlab.models.model_files import on_disk
+from alignlab.models.model_files import on_disk, read_object
 from alignlab.recipe import recipe_hash, validated
 
 Params = dict[str, Any]
@@ -299,4 +299,7 @@ def _num_blocks(base: RunConfig) -> int | None:
     path = None if folder is None else folder / "transformer" / "config.json"
     if path is None or not path.is_file():
         return None
-    return int(json.loads(path.read_text())["num_layers"])
+    layers = read_object(path, setting="model.path").get("num_layers")
+    if not isinstance(layers, int):
+        raise UserError(f"model.path: {path} has no num_layers: fetch it again")
+    return layers

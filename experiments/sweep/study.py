@@ -36,6 +36,11 @@ from alignlab.experiments.sweep.samplers import (
     reads_earlier_trials,
 )
 from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
+from alignlab.experiments.sweep.storage_check import (
+    check_storage_file,
+    storage_errors,
+    storage_file,
+)
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +238,8 @@ def create_study(config: SweepConfig) -> SweepStudy:
     """
     folder = sweep_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".create.lock"):
+    with FileLock(folder / ".create.lock"), storage_errors(shown_url(config)):
+        _check_storage(config)
         storage = _open_storage(config)
         study = optuna.create_study(
             storage=storage,
@@ -244,6 +250,7 @@ def create_study(config: SweepConfig) -> SweepStudy:
         )
         recipe_hash = study.user_attrs.get(RECIPE_HASH)
         if recipe_hash is None:
+            _tell_lost_study(config)
             with experimental_accepted():
                 study.set_metric_names([metric.name for metric in config.metric])
             study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))  # last: all is set
@@ -259,7 +266,9 @@ def join_study(config: SweepConfig) -> SweepStudy:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
     """
     sweep_folder(config).mkdir(parents=True, exist_ok=True)
-    storage = _open_storage(config)
+    _check_storage(config)
+    with storage_errors(shown_url(config)):
+        storage = _open_storage(config)
     try:
         study = optuna.load_study(
             storage=storage,
@@ -273,6 +282,31 @@ def join_study(config: SweepConfig) -> SweepStudy:
         ) from None
     _check_same_sweep(config, study.user_attrs.get(RECIPE_HASH))
     return SweepStudy(config, study, storage)
+
+
+def _check_storage(config: SweepConfig) -> None:
+    path = storage_file(storage_url(config))
+    if path is not None and path.exists() and not _is_unused(config, path):
+        check_storage_file(path)
+
+
+def _is_unused(config: SweepConfig, path: Path) -> bool:
+    """Whether a file is what a process leaves that was killed before the first trial."""
+    return path.is_file() and not path.stat().st_size and not _trial_folders(config)
+
+
+def _tell_lost_study(config: SweepConfig) -> None:
+    """Warns of a new study where trials lie already."""
+    if trials := _trial_folders(config):
+        log.warning(
+            "%s: the study is new, though %d trials lie there, such as %s: the storage %s was lost "
+            "or is another; trials that are drawn again take their finished runs",
+            *(sweep_folder(config), len(trials), trials[0].name, shown_url(config)),
+        )
+
+
+def _trial_folders(config: SweepConfig) -> list[Path]:
+    return sorted(path for path in sweep_folder(config).glob("trial-*") if path.is_dir())
 
 
 def _plan(config: SweepConfig) -> Sequence[dict[str, Any] | None]:

@@ -18,10 +18,10 @@ from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.recipe import load_run
+from alignlab.runs.checkpoint_folders import latest
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.batches import Batch
-from alignlab.training.checkpoint import latest
 from alignlab.training.setup import Caches, build_run, new_caches
 from attention_tools import BF16InFp32Functions
 from run_contents import timeless_rows

@@ -15,6 +15,7 @@ from torch import Tensor
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.export import export
+from alignlab.runs.checkpoint_folders import latest
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
 from alignlab.training import checkpoint
@@ -68,7 +69,7 @@ def fixed_input() -> dict[str, Tensor]:
 def trained(run: Path) -> WanTransformer3DModel:
     """The transformer as training would resume with it."""
     state = build_run(RunFolder.open(run).config()).state
-    newest = checkpoint.latest(run / "checkpoints")
+    newest = latest(run / "checkpoints")
     assert newest is not None
     checkpoint.restore(state, newest)
     return state.transformer.eval()
@@ -160,7 +161,7 @@ def test_the_moving_average_is_exported(
     make_config: MakeConfig, lora: tuple[str, ...], tmp_path: Path, wan_folder: Path
 ) -> None:
     run = train(make_config("optim.ema=0.5", "optim.lr=0.01", *lora))
-    newest = checkpoint.latest(run / "checkpoints")
+    newest = latest(run / "checkpoints")
     assert newest is not None
     average = load_file(newest / "ema.safetensors")
     last = dict(trained(run).named_parameters())

@@ -13,7 +13,6 @@ from mlflow.entities import Run as MlflowRun
 
 from alignlab.config.run import RunConfig
 from alignlab.recipe import recipe_hash
-from alignlab.runs.atomic_files import write_text
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking import Tracker
 from alignlab.train import train
@@ -89,16 +88,10 @@ def test_rows_written_before_a_kill_are_not_written_twice(
     def killed(*_: object, **__: object) -> None:
         raise Killed
 
-    def killed_on_result(path: Path, text: str) -> None:
-        if path.name == "result.json":
-            raise Killed
-        write_text(path, text)
-
     # before the first checkpoint, after the last one, after the evaluation is logged
-    moments = {"checkpoint.save": killed, "evaluate": killed, "write_text": killed_on_result}
-    for name, replacement in moments.items():
+    for name in ("checkpoint.save", "evaluate", "RunFolder.write_result"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(f"alignlab.train.{name}", replacement)
+            patch.setattr(f"alignlab.train.{name}", killed)
             train(config)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == expected

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
+from alignlab.runs.checkpoint_folders import latest
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.train import train
 from alignlab.training.alignment import teacher_features
-from alignlab.training.checkpoint import latest
 from alignlab.training.optim import lr_scale
 from alignlab.training.setup import build_run
 
@@ -154,7 +154,7 @@ def test_learning_rate_schedules(
     make_config: MakeConfig, settings: tuple[str, ...], expected: list[float]
 ) -> None:
     config = make_config("steps=6", *settings)
-    assert [lr_scale(config, step) for step in range(6)] == pytest.approx(expected)
+    assert [lr_scale(config, step, config.steps) for step in range(6)] == pytest.approx(expected)
 
 
 def test_the_learning_rate_of_the_log_is_the_one_used(make_config: MakeConfig) -> None:

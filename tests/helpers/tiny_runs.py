@@ -31,9 +31,8 @@ tracking: {{mlflow: none, log_every: 1}}
 """
 
 
-@pytest.fixture(scope="session")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DINOv2 of two layers, width 24 and patch 16."""
+def write_teacher(folder: Path) -> Path:
+    """Writes a DINOv2 of two layers, width 24 and patch 16."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Dinov2Model(
@@ -48,9 +47,14 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # transformers' initial weights are tiny: make features depend on the image
         for weight in model.parameters():
             torch.nn.init.normal_(weight, std=0.2)
-    folder = tmp_path_factory.mktemp("tiny-dino")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `write_teacher` writes."""
+    return write_teacher(tmp_path_factory.mktemp("tiny-dino"))
 
 
 @pytest.fixture(scope="session")

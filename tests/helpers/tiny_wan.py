@@ -71,9 +71,8 @@ def _autoencoder() -> AutoencoderKLWan:
     )
 
 
-@pytest.fixture(scope="session")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder: 4 blocks of width 48, autoencoder strides 4x8x8, 16 text tokens."""
+def write_wan(folder: Path) -> Path:
+    """Writes a pipeline folder: 4 blocks of width 48, autoencoder strides 4x8x8, 16 text tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer = _tokenizer()
@@ -98,6 +97,11 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             transformer=_transformer(),
         )
-    folder = tmp_path_factory.mktemp("tiny-wan")
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `write_wan` writes."""
+    return write_wan(tmp_path_factory.mktemp("tiny-wan"))

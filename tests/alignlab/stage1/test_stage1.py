@@ -50,8 +50,8 @@ def test_the_command_trains_and_returns_a_finished_run_as_it_is(
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.stdout == f"stage 1 folder: {run / 'stage1'}\n"
     assert sorted(p.name for p in run.iterdir()) == [
-        *(".writer", ".writer.lock", "checkpoints", "environment.json", "inputs.json"),
-        *("metrics.jsonl", "recipe.yaml", "result.json", "stage1"),
+        *(".writer", ".writer.lock", "checkpoints", "code.diff", "code.json", "environment.json"),
+        *("inputs.json", "metrics.jsonl", "recipe.yaml", "result.json", "stage1"),
     ]
     written = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     assert alignlab(*arguments).exit_code == 0
@@ -157,7 +157,9 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: st
     for moment in MOMENTS:
         found = file_contents(outputs / moment / "first")
         assert found.keys() == expected.keys()
-        assert [n for n in found.keys() - timed if found[n] != expected[n]] == []
+        differing = [n for n in found.keys() - timed if found[n] != expected[n]]
+        # the checksum of the log, in which times are
+        assert [n for n in differing if not n.endswith("/log.json")] == []
         rows = timeless_rows(outputs / "uninterrupted" / "first")
         other = timeless_rows(outputs / moment / "first")
         assert rows == other and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 7]
@@ -183,3 +185,18 @@ def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> 
             for i in range(5)
         ]
         assert [c.caption for c in run.micro_batches()[0]] == [dataset[i].caption for i in drawn]
+
+
+def test_a_prolonged_training_is_the_long_one(recipes: Recipes, tmp_path: Path) -> None:
+    constant = (f"output={tmp_path}", "optim.schedule=constant", "tracking.log_every=3")
+    long = train_stage1(config_of(recipes, "moalign", "steps=4", *constant, "name=long"))
+    train_stage1(config_of(recipes, "moalign", "steps=2", *constant))
+    short = train_stage1(config_of(recipes, "moalign", "steps=4", *constant))
+    assert file_contents(short) == file_contents(long)
+    last = [file_contents(run.parent / "checkpoints" / "step-000004") for run in (short, long)]
+    for files in last:
+        del files["log.json"]  # the log has times
+    assert last[0] == last[1] and "optimizer.safetensors" in last[0]
+    assert timeless_rows(short.parent) == timeless_rows(long.parent)
+    result = json.loads((short.parent / "result.json").read_text())
+    assert result["notes"][-1].startswith("prolonged: it was planned for fewer steps at first [2")

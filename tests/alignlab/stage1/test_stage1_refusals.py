@@ -1,5 +1,6 @@
 """What is wrong with a Stage 1 recipe, its data or the command is said in one line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.experiments.data_preview import load_data
 from alignlab.recipe import dump, load_stage1_run
 from command_line import alignlab, refused
+from damage import flip
 
 KINDS = ["sara", "moalign"]
 Recipes = dict[str, Path]
@@ -47,6 +49,21 @@ def test_the_wrong_command_names_the_right_one(recipes: Recipes, recipe_file: Pa
     assert "use `alignlab compare demo`" in refused("stage1", "sara", "demo")
     result = alignlab("stage1", "sarra", sara)
     assert result.exit_code == 2 and "valid: sara, moalign" in result.stderr
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "stage1.json", "checksums.json"])
+def test_a_damaged_network_is_refused_by_stage_1_and_by_stage_2(
+    recipes: Recipes, networks: Recipes, recipe_file: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(networks["moalign"].parent, tmp_path / "moalign")
+    network = tmp_path / "moalign" / "stage1"
+    flip(network / file)
+    into = f"output={tmp_path}"
+    row = f"{{name: moalign, teacher: dino, blocks: [1], head: {network}}}"
+    line = refused("train", recipe_file, into, f"objectives={{mo: {row}}}")
+    assert line.startswith("error: objectives.mo.head: ") and f"{file} is damaged" in line
+    line = refused("stage1", "moalign", recipes["moalign"], into, "name=moalign")
+    assert f"{file} is damaged" in line and "result.json" in line
 
 
 def test_a_folder_of_another_recipe_is_not_overwritten(

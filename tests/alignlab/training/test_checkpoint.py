@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignlab.config.run import RunConfig
-from alignlab.training.checkpoint import latest, save
+from alignlab.runs.checkpoint_folders import latest
+from alignlab.training.checkpoint import save
 from alignlab.training.setup import build_run
 
 MakeConfig = Callable[..., RunConfig]

@@ -14,9 +14,10 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
 from alignlab.models.wan import Wan
+from alignlab.runs.checkpoint_folders import latest
 from alignlab.train import Trainer, train
 from alignlab.training.alignment import teacher_features
-from alignlab.training.checkpoint import TrainState, latest
+from alignlab.training.checkpoint import TrainState
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from alignlab.config.run import RunConfig
 from alignlab.losses.objective import Features, Terms
 from alignlab.losses.repa import Repa
+from alignlab.runs.checkpoint_folders import latest
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import RunTrainer, train
 from alignlab.training.alignment import teacher_features
-from alignlab.training.checkpoint import latest
 from alignlab.training.setup import build_run
 
 MakeConfig = Callable[..., RunConfig]

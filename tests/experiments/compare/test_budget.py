@@ -140,6 +140,23 @@ def test_the_steps_of_the_shortest_variant(
     assert budget is not None and budget.steps["heavy"] == 1
 
 
+def test_more_steps_are_dealt_at_the_ratios_that_were_measured(
+    make: Make, tmp_path: Path, measured: Callable[..., None]
+) -> None:
+    measured(none=1.0, heavy=2.0, other=1.0)
+    decide_budget(make("budget=wall_time", "steps=10"), tmp_path)
+    measured(none=1.0, heavy=5.0, other=5.0)
+    before = (tmp_path / "budget.json").read_text()
+    found = decide_budget(make("budget=wall_time", "steps=20"), tmp_path)
+    assert found is not None and found.steps == {"none": 20, "heavy": 10, "other": 20}
+    # until the runs go on, the old number of steps can be asked for
+    assert (tmp_path / "budget.json").read_text() == before
+    added = make("budget=wall_time", "steps=20", "variants.late={optim.lr: 2e-4}")
+    measured(none=1.0, heavy=5.0, other=5.0, late=4.0)
+    budget = decide_budget(added, tmp_path)
+    assert budget is not None and budget.steps["late"] == 5 and budget.steps["heavy"] == 10
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -147,7 +164,7 @@ def test_the_steps_of_the_shortest_variant(
         ["budget=steps"],
         ["budget=wall_time", "variants.heavy.optim.batch_size=4"],
         ["budget=wall_time", "baseline=other"],
-        ["budget=wall_time", "steps=3"],
+        ["budget=wall_time", "steps=1"],
     ],
 )
 def test_the_budget_of_another_recipe_is_refused(
@@ -222,5 +239,5 @@ def test_equal_steps_need_no_decision(make: Make, tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(make: Make, tmp_path: Path, measured: Callable[..., None]) -> None:
     measured(none=1.0, heavy=2.5, other=1.0)
     (tmp_path / "budget.json").write_text(json.dumps({"steps": 3}))
-    with pytest.raises(UserError, match=r"budget\.json: not a budget"):
+    with pytest.raises(UserError, match=r"budget\.json is damaged"):
         decide_budget(make("budget=compute"), tmp_path)

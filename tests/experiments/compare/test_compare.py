@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, trained_on
 from alignlab.experiments.launchers import local
+from alignlab.runs.checksums import write_json
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import Trainer, train
@@ -180,7 +182,7 @@ def test_a_changed_recipe_is_refused_before_anything_is_trained(
     compare(config)
     monkeypatch.setattr(local, "train", no_training)
     with pytest.raises(UserError, match="another recipe"):
-        compare(make("seeds=[0]", "steps=3"))
+        compare(make("seeds=[0]", "optim.lr=2e-3"))
     # seed 1 is still to be trained, but the variant that changed comes later
     with pytest.raises(UserError, match=r"aligned/seed-0 holds a run of another recipe"):
         compare(make("seeds=[1,0]", "variants.aligned.objectives.ra.weight=0.5"))
@@ -199,10 +201,10 @@ def test_runs_of_different_threads_are_told(
 ) -> None:
     folders = {}
     for seed in (0, 1):
-        given = json.loads((report.parent / f"none/seed-{seed}/environment.json").read_text())
+        given = read_environment(report.parent / f"none/seed-{seed}/environment.json")
         folder = tmp_path / str(seed)
         folder.mkdir()
-        (folder / "environment.json").write_text(json.dumps(given | {"threads": str(seed + 1)}))
+        write_json(folder / "environment.json", given | {"threads": str(seed + 1)})
         folders["none", seed] = RunFolder(folder)
     assert trained_on(folders)["threads"] == "1, 2"
     assert "threads: runs were trained with 1 and with 2" in caplog.text

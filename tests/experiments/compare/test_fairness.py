@@ -40,6 +40,12 @@ def test_variants_may_train_differently(make: Make, changes: str) -> None:
     check_fair(make(changes))
 
 
+def test_what_a_variant_starts_from_is_a_difference(make: Make) -> None:
+    config = make("model.init_from: runs/first")
+    check_fair(config)
+    assert differences(config) == {"model.init_from": {"none": None, "other": "runs/first"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "setting", "shown"),
     [

@@ -1,6 +1,5 @@
 """Tuned against tuned: variants that take the best recipe of a sweep of their own."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from alignlab.experiments.compare.run import compare, prepare
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.recipe import load_run
+from alignlab.runs.checksums import read_json, write_json
 from small_recipes import comparison_recipe, sweep_recipe
 
 Make = Callable[..., CompareConfig]
@@ -240,11 +240,12 @@ def test_what_is_no_sweep_is_refused(make: Make, folder: Path, removed: str, nam
 
 
 def test_a_sweep_on_other_files_is_refused(swept: Path, folder: Path, make: Make) -> None:
-    record = (swept / "inputs.json").read_text()
-    (folder / "inputs.json").write_text(record)
+    record = read_json(swept / "inputs.json", fix="")
+    write_json(folder / "inputs.json", record)
     prepare(make())
-    vae = next(one for one in json.loads(record)["inputs"] if one["name"] == "model/vae")
-    (folder / "inputs.json").write_text(record.replace(vae["digest"], "0" * 64))
+    vae = next(one for one in record["inputs"] if one["name"] == "model/vae")
+    vae["digest"] = "0" * 64
+    write_json(folder / "inputs.json", record)
     with pytest.raises(
         UserError, match=f"{folder}: model/vae changed since variant tuned was tuned"
     ):

@@ -1,6 +1,7 @@
 """Small real sweeps in this process: results, pruning, failures, Pareto fronts, MLflow."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -104,11 +105,16 @@ def no_training(*_: object, **__: object) -> Path:
 
 
 def test_a_finished_sweep_is_not_trained_again(
-    finished: SweepConfig, recipe: Path, monkeypatch: pytest.MonkeyPatch
+    finished: SweepConfig,
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(sweep_trial, "train", no_training)
     before = (folder_of(finished) / "trials.csv").read_text()
-    sweep(finished)
+    with caplog.at_level(logging.INFO, "alignlab"):
+        sweep(finished)
+    assert "all 3 trials are finished already" in caplog.text
     assert (folder_of(finished) / "trials.csv").read_text() == before
     output = f"output={finished.output}"
     other = r"another recipe \(space\.objectives\.ra\.weight\.high was 10\.0, is 5\.0\): choose"

@@ -1,0 +1,120 @@
+"""The first weights of a run that starts from another run's (`model.init_from`).
+
+The transformer has the last weights of that checkpoint, not their moving average. Objectives of the
+same alias, kind and shape go on with their projectors. The optimizer, the moving average and
+schedules begin anew, at step 0.
+"""
+
+import logging
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from alignlab.config.parts import ModelConfig
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.models.wan import Wan
+from alignlab.runs.checkpoint_folders import problem
+from alignlab.runs.init_source import SETTING, InitSource, init_source
+from alignlab.training import checkpoint
+from alignlab.training.checkpoint import RunState
+
+log = logging.getLogger(__name__)
+
+
+def checked_source(config: RunConfig) -> InitSource | None:
+    """What `model.init_from` names, if its weights fit; None if the recipe does not say it.
+
+    Raises:
+        UserError: as `init_source`, and when the checkpoint is damaged, one of the two trains a
+            LoRA and the other all weights, or their LoRAs differ.
+    """
+    source = init_source(config)
+    if source is None:
+        return None
+    there = source.run.config()
+    broken = problem(source.checkpoint, leave_out=("optimizer.safetensors", "ema.safetensors"))
+    if broken:
+        raise UserError(f"{SETTING}: {source.checkpoint} is damaged ({broken}): name another")
+    if there.model.train != config.model.train:
+        raise UserError(
+            f"{SETTING}: {source.run.path} trained {_shown(there.model)}, this run trains "
+            f"{_shown(config.model)}: a LoRA is no whole model, nor is a model one; "
+            f"set model.train={there.model.train}, or export the run and name it as model.path"
+        )
+    if there.model.lora != config.model.lora:
+        raise UserError(
+            f"{SETTING}: {source.run.path} has model.lora {there.model.lora}, this run "
+            f"{config.model.lora}: they must be equal"
+        )
+    if config.model.lora is not None and there.model.path != config.model.path:
+        log.warning(
+            "%s: the LoRA of %s was trained on %s, this run puts it on %s",
+            *(SETTING, source.run.path, there.model.path, config.model.path),
+        )
+    return source
+
+
+def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource) -> None:
+    """Puts the weights of a source into a run's fresh state.
+
+    What of the objectives could not be taken over is logged, and noted for the result.
+
+    Raises:
+        UserError: the transformer is of another shape.
+    """
+    try:
+        checkpoint.load_transformer(wan.transformer, source.checkpoint)
+    except RuntimeError as error:  # torch's of other shapes
+        raise UserError(
+            f"{SETTING}: {source.checkpoint} does not fit the transformer of {config.model.path}: "
+            "it is of another shape; take the model that the run began with"
+        ) from error
+    _take_projectors(state, config, source)
+    if state.ema is not None:
+        parameters = dict(wan.transformer.named_parameters())
+        for name, average in state.ema.items():
+            average.copy_(parameters[name].detach())
+    log.info("%s: starts from %s", SETTING, source.checkpoint)
+
+
+@torch.no_grad()
+def _take_projectors(state: RunState, config: RunConfig, source: InitSource) -> None:
+    there = source.run.config()
+    tensors = load_file(source.checkpoint / "objectives.safetensors")
+    here = state.objectives.state_dict()
+    trained = {name for name, p in state.objectives.named_parameters() if p.requires_grad}
+    anew = []
+    for alias, objective in config.objectives.items():
+        prefix = f"objective_{alias}."
+        own = {name: here[name] for name in trained if name.startswith(prefix)}
+        theirs = {name: t for name, t in tensors.items() if name.startswith(prefix)}
+        other = there.objectives.get(alias)
+        if other is None:
+            reason = "not among its objectives"
+        elif other.name != objective.name:
+            reason = f"it is {other.name} there"
+        elif _shapes(own) != _shapes(theirs):
+            reason = "of another shape there"
+        else:
+            for name, value in own.items():
+                value.copy_(theirs[name])
+            continue
+        if own:
+            anew.append(f"{alias} ({reason})")
+    left = [alias for alias in there.objectives if alias not in config.objectives]
+    told = [f"projectors that begin anew: {', '.join(anew)}"] if anew else []
+    if left:
+        told.append(f"objectives of {source.run.path} that are not continued: {', '.join(left)}")
+    for text in told:
+        log.warning("%s: %s", SETTING, text)
+    state.notes = (*state.notes, *(f"{SETTING}: {text}" for text in told))
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def _shown(model: ModelConfig) -> str:
+    return "a LoRA" if model.train == "lora" else "all weights"

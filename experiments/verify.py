@@ -1,0 +1,90 @@
+"""Whether a run, a Stage 1 network, a comparison or a sweep is as it was written."""
+
+from pathlib import Path
+
+from alignlab.errors import UserError
+from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.sweep.storage_check import FIX as STUDY_FIX
+from alignlab.experiments.sweep.storage_check import study_problem
+from alignlab.losses.stage1.folder import INFO, WEIGHTS
+from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums, read_json
+from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.verify import Findings, looks_like_run, verify_run, verify_stage1
+
+SEALED = ("budget.json", "progress.json", "inputs.json")
+SAME_COMMAND = "give the command that wrote it again"
+STUDY = "study.db"
+COMPARISON = "comparison.json"
+KINDS = (COMPARISON, "trials.csv", STUDY, *SEALED, "report.html", "sweep.html")
+
+
+def verify_folder(folder: Path) -> Findings:
+    """Reads every file of a folder that alignlab wrote, and of the runs in it.
+
+    Raises:
+        UserError: there is nothing of alignlab's.
+    """
+    if any((folder / name).exists() for name in (INFO, WEIGHTS)):
+        return verify_stage1(folder)
+    if looks_like_run(folder):
+        return _with_stage1(folder)
+    runs = sorted({p.parent for p in folder.rglob("*") if looks_like_run(p.parent)})
+    runs = [run for run in runs if run != folder]
+    if not runs and not any((folder / name).exists() for name in KINDS):
+        raise UserError(f"{folder}: no run, Stage 1 network, comparison or sweep there")
+    found = _outputs(folder)
+    for run in runs:
+        found.add(_with_stage1(run))
+    return found
+
+
+def _with_stage1(run: Path) -> Findings:
+    found = verify_run(run)
+    stage1 = RunFolder(run).stage1
+    if stage1.is_dir():
+        found.add(verify_stage1(stage1))
+    return found
+
+
+def _outputs(folder: Path) -> Findings:
+    """Of a comparison or a sweep, what lies beside its runs."""
+    found = Findings()
+    for name in SEALED:
+        if (folder / name).exists():
+            try:
+                read_json(folder / name, fix=SAME_COMMAND)
+            except DamagedError as error:
+                found.check(folder / name, error.problem, error.fix)
+            else:
+                found.files.add(folder / name)
+    try:
+        expected = read_checksums(folder)
+    except DamagedError as error:
+        found.check(error.path, error.problem, error.fix)
+        expected = {}
+    if expected is None:
+        found.unknown.append(
+            f"{folder}: has no checksums: its command did not end, or is older than they are"
+        )
+    wrong = damaged_files(folder, expected or {})
+    for name in expected or {}:
+        if name != STUDY:
+            found.check(folder / name, wrong.get(name), SAME_COMMAND)
+    if (folder / STUDY).exists() or STUDY in (expected or {}):
+        found.check(folder / STUDY, study_problem(folder / STUDY) or wrong.get(STUDY), STUDY_FIX)
+    if COMPARISON not in wrong and (folder / COMPARISON).is_file():
+        _check_runs_are_there(folder, found)
+    return found
+
+
+def _check_runs_are_there(folder: Path, found: Findings) -> None:
+    """Of a comparison whose file is whole, as far as is known."""
+    try:
+        results = Comparison.load(folder / COMPARISON).results
+    except UserError as error:
+        found.say(folder / COMPARISON, f"{error}; {SAME_COMMAND}")
+        return
+    for result in results:
+        path = folder / result.run_dir / "result.json"
+        if not path.exists():
+            found.say(path, f"{path} is missing: {SAME_COMMAND}")

@@ -1,0 +1,80 @@
+"""What is left of a finished run's checkpoints, and what can be done with it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import alignlab.train as train_module
+from alignlab.errors import UserError
+from alignlab.export import export
+from alignlab.recipe import load_run
+from alignlab.runs.checkpoint_folders import problem, step_folders
+from alignlab.sampling import sample_to_file
+from alignlab.train import train
+from kills import Killed
+from run_contents import file_contents, timeless_metrics
+from tiny_runs import MakeConfig
+
+SMALL = ("eval.clips=1", "checkpoint.every=1", "optim.batch_size=1", "optim.ema=0.9")
+
+
+def kept(run: Path) -> list[str]:
+    return [path.name for path in step_folders(run / "checkpoints")]
+
+
+def test_weights_are_kept_without_the_optimizer(make_config: MakeConfig, tmp_path: Path) -> None:
+    """They can be exported; the run cannot be prolonged. No number changes."""
+    run = train(make_config(*SMALL))
+    assert kept(run) == ["step-000001", "step-000002"]
+    before = file_contents(run / "checkpoints" / "step-000002")
+    metrics = timeless_metrics(run)
+    slim = ("checkpoint.keep_finished=weights",)
+    assert train(make_config(*SMALL, *slim)) == run
+    assert kept(run) == ["step-000002"]
+    (checkpoint,) = step_folders(run / "checkpoints")
+    found = file_contents(checkpoint)
+    assert before.keys() - found.keys() == {"optimizer.safetensors"}
+    assert all(found[name] == before[name] for name in found if name.endswith("safetensors"))
+    assert "ema.safetensors" in found and "objectives.safetensors" in found
+    assert problem(checkpoint) is None and timeless_metrics(run) == metrics
+    assert (export(run, tmp_path / "out") / "model_index.json").exists()
+    with pytest.raises(UserError, match="step-000002 holds weights only"):
+        train(make_config(*SMALL, *slim, "steps=3"))
+    assert json.loads((run / "result.json").read_text())["steps"] == 2
+
+
+def test_nothing_is_kept_and_that_is_said(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A kill after the result and before the drop is made up for by the same command."""
+    config = make_config(*SMALL, "checkpoint.keep_finished=none")
+
+    def dying(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_module, "drop_checkpoints", dying)
+        train(config)
+    run = tmp_path / "run"
+    assert (run / "result.json").exists() and kept(run) == ["step-000001", "step-000002"]
+    assert train(config) == run
+    assert kept(run) == []
+    for use in (
+        lambda: export(run, tmp_path / "out"),
+        lambda: sample_to_file(run, "a square", (), tmp_path / "a.mp4"),
+        lambda: train(make_config(*SMALL, "steps=3")),
+    ):
+        with pytest.raises(UserError, match="its checkpoints were dropped") as error:
+            use()
+        assert "(checkpoint.keep_finished)" in str(error.value)
+    assert train(config) == run  # is finished all the same
+
+
+def test_a_finished_run_of_more_than_it_keeps_is_left(full_run: Path, tmp_path: Path) -> None:
+    """`all`, the default, drops nothing."""
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    train(load_run(run / "recipe.yaml", [f"output={tmp_path}"], stored=True))
+    assert file_contents(run / "checkpoints") == file_contents(full_run / "checkpoints")

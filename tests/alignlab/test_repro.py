@@ -1,0 +1,144 @@
+"""The commands that `alignlab repro` prints make the run again, to the bit."""
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignlab import checkout
+from alignlab.recipe import load_run
+from alignlab.repro import repro_commands
+from alignlab.runs import code_record
+from alignlab.runs.code_record import read_code, record_code
+from alignlab.train import train
+from command_line import alignlab, refused
+from run_contents import timeless_metrics
+from tiny_runs import MakeConfig
+
+SMALL = ("eval.clips=1", "checkpoint.every=1", "optim.batch_size=1")
+
+
+def carried_out(lines: Sequence[str]) -> int:
+    """Runs the trainings among the commands in this process; gives how many they are."""
+    count = 0
+    for line in lines:
+        words = [word for word in shlex.split(line, comments=True) if "_" not in word.split("=")[0]]
+        if "train" in words:
+            result = alignlab(*words[words.index("train") :])
+            assert result.exit_code == 0, result.output
+            count += 1
+    return count
+
+
+def weights(run: Path, step: int) -> dict[str, bytes]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return {
+        name: value.numpy().tobytes()
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
+
+
+def test_a_prolonged_run_that_started_from_another_is_made_again(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The other run first, then both legs."""
+    source = train(make_config("name=source", "steps=1", *SMALL))
+    settings = ("name=stage2", *SMALL, f"model.init_from={source}", "optim.schedule=linear")
+    train(make_config("steps=1", *settings))
+    run = train(make_config("steps=2", *settings, "optim.resume_schedule=stretch"))
+    result = alignlab("repro", run, "--output", tmp_path / "again")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    trainings = [line for line in lines if " train " in line]
+    steps = [word for line in trainings for word in line.split() if word.startswith("steps=")]
+    assert steps == ["steps=1", "steps=1", "steps=2"]
+    assert f"OMP_NUM_THREADS={torch.get_num_threads()} alignlab train" in trainings[0]
+    assert f"model.init_from={tmp_path / 'again' / 'source'}" in trainings[1]
+    assert "optim.resume_schedule=stretch" in trainings[2]
+    assert carried_out(lines) == 3
+    again = tmp_path / "again" / "stage2"
+    assert weights(again, 2) == weights(run, 2)
+    assert timeless_metrics(again) == timeless_metrics(run)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    assert "no run there" in refused("repro", tmp_path)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with one file, which this process takes for alignlab's."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "a.py").write_text("one = 1\n")
+    me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
+    for words in (("init", "-q"), ("add", "a.py"), (*me, "commit", "-qm", "first")):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    monkeypatch.setattr(checkout, "FOLDER", folder)
+    forget()
+    yield folder
+    forget()
+
+
+def forget() -> None:
+    code_record._diff.cache_clear()
+    code_record._facts.cache_clear()
+
+
+def test_commit_and_changes_are_kept(
+    repository: Path, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What git knows of, and no content of anything else."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.yaml", "environment.json"):
+        (run / name).write_text((full_run / name).read_text())
+    (repository / "a.py").write_text("one = 2\n")
+    (repository / "secret.env").write_text("TOKEN=abc\n")
+    record_code(run, step=0)
+    (start,) = read_code(run)
+    changed = (run / "code.diff").read_text()
+    assert "+one = 2" in changed and start["untracked"] == ["secret.env"]
+    assert not any("abc" in path.read_text() for path in run.iterdir())
+    lines = repro_commands(run)
+    commit = start["commit"]
+    assert f"git checkout {commit}" in lines and f"git apply {run / 'code.diff'}" in lines
+    assert "# git did not know: secret.env" in lines
+    # a clean clone with the diff is the code again
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", repository, clone], check=True)
+    subprocess.run(["git", "apply", run / "code.diff"], cwd=clone, check=True)
+    assert (clone / "a.py").read_text() == "one = 2\n"
+    # the same code again: nothing is added; other code: it is
+    record_code(run, step=1)
+    assert len(read_code(run)) == 1
+    (repository / "a.py").write_text("one = 3\n")
+    forget()
+    record_code(run, step=1)
+    assert [s["diff"] for s in read_code(run)] == ["code.diff", "code-2.diff"]
+    # larger than is kept: that is said
+    monkeypatch.setattr(code_record, "MOST_BYTES", 10)
+    record_code(run, step=0)
+    assert read_code(run)[0]["diff"] is None
+    assert any("more than the" in line for line in repro_commands(run))
+
+
+def test_an_installed_package_says_its_version(
+    full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkout, "FOLDER", tmp_path)
+    forget()
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.yaml", "environment.json"):
+        (run / name).write_text((full_run / name).read_text())
+    record_code(run, step=0)
+    forget()
+    assert not (run / "code.diff").exists()
+    assert any(line.startswith("pip install alignlab==") for line in repro_commands(run))
+    assert load_run(run / "recipe.yaml", stored=True).steps == 2

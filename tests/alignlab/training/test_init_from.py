@@ -1,0 +1,143 @@
+"""A run that starts from another run's weights and projectors."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.recipe import load_run
+from alignlab.runs.init_source import init_source
+from alignlab.runs.metric_rows import read_rows
+from alignlab.train import RunTrainer, train
+from alignlab.training import checkpoint
+from alignlab.training.setup import build_run
+from kills import Killed
+from run_contents import file_contents
+from tiny_runs import MakeConfig, TrainUntil
+
+REPA = "objectives.p={name: repa, teacher: dino, blocks: [1], projector_dim: 16}"
+LORA = ("model.train=lora", "model.lora.rank=4", "model.lora.alpha=8")
+SMALL = ("eval.clips=1", "optim.batch_size=1", "checkpoint.every=1")
+
+
+@pytest.fixture(scope="module")
+def source(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with projectors and a moving average; not to be changed."""
+    output = tmp_path_factory.mktemp("source")
+    return train(load_run(recipe_file, [f"output={output}", REPA, *SMALL, "optim.ema=0.9"]))
+
+
+def first_loss(config: RunConfig, newest: Path) -> float:
+    """Loss of the first batch of a run with the state of a checkpoint."""
+    run = build_run(config)
+    checkpoint.restore_weights(run.state, newest)
+    run.state.step = 0
+    trainer = RunTrainer(run)
+    with run.branch:
+        return float(trainer.step(trainer.micro_batches())["loss/total"])
+
+
+def test_it_starts_where_the_other_run_ended(make_config: MakeConfig, source: Path) -> None:
+    """Weights, not their average; projectors; step 0; and it is the same resumed."""
+    settings = (REPA, *SMALL, "optim.ema=0.9")
+    config = make_config(*settings, f"model.init_from={source}")
+    run = train(config)
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "lr" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    newest = source / "checkpoints" / "step-000002"
+    assert rows[0]["loss/total"] == first_loss(make_config(*settings), newest)
+    plain = first_loss(make_config(*settings), source / "checkpoints" / "step-000001")
+    assert rows[0]["loss/total"] != plain
+    record = json.loads((run / "inputs.json").read_text())
+    (entry,) = (one for one in record["inputs"] if one["name"] == "model.init_from")
+    assert "objectives.safetensors" in entry["files"] and "ema.safetensors" not in entry["files"]
+
+
+def test_the_average_begins_at_the_weights_that_it_starts_from(
+    make_config: MakeConfig, source: Path, train_until: TrainUntil
+) -> None:
+    config = make_config(REPA, *SMALL, "optim.ema=0.9", f"model.init_from={source}")
+    seen: dict[str, torch.Tensor] = {}
+
+    class Seen(RunTrainer):
+        def micro_batches(self):  # type: ignore[no-untyped-def]
+            seen.update({k: v.clone() for k, v in self.run.state.ema.items()})
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("alignlab.train.RunTrainer", Seen)
+        train(config)
+    run = build_run(config)
+    checkpoint.load_transformer(run.wan.transformer, source / "checkpoints" / "step-000002")
+    weights = dict(run.wan.transformer.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in seen.items()) and seen
+
+
+def test_a_source_that_changed_is_refused(
+    make_config: MakeConfig, source: Path, train_until: TrainUntil, tmp_path: Path
+) -> None:
+    """And one that is gone is not missed: the run has its own weights by then."""
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    config = make_config(REPA, *SMALL, f"model.init_from={copy}")
+    train_until(config, 1)
+    weights = next((copy / "checkpoints" / "step-000002" / "transformer").glob("*.safetensors"))
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.init_from changed since this run began"):
+        train(config)
+    shutil.rmtree(copy)
+    assert json.loads((train(config) / "result.json").read_text())["steps"] == 2
+
+
+def test_projectors_that_do_not_fit_begin_anew_and_are_named(
+    make_config: MakeConfig, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = REPA.replace("16", "8")
+    config = make_config(other, *SMALL, f"model.init_from={source}", "objectives.ra=null")
+    run = train(config)
+    notes = json.loads((run / "result.json").read_text())["notes"]
+    told = "model.init_from: projectors that begin anew: p (of another shape there)"
+    assert told in notes and told in caplog.text
+    assert f"model.init_from: objectives of {source} that are not continued: ra" in notes
+
+
+def test_a_lora_goes_on_as_a_lora_and_not_as_a_model(
+    make_config: MakeConfig, lora_run: Path, source: Path
+) -> None:
+    run = train(make_config(*LORA, *SMALL, f"model.init_from={lora_run}"))
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "lr" in row]
+    newest = lora_run / "checkpoints" / "step-000002"
+    assert rows[0]["loss/total"] == first_loss(make_config(*LORA, *SMALL), newest)
+    refusals = {
+        (f"model.init_from={lora_run}",): "trained a LoRA, this run trains all weights",
+        (*LORA, f"model.init_from={source}"): "trained all weights, this run trains a LoRA",
+        (*LORA[:1], "model.lora.rank=2", f"model.init_from={lora_run}"): "they must be equal",
+    }
+    for number, (settings, expected) in enumerate(refusals.items()):
+        with pytest.raises(UserError, match=expected):
+            train(make_config(f"name=other{number}", *SMALL, *settings))
+
+
+def test_what_is_no_finished_run_or_checkpoint_is_refused(
+    make_config: MakeConfig, source: Path, tmp_path: Path
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(source, unfinished)
+    (unfinished / "result.json").unlink()
+    step = unfinished / "checkpoints" / "step-000001"
+    found = init_source(make_config(f"model.init_from={step}"))
+    assert found is not None and found.checkpoint == step
+    for named, expected in {
+        unfinished: "is not finished, so its newest checkpoint is not its last",
+        tmp_path: "no run folder",
+        step.with_name("step-000007"): "no checkpoint of a run",
+        tmp_path / "run": "no run folder",
+    }.items():
+        with pytest.raises(UserError, match=expected):
+            init_source(make_config(f"model.init_from={named}"))
+    assert file_contents(source)  # untouched
