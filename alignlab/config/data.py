@@ -1,7 +1,6 @@
 """Settings of the data sets. Letters: H height, W width, T frames."""
 
 import difflib
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from pydantic import (
 )
 
 from alignlab.config.limits import at_most, refuse_unusable
+from alignlab.config.names import check_name
 from alignlab.config.written_names import refuse_written
 from alignlab.errors import shown
 
@@ -77,11 +77,13 @@ def _low_to_high(limits: tuple[int, int]) -> tuple[int, int]:
 
 
 def _folder_name(name: str, info: ValidationInfo) -> str:
-    parts = name.split("/")
-    if any(not re.fullmatch(r"[\w.+-]+", part) or set(part) == {"."} for part in parts):
-        raise ValueError(
-            f"{shown(name)} must be a folder inside `output`: letters, digits, .+-_ and / between"
-        )
+    for part in name.split("/"):
+        try:
+            check_name(part)
+        except ValueError as error:
+            raise ValueError(
+                f"{shown(name)} must be a folder inside `output`, with / between folders: {error}"
+            ) from None
     if not (info.context or {}).get("stored"):  # a run of an older version may have any name
         refuse_written(name)
     return name

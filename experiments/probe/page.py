@@ -13,6 +13,7 @@ from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, pro
 from alignlab.experiments.probe.figures import MapTable, map_charts, map_tables
 from alignlab.experiments.probe.tokens import Table, decimals, scatter_of, similarity_of
 from alignlab.experiments.report.charts import COLOURS, Chart, figures_of
+from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.runs.atomic_files import write_text
@@ -88,9 +89,8 @@ def probe_csv(result: RunProbe) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("measure", "teacher", "model", "block", "depth", "sigma", "value"))
     for c in result.cells:
-        rows.writerow(
-            (c.measure, result.teacher, c.model, c.block, c.block + 1, c.sigma, repr(c.value))
-        )
+        cells = (c.measure, result.teacher, c.model, c.block, c.block + 1, c.sigma, c.value)
+        rows.writerow(map(csv_cell, cells))
     return text.getvalue()
 
 

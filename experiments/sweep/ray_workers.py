@@ -147,8 +147,8 @@ class RaySweep:
         study, done = self._study, self._study.num_finished()
         with step_progress(study.config.name, total=study.size, done=done) as advance:
             while not study.is_finished():
-                study.put_back_dead()
-                self._start_missing()
+                if study.is_settled():
+                    self._start_missing()
                 self._tasks.warn_without_room()
                 self._see_ended()
                 running = len(study.trials(TrialState.RUNNING))

@@ -26,9 +26,15 @@ from alignlab.config.merging import flatten
 from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
-from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
+from alignlab.experiments.sweep.draw import FIXED, fix_params
+from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Lease, Watch
 from alignlab.experiments.sweep.metrics import directions
-from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
+from alignlab.experiments.sweep.samplers import (
+    build_pruner,
+    build_sampler,
+    experimental_accepted,
+    reads_earlier_trials,
+)
 from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
 from alignlab.experiments.sweep.storage_check import (
     check_storage_file,
@@ -67,6 +73,10 @@ class SweepStudy:
         self.size = len(_plan(config))
         """How many trials there are, or will be once all are added."""
         self._watch = Watch()
+        if isinstance(study.pruner, optuna.pruners.HyperbandPruner):
+            # else it does so at its first decision, and draws before that know no brackets
+            study.pruner._try_initialization(study)
+        self._unseen: set[tuple[int, str]] | None = None  # trial and owner, of those first found
         self._settings: dict[int, str] = {}  # of trials, by number
 
     def _lock(self) -> AbstractContextManager[None]:
@@ -99,8 +109,21 @@ class SweepStudy:
                     break
             else:
                 return None
-        self.study.sampler = build_sampler(self.config.sampler, trial.number)
-        return optuna.Trial(self.study, trial_id), lease
+        return self._drawn(trial_id, trial.number), lease
+
+    def _drawn(self, trial_id: int, number: int) -> optuna.Trial:
+        """The trial with the params that an uninterrupted sweep gives it."""
+        # new each time: Optuna keeps in a study what it has read of the trials
+        study = optuna.Study(
+            self.study.study_name,
+            self._storage,
+            sampler=optuna.samplers.RandomSampler(),  # nothing is left to draw
+            pruner=self.study.pruner,
+        )
+        fix_params(study, trial_id, self.config)
+        trial = optuna.Trial(study, trial_id)
+        study.sampler = build_sampler(self.config.sampler, number)  # is told how the trial ends
+        return trial
 
     def claim_settings(self, number: int) -> FrozenTrial | None:
         """Decides whether a running trial, whose params are drawn, trains its settings.
@@ -117,7 +140,8 @@ class SweepStudy:
             same = [t for t in trials if t is not mine and self._settings_of(t) == settings]
             complete = [t for t in same if t.state == TrialState.COMPLETE]
             busy = [t for t in same if _comes_before(t, mine)]
-            pruned = [t for t in same if t.state == TrialState.PRUNED]
+            # of one that was pruned inside its first run there is nothing to take
+            pruned = [t for t in same if t.state == TrialState.PRUNED and _num_seeds(t)]
             if complete or busy:
                 return (complete or busy)[0]
             self._storage.set_trial_user_attr(self._trial_id(number), TRAINS, True)
@@ -151,6 +175,29 @@ class SweepStudy:
             log.info("trial %d: its worker died, it resumes from its checkpoint", number)
         return numbers
 
+    def is_settled(self) -> bool:
+        """Whether the next trial may be drawn; puts the trials of dead workers back.
+
+        A trial that was running when this process came has a worker that lives, or must come
+        first. Of one on another machine only time tells.
+        """
+        self.put_back_dead()
+        if not reads_earlier_trials(self.config):
+            return True
+        unseen = {
+            (t.number, (t.user_attrs.get(LEASE) or {}).get("owner", ""))
+            for t in self.trials(TrialState.RUNNING)
+            if not self._watch.is_alive(t)
+        }
+        if unseen and self._unseen is None:
+            log.info(
+                "trial %s: no sign of life of its worker yet; the next trial is drawn once there "
+                "is one, or after %d seconds",
+                *(", ".join(str(number) for number, _ in sorted(unseen)), GRACE_S),
+            )
+        self._unseen = unseen if self._unseen is None else self._unseen & unseen
+        return not self._unseen
+
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
@@ -168,7 +215,7 @@ def _comes_before(trial: FrozenTrial, mine: FrozenTrial) -> bool:
 
 
 def _num_seeds(trial: FrozenTrial) -> int:
-    return max(map(len, trial.user_attrs[METRICS].values()))
+    return max(map(len, trial.user_attrs[METRICS].values()), default=0)
 
 
 def sweep_folder(config: SweepConfig) -> Path:
@@ -218,9 +265,9 @@ def create_study(config: SweepConfig) -> SweepStudy:
         elif recipe_hash is None:
             _tell_lost_study(config)
         if recipe_hash is None:
-            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
             with experimental_accepted():
                 study.set_metric_names([metric.name for metric in config.metric])
+            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))  # last: all is set
         _check_same_sweep(config, recipe_hash)
         _add_trials(config, study)
     return SweepStudy(config, study, storage)
@@ -231,7 +278,7 @@ def _opened(config: SweepConfig, storage: BaseStorage) -> optuna.Study:
         storage=storage,
         study_name=config.name,
         directions=directions(config),
-        pruner=build_pruner(config.pruner, len(config.seeds)),
+        pruner=build_pruner(config),
         load_if_exists=True,
     )
 
@@ -261,7 +308,7 @@ def join_study(config: SweepConfig) -> SweepStudy:
         study = optuna.load_study(
             storage=storage,
             study_name=config.name,
-            pruner=build_pruner(config.pruner, len(config.seeds)),
+            pruner=build_pruner(config),
         )
     except KeyError:
         raise UserError(
@@ -330,7 +377,7 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
             f"trials: the study has {present} trials already, it cannot shrink to {len(points)}"
         )
     for point in points[present:]:
-        attrs = None if point is None else {"fixed_params": point}
+        attrs = None if point is None else {FIXED: point}
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attrs))
 
 

@@ -3,7 +3,9 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,6 +19,14 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
+from alignlab.experiments.sweep.pruning import (
+    PRUNED_AT,
+    PrunedRunError,
+    is_pruned,
+    judges_inside,
+    stored_trial,
+    trained_steps,
+)
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
 from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
@@ -130,9 +140,10 @@ class TrialRunner:
                 if failed is not None:
                     return failed
             if self._is_bad(trial, metrics[first][:done], done) and done < len(self._config.seeds):
+                trial.set_user_attr(PRUNED_AT, trained_steps(self._config, done))
                 return Outcome(TrialState.PRUNED, metrics)
         for name, bound in self._config.constraints.items():
-            if name not in _stored(trial).constraints:  # a resumed trial may come again
+            if name not in stored_trial(trial).constraints:  # a resumed trial may come again
                 trial.set_constraint(name, fmean(metrics[name]) - bound)
         for metric in self._config.metric:
             if not math.isfinite(fmean(metrics[metric.name])):
@@ -154,8 +165,14 @@ class TrialRunner:
         _forget_start(run)
         refuse_other_inputs(self._config, run)
         self._tracker.begin_run(trial, user_path(run.output) / run.name)
+        inside = None
+        if judges_inside(self._config) and seed == self._config.seeds[0]:
+            inside = partial(self._judge, trial)
+        caches = shared_caches(run, self._caches)
         try:
-            folder = train(run, caches=shared_caches(run, self._caches), wait=True)
+            folder = train(run, caches=caches, wait=True, on_evaluation=inside)
+        except PrunedRunError:
+            return Outcome(TrialState.PRUNED, metrics)
         except (UserError, torch.OutOfMemoryError) as error:
             if not _was_built(run) and isinstance(error, UserError):
                 raise
@@ -172,14 +189,21 @@ class TrialRunner:
                 return Outcome(TrialState.FAIL, metrics, f"{name} was not measured, seed {seed}")
         return None
 
+    def _judge(self, trial: optuna.Trial, step: int, metrics: Mapping[str, float]) -> None:
+        """Ends the run of a first seed where the pruner stops the trial."""
+        value = metrics.get(self._config.metric[0].name)
+        if value is not None and is_pruned(trial, value, step):
+            log.info("trial %d: pruned at step %d", trial.number, step)
+            trial.set_user_attr(PRUNED_AT, step)
+            raise PrunedRunError
+
     def _is_bad(self, trial: optuna.Trial, by_seed: list[float], done: int) -> bool:
         """Reports the seeds finished so far; whether the pruner stops the trial."""
         if self._config.pruner.name == "none":
             return False
-        paired = self._config.pruner.name == "wilcoxon"
-        if done not in _stored(trial).intermediate_values:
-            trial.report(by_seed[-1] if paired else fmean(by_seed), step=done)
-        return trial.should_prune()
+        value = by_seed[-1] if self._config.pruner.name == "wilcoxon" else fmean(by_seed)
+        inside = judges_inside(self._config)
+        return is_pruned(trial, value, trained_steps(self._config, done) if inside else done)
 
 
 def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: int) -> RunConfig:
@@ -250,11 +274,6 @@ def shown_values(values: dict[str, Any]) -> str:
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in values.items()
     )
-
-
-def _stored(trial: optuna.Trial) -> FrozenTrial:
-    """The trial as the storage has it."""
-    return trial.study.get_trials(deepcopy=False)[trial.number]
 
 
 def _forget_start(run: RunConfig) -> None:

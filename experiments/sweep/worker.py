@@ -50,11 +50,13 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
             again if these die; else until none waits.
     """
     runner = TrialRunner(study, tracker)
+    while not study.is_settled():
+        interruption.check()
+        time.sleep(LOOK_EVERY_S)
     begin, done = time.monotonic(), 0
     while True:
         interruption.check()
-        if stay:
-            study.put_back_dead()  # first: later trials learn from theirs
+        study.put_back_dead()  # first: later trials learn from theirs
         claimed = study.claim()
         if claimed is None:
             if not stay or study.is_finished():
