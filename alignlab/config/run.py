@@ -3,13 +3,13 @@
 Recipes (`alignlab.recipe`) are the usual way to make them; a program may also build them directly.
 """
 
-import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from alignlab.config.data import unknown_name
+from alignlab.config.names import check_alias
 from alignlab.config.parts import (
     EvalConfig,
     FlowConfig,
@@ -45,7 +45,7 @@ class RunConfig(TrainingConfig):
     model: ModelConfig
     data: DataConfig
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
-    """By alias; an objective names its teacher by alias."""
+    """By alias (`alignlab.config.names`); an objective names its teacher by alias."""
     objectives: dict[str, SerializeAsAny[AnyObjective]] = Field(default_factory=dict)
     """Alignment losses by alias, added to the flow loss. None: plain fine-tuning."""
     flow: FlowConfig = FlowConfig()
@@ -53,11 +53,16 @@ class RunConfig(TrainingConfig):
     tracking: RunTrackingConfig = RunTrackingConfig()
     eval: EvalConfig = EvalConfig()
 
+    @field_validator("teachers", "objectives")
+    @classmethod
+    def _names_are_aliases(cls, by_alias: dict[str, Any]) -> dict[str, Any]:
+        for alias in by_alias:
+            check_alias(alias)
+        return by_alias
+
     @model_validator(mode="after")
     def _teachers_exist(self) -> Self:
         for alias, objective in self.objectives.items():
-            if not re.fullmatch(r"[\w-]+", alias):
-                raise ValueError(f"objectives: {alias!r}: an alias is letters, digits, - and _")
             for teacher in objective.teachers:
                 if teacher not in self.teachers:
                     hint = unknown_name("teacher", teacher, self.teachers)

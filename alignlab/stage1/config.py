@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 from pydantic import Field, SerializeAsAny, model_validator
 
 from alignlab.config.data import SIZE_STEP, Settings
+from alignlab.config.names import check_alias
 from alignlab.config.parts import AdamWConfig, TeacherConfig, TrainingConfig
 from alignlab.config.run import check_video_frames
 from alignlab.data.registry import DataConfig
@@ -46,6 +47,8 @@ class Stage1Config(TrainingConfig):
     def _one_teacher(self) -> Self:
         if len(self.teachers) != 1:
             raise ValueError(f"teachers: Stage 1 reads one teacher, got {len(self.teachers)}")
+        for alias in self.teachers:
+            check_alias(alias)
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,5 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from alignlab.models.model_files import (
     read_object,
 )
 from alignlab.models.weight_check import check_weights
+from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
@@ -23,8 +23,6 @@ from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
-
-log = logging.getLogger(__name__)
 
 TEACHER_FILES = ("json", "safetensors")
 """Endings of the files that a teacher is loaded from."""
@@ -80,7 +78,7 @@ def load_teacher(
         )
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
-        log.warning("teachers (%s): %s", family, warning)
+        warn_once(f"teachers ({family}): {warning}")
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()

@@ -4,16 +4,20 @@
 without training again. Numbers that are not finite are written "NaN", "Infinity", "-Infinity".
 """
 
+import dataclasses
+import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 from alignlab.runs.atomic_files import write_text
 
-_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+_CONFIG = ConfigDict(extra="forbid")
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -104,7 +108,7 @@ class Ratio:
     def is_claimed(self) -> bool:
         """Whether a change may be claimed: `interval` excludes 1."""
         low, high = self.interval
-        return not low <= 1.0 <= high
+        return low > 1.0 or high < 1.0
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,11 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        write_text(path, _ADAPTER.dump_json(self, indent=1).decode() + "\n")
+        content = _without_nan(dataclasses.asdict(self))
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        # no file holds half a surrogate pair, as names of files may have
+        text = re.sub("[\ud800-\udfff]", lambda m: ascii(m[0])[1:-1], text)
+        write_text(path, text + "\n", shared=True)
 
     @staticmethod
     def load(path: Path) -> "Comparison":
@@ -249,13 +257,28 @@ class Comparison:
             UserError: no such file, or not the JSON of a comparison.
         """
         try:
-            return _ADAPTER.validate_json(path.read_bytes())
+            # not pydantic's reader, which refuses those escapes
+            return _ADAPTER.validate_python(json.loads(path.read_bytes()))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; a comparison writes it when it ends") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: not a comparison: no JSON: {first_line(error)}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise UserError(f"{path}: not a comparison: {where}: {first['msg']}") from None
+
+
+def _without_nan(content: Any) -> Any:
+    """Plain data with the words for numbers that are not finite."""
+    match content:
+        case float() if not math.isfinite(content):
+            return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+        case dict():
+            return {key: _without_nan(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_without_nan(value) for value in content]
+    return content
 
 
 def _without_headline(content: Any) -> Any:

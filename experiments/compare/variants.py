@@ -2,14 +2,14 @@
 
 import itertools
 import re
-import string
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from alignlab.config.names import check_name
 from alignlab.config.run import RunConfig
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
 
-NAME_LETTERS = frozenset(string.ascii_letters + string.digits + ".+-_")
 GRID = "grid"
 MAX_GRID = 1000
 
@@ -30,10 +30,14 @@ def checked_variants(variants: Any) -> dict[str, dict[str, Any]]:
     for name, changes in variants.items():
         if not isinstance(changes, dict):
             raise UserError(f"variants.{name}: expected a mapping of changes, {{}} for none")
-        if not set(name) <= NAME_LETTERS or set(name) <= {"."}:
-            raise UserError(
-                f"variants.{name}: a variant's name is made of letters, digits and .+-_"
-            )
+        try:
+            check_name(name, "a variant's name")
+        except ValueError as error:
+            raise UserError(f"variants: {error}") from None
+        try:
+            refuse_written(name)
+        except ValueError as error:
+            raise UserError(f"variants.{name}: {error}") from None
         for key in ("name", "seed", "output"):
             if any(f"{change}.".startswith(f"{key}.") for change in changes):
                 raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")

@@ -3,7 +3,6 @@
 Shape letters: N tokens, D width.
 """
 
-import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from alignlab.evaluation.feature_maps import tsne_points
 from alignlab.evaluation.probe import MODELS, SIGMAS, Cell
 from alignlab.evaluation.token_metrics import ReferenceTokens
 from alignlab.experiments.report.charts import COLOURS, Chart, Json, axis, layout
+from alignlab.experiments.report.escaping import plot_text
 from alignlab.metrics.features import unit_rows
 
 FEW_SUBJECTS = len(COLOURS)
@@ -168,9 +168,9 @@ def scatter_chart(
                 "mode": "markers",
                 "x": [round(v, 3) for v in mine_M2[:, 0].tolist()],
                 "y": [round(v, 3) for v in mine_M2[:, 1].tolist()],
-                "name": html.escape(name),
+                "name": plot_text(name),
                 "legendgroup": name,
-                "hovertemplate": f"{html.escape(name)}<extra></extra>",
+                "hovertemplate": f"{plot_text(name)}<extra></extra>",
                 "marker": {"size": 6, "color": COLOURS[place], "symbol": _SYMBOLS[place]},
             }
         )

@@ -13,10 +13,11 @@ from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, pro
 from alignlab.experiments.probe.figures import MapTable, map_charts, map_tables
 from alignlab.experiments.probe.tokens import Table, decimals, scatter_of, similarity_of
 from alignlab.experiments.report.charts import COLOURS, Chart, figures_of
+from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.out_paths import check_out_folder
+from alignlab.runs.out_paths import out_folder
 from alignlab.training.checkpoint import NEWEST, ModelChoice
 
 MEASURES = {
@@ -68,10 +69,10 @@ def probe(
     Raises:
         UserError: as `probe_run`, or `out` cannot be written into.
     """
-    check_out_folder(out)
-    result = probe_run(run_dir, teacher=teacher, block=block, choice=choice)
-    out.mkdir(parents=True, exist_ok=True)
-    return write_probe(result, out)
+    with out_folder(out):
+        result = probe_run(run_dir, teacher=teacher, block=block, choice=choice)
+        out.mkdir(parents=True, exist_ok=True)
+        return write_probe(result, out)
 
 
 def write_probe(result: RunProbe, out: Path) -> Path:
@@ -88,9 +89,8 @@ def probe_csv(result: RunProbe) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("measure", "teacher", "model", "block", "depth", "sigma", "value"))
     for c in result.cells:
-        rows.writerow(
-            (c.measure, result.teacher, c.model, c.block, c.block + 1, c.sigma, repr(c.value))
-        )
+        cells = (c.measure, result.teacher, c.model, c.block, c.block + 1, c.sigma, c.value)
+        rows.writerow(map(csv_cell, cells))
     return text.getvalue()
 
 

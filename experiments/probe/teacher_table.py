@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignlab.evaluation.teacher_score import NEIGHBOURS, TeacherScore
+from alignlab.experiments.report.escaping import csv_cell
 from alignlab.runs.atomic_files import write_text
 
 SPATIAL = ("lds", "cds", "srss", "rmsc")
@@ -43,9 +44,9 @@ def write_scores(scores: Sequence[TeacherScore], out: Path) -> None:
     rows.writerow((*head, *(name.replace(" ", "_") for name in _names())))
     for score in scores:
         config = score.config
-        values = ("" if v is None else repr(v) for v in _values(score))
+        values = ("" if v is None else v for v in _values(score))
         facts = (score.alias, config.family, config.path, config.feature, *score.grid)
-        rows.writerow((*facts, *values))
+        rows.writerow(map(csv_cell, (*facts, *values)))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, text.getvalue())
 

@@ -4,6 +4,7 @@ import csv
 import io
 
 from alignlab.experiments.compare.result import Comparison, Curve
+from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import DASH, format_spread
 from alignlab.experiments.report.metric_table import quantity, split_name
 from alignlab.experiments.report.summary import joined, place_of, spread_of
@@ -43,7 +44,7 @@ def steps_csv(comparison: Comparison) -> str:
     for name in sorted(names, key=place_of):
         for run in comparison.results:
             for step, value in run.measured.get(name, ()):
-                writer.writerow((name, run.variant, run.seed, step, value))
+                writer.writerow(map(csv_cell, (name, run.variant, run.seed, step, value)))
     return text.getvalue()
 
 

@@ -4,7 +4,6 @@ The look is one for all pages (`COLOURS`, `layout`, `axis`). In the charts of a 
 means over seeds and bands run from the lowest to the highest seed.
 """
 
-import html
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ from pydantic import JsonValue
 
 from alignlab.experiments.compare.result import Comparison, Curve
 from alignlab.experiments.report.by_step import shown_by_step
+from alignlab.experiments.report.escaping import plot_text
 from alignlab.experiments.report.metric_table import block_of, quantity, split_name
-from alignlab.experiments.report.statistics import Paired
+from alignlab.experiments.report.statistics import Paired, mean_and_std
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
 Json = dict[str, JsonValue]
@@ -41,6 +41,7 @@ _BETTER_WORDS = {
     "none": "",
 }
 _FEW_POINTS = 15
+_MOST_DRAWN = 1e290
 _MAX_POINTS = 100
 _NUM_BINS = 10
 
@@ -247,10 +248,10 @@ def _curve_chart(
     for (variant, _), curve in curves.items():
         binned: Series = {}
         for step, value in curve:
-            if math.isfinite(value):
+            if _is_drawn(value):
                 binned.setdefault(places[step], []).append(value)
         for place, values in binned.items():
-            series.setdefault(variant, {}).setdefault(place, []).append(statistics.fmean(values))
+            series.setdefault(variant, {}).setdefault(place, []).append(mean_and_std(values)[0])
     if not series:
         return []
     captions = [caption] if caption else []
@@ -276,7 +277,7 @@ def _lines(
         points = [
             (place, finite)
             for place, values in sorted(series.get(variant, {}).items())
-            if (finite := [value for value in values if math.isfinite(value)])
+            if (finite := [value for value in values if _is_drawn(value)])
         ]
         if not points:
             continue
@@ -289,8 +290,8 @@ def _lines(
                 "type": "scatter",
                 "mode": "lines+markers" if has_markers else "lines",
                 "x": x,
-                "y": [statistics.fmean(values) for _, values in points],
-                "name": html.escape(variant),
+                "y": [mean_and_std(values)[0] for _, values in points],
+                "name": plot_text(variant),
                 "legendgroup": variant,
                 "line": {"color": style.colour, "width": 1.8, "dash": style.dash},
                 "marker": {"color": style.colour, **style.mark},
@@ -321,8 +322,8 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
     traces: list[JsonValue] = []
     for row in shown:
         style = styles(comparison)[row.variant]
-        name = html.escape(row.variant)
-        finite = {s: v for s, v in row.differences.items() if math.isfinite(v)}
+        name = plot_text(row.variant)
+        finite = {s: v for s, v in row.differences.items() if _is_drawn(v)}
         traces.append(
             {
                 "type": "scatter",
@@ -340,7 +341,7 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
                 },
             }
         )
-        if row.paired is not None and row.paired.low is not None:
+        if row.paired is not None and row.paired.low is not None and _is_drawn(row.paired.mean):
             traces.append(_mean_bar(style, row.paired, row.diff_text))
     across: Json = {"zeroline": True, "zerolinecolor": _INK, "rangemode": "tozero"}
     down: Json = {"autorange": "reversed", "showgrid": False, "type": "category"}
@@ -353,13 +354,19 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
     return {"data": traces, "layout": _report_layout("", False) | changes}
 
 
+def _is_drawn(value: float) -> bool:
+    """Whether plotly.js can place it: its own axes overflow before floats do."""
+    return abs(value) < _MOST_DRAWN  # not of NaN
+
+
 def _mean_bar(style: Style, paired: Paired, text: str) -> JsonValue:
     assert paired.low is not None and paired.high is not None
+    up, down = paired.high - paired.mean, paired.mean - paired.low
     return {
         "type": "scatter",
         "mode": "markers",
         "x": [paired.mean],
-        "y": [html.escape(style.variant)],
+        "y": [plot_text(style.variant)],
         "hovertemplate": f"mean {text}<extra></extra>",
         "legendgroup": style.variant,
         "marker": {
@@ -370,8 +377,8 @@ def _mean_bar(style: Style, paired: Paired, text: str) -> JsonValue:
         "error_x": {
             "type": "data",
             "symmetric": False,
-            "array": [paired.high - paired.mean],
-            "arrayminus": [paired.mean - paired.low],
+            "array": [up if _is_drawn(up) else None],
+            "arrayminus": [down if _is_drawn(down) else None],
             "color": style.colour,
             "thickness": 1.5,
             "width": 4,

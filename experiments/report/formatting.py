@@ -3,6 +3,7 @@
 import math
 
 DASH = "—"
+_MOST_DECIMALS = 15  # more is noise, or an end that is almost 0
 _MINUS = "\N{MINUS SIGN}"
 
 
@@ -51,8 +52,10 @@ def format_interval(
     """
     decimals = _decimals(mean, (high - low) / 2)
     nearest = min(abs(low), abs(high))
-    if decimals is not None and not low <= 0.0 <= high:
+    if decimals is not None and 0.0 < nearest < math.inf and not low <= 0.0 <= high:
         decimals = max(decimals, -_exponent(nearest))
+    if decimals is not None and decimals > _MOST_DECIMALS:
+        decimals = None
 
     def text(value: float, sign: bool) -> str:
         if decimals is None:
@@ -70,6 +73,8 @@ def format_p(value: float) -> str:
     >>> format_p(0.0496), format_p(0.0504)
     ('0.0496', '0.0504')
     """
+    if not math.isfinite(value):
+        return "not finite"
     if value < 0.001:
         return "<0.001"
     text = f"{value:.3f}" if value < 0.0995 else f"{value:.2f}"
@@ -82,6 +87,8 @@ def format_duration(seconds: float) -> str:
     >>> format_duration(7265.0), format_duration(75.2), format_duration(3.21)
     ('2 h 1 min', '1 min 15 s', '3.2 s')
     """
+    if not math.isfinite(seconds):
+        return "not finite"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -92,6 +99,8 @@ def format_duration(seconds: float) -> str:
 
 def _decimals(mean: float, spread: float) -> int | None:
     """Decimals that show two digits of the spread; None where fixed decimals do not fit."""
+    if not (math.isfinite(mean) and math.isfinite(spread)):
+        return None
     if spread == 0.0 or _scientific(max(abs(mean), spread)):
         return None
     decimals = 1 - _exponent(spread)

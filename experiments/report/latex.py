@@ -1,6 +1,7 @@
 """The summary table as LaTeX: variants down, metrics across, as papers print it."""
 
 from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.report.escaping import one_visible_line
 from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow
 from alignlab.experiments.report.text import headline
@@ -20,6 +21,9 @@ _MARKS = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "[": "{[}",  # after \\\\ a bracket or a star would be its argument
+    "]": "{]}",
+    "*": "{*}",
     "\N{MINUS SIGN}": "$-$",
     "\N{PLUS-MINUS SIGN}": r"$\pm$",
     "\N{EM DASH}": "---",
@@ -31,9 +35,11 @@ def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """A `table` that needs the booktabs package: mean, spread, difference and its interval.
 
     What is claimed to be better than the baseline is bold; a star marks every difference that the
-    verdict claims. A `|` in a name is text. Compiles with pdfLaTeX, LuaLaTeX and XeLaTeX.
+    verdict claims. A `|` in a name is text. Compiles with pdfLaTeX, LuaLaTeX and XeLaTeX; names in
+    other scripts than Latin need one of the last two, with a font that has them.
     """
     groups = headline(rows)
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in comparison.name)
     heads = [
         f"{escape(g[0].quantity.label)} {_ARROWS[g[0].quantity.better]}".strip() for g in groups
     ]
@@ -55,7 +61,7 @@ def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
         r"\bottomrule",
         r"\end{tabular}",
         rf"\caption{{{_caption(comparison)}}}",
-        rf"\label{{tab:{''.join(c if c.isalnum() else '-' for c in comparison.name)}}}",
+        rf"\label{{tab:{label}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"
@@ -67,7 +73,7 @@ def escape(text: str) -> str:
     >>> escape("50% of a_b")
     '50\\\\% of a\\\\_b'
     """
-    return "".join(_MARKS.get(mark, mark) for mark in text.replace("\n", " "))
+    return "".join(_MARKS.get(mark, mark) for mark in one_visible_line(text))
 
 
 def _line(cells: list[str]) -> str:

@@ -11,6 +11,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
+from alignlab.experiments.report.escaping import visible
+
 
 def render(template: str, figures: Mapping[str, JsonValue], **values: Any) -> str:
     """A template of this folder as a page with plotly.js and its figures inside.
@@ -27,13 +29,26 @@ def render(template: str, figures: Mapping[str, JsonValue], **values: Any) -> st
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(
         # A caption or a variant could hold "</script>": no "<" survives.
-        figures=Markup(json.dumps(figures, allow_nan=False).replace("<", "\\u003c")),
+        figures=Markup(json.dumps(_visible(figures), allow_nan=False).replace("<", "\\u003c")),
         plotly=Markup(plotly.offline.get_plotlyjs()),
         **values,
     )
+
+
+def _visible(content: Any) -> Any:
+    """Figures whose texts are those that the template writes, which finds traces by them."""
+    match content:
+        case str():
+            return visible(content)
+        case Mapping():
+            return {key: _visible(value) for key, value in content.items()}
+        case list() | tuple():
+            return [_visible(value) for value in content]
+    return content
 
 
 def data_uri(content: bytes, media_type: str) -> str:

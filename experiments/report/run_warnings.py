@@ -64,8 +64,8 @@ def aligned_footnotes(comparison: Comparison) -> list[str]:
 
 def _share(aligned: int, samples: int) -> str:
     """In percent, and 0% and 100% only where it is exactly that."""
-    if aligned in (0, samples):
-        return "100%" if aligned else "0%"
+    if aligned <= 0 or aligned >= samples:
+        return "100%" if aligned > 0 else "0%"
     return f"{min(max(100 * aligned / samples, 0.1), 99.9):.1f}%"
 
 

@@ -47,6 +47,7 @@ MIN_PAIRS = 3  # two pairs agree by luck too often, above all on counts
 BOOTSTRAP_PAIRS = 10
 _RESAMPLES = 9999  # scipy's default; odd plus one makes p-values and quantiles exact fractions
 _EXACT_PAIRS = 13  # up to which all signs can be flipped, with no more patterns than resamples
+_SQUARABLE = 480  # powers of 2: squares of such numbers, and sums of them, are no overflow
 _ROUNDING = 16 * sys.float_info.epsilon
 
 Method = Literal["t", "bootstrap", "none"]
@@ -95,32 +96,53 @@ class Paired:
     @property
     def is_claimed(self) -> bool:
         """Whether a difference may be claimed: its interval excludes 0."""
-        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
+        if self.low is None or self.high is None:
+            return False
+        return self.low > 0.0 or self.high < 0.0
 
 
 def paired_statistics(
-    differences: Mapping[str, Sequence[float]], scale: float
+    differences: Mapping[str, Sequence[float]], scales: Mapping[str, float]
 ) -> dict[str, Paired]:
     """Statistics of one metric for every variant, Holm-corrected over those that have a p-value.
 
     Args:
         differences: variant to its differences to the baseline, one per shared seed; a variant
             with none, or with one that is not finite, gets no statistics.
-        scale: largest magnitude of the numbers that were subtracted; see `without_rounding`.
+        scales: variant to the largest magnitude of the numbers that were subtracted; see
+            `without_rounding`.
     """
     usable = {
-        variant: [without_rounding(value, scale) for value in values]
+        variant: [without_rounding(value, scales[variant]) for value in values]
         for variant, values in differences.items()
         if values and all(math.isfinite(value) for value in values)
     }
     num_tests = sum(len(values) >= MIN_PAIRS for values in usable.values())
-    paired = {v: _paired(values, scale, num_tests) for v, values in usable.items()}
+    # squares of numbers far from 1 overflow: those are divided by a power of 2, which is exact
+    shifts = {variant: _shift(values) for variant, values in usable.items()}
+    usable = {v: [_scaled(x, -shifts[v]) for x in values] for v, values in usable.items()}
+    paired = {
+        v: _paired(values, _scaled(scales[v], -shifts[v]), num_tests)
+        for v, values in usable.items()
+    }
     tested = {v: one.p_value for v, one in paired.items() if one.p_value is not None}
     p_values = list(tested.values())
     for variant, holm_p, level in zip(tested, holm(p_values), holm_levels(p_values), strict=True):
         one = dataclasses.replace(paired[variant], holm_p=holm_p)
         paired[variant] = _with_interval(one, usable[variant], level)
-    return paired
+    return {variant: _unshifted(one, shifts[variant]) for variant, one in paired.items()}
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation of finite numbers of any size; no spread of one number.
+
+    >>> mean_and_std([1.7e308, 1.7e308]), mean_and_std([2.0])
+    ((1.7e+308, 0.0), (2.0, None))
+    """
+    shift = _shift(values)
+    scaled = [_scaled(value, -shift) for value in values]
+    mean = _scaled(statistics.fmean(scaled), shift)
+    return mean, _scaled(statistics.stdev(scaled), shift) if len(values) > 1 else None
 
 
 def without_rounding(value: float, scale: float) -> float:
@@ -200,7 +222,8 @@ def interval(values_RN: Array, method: Method, level: float = ALPHA) -> tuple[Ar
         rng=0,
     ).confidence_interval
     low_R, high_R = _not_rejected(values_RN, level)
-    return np.minimum(ends.low, low_R), np.maximum(ends.high, high_R)
+    # the bootstrap has no interval where almost all numbers are equal
+    return np.fmin(ends.low, low_R), np.fmax(ends.high, high_R)
 
 
 def p_value(values_RN: Array, method: Method) -> Array:
@@ -245,6 +268,28 @@ def method_for(num_pairs: int, num_tests: int) -> Method:
     # With very many variants not even the smallest sign-flip p-value passes Holm's first step.
     can_pass = num_tests * 2.0 ** (1 - num_pairs) <= ALPHA
     return "bootstrap" if num_pairs >= BOOTSTRAP_PAIRS and can_pass else "t"
+
+
+def _shift(values: Sequence[float]) -> int:
+    """The power of 2 of the largest number, where squares or sums of such numbers would not fit."""
+    largest = max(map(abs, values))
+    exponent = math.frexp(largest)[1]
+    return 0 if largest == 0.0 or abs(exponent) < _SQUARABLE else exponent
+
+
+def _scaled(value: float, shift: int) -> float:
+    """The number times a power of 2; infinite where that is too large."""
+    try:
+        return math.ldexp(value, shift) if shift else value
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def _unshifted(one: Paired, shift: int) -> Paired:
+    """The statistics of numbers that were divided by a power of 2."""
+    sizes = ("mean", "std", "low", "high", "detectable")
+    known = {name: value for name in sizes if (value := getattr(one, name)) is not None}
+    return dataclasses.replace(one, **{n: _scaled(value, shift) for n, value in known.items()})
 
 
 def _paired(values: list[float], scale: float, num_tests: int) -> Paired:

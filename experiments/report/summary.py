@@ -7,7 +7,6 @@ same initial weights, samples, noise and timesteps.
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -28,7 +27,12 @@ from alignlab.experiments.report.metric_table import (
     split_name,
 )
 from alignlab.experiments.report.run_warnings import aligned_footnotes, diverged_seeds
-from alignlab.experiments.report.statistics import Paired, paired_statistics, without_rounding
+from alignlab.experiments.report.statistics import (
+    Paired,
+    mean_and_std,
+    paired_statistics,
+    without_rounding,
+)
 
 # Metrics of the finished runs, by variant and seed.
 RunMetrics = dict[tuple[str, int], dict[str, float]]
@@ -239,6 +243,8 @@ def joined(texts: tuple[str, str]) -> str:
 
 def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:
     """A ratio as a change in percent: "+3.1% [2.0%, 4.2%]", or "+12.34%" of an exact count."""
+    if not math.isfinite(ratio.value):
+        return DASH  # of a baseline that took no time, say
     change = 100.0 * (ratio.value - 1.0)
     if ratio.low is None or ratio.high is None:
         return f"{format_number(without_rounding(change, 100.0), sign=sign)}%"
@@ -306,17 +312,22 @@ def spread_of(values: list[float]) -> tuple[float | None, float | None]:
         return None, None
     if not all(math.isfinite(value) for value in values):
         return math.nan, None
-    if len(values) == 1:
-        return values[0], None
+    mean, std = mean_and_std(values)
     scale = max(abs(value) for value in values)
-    return statistics.fmean(values), without_rounding(statistics.stdev(values), scale)
+    return mean, None if std is None else without_rounding(std, scale)
+
+
+def _size(values: list[float]) -> float:
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
 
 
 def _with_statistics(group: list[SummaryRow]) -> list[SummaryRow]:
     """The rows of one metric with their paired statistics, corrected over its variants."""
-    sizes = [abs(v) for row in group for v in row.values.values() if math.isfinite(v)]
+    base = next((list(row.values.values()) for row in group if row.is_baseline), [])
+    # each variant's own: rounding of one that diverged must not hide differences of the others
+    scales = {row.variant: _size([*row.values.values(), *base]) for row in group}
     differences = {row.variant: list(row.differences.values()) for row in group}
-    paired = paired_statistics(differences, max(sizes, default=0.0))
+    paired = paired_statistics(differences, scales)
     return [dataclasses.replace(row, paired=paired.get(row.variant)) for row in group]
 
 
@@ -325,27 +336,40 @@ def _cost_groups(comparison: Comparison) -> dict[str, list[SummaryRow]]:
     if comparison.cost is None:
         return {}
     costs = comparison.cost.variants
-    base = costs[comparison.baseline]
     measured: dict[str, dict[str, tuple[float, Ratio]]] = {
-        "cost/step": {v: (cost.seconds, cost.slower) for v, cost in costs.items()},
-        "cost/gflop": {
-            v: (cost.flops / 1e9, Ratio(cost.flops / base.flops)) for v, cost in costs.items()
-        },
+        "cost/step": {v: (cost.seconds, cost.slower) for v, cost in costs.items()}
     }
-    if base.memory_mib is not None:
+    base = costs.get(comparison.baseline)  # a file from elsewhere may lack it
+    if base is not None:
+        measured["cost/gflop"] = {
+            v: (_quotient(cost.flops, 10**9), Ratio(_quotient(cost.flops, base.flops)))
+            for v, cost in costs.items()
+        }
+    if base is not None and base.memory_mib is not None:
         measured["cost/memory_mib"] = {
-            v: (cost.memory_mib, Ratio(cost.memory_mib / base.memory_mib))
+            v: (cost.memory_mib, Ratio(_quotient(cost.memory_mib, base.memory_mib)))
             for v, cost in costs.items()
             if cost.memory_mib is not None
         }
     return {
-        metric: [_cost_row(comparison, metric, v, *values[v]) for v in comparison.variants]
+        metric: [
+            _cost_row(comparison, metric, v, *values.get(v, (None, None)))
+            for v in comparison.variants
+        ]
         for metric, values in measured.items()
     }
 
 
+def _quotient(value: float, base: float) -> float:
+    """NaN where there is none: by zero, or of whole numbers that no float holds."""
+    try:
+        return value / base
+    except (ZeroDivisionError, OverflowError):
+        return math.nan
+
+
 def _cost_row(
-    comparison: Comparison, metric: str, variant: str, mean: float, ratio: Ratio
+    comparison: Comparison, metric: str, variant: str, mean: float | None, ratio: Ratio | None
 ) -> SummaryRow:
     return SummaryRow(
         metric=metric,

@@ -15,6 +15,12 @@ from rich.text import Text
 
 from alignlab.experiments.compare.result import Budget, Comparison
 from alignlab.experiments.report.by_step import step_table
+from alignlab.experiments.report.escaping import (
+    csv_cell,
+    markdown_code,
+    markdown_text,
+    one_visible_line,
+)
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.run_warnings import warning_sentences
@@ -55,9 +61,9 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     table.add_column("variant")
     table.add_column("mean" if len(comparison.seeds) == 1 else "mean ± std", justify="right")
     if len(comparison.seeds) == 1:
-        table.add_column(Text(f"to {comparison.baseline}"), justify="right")
+        table.add_column(_printed(f"to {comparison.baseline}"), justify="right")
     else:
-        table.add_column(Text(f"to {comparison.baseline} [interval]"), justify="right")
+        table.add_column(_printed(f"to {comparison.baseline} [interval]"), justify="right")
         table.add_column("p", justify="right")
         table.add_column("better in")
     for group in headline(rows):
@@ -65,43 +71,49 @@ def print_summary(comparison: Comparison, console: Console) -> None:
             name = title(row) if row is group[0] else ""
             style = "bold" if row.is_bold else "dim" if row.is_baseline else ""
             cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
-            texts = [Text(cell, style) for cell in cells[: len(table.columns)]]
+            texts = [_printed(cell, style) for cell in cells[: len(table.columns)]]
             table.add_row(*texts, end_section=row is group[-1])
     claims = verdict(comparison, rows)
     for sentence in (claims.lead, *claims.variants.values()):
-        console.print(Text(sentence, "bold" if sentence is claims.lead else ""))
+        console.print(_printed(sentence, "bold" if sentence is claims.lead else ""))
     warnings = warning_sentences(comparison)
     for text in warnings[:PRINTED_WARNINGS]:
-        console.print(Text(f"Warning: {text}", "yellow"))
+        console.print(_printed(f"Warning: {text}", "yellow"))
     if len(warnings) > PRINTED_WARNINGS:
         more = len(warnings) - PRINTED_WARNINGS
-        console.print(Text(f"{more} more warnings are in the report.", "yellow"))
+        console.print(_printed(f"{more} more warnings are in the report.", "yellow"))
     console.print(table)
     if claims.reading:
-        console.print(Text(claims.reading, "dim"))
+        console.print(_printed(claims.reading, "dim"))
     for note in footnotes(comparison, rows):
-        console.print(Text(note, "dim"))
+        console.print(_printed(note, "dim"))
+
+
+def _printed(text: str, style: str = "") -> Text:
+    """Text for a terminal, which no escape sequence of it reaches."""
+    return Text(one_visible_line(text), style)
 
 
 def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """The report without pictures, as Markdown."""
-    names = [_escape(variant) for variant in comparison.variants]
+    names = [markdown_text(variant) for variant in comparison.variants]
     claims = verdict(comparison, rows)
-    lines = [f"# {_escape(comparison.name)}", "", f"**{_escape(claims.lead)}**", ""]
-    lines += [f"- {_escape(text)}" for text in claims.variants.values()]
-    lines += ["", _escape(claims.reading), ""] if claims.reading else [""]
+    lines = [f"# {markdown_text(comparison.name)}", "", f"**{markdown_text(claims.lead)}**", ""]
+    lines += [f"- {markdown_text(text)}" for text in claims.variants.values()]
+    lines += ["", markdown_text(claims.reading), ""] if claims.reading else [""]
     warnings = warning_sentences(comparison)
     if warnings:
-        lines += ["**Warnings**", "", *(f"- {_escape(text)}" for text in warnings), ""]
+        lines += ["**Warnings**", "", *(f"- {markdown_text(text)}" for text in warnings), ""]
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
     lines += ["|---|" + "---:|" * len(names)]
     for group in headline(rows):
         cells = [f"**{row.value_text}**" if row.is_bold else row.value_text for row in group]
-        lines.append(f"| {_escape(title(group[0]))} | " + " | ".join(cells) + " |")
+        lines.append(f"| {markdown_text(title(group[0]))} | " + " | ".join(cells) + " |")
         if any(row.diff_text for row in group):
             lines.append("| … to baseline | " + " | ".join(_paired(row) for row in group) + " |")
     notes = footnotes(comparison, rows)
-    lines += ["", reading(comparison), "", *(f"- {_escape(note)}" for note in notes)]
+    lines += ["", markdown_text(reading(comparison)), ""]
+    lines += [f"- {markdown_text(note)}" for note in notes]
     lines += _markdown_steps(comparison)
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
@@ -110,8 +122,8 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines += ["", "## How it was made", ""]
     provenance = facts(comparison)
     provenance |= {name: as_text(v) for name, v in comparison.environment.items()}
-    lines += [f"- {_escape(name)}: {_escape(text)}" for name, text in provenance.items()]
-    return "\n".join([*lines, "", "```yaml", comparison.recipe.rstrip(), "```", ""])
+    lines += [f"- {markdown_text(k)}: {markdown_text(text)}" for k, text in provenance.items()]
+    return "\n".join([*lines, "", *markdown_code(comparison.recipe, "yaml"), ""])
 
 
 def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
@@ -127,7 +139,8 @@ def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
         paired += _ratio_cells(row)
         values = [row.values.get(seed) for seed in comparison.seeds]
         start = [row.metric, row.quantity.better, row.variant]
-        writer.writerow([*start, *measured, *paired, row.num_better, row.change, *values])
+        cells = [*start, *measured, *paired, row.num_better, row.change, *values]
+        writer.writerow(map(csv_cell, cells))
     return text.getvalue()
 
 
@@ -220,7 +233,9 @@ def _markdown_steps(comparison: Comparison) -> list[str]:
     lines += ["| metric | variant |" + "".join(f" {step:,} |" for step in steps)]
     lines += ["|---|---|" + "---:|" * len(steps)]
     for label, variant, texts in rows:
-        lines.append(f"| {_escape(label)} | {_escape(variant)} | " + " | ".join(texts) + " |")
+        lines.append(
+            f"| {markdown_text(label)} | {markdown_text(variant)} | " + " | ".join(texts) + " |"
+        )
     return lines
 
 
@@ -229,15 +244,9 @@ def _markdown_settings(
 ) -> list[str]:
     if not settings:
         return ["Nothing: the variants have the same settings."]
-    names = [_escape(variant) for variant in comparison.variants]
+    names = [markdown_text(variant) for variant in comparison.variants]
     lines = ["| setting |" + "".join(f" {name} |" for name in names), "|---|" + "---|" * len(names)]
     for setting, texts in setting_table(comparison, settings).items():
-        cells = [_escape(text) for text in texts.values()]
-        lines.append(f"| {_escape(setting)} | " + " | ".join(cells) + " |")
+        cells = [markdown_text(text) for text in texts.values()]
+        lines.append(f"| {markdown_text(setting)} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _escape(text: str) -> str:
-    for mark in "\\|<>*_`[]":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("\n", " ")

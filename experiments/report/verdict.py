@@ -147,13 +147,18 @@ def _detectable(row: SummaryRow, base: SummaryRow) -> str:
     factor, unit = _scale(row, base)
     assert row.paired is not None and row.paired.detectable is not None
     value = row.paired.detectable * factor
-    return (f"{value:,.0f}" if value >= 100 else f"{value:.2g}") + unit
+    if not math.isfinite(value):
+        return "nothing"
+    return (f"{value:,.0f}" if 100 <= value < 1e9 else f"{value:.2g}") + unit
 
 
 def _scale(row: SummaryRow, base: SummaryRow) -> tuple[float, str]:
     """Factor and unit in which a quantity is told: times in percent of the baseline's."""
     assert base.mean is not None  # or there would be no differences
-    return (100.0 / base.mean, "%") if row.quantity.slower else (1.0, "")
+    if not row.quantity.slower:
+        return 1.0, ""
+    factor = 100.0 / base.mean if base.mean else math.inf
+    return (factor, "%") if math.isfinite(factor) else (1.0, " s")
 
 
 def _why_unknown(row: SummaryRow) -> str:

@@ -12,6 +12,7 @@ from alignlab.config.data import Settings
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.evaluation.measured_names import COSTS
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.recipe import refuse_other_command, to_yaml, validated
 
@@ -163,11 +164,13 @@ class SamplerConfig(Settings):
 
 
 class PrunerConfig(Settings):
-    """When a trial that does badly is stopped: between two of its seeds."""
+    """When a trial that does badly is stopped: between two of its seeds, and with `eval.every` by
+    `median` and `hyperband` also while its first seed trains (`experiments/sweep/pruning.py`)."""
 
     name: Literal["none", "median", "hyperband", "wilcoxon"] = "none"
-    """`median`, `hyperband`: by the mean over the seeds so far; `wilcoxon`: by a signed-rank test
-    against the best trial, paired by seed."""
+    """`median`, `hyperband`: by the mean over the seeds so far, and inside the first seed's run by
+    its number at that step; `wilcoxon`: by a signed-rank test against the best trial, paired by
+    seed."""
     startup: int | None = Field(default=None, ge=0)
     """Trials finished before `median` stops any (Optuna: 5)."""
     p: float | None = Field(default=None, gt=0, lt=1)
@@ -247,6 +250,10 @@ class SweepConfig(Settings):
         if len(self.metric) > 1:
             raise ValueError("pruner: trials with several metrics cannot be pruned; use none")
         need = 2
+        every = steps_between(self)
+        if every is not None:
+            # as many rungs as between seeds: the first evaluation counts as one
+            count = count * self.base.steps // every
         if pruner.name == "hyperband":
             # with fewer seeds than one reduction there is a single rung, the last
             need = pruner.reduction or 3
@@ -254,9 +261,11 @@ class SweepConfig(Settings):
             # n seeds give no p-value below 2^-n, and pruning at the last seed saves nothing
             need = math.floor(-math.log2(pruner.p or 0.1)) + 2
         if count < need:
+            found = f"seeds and needs at least {need} of them, the recipe has {count}"
+            if every is not None:
+                found = f"evaluations and needs at least {need} of them, a trial has {count}"
             raise ValueError(
-                f"pruner: {pruner.name} stops a trial between its seeds and needs at least {need} "
-                f"of them, the recipe has {count} (a run is evaluated at its end only)"
+                f"pruner: {pruner.name} stops a trial between its {found}{_why_not_inside(self)}"
             )
 
     @property
@@ -268,6 +277,30 @@ class SweepConfig(Settings):
     def output(self) -> str:
         """Folder of all runs."""
         return self.base.output
+
+
+def steps_between(config: SweepConfig) -> int | None:
+    """Steps between the numbers that the pruner reads inside a run; None where it reads none."""
+    base, metric = config.base, config.metric[0].name
+    if config.pruner.name not in ("median", "hyperband") or len(config.metric) > 1:
+        return None
+    if metric in COSTS or "steps" in config.space:  # runs of other lengths have no steps in common
+        return None
+    every = base.eval.sample_every if metric.startswith("gen/") else base.eval.every
+    return every if every is not None and every < base.steps else None
+
+
+def _why_not_inside(config: SweepConfig) -> str:
+    """Why the pruner reads nothing inside a run, and what helps; in brackets."""
+    metric = config.metric[0].name
+    if config.pruner.name == "wilcoxon":
+        return " (it pairs trials by seed)"
+    if metric in COSTS:
+        return f" ({metric} is measured at the end of a run only)"
+    if "steps" in config.space:
+        return " (runs of different steps cannot be compared inside)"
+    key = "eval.sample_every" if metric.startswith("gen/") else "eval.every"
+    return f" (with a smaller {key}, {metric} is measured inside a run as well)"
 
 
 def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepConfig:

@@ -36,6 +36,7 @@ from optuna.trial import FrozenTrial, TrialState
 BEAT_S = 10.0
 GRACE_S = 90.0
 LEASE = "lease"
+ENDED = "ended"
 # Not SIGINT: that is ignored in processes that a script started in the background.
 LOST_SIGNAL = signal.SIGUSR2
 
@@ -55,6 +56,7 @@ class Lease:
             "owner": uuid.uuid4().hex,
             "place": _place(),
             "pid": os.getpid(),
+            "started": _started(os.getpid()),
             "host": platform.node(),
             "beat": 0,
         }
@@ -100,19 +102,29 @@ class Lease:
 
 
 class Watch:
-    """Tells which running trials nobody works on any more."""
+    """Tells which running trials nobody works on any more, and on which somebody does."""
 
     def __init__(self) -> None:
         self._last_beats: dict[int, tuple[Any, float]] = {}
+        self._beating: set[str] = set()  # owners
+
+    def is_alive(self, trial: FrozenTrial) -> bool:
+        """Whether the holder's process is seen here, or gave a beat while this watched."""
+        claim = trial.user_attrs.get(LEASE)
+        if claim is None:
+            return False
+        return claim["owner"] in self._beating or (claim["place"] == _place() and _lives(claim))
 
     def is_dead(self, trial: FrozenTrial) -> bool:
         """Whether the holder is known to have ended, or gave no beat for `GRACE_S` seconds."""
         claim = trial.user_attrs.get(LEASE)
-        if claim is not None and claim["place"] == _place() and not _lives(claim["pid"]):
+        if claim is not None and claim["place"] == _place() and not _lives(claim):
             return True
         beat = claim and (claim["owner"], claim["beat"])
         last_beat, since = self._last_beats.get(trial.number, (None, None))
         if since is None or beat != last_beat:
+            if claim and last_beat and last_beat[0] == claim["owner"]:
+                self._beating.add(claim["owner"])
             self._last_beats[trial.number] = (beat, time.monotonic())
             return False
         return time.monotonic() - since > GRACE_S
@@ -130,15 +142,30 @@ def _place() -> str:
     return f"{machine()} {os.readlink(namespace) if namespace.exists() else os.getpid()}"
 
 
-def _lives(pid: int) -> bool:
+def _lives(claim: dict[str, Any]) -> bool:
+    """Whether the process that made a claim, here, has not ended."""
+    pid = claim["pid"]
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
+    started, now = claim.get("started"), _started(pid)
+    if started is not None and now is not None and started != now:
+        return False  # another process, under its number
+    return now != ENDED
+
+
+def _started(pid: int) -> str | None:
+    """When a process started, in ticks since boot; `ENDED`, or None where that is not known.
+
+    A killed process whose parent has not looked yet has ended.
+    """
+    if not Path("/proc/self/stat").exists():
+        return None
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rsplit(")", 1)[1].split()[0] != "Z"  # killed, but its parent has not looked yet
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ENDED
+    return ENDED if fields[0] == "Z" else fields[19]

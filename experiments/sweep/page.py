@@ -21,7 +21,8 @@ from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import render
 from alignlab.experiments.report.run_warnings import gather_warnings
 from alignlab.experiments.sweep.config import BlocksSpace
-from alignlab.experiments.sweep.space import distributions, value_of
+from alignlab.experiments.sweep.pruning import PRUNED_AT
+from alignlab.experiments.sweep.space import distributions, own_params, value_of
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import repeated
 from alignlab.runs.atomic_files import write_text
@@ -40,12 +41,23 @@ def write_page(study: SweepStudy, best: FrozenTrial | None) -> Path:
         figures_of({"chart": shown}),
         name=study.config.name,
         verdict=_verdict(study, best),
+        pruned=pruned_trials(study),
         warnings=trial_warnings(study),
         charts=shown,
     )
     path = sweep_folder(study.config) / "sweep.html"
     write_text(path, page)
     return path
+
+
+def pruned_trials(study: SweepStudy) -> str:
+    """Which trials were pruned, and after how many steps; empty for none."""
+    texts = [
+        f"{trial.number} at step {trial.user_attrs[PRUNED_AT]:,}"
+        for trial in study.trials(TrialState.PRUNED)
+        if PRUNED_AT in trial.user_attrs  # not those of older versions
+    ]
+    return f"Pruned, by steps over their seeds: trial {', '.join(texts)}." if texts else ""
 
 
 def trial_warnings(study: SweepStudy) -> dict[int, list[str]]:
@@ -170,12 +182,12 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
     if best is None:
         return "No trial finished within the constraints."
     parts = []
-    first = study.trials()[0]
-    for metric, value, own in zip(
+    first, own = study.trials()[0], own_params(study.config)
+    for metric, value, own_value in zip(
         study.config.metric, best.values, first.values or [math.nan] * 9, strict=False
     ):
-        has_own = first.state == TrialState.COMPLETE and "fixed_params" in first.system_attrs
-        against = f" (the recipe's own settings: {format_number(own)})" if has_own else ""
+        has_own = first.state == TrialState.COMPLETE and first.params == own
+        against = f" (the recipe's own settings: {format_number(own_value)})" if has_own else ""
         parts.append(f"{metric.name} {format_number(value)}{against}")
     return (
         f"Trial {best.number} is the best of {len(study.trials(TrialState.COMPLETE))} finished "

@@ -15,13 +15,14 @@ from rich.text import Text
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.environment import read_environment
+from alignlab.experiments.report.escaping import csv_cell, one_visible_line
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
+from alignlab.experiments.sweep.pruning import PRUNED_AT
 from alignlab.experiments.sweep.space import distributions, value_of
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import (
     ERROR,
-    SAME_AS,
     repeated,
     trained_as,
     trial_run,
@@ -108,7 +109,7 @@ def trials_csv(study: SweepStudy) -> str:
     """One row per trial: number, state, values, metrics (means over seeds), folder, error.
 
     `same_as` is the trial whose result was taken because it has the same settings; the folder is
-    then that one's.
+    then that one's. `pruned_at`: optimizer steps over its seeds after which it was pruned.
     """
     trials = study.trials()
     names = sorted({name for t in trials for name in t.user_attrs.get(METRICS, {})})
@@ -117,12 +118,15 @@ def trials_csv(study: SweepStudy) -> str:
     keys = list(study.config.space)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "state", "feasible", *keys, *names, "same_as", "folder", "error"])
+    writer.writerow(
+        ["trial", "state", "feasible", *keys, *names, "same_as", "folder", "pruned_at", "error"]
+    )
     for trial in trials:
         values, metrics = trial_values(study, trial), trial.user_attrs.get(METRICS, {})
         feasible = all(excess <= 0 for excess in trial.constraints.values())
         writer.writerow(
-            [
+            csv_cell(cell)
+            for cell in (
                 trial.number,
                 trial.state.name.lower(),
                 feasible if trial.state == TrialState.COMPLETE else "",
@@ -130,8 +134,9 @@ def trials_csv(study: SweepStudy) -> str:
                 *(fmean(metrics[name]) if name in metrics else "" for name in names),
                 trial.user_attrs.get(SAME_AS, ""),
                 f"trial-{trained_as(study, trial):04d}",
+                trial.user_attrs.get(PRUNED_AT, ""),
                 trial.user_attrs.get(ERROR, ""),
-            ]
+            )
         )
     return text.getvalue()
 
@@ -142,14 +147,14 @@ def print_trials(study: SweepStudy, console: Console) -> None:
     starred = pareto(study) if len(config.metric) > 1 else set()
     table = Table(title=f"{config.name}: best of {study.size} trials")
     for header in ("trial", *(metric.name for metric in config.metric), *config.space):
-        table.add_column(header, overflow="fold")
+        table.add_column(Text(one_visible_line(header)), overflow="fold")
     for trial in front[:SHOWN_TRIALS]:
         number = f"{trial.number}{' *' if trial.number in starred else ''}"
         if SAME_AS in trial.user_attrs:
             number += f" (= {trial.user_attrs[SAME_AS]})"
         cells = [number, *map(format_number, trial.values)]
         cells += [_cell(value) for value in trial_values(study, trial).values()]
-        table.add_row(*map(Text, cells))
+        table.add_row(*(Text(one_visible_line(cell)) for cell in cells))
     console.print(table)
     if starred:
         console.print("* on the Pareto front")

@@ -1,7 +1,9 @@
 """Optuna's samplers and pruners from a sweep's recipe, and what they need.
 
 A sampler is built anew for every trial, seeded by the trial's number: workers never repeat each
-other's draws, and a sweep resumed after a kill draws what it would have drawn.
+other's draws, and a sweep resumed after a kill draws what it would have drawn. `random` and `grid`
+promise that with any number of workers, the others with one at a time: they learn from the trials
+that ended before, and with several workers that depends on which is faster.
 """
 
 import importlib.util
@@ -13,7 +15,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution
 
 from alignlab.errors import UserError
-from alignlab.experiments.sweep.config import PrunerConfig, SamplerConfig, SweepConfig
+from alignlab.experiments.sweep.config import SamplerConfig, SweepConfig, steps_between
 from alignlab.experiments.sweep.space import distributions
 from alignlab.randomness import generator
 
@@ -74,20 +76,28 @@ def build_sampler(config: SamplerConfig, number: int) -> optuna.samplers.BaseSam
             return optuna.samplers.RandomSampler(seed=seed)
 
 
-def build_pruner(config: PrunerConfig, num_seeds: int) -> optuna.pruners.BasePruner:
-    """The pruner; its steps are seeds finished, counted from 1."""
-    match config.name:
+def reads_earlier_trials(config: SweepConfig) -> bool:
+    """Whether what a trial draws, or how far it trains, depends on the trials that ended before."""
+    return config.sampler.name not in ("random", "grid") or config.pruner.name != "none"
+
+
+def build_pruner(config: SweepConfig) -> optuna.pruners.BasePruner:
+    """The pruner; for its steps see `experiments.sweep.pruning`."""
+    pruner = config.pruner
+    match pruner.name:
         case "none":
             return optuna.pruners.NopPruner()
         case "median":
-            startup = 5 if config.startup is None else config.startup
+            startup = 5 if pruner.startup is None else pruner.startup
             return optuna.pruners.MedianPruner(n_startup_trials=startup)
         case "hyperband":
+            every = steps_between(config)
+            last = len(config.seeds) * (1 if every is None else config.base.steps)
             return optuna.pruners.HyperbandPruner(
-                min_resource=1,
-                max_resource=num_seeds,
-                reduction_factor=config.reduction or 3,
+                min_resource=every or 1,
+                max_resource=last,
+                reduction_factor=pruner.reduction or 3,
             )
         case "wilcoxon":
             with experimental_accepted():
-                return optuna.pruners.WilcoxonPruner(p_threshold=config.p or 0.1)
+                return optuna.pruners.WilcoxonPruner(p_threshold=pruner.p or 0.1)

@@ -8,38 +8,49 @@ settings, one trains and the others take its result.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.merging import flatten
-from alignlab.config.paths import expanded_url, sqlite_url, user_path
+from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
-from alignlab.experiments.sweep.lease import LEASE, Lease, Watch
+from alignlab.experiments.sweep.draw import FIXED, fix_params
+from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Lease, Watch
 from alignlab.experiments.sweep.metrics import directions
-from alignlab.experiments.sweep.samplers import build_pruner, build_sampler, experimental_accepted
+from alignlab.experiments.sweep.samplers import (
+    build_pruner,
+    build_sampler,
+    experimental_accepted,
+    reads_earlier_trials,
+)
 from alignlab.experiments.sweep.space import grid_points, own_params, settings_of
 from alignlab.experiments.sweep.storage_check import (
     check_storage_file,
     storage_errors,
     storage_file,
 )
+from alignlab.runs.disk_errors import FULL, as_os_error
+from alignlab.runs.file_lock import file_lock
+from alignlab.runs.out_paths import make_output_folder
+from alignlab.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
 TRAINS = "trains"  # user attribute of a trial that is the one to train its settings
+SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
 # What changes no number of a trial: a sweep may get more trials, or move.
@@ -61,9 +72,15 @@ class SweepStudy:
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self.size = len(_plan(config))
         """How many trials there are, or will be once all are added."""
-        self._lock = FileLock(sweep_folder(config) / ".claims.lock")
         self._watch = Watch()
+        if isinstance(study.pruner, optuna.pruners.HyperbandPruner):
+            # else it does so at its first decision, and draws before that know no brackets
+            study.pruner._try_initialization(study)
+        self._unseen: set[tuple[int, str]] | None = None  # trial and owner, of those first found
         self._settings: dict[int, str] = {}  # of trials, by number
+
+    def _lock(self) -> AbstractContextManager[None]:
+        return _only_one(sweep_folder(self.config), ".claims.lock")
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in order of number; without `states`, all."""
@@ -80,7 +97,7 @@ class SweepStudy:
 
     def claim(self) -> tuple[optuna.Trial, Lease] | None:
         """Takes the first waiting trial; None while there is none."""
-        with self._lock:  # SQLite cannot lock a row, so two workers could take the same one
+        with self._lock():  # SQLite cannot lock a row, so two workers could take the same one
             for trial in self.trials(TrialState.WAITING):
                 trial_id = self._trial_id(trial.number)
                 try:
@@ -92,8 +109,21 @@ class SweepStudy:
                     break
             else:
                 return None
-        self.study.sampler = build_sampler(self.config.sampler, trial.number)
-        return optuna.Trial(self.study, trial_id), lease
+        return self._drawn(trial_id, trial.number), lease
+
+    def _drawn(self, trial_id: int, number: int) -> optuna.Trial:
+        """The trial with the params that an uninterrupted sweep gives it."""
+        # new each time: Optuna keeps in a study what it has read of the trials
+        study = optuna.Study(
+            self.study.study_name,
+            self._storage,
+            sampler=optuna.samplers.RandomSampler(),  # nothing is left to draw
+            pruner=self.study.pruner,
+        )
+        fix_params(study, trial_id, self.config)
+        trial = optuna.Trial(study, trial_id)
+        study.sampler = build_sampler(self.config.sampler, number)  # is told how the trial ends
+        return trial
 
     def claim_settings(self, number: int) -> FrozenTrial | None:
         """Decides whether a running trial, whose params are drawn, trains its settings.
@@ -102,7 +132,7 @@ class SweepStudy:
             None: it trains. A trial that ended: its result is to be taken, and further seeds of one
             that was pruned are to be trained. A trial that has not ended: that one trains them.
         """
-        with self._lock:  # two workers may have drawn the same
+        with self._lock():  # two workers may have drawn the same
             trials = self.trials()
             mine, settings = trials[number], self._settings_of(trials[number])
             if settings is None:
@@ -110,7 +140,8 @@ class SweepStudy:
             same = [t for t in trials if t is not mine and self._settings_of(t) == settings]
             complete = [t for t in same if t.state == TrialState.COMPLETE]
             busy = [t for t in same if _comes_before(t, mine)]
-            pruned = [t for t in same if t.state == TrialState.PRUNED]
+            # of one that was pruned inside its first run there is nothing to take
+            pruned = [t for t in same if t.state == TrialState.PRUNED and _num_seeds(t)]
             if complete or busy:
                 return (complete or busy)[0]
             self._storage.set_trial_user_attr(self._trial_id(number), TRAINS, True)
@@ -126,7 +157,7 @@ class SweepStudy:
 
     def put_back(self, number: int, claim: Any) -> bool:
         """Lets a running trial wait again; False if another claim on it was made meanwhile."""
-        with self._lock:
+        with self._lock():
             trial_id = self._trial_id(number)
             trial = self._storage.get_trial(trial_id)
             if trial.state != TrialState.RUNNING or trial.user_attrs.get(LEASE) != claim:
@@ -143,6 +174,29 @@ class SweepStudy:
         for number in numbers:
             log.info("trial %d: its worker died, it resumes from its checkpoint", number)
         return numbers
+
+    def is_settled(self) -> bool:
+        """Whether the next trial may be drawn; puts the trials of dead workers back.
+
+        A trial that was running when this process came has a worker that lives, or must come
+        first. Of one on another machine only time tells.
+        """
+        self.put_back_dead()
+        if not reads_earlier_trials(self.config):
+            return True
+        unseen = {
+            (t.number, (t.user_attrs.get(LEASE) or {}).get("owner", ""))
+            for t in self.trials(TrialState.RUNNING)
+            if not self._watch.is_alive(t)
+        }
+        if unseen and self._unseen is None:
+            log.info(
+                "trial %s: no sign of life of its worker yet; the next trial is drawn once there "
+                "is one, or after %d seconds",
+                *(", ".join(str(number) for number, _ in sorted(unseen)), GRACE_S),
+            )
+        self._unseen = unseen if self._unseen is None else self._unseen & unseen
+        return not self._unseen
 
     def _trial_id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
@@ -161,12 +215,17 @@ def _comes_before(trial: FrozenTrial, mine: FrozenTrial) -> bool:
 
 
 def _num_seeds(trial: FrozenTrial) -> int:
-    return max(map(len, trial.user_attrs[METRICS].values()))
+    return max(map(len, trial.user_attrs[METRICS].values()), default=0)
 
 
 def sweep_folder(config: SweepConfig) -> Path:
     """Where everything of a sweep lies."""
     return user_path(config.output) / config.name
+
+
+def _only_one(folder: Path, lock: str) -> AbstractContextManager[None]:
+    """Waits until no other process of the sweep is at the same place."""
+    return file_lock(folder / lock, waiting=lambda: f"waiting for a worker of {folder}")
 
 
 def storage_url(config: SweepConfig) -> str:
@@ -180,7 +239,7 @@ def storage_url(config: SweepConfig) -> str:
 
 def shown_url(config: SweepConfig) -> str:
     """The storage without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", storage_url(config))
+    return without_password(storage_url(config))
 
 
 def create_study(config: SweepConfig) -> SweepStudy:
@@ -189,27 +248,50 @@ def create_study(config: SweepConfig) -> SweepStudy:
     Raises:
         UserError: the study is of another recipe or larger, or the storage cannot be used.
     """
-    folder = sweep_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".create.lock"), storage_errors(shown_url(config)):
+    folder = make_output_folder(user_path(config.output), config.name)
+    with _only_one(folder, ".create.lock"), storage_errors(shown_url(config)):
         _check_storage(config)
         storage = _open_storage(config)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=config.name,
-            directions=directions(config),
-            pruner=build_pruner(config.pruner, len(config.seeds)),
-            load_if_exists=True,
-        )
+        study = _opened(config, storage)
         recipe_hash = study.user_attrs.get(RECIPE_HASH)
-        if recipe_hash is None:
+        if not _is_same_sweep(config, recipe_hash) and _kept_nothing(config, study):
+            log.info(
+                "%s: its sweep %r of another recipe kept no step: it begins anew",
+                *(shown_url(config), config.name),
+            )
+            optuna.delete_study(study_name=config.name, storage=storage)
+            study = _opened(config, storage)
+            recipe_hash = None
+        elif recipe_hash is None:
             _tell_lost_study(config)
-            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
+        if recipe_hash is None:
             with experimental_accepted():
                 study.set_metric_names([metric.name for metric in config.metric])
+            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))  # last: all is set
         _check_same_sweep(config, recipe_hash)
         _add_trials(config, study)
     return SweepStudy(config, study, storage)
+
+
+def _opened(config: SweepConfig, storage: BaseStorage) -> optuna.Study:
+    return optuna.create_study(
+        storage=storage,
+        study_name=config.name,
+        directions=directions(config),
+        pruner=build_pruner(config),
+        load_if_exists=True,
+    )
+
+
+def _kept_nothing(config: SweepConfig, study: optuna.Study) -> bool:
+    """Whether no trial is finished or running, and no run of one has kept a step."""
+    watch = Watch()
+    for trial in study.get_trials(deepcopy=False):
+        is_left = trial.state == TrialState.RUNNING and watch.is_dead(trial)
+        if trial.state != TrialState.WAITING and not is_left:
+            return False
+    recipes = sweep_folder(config).glob("trial-*/seed-*/recipe.yaml")
+    return not any(RunFolder(recipe.parent).has_begun for recipe in recipes)
 
 
 def join_study(config: SweepConfig) -> SweepStudy:
@@ -218,7 +300,7 @@ def join_study(config: SweepConfig) -> SweepStudy:
     Raises:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
     """
-    sweep_folder(config).mkdir(parents=True, exist_ok=True)
+    make_output_folder(user_path(config.output), config.name)
     _check_storage(config)
     with storage_errors(shown_url(config)):
         storage = _open_storage(config)
@@ -226,7 +308,7 @@ def join_study(config: SweepConfig) -> SweepStudy:
         study = optuna.load_study(
             storage=storage,
             study_name=config.name,
-            pruner=build_pruner(config.pruner, len(config.seeds)),
+            pruner=build_pruner(config),
         )
     except KeyError:
         raise UserError(
@@ -235,6 +317,23 @@ def join_study(config: SweepConfig) -> SweepStudy:
         ) from None
     _check_same_sweep(config, study.user_attrs.get(RECIPE_HASH))
     return SweepStudy(config, study, storage)
+
+
+@contextmanager
+def named_storage(config: SweepConfig) -> Iterator[None]:
+    """Makes an error of a full or read-only disk under an SQLite storage say which file it is.
+
+    Raises:
+        OSError: in place of Optuna's.
+    """
+    try:
+        yield
+    except (StorageInternalError, DatabaseError) as error:
+        path = storage_file(storage_url(config))
+        known = None if path is None else as_os_error(error, path)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _check_storage(config: SweepConfig) -> None:
@@ -278,12 +377,16 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
             f"trials: the study has {present} trials already, it cannot shrink to {len(points)}"
         )
     for point in points[present:]:
-        attrs = None if point is None else {"fixed_params": point}
+        attrs = None if point is None else {FIXED: point}
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attrs))
 
 
+def _is_same_sweep(config: SweepConfig, recipe_hash: str | None) -> bool:
+    return recipe_hash is None or has_hash(config, recipe_hash, NUMBERLESS)
+
+
 def _check_same_sweep(config: SweepConfig, recipe_hash: str | None) -> None:
-    if recipe_hash is not None and not has_hash(config, recipe_hash, NUMBERLESS):
+    if not _is_same_sweep(config, recipe_hash):
         difference = _shown_difference(sweep_folder(config) / "recipe.yaml", config)
         raise UserError(
             f"{shown_url(config)} holds a sweep {config.name!r} of another recipe{difference}: "
@@ -336,4 +439,7 @@ def _open_storage(config: SweepConfig) -> BaseStorage:
             "for PostgreSQL: pip install 'alignlab[postgres]'"
         ) from None
     except (OperationalError, ArgumentError, NoSuchModuleError) as error:
+        known = as_os_error(error, storage_file(url))
+        if known is not None and known.errno in FULL:
+            raise known from error
         raise UserError(f"storage: {shown_url(config)}: {first_line(error)}") from None

@@ -3,14 +3,15 @@
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
 import torch
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from alignlab.config.paths import user_path
@@ -18,9 +19,18 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
+from alignlab.experiments.sweep.pruning import (
+    PRUNED_AT,
+    PrunedRunError,
+    is_pruned,
+    judges_inside,
+    stored_trial,
+    trained_steps,
+)
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder
@@ -31,7 +41,6 @@ from alignlab.training.setup import Caches, shared_caches
 log = logging.getLogger(__name__)
 
 ERROR = "error"
-SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 LOOK_EVERY_S = 2.0
 
 
@@ -92,7 +101,7 @@ class TrialRunner:
         if outcome.state == TrialState.COMPLETE:
             optimized = [means[metric.name] for metric in self._config.metric]
         trial.study.tell(trial, optimized, state=outcome.state)
-        self._tracker.end_trial(trial, outcome.state.name, means)
+        self._tracker.end_trial(trial)
 
     def _duplicate(self, trial: optuna.Trial) -> FrozenTrial | None:
         """The trial that has trained the same settings; waits for one that does so now."""
@@ -115,7 +124,6 @@ class TrialRunner:
                 *(trial.number, number, state),
             )
             trial.set_user_attr(SAME_AS, number)
-            self._tracker.tag_duplicate(trial, number)
         return duplicate
 
     def _train(
@@ -132,9 +140,10 @@ class TrialRunner:
                 if failed is not None:
                     return failed
             if self._is_bad(trial, metrics[first][:done], done) and done < len(self._config.seeds):
+                trial.set_user_attr(PRUNED_AT, trained_steps(self._config, done))
                 return Outcome(TrialState.PRUNED, metrics)
         for name, bound in self._config.constraints.items():
-            if name not in _stored(trial).constraints:  # a resumed trial may come again
+            if name not in stored_trial(trial).constraints:  # a resumed trial may come again
                 trial.set_constraint(name, fmean(metrics[name]) - bound)
         for metric in self._config.metric:
             if not math.isfinite(fmean(metrics[metric.name])):
@@ -155,14 +164,20 @@ class TrialRunner:
             return Outcome(TrialState.FAIL, metrics, str(error))
         _forget_start(run)
         refuse_other_inputs(self._config, run)
+        self._tracker.begin_run(trial, user_path(run.output) / run.name)
+        inside = None
+        if judges_inside(self._config) and seed == self._config.seeds[0]:
+            inside = partial(self._judge, trial)
+        caches = shared_caches(run, self._caches)
         try:
-            folder = train(run, caches=shared_caches(run, self._caches), wait=True)
+            folder = train(run, caches=caches, wait=True, on_evaluation=inside)
+        except PrunedRunError:
+            return Outcome(TrialState.PRUNED, metrics)
         except (UserError, torch.OutOfMemoryError) as error:
             if not _was_built(run) and isinstance(error, UserError):
                 raise
             return Outcome(TrialState.FAIL, metrics, one_line(error))
         _record_inputs(self._config, folder)
-        self._tracker.link_run(trial, folder)
         result = RunFolder(folder).read_result()
         assert result is not None
         for name, value in result["metrics"].items():
@@ -174,14 +189,21 @@ class TrialRunner:
                 return Outcome(TrialState.FAIL, metrics, f"{name} was not measured, seed {seed}")
         return None
 
+    def _judge(self, trial: optuna.Trial, step: int, metrics: Mapping[str, float]) -> None:
+        """Ends the run of a first seed where the pruner stops the trial."""
+        value = metrics.get(self._config.metric[0].name)
+        if value is not None and is_pruned(trial, value, step):
+            log.info("trial %d: pruned at step %d", trial.number, step)
+            trial.set_user_attr(PRUNED_AT, step)
+            raise PrunedRunError
+
     def _is_bad(self, trial: optuna.Trial, by_seed: list[float], done: int) -> bool:
         """Reports the seeds finished so far; whether the pruner stops the trial."""
         if self._config.pruner.name == "none":
             return False
-        paired = self._config.pruner.name == "wilcoxon"
-        if done not in _stored(trial).intermediate_values:
-            trial.report(by_seed[-1] if paired else fmean(by_seed), step=done)
-        return trial.should_prune()
+        value = by_seed[-1] if self._config.pruner.name == "wilcoxon" else fmean(by_seed)
+        inside = judges_inside(self._config)
+        return is_pruned(trial, value, trained_steps(self._config, done) if inside else done)
 
 
 def trial_run(config: SweepConfig, values: dict[str, Any], number: int, seed: int) -> RunConfig:
@@ -238,7 +260,7 @@ def refuse_other_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
 def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
     """Adds what a finished run has read to what all trials must read."""
     folder = sweep_folder(config)
-    with FileLock(folder / ".inputs.lock"):
+    with file_lock(folder / ".inputs.lock", waiting=lambda: f"waiting for a worker of {folder}"):
         record, of_run = (InputRecord(path, config.output) for path in (folder, run_folder))
         record.refuse_differences(
             of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"
@@ -252,11 +274,6 @@ def shown_values(values: dict[str, Any]) -> str:
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in values.items()
     )
-
-
-def _stored(trial: optuna.Trial) -> FrozenTrial:
-    """The trial as the storage has it."""
-    return trial.study.get_trials(deepcopy=False)[trial.number]
 
 
 def _forget_start(run: RunConfig) -> None:

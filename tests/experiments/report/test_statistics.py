@@ -23,7 +23,7 @@ TEN = [0.10, 0.12, 0.09, 0.15, 0.11, -0.02, 0.30, 0.08, 0.01, 0.13]
 
 
 def one(values: list[float], scale: float = 1.0) -> Paired:
-    return paired_statistics({"ra": values}, scale)["ra"]
+    return paired_statistics({"ra": values}, {"ra": scale})["ra"]
 
 
 def test_examples_in_the_docs() -> None:
@@ -73,7 +73,8 @@ def test_a_sign_flip_interval_ends_where_the_test_rejects(num_pairs: int, level:
 
 
 def test_very_many_variants_keep_a_test_that_can_pass() -> None:
-    many = paired_statistics({str(index): TEN for index in range(30)}, 1.0)
+    names = [str(index) for index in range(30)]
+    many = paired_statistics(dict.fromkeys(names, TEN), dict.fromkeys(names, 1.0))
     assert many["0"].method == "t"
 
 
@@ -109,9 +110,8 @@ def test_one_and_two_pairs_get_no_verdict() -> None:
 
 
 def test_holm_counts_only_variants_with_a_test() -> None:
-    found = paired_statistics(
-        {"a": FIVE, "b": FIVE[:4], "wild": [math.nan, 1.0], "lost": [], "short": [1.0]}, 1.0
-    )
+    differences = {"a": FIVE, "b": FIVE[:4], "wild": [math.nan, 1.0], "lost": [], "short": [1.0]}
+    found = paired_statistics(differences, dict.fromkeys(differences, 1.0))
     assert set(found) == {"a", "b", "short"}
     (a, b) = found["a"], found["b"]
     assert a.p_value is not None and b.p_value is not None and found["short"].holm_p is None

@@ -87,7 +87,7 @@ def test_a_comparison_claims_what_was_counted_here(num_pairs: int) -> None:
     claimed = 0
     for values_VN in differences(num_pairs, "normal", planted, repeats=10):
         named = {str(place): values_N.tolist() for place, values_N in enumerate(values_VN)}
-        found = paired_statistics(named, 1.0)
+        found = paired_statistics(named, dict.fromkeys(named, 1.0))
         corrected = holm(p_value(values_VN, method).tolist())
         levels = holm_levels(p_value(values_VN, method).tolist())
         for place, one in enumerate(found.values()):
