@@ -13,6 +13,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DatabaseError
 
 from alignlab.errors import UserError, first_line, one_line
+from alignlab.runs.disk_errors import as_os_error
 
 FIX = (
     "copy it back from elsewhere, or remove it: the sweep then begins anew and takes the finished "
@@ -68,8 +69,9 @@ def _sqlite_problem(path: Path) -> str | None:
         with closing(sqlite3.connect(address, uri=True, timeout=LOCK_WAIT_S)) as database:
             ((answer,),) = database.execute("PRAGMA quick_check(1)").fetchall()
     except sqlite3.DatabaseError as error:
-        is_busy = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
-        return None if is_busy else one_line(error)
+        # of what is in use, or may not be read, its opening says more
+        is_whole = "locked" in str(error) or as_os_error(error) is not None
+        return None if is_whole else one_line(error)
     return None if answer == "ok" else one_line(answer)
 
 
@@ -93,12 +95,12 @@ def storage_errors(shown: str) -> Iterator[None]:
         shown: the storage as messages name it.
 
     Raises:
-        UserError: of such an error; a full disk stays the error that it is.
+        UserError: of such an error; what the machine refuses stays the error that it is.
     """
     try:
         yield
     except (DatabaseError, StorageInternalError, ValueError, KeyError, TypeError) as error:
-        if "disk is full" in str(error) or "disk is full" in str(error.__cause__):
+        if as_os_error(error) is not None:
             raise
         reason = first_line(error.__cause__ or error) or type(error).__name__
         raise UserError(f"storage: {shown} is damaged ({reason}): {FIX}") from error
