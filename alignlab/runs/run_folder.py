@@ -75,7 +75,15 @@ LOCK = ".writer.lock"
 HOLDER = ".writer"
 START_FILES = (  # of a run before its first checkpoint
     *(LOCK, HOLDER, "recipe.yaml", "inputs.json", "environment.json", "metrics.jsonl"),
-    *("mlflow_run_id", "worker.log", prolong.HISTORY, RECORD, "code.diff"),
+    *(
+        "mlflow_run_id",
+        "mlflow.json",
+        "mlflow_tags.json",
+        "worker.log",
+        prolong.HISTORY,
+        RECORD,
+        "code.diff",
+    ),
 )
 
 log = logging.getLogger(__name__)

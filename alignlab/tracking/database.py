@@ -13,9 +13,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
-
 from alignlab.config.paths import sqlite_url
+from alignlab.runs.file_lock import file_lock
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +40,8 @@ def make_whole(database: Path, *, own: bool) -> None:
             or is not to be touched.
     """
     database.parent.mkdir(parents=True, exist_ok=True)
-    # no soft lock: its marker would outlive a killed process
-    with FileLock(f"{database}.lock", fallback_to_soft=False):
+    lock = database.with_name(f"{database.name}.lock")
+    with file_lock(lock, waiting=lambda: f"waiting for the process that makes {database}"):
         if not database.exists():
             _make(database)
             return
