@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from alignlab import interruption
 from alignlab.cli_errors import Commands
-from alignlab.cli_options import Overrides, PrintConfig, Recipe, path_option
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow, path_option
 from alignlab.cli_runs import evaluate, export, repro, sample
 from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
@@ -18,6 +19,7 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
+from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
 
 app = typer.Typer(
@@ -77,6 +79,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
         destroy_process_group()
     if launch_env.rank() == 0:
         typer.echo(f"run folder: {folder}")
+        echo_mlflow(folder, config)
 
 
 def stage1(
@@ -94,7 +97,9 @@ def stage1(
         return
     from alignlab.stage1.train import train_stage1
 
-    typer.echo(f"stage 1 folder: {train_stage1(config)}")
+    folder = train_stage1(config)
+    typer.echo(f"stage 1 folder: {folder}")
+    echo_mlflow(folder.parent, config)
 
 
 def doctor() -> None:
@@ -115,6 +120,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     export,
     repro,
     probe,
+    track,
     verify,
     doctor,
 )
@@ -208,7 +214,12 @@ def build_assets(
 
 
 def main() -> None:
-    """Entry point of the `alignlab` command and of `python -m alignlab.cli`."""
+    """Entry point of `python -m alignlab.cli`, and of commands that were installed earlier."""
+    interruption.run(command_line)
+
+
+def command_line() -> None:
+    """What the command line does; `alignlab.__main__` begins it."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("alignlab")

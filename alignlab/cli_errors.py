@@ -1,37 +1,44 @@
-"""Errors on the command line: one line on stderr for what a user can mend."""
+"""Errors on the command line: one line on stderr for what a user can mend.
 
-import errno
-import os
+Exit code 2 where the user's words are wrong, 1 where the machine is, 128 and more after a signal.
+"""
+
 import sys
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
+from alignlab import interruption
 from alignlab.distributed import launch_env
 from alignlab.errors import UserError
+from alignlab.runs.disk_errors import as_os_error, shown
 
 
 class Commands(TyperGroup):
-    """Turns what a user can mend into one line on stderr."""
+    """Turns what a user can mend, and what the machine refuses, into one line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
         rank = ""
         try:
             rank = _rank()
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            interruption.check()
+            return result
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(interruption.tell(stop, rank)) from None
         except _user_errors() as error:
+            interruption.settle()
             typer.echo(f"error{rank}: {error}", err=True)
             raise typer.Exit(2) from None
-        except _write_errors() as error:
-            if not _disk_is_full(error):
+        except BrokenPipeError:  # of `alignlab list ... | head`: typer ends silently
+            raise
+        except _machine_errors() as error:
+            known = as_os_error(error)
+            if known is None:
                 raise
-            where = getattr(error, "filename", None) or os.getcwd()
-            typer.echo(
-                f"error: the disk is full ({where}): free some space, or write elsewhere with "
-                "output=FOLDER, and run the same command again",
-                err=True,
-            )
+            interruption.settle()
+            typer.echo(f"error{rank}: {shown(known)}", err=True)
             raise typer.Exit(1) from None
 
 
@@ -47,19 +54,15 @@ def _user_errors() -> tuple[type[BaseException], ...]:
     return (UserError,) if plugins is None else (UserError, plugins.PluginError)
 
 
-def _write_errors() -> tuple[type[BaseException], ...]:
-    """Exceptions in which a full disk may hide; only libraries already loaded can have raised."""
+def _machine_errors() -> tuple[type[BaseException], ...]:
+    """Exceptions in which an OSError may hide; only libraries already loaded can have raised."""
     errors: list[type[BaseException]] = [OSError]
     for module, name in (
         ("safetensors", "SafetensorError"),
-        ("sqlalchemy.exc", "OperationalError"),
+        ("sqlalchemy.exc", "DBAPIError"),
+        ("optuna.exceptions", "StorageInternalError"),
+        ("mlflow.exceptions", "MlflowException"),
     ):
         if module in sys.modules:
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "No space left on device" in str(error) or "disk is full" in str(error)

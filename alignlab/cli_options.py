@@ -33,6 +33,15 @@ Ema = Annotated[
 ]
 
 
+def echo_mlflow(folder: Path, config: Any) -> None:
+    """Says where MLflow shows the runs of a folder, if it has any."""
+    from alignlab.tracking import runs_address
+
+    address = runs_address(folder, config)
+    if address is not None:
+        typer.echo(f"mlflow: {address}")
+
+
 def path_option(help: str) -> Any:
     """An option that takes a path, `~` included: `--out=~/x` is expanded by no shell."""
     return typer.Option(parser=user_path, metavar="PATH", help=help)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignlab.errors import UserError
 from alignlab.runs.atomic_files import whole_folder
-from alignlab.runs.out_paths import check_out_folder
+from alignlab.runs.out_paths import out_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
 from alignlab.training.checkpoint import NEWEST, ModelChoice, save_lora
@@ -38,22 +38,26 @@ def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
         UserError: no such run or checkpoint, or `out` holds something else or cannot
             be written.
     """
-    check_out_folder(out)
-    if out.exists() and out != run_dir / "export" and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out, or remove it")
+    with out_folder(out):
+        if out.exists() and out != run_dir / "export" and any(out.iterdir()):
+            raise UserError(f"{out} is not empty: choose another --out, or remove it")
+        _write(run_dir, out, choice)
+    return out
+
+
+def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
     wan = load_trained(run_dir, choice)
     if RunFolder.open(run_dir).config().model.absent_references == "zero":
         log.warning(ZEROS)
     with whole_folder(out) as folder:
         if getattr(wan.transformer, "peft_config", None):
             save_lora(wan.transformer, folder)
-            return out
+            return
         shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=_base_weights(wan.folder))
         wan.transformer.save_pretrained(folder / "transformer")
         index = json.loads((folder / "model_index.json").read_text())
         index["_name_or_path"] = RunFolder.open(run_dir).config().name
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return out
 
 
 def _base_weights(pipeline: Path) -> Callable[[str, list[str]], set[str]]:

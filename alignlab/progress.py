@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from alignlab import interruption
 from alignlab.distributed import launch_env
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,12 @@ def warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
+@cache
+def tell_once(text: str) -> None:
+    """Logs a fact that every run of a command would repeat, such as one about a teacher."""
+    log.info("%s", text)
+
+
 def tell(text: str) -> None:
     """Logs a line; on a terminal that shows a bar, above it."""
     if _bars:
@@ -40,8 +47,20 @@ def tell(text: str) -> None:
 def step_progress(label: str, *, total: int, done: int = 0) -> Iterator[Advance]:
     """Gives `advance(done, note)`: a bar with the remaining time, or a line every 20 seconds.
 
-    Within another one, the bar is under that one's and goes away at the end.
+    Within another one, the bar is under that one's and goes away at the end. It is where loops see
+    that they were interrupted (`alignlab.interruption.check`).
     """
+    with _shown(label, total, done) as show:
+
+        def advance(done: int, note: str) -> None:
+            show(done, note)
+            interruption.check()
+
+        yield advance
+
+
+@contextmanager
+def _shown(label: str, total: int, done: int) -> Iterator[Advance]:
     global _depth
     if launch_env.rank() > 0:  # rank 0 speaks for all
         yield lambda done, note: None

@@ -9,7 +9,7 @@ from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.environment import PACKAGES, THEN, package_version, read_environment
 from alignlab.recipe import load_training
-from alignlab.runs.code_record import MOST_BYTES, Start, read_code
+from alignlab.runs.code_record import MOST_BYTES, Start, check_diffs, read_code
 from alignlab.runs.prolong import Leg, plan_of
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
@@ -48,7 +48,10 @@ def _commands(folder: RunFolder, output: str, seen: tuple[Path, ...]) -> Iterato
             yield f"# the run that it started from is not at {named}"
     yield f"# {folder.path}"
     facts = read_environment(folder.path / "environment.json")
+    check_diffs(folder.path)
     starts, legs = read_code(folder.path), plan_of(folder, config).legs
+    if not starts:
+        yield f"# with which code it was trained is not known: commit {facts['commit']}"
     before: Start | None = None
     for place, leg in enumerate(legs):
         start = next((s for s in reversed(starts) if s["step"] <= leg.from_step), None)
@@ -110,8 +113,7 @@ def _train(
     command = ["alignlab"]
     if processes != "1":
         command = ["torchrun", f"--nproc-per-node={processes}", "-m", "alignlab.cli"]
-    is_stage1 = isinstance(config, Stage1Config)
-    command += ["stage1", config.stage1.kind] if is_stage1 else ["train"]
+    command += ["stage1", config.stage1.kind] if isinstance(config, Stage1Config) else ["train"]
     said = {"optim.resume_schedule": leg.resume_schedule} if leg.resume_schedule else {}
     settings = settings | {"steps": str(leg.steps)} | said
     command += [str(folder.recipe.resolve()), *(f"{k}={v}" for k, v in settings.items())]

@@ -6,6 +6,7 @@ Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.out_paths import check_out_file
+from alignlab.runs.out_paths import out_file
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.flow_matching import euler_sample
@@ -161,16 +162,31 @@ def sample_to_file(
         UserError: no such run or checkpoint, an image that cannot be read, or `out` is no mp4 file
             that can be written.
     """
-    check_out_file(out, ".mp4")
-    config = RunFolder.open(run_dir).config()
     asked = {"steps": steps, "text": text_guidance, "reference": reference_guidance}
-    given = {name: value for name, value in asked.items() if value is not None}
-    guidance = replace(guidance_of(config), **given)
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    with out_file(out, ".mp4"):
+        config = RunFolder.open(run_dir).config()
+        guidance = replace(guidance_of(config), **given)
+        wan = load_trained(run_dir, choice)
+        negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
+        video_THWC = _sampled(wan, config, guidance, prompt, negative, reference_paths, seed)
+        write_mp4(out, video_THWC, config.data.fps)
+    return out
+
+
+def _sampled(
+    wan: Wan,
+    config: RunConfig,
+    guidance: Guidance,
+    prompt: str,
+    negative: str,
+    reference_paths: Sequence[Path],
+    seed: int,
+) -> Tensor:
+    """A clip, uint8 `(T, H, W, C)` on the CPU."""
     images = [fit_reference(*read_image(path), config.data.size)[0] for path in reference_paths]
-    wan = load_trained(run_dir, choice)
     references = [wan.encode_image(image_HWC) for image_HWC in images]
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
-    negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
     texts = {"--negative-prompt": negative_text(negative), "--prompt": prompt}
     warn_of_cut(wan.text, texts)
     negative_LD, text_LD = wan.encode_text(list(texts.values()))
@@ -182,9 +198,7 @@ def sample_to_file(
         latents = sample_latents(
             branch, noise.to(wan.device), text_LD, negative_LD, stacked, guidance, advance=advance
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_mp4(out, wan.decode(latents).cpu(), config.data.fps)
-    return out
+    return wan.decode(latents).cpu()
 
 
 @quiet_libraries()

@@ -10,6 +10,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import Ranks, join_ranks
@@ -49,7 +51,7 @@ from alignlab.runs.prolong import (
 )
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import stage1_digests
-from alignlab.tracking import SilentTracker, Tracker
+from alignlab.tracking import SilentTracker, Tracker, ask
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
 from alignlab.training.alignment import Aligned
@@ -67,6 +69,7 @@ from alignlab.training.setup import (
     check_ranks_agree,
     check_teachers_and_eval,
 )
+from alignlab.training.stopping import Stopping
 
 
 @quiet_libraries()
@@ -106,6 +109,7 @@ def train(
         newest = opened.newest
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
+        ranks.on_main(ask, config)
         source = checked_source(config) if newest is None else None
         run = build_run(config, caches, ranks)
         check_teachers_and_eval(run)
@@ -140,6 +144,7 @@ class Trainer(ABC):
         self.ranks = ranks
         self.state = state
         self.plan = plan or SchedulePlan.of(config)
+        self._stopping = Stopping(config, ranks, state)
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
         """Trains from where the state stands to the last step, and evaluates.
@@ -152,7 +157,11 @@ class Trainer(ABC):
             UserError: a scalar or a weight stopped being finite, or an objective aligned nothing.
         """
         ranks = self.ranks
-        with self._tracker(folder, resumed=newest is not None) as tracker:
+        self._stopping.saved(newest)
+        with (
+            interruption.telling(self._stopping.progress),
+            self._tracker(folder, resumed=newest is not None) as tracker,
+        ):
             ranks.barrier()  # a tracking server may be slow
             with self.prepared(folder, tracker):
                 self.train_steps(folder, tracker, newest)
@@ -166,12 +175,19 @@ class Trainer(ABC):
         """The loop: batches, diagnosis, step, log, checkpoint, evaluation.
 
         What is not finite is seen at every step, on the device, and raised when a row is logged or
-        a checkpoint is due.
+        a checkpoint is due. No signal or clock changes which steps have a row.
+
+        Raises:
+            Interrupted: a signal came; there is a checkpoint of the last step.
         """
         config, state, device = self.config, self.state, self.ranks.device
         nonfinite, memory = NonFiniteWatch(device), PeakMemory(device)
         clock, note = StepClock(device), ""
-        with step_progress(config.name, total=config.steps, done=state.step) as advance:
+        with (
+            step_progress(config.name, total=config.steps, done=state.step) as advance,
+            interruption.deferred(),
+        ):
+            self._stopping.saved(newest)
             while state.step < config.steps:
                 clock.step_begins()
                 batches = self.micro_batches()
@@ -181,9 +197,11 @@ class Trainer(ABC):
                         tracker.log(state.step + 1, self.diagnose(batches))
                 scalars = self.step(batches)
                 nonfinite.check(state.step, scalars)
+                due = self._stopping.due()
                 is_last = state.step == config.steps
-                is_saved = is_last or state.step % config.checkpoint.every == 0
-                if is_saved or state.step % config.tracking.log_every == 0:
+                is_in_turn = is_last or state.step % config.checkpoint.every == 0
+                is_saved = is_in_turn or due.checkpoint
+                if is_in_turn or state.step % config.tracking.log_every == 0:
                     row = {key: float(value) for key, value in scalars.items()}
                     row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
                     nonfinite.check(state.step, state_norms(state))
@@ -194,11 +212,19 @@ class Trainer(ABC):
                     if is_saved:
                         newest = self.save(folder)
                     clock.restart()
+                elif is_saved:
+                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.raise_if_broken(newest)
+                    with clock.paused():
+                        newest = self.save(folder)
+                if due.signal:
+                    raise self._stopping.interrupted(due)
                 if self.is_evaluation_due():
                     nonfinite.check(state.step, state_norms(state))
                     nonfinite.raise_if_broken(newest)
                     with clock.paused(), memory.paused():
-                        self.evaluate_now()
+                        with self._stopping.between_steps(partial(self.save, folder)):
+                            self.evaluate_now()
                 advance(state.step, note)
 
     def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
@@ -233,7 +259,9 @@ class Trainer(ABC):
             keep, log = self.config.checkpoint.keep, mark_log(folder.metrics)
             checkpoint.save(state, folder.checkpoints, keep=keep, log=log)
         ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-        return step_path(folder.checkpoints, state.step)
+        path = step_path(folder.checkpoints, state.step)
+        self._stopping.saved(path)
+        return path
 
     def first_row(self) -> dict[str, float]:
         """What the log says before the first step that depends on the number of steps."""
@@ -387,6 +415,11 @@ class RunTrainer(Trainer):
         super().train_steps(folder, tracker, newest)
         self._aligned.check_end()
 
+    def save(self, folder: RunFolder) -> Path:
+        """As every training does; with what was counted since the last row of the log."""
+        self.state.extra = {"aligned": self._aligned.totals()}
+        return super().save(folder)
+
     @contextmanager
     def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
         """Reference branch and taps; logs the noise levels that the run will draw."""
@@ -395,6 +428,7 @@ class RunTrainer(Trainer):
             tracker.log(0, self.first_row() | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
         self._aligned.count_on(rows)
+        self._aligned.restore(self.state.extra.get("aligned", {}))
         every = self.config.tracking.diagnose_every
         if every is not None:
             self._diagnosis = Diagnosis(self.run, every=every, logged=rows)

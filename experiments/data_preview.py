@@ -22,7 +22,8 @@ from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.config import load_base
 from alignlab.experiments.report.page import data_uri
 from alignlab.recipe import validated
-from alignlab.runs.out_paths import check_out_folder
+from alignlab.runs.atomic_files import whole_file, write_text
+from alignlab.runs.out_paths import out_folder
 from alignlab.stage1.config import Stage1Config
 
 TILE_HEIGHT = 128
@@ -75,21 +76,26 @@ def preview(config: DataConfig, out: Path, clips: int = 8, *, memory: Path | Non
     Raises:
         UserError: `out` cannot be written into, or as `build_dataset`.
     """
-    check_out_folder(out)
+    with out_folder(out):
+        return _write(config, out, clips, memory)
+
+
+def _write(config: DataConfig, out: Path, clips: int, memory: Path | None) -> Path:
     dataset = build_dataset(config, "train", memory=memory)
     samples = [dataset[index] for index in range(min(clips, len(dataset)))]
     out.mkdir(parents=True, exist_ok=True)
     sheet = _stacked([_sheet_row(sample) for sample in samples])
-    sheet.save(out / "sheet.png")
+    with whole_file(out / "sheet.png") as partial:
+        sheet.save(partial)
     height, width = config.size
     page = out / "index.html"
-    page.write_text(
+    write_text(
+        page,
         _PAGE.render(
             title=f"{config.name}: {len(samples)} of {len(dataset)} training clips",
             summary=f"{config.frames} frames of {width}x{height} at {config.fps} fps",
             clips=[_page_entry(sample, config.fps) for sample in samples],
         ),
-        "utf-8",
     )
     return page
 

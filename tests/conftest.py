@@ -28,6 +28,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Below the environment variables, since these import Triton.
+from alignlab.progress import tell_once, warn_once  # noqa: E402
 from tiny_runs import (  # noqa: E402
     full_run,
     lora_run,
@@ -47,6 +48,13 @@ __all__ = [
     "train_until",
     "wan_folder",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_told_yet() -> None:
+    """Each test is a command of its own."""
+    warn_once.cache_clear()
+    tell_once.cache_clear()
 
 
 def pytest_configure() -> None:

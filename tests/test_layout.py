@@ -23,6 +23,7 @@ RANKS = {
     "alignlab": 2,
     "alignlab.experiments": 3,
     "alignlab.cli": 4,
+    "alignlab.__main__": 5,
 }
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 # `cli.py` assembles the commands of all rooms.

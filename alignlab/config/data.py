@@ -4,10 +4,18 @@ import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
 
 from alignlab.config.limits import at_most, refuse_unusable
 from alignlab.config.names import check_name
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import shown
 
 LATENT_STRIDE = 4  # frames per latent frame of the Wan VAE, after the first
@@ -68,7 +76,7 @@ def _low_to_high(limits: tuple[int, int]) -> tuple[int, int]:
     return limits
 
 
-def _folder_name(name: str) -> str:
+def _folder_name(name: str, info: ValidationInfo) -> str:
     for part in name.split("/"):
         try:
             check_name(part)
@@ -76,6 +84,8 @@ def _folder_name(name: str) -> str:
             raise ValueError(
                 f"{shown(name)} must be a folder inside `output`, with / between folders: {error}"
             ) from None
+    if not (info.context or {}).get("stored"):  # a run of an older version may have any name
+        refuse_written(name)
     return name
 
 

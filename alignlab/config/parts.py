@@ -2,6 +2,7 @@
 
 import re
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -25,7 +26,7 @@ MLFLOW_PLACES = ("sqlite", "none", "databricks")
 # file:// is not among them: MLflow 3.13 and later refuse to write into folders
 MLFLOW_ADDRESS = (
     r"https?://[^/\s]+"
-    r"|(databricks|uc|databricks-uc)://\S+"
+    r"|databricks://\S+"
     r"|(sqlite|postgresql|mysql|mssql)(\+\w+)?://\S+"
 )
 
@@ -227,6 +228,9 @@ class CheckpointConfig(Settings):
 
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Minutes after which a checkpoint is written at the end of the step, besides those of `every`.
+    Left out: steps alone count."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     keep_finished: Literal["all", "weights", "none"] = "all"
@@ -284,18 +288,26 @@ class EvalConfig(Settings):
         return self.sample_clips if self.generated_clips is None else self.generated_clips
 
 
+def _is_mlflow_address(place: str) -> bool:
+    try:
+        return bool(re.match(MLFLOW_ADDRESS, place)) and urlsplit(place).port != 0
+    except ValueError:  # a port of six digits, half an IPv6 address
+        return False
+
+
 class TrackingConfig(Settings):
     """Where the scalars go besides `metrics.jsonl`."""
 
     mlflow: str = "sqlite"
-    """`sqlite`: `<output>/mlflow.db`; `none`: no MLflow; anything else: an MLflow tracking URI."""
+    """`sqlite`: `<output>/mlflow.db`; `none`: no MLflow; anything else: an MLflow tracking URI.
+    MLflow may be away: `metrics.jsonl` has all rows, and `alignlab track` sends what it lacks."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two log rows."""
 
     @field_validator("mlflow")
     @classmethod
     def _known_place(cls, mlflow: str) -> str:
-        if mlflow not in MLFLOW_PLACES and not re.match(MLFLOW_ADDRESS, mlflow):
+        if mlflow not in MLFLOW_PLACES and not _is_mlflow_address(mlflow):
             raise ValueError(
                 f"{shown(mlflow)} is no place for MLflow: write sqlite, none, or a tracking "
                 "server's address such as http://HOST:5000"
@@ -326,3 +338,10 @@ class TrainingConfig(Settings):
     optim: AdamWConfig = AdamWConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("output")
+    @classmethod
+    def _names_a_folder(cls, output: str) -> str:
+        if not output.strip():
+            raise ValueError(f"{output!r} names no folder; write . for the current one")
+        return output

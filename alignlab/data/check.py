@@ -11,27 +11,26 @@ import errno
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import av
 import PIL
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from alignlab.data.decode import ClipError
 from alignlab.progress import Advance, step_progress
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.file_lock import file_lock
 
 VERSION = 1  # of the checks: another one forgets what was found
 MEMORY = ".checked_media.json"
 LOCK = ".checked_media.lock"
 SAVE_EVERY_S = 30.0
-NOTE_EVERY_S = 60.0
 QUIET_S = 3.0  # a check that is done sooner shows no progress
 
 log = logging.getLogger(__name__)
@@ -200,18 +199,7 @@ def _write(memory: Path, known: dict[str, _Remembered]) -> None:
     write_text(memory / MEMORY, content.model_dump_json(exclude_defaults=True))
 
 
-@contextmanager
-def _only_one(memory: Path) -> Iterator[None]:
+def _only_one(memory: Path) -> AbstractContextManager[None]:
     """Waits until no other process checks data for this memory."""
-    # no soft lock: its marker would outlive a killed process
-    lock = FileLock(memory / LOCK, fallback_to_soft=False)
-    while True:
-        try:
-            lock.acquire(timeout=NOTE_EVERY_S)
-            break
-        except Timeout:
-            log.info("waiting for the process that checks the data (%s)", lock.lock_file)
-    try:
-        yield
-    finally:
-        lock.release()
+    path = memory / LOCK
+    return file_lock(path, waiting=lambda: f"waiting for the process that checks the data ({path})")

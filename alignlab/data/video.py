@@ -4,7 +4,6 @@ Shape letters: T frames, H height, W width, C channels (RGB).
 """
 
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +25,7 @@ from alignlab.data.decode import (
     upright_size,
 )
 from alignlab.data.resize import cover_crop
+from alignlab.runs.atomic_files import whole_file
 
 # H.273 code points: BT.709 has the same one as matrix, primaries and transfer function.
 BT709 = 1
@@ -186,6 +186,5 @@ def write_mp4(path: Path, video_THWC: Tensor, fps: float) -> None:
     """Write a clip as `encode_mp4` makes it; the file appears whole or not at all."""
     encoded = encode_mp4(video_THWC, fps)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(encoded)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(encoded)

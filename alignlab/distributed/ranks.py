@@ -157,6 +157,14 @@ class Ranks:
         }
         return {key: means[key] for key in values if key in means}
 
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest that any rank has of each of several small numbers, on all ranks."""
+        if self.world_size == 1:
+            return list(values)
+        shared = torch.tensor(values, dtype=torch.int32, device=self.device)
+        _reduce(shared, dist.ReduceOp.MAX)
+        return [int(value) for value in shared.tolist()]
+
     def check_same(self, what: str, value: object) -> None:
         """Stops if something that all ranks must share differs among them.
 

@@ -17,6 +17,7 @@ from alignlab.runs.checkpoint_folders import step_of
 from alignlab.runs.checksums import write_json
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.out_paths import out_file
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training.checkpoint import NEWEST, ModelChoice, restore_weights
 from alignlab.training.setup import Caches, build_run, warn_of_few_clips
@@ -118,23 +119,22 @@ def evaluate_to_file(
     unscheduled = [f"eval.{key}=null" for key in SCHEDULE]
     asked = load_run(folder.recipe, [*unscheduled, *overrides], stored=True).eval
     with choice.reading(folder.checkpoints) as found:
-        choice = replace(
-            choice, step=step_of(found)
-        )  # the same, though a run that trains has newer
+        # the same one, though a run that trains has a newer one meanwhile
+        choice = replace(choice, step=step_of(found))
         if out is None:
             out = folder.path / "evaluations" / f"{found.name}{_mark(own, asked, choice)}.json"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        samples = out.with_name(f"{out.stem}-samples")
-        result = evaluate_run(run_dir, choice=choice, evaluation=asked, samples=samples)
-    content = {
-        "step": result.step,
-        "ema": result.ema,
-        "eval": result.eval.model_dump(mode="json", exclude=set(SCHEDULE)),
-        "metrics": result.metrics,
-        "notes": result.notes,
-        "environment": describe_environment(),
-    }
-    write_json(out, content)
+        with out_file(out, ".json"):
+            samples = out.with_name(f"{out.stem}-samples")
+            result = evaluate_run(run_dir, choice=choice, evaluation=asked, samples=samples)
+            content = {
+                "step": result.step,
+                "ema": result.ema,
+                "eval": result.eval.model_dump(mode="json", exclude=set(SCHEDULE)),
+                "metrics": result.metrics,
+                "notes": result.notes,
+                "environment": describe_environment(),
+            }
+            write_json(out, content)
     return result, out
 
 

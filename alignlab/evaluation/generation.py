@@ -17,7 +17,7 @@ from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.progress import Advance, step_progress
 from alignlab.randomness import generator
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.atomic_files import whole_file, write_text
 from alignlab.sampling import guidance_of, latent_shape, negative_text, sample_latents
 from alignlab.teachers import Teacher
 from alignlab.training.batches import Encoded, reference_images
@@ -133,7 +133,8 @@ def _write_sample(
     write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
     references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]
     for name, image_HWC in zip(references, reference_images(clip.sample), strict=True):
-        Image.fromarray(image_HWC.numpy()).save(folder / name)
+        with whole_file(folder / name) as partial:
+            Image.fromarray(image_HWC.numpy()).save(partial)
     return {
         "key": clip.sample.key,
         "caption": clip.sample.caption,

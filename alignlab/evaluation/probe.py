@@ -115,21 +115,19 @@ def probe_run(
     folder = RunFolder.open(run_dir)
     folder.check_split_rule()
     config = folder.config()
-    is_average, _ = choice.is_average(config.optim), choice.find(folder.checkpoints)
+    choice.is_average(config.optim)
+    choice.find(folder.checkpoints)  # both are refused before models are loaded
     alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
     run = build_run(config)
     shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
-    maps, taps = {}, {}
+    maps, taps, every_block = {}, {}, range(run.wan.num_blocks)
     for model in MODELS:
         if model == "after":
-            with choice.reading(folder.checkpoints) as found:
-                load_transformer(run.wan.transformer, found, ema=is_average)
-                step = step_of(found)
+            step = _load_chosen(run, folder, choice)
         run.wan.transformer.eval()
-        every_block = range(run.wan.num_blocks)
         with ReferenceBranch.of(run.wan.transformer, config.model, blocks=every_block) as branch:
             maps[model] = _measure(run, branch, clips, loaded_teacher, shown, model)
             taps[model] = denoise(run, branch, batch, capture=True).taps[shown]
@@ -147,6 +145,14 @@ def probe_run(
         feature_clip(taps, loaded_teacher, batch, clips[0]),
         _sample_of(folder, step, clips[0].sample.key),
     )
+
+
+def _load_chosen(run: Run, folder: RunFolder, choice: ModelChoice) -> int:
+    """Puts the weights of a checkpoint into the run's transformer; gives its step."""
+    is_average = choice.is_average(run.config.optim)
+    with choice.reading(folder.checkpoints) as found:
+        load_transformer(run.wan.transformer, found, ema=is_average)
+        return step_of(found)
 
 
 @dataclass(frozen=True)

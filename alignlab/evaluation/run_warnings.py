@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 
+from alignlab.progress import warn_once
 from alignlab.training.aligned_samples import AlignedCount
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def alignment_warnings(counts: Mapping[str, AlignedCount]) -> list[str]:
                 f"[{count.share:.1%} of {count.samples:,} samples, {count.possible:.1%} possible]"
             )
     for text in texts:
-        log.warning("%s", text)
+        warn_once(text)  # those of a weight of 0 are the same for every seed
     return texts
 
 

@@ -5,8 +5,10 @@ before a library reads them, so that a damaged one is named.
 """
 
 import json
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,26 +88,49 @@ def local_folder(source: str, *, setting: str, marker: str, patterns: Sequence[s
     return folder
 
 
-def load_pretrained(loader: Any, folder: Path, *, setting: str, **options: Any) -> Any:
+def load_pretrained(
+    loader: Any, folder: Path, *, setting: str, config_file: str = "config.json", **options: Any
+) -> Any:
     """`loader.from_pretrained(folder)` without network, of files that were looked at before.
+
+    What the libraries print of weights that fit badly is left out: it is for the caller to check.
 
     Args:
         loader: a class of diffusers or transformers.
         folder: of the model or of one part of a pipeline.
         setting: the recipe key that it came from, for messages.
+        config_file: which has to be there: without it the libraries take a default.
         options: of `from_pretrained`; a `state_dict` stands for the folder's weights.
 
     Raises:
         UserError: a file is damaged, or what the files hold fits the class not.
     """
     check_model_files(folder, setting=setting)
+    read_object(folder / config_file, setting=setting)
+    source = None if "state_dict" in options else folder
     try:
-        source = None if "state_dict" in options else folder
-        return loader.from_pretrained(source, local_files_only=True, **options)
+        with _quiet_loading():
+            return loader.from_pretrained(source, local_files_only=True, **options)
     except _LOAD_ERRORS as error:
         raise UserError(
             f"{setting}: cannot load {folder}: {first_line(error) or type(error).__name__}"
         ) from error
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Silences both libraries' tables and messages, of weights and of files that are missing."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    kept = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
+    for library, _ in kept:
+        library.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for library, verbosity in kept:
+            library.set_verbosity(verbosity)
 
 
 def check_model_files(folder: Path, *, setting: str) -> None:

@@ -250,12 +250,19 @@ def load_text_encoder(
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    loaded = load_pretrained(AutoTokenizer, folder / "tokenizer", setting="model.path")
+    loaded = load_pretrained(
+        AutoTokenizer,
+        folder / "tokenizer",
+        setting="model.path",
+        config_file="tokenizer_config.json",
+    )
     assert isinstance(loaded, PreTrainedTokenizerBase)
+    if loaded.pad_token is None:
+        raise UserError(f"model.path: {folder / 'tokenizer'} has no pad_token: fetch it again")
     return loaded
 
 
-def _load_part(model_class: Any, folder: Path, part: str, **dtype: torch.dtype) -> Any:
+def _load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
     """Loads one model and insists that no weight was left at its random initial value."""
     model, info = load_pretrained(
         model_class,
@@ -304,6 +311,7 @@ def _check_pipeline(folder: Path) -> None:
         raise UserError(f"model.path: {folder} has no {absent[0]}/ folder")
     for part in COMPONENTS:  # also the scheduler, which an export copies
         check_model_files(folder / part, setting="model.path")
+    read_object(folder / "scheduler" / "scheduler_config.json", setting="model.path")
     if _class_name(index, "transformer_2") is not None:
         raise UserError(
             f"model.path: {folder} holds two transformers (Wan 2.2 experts); only pipelines "

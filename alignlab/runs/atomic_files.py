@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from alignlab.runs.disk_errors import as_os_error
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:
@@ -27,9 +28,26 @@ def write_bytes(path: Path, content: bytes, *, shared: bool = False) -> None:
     """As `write_text`."""
     mark = f".{uuid.uuid4().hex}" if shared else ""
     temporary = path.with_name(f".{path.name}{mark}.tmp")
+    with _becoming(path, temporary):
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary path of the same ending, for a library to write, that becomes `path`.
+
+    It goes away on an error, and `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    with _becoming(path, temporary):
+        yield temporary
+
+
+@contextmanager
+def _becoming(path: Path, temporary: Path) -> Iterator[None]:
     try:
         with named_errors(path):
-            temporary.write_bytes(content)
+            yield
             sync_file(temporary)
             os.replace(temporary, path)
             _sync_folder(path.parent)
@@ -93,11 +111,10 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, shutil.Error) as error:
-        number = re.search(r"(?:os error |Errno )(\d+)", str(error))
-        if number is None:
+        known = as_os_error(error, path)
+        if known is None:
             raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
+        raise known from error
     except OSError as error:
         error.filename = error.filename or str(path)
         raise

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.errors import UserError, one_line
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.atomic_files import remove_folder, write_text
 from alignlab.runs.file_digests import MISSING, UNREADABLE, fresh_digests
 
 CHECKSUMS = "checksums.json"
@@ -51,6 +51,14 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     if names is None:
         names = files_below(folder)
     write_json(folder / CHECKSUMS, {"files": file_checksums(folder, names)})
+
+
+def forget_checksums(folder: Path) -> None:
+    """Removes `checksums.json` before its files are written anew, whatever it is."""
+    path = folder / CHECKSUMS
+    if path.is_dir():
+        remove_folder(path)
+    path.unlink(missing_ok=True)
 
 
 def files_below(folder: Path) -> list[str]:

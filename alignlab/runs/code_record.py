@@ -6,16 +6,17 @@ variables that numbers depend on. The diff is that of tracked files of alignlab'
 to `MOST_BYTES`; of files that git does not know, and of other packages, nothing but names is kept.
 """
 
+import hashlib
 import os
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import alignlab
 from alignlab.checkout import git
 from alignlab.runs.atomic_files import write_bytes
-from alignlab.runs.checksums import read_json, write_json
+from alignlab.runs.checksums import DamagedError, damaged_files, read_json, write_json
 
 RECORD = "code.json"
 MOST_BYTES = 1 << 20
@@ -33,28 +34,38 @@ GROUPS = ("alignlab.objectives", "alignlab.stage1", "alignlab.teachers")
 _FIX = "remove it: with which code the run was trained is then not known"
 
 
-class Start(TypedDict):
-    """A start of a training.
+class Code(TypedDict):
+    """The code of a process.
 
     Args:
-        step: steps that were done by then.
         version: of alignlab.
         commit: of the checkout; None for an installed package.
-        diff: file in the run's folder; None without a checkout, or if it would be too large.
-        diff_bytes: its size, also if it is not kept.
+        diff_bytes: size of its changes, also if they are not kept.
+        diff_sha256: of the changes; empty without a checkout.
         untracked: names of files in the checkout that git does not know.
         plugins: versions of packages that register something, by name.
         variables: those of `VARIABLES` that are set.
     """
 
-    step: int
     version: str
     commit: str | None
-    diff: str | None
     diff_bytes: int
+    diff_sha256: str
     untracked: list[str]
     plugins: dict[str, str]
     variables: dict[str, str]
+
+
+class Start(Code):
+    """A start of a training.
+
+    Args:
+        step: steps that were done by then.
+        diff: file in the run's folder; None without a checkout, or if it would be too large.
+    """
+
+    step: int
+    diff: str | None
 
 
 def record_code(folder: Path, *, step: int) -> None:
@@ -68,8 +79,8 @@ def record_code(folder: Path, *, step: int) -> None:
     diff = _diff()
     kept = None if diff is None or len(diff) > MOST_BYTES else diff
     name = "code.diff" if not starts else f"code-{len(starts) + 1}.diff"
-    start = Start(step=step, diff=None if kept is None else name, **_facts())
-    if starts and _same(folder, starts[-1], start, kept):
+    start: Start = {"step": step, "diff": None if kept is None else name, **_facts()}
+    if starts and {**starts[-1], "step": step, "diff": start["diff"]} == start:
         return
     if kept is not None:
         write_bytes(folder / name, kept)
@@ -86,14 +97,15 @@ def read_code(folder: Path) -> list[Start]:
     return list(read_json(path, fix=_FIX).get("starts", [])) if path.exists() else []
 
 
-def _same(folder: Path, before: Start, now: Start, diff: bytes | None) -> bool:
-    others = [key for key in now if key not in ("step", "diff")]
-    if any(before.get(key) != now.get(key) for key in others):
-        return False
-    if before["diff"] is None or diff is None:
-        return before["diff"] is None and diff is None
-    path = folder / before["diff"]
-    return path.exists() and path.read_bytes() == diff
+def check_diffs(folder: Path) -> None:
+    """Refuses a kept diff that is not what was written.
+
+    Raises:
+        DamagedError: it names the file.
+    """
+    expected = {s["diff"]: s["diff_sha256"] for s in read_code(folder) if s["diff"] is not None}
+    for name, problem in damaged_files(folder, expected).items():
+        raise DamagedError(folder / name, problem, "copy it back from elsewhere")
 
 
 @cache
@@ -103,7 +115,7 @@ def _diff() -> bytes | None:
 
 
 @cache
-def _facts() -> dict[str, Any]:
+def _facts() -> Code:
     commit, untracked = git("rev-parse", "HEAD"), git("ls-files", "--others", "--exclude-standard")
     names = (untracked or b"").decode("utf-8", "replace").splitlines()
     points = [point for group in GROUPS for point in entry_points(group=group)]
@@ -111,6 +123,7 @@ def _facts() -> dict[str, Any]:
         "version": alignlab.__version__,
         "commit": None if commit is None else commit.decode().strip(),
         "diff_bytes": len(_diff() or b""),
+        "diff_sha256": "" if _diff() is None else hashlib.sha256(_diff() or b"").hexdigest(),
         "untracked": names[:MOST_NAMES],
         "plugins": {point.dist.name: point.dist.version for point in points if point.dist},
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 # Logger -> how the messages begin that are dropped ("" for all).
 NOISE = {
     "mlflow.store.db.utils": "",  # migrations, and tracebacks of what it raises anyway
+    "urllib3.connectionpool": "Retrying",  # of MLflow's client, whose failure is told
     "diffusers.models.modeling_utils": "Attention backends are an experimental feature",
 }
 # bf16 autocast over fp32 weights: torch says once that it cannot fuse the norm.

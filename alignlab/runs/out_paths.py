@@ -1,9 +1,45 @@
-"""Whether a command can write where `--out` says, seen before its work is done."""
+"""Whether a command can write where the user says, seen before its work is done.
+
+What is wrong with a path that the user named is a UserError. A disk that is full is not the user's
+words' fault: that stays the OSError that it is.
+"""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alignlab.errors import UserError
+from alignlab.runs.disk_errors import FULL
+from alignlab.runs.file_lock import file_lock
+
+
+@contextmanager
+def out_file(out: Path, suffix: str) -> Iterator[None]:
+    """Held while a command makes the file that it writes at `out`.
+
+    Args:
+        suffix: the ending of the only format that is written, such as `.mp4`.
+
+    Raises:
+        UserError: as `check_out_file`, or another command is about to write it.
+    """
+    check_out_file(out, suffix)
+    with _only_writer(out):
+        yield
+
+
+@contextmanager
+def out_folder(out: Path) -> Iterator[None]:
+    """Held while a command makes the folder, or the files in it, that it writes at `out`.
+
+    Raises:
+        UserError: as `check_out_folder`, or another command is about to write it.
+    """
+    check_out_folder(out)
+    with _only_writer(out):
+        yield
 
 
 def check_out_file(out: Path, suffix: str) -> None:
@@ -16,38 +52,93 @@ def check_out_file(out: Path, suffix: str) -> None:
         UserError: `out` is a folder or has another ending, or its folder cannot be made or
             written to.
     """
-    if _exists(out) and out.is_dir():
+    if _exists(out, "--out") and out.is_dir():
         raise UserError(f"--out: {out} is a folder: name a {suffix} file in it")
     if out.suffix.lower() != suffix:
         raise UserError(f"--out: {out} must end in {suffix}, the only format that is written")
-    _check_parent(out)
+    _check_parent(out, "--out")
 
 
-def check_out_folder(out: Path) -> None:
+def check_out_folder(out: Path, setting: str = "--out") -> None:
     """For a folder that will be written, or written into, at `out`.
+
+    Args:
+        setting: that names it, for the message.
 
     Raises:
         UserError: `out` is no folder, or cannot be made or written to.
     """
-    if _exists(out) and not out.is_dir():
-        raise UserError(f"--out: {out} is a file: choose another --out")
-    _check_parent(out / "file")
+    if _exists(out, setting) and not out.is_dir():
+        raise UserError(f"{setting}: {out} is a file: choose another {setting}")
+    _check_parent(out / "file", setting)
 
 
-def _check_parent(out: Path) -> None:
+def make_output_folder(output: Path, name: str) -> Path:
+    """Makes `<output>/<name>`, as the recipe names them.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    folder = output / name
+    check_out_folder(folder, "output")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    def held() -> str:
+        return f"--out: another process writes {out}: wait for it, or choose another --out"
+
+    made = [folder for folder in out.absolute().parents if not folder.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.absolute().with_name(f".{out.absolute().name}.lock")
+    try:
+        with file_lock(lock, waiting=held, refused=held, remove=True):
+            yield
+    finally:
+        for folder in made:  # of work that failed
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def _check_parent(out: Path, setting: str) -> None:
     """Sees that the nearest folder above `out` that exists takes new files."""
-    parent = next(folder for folder in out.absolute().parents if _exists(folder))
+    parent = next(folder for folder in out.absolute().parents if _exists(folder, setting))
     if not parent.is_dir():
-        raise UserError(f"--out: {parent} is a file, so {out} cannot be made: choose another --out")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"--out: {parent} cannot be written to: choose another --out")
+        raise UserError(
+            f"{setting}: {parent} is a file, so {out} cannot be made: choose another {setting}"
+        )
+    try:  # what the rights say is not all: root has them in /proc too, where nothing can be made
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = str(parent)
+            raise
+        raise UserError(
+            f"{setting}: {parent} cannot be written to ({error.strerror}): choose another {setting}"
+        ) from error
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path, setting: str) -> bool:
     """Whether something is there; a link to nothing is something that is in the way."""
     try:
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"--out: {path} is a link to nothing: choose another --out")
-        return path.exists()
+        os.lstat(path.with_name(f".{path.name}.lock") if path.name else path)  # a longer name
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        raise UserError(f"--out: {path}: {error.strerror}: choose another --out") from error
+        raise UserError(f"{setting}: {path}: {error.strerror}: choose another {setting}") from error
+    try:
+        os.stat(path)
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(
+                f"{setting}: {path} is a link to nothing: choose another {setting}"
+            ) from None
+        return False
+    except OSError as error:
+        raise UserError(f"{setting}: {path}: {error.strerror}: choose another {setting}") from error
+    return True

@@ -202,7 +202,7 @@ def forget_earlier_ends(
     every = (config.tracking.log_every, config.checkpoint.every)
     ends = {leg.from_step for leg in plan.legs[1:]} - {config.steps}
     extra = {step for step in ends if all(step % number for number in every)}
-    rows = [row | first_row if row["step"] == 0 else row for row in read_rows(folder.metrics)]
+    rows = [{**row, **first_row} if row["step"] == 0 else row for row in read_rows(folder.metrics)]
     *older, newest = step_folders(folder.checkpoints)
     for checkpoint in (*older, newest):  # first: a kill leaves no mark that does not fit the log
         mark_checkpoint(checkpoint, None)

@@ -13,25 +13,25 @@ result.json        final metrics, digests of the Stage 1 networks that were used
                    samples objectives had something to align, whether it diverged, notes of all
                    that there was warning of, and checksums of the files above; its presence says
                    that the run is finished
+mlflow.json        which run of MLflow is this one's, unless `tracking.mlflow` is `none`; its
+                   parent and further tags are in mlflow_tags.json (`alignlab.tracking`)
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
-still live: behind a broken network, say. The lock is the kernel's (flock), so that it ends with the
-process that holds it, however that ends. On NFS the server keeps it: for a node that is gone, until
-its lease has run out (NFSv4, 90 s unless configured).
+still live: behind a broken network, say. The lock (`alignlab.runs.file_lock`) ends with the process
+that holds it. On NFS the server keeps it: for a node that is gone, until its lease has run out
+(NFSv4, 90 s unless configured).
 """
 
-import errno
 import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.paths import user_path
@@ -59,6 +59,9 @@ from alignlab.runs.checksums import (
     without_checksum_line,
     write_json,
 )
+from alignlab.runs.code_record import RECORD
+from alignlab.runs.file_lock import file_lock
+from alignlab.runs.out_paths import make_output_folder
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +73,12 @@ FILE_FIX = (
 )
 LOCK = ".writer.lock"
 HOLDER = ".writer"
-NOTE_EVERY_S = 60.0
+START_FILES = (  # of a run before its first checkpoint
+    *(LOCK, HOLDER, "recipe.yaml", "inputs.json", "environment.json", "metrics.jsonl"),
+    *("mlflow_run_id", "worker.log", prolong.HISTORY, RECORD, "code.diff"),
+)
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -89,11 +97,14 @@ class RunFolder:
     def create(cls, config: TrainingConfig) -> "RunFolder":
         """Makes the folder, or opens it to resume the same recipe, maybe with more steps.
 
+        A run of another recipe that kept no step gives way: it holds nothing but what a start
+        writes, and so is begun anew.
+
         Raises:
             UserError: it holds a run of another recipe, one that cannot be prolonged so, or one
                 whose clips were dealt otherwise, or the recipe in it is damaged.
         """
-        folder = cls(user_path(config.output) / config.name)
+        folder = cls(make_output_folder(user_path(config.output), config.name))
         folder.check_recipe_file()
         folder.check_split_rule()
         if folder.has_begun and not folder.recipe.exists():
@@ -103,14 +114,13 @@ class RunFolder:
                 folder.path,
             )
         if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
-            if prolong.goes_on(folder, config):
+            if prolong.goes_on(folder, config) or folder._gives_way(config):
                 return folder
             raise UserError(
                 f"{folder.path} holds a run of another recipe "
                 f"({shown_difference(folder.recipe, config)}): "
                 "choose another name, or remove the folder"
             )
-        folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_recipe(config)
         return folder
 
@@ -166,6 +176,30 @@ class RunFolder:
                 f"{data.get('path')} to train and val by another rule: choose another name, or "
                 "use that version"
             )
+
+    def _gives_way(self, config: TrainingConfig) -> bool:
+        """Clears a folder whose run kept no step, for another recipe; false if it did keep one.
+
+        Raises:
+            UserError: a process trains there.
+        """
+        if self.has_begun or not all(map(_is_of_a_start, self.path.iterdir())):
+            return False
+        with only_writer(self.path, wait=False):
+            if self.has_begun:
+                return False
+            difference = shown_difference(self.recipe, config)
+            for path in self.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in (LOCK, HOLDER):
+                    path.unlink()
+            self.write_recipe(config)
+        log.info(
+            "%s: its run of another recipe (%s) kept no step: it begins anew",
+            *(self.path, difference),
+        )
+        return True
 
     @property
     def has_begun(self) -> bool:
@@ -228,7 +262,7 @@ class RunFolder:
             "again from its last checkpoint"
         )
         content = read_json(self.result, fix=fix)
-        if not isinstance(content.get("metrics"), dict) or "steps" not in content:
+        if not isinstance(content.get("metrics"), dict):
             raise DamagedError(self.result, "it has no metrics", fix)
         return content
 
@@ -269,7 +303,9 @@ class RunFolder:
 
     def _kept_files(self) -> list[str]:
         """What no later command writes again."""
-        names = ["metrics.jsonl", "environment.json", "inputs.json"]
+        names = ["metrics.jsonl", "environment.json", "inputs.json", "history.json"]
+        for pattern in ("code*", "result-*"):
+            names += sorted(path.name for path in self.path.glob(pattern))
         names += [f"samples/{name}" for name in files_below(self.samples)]
         names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
         return [name for name in names if (self.path / name).is_file()]
@@ -280,6 +316,15 @@ def _is_clip(clip: object) -> bool:
     if not isinstance(clip, dict) or not isinstance(clip.get("references"), list):
         return False
     return all(isinstance(clip.get(name), str) for name in texts)
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a run folder's entry says nothing of a step that was kept, and is ours."""
+    if path.is_dir():  # leftovers of a killed process; clips of evaluations while it trained
+        begins = {"checkpoints": (".step-",), "samples": ("step-", ".step-")}.get(path.name, ())
+        return bool(begins) and all(entry.name.startswith(begins) for entry in path.iterdir())
+    is_leftover = path.name.startswith(".") and path.name.endswith(".tmp")
+    return path.is_file() and (path.name in START_FILES or is_leftover)
 
 
 @contextmanager
@@ -293,31 +338,19 @@ def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         UserError: another process holds it and `wait` is false, or the filesystem has no locks.
     """
-    # no soft lock: its marker would outlive a killed process
-    lock = FileLock(folder / LOCK, fallback_to_soft=False)
-    while True:
-        try:
-            lock.acquire(timeout=NOTE_EVERY_S if wait else 0)
-            break
-        except Timeout:
-            if not wait:
-                raise UserError(
-                    f"{folder} is being trained by another process ({_holder(folder)}): "
-                    "wait for it, or end it"
-                ) from None
-            log.info("waiting for the process that trains here (%s)", _holder(folder))
-        except OSError as error:
-            if error.errno != errno.ENOSYS:
-                raise
-            raise UserError(
-                f"{folder} is on a filesystem without file locks: mount it with flock, or choose "
-                "another output"
-            ) from error
-    try:
+
+    def refused() -> str:
+        return (
+            f"{folder} is being trained by another process ({_holder(folder)}): wait for it, or "
+            "end it"
+        )
+
+    def waiting() -> str:
+        return f"waiting for the process that trains in {folder} ({_holder(folder)})"
+
+    with file_lock(folder / LOCK, waiting=waiting, refused=None if wait else refused):
         write_text(folder / HOLDER, f"{platform.node()}, process {os.getpid()}")
         yield
-    finally:
-        lock.release()
 
 
 def _holder(folder: Path) -> str:

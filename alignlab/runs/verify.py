@@ -1,6 +1,6 @@
 """Whether what lies in a run folder is what was written there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from alignlab.runs.checksums import (
     read_checksums,
     read_json,
 )
+from alignlab.runs.code_record import RECORD, check_diffs
 from alignlab.runs.metric_rows import check_log, read_rows
 from alignlab.runs.run_folder import FILE_FIX, FILES, RunFolder
 
@@ -54,6 +55,13 @@ class Findings:
         self.damaged.setdefault(path, line)
 
 
+OTHERS = {
+    "evaluations/*.json": "evaluate the checkpoint again",
+    "history.json": "copy it back from elsewhere: it says how schedules were planned",
+    "result-*.json": "remove it: it is the result of the steps before the run was prolonged",
+}
+
+
 def looks_like_run(folder: Path) -> bool:
     """Whether a run has been here, also one of whose files some are gone."""
     return any((folder / n).exists() for n in ("checkpoints", "metrics.jsonl", "environment.json"))
@@ -69,13 +77,14 @@ def verify_run(path: Path) -> Findings:
         elif not (path / name).exists():
             found.say(path / name, f"{path / name} is missing: {TRAIN_AGAIN}")
     _verify_checkpoints(folder, found)
-    for evaluation in sorted(path.glob("evaluations/*.json")):
-        try:
-            read_json(evaluation, fix="evaluate the checkpoint again")
-        except DamagedError as error:
-            found.check(evaluation, error.problem, error.fix)
-        else:
-            found.files.add(evaluation)
+    for pattern, fix in OTHERS.items():
+        for other in sorted(path.glob(pattern)):
+            try:
+                read_json(other, fix=fix)
+            except DamagedError as error:
+                found.check(other, error.problem, error.fix)
+            else:
+                found.files.add(other)
     try:
         result = folder.read_result()
     except DamagedError as error:
@@ -97,12 +106,14 @@ def verify_run(path: Path) -> Findings:
 
 def _alone(folder: RunFolder) -> Iterator[tuple[str, str | None]]:
     """Files that say by themselves whether they are whole, and the message if they are not."""
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "recipe.yaml": folder.check_recipe_file,
         "environment.json": lambda: read_environment(folder.path / "environment.json"),
         "inputs.json": lambda: read_json(folder.path / "inputs.json", fix=TRAIN_AGAIN),
         "metrics.jsonl": lambda: read_rows(folder.metrics),
     }
+    if (folder.path / RECORD).exists():  # older runs have none
+        checks[RECORD] = lambda: check_diffs(folder.path)
     is_begun = folder.has_begun
     for name, check in checks.items():
         if not (folder.path / name).exists():

@@ -1,6 +1,5 @@
 """Whether a Stage 2 recipe fits the Stage 1 folder that it names."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,12 +12,11 @@ from alignlab.losses import build_objective
 from alignlab.losses.objective import Grid, Objective, ObjectiveConfig
 from alignlab.losses.stage1.folder import Kind, Stage1Info, read_stage1_info, stage1_rows
 from alignlab.models.model_files import on_disk
+from alignlab.progress import warn_once
 from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
-
-log = logging.getLogger(__name__)
 
 
 class NamedFolder(NamedTuple):
@@ -58,10 +56,9 @@ def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) ->
             "train Stage 1 with this run's teacher and grid, or change the run"
         )
     if info.text is not None and not _same_model(info.text, config.model.path):
-        log.warning(
-            "%s: %s was trained with the text encoder of %s, this run has that of %s: they must be "
-            "the same",
-            *(named.key, named.folder, info.text, config.model.path),
+        warn_once(
+            f"{named.key}: {named.folder} was trained with the text encoder of {info.text}, this "
+            f"run has that of {config.model.path}: they must be the same"
         )
 
 

@@ -32,7 +32,7 @@ from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import FrozenModels, Stage1Task
 from alignlab.teachers import Teacher, teacher_from
-from alignlab.tracking import Tracker
+from alignlab.tracking import Tracker, ask
 from alignlab.train import Trainer, logged_costs
 from alignlab.training import checkpoint
 from alignlab.training.batches import ClipCache
@@ -59,6 +59,7 @@ def train_stage1(config: Stage1Config) -> Path:
         if opened.is_finished:
             return opened.folder.stage1
         clear_leftovers(opened.folder.path)
+        ask(config)
         trainer = Stage1Trainer(config, ranks)
         if opened.newest is not None:
             checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)

@@ -1,9 +1,6 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ from alignlab.models.model_files import (
     read_object,
 )
 from alignlab.models.weight_check import check_weights
+from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
@@ -25,8 +23,6 @@ from alignlab.teachers.teacher import Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
-
-log = logging.getLogger(__name__)
 
 TEACHER_FILES = ("json", "safetensors")
 """Endings of the files that a teacher is loaded from."""
@@ -82,7 +78,7 @@ def load_teacher(
         )
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
-        log.warning("teachers (%s): %s", family, warning)
+        warn_once(f"teachers ({family}): {warning}")
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
@@ -132,18 +128,17 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
         config = load_pretrained(transformers.AutoConfig, folder, setting="teachers")
     for name in row.part:
         config = getattr(config, name, config)
-    with _quiet_loading():
-        model, info = load_pretrained(
-            model_class,
-            folder,
-            setting="teachers",
-            **source,
-            config=config,
-            key_mapping={row.part_prefix: ""} if row.part_prefix else None,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,  # checked below
-            output_loading_info=True,
-        )
+    model, info = load_pretrained(
+        model_class,
+        folder,
+        setting="teachers",
+        **source,
+        config=config,
+        key_mapping={row.part_prefix: ""} if row.part_prefix else None,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # checked below
+        output_loading_info=True,
+    )
     _check_weights(folder, row, model, info)
     return model
 
@@ -166,16 +161,3 @@ def _check_weights(folder: Path, row: TeacherRow, model: Any, info: dict[str, An
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / "config.json", setting="teachers")
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silences transformers' table of the weights of the parts that are not run."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -5,7 +5,6 @@ N images or clips of one forward pass, L tokens of one.
 """
 
 import hashlib
-import logging
 import re
 from typing import Any
 
@@ -15,13 +14,12 @@ from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
+from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
 from alignlab.teachers.registry import teacher_rows
-
-log = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -155,7 +153,7 @@ class Teacher:
         if not self._has_told_sizes:
             difference = self._preprocessing.difference(size_HW, resize)
         if difference is not None:
-            log.info("teachers (%s): %s", self._family, difference)
+            tell_once(f"teachers ({self._family}): {difference}")
             self._has_told_sizes = True
 
     def _frame_size(self, grid_HW: tuple[int, int]) -> tuple[int, int]:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.wan import load_wan
+from alignlab.runs.atomic_files import whole_file, write_text
+from alignlab.runs.out_paths import out_folder
 from alignlab.teachers import load_teacher
 from alignlab.tiny_models.clips import ClipPool, shapes_clips
 from alignlab.tiny_models.dino import train_dino
@@ -64,6 +66,12 @@ def build(out: Path, *, work: Path = Path("runs/assets"), keep: Collection[str] 
     for stage, folder in KEPT.items():
         if stage in keep and not (out / folder / "config.json").is_file():
             raise UserError(f"--keep {stage}: {out / folder} holds no model")
+    with out_folder(out), out_folder(work):
+        _build(out, work, keep)
+    return out
+
+
+def _build(out: Path, work: Path, keep: Collection[str]) -> None:
     vae = _vae(out, work, "vae" in keep)
     pool = ClipPool(shapes_clips(CLIPS))
     tokenizer = build_tokenizer([sample.caption for sample in pool.samples])
@@ -86,9 +94,8 @@ def build(out: Path, *, work: Path = Path("runs/assets"), keep: Collection[str] 
         halve(weights)
     for config in sorted(out.glob("tiny-*/**/config.json")):
         forget_origin(config)
-    (out / "checksums.json").write_text(json.dumps(checksums(out), indent=1) + "\n")
-    (out / "quality.json").write_text(json.dumps(measure(out), indent=1) + "\n")
-    return out
+    write_text(out / "checksums.json", json.dumps(checksums(out), indent=1) + "\n")
+    write_text(out / "quality.json", json.dumps(measure(out), indent=1) + "\n")
 
 
 def _vae(out: Path, work: Path, keep: bool) -> AutoencoderKLWan:
@@ -112,14 +119,15 @@ def halve(weights: Path) -> None:
     """Rewrites a safetensors file in half precision (the loaders cast back to fp32)."""
     tensors = load_file(weights)
     small = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
-    save_file(small, weights, metadata={"format": "pt"})
+    with whole_file(weights) as partial:
+        save_file(small, partial, metadata={"format": "pt"})
 
 
 def forget_origin(config: Path) -> None:
     """Removes the folder that a kept model was loaded from, which diffusers writes down."""
     settings = json.loads(config.read_text())
     settings.pop("_name_or_path", None)
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_text(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def checksums(folder: Path) -> dict[str, str]:

@@ -8,7 +8,6 @@ killed build resumes from its last save.
 """
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab.progress import step_progress
+from alignlab.runs.atomic_files import whole_file
 from alignlab.training.checkpoint import SEPARATOR, named_state, restore_state
 
 EMA_DECAY = 0.999
@@ -139,9 +139,8 @@ def _save(
     tensors |= {f"optimizer.{n}": value for n, value in optimizers.state(names).items()}
     tensors["step"] = torch.tensor(step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial)
 
 
 def _load(

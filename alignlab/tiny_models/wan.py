@@ -6,7 +6,6 @@ Shape letters: B batch, C channels, T latent frames, H, W latent height and widt
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.progress import step_progress
 from alignlab.randomness import generator
+from alignlab.runs.atomic_files import whole_file
 from alignlab.tiny_models.stage import train_stage
 from alignlab.tiny_models.text import TEXT_DIM, build_text_encoder
 from alignlab.tiny_models.vae import Z_DIM, to_signed
@@ -70,9 +70,8 @@ def encode_clips(
     if not kept.exists():
         latents, captions = _encode(vae, clips)
         work.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(".tmp")
-        save_file({"latents": latents}, temporary, metadata={"captions": json.dumps(captions)})
-        os.replace(temporary, kept)
+        with whole_file(kept) as partial:
+            save_file({"latents": latents}, partial, metadata={"captions": json.dumps(captions)})
     with safe_open(kept, "pt") as file:
         return file.get_tensor("latents"), json.loads(file.metadata()["captions"])
 

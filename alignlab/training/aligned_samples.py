@@ -144,6 +144,15 @@ class AlignedSamples:
                 if share is not None and samples is not None:
                     self._totals[alias] = round(share * samples), int(samples)
 
+    def totals(self) -> dict[str, list[int]]:
+        """Samples with something to align, and all, by alias; waits for the device."""
+        return {alias: [count.aligned, count.samples] for alias, count in self.counts().items()}
+
+    def restore(self, totals: Mapping[str, Sequence[int]]) -> None:
+        """Goes on from what `totals` gave, which counts steps that have no row as well."""
+        for alias, (aligned, samples) in totals.items():
+            self._totals[alias] = aligned, samples
+
     def see(self, scalars: Mapping[str, Tensor]) -> None:
         """Takes a step's shares, `aligned/<alias>`, of the objectives that were on."""
         batch_size = self._config.optim.batch_size

@@ -3,7 +3,6 @@
 Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from alignlab.losses.objective import Context, Features, Grid, Objective, Terms,
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens
 from alignlab.models.weight_check import check_weights
+from alignlab.progress import tell_once
 from alignlab.randomness import derive_seed
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.stage1.compatibility import check_stage1
@@ -27,8 +27,6 @@ from alignlab.teachers import Teacher, image_families, teacher_from
 from alignlab.training.aligned_samples import trained_samples, trains
 from alignlab.training.batches import Batch
 from alignlab.training.nonfinite import FEATURES
-
-log = logging.getLogger(__name__)
 
 SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
 
@@ -228,13 +226,10 @@ class Alignment(nn.Module):
             return
         self._logged.add(alias)
         objective = self.objectives[alias]
-        log.info(
-            "%s: %s on %s tokens of block %s; %s",
-            alias,
-            objective.config.name,
-            objective.tokens,
-            _depths(objective.config.blocks),
-            ", ".join(describe(student, teacher, objective.side) for teacher in teachers),
+        grids = ", ".join(describe(student, teacher, objective.side) for teacher in teachers)
+        tell_once(
+            f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
+            f"{_depths(objective.config.blocks)}; {grids}"
         )
 
 

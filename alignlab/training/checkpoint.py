@@ -6,7 +6,8 @@ checkpoints/step-000500/
     objectives.safetensors               projectors, state of plateau stops
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
-    state.json                           step, hash of frozen Stage 1 networks
+    state.json                           step, hash of frozen Stage 1 networks, how many samples
+                                         had something to align
     checksums.json                       SHA-256 of all of these
     log.json                             what `metrics.jsonl` held
 
@@ -51,6 +52,7 @@ from alignlab.runs.metric_rows import LogMark
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
+EXTRA = ("aligned",)  # of `state.json`, see `TrainState.extra`
 SEPARATOR = "|"  # between the name of a parameter and that of its optimizer state
 DAMAGED = "remove that step's folder: the run then resumes from the checkpoint before it"
 
@@ -63,6 +65,7 @@ class TrainState(ABC):
         optimizer: over `names`.
         step: optimizer steps done.
         notes: what the result has to say of how it came about, such as a damaged checkpoint.
+        extra: what else `state.json` keeps; only its owner reads it.
 
     `names` holds the trained parameters with the names that a checkpoint gives them.
     """
@@ -70,6 +73,7 @@ class TrainState(ABC):
     optimizer: torch.optim.Optimizer
     step: int = field(default=0, kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    extra: dict[str, Any] = field(default_factory=dict, kw_only=True)
     names: dict[nn.Parameter, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,7 +97,8 @@ class TrainState(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What `state.json` says."""
-        return {"step": self.step} | ({"notes": list(self.notes)} if self.notes else {})
+        notes = {"notes": list(self.notes)} if self.notes else {}
+        return {"step": self.step, **self.extra, **notes}
 
 
 @dataclass
@@ -261,6 +266,7 @@ def restore_weights(state: TrainState, checkpoint: Path) -> None:
     _check(checkpoint, {name: parameter for parameter, name in state.names.items()})
     state.step = int(facts["step"])
     state.notes = tuple(facts.get("notes", ()))
+    state.extra = {key: facts[key] for key in EXTRA if key in facts}
 
 
 def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:

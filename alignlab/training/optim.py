@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.training.checkpoint import RunState
@@ -74,11 +75,13 @@ def averaged_weights(state: RunState) -> Iterator[None]:
         return
     parameters = dict(state.transformer.named_parameters())
     trained = {name: parameters[name].detach().clone() for name in state.ema}
-    _copy(state.ema, parameters)
     try:
+        with interruption.held():  # what is saved after an interruption are the trained weights
+            _copy(state.ema, parameters)
         yield
     finally:
-        _copy(trained, parameters)
+        with interruption.held():
+            _copy(trained, parameters)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Everything that a run trains with, built once from its recipe."""
 
-import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +26,6 @@ from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder, EncodedCache
 from alignlab.training.checkpoint import RunState
 from alignlab.training.flow_matching import FlowWeights
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -201,9 +198,8 @@ def warn_of_few_clips(run: Run) -> None:
     for key in ("clips", "sample_clips", "generated_clips"):
         count = getattr(run.config.eval, key) or 0
         if count > len(run.val_clips):
-            log.warning(
-                "eval.%s: %d, but the val split has %d; those are taken",
-                *(key, count, len(run.val_clips)),
+            warn_once(
+                f"eval.{key}: {count}, but the val split has {len(run.val_clips)}; those are taken"
             )
 
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from alignlab.kernels.bench.csv_file import Row
+from alignlab.runs.atomic_files import whole_file
 
 # Okabe and Ito's colours, told apart with any kind of colour vision; the floor is grey.
 _STYLES: dict[str, dict[str, Any]] = {
@@ -116,7 +117,8 @@ def _draw(op: str, dtype: str, rows: list[Row], out: Path) -> Path:
     path = out / f"{op}_{dtype}_{slug}.svg"
     # Text stays text, and the same figures give the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "alignlab"}):
-        figure.savefig(path, metadata={"Date": None})
+        with whole_file(path) as partial:
+            figure.savefig(partial, metadata={"Date": None})
     return path
 
 

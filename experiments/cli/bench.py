@@ -1,5 +1,6 @@
 """The commands under `alignlab bench`. Heavy imports happen inside them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,14 +36,15 @@ def overhead(
     config = load_run(recipe, overrides)
     from alignlab.experiments.bench.overhead import measure_overhead, write_overhead
 
-    result = measure_overhead(config, pairs=pairs)
-    typer.echo(
-        f"harness {result.harness_s:.4f} s, bare {result.bare_s:.4f} s per step (medians), "
-        f"ratio {result.ratio:.3f} (median of {result.pairs} pairs)"
-    )
-    if out is not None:
-        write_overhead(result, out)
-        typer.echo(f"figures: {out}")
+    with _figures(out):
+        result = measure_overhead(config, pairs=pairs)
+        typer.echo(
+            f"harness {result.harness_s:.4f} s, bare {result.bare_s:.4f} s per step (medians), "
+            f"ratio {result.ratio:.3f} (median of {result.pairs} pairs)"
+        )
+        if out is not None:
+            write_overhead(result, out)
+            typer.echo(f"figures: {out}")
 
 
 @bench_app.command("kernels")
@@ -99,7 +101,10 @@ def kernels(
         blocks=bench.parse_numbers("--blocks", blocks),
         providers=tuple(one for one in PROVIDERS if one in (impl or ())),
     )
-    bench.print_figures(bench.bench_kernels(settings, out))
+    from alignlab.runs.out_paths import out_folder
+
+    with out_folder(out):
+        bench.print_figures(bench.bench_kernels(settings, out))
 
 
 @bench_app.command("share")
@@ -126,15 +131,23 @@ def share(
     impls: list[Impl] = [one for one in IMPLS if one != "triton" or name == "cuda"]
     if impl:
         impls = [one for one in IMPLS if one in impl]
-    shares = measure_share(
-        SIZES[size],
-        impls,
-        references=references,
-        steps=steps,
-        device=torch.device(name),
-    )
-    for side in shares:
-        typer.echo(f"{side.side}: {side.step_s:.4f} s per step, loss {side.share:.1%} of it")
-    if out is not None:
-        write_share(shares, size, out)
-        typer.echo(f"figures: {out}")
+    with _figures(out):
+        shares = measure_share(
+            SIZES[size],
+            impls,
+            references=references,
+            steps=steps,
+            device=torch.device(name),
+        )
+        for side in shares:
+            typer.echo(f"{side.side}: {side.step_s:.4f} s per step, loss {side.share:.1%} of it")
+        if out is not None:
+            write_share(shares, size, out)
+            typer.echo(f"figures: {out}")
+
+
+def _figures(out: Path | None) -> AbstractContextManager[None]:
+    """Held while figures are measured that will be written at `out`."""
+    from alignlab.runs.out_paths import out_file
+
+    return nullcontext() if out is None else out_file(out, ".json")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from alignlab.cli_options import Overrides, PrintConfig, Recipe
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.errors import UserError
 from alignlab.experiments.cli.launch_options import LauncherName, RayAddress
 
@@ -37,7 +37,9 @@ def compare(
             typer.echo(path)
         return
     run_launcher = make_launcher(launcher, config.launch, ray_address=ray_address)
-    typer.echo(f"report: {run(config, launcher=run_launcher)}")
+    report = run(config, launcher=run_launcher)
+    typer.echo(f"report: {report}")
+    echo_mlflow(report.parent, config.base)
 
 
 def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:

@@ -54,13 +54,13 @@ def score(
     from alignlab.evaluation.teacher_score import parse_size, score_teachers
     from alignlab.experiments.compare.config import load_base
     from alignlab.experiments.probe.teacher_table import print_scores, write_scores
-    from alignlab.runs.out_paths import check_out_file
+    from alignlab.runs.out_paths import out_file
 
-    check_out_file(out, ".csv")
-    size = None if grid is None else parse_size(grid)
-    scores = score_teachers(load_base(recipe, overrides), clips=clips, size=size)
-    print_scores(scores)
-    write_scores(scores, out)
+    with out_file(out, ".csv"):
+        size = None if grid is None else parse_size(grid)
+        scores = score_teachers(load_base(recipe, overrides), clips=clips, size=size)
+        print_scores(scores)
+        write_scores(scores, out)
     typer.echo(f"figures: {out}")
 
 

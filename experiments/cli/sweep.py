@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from alignlab.cli_options import Overrides, PrintConfig, Recipe
+from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
 
 
@@ -36,4 +36,6 @@ def sweep(
     if join:
         run.join(config, launcher=trial_launcher)
     else:
-        typer.echo(f"results: {run.sweep(config, launcher=trial_launcher)}")
+        results = run.sweep(config, launcher=trial_launcher)
+        typer.echo(f"results: {results}")
+        echo_mlflow(results.parent, config.base)

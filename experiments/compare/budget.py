@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from alignlab.config.run import RunConfig
@@ -22,6 +21,8 @@ from alignlab.experiments.compare.result import Budget, Cost
 from alignlab.losses.schedule import StopAtPlateau, weight_at
 from alignlab.recipe import has_recipe_hash, recipe_hash
 from alignlab.runs.checksums import DamagedError, read_json, write_json
+from alignlab.runs.file_lock import file_lock
+from alignlab.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,10 @@ def decide_budget(config: CompareConfig, folder: Path) -> Budget | None:
     path = folder / "budget.json"
     if config.budget == "steps":
         if path.exists():
-            raise UserError(_other_recipe(path))
+            _drop(path)
         return None
-    with FileLock(folder / "budget.json.lock"):  # several commands may share the folder
+    lock = folder / "budget.json.lock"  # several commands may share the folder
+    with file_lock(lock, waiting=lambda: f"waiting for the process that measures costs ({lock})"):
         return _decided(config, path)
 
 
@@ -70,11 +72,12 @@ def _decided(config: CompareConfig, path: Path) -> Budget:
     _check_steps(config)
     _check_constant_cost(config, {v: run.steps for v, run in config.runs.items()})
     kept = _read(path)
+    if kept is not None and not _is_same(config, kept):
+        _drop(path)
+        kept = None
     steps = config.runs[config.baseline].steps
     planned = steps if kept is None else kept.budget.steps[kept.baseline]
     recipes = {v: recipe_hash(_planned(run, planned)) for v, run in config.runs.items()}
-    if kept is not None:
-        _check_same(path, config, kept)
     budget = None if kept is None else kept.budget
     if budget is None or not recipes.keys() <= budget.steps.keys():
         budget = _decide(config, _measured(config, path.parent), budget, planned)
@@ -163,15 +166,27 @@ def _read(path: Path) -> _BudgetFile | None:
         raise DamagedError(path, "it holds no budget", fix) from None
 
 
-def _check_same(path: Path, config: CompareConfig, kept: _BudgetFile) -> None:
+def _drop(path: Path) -> None:
+    """Removes a budget of another recipe, if no run of the comparison has kept a step.
+
+    Raises:
+        UserError: one has.
+    """
+    runs = [RunFolder(recipe.parent) for recipe in path.parent.glob("*/seed-*/recipe.yaml")]
+    if any(run.has_begun for run in runs):
+        raise UserError(_other_recipe(path))
+    log.info("%s was decided for another recipe, of which no run kept a step: decided anew", path)
+    path.unlink()
+
+
+def _is_same(config: CompareConfig, kept: _BudgetFile) -> bool:
     shared = config.runs.keys() & kept.recipes.keys()
     planned, steps = kept.budget.steps[kept.baseline], config.runs[config.baseline].steps
     changed = steps < planned or any(
         not has_recipe_hash(_planned(config.runs[variant], planned), kept.recipes[variant])
         for variant in shared
     )
-    if changed or (kept.baseline, kept.budget.kind) != (config.baseline, config.budget):
-        raise UserError(_other_recipe(path))
+    return not changed and (kept.baseline, kept.budget.kind) == (config.baseline, config.budget)
 
 
 def _other_recipe(path: Path) -> str:

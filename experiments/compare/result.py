@@ -246,7 +246,8 @@ class Comparison:
         content = _without_nan(dataclasses.asdict(self))
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         # no file holds half a surrogate pair, as names of files may have
-        write_text(path, re.sub("[\ud800-\udfff]", lambda m: ascii(m[0])[1:-1], text) + "\n")
+        text = re.sub("[\ud800-\udfff]", lambda m: ascii(m[0])[1:-1], text)
+        write_text(path, text + "\n", shared=True)
 
     @staticmethod
     def load(path: Path) -> "Comparison":

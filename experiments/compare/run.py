@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from alignlab import interruption
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
@@ -38,13 +39,15 @@ from alignlab.experiments.compare.reuse import (
     open_run,
     refuse_different_plans,
 )
+from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
+from alignlab.experiments.launchers.local import shown
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.checksums import (
-    CHECKSUMS,
     DamagedError,
+    forget_checksums,
     read_json,
     write_checksums,
     write_json,
@@ -53,13 +56,22 @@ from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different
 from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.kept_checkpoints import drop_if_unread
 from alignlab.runs.metric_rows import evaluations, read_rows
+from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.training.aligned_samples import check_recipe
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = ("comparison.json", "report.html", "report.md", "table.csv", "table.tex")
+OUTPUTS = (
+    "comparison.json",
+    "report.html",
+    "report.md",
+    "table.csv",
+    "table.tex",
+    "steps.csv",
+    "progress.json",
+)
 CURVES = ("loss/", "sim/", "grad/", "diag/")
 
 
@@ -76,16 +88,17 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
-    _train_missing(plan, launcher or make_launcher("local", config.launch))
-    measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
-    for key, run in plan.runs.items():
-        drop_if_unread(plan.folders[key], run)
-    cost = cost_of(config, folder)
-    comparison = _comparison(plan, cost)
-    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
-    comparison.save(folder / "comparison.json")
-    report = write_report(comparison, folder)
-    write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
+    forget_checksums(folder)
+    with tracked(folder, plan.runs, plan.folders):
+        _train_missing(plan, launcher or make_launcher("local", config.launch))
+        measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
+        for key, run in plan.runs.items():
+            drop_if_unread(plan.folders[key], run)
+        cost = cost_of(config, folder)
+        comparison = _comparison(plan, cost)
+        comparison.save(folder / "comparison.json")
+        report = write_report(comparison, folder)
+        write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
     print_summary(comparison, Console())
     return report
 
@@ -144,8 +157,7 @@ def prepare(config: CompareConfig) -> Plan:
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
-    folder = user_path(config.output) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_output_folder(user_path(config.output), config.name)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
     planned = {
@@ -233,12 +245,20 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
     begin = time.monotonic()
     earlier = _seconds_so_far(plan.folder)
 
+    ended = [shown(key) for key in runs if key not in missing]
+
     def finished(key: RunKey) -> None:
+        ended.append(shown(key))
         seconds = earlier + time.monotonic() - begin
-        write_json(plan.folder / "progress.json", {"seconds": seconds})
+        write_json(plan.folder / "progress.json", {"seconds": seconds}, shared=True)
+
+    def how_far() -> str:
+        names = f" ({'; '.join(ended)})" if ended else ""
+        return f"with {len(ended)} of {len(runs)} runs finished{names}"
 
     if missing:
-        launch(missing, finished)
+        with interruption.telling(how_far):
+            launch(missing, finished)
 
 
 def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:

@@ -7,6 +7,7 @@ from typing import Any
 
 from alignlab.config.names import check_name
 from alignlab.config.run import RunConfig
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
 
 GRID = "grid"
@@ -33,6 +34,10 @@ def checked_variants(variants: Any) -> dict[str, dict[str, Any]]:
             check_name(name, "a variant's name")
         except ValueError as error:
             raise UserError(f"variants: {error}") from None
+        try:
+            refuse_written(name)
+        except ValueError as error:
+            raise UserError(f"variants.{name}: {error}") from None
         for key in ("name", "seed", "output"):
             if any(f"{change}.".startswith(f"{key}.") for change in changes):
                 raise UserError(f"variants.{name}.{key}: the comparison sets it, a variant cannot")

@@ -5,10 +5,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
 
 import torch
 
+from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
@@ -35,8 +37,10 @@ def launch_local(
     begin = time.monotonic()
     with threads(needs.cpus):
         for done, (key, run) in enumerate(runs.items()):
+            interruption.check()
             _announce(done, len(runs), key, time.monotonic() - begin)
-            train_one(run, caches, wait=False)
+            with interruption.telling(partial(_of_run, key)):
+                train_one(run, caches, wait=False)
             finished(key)
 
 
@@ -108,6 +112,10 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _of_run(key: RunKey) -> str:
+    return f"of {shown(key)}"
 
 
 def _announce(done: int, total: int, key: RunKey, seconds: float) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
+from alignlab import interruption
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.local import threads, train_one
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
@@ -55,7 +56,7 @@ def train_run(order: Order) -> None:
             trained.
     """
     folder = RunFolder(arrive(order))
-    with logged(folder.path / LOG), threads(order["threads"]):
+    with working(folder.path / LOG, order["threads"]):
         train_one(folder.config(), _caches, wait=True)
 
 
@@ -95,6 +96,20 @@ def seen(exists: Callable[[], bool]) -> bool:
             return False
         time.sleep(LOOK_EVERY_S)
     return True
+
+
+@contextmanager
+def working(log: Path, num_threads: int) -> Iterator[None]:
+    """In place while a node carries out an order.
+
+    A task that Ray cancels ends its step and writes a checkpoint.
+
+    Args:
+        log: gets the log lines.
+        num_threads: that torch computes with.
+    """
+    with interruption.handled(sent_by_ray=True), logged(log), threads(num_threads):
+        yield
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from alignlab import interruption
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.node import Order
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 MOST_DEATHS = 5  # of a task that gets no further
 NOTE_EVERY_S = 60.0
 CONNECT_S = 10.0
-STOP_S = 30.0  # a task that is told to end finishes what it is writing
+STOP_S = 120.0  # a task that is told to end takes its step to the end and writes a checkpoint
 OBJECT_STORE = 128 * 2**20  # nothing but short messages goes through it
 GIB = 2**30
 RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
@@ -142,6 +143,8 @@ class RayTasks(Generic[Key]):
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""
         left = list(self._running)
+        if left:
+            log.info("tasks end their steps and write checkpoints: %d", len(left))
         for force in (False, True):
             if not left:
                 return
@@ -257,6 +260,7 @@ def connected(address: str | None) -> Iterator[RayCluster]:
         if address == "auto":
             line = "no node of a cluster here: start one with `ray start`, or name HOST:PORT"
         raise UserError(f"Ray at {address}: {line}") from error
+    interruption.handle_again()  # Ray puts its own handler of SIGTERM in place
     try:
         yield RayCluster(ray, may_grow=address != "local")
     finally:

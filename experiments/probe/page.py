@@ -17,7 +17,7 @@ from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.out_paths import check_out_folder
+from alignlab.runs.out_paths import out_folder
 from alignlab.training.checkpoint import NEWEST, ModelChoice
 
 MEASURES = {
@@ -69,10 +69,10 @@ def probe(
     Raises:
         UserError: as `probe_run`, or `out` cannot be written into.
     """
-    check_out_folder(out)
-    result = probe_run(run_dir, teacher=teacher, block=block, choice=choice)
-    out.mkdir(parents=True, exist_ok=True)
-    return write_probe(result, out)
+    with out_folder(out):
+        result = probe_run(run_dir, teacher=teacher, block=block, choice=choice)
+        out.mkdir(parents=True, exist_ok=True)
+        return write_probe(result, out)
 
 
 def write_probe(result: RunProbe, out: Path) -> Path:

@@ -43,6 +43,7 @@ from alignlab.experiments.report.text import (
     title,
 )
 from alignlab.experiments.report.verdict import verdict
+from alignlab.runs.atomic_files import write_text
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,20 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         folder: existing folder.
     """
     rows = summary_rows(comparison)
-    (folder / "report.md").write_text(markdown(comparison, rows), encoding="utf-8")
-    (folder / "table.csv").write_text(table_csv(comparison, rows), encoding="utf-8")
-    (folder / "table.tex").write_text(table_tex(comparison, rows), encoding="utf-8")
+    path = folder / "report.html"
+    texts = {
+        folder / "report.md": markdown(comparison, rows),
+        folder / "table.csv": table_csv(comparison, rows),
+        folder / "table.tex": table_tex(comparison, rows),
+        path: _html(comparison, rows, folder),
+    }
     steps = folder / "steps.csv"
     if any(run.measured for run in comparison.results):
-        steps.write_text(steps_csv(comparison), encoding="utf-8")
+        texts[steps] = steps_csv(comparison)
     else:
         steps.unlink(missing_ok=True)  # of an earlier report
-    path = folder / "report.html"
-    path.write_text(_html(comparison, rows, folder), encoding="utf-8")
+    for file, text in texts.items():  # each is whole, also where two commands write it
+        write_text(file, text, shared=True)
     return path
 
 

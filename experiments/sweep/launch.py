@@ -13,6 +13,7 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 
+from alignlab import interruption
 from alignlab.errors import UserError
 from alignlab.experiments.launchers import LauncherName, refuse_unread_address
 from alignlab.experiments.launchers.local import check_machine, threads
@@ -26,9 +27,8 @@ from alignlab.progress import step_progress
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-STOP_S = 30.0  # a worker puts its trial back before it ends
-
-INTERRUPTED = 130
+# Exit codes of `alignlab.interruption`.
+INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)
 
 RunTrials = Callable[[SweepStudy, SweepTracker], None]
 """Runs what is not finished of a study, which exists."""
@@ -127,7 +127,7 @@ def _start(index: int, count: int, command: Sequence[str], folder: Path) -> subp
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
     with (folder / f"worker-{index}.log").open("ab") as out:
         return subprocess.Popen(
-            [sys.executable, "-m", "alignlab.cli", "sweep", *command, "--join"],
+            [sys.executable, "-m", "alignlab", "sweep", *command, "--join"],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -148,7 +148,7 @@ def _check_exit(index: int, code: int, folder: Path) -> None:
     """A killed worker is no error: the others take its trial over."""
     if code < 0:
         log.info("worker %d was killed by signal %d", index, -code)
-    elif code == INTERRUPTED:
+    elif code in INTERRUPTED:
         log.info("worker %d was interrupted", index)
     elif code > 0:
         path = folder / f"worker-{index}.log"
@@ -157,13 +157,21 @@ def _check_exit(index: int, code: int, folder: Path) -> None:
 
 
 def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Ctrl-C in a terminal reaches the workers as well; a signal to this process does not."""
-    for worker in workers:
-        if worker.poll() is None:
-            worker.send_signal(signal.SIGTERM)
-    for worker in workers:
-        try:
-            worker.wait(STOP_S)
-        except subprocess.TimeoutExpired:
+    """Ends the workers, which write a checkpoint and put their trials back.
+
+    Ctrl-C in a terminal reaches them as well; a signal to this process does not. Another signal
+    to it kills those that are left.
+    """
+    left = [worker for worker in workers if worker.poll() is None]
+    if left:
+        log.info("workers end their steps and write checkpoints: %d", len(left))
+    for worker in left:
+        worker.send_signal(signal.SIGTERM)
+    try:
+        for worker in left:
+            worker.wait()
+    except KeyboardInterrupt:
+        for worker in left:
             worker.kill()
             worker.wait()
+        raise

@@ -13,8 +13,7 @@ from pathlib import Path
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
-from alignlab.experiments.launchers.local import threads
-from alignlab.experiments.launchers.node import RECIPE, Order, arrive, logged, order_for, seen
+from alignlab.experiments.launchers.node import RECIPE, Order, arrive, order_for, seen, working
 from alignlab.experiments.launchers.ray_cluster import (
     MOST_DEATHS,
     STOP_S,
@@ -72,7 +71,7 @@ def run_trials(order: TrialsOrder) -> None:
     journal = Path(url) if "://" not in url else None
     if order["machine"] not in (None, machine()) or (journal and not seen(journal.exists)):
         raise UserError(f"node {platform.node()} cannot use {shown_url(config)}: {SHARED_STORAGE}")
-    with logged(folder / f"worker-{order['worker']}.log"), threads(order["threads"]):
+    with working(folder / f"worker-{order['worker']}.log", order["threads"]):
         check(config)
         try:
             study = join_study(config)

@@ -20,19 +20,18 @@ from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.sweep.page import write_page
 from alignlab.experiments.sweep.pruning import PRUNED_AT
 from alignlab.experiments.sweep.space import distributions, value_of
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.trial import (
     ERROR,
-    SAME_AS,
     repeated,
     trained_as,
     trial_run,
 )
 from alignlab.recipe import dump
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checksums import CHECKSUMS, write_checksums
+from alignlab.runs.checksums import forget_checksums, write_checksums
 
-OUTPUTS = ("recipe.yaml", "study.db", "trials.csv", "best.yaml", "sweep.html")
+OUTPUTS = ("recipe.yaml", "inputs.json", "study.db", "trials.csv", "best.yaml", "sweep.html")
 SHOWN_TRIALS = 10
 
 
@@ -43,7 +42,7 @@ def write_results(study: SweepStudy) -> Path:
     sweep is removed.
     """
     folder = sweep_folder(study.config)
-    (folder / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
+    forget_checksums(folder)
     write_text(folder / "trials.csv", trials_csv(study))
     best = best_trial(study)
     if best is None:

@@ -4,14 +4,12 @@ The same command resumes a killed sweep; a killed worker's trial resumes from it
 """
 
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
+from alignlab import interruption
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep
 from alignlab.experiments.sweep.launch import SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.results import best_metrics, print_trials, write_results
@@ -19,6 +17,7 @@ from alignlab.experiments.sweep.study import (
     SweepStudy,
     create_study,
     join_study,
+    named_storage,
     shown_url,
     sweep_folder,
 )
@@ -26,8 +25,9 @@ from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.trial import refuse_other_inputs
 from alignlab.experiments.sweep.worker import check
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checksums import CHECKSUMS
+from alignlab.runs.checksums import forget_checksums
 from alignlab.runs.input_record import InputRecord
+from alignlab.runs.out_paths import check_out_folder
 
 log = logging.getLogger(__name__)
 
@@ -47,23 +47,26 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
             have read other files.
     """
     check(config)
+    check_out_folder(sweep_folder(config), "output")
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         record = refuse_other_inputs(config, config.base)  # before anything is written
-        study = create_study(config)
-        (sweep_folder(config) / CHECKSUMS).unlink(missing_ok=True)  # of what is written anew
+        with named_storage(config):
+            study = create_study(config)
+        forget_checksums(sweep_folder(config))
         write_text(sweep_folder(config) / "recipe.yaml", dump_sweep(config))
         _tell_unknown_inputs(study, record)
         log.info("sweep %s: %s", config.name, sweep_folder(config))
         log.info("watch it with: optuna-dashboard %s", shown_url(config))
         tracker = SweepTracker(study)
-        tracker.begin_study()
         if study.is_finished():
             log.info("all %d trials are finished already", study.size)
-        with sigterm_interrupts():
+        telling = interruption.telling(partial(_shown_progress, study))
+        with tracker.studied(), telling, named_storage(config):
             run_trials(study, tracker)
-    tracker.end_study(best_metrics(study))
     print_trials(study, Console())
-    return write_results(study)
+    results = write_results(study)
+    tracker.end_study(best_metrics(study))
+    return results
 
 
 def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
@@ -77,7 +80,7 @@ def join(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> None:
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         study = join_study(config)
         _tell_unknown_inputs(study, refuse_other_inputs(config, config.base))
-        with sigterm_interrupts():
+        with interruption.telling(partial(_shown_progress, study)), named_storage(config):
             run_trials(study, SweepTracker(study))
 
 
@@ -91,15 +94,6 @@ def _tell_unknown_inputs(study: SweepStudy, record: InputRecord) -> None:
         )
 
 
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """A scheduler's SIGTERM is a Ctrl-C: the running trial is put back."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _shown_progress(study: SweepStudy) -> str:
+    """How far it came, for the line of an interruption."""
+    return f"with {study.num_finished()} of {study.size} trials finished"

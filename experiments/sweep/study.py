@@ -8,22 +8,22 @@ settings, one trains and the others take its result.
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.merging import flatten
-from alignlab.config.paths import expanded_url, sqlite_url, user_path
+from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.draw import FIXED, fix_params
@@ -41,11 +41,16 @@ from alignlab.experiments.sweep.storage_check import (
     storage_errors,
     storage_file,
 )
+from alignlab.runs.disk_errors import FULL, as_os_error
+from alignlab.runs.file_lock import file_lock
+from alignlab.runs.out_paths import make_output_folder
+from alignlab.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 RECIPE_HASH = "alignlab.recipe_hash"
 TRAINS = "trains"  # user attribute of a trial that is the one to train its settings
+SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
 # What changes no number of a trial: a sweep may get more trials, or move.
@@ -67,13 +72,15 @@ class SweepStudy:
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self.size = len(_plan(config))
         """How many trials there are, or will be once all are added."""
-        self._lock = FileLock(sweep_folder(config) / ".claims.lock")
         self._watch = Watch()
         if isinstance(study.pruner, optuna.pruners.HyperbandPruner):
             # else it does so at its first decision, and draws before that know no brackets
             study.pruner._try_initialization(study)
         self._unseen: set[tuple[int, str]] | None = None  # trial and owner, of those first found
         self._settings: dict[int, str] = {}  # of trials, by number
+
+    def _lock(self) -> AbstractContextManager[None]:
+        return _only_one(sweep_folder(self.config), ".claims.lock")
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """Trials in order of number; without `states`, all."""
@@ -90,7 +97,7 @@ class SweepStudy:
 
     def claim(self) -> tuple[optuna.Trial, Lease] | None:
         """Takes the first waiting trial; None while there is none."""
-        with self._lock:  # SQLite cannot lock a row, so two workers could take the same one
+        with self._lock():  # SQLite cannot lock a row, so two workers could take the same one
             for trial in self.trials(TrialState.WAITING):
                 trial_id = self._trial_id(trial.number)
                 try:
@@ -125,7 +132,7 @@ class SweepStudy:
             None: it trains. A trial that ended: its result is to be taken, and further seeds of one
             that was pruned are to be trained. A trial that has not ended: that one trains them.
         """
-        with self._lock:  # two workers may have drawn the same
+        with self._lock():  # two workers may have drawn the same
             trials = self.trials()
             mine, settings = trials[number], self._settings_of(trials[number])
             if settings is None:
@@ -150,7 +157,7 @@ class SweepStudy:
 
     def put_back(self, number: int, claim: Any) -> bool:
         """Lets a running trial wait again; False if another claim on it was made meanwhile."""
-        with self._lock:
+        with self._lock():
             trial_id = self._trial_id(number)
             trial = self._storage.get_trial(trial_id)
             if trial.state != TrialState.RUNNING or trial.user_attrs.get(LEASE) != claim:
@@ -216,6 +223,11 @@ def sweep_folder(config: SweepConfig) -> Path:
     return user_path(config.output) / config.name
 
 
+def _only_one(folder: Path, lock: str) -> AbstractContextManager[None]:
+    """Waits until no other process of the sweep is at the same place."""
+    return file_lock(folder / lock, waiting=lambda: f"waiting for a worker of {folder}")
+
+
 def storage_url(config: SweepConfig) -> str:
     """The storage as Optuna's own commands take it (`optuna-dashboard URL`)."""
     if config.storage is None:
@@ -227,7 +239,7 @@ def storage_url(config: SweepConfig) -> str:
 
 def shown_url(config: SweepConfig) -> str:
     """The storage without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", storage_url(config))
+    return without_password(storage_url(config))
 
 
 def create_study(config: SweepConfig) -> SweepStudy:
@@ -236,21 +248,23 @@ def create_study(config: SweepConfig) -> SweepStudy:
     Raises:
         UserError: the study is of another recipe or larger, or the storage cannot be used.
     """
-    folder = sweep_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".create.lock"), storage_errors(shown_url(config)):
+    folder = make_output_folder(user_path(config.output), config.name)
+    with _only_one(folder, ".create.lock"), storage_errors(shown_url(config)):
         _check_storage(config)
         storage = _open_storage(config)
-        study = optuna.create_study(
-            storage=storage,
-            study_name=config.name,
-            directions=directions(config),
-            pruner=build_pruner(config),
-            load_if_exists=True,
-        )
+        study = _opened(config, storage)
         recipe_hash = study.user_attrs.get(RECIPE_HASH)
-        if recipe_hash is None:
+        if not _is_same_sweep(config, recipe_hash) and _kept_nothing(config, study):
+            log.info(
+                "%s: its sweep %r of another recipe kept no step: it begins anew",
+                *(shown_url(config), config.name),
+            )
+            optuna.delete_study(study_name=config.name, storage=storage)
+            study = _opened(config, storage)
+            recipe_hash = None
+        elif recipe_hash is None:
             _tell_lost_study(config)
+        if recipe_hash is None:
             with experimental_accepted():
                 study.set_metric_names([metric.name for metric in config.metric])
             study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))  # last: all is set
@@ -259,13 +273,34 @@ def create_study(config: SweepConfig) -> SweepStudy:
     return SweepStudy(config, study, storage)
 
 
+def _opened(config: SweepConfig, storage: BaseStorage) -> optuna.Study:
+    return optuna.create_study(
+        storage=storage,
+        study_name=config.name,
+        directions=directions(config),
+        pruner=build_pruner(config),
+        load_if_exists=True,
+    )
+
+
+def _kept_nothing(config: SweepConfig, study: optuna.Study) -> bool:
+    """Whether no trial is finished or running, and no run of one has kept a step."""
+    watch = Watch()
+    for trial in study.get_trials(deepcopy=False):
+        is_left = trial.state == TrialState.RUNNING and watch.is_dead(trial)
+        if trial.state != TrialState.WAITING and not is_left:
+            return False
+    recipes = sweep_folder(config).glob("trial-*/seed-*/recipe.yaml")
+    return not any(RunFolder(recipe.parent).has_begun for recipe in recipes)
+
+
 def join_study(config: SweepConfig) -> SweepStudy:
     """Opens the study that another process has created.
 
     Raises:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
     """
-    sweep_folder(config).mkdir(parents=True, exist_ok=True)
+    make_output_folder(user_path(config.output), config.name)
     _check_storage(config)
     with storage_errors(shown_url(config)):
         storage = _open_storage(config)
@@ -282,6 +317,23 @@ def join_study(config: SweepConfig) -> SweepStudy:
         ) from None
     _check_same_sweep(config, study.user_attrs.get(RECIPE_HASH))
     return SweepStudy(config, study, storage)
+
+
+@contextmanager
+def named_storage(config: SweepConfig) -> Iterator[None]:
+    """Makes an error of a full or read-only disk under an SQLite storage say which file it is.
+
+    Raises:
+        OSError: in place of Optuna's.
+    """
+    try:
+        yield
+    except (StorageInternalError, DatabaseError) as error:
+        path = storage_file(storage_url(config))
+        known = None if path is None else as_os_error(error, path)
+        if known is None:
+            raise
+        raise known from error
 
 
 def _check_storage(config: SweepConfig) -> None:
@@ -329,8 +381,12 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, system_attrs=attrs))
 
 
+def _is_same_sweep(config: SweepConfig, recipe_hash: str | None) -> bool:
+    return recipe_hash is None or has_hash(config, recipe_hash, NUMBERLESS)
+
+
 def _check_same_sweep(config: SweepConfig, recipe_hash: str | None) -> None:
-    if recipe_hash is not None and not has_hash(config, recipe_hash, NUMBERLESS):
+    if not _is_same_sweep(config, recipe_hash):
         difference = _shown_difference(sweep_folder(config) / "recipe.yaml", config)
         raise UserError(
             f"{shown_url(config)} holds a sweep {config.name!r} of another recipe{difference}: "
@@ -383,4 +439,7 @@ def _open_storage(config: SweepConfig) -> BaseStorage:
             "for PostgreSQL: pip install 'alignlab[postgres]'"
         ) from None
     except (OperationalError, ArgumentError, NoSuchModuleError) as error:
+        known = as_os_error(error, storage_file(url))
+        if known is not None and known.errno in FULL:
+            raise known from error
         raise UserError(f"storage: {shown_url(config)}: {first_line(error)}") from None

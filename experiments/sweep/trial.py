@@ -12,7 +12,6 @@ from typing import Any
 
 import optuna
 import torch
-from filelock import FileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from alignlab.config.paths import user_path
@@ -29,8 +28,9 @@ from alignlab.experiments.sweep.pruning import (
     trained_steps,
 )
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.inputs import read_inputs
 from alignlab.runs.run_folder import RunFolder
@@ -41,7 +41,6 @@ from alignlab.training.setup import Caches, shared_caches
 log = logging.getLogger(__name__)
 
 ERROR = "error"
-SAME_AS = "same_as"  # user attribute: number of the trial whose result was taken
 LOOK_EVERY_S = 2.0
 
 
@@ -102,7 +101,7 @@ class TrialRunner:
         if outcome.state == TrialState.COMPLETE:
             optimized = [means[metric.name] for metric in self._config.metric]
         trial.study.tell(trial, optimized, state=outcome.state)
-        self._tracker.end_trial(trial, outcome.state.name, means)
+        self._tracker.end_trial(trial)
 
     def _duplicate(self, trial: optuna.Trial) -> FrozenTrial | None:
         """The trial that has trained the same settings; waits for one that does so now."""
@@ -125,7 +124,6 @@ class TrialRunner:
                 *(trial.number, number, state),
             )
             trial.set_user_attr(SAME_AS, number)
-            self._tracker.tag_duplicate(trial, number)
         return duplicate
 
     def _train(
@@ -166,6 +164,7 @@ class TrialRunner:
             return Outcome(TrialState.FAIL, metrics, str(error))
         _forget_start(run)
         refuse_other_inputs(self._config, run)
+        self._tracker.begin_run(trial, user_path(run.output) / run.name)
         inside = None
         if judges_inside(self._config) and seed == self._config.seeds[0]:
             inside = partial(self._judge, trial)
@@ -173,14 +172,12 @@ class TrialRunner:
         try:
             folder = train(run, caches=caches, wait=True, on_evaluation=inside)
         except PrunedRunError:
-            self._tracker.link_run(trial, user_path(run.output) / run.name)
             return Outcome(TrialState.PRUNED, metrics)
         except (UserError, torch.OutOfMemoryError) as error:
             if not _was_built(run) and isinstance(error, UserError):
                 raise
             return Outcome(TrialState.FAIL, metrics, one_line(error))
         _record_inputs(self._config, folder)
-        self._tracker.link_run(trial, folder)
         result = RunFolder(folder).read_result()
         assert result is not None
         for name, value in result["metrics"].items():
@@ -263,7 +260,7 @@ def refuse_other_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
 def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
     """Adds what a finished run has read to what all trials must read."""
     folder = sweep_folder(config)
-    with FileLock(folder / ".inputs.lock"):
+    with file_lock(folder / ".inputs.lock", waiting=lambda: f"waiting for a worker of {folder}"):
         record, of_run = (InputRecord(path, config.output) for path in (folder, run_folder))
         record.refuse_differences(
             of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"

@@ -1,14 +1,12 @@
 """One worker of a sweep: it takes trial after trial, also those of workers that died."""
 
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import optuna
 from optuna.trial import TrialState
 
+from alignlab import interruption
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.experiments.report.formatting import format_duration
 from alignlab.experiments.sweep.config import SweepConfig
@@ -53,9 +51,11 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
     """
     runner = TrialRunner(study, tracker)
     while not study.is_settled():
+        interruption.check()
         time.sleep(LOOK_EVERY_S)
     begin, done = time.monotonic(), 0
     while True:
+        interruption.check()
         study.put_back_dead()  # first: later trials learn from theirs
         claimed = study.claim()
         if claimed is None:
@@ -74,7 +74,7 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
             if lease.lost or isinstance(error, LostTrialError):
                 log.info("trial %d: another worker has taken it over", trial.number)
                 continue
-            with ignored_interrupts():
+            with interruption.held():
                 study.put_back(trial.number, lease.claim)
             raise
         done += 1
@@ -83,15 +83,3 @@ def work(study: SweepStudy, tracker: SweepTracker, *, stay: bool = True) -> None
             "%d of %d trials finished, about %s left for one worker",
             *(study.num_finished(), study.size, format_duration(left)),
         )
-
-
-@contextmanager
-def ignored_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches a worker twice, from the terminal and from the process that started it."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, signal.SIG_IGN) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)

@@ -204,6 +204,8 @@ def test_an_override_may_add_an_objective() -> None:
         ("tracking.mlflow=foo://x", "'foo://x' is no place for MLflow"),
         ("tracking.mlflow=file:///x", "'file:///x' is no place for MLflow"),
         ("tracking.mlflow=http://", "'http://' is no place for MLflow"),
+        ("tracking.mlflow=http://host:99999", "'http://host:99999' is no place for MLflow"),
+        ("tracking.mlflow=uc://x", "'uc://x' is no place for MLflow"),
         ("model=[]", "model: expected a mapping, got []"),
         ("teachers=[]", "teachers: expected a mapping, got []"),
         ("teachers.dino.family=[]", "teachers.dino.family: expected a text, got []"),

@@ -2,7 +2,7 @@
 
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from alignlab import checkout
+from alignlab.errors import UserError
 from alignlab.recipe import load_run
 from alignlab.repro import repro_commands
 from alignlab.runs import code_record
 from alignlab.runs.code_record import read_code, record_code
+from alignlab.runs.verify import verify_run
 from alignlab.train import train
 from command_line import alignlab, refused
 from run_contents import timeless_metrics
@@ -57,7 +59,7 @@ def test_a_prolonged_run_that_started_from_another_is_made_again(
     trainings = [line for line in lines if " train " in line]
     steps = [word for line in trainings for word in line.split() if word.startswith("steps=")]
     assert steps == ["steps=1", "steps=1", "steps=2"]
-    assert f"OMP_NUM_THREADS={torch.get_num_threads()} alignlab train" in trainings[0]
+    assert f"OMP_NUM_THREADS={torch.get_num_threads()} " in trainings[0]
     assert f"model.init_from={tmp_path / 'again' / 'source'}" in trainings[1]
     assert "optim.resume_schedule=stretch" in trainings[2]
     assert carried_out(lines) == 3
@@ -71,7 +73,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A checkout with one file, which this process takes for alignlab's."""
     folder = tmp_path / "checkout"
     folder.mkdir()
@@ -99,12 +101,12 @@ def test_commit_and_changes_are_kept(
     for name in ("recipe.yaml", "environment.json"):
         (run / name).write_text((full_run / name).read_text())
     (repository / "a.py").write_text("one = 2\n")
-    (repository / "secret.env").write_text("TOKEN=abc\n")
+    (repository / "secret.env").write_text("TOKEN=xyz\n")
     record_code(run, step=0)
     (start,) = read_code(run)
     changed = (run / "code.diff").read_text()
     assert "+one = 2" in changed and start["untracked"] == ["secret.env"]
-    assert not any("abc" in path.read_text() for path in run.iterdir())
+    assert not any("xyz" in path.read_text() for path in run.iterdir())
     lines = repro_commands(run)
     commit = start["commit"]
     assert f"git checkout {commit}" in lines and f"git apply {run / 'code.diff'}" in lines
@@ -121,6 +123,10 @@ def test_commit_and_changes_are_kept(
     forget()
     record_code(run, step=1)
     assert [s["diff"] for s in read_code(run)] == ["code.diff", "code-2.diff"]
+    (run / "code-2.diff").write_text("")
+    with pytest.raises(UserError, match=r"code-2\.diff is damaged \(it is empty\)"):
+        repro_commands(run)
+    assert any("code-2.diff is damaged" in line for line in verify_run(run).damaged.values())
     # larger than is kept: that is said
     monkeypatch.setattr(code_record, "MOST_BYTES", 10)
     record_code(run, step=0)

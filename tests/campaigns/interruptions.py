@@ -411,13 +411,12 @@ def _small_disk(
     if mounted.returncode:  # not root: no file may be longer than half of it
         yield (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit // 2,) * 2)), lambda: None
         return
+
+    def make_room() -> None:
+        subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True)
+
     try:
-        yield (
-            lambda: None,
-            lambda: (
-                subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True) and None
-            ),
-        )
+        yield (lambda: None), make_room
     finally:
         subprocess.run(["umount", "-l", str(output)], check=True)
 

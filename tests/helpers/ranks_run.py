@@ -7,7 +7,8 @@ once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, i
 What the pair `killed` leaves is copied to `as-killed` beside OUTPUT.
 
 Moments: `whole`, `killed` (both die of SIGKILL after step 5), `unreached` (the samples of the
-second miss the last parameter), `lora`, `again` (nothing is left to do). In others something stops
+second miss the last parameter), `lora`, `again` (nothing is left to do), `warned` (the second gets
+SIGUSR1 within step 4). In others something stops
 them: `drifted` (the second changes its weights at step 1), `teacher` (the second has another
 teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a batch of 3),
 `across` (negatives across the batch), `other` (another recipe than `whole`, in its folder).
@@ -77,7 +78,14 @@ def gone(trainer: Any, batches: Any) -> Any:
     return take_step(trainer, batches)
 
 
+def warned(trainer: Any, batches: Any) -> Any:
+    if trainer.state.step == 3 and not trainer.ranks.is_main:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return take_step(trainer, batches)
+
+
 STEPS = {
+    "warned": warned,
     "killed": killed,
     "drifted": drifted,
     "unreached": unreached,

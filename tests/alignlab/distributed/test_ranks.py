@@ -23,6 +23,7 @@ RECIPE_CHANGES = {
     "steps: 2": "steps: 6",
     "references: [2, 3]": "references: [0, 3]",
     "batch_size: 2}": "batch_size: 4, accumulate: 2, ema: 0.9}",
+    "{clips: 2,": "{every: 2, clips: 2,",
     "mlflow: none, log_every: 1": "mlflow: sqlite, log_every: 1, diagnose_every: 3",
 }
 PLATEAU = (
@@ -47,6 +48,7 @@ ENDS = {
     "killed": "-9 -9",
     "unreached": "0 0",
     "lora": "0 0",
+    "warned": "138 138",
     "drifted": "2 2",
     "teacher": "2 2",
     "parts": "2 2",
@@ -123,6 +125,14 @@ def test_a_killed_pair_ends_with_the_bits_of_the_uninterrupted_one(pairs: Path) 
     assert rows(pairs / "killed") == rows(pairs / "whole")
 
 
+def test_a_signal_to_one_process_stops_both_after_the_same_step(pairs: Path) -> None:
+    left = [path.name for path in (pairs / "warned" / "run" / "checkpoints").iterdir()]
+    assert sorted(left) == ["step-000003", "step-000004"]
+    first, second = said(pairs, "warned-warned")
+    assert first.startswith("interrupted (SIGUSR1) after step 4 of 6 (checkpoint at 4)")
+    assert "interrupted" not in second
+
+
 def test_one_process_goes_on_where_two_were_killed(
     pairs: Path, recipe: Path, tmp_path: Path
 ) -> None:
@@ -138,7 +148,10 @@ def test_the_first_process_alone_writes_and_speaks(pairs: Path) -> None:
         assert database.execute("select count(*) from runs").fetchone() == (1,)
     environment = json.loads((pairs / "whole" / "run" / "environment.json").read_text())
     assert environment["processes"] == "2"
-    assert (pairs / "again-whole.0").read_text() == f"run folder: {pairs / 'whole' / 'run'}\n"
+    said = (pairs / "again-whole.0").read_text().splitlines()
+    assert said[-2] == f"run folder: {pairs / 'whole' / 'run'}"
+    assert said[-1].startswith("mlflow: ") and said[-1].endswith("/#/experiments/1/runs")
+    assert [line for line in said[:-2] if "is finished already" not in line] == []
     assert (pairs / "again-whole.1").read_text() == ""
     assert "val flow" in (pairs / "whole-killed.0").read_text()
     assert (pairs / "whole-killed.1").read_text() == ""

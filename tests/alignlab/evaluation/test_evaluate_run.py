@@ -101,10 +101,11 @@ def test_the_model_of_a_checkpoint_is_exported_and_sampled(run: Path, tmp_path: 
         else:
             expected = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
         assert all(torch.equal(exported[name], value) for name, value in expected.items())
-    clips = []
-    for options in ((), ("--checkpoint", 4), ("--checkpoint", 2)):
+    clips: list[bytes] = []
+    chosen: list[list[object]] = [[], ["--checkpoint", 4], ["--checkpoint", 2]]
+    for choice in chosen:
         path = tmp_path / f"{len(clips)}.mp4"
-        command = ["sample", run, "--prompt", "a", "--steps", 1, "--out", path, *options]
+        command = ["sample", run, "--prompt", "a", "--steps", 1, "--out", path, *choice]
         assert alignlab(*command).exit_code == 0
         clips.append(path.read_bytes())
     assert clips[0] == clips[1] != clips[2]

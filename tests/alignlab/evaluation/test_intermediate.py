@@ -1,17 +1,21 @@
 """Evaluations during a training: what they leave behind, and that they change nothing of it."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignlab.config.run import RunConfig
+from alignlab.evaluation.evaluate import validation_flow
 from alignlab.recipe import load_run
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
 from alignlab.train import train
+from alignlab.training.setup import Run
 from kills import Killed
 from run_contents import file_contents, timeless_metrics, timeless_rows
 
@@ -165,3 +169,22 @@ def test_what_the_hook_raises_ends_a_run_that_can_be_resumed_at_another_cadence(
     assert [row["step"] for row in evaluation_rows(run)] == [2, 3, 5, 8]
     assert timeless_metrics(run) == timeless_metrics(plain)
     assert file_contents(run / "checkpoints") == file_contents(plain / "checkpoints")
+
+
+def test_a_validation_loss_that_is_not_finite_is_told_and_ends_nothing(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(run: Run, *args: Any) -> dict[str, float]:
+        found = validation_flow(run, *args)
+        return dict.fromkeys(found, math.nan) if run.state.step == 1 else found
+
+    monkeypatch.setattr("alignlab.evaluation.evaluate.validation_flow", broken)
+    told: Told = []
+    run = train(
+        make_config("steps=2", "eval.every=1", aligned=False),
+        on_evaluation=lambda step, metrics: told.append((step, dict(metrics))),
+    )
+    assert "step 1: not finite: val/flow" in caplog.text
+    ((step, metrics),) = told
+    assert step == 1 and all(map(math.isnan, metrics.values()))
+    assert math.isfinite(timeless_metrics(run)["val/flow"])

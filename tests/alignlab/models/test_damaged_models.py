@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from alignlab.errors import UserError
 from alignlab.models.model_files import check_model_files
 from alignlab.models.wan import load_text_encoder, load_wan
+from alignlab.runs.log_filters import quiet_libraries
 from alignlab.teachers import load_teacher
 from damage import a_list, cut, delete, empty, folder, garbage, pointer
 
@@ -59,6 +60,26 @@ def test_json_that_is_no_object(wan: Path, file: str) -> None:
     a_list(wan / file)
     line = refused(lambda: load_wan(str(wan)))
     assert f"{wan / file} holds a list where an object" in line
+
+
+@pytest.mark.parametrize("file", JSON)
+def test_settings_that_are_missing_are_no_default_s(wan: Path, file: str) -> None:
+    (wan / file).unlink()
+    line = refused(lambda: load_wan(str(wan)))
+    assert Path(file).name in line or file == "tokenizer/tokenizer.json"
+
+
+def test_nothing_is_printed_besides_the_line(
+    wan: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = wan / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"d_ff": 64', '"d_ff": 128'))
+    (wan / WEIGHTS).rename(wan / "transformer" / "other.safetensors")
+    with quiet_libraries():  # as every command has it
+        for load in (lambda: load_text_encoder(str(wan)), lambda: load_wan(str(wan))):
+            refused(load)
+    out, err = capfd.readouterr()
+    assert (out, err, caplog.text) == ("", "", "")
 
 
 @pytest.mark.parametrize("file", [TEXT, "tokenizer/tokenizer.json"])

@@ -1,5 +1,6 @@
 """Which checkpoint is resumed or read, and that readers and a pruning writer do not meet."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -92,6 +93,29 @@ def test_the_older_checkpoint_is_resumed_and_that_is_said(
     assert problem(checkpoints / "step-000003") is None
     restore(state, checkpoints / "step-000003")
     assert state.notes == notes
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    named: dict[str, set[int]] = {}
+    sync, replace = os.fsync, os.replace
+
+    def fsync(number: int) -> None:
+        synced.append(os.fstat(number).st_ino)
+        sync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        named[Path(target).name] = set(synced)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    checkpoint = save(state_at(1), tmp_path, keep=1)
+    inodes = {path.stat().st_ino for path in [checkpoint, *checkpoint.iterdir()]}
+    assert inodes <= named["step-000001"]
+    assert synced[-1] == tmp_path.stat().st_ino  # and then the name
 
 
 def test_without_an_older_one_a_line_says_what_to_do(checkpoints: Path) -> None:

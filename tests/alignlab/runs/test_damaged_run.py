@@ -162,7 +162,7 @@ def test_a_finished_run_with_a_damaged_file_is_not_taken_as_it_is(
     flip(finished / file)
     result = alignlab("train", recipe_file, f"output={finished.parent}")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert f"{file} is damaged (its checksum is another" in result.stderr
+    assert f"{file} is damaged (" in result.stderr
 
 
 def test_the_command_says_what_is_damaged(finished: Path) -> None:

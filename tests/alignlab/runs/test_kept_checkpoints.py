@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,12 @@ def test_nothing_is_kept_and_that_is_said(
     assert (run / "result.json").exists() and kept(run) == ["step-000001", "step-000002"]
     assert train(config) == run
     assert kept(run) == []
-    for use in (
+    uses: list[Callable[[], object]] = [
         lambda: export(run, tmp_path / "out"),
         lambda: sample_to_file(run, "a square", (), tmp_path / "a.mp4"),
         lambda: train(make_config(*SMALL, "steps=3")),
-    ):
+    ]
+    for use in uses:
         with pytest.raises(UserError, match="its checkpoints were dropped") as error:
             use()
         assert "(checkpoint.keep_finished)" in str(error.value)

@@ -18,6 +18,7 @@ from alignlab.recipe import load_stage1_run
 from alignlab.runs.metric_rows import read_rows
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, train_stage1
+from alignlab.tracking.mlflow_run import read_state
 from command_line import alignlab
 from run_contents import file_contents, timeless_rows
 
@@ -62,7 +63,7 @@ def test_mlflow_has_the_run(recipes: Recipes, tmp_path: Path) -> None:
     into = [f"output={tmp_path}", "tracking.mlflow=sqlite", "steps=1"]
     folder = train_stage1(config_of(recipes, "moalign", *into))
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    run = client.get_run((folder.parent / "mlflow_run_id").read_text())
+    run = client.get_run(read_state(folder.parent)["run_id"])
     assert run.info.status == "FINISHED" and run.data.params["stage1.kind"] == "moalign"
     assert run.data.metrics["val/flow_l1"] >= 0
 

@@ -14,6 +14,7 @@ from alignlab.runs.init_source import init_source
 from alignlab.runs.metric_rows import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training import checkpoint
+from alignlab.training.batches import Batch
 from alignlab.training.setup import build_run
 from kills import Killed
 from run_contents import file_contents
@@ -64,8 +65,8 @@ def test_the_average_begins_at_the_weights_that_it_starts_from(
     seen: dict[str, torch.Tensor] = {}
 
     class Seen(RunTrainer):
-        def micro_batches(self):  # type: ignore[no-untyped-def]
-            seen.update({k: v.clone() for k, v in self.run.state.ema.items()})
+        def micro_batches(self) -> list[Batch]:
+            seen.update({k: v.clone() for k, v in (self.run.state.ema or {}).items()})
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):

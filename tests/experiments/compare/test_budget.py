@@ -172,9 +172,25 @@ def test_the_budget_of_another_recipe_is_refused(
 ) -> None:
     measured(none=1.0, heavy=2.5, other=1.0)
     decide_budget(make("budget=wall_time"), tmp_path)
+    run = tmp_path / "none" / "seed-0"
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
     with pytest.raises(UserError, match=r"budget\.json was decided for another recipe") as caught:
         decide_budget(make(*changed), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_of_which_no_run_kept_a_step_is_decided_anew(
+    make: Make, tmp_path: Path, measured: Callable[..., None]
+) -> None:
+    measured(none=1.0, heavy=2.5, other=1.0)
+    decide_budget(make("budget=wall_time"), tmp_path)
+    (tmp_path / "none" / "seed-0").mkdir(parents=True)
+    (tmp_path / "none" / "seed-0" / "recipe.yaml").touch()
+    budget = decide_budget(make("budget=wall_time", "steps=50"), tmp_path)
+    assert budget is not None and budget.steps["none"] == 50
+    assert decide_budget(make("budget=steps"), tmp_path) is None
+    assert not (tmp_path / "budget.json").exists()
 
 
 OBJECTIVE = "variants.other={objectives: {ra: {name: refalign, teacher: dino, blocks: [0], %s}}}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from alignlab.config.written_names import refuse_written
 from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
@@ -82,6 +83,14 @@ def test_the_report_has_every_variant_and_run(report: Path) -> None:
         (clip,) = run.samples
         for name in (clip.video, clip.real, *clip.references):
             assert name is not None and (report.parent / run.run_dir / name).is_file()
+
+
+def test_no_run_or_variant_may_have_the_name_of_what_a_comparison_writes(report: Path) -> None:
+    names = {path.name for path in report.parent.iterdir()} - {"none", "aligned"}
+    assert names
+    for name in names:
+        with pytest.raises(ValueError, match="alignlab"):
+            refuse_written(name)
 
 
 def test_differing_settings_are_the_variants_changes(report: Path) -> None:

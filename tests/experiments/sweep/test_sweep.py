@@ -13,7 +13,9 @@ from optuna.trial import TrialState
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
+from alignlab.experiments.send import send_folder
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.results import best_trial, ranked
@@ -21,6 +23,7 @@ from alignlab.experiments.sweep.run import join, sweep
 from alignlab.experiments.sweep.study import join_study
 from alignlab.recipe import load_run
 from alignlab.runs.metric_rows import read_rows
+from alignlab.tracking.mlflow_run import read_state
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
 from run_contents import read_table, timeless, timeless_metrics
@@ -66,6 +69,13 @@ def rows_of(config: SweepConfig) -> list[dict[str, str]]:
 
 def metric_of(run: Path, name: str = "val/flow") -> float:
     return float(json.loads((run / "result.json").read_text())["metrics"][name])
+
+
+def test_no_run_may_have_the_name_of_what_a_sweep_writes(finished: SweepConfig) -> None:
+    for path in folder_of(finished).iterdir():
+        if not path.name.startswith("trial-"):
+            with pytest.raises(ValueError, match="alignlab"):
+                refuse_written(path.name)
 
 
 def test_the_best_recipe_reproduces_its_own_metric(finished: SweepConfig, tmp_path: Path) -> None:
@@ -249,17 +259,30 @@ def test_a_hopeless_trial_is_pruned_between_its_seeds(make: MakeSweep) -> None:
         assert (folder_of(config) / name / "seed-1").exists() == (state == "complete")
 
 
-def test_mlflow_runs_are_nested_and_linked(make: MakeSweep) -> None:
+@pytest.mark.parametrize("place", ["sqlite", "http://127.0.0.1:9"])
+def test_mlflow_runs_are_nested_and_linked(
+    place: str,
+    make: MakeSweep,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from mlflow import MlflowClient
 
-    config = make("tracking.mlflow=sqlite", "trials=1", "steps=1")
+    monkeypatch.setattr("alignlab.tracking.connection._connections", {})  # of earlier commands
+
+    config = make(f"tracking.mlflow={place}", "trials=1", "steps=1")
     sweep(config)
+    if place != "sqlite":  # nothing listens there: it is sent later
+        assert caplog.text.count("connection refused: nothing is lost") == 1
+        assert caplog.text.count(f"`alignlab track {folder_of(config)}`") == 1
+        assert send_folder(folder_of(config), to="sqlite").complete
     client = MlflowClient(f"sqlite:///{config.output}/mlflow.db")
     study = join_study(config).study
     parent = client.get_run(study.user_attrs["mlflow_run_id"])
     (trial,) = study.trials
-    nested = client.get_run(trial.user_attrs["mlflow_run_id"])
-    trained = (folder_of(config) / "trial-0000" / "seed-0" / "mlflow_run_id").read_text()
+    nested = client.get_run(read_state(folder_of(config) / "trial-0000")["run_id"])
+    assert place != "sqlite" or trial.user_attrs["mlflow_run_id"] == nested.info.run_id
+    trained = read_state(folder_of(config) / "trial-0000" / "seed-0")["run_id"]
     assert parent.data.tags["optuna.study"] == "sweep" and parent.info.status == "FINISHED"
     assert nested.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert nested.data.tags["optuna.trial"] == "0"
@@ -268,3 +291,7 @@ def test_mlflow_runs_are_nested_and_linked(make: MakeSweep) -> None:
     assert client.get_run(trained).data.tags["mlflow.parentRunId"] == nested.info.run_id
     experiments = {run.info.experiment_id for run in (parent, nested, client.get_run(trained))}
     assert len(experiments) == 1
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert artifacts == {"recipe.yaml", "best.yaml", "trials.csv", "sweep.html"}
+    runs = client.search_runs(list(experiments))
+    assert [run.info.status for run in runs] == ["FINISHED"] * 3

@@ -18,9 +18,9 @@ from alignlab.experiments.sweep.config import FloatSpace, SweepConfig, load_swee
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.space import settings_of, suggest_values
-from alignlab.experiments.sweep.study import METRICS, SweepStudy, create_study, join_study
+from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, create_study, join_study
 from alignlab.experiments.sweep.tracking import SweepTracker
-from alignlab.experiments.sweep.trial import SAME_AS, TrialRunner
+from alignlab.experiments.sweep.trial import TrialRunner
 from alignlab.experiments.sweep.worker import work
 from alignlab.recipe import load_run
 from alignlab.train import train

@@ -1,18 +1,25 @@
 """The study of a sweep: claims and leases, who is dead, which storage."""
 
 import signal
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
+from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.sweep import launch
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
@@ -107,10 +114,72 @@ def test_sigterm_puts_the_trial_back(make: MakeSweep, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(sweep_trial, "train", terminated)
     config = make()
-    with pytest.raises(KeyboardInterrupt):
+    with interruption.handled(), pytest.raises(KeyboardInterrupt):
         sweep(config)
     assert {t.state for t in join_study(config).trials()} == {TrialState.WAITING}
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_a_sweep_that_kept_no_step_gives_way_to_another_recipe(
+    make: MakeSweep, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = [f"storage={tmp_path}/study.log"] if storage == "journal" else []
+    study = create_study(make(*at))
+    assert study.claim() is not None
+    with pytest.raises(UserError, match="of another recipe"):
+        create_study(make(*at, "optim.lr=1e-4"))  # its worker lives
+    monkeypatch.setattr(sweep_lease, "_lives", lambda pid: False)
+    begun = tmp_path / "sweep" / "trial-0000" / "seed-0"
+    (begun / "checkpoints" / "step-000001").mkdir(parents=True)
+    (begun / "recipe.yaml").touch()
+    with pytest.raises(UserError, match="of another recipe"):
+        create_study(make(*at, "optim.lr=1e-4"))
+    (begun / "checkpoints" / "step-000001").rmdir()
+    other = create_study(make(*at, "optim.lr=1e-4", "trials=2"))
+    assert [trial.state for trial in other.trials()] == [TrialState.WAITING] * 2
+    join_study(make(*at, "optim.lr=1e-4", "trials=2"))
+
+
+def test_a_full_disk_under_the_study_is_named(
+    make: MakeSweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> NoReturn:
+        cause = OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+        raise StorageInternalError("An exception is raised during the commit.") from cause
+
+    monkeypatch.setattr(sweep_trial, "train", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        sweep(make())
+    assert caught.value.filename == str(tmp_path / "sweep" / "study.db")
+
+
+def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
+    ends = "import signal, sys, time, pathlib\n"
+    ends += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(143)))\n"
+    ends += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(600)"
+    worker = subprocess.Popen([sys.executable, "-S", "-c", ends])
+    while not (tmp_path / "up").exists():
+        time.sleep(0.01)
+    launch._stop([worker])
+    assert worker.returncode == 143
+
+
+def test_a_second_signal_kills_the_workers() -> None:
+    class Stuck(subprocess.Popen[bytes]):
+        asked = 0
+
+        def wait(self, timeout: float | None = None) -> int:
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    stuck = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    worker = Stuck([sys.executable, "-S", "-c", stuck])
+    with pytest.raises(KeyboardInterrupt):
+        launch._stop([worker])
+    assert worker.returncode in (-signal.SIGKILL, -signal.SIGTERM)
 
 
 def test_claims_never_collide(make: MakeSweep) -> None:

@@ -15,6 +15,7 @@ from alignlab.config.run import RunConfig
 from alignlab.recipe import recipe_hash
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking import Tracker
+from alignlab.tracking.mlflow_run import read_state
 from alignlab.train import train
 from kills import Killed
 
@@ -50,7 +51,7 @@ def test_mlflow_has_the_run_and_a_resumed_run_continues_it(
     client, run = only_run(tmp_path)
     assert run.info.run_id == first.info.run_id
     assert run.info.status == "FINISHED"
-    assert (path / "mlflow_run_id").read_text() == run.info.run_id
+    assert read_state(path)["run_id"] == run.info.run_id
     assert run.data.params["optim.lr"] == "0.001"
     assert run.data.params["objectives.ra.name"] == "refalign"
     assert run.data.tags["alignlab.recipe_hash"] == recipe_hash(config)

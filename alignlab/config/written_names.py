@@ -1,0 +1,41 @@
+"""Names of what alignlab itself writes below `output`: no run may have one of them.
+
+A run of such a name would lie where a file has to be, or in a folder that is replaced.
+"""
+
+import re
+
+_IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns")
+_IN_RUNS = ("checkpoints", "samples", "stage1", "export", "probe", "evaluations")
+_FILES = frozenset(
+    """
+    recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
+    comparison.json report.html report.md table.csv table.tex steps.csv progress.json budget.json
+    cost.json code.json checksums.json
+    study.db trials.csv best.yaml sweep.html worker.log
+    """.split()
+)
+_MORE_FILES = (
+    r"(mlflow|study)\.db\b.*|budget\.json\.lock|worker-\d+\.log|result-\d+\.json|code(-\d+)?\.diff"
+)
+_OF_A_SEED = r".+/seed-\d+"  # as comparisons and sweeps name their runs
+
+
+def refuse_written(name: str) -> None:
+    """Refuses the name of a run, a variant or the like.
+
+    Args:
+        name: parts, with `/` between.
+
+    Raises:
+        ValueError: one of them is a name that alignlab writes there.
+    """
+    parts = name.split("/")
+    for number, part in enumerate(parts):
+        is_folder = part in (_IN_RUNS if number else _IN_OUTPUT)
+        if part in _FILES or re.fullmatch(_MORE_FILES, part):
+            raise ValueError(f"{name!r}: alignlab writes a file {part!r}: choose another name")
+        if is_folder and not re.fullmatch(_OF_A_SEED, name):
+            raise ValueError(f"{name!r}: alignlab writes into {part!r}: choose another name")
+        if part.startswith("."):
+            raise ValueError(f"{name!r}: names that begin with a dot are alignlab's own")

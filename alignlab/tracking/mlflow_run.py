@@ -1,0 +1,309 @@
+"""MLflow's run of a folder: found again after any kill, filled from `metrics.jsonl`.
+
+`mlflow.json` in the folder holds a key, written before the run is created and tagged with it: a
+process killed between the two leaves a run that the next one finds. MLflow itself is asked which
+rows it has, so that none is sent twice, whatever was killed or timed out; and a row that is sent
+again nevertheless has the same time, by which MLflow's databases know it.
+"""
+
+import json
+import logging
+import uuid
+from collections import deque
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.metric_rows import read_rows
+from alignlab.tracking.connection import Connection
+from alignlab.tracking.names import mlflow_name, mlflow_tags
+
+log = logging.getLogger(__name__)
+
+STATE = "mlflow.json"
+TAGS = "mlflow_tags.json"
+OLD_ID = "mlflow_run_id"  # file of older versions, which holds the run's id alone
+ENDED = "ended"
+KEY = "alignlab.key"
+CHANGED = "alignlab.changed."  # begins the tag of a setting that is another one since a resume
+RECIPE_HASH = "alignlab.recipe_hash"
+PARENT = "mlflow.parentRunId"
+MAX_RUN_NAME = 250
+MOST_METRICS = 1000  # in a request
+ABOUT_A_ROW = ("step", "time")
+
+
+class MlflowRun:
+    """The run of a folder: of a training, or of what belongs together.
+
+    Every method that takes MLflow's client may fail at any moment, and be called again.
+
+    Args:
+        folder: keeps its key and id; what `write_tags` wrote there is added to its tags.
+        experiment: which one it is in; it is created if need be.
+        name: what MLflow shows.
+        tags: it gets them; also one that is there already.
+        params: likewise; MLflow changes none, so another value of one becomes a tag.
+        metrics: the file whose rows it has.
+        anew: nothing of the folder is kept: a run of another recipe there is not this one.
+        known_id: of the run, where an older version kept it elsewhere.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        way: Connection,
+        *,
+        experiment: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, str] | None = None,
+        metrics: Path | None = None,
+        anew: bool = False,
+        known_id: str = "",
+    ) -> None:
+        self._folder = folder
+        self._way = way
+        self._experiment = experiment
+        self._name = name
+        self._tags = dict(tags)
+        self._params = dict(params or {})
+        self._metrics = metrics
+        self._anew = anew
+        self._known_id = known_id
+        self._run_id = ""
+        self._is_new = False
+        self._known: dict[str, set[int]] = {}  # marker -> steps that MLflow has
+        self._queue: deque[tuple[dict[str, float], str]] = deque()
+        self._last_names: tuple[float, set[str]] = (-1, set())
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id; empty while the run is not open."""
+        return self._run_id
+
+    @property
+    def unsent(self) -> int:
+        """Rows that are known and not sent."""
+        return len(self._queue)
+
+    def open(self, client: Any, status: str = "RUNNING") -> None:
+        """Finds the run or creates it, with tags and params; nothing if it is open."""
+        if self._run_id:
+            return
+        experiment = experiment_id(client, self._experiment, self._way)
+        state = read_state(self._folder)
+        run_id = state.get("run_id", self._known_id)
+        run = self._found(client, run_id, experiment, state.get("key"))
+        key = state.get("key") or uuid.uuid4().hex
+        tags = self._tags | read_tags(self._folder)
+        if run is not None and self._anew and self._is_other(run):
+            client.set_terminated(run.info.run_id, "KILLED")
+            run, key = None, uuid.uuid4().hex
+        self._is_new = run is None
+        if run is None:
+            write_text(self._folder / STATE, json.dumps({"key": key}))
+            run = client.create_run(
+                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
+            )
+        elif run.info.status != status:
+            client.update_run(run.info.run_id, status=status)
+        ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+        write_text(self._folder / STATE, json.dumps({"key": key, **ids}))
+        self._complete(client, run, tags | {KEY: key})
+        self._known.clear()
+        self._queue.clear()
+        self._last_names = (-1, set())
+        if self._metrics is not None:
+            for row in read_rows(self._metrics):
+                self._append(row)
+        self._run_id = str(run.info.run_id)
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """A row that was written after the run was opened; before, all are read from the file."""
+        if self._run_id:
+            self._append(row)
+
+    def forget(self) -> None:
+        """After a failure: what MLflow has is asked anew, and rows are read from the file."""
+        self._run_id = ""
+        self._queue.clear()
+
+    def send(self, client: Any) -> None:
+        """Sends rows that MLflow does not have, as many as fit into a request."""
+        from mlflow.entities import Metric
+
+        batch: list[Metric] = []
+        sent: list[tuple[str, int]] = []
+        taken = 0
+        for row, marker in self._queue:
+            step = int(row["step"])
+            if step not in self._steps(client, marker):
+                points = [
+                    Metric(mlflow_name(name), row[name], round(row.get("time", 0.0) * 1000), step)
+                    for name in _names(row, last=marker)
+                ]
+                if batch and len(batch) + len(points) > MOST_METRICS:
+                    break
+                batch += points
+                sent.append((marker, step))
+            taken += 1
+        if batch:
+            client.log_batch(self._run_id, metrics=batch)
+        for marker, step in sent:
+            self._known[marker].add(step)
+        for _ in range(taken):
+            self._queue.popleft()
+
+    def set_metrics(self, client: Any, metrics: Mapping[str, float], when_s: float) -> None:
+        """Final values of a run without rows of its own; again with the same time: no second."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(mlflow_name(name), value, round(when_s * 1000), 0)
+            for name, value in metrics.items()
+        ]
+        client.log_batch(self._run_id, metrics=points)
+
+    def upload(self, client: Any, files: Iterable[Path]) -> None:
+        """Adds files, those that are there, as artifacts."""
+        for file in files:
+            if file.exists():
+                client.log_artifact(self._run_id, str(file))
+
+    def close(self, client: Any, status: str) -> None:
+        """Ends it: `FINISHED`, `FAILED` or `KILLED`."""
+        client.set_terminated(self._run_id, status)
+        self._run_id = ""
+        if not self._queue:
+            state = read_state(self._folder) | {ENDED: status}
+            write_text(self._folder / STATE, json.dumps(state))
+
+    def _found(self, client: Any, run_id: str, experiment: str, key: str | None) -> Any:
+        """The run of this folder, unless somebody deleted it."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id:
+            try:
+                run = client.get_run(run_id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        if key is None:  # so no run has it
+            return None
+        found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'")
+        for run in found[:-1]:  # of a request that was repeated
+            client.set_terminated(run.info.run_id, "KILLED")
+        return found[-1] if found else None  # the first that was created
+
+    def _is_other(self, run: Any) -> bool:
+        """Whether it is of a recipe that had the folder before, and trained no step."""
+        return bool(run.data.tags.get(RECIPE_HASH) != self._tags.get(RECIPE_HASH))
+
+    def _complete(self, client: Any, run: Any, tags: Mapping[str, str]) -> None:
+        """Adds the tags and params that the run lacks, in one request if they are below 100."""
+        from mlflow.entities import Param, RunTag
+
+        there = run.data.params
+        params = [Param(key, value) for key, value in self._params.items() if key not in there]
+        changed = {
+            f"{CHANGED}{key}": value
+            for key, value in self._params.items()
+            if there.get(key, value) != value
+        }
+        wanted = mlflow_tags({**tags, **changed})
+        missing = [
+            RunTag(key, value) for key, value in wanted.items() if run.data.tags.get(key) != value
+        ]
+        client.log_batch(run.info.run_id, params=params, tags=missing)
+
+    def _steps(self, client: Any, marker: str) -> set[int]:
+        """Steps at which MLflow has a metric."""
+        if marker not in self._known:
+            history = []
+            if not self._is_new:
+                history = client.get_metric_history(self._run_id, mlflow_name(marker))
+            self._known[marker] = {metric.step for metric in history}
+        return self._known[marker]
+
+    def _append(self, row: Mapping[str, float]) -> None:
+        """Queues a row with its marker: the first name that no earlier row of its step has."""
+        names = _names(row)
+        step, earlier = self._last_names
+        if step != row["step"]:
+            earlier = set()
+        marker = next((name for name in names if name not in earlier), None)
+        self._last_names = (row["step"], earlier | set(names))
+        if marker is not None:
+            self._queue.append((dict(row), marker))
+
+
+def _names(row: Mapping[str, float], last: str | None = None) -> list[str]:
+    """Names of a row's scalars in order; one of them may be put last."""
+    names = [name for name in row if name not in ABOUT_A_ROW]
+    return names if last is None else [*(name for name in names if name != last), last]
+
+
+def read_state(folder: Path) -> dict[str, str]:
+    """What a folder knows of its run: `key`, `run_id`, `experiment_id`, or less.
+
+    And `ended`, the status that MLflow was told after all rows.
+    """
+    path, old = folder / STATE, folder / OLD_ID
+    if path.exists():
+        try:
+            state: dict[str, str] = json.loads(path.read_text())
+        except ValueError as error:
+            log.warning("%s is damaged (%s): MLflow gets a new run for %s", path, error, folder)
+            return {}
+        return state
+    return {"run_id": old.read_text().strip()} if old.exists() else {}
+
+
+def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
+    """Gives the run of a folder further tags, such as its parent; the folder need not exist.
+
+    MLflow gets them when the run is opened next: it counts as not ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if read_tags(folder) == dict(tags):
+        return
+    write_text(folder / TAGS, json.dumps(dict(tags), indent=1))
+    state = read_state(folder)
+    if state.pop(ENDED, None) is not None:
+        write_text(folder / STATE, json.dumps(state))
+
+
+def read_tags(folder: Path) -> dict[str, str]:
+    """What `write_tags` wrote."""
+    path = folder / TAGS
+    tags: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return tags
+
+
+def experiment_id(client: Any, name: str, way: Connection) -> str:
+    """Id of the experiment of this name; it is created if need be.
+
+    Beside one that was deleted, `NAME (2)` takes its place: MLflow gives a name once.
+    """
+    from mlflow.exceptions import MlflowException
+
+    number, wanted = 1, name
+    while True:
+        found = client.get_experiment_by_name(wanted)
+        if found is not None and found.lifecycle_stage == "active":
+            return str(found.experiment_id)
+        if found is None:
+            try:
+                return str(client.create_experiment(wanted, artifact_location=way.artifacts))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client.get_experiment_by_name(wanted)  # another process was faster
+            if found is not None and found.lifecycle_stage == "active":
+                return str(found.experiment_id)
+        number += 1
+        wanted = f"{name} ({number})"

@@ -1,0 +1,115 @@
+"""A comparison in MLflow: a parent run, under which the runs of its variants are."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from alignlab.config.parts import TrainingConfig
+from alignlab.config.run import RunConfig
+from alignlab.experiments.launchers import RunKey
+from alignlab.runs.log_filters import quiet_libraries
+from alignlab.runs.run_folder import RunFolder
+from alignlab.tracking.connection import NOW, connection
+from alignlab.tracking.mlflow_run import (
+    ENDED,
+    PARENT,
+    MlflowRun,
+    read_state,
+    write_tags,
+)
+from alignlab.tracking.send import send_run
+from alignlab.tracking.tracker import END_S, tell_unsent
+
+VARIANT = "alignlab.variant"
+FILES = ("comparison.json", "report.html", "report.md", "table.csv")
+
+
+@contextmanager
+def tracked(
+    folder: Path, runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder]
+) -> Iterator[None]:
+    """Puts the runs under one of MLflow for a while, which gets the report's files at the end.
+
+    Args:
+        folder: of the comparison.
+        runs: by variant and seed.
+        folders: theirs; they exist.
+    """
+    parent = ParentRun(folder, next(iter(runs.values())))
+    parent.begin({folders[key].path: {VARIANT: key[0]} for key in runs})
+    try:
+        yield
+    except BaseException as error:
+        parent.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        raise
+    parent.end("FINISHED")
+
+
+class ParentRun:
+    """MLflow's run of a comparison; it does nothing with `tracking.mlflow: none`.
+
+    Args:
+        folder: of the comparison.
+        run: any of its runs.
+    """
+
+    def __init__(self, folder: Path, run: TrainingConfig) -> None:
+        self._folder = folder
+        self._tags: Mapping[Path, Mapping[str, str]] = {}
+        self._place = run.tracking.mlflow
+        self._way = connection(run)
+        if self._way is not None:
+            name = run.name.split("/")[0]
+            tags = {"alignlab.comparison": name}
+            self._run = MlflowRun(folder, self._way, experiment=name, name=name, tags=tags)
+
+    def begin(self, tags: Mapping[Path, Mapping[str, str]]) -> None:
+        """Opens it and tells the run folders.
+
+        Args:
+            tags: of each run, by its folder.
+        """
+        if self._way is None:
+            return
+        self._tags = tags
+        with quiet_libraries():
+            self._way.attempt(self._run.open)
+        self._tell_children()
+
+    def end(self, status: str) -> bool:
+        """Sends what MLflow lacks of the runs, adds the report's files and ends it.
+
+        Returns:
+            Whether MLflow has all of it.
+        """
+        if self._way is None:
+            return True
+        way, run = self._way, self._run
+        with quiet_libraries():
+            run.forget()  # it may have been deleted while the runs were trained
+            complete = way.attempt(run.open, when=NOW)
+            self._tell_children()
+            if complete and status == "FINISHED":
+                complete = self._send_children()
+                way.upload(run.upload, [self._folder / name for name in FILES])
+            if complete:
+                complete = way.attempt(lambda client: run.close(client, status), when=NOW)
+        if not complete:
+            tell_unsent(way, self._folder)
+        return complete
+
+    def _tell_children(self) -> None:
+        parent = read_state(self._folder).get("run_id")
+        for child, own in self._tags.items():
+            write_tags(child, {**own, **({PARENT: parent} if parent else {})})
+
+    def _send_children(self) -> bool:
+        until = time.monotonic() + END_S
+        for child in self._tags:
+            left, to = until - time.monotonic(), self._place
+            if ENDED not in read_state(child) and not (
+                left > 0 and send_run(child, to=to, within_s=left)
+            ):
+                return False
+        return True

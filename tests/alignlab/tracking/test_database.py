@@ -1,0 +1,128 @@
+"""The SQLite file under MLflow is whole or not there, whenever its maker is killed."""
+
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.store.tracking.dbmodels.initial_models import Base as FirstTables
+from sqlalchemy import create_engine, event
+from sqlalchemy.engine import Engine
+
+from alignlab.config.paths import sqlite_url
+from alignlab.tracking import database as module
+from alignlab.tracking.database import make_whole
+from kills import die, fork
+
+PutDatabase = Callable[[Path], Path]
+
+
+def change(database: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(database)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+def first_tables(database: Path) -> None:
+    database.unlink()
+    engine = create_engine(sqlite_url(database))
+    FirstTables.metadata.create_all(engine)
+    engine.dispose()
+
+
+# What a kill left of a database that MLflow made in place, or a disk of it.
+HALF_MADE: dict[str, Callable[[Path], object]] = {
+    "no byte": lambda path: path.write_bytes(b""),
+    "the first tables": first_tables,
+    "a table that was being rewritten": lambda path: change(
+        path, "CREATE TABLE _alembic_tmp_experiments (x)"
+    ),
+    "no version": lambda path: change(path, "DELETE FROM alembic_version"),
+    "an early version": lambda path: change(
+        path, "UPDATE alembic_version SET version_num = '451aebb31d03'"
+    ),
+    "other bytes": lambda path: path.write_bytes(b"no database" * 100),
+    "cut": lambda path: os.truncate(path, 20_000),
+}
+
+
+@pytest.mark.parametrize("state", HALF_MADE)
+def test_a_half_made_database_is_put_aside_and_made_again(
+    state: str,
+    put_database: PutDatabase,
+    made_database: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    database = put_database(tmp_path)
+    HALF_MADE[state](database)
+    before = database.read_bytes()
+    monkeypatch.setattr(module, "_make", lambda path: put_database(path.parent))
+    make_whole(database, own=True)
+    assert database.read_bytes() == made_database.read_bytes()
+    assert (tmp_path / "mlflow.db.unusable-1").read_bytes() == before
+    assert caplog.text.count(f"{database} was no whole MLflow database") == 1
+    make_whole(database, own=True)  # and it is left alone then
+    assert caplog.text.count("whole") == 1
+
+
+def test_a_database_with_runs_is_kept(
+    put_database: PutDatabase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = put_database(tmp_path)
+    client = MlflowClient(sqlite_url(database))
+    run = client.create_run(client.create_experiment("mine"))
+    for _ in range(2):
+        make_whole(database, own=True)
+    assert client.get_run(run.info.run_id).info.run_id and caplog.text == ""
+    # what cannot be used any more is kept under another name
+    change(database, "CREATE TABLE _alembic_tmp_runs (x)")
+    make_whole(database, own=True)
+    aside = tmp_path / "mlflow.db.unusable-1"
+    with closing(sqlite3.connect(aside)) as connection:
+        assert connection.execute("SELECT run_uuid FROM runs").fetchall() == [(run.info.run_id,)]
+    assert "and kept, with what it holds" in caplog.text
+
+
+def test_a_file_that_the_user_named_and_that_is_not_mlflows_is_left_alone(tmp_path: Path) -> None:
+    notes, tables = tmp_path / "notes.txt", tmp_path / "tables.db"
+    notes.write_text("no database\n" * 99)
+    change(tables, "CREATE TABLE mine (x)", "CREATE TABLE alembic_version (version_num)")
+    for path in (notes, tables):
+        before = path.read_bytes()
+        make_whole(path, own=False)
+        assert path.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {
+        "notes.txt",
+        "tables.db",
+    }
+
+
+def test_a_process_that_is_killed_while_it_makes_one_leaves_none(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+
+    def dies_at_statement_150() -> None:
+        count = iter(range(150))
+
+        def see(*_: object) -> None:
+            if next(count, None) is None:
+                die()
+
+        event.listen(Engine, "after_cursor_execute", see)
+        make_whole(database, own=True)
+
+    fork("makes it", dies_at_statement_150, dies=True)
+    assert not database.exists()
+    (half,) = tmp_path.glob(".mlflow.db.*.new")
+    assert half.stat().st_size > 0
+    (tmp_path / "mlflow.db-journal").write_bytes(b"of a database that somebody removed")
+    make_whole(database, own=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+    client = MlflowClient(sqlite_url(database))
+    (experiment,) = client.search_experiments()
+    assert experiment.artifact_location == (tmp_path / "mlartifacts" / "0").as_uri()
