@@ -14,7 +14,7 @@ _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 _ACTING = ("Cc", "Cs", "Zl", "Zp")
 _ODD = re.compile("[^ -~]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-_BLOCK = re.compile(r"(?:[#+=-]|\d+[.)])")
+_BLOCK = re.compile(r"(?:#+(?=\s|$)|[+=-](?=[\s=-]|$)|\d+[.)](?=\s|$))")
 _MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"} | {c: f"\\{c}" for c in "\\|*_`[]~$"}
 
 

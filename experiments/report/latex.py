@@ -21,9 +21,6 @@ _MARKS = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    "[": "{[}",  # after \\\\ a bracket or a star would be its argument
-    "]": "{]}",
-    "*": "{*}",
     "\N{MINUS SIGN}": "$-$",
     "\N{PLUS-MINUS SIGN}": r"$\pm$",
     "\N{EM DASH}": "---",
@@ -77,7 +74,9 @@ def escape(text: str) -> str:
 
 
 def _line(cells: list[str]) -> str:
-    return " & ".join(cells) + r" \\"
+    # after a line's end a bracket or a star would be its argument
+    guard = "{}" if cells[0].startswith(("[", "*")) else ""
+    return guard + " & ".join(cells) + r" \\"
 
 
 def _value(row: SummaryRow) -> str:

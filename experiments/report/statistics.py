@@ -35,7 +35,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -289,7 +289,8 @@ def _unshifted(one: Paired, shift: int) -> Paired:
     """The statistics of numbers that were divided by a power of 2."""
     sizes = ("mean", "std", "low", "high", "detectable")
     known = {name: value for name in sizes if (value := getattr(one, name)) is not None}
-    return dataclasses.replace(one, **{n: _scaled(value, shift) for n, value in known.items()})
+    changes: dict[str, Any] = {name: _scaled(value, shift) for name, value in known.items()}
+    return dataclasses.replace(one, **changes)
 
 
 def _paired(values: list[float], scale: float, num_tests: int) -> Paired:

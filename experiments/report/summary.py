@@ -352,10 +352,7 @@ def _cost_groups(comparison: Comparison) -> dict[str, list[SummaryRow]]:
             if cost.memory_mib is not None
         }
     return {
-        metric: [
-            _cost_row(comparison, metric, v, *values.get(v, (None, None)))
-            for v in comparison.variants
-        ]
+        metric: [_cost_row(comparison, metric, v, values.get(v)) for v in comparison.variants]
         for metric, values in measured.items()
     }
 
@@ -369,8 +366,9 @@ def _quotient(value: float, base: float) -> float:
 
 
 def _cost_row(
-    comparison: Comparison, metric: str, variant: str, mean: float | None, ratio: Ratio | None
+    comparison: Comparison, metric: str, variant: str, measured: tuple[float, Ratio] | None
 ) -> SummaryRow:
+    mean, ratio = (None, None) if measured is None else measured
     return SummaryRow(
         metric=metric,
         quantity=quantity(metric),

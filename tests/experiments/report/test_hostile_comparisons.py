@@ -33,8 +33,8 @@ from alignlab.experiments.report.text import markdown, print_summary, table_csv
 from alignlab.experiments.report.write import write_report
 from made_comparisons import make_comparison
 
-EXAMPLES = int(os.environ.get("ALIGNLAB_EXAMPLES", "60"))
-PAGES = int(os.environ.get("ALIGNLAB_PAGES", "8"))
+EXAMPLES = int(os.environ.get("ALIGNLAB_EXAMPLES", "40"))
+PAGES = int(os.environ.get("ALIGNLAB_PAGES", "5"))
 
 HOSTILE = [
     "<script>alert(1)</script>",
