@@ -157,6 +157,21 @@ def test_a_run_that_was_left_is_closed(output: Output, monkeypatch: pytest.Monke
     assert output.sent() == output.written()
 
 
+def test_an_experiment_that_another_process_makes_meanwhile(
+    output: Output, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output.client.create_experiment("run")
+    find, answers = MlflowClient.get_experiment_by_name, iter([None])
+
+    def late(self: MlflowClient, name: str) -> Any:
+        return next(answers, find(self, name))
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    output.log([1])
+    assert output.sent() == output.written() and caplog.text == ""
+    assert len(output.client.search_experiments()) == 2  # with MLflow's own
+
+
 @pytest.mark.usefixtures("without_rest")
 def test_an_outage_at_the_first_rows(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     replace(monkeypatch, "log_batch", {1}, MlflowException("away"), after=False)
