@@ -143,6 +143,8 @@ def test_every_file_of_a_finished_run_is_verified(finished: Path, damage: Damage
     assert whole.files == files
     for path in sorted(files):
         kept = path.read_bytes()
+        if not kept:  # such as the changes of a checkout without any: it would be the same
+            continue
         damage(path)
         found = verify_run(finished)
         if damage is delete and path.name in ("result.json", "checksums.json"):

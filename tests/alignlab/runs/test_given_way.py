@@ -60,7 +60,7 @@ def test_what_holds_more_than_a_start_is_left_alone(
     keep(folder)
     before = sorted(folder.rglob("*"))
     with pytest.raises(UserError, match="holds a run of another recipe"):
-        RunFolder.create(make_config("steps=3"))
+        RunFolder.create(make_config("optim.lr=0.5"))
     assert sorted(folder.rglob("*")) == before
 
 
