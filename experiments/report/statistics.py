@@ -47,7 +47,7 @@ MIN_PAIRS = 3  # two pairs agree by luck too often, above all on counts
 BOOTSTRAP_PAIRS = 10
 _RESAMPLES = 9999  # scipy's default; odd plus one makes p-values and quantiles exact fractions
 _EXACT_PAIRS = 13  # up to which all signs can be flipped, with no more patterns than resamples
-_SQUARABLE = 480  # powers of 2: squares of such numbers, and sums of them, are no overflow
+_CUBABLE = 300  # powers of 2: cubes of such numbers, as BCa takes, and sums of them fit
 _ROUNDING = 16 * sys.float_info.epsilon
 
 Method = Literal["t", "bootstrap", "none"]
@@ -118,7 +118,7 @@ def paired_statistics(
         if values and all(math.isfinite(value) for value in values)
     }
     num_tests = sum(len(values) >= MIN_PAIRS for values in usable.values())
-    # squares of numbers far from 1 overflow: those are divided by a power of 2, which is exact
+    # powers of numbers far from 1 overflow: those are divided by a power of 2, which is exact
     shifts = {variant: _shift(values) for variant, values in usable.items()}
     usable = {v: [_scaled(x, -shifts[v]) for x in values] for v, values in usable.items()}
     paired = {
@@ -271,10 +271,10 @@ def method_for(num_pairs: int, num_tests: int) -> Method:
 
 
 def _shift(values: Sequence[float]) -> int:
-    """The power of 2 of the largest number, where squares or sums of such numbers would not fit."""
+    """The power of 2 of the largest number, where cubes of such numbers would not fit."""
     largest = max(map(abs, values))
     exponent = math.frexp(largest)[1]
-    return 0 if largest == 0.0 or abs(exponent) < _SQUARABLE else exponent
+    return 0 if largest == 0.0 or abs(exponent) < _CUBABLE else exponent
 
 
 def _scaled(value: float, shift: int) -> float:
