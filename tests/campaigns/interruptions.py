@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 
-from run_contents import file_contents, read_table, timeless, timeless_rows
+from run_contents import read_table, timeless, timeless_contents, timeless_rows
 
 Interruption = Literal["SIGKILL", "first second", "SIGINT", "SIGTERM", "full disk"]
 
@@ -230,7 +230,7 @@ def contents(kind: str, output: Path) -> dict[str, Any]:
             continue
         for part in ("checkpoints", "samples", "stage1"):
             if (run / part).is_dir():
-                left |= {f"{name}/{part}/{k}": v for k, v in file_contents(run / part).items()}
+                left |= {f"{name}/{part}/{k}": v for k, v in timeless_contents(run / part).items()}
         left[f"{name}/metrics.jsonl"] = timeless_rows(run)
         result = json.loads((run / "result.json").read_text())
         if "metrics" in result:

@@ -39,6 +39,13 @@ def file_contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def timeless_contents(folder: Path) -> dict[str, bytes]:
+    """`file_contents` without the marks that checkpoints keep of the log, in which times are."""
+    return {
+        name: held for name, held in file_contents(folder).items() if Path(name).name != "log.json"
+    }
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file."""
     with path.open() as file:

@@ -17,7 +17,7 @@ from alignlab.tracking import Tracker
 from alignlab.train import train
 from alignlab.training.setup import Run
 from kills import Killed
-from run_contents import file_contents, timeless_metrics, timeless_rows
+from run_contents import timeless_contents, timeless_metrics, timeless_rows
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
@@ -58,7 +58,7 @@ def pair(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 def test_training_keeps_its_bits(pair: tuple[Path, Path, Told]) -> None:
     plain, watched, _ = pair
-    one, two = (file_contents(run / "checkpoints") for run in (plain, watched))
+    one, two = (timeless_contents(run / "checkpoints") for run in (plain, watched))
     assert {Path(name).parts[0] for name in one} == {"step-000003", "step-000006", "step-000008"}
     assert one == two
     assert training_rows(plain) == training_rows(watched)
@@ -123,7 +123,7 @@ def test_a_killed_run_ends_with_the_same_rows(
     train(config, on_evaluation=lambda step, metrics: again.append((step, dict(metrics))))
     run = tmp_path / "run"
     assert timeless_rows(run) == timeless_rows(watched)
-    assert file_contents(run / "samples") == file_contents(watched / "samples")
+    assert timeless_contents(run / "samples") == timeless_contents(watched / "samples")
     assert timeless_metrics(run) == timeless_metrics(watched)
     assert again == told
 
@@ -168,7 +168,7 @@ def test_what_the_hook_raises_ends_a_run_that_can_be_resumed_at_another_cadence(
     train(make_config(*BASE, "eval.every=5"))
     assert [row["step"] for row in evaluation_rows(run)] == [2, 3, 5, 8]
     assert timeless_metrics(run) == timeless_metrics(plain)
-    assert file_contents(run / "checkpoints") == file_contents(plain / "checkpoints")
+    assert timeless_contents(run / "checkpoints") == timeless_contents(plain / "checkpoints")
 
 
 def test_a_validation_loss_that_is_not_finite_is_told_and_ends_nothing(
