@@ -484,8 +484,13 @@ class RunTrainer(Trainer):
 
 
 def logged_costs(folder: RunFolder) -> dict[str, float]:
-    """Median of the logged step times, and the largest of the logged memory peaks."""
+    """Median of the logged step times, and the largest of the logged memory peaks.
+
+    Nothing of a training that resumed at its last step without its log: what that said is lost.
+    """
     rows = [row for row in read_rows(folder.metrics) if "time/step" in row]
+    if not rows:
+        return {}
     return {
         "time/step": statistics.median(row["time/step"] for row in rows),
         "memory/peak_mib": max(row["memory/peak_mib"] for row in rows),

@@ -12,7 +12,7 @@ from alignlab.evaluation.evaluate import block_metrics, evaluated_model, teacher
 from alignlab.runs.checkpoint_folders import step_folders, step_path
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training import checkpoint
+from alignlab.training.checkpoint import ModelChoice, restore_weights
 from alignlab.training.setup import Caches, build_run
 
 _OF_BLOCK = re.compile(r"(?P<name>.+)/block(?P<block>\d+)")
@@ -31,7 +31,7 @@ def measure_blocks(folder: RunFolder, config: RunConfig, caches: Caches | None =
         caches: encoded clips of earlier runs.
 
     Raises:
-        UserError: there is no checkpoint of its last step.
+        UserError: there is no checkpoint of its last step, or it is damaged.
     """
     result, blocks = folder.read_result(), config.eval.blocks
     assert result is not None and blocks is not None
@@ -42,8 +42,9 @@ def measure_blocks(folder: RunFolder, config: RunConfig, caches: Caches | None =
             "the checkpoint of its last step is gone: set eval.blocks to those that it has, or "
             "remove the folder to train it again"
         )
-    run = build_run(config, caches)
-    checkpoint.restore_weights(run.state, newest)
+    with ModelChoice(step=config.steps).reading(folder.checkpoints) as whole:
+        run = build_run(config, caches)
+        restore_weights(run.state, whole)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     alias = config.measured_against
     assert alias is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignlab.errors import UserError
+from alignlab.evaluation.blocks import measure_blocks
 from alignlab.recipe import load_run
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
@@ -133,6 +134,29 @@ def test_broken_rows_after_the_checkpoint_are_written_again(
 @pytest.fixture
 def finished(full_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(full_run, tmp_path / "run"))
+
+
+def test_a_log_that_is_lost_after_the_last_step_costs_its_costs(finished: Path) -> None:
+    """The run is evaluated again; what its steps cost is not known any more."""
+    metrics = timeless_metrics(finished)
+    delete(finished / "metrics.jsonl")
+    delete(finished / "result.json")
+    train(load_run(finished / "recipe.yaml", [f"output={finished.parent}"], stored=True))
+    result = RunFolder(finished).read_result()
+    assert result is not None and "time/step" not in result["metrics"]
+    assert timeless_metrics(finished) == metrics
+
+
+def test_other_blocks_are_measured_on_a_whole_checkpoint(finished: Path) -> None:
+    folder = RunFolder(finished)
+    before = folder.read_result()
+    (weights,) = (finished / "checkpoints" / "step-000002" / "transformer").glob("*.safetensors")
+    flip(weights)
+    config = folder.config()
+    blocks = config.eval.model_copy(update={"blocks": (0, 1, 2)})
+    with pytest.raises(UserError, match=r"step-000002 is damaged \(transformer/.+\)"):
+        measure_blocks(folder, config.model_copy(update={"eval": blocks}))
+    assert folder.read_result() == before
 
 
 @pytest.mark.parametrize("damage", KINDS, ids=lambda k: k.__name__)
