@@ -51,6 +51,7 @@ class _State:
         self.dropped = 0  # of what Python has dropped, until it is raised again
         self.deferring = False
         self.is_held = False
+        self.held = 0  # of the signal that is raised once nothing is held
         self.handlers: dict[int, Any] = {}  # those before ours
         self.is_told = False
         self.is_task = False
@@ -148,13 +149,15 @@ def deferred(is_deferred: bool = True) -> Iterator[None]:
 def held() -> Iterator[None]:
     """No signal raises anything inside, for what may not be left half done; one does at the end."""
     before, _state.is_held = _state.is_held, True
-    first = _state.number
     try:
         yield
     finally:
         _state.is_held = before
-    if _state.number != first:
-        check()
+    if before:
+        return
+    number, _state.held = _state.held, 0
+    if number or _state.dropped:
+        raise Interrupted(number or _state.dropped)
 
 
 @contextmanager
@@ -209,9 +212,10 @@ def _on_signal(number: int, frame: object) -> None:
     is_first = not before or (before == USR1 and number != USR1)
     if is_first:
         _state.number, _state.since = number, now
-    if _state.is_held:
-        return
     if _state.deferring and number != signal.SIGINT and (is_first or number == USR1):
+        return
+    if _state.is_held:
+        _state.held = number
         return
     raise Interrupted(number)
 

@@ -28,6 +28,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab import interruption
 from alignlab.config.parts import OptimConfig
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
@@ -109,11 +110,13 @@ class RunState(TrainState):
         transformer: the diffusers model itself, without wrappers.
         objectives: projectors of all objectives; may have no parameter.
         ema: moving average of the trained transformer parameters by name, or None.
+        put_aside: the trained parameters while their average is in their place, else None.
     """
 
     transformer: WanTransformer3DModel
     objectives: nn.Module
     ema: dict[str, Tensor] | None
+    put_aside: dict[str, Tensor] | None = field(default=None, kw_only=True)
 
     @property
     def is_lora(self) -> bool:
@@ -125,7 +128,16 @@ class RunState(TrainState):
             for name, parameter in module.named_parameters():
                 yield f"{part}.{name}", parameter
 
+    def put_back(self) -> None:
+        """Puts the trained parameters back in place of their average, if they were put aside."""
+        if self.put_aside is None:
+            return
+        with interruption.held():
+            copy_weights(self.put_aside, self.transformer)
+            self.put_aside = None
+
     def write_weights(self, folder: Path) -> None:
+        self.put_back()  # a signal may have come before `averaged_weights` could
         if self.is_lora:
             save_lora(self.transformer, folder)
         else:
@@ -292,21 +304,25 @@ def load_transformer(
         ema: take the moving average instead of the last weights.
 
     Raises:
-        UserError: there are no such weights, or some are not finite.
+        UserError: there are no such weights, some are not finite, or the adapter is of another
+            transformer.
     """
     if ema:
         average = load_file(checkpoint / "ema.safetensors")
         _check(checkpoint / "ema.safetensors", average)
-        parameters = dict(transformer.named_parameters())
-        with torch.no_grad():
-            for name, value in average.items():
-                parameters[name].copy_(value)
+        copy_weights(average, transformer)
     elif (checkpoint / LORA_FILE).exists():
         layers = load_file(checkpoint / LORA_FILE)
         _check(checkpoint / LORA_FILE, layers)
-        set_peft_model_state_dict(
-            transformer, {k.removeprefix(LORA_PREFIX): v for k, v in layers.items()}
-        )
+        layers = {name.removeprefix(LORA_PREFIX): value for name, value in layers.items()}
+        # peft leaves what is missing as it was drawn
+        odd = sorted(layers.keys() ^ get_peft_model_state_dict(transformer).keys())
+        if odd:
+            raise UserError(
+                f"{checkpoint}: its LoRA does not fit the transformer, e.g. {odd[0]}: take the "
+                "model that it was trained on"
+            )
+        set_peft_model_state_dict(transformer, layers)
     elif (checkpoint / "transformer").is_dir():
         loaded = load_pretrained(
             WanTransformer3DModel,
@@ -319,6 +335,14 @@ def load_transformer(
         transformer.load_state_dict(weights)
     else:
         raise UserError(f"{checkpoint}: no transformer and no LoRA weights there")
+
+
+@torch.no_grad()
+def copy_weights(values: Mapping[str, Tensor], transformer: nn.Module) -> None:
+    """Copies values into the parameters of these names."""
+    parameters = dict(transformer.named_parameters())
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:

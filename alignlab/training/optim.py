@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.runs.prolong import SchedulePlan
-from alignlab.training.checkpoint import RunState
+from alignlab.training.checkpoint import RunState, copy_weights
 
 
 def set_learning_rate(
@@ -69,22 +69,20 @@ def update_ema(state: RunState, decay: float | None) -> None:
 
 @contextmanager
 def averaged_weights(state: RunState) -> Iterator[None]:
-    """Puts the moving average, if there is one, in place of the trained weights for a while."""
+    """Puts the moving average, if there is one, in place of the trained weights for a while.
+
+    A signal may come between any two lines. What is saved then are the trained weights: the state
+    knows that they are put aside.
+    """
     if state.ema is None:
         yield
         return
     parameters = dict(state.transformer.named_parameters())
     trained = {name: parameters[name].detach().clone() for name in state.ema}
     try:
-        with interruption.held():  # what is saved after an interruption are the trained weights
-            _copy(state.ema, parameters)
+        with interruption.held():
+            state.put_aside = trained
+            copy_weights(state.ema, state.transformer)
         yield
     finally:
-        with interruption.held():
-            _copy(trained, parameters)
-
-
-@torch.no_grad()
-def _copy(values: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    for name, value in values.items():
-        parameters[name].copy_(value)
+        state.put_back()

@@ -20,10 +20,12 @@ from alignlab.evaluation import evaluate
 from alignlab.train import Trainer
 from alignlab.training import stopping
 from alignlab.training.batches import Batch
-from alignlab.training.setup import Run
+from alignlab.training.optim import averaged_weights
+from alignlab.training.setup import Run, build_run
 from command_line import alignlab
-from run_contents import timeless_contents, timeless_metrics, timeless_rows
+from run_contents import file_contents, timeless_contents, timeless_metrics, timeless_rows
 from small_recipes import comparison_recipe
+from tiny_runs import MakeConfig
 
 STEPS = 6
 SETTINGS = (f"steps={STEPS}", "checkpoint.every=4", "tracking.log_every=4")
@@ -181,6 +183,43 @@ def test_what_may_not_be_left_half_done_is_ended_first(name: str) -> None:
             done.append("all")
         raise AssertionError("not reached")
     assert done == ["all"]
+
+
+@pytest.mark.parametrize("first", ["SIGTERM", "SIGUSR1"])
+def test_ctrl_c_after_a_warning_ends_what_is_held_and_then_the_step(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interruption, "AGAIN_S", 0.0)
+    done = []
+    with interruption.handled(), interruption.deferred():
+        send(first)
+        with pytest.raises(interruption.Interrupted) as stop:
+            with interruption.held():
+                with interruption.held():
+                    send("SIGINT")
+                done.append("all")
+            raise AssertionError("not reached")
+    assert (stop.value.number, done) == (signal.SIGINT, ["all"])
+
+
+def test_trained_weights_are_saved_whenever_a_signal_comes(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before their moving average, which was evaluated in their place, could be put away."""
+    state = build_run(make_config("optim.ema=0.9")).state
+    assert state.ema is not None
+    for average in state.ema.values():
+        average.add_(1.0)
+    state.write_weights(tmp_path / "trained")
+
+    def too_early() -> None:
+        raise interruption.Interrupted(signal.SIGTERM)
+
+    with pytest.raises(interruption.Interrupted), averaged_weights(state):
+        monkeypatch.setattr(interruption, "held", too_early)
+    monkeypatch.undo()
+    state.write_weights(tmp_path / "saved")
+    assert file_contents(tmp_path / "saved") == file_contents(tmp_path / "trained")
 
 
 def test_a_signal_that_is_caught_stops_the_next_loop() -> None:

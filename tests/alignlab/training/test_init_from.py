@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -122,6 +123,27 @@ def test_a_lora_goes_on_as_a_lora_and_not_as_a_model(
     for number, (settings, expected) in enumerate(refusals.items()):
         with pytest.raises(UserError, match=expected):
             train(make_config(f"name=other{number}", *SMALL, *settings))
+
+
+def test_a_lora_of_another_depth_is_refused(
+    make_config: MakeConfig, lora_run: Path, tmp_path: Path
+) -> None:
+    """What it lacks would stay as it was drawn."""
+    newest = lora_run / "checkpoints" / "step-000002"
+    layers = load_file(newest / checkpoint.LORA_FILE)
+    transformer = build_run(make_config(*LORA)).wan.transformer
+    checkpoint.load_transformer(transformer, newest)
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    kept = {name: value for name, value in layers.items() if "blocks.0." not in name}
+    deeper = layers | {"transformer.blocks.9.x": torch.zeros(1)}
+    for number, other in enumerate((kept, deeper)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(other, folder / checkpoint.LORA_FILE)
+        with pytest.raises(UserError, match=r"its LoRA does not fit .+ e\.g\. blocks"):
+            checkpoint.load_transformer(transformer, folder)
+    after = transformer.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_what_is_no_finished_run_or_checkpoint_is_refused(
