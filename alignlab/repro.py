@@ -10,6 +10,7 @@ from alignlab.config.run import RunConfig
 from alignlab.environment import PACKAGES, THEN, package_version, read_environment
 from alignlab.recipe import load_training
 from alignlab.runs.code_record import MOST_BYTES, Start, check_diffs, read_code
+from alignlab.runs.init_source import named_run
 from alignlab.runs.prolong import Leg, plan_of
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
@@ -29,21 +30,64 @@ def repro_commands(run: Path, output: str = OUTPUT) -> list[str]:
     Raises:
         UserError: there is no run, or what it keeps is damaged.
     """
-    return list(_commands(RunFolder.open(run), output, seen=()))
+    return list(_commands(RunFolder.open(run), output, _Machine(), seen=()))
 
 
-def _commands(folder: RunFolder, output: str, seen: tuple[Path, ...]) -> Iterator[str]:
+class _Machine:
+    """Where the commands are carried out, as those so far have left it."""
+
+    def __init__(self) -> None:
+        self._code: tuple[object, ...] = ()
+        self._diff: Path | None = None
+        self._packages: dict[str, str] = {}
+
+    def set_code(self, folder: Path, start: Start) -> Iterator[str]:
+        """Brings the checkout, in which alignlab is installed, to the code of a start."""
+        code = (start["version"], start["commit"], start["diff_sha256"], *start["untracked"])
+        if code != self._code:
+            if self._diff is not None:  # else it would be in the way of the next commit and diff
+                yield shlex.join(["git", "apply", "--reverse", str(self._diff)])
+            self._code, self._diff = code, None
+            if start["commit"] is None:
+                yield shlex.join(["pip", "install", f"alignlab=={start['version']}"])
+            else:
+                yield shlex.join(["git", "checkout", start["commit"]])
+            if start["diff"] is not None and start["diff_bytes"]:
+                self._diff = (folder / start["diff"]).resolve()
+                yield shlex.join(["git", "apply", str(self._diff)])
+            elif start["diff_bytes"]:
+                yield (
+                    f"# the checkout had changes of {start['diff_bytes']:,} bytes, more than the "
+                    f"{MOST_BYTES:,} that are kept"
+                )
+            if start["untracked"]:
+                yield f"# git did not know: {', '.join(start['untracked'])}"
+        yield from self.install(start["plugins"])
+
+    def install(self, wanted: Mapping[str, str]) -> Iterator[str]:
+        """Installs the packages of which another version is there."""
+        lacking = {
+            name: version
+            for name, version in wanted.items()
+            if self._packages.get(name, package_version(name)) != version
+        }
+        self._packages |= lacking
+        if lacking:
+            yield shlex.join(["pip", "install", *(f"{n}=={v}" for n, v in lacking.items())])
+
+
+def _commands(
+    folder: RunFolder, output: str, machine: _Machine, seen: tuple[Path, ...]
+) -> Iterator[str]:
     config = load_training(folder.recipe)
     starts_from = {}
     if isinstance(config, RunConfig) and config.model.init_from is not None:
-        named = user_path(config.model.init_from)
-        is_checkpoint = named.parent.name == "checkpoints"
-        source = RunFolder(named.parent.parent if is_checkpoint else named)
+        named, source = user_path(config.model.init_from), named_run(config.model.init_from)
         if source.recipe.is_file() and source.path.resolve() not in seen:
-            yield from _commands(source, output, (*seen, folder.path.resolve()))
+            yield from _commands(source, output, machine, (*seen, folder.path.resolve()))
             again = user_path(output) / load_training(source.recipe).name
-            inner = again / "checkpoints" / named.name if is_checkpoint else again
-            starts_from = {"model.init_from": str(inner)}
+            inner = named.relative_to(source.path)  # a checkpoint, or the run
+            starts_from = {"model.init_from": str(again / inner)}
         else:
             yield f"# the run that it started from is not at {named}"
     yield f"# {folder.path}"
@@ -52,49 +96,23 @@ def _commands(folder: RunFolder, output: str, seen: tuple[Path, ...]) -> Iterato
     starts, legs = read_code(folder.path), plan_of(folder, config).legs
     if not starts:
         yield f"# with which code it was trained is not known: commit {facts['commit']}"
-    before: Start | None = None
     for place, leg in enumerate(legs):
         start = next((s for s in reversed(starts) if s["step"] <= leg.from_step), None)
-        if start is not None and start != before:
-            yield from _code(folder.path, start)
+        if start is not None:
+            yield from machine.set_code(folder.path, start)
         if place == 0:
-            yield from _versions(facts)
+            yield from _versions(facts, machine)
         if place and leg.from_step < legs[place - 1].steps:
             yield f"# the run above is stopped after its checkpoint of step {leg.from_step}"
-        before = start
         yield _train(folder, config, leg, facts, start, {"output": output, **starts_from})
     if len(starts) > len(legs):
         yield f"# it was resumed with other code in between: {folder.path / 'code.json'}"
 
 
-def _code(folder: Path, start: Start) -> Iterator[str]:
-    if start["commit"] is None:
-        yield shlex.join(["pip", "install", f"alignlab=={start['version']}"])
-    else:
-        yield shlex.join(["git", "checkout", start["commit"]])
-    if start["diff"] is not None and start["diff_bytes"]:
-        yield shlex.join(["git", "apply", str((folder / start["diff"]).resolve())])
-    elif start["diff_bytes"]:
-        yield (
-            f"# the checkout had changes of {start['diff_bytes']:,} bytes, more than the "
-            f"{MOST_BYTES:,} that are kept"
-        )
-    if start["untracked"]:
-        yield f"# git did not know: {', '.join(start['untracked'])}"
-    for name, version in start["plugins"].items():
-        if package_version(name) != version:
-            yield shlex.join(["pip", "install", f"{name}=={version}"])
-
-
-def _versions(facts: Mapping[str, str]) -> Iterator[str]:
-    """The packages of which another version is installed here."""
-    wanted = []
-    for name in PACKAGES:
-        version = facts.get(name, "").split(THEN)[0]
-        if version and version != "not installed" and package_version(name) != version:
-            wanted.append(f"{name}=={version}")
-    if wanted:
-        yield shlex.join(["pip", "install", *wanted])
+def _versions(facts: Mapping[str, str], machine: _Machine) -> Iterator[str]:
+    """The packages that it was trained with, and what no package says."""
+    known = {name: facts.get(name, "").split(THEN)[0] for name in PACKAGES}
+    yield from machine.install({k: v for k, v in known.items() if v not in ("", "not installed")})
     yield f"# python {facts['python']} on {facts['platform']}, {facts['device']}"
 
 

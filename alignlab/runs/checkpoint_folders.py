@@ -48,8 +48,13 @@ def step_folders(checkpoints: Path) -> list[Path]:
 
     Whatever else lies there (`step-best`, `step-000012.damaged`, a file) is no checkpoint.
     """
-    found = (p for p in checkpoints.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir())
+    found = (p for p in checkpoints.glob("step-*") if is_step_name(p.name) and p.is_dir())
     return sorted(found, key=step_of)
+
+
+def is_step_name(name: str) -> bool:
+    """Whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -82,7 +87,7 @@ def no_checkpoint(checkpoints: Path) -> UserError:
 def prune(checkpoints: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and those that nobody reads at the moment."""
     for old in step_folders(checkpoints)[:-keep]:
-        with _unread(old) as is_unread:
+        with unread(old) as is_unread:
             if is_unread:
                 remove_folder(old)
 
@@ -166,7 +171,7 @@ def remove_replaced(checkpoints: Path, step: int) -> None:
 def _asides(checkpoints: Path) -> list[Path]:
     """Damaged checkpoints that were renamed."""
     found = sorted(checkpoints.glob(f"step-*{ASIDE}"))
-    return [path for path in found if _NAME.fullmatch(path.stem)]
+    return [path for path in found if is_step_name(path.stem)]
 
 
 @contextmanager
@@ -199,7 +204,7 @@ def _held(checkpoints: Path, step: int | None, stack: ExitStack) -> Path | None:
     damaged: dict[Path, str] = {}
     for folder in reversed(folders):
         with ExitStack() as held:
-            if not held.enter_context(_read(folder)):
+            if not held.enter_context(hold(folder)):
                 return None
             found = problem(folder, leave_out=(OPTIMIZER,))
             if found is None:
@@ -218,8 +223,8 @@ def _held(checkpoints: Path, step: int | None, stack: ExitStack) -> Path | None:
 
 
 @contextmanager
-def _read(checkpoint: Path) -> Iterator[bool]:
-    """Holds a shared lock on a checkpoint; gives False if it is gone."""
+def hold(checkpoint: Path) -> Iterator[bool]:
+    """Holds a shared lock on a checkpoint, which keeps it there; gives False if it is gone."""
     try:
         number = os.open(checkpoint / STATE, os.O_RDONLY)
     except OSError:  # damaged, or gone
@@ -237,7 +242,7 @@ def _read(checkpoint: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _unread(checkpoint: Path) -> Iterator[bool]:
+def unread(checkpoint: Path) -> Iterator[bool]:
     """Whether nobody reads a checkpoint; until the end nobody begins to."""
     try:
         number = os.open(checkpoint / STATE, os.O_RDWR)  # on NFS a lock of one's own needs to write

@@ -31,6 +31,10 @@ VARIABLES = (
 )
 """Environment variables that numbers depend on."""
 GROUPS = ("alignlab.objectives", "alignlab.stage1", "alignlab.teachers")
+DIFF = (  # what `git apply` takes, whatever the user's settings say of diffs
+    *("--binary", "--unified=3", "--no-ext-diff", "--no-textconv", "--no-color"),
+    *("--submodule=short", "--src-prefix=a/", "--dst-prefix=b/"),
+)
 _FIX = "remove it: with which code the run was trained is then not known"
 
 
@@ -111,7 +115,7 @@ def check_diffs(folder: Path) -> None:
 @cache
 def _diff() -> bytes | None:
     """Of the checkout, once a process: what is changed later was not imported."""
-    return git("diff", "--binary", "HEAD")
+    return git("diff", *DIFF, "HEAD")
 
 
 @cache

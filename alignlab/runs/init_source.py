@@ -1,17 +1,15 @@
 """The checkpoint that `model.init_from` names."""
 
-import re
 from pathlib import Path
 from typing import NamedTuple
 
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.runs.checkpoint_folders import no_checkpoint, step_folders
+from alignlab.runs.checkpoint_folders import is_step_name, no_checkpoint, step_folders
 from alignlab.runs.run_folder import RunFolder
 
 SETTING = "model.init_from"
-_STEP = re.compile(r"step-\d{6,}")
 # What a run reads that starts from it. The average of the weights and the optimizer are not.
 FILES = ("objectives.safetensors", "pytorch_lora_weights.safetensors", "transformer/*")
 
@@ -28,6 +26,12 @@ class InitSource(NamedTuple):
         return {path.relative_to(self.checkpoint).as_posix(): path for path in found}
 
 
+def named_run(named: str) -> RunFolder:
+    """The run that a setting names by its folder or one of its checkpoints; it may be missing."""
+    path = user_path(named)
+    return RunFolder(path.parent.parent if is_step_name(path.name) else path)
+
+
 def init_source(config: RunConfig) -> InitSource | None:
     """What `model.init_from` names; None if the recipe does not say it.
 
@@ -39,9 +43,8 @@ def init_source(config: RunConfig) -> InitSource | None:
     named = config.model.init_from
     if named is None:
         return None
-    path = user_path(named)
-    is_checkpoint = _STEP.fullmatch(path.name) is not None
-    folder = RunFolder(path.parent.parent if is_checkpoint else path)
+    path, folder = user_path(named), named_run(named)
+    is_checkpoint = is_step_name(path.name)
     if not folder.recipe.is_file() or (is_checkpoint and not path.is_dir()):
         what = "checkpoint of a run" if is_checkpoint else "run folder (it has no recipe.yaml)"
         raise UserError(f"{SETTING}: {named}: no {what}; name a run folder or a checkpoint")

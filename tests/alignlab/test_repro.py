@@ -14,6 +14,7 @@ from alignlab.errors import UserError
 from alignlab.recipe import load_run
 from alignlab.repro import repro_commands
 from alignlab.runs import code_record
+from alignlab.runs.checksums import write_json
 from alignlab.runs.code_record import read_code, record_code
 from alignlab.runs.verify import verify_run
 from alignlab.train import train
@@ -79,7 +80,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     folder.mkdir()
     (folder / "a.py").write_text("one = 1\n")
     me = ("-c", "user.name=me", "-c", "user.email=me@example.org")
-    for words in (("init", "-q"), ("add", "a.py"), (*me, "commit", "-qm", "first")):
+    awkward = {"diff.noprefix": "true", "color.ui": "always", "diff.external": "false"}
+    settings = [("config", name, value) for name, value in awkward.items()]
+    for words in (("init", "-q"), *settings, ("add", "a.py"), (*me, "commit", "-qm", "first")):
         subprocess.run(["git", *words], cwd=folder, check=True)
     monkeypatch.setattr(checkout, "FOLDER", folder)
     forget()
@@ -132,6 +135,30 @@ def test_commit_and_changes_are_kept(
     record_code(run, step=0)
     assert read_code(run)[0]["diff"] is None
     assert any("more than the" in line for line in repro_commands(run))
+
+
+def test_each_code_is_put_on_a_checkout_without_the_one_before(
+    repository: Path, full_run: Path, tmp_path: Path
+) -> None:
+    """The commands for git of a prolonged run, carried out in a clone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.yaml", "environment.json"):
+        (run / name).write_text((full_run / name).read_text())
+    for step, text in enumerate(("one = 2\n", "one = 3\n", "one = 3\n")):
+        (repository / "a.py").write_text(text)
+        forget()
+        record_code(run, step=step)
+    write_json(run / "history.json", {"legs": [{"steps": 1}, {"steps": 2, "from_step": 1}]})
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", repository, clone], check=True)
+    found = []
+    for line in repro_commands(run):
+        if line.startswith("git "):
+            subprocess.run(shlex.split(line), cwd=clone, check=True, capture_output=True)
+        elif " train " in line:
+            found.append((clone / "a.py").read_text())
+    assert found == ["one = 2\n", "one = 3\n"]
 
 
 def test_an_installed_package_says_its_version(
