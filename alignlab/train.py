@@ -110,11 +110,12 @@ def train(
         if newest is not None and not newest.exists():
             raise UserError(f"{newest} is not on this machine: output must lie where all see it")
         ranks.on_main(ask, config)
-        source = checked_source(config) if newest is None else None
-        run = build_run(config, caches, ranks)
-        check_teachers_and_eval(run)
-        if source is not None:
-            start_from(run.state, run.wan, config, source)
+        with ExitStack() as held:
+            source = checked_source(config, held) if newest is None else None
+            run = build_run(config, caches, ranks)
+            check_teachers_and_eval(run)
+            if source is not None:
+                start_from(run.state, run.wan, config, source)
         if newest is not None:
             checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)

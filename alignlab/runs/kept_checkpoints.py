@@ -1,16 +1,18 @@
 """What is left of the checkpoints of a finished run (`checkpoint.keep_finished`).
 
-They are dropped once the result is there. What a kill in between left is dropped by the next
-command that finds the run finished.
+They are dropped once the result is there. What a kill in between left, or somebody was reading, is
+dropped by the next command that finds the run finished.
 """
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.errors import UserError
 from alignlab.runs.atomic_files import remove_folder
-from alignlab.runs.checkpoint_folders import LOG, OPTIMIZER, step_folders
+from alignlab.runs.checkpoint_folders import LOG, OPTIMIZER, step_folders, unread
 from alignlab.runs.checksums import CHECKSUMS, files_below, write_checksums
 from alignlab.runs.run_folder import RunFolder, only_writer
 
@@ -18,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:
-    """Drops what is not to be kept of a finished run.
+    """Drops what is not to be kept of a finished run; what somebody reads stays for now.
 
     Args:
         folder: of the run; this process holds its lock.
@@ -27,21 +29,51 @@ def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:
     keep, checkpoints = config.checkpoint.keep_finished, step_folders(folder.checkpoints)
     if keep == "all" or not folder.is_finished_at(config.steps):
         return
-    for checkpoint in checkpoints[:-1] if keep == "weights" else checkpoints:
-        remove_folder(checkpoint)
-    for checkpoint in checkpoints[-1:] if keep == "weights" else ():
-        _drop_optimizer(checkpoint)
+    for checkpoint in checkpoints:
+        is_slimmed = keep == "weights" and checkpoint == checkpoints[-1]
+        _drop_unread(checkpoint, _drop_optimizer if is_slimmed else remove_folder)
 
 
 def drop_if_unread(folder: RunFolder, config: TrainingConfig) -> None:
     """Drops what a kill has left, unless another process works in the folder."""
     if config.checkpoint.keep_finished == "all" or not step_folders(folder.checkpoints):
         return
-    try:
-        with only_writer(folder.path, wait=False):
+    with _writer(folder) as is_writer:
+        if is_writer:
             drop_checkpoints(folder, config)
-    except UserError as error:
-        log.warning("its checkpoints are kept for now: %s", error)
+
+
+def drop_pruned(folder: RunFolder, config: TrainingConfig) -> None:
+    """Drops the checkpoints of a run that ends before its last step, and will not go on.
+
+    Training cannot go on from weights alone, nor are they those of a finished run: none is kept.
+    """
+    if config.checkpoint.keep_finished == "all":
+        return
+    with _writer(folder) as is_writer:
+        for checkpoint in step_folders(folder.checkpoints) if is_writer else ():
+            _drop_unread(checkpoint, remove_folder)
+
+
+@contextmanager
+def _writer(folder: RunFolder) -> Iterator[bool]:
+    """Holds the lock of a folder; false, and said, if another process does."""
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(only_writer(folder.path, wait=False))
+        except UserError as error:
+            log.warning("its checkpoints are kept for now: %s", error)
+            yield False
+            return
+        yield True
+
+
+def _drop_unread(checkpoint: Path, drop: Callable[[Path], None]) -> None:
+    with unread(checkpoint) as is_unread:
+        if is_unread:
+            drop(checkpoint)
+        else:
+            log.warning("%s is being read: it is kept for now", checkpoint)
 
 
 def _drop_optimizer(checkpoint: Path) -> None:

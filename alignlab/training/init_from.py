@@ -6,6 +6,7 @@ schedules begin anew, at step 0.
 """
 
 import logging
+from contextlib import ExitStack
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from alignlab.config.parts import ModelConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.models.wan import Wan
-from alignlab.runs.checkpoint_folders import problem
+from alignlab.runs.checkpoint_folders import hold, problem
 from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.training import checkpoint
 from alignlab.training.checkpoint import RunState
@@ -23,8 +24,12 @@ from alignlab.training.checkpoint import RunState
 log = logging.getLogger(__name__)
 
 
-def checked_source(config: RunConfig) -> InitSource | None:
+def checked_source(config: RunConfig, locks: ExitStack) -> InitSource | None:
     """What `model.init_from` names, if its weights fit; None if the recipe does not say it.
+
+    Args:
+        config: the recipe.
+        locks: as long as it is open the source, which may be training, keeps that checkpoint.
 
     Raises:
         UserError: as `init_source`, and when the checkpoint is damaged, one of the two trains a
@@ -34,6 +39,8 @@ def checked_source(config: RunConfig) -> InitSource | None:
     if source is None:
         return None
     there = source.run.config()
+    if not locks.enter_context(hold(source.checkpoint)):
+        raise UserError(f"{SETTING}: {source.checkpoint} is gone: name another")
     broken = problem(source.checkpoint, leave_out=("optimizer.safetensors", "ema.safetensors"))
     if broken:
         raise UserError(f"{SETTING}: {source.checkpoint} is damaged ({broken}): name another")

@@ -33,6 +33,7 @@ from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.inputs import read_inputs
+from alignlab.runs.kept_checkpoints import drop_pruned
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
 from alignlab.training.aligned_samples import check_recipe
@@ -171,7 +172,8 @@ class TrialRunner:
         caches = shared_caches(run, self._caches)
         try:
             folder = train(run, caches=caches, wait=True, on_evaluation=inside)
-        except PrunedRunError:
+        except PrunedRunError:  # the decision is stored by then
+            drop_pruned(RunFolder(user_path(run.output) / run.name), run)
             return Outcome(TrialState.PRUNED, metrics)
         except (UserError, torch.OutOfMemoryError) as error:
             if not _was_built(run) and isinstance(error, UserError):

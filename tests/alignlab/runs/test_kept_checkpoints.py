@@ -11,7 +11,7 @@ import alignlab.train as train_module
 from alignlab.errors import UserError
 from alignlab.export import export
 from alignlab.recipe import load_run
-from alignlab.runs.checkpoint_folders import problem, step_folders
+from alignlab.runs.checkpoint_folders import problem, reading, step_folders
 from alignlab.sampling import sample_to_file
 from alignlab.train import train
 from kills import Killed
@@ -72,6 +72,23 @@ def test_nothing_is_kept_and_that_is_said(
             use()
         assert "(checkpoint.keep_finished)" in str(error.value)
     assert train(config) == run  # is finished all the same
+
+
+@pytest.mark.parametrize("keep", ["weights", "none"])
+def test_what_is_read_is_kept_for_now(
+    keep: str, full_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(full_run, run)
+    settings = [f"output={tmp_path}", f"checkpoint.keep_finished={keep}"]
+    config = load_run(run / "recipe.yaml", settings, stored=True)
+    before = file_contents(run / "checkpoints")
+    with reading(run / "checkpoints"):
+        train(config)
+        assert file_contents(run / "checkpoints") == before
+    assert "step-000002 is being read: it is kept for now" in caplog.text
+    train(config)
+    assert file_contents(run / "checkpoints") != before
 
 
 def test_a_finished_run_of_more_than_it_keeps_is_left(full_run: Path, tmp_path: Path) -> None:

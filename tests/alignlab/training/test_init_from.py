@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import load_run
+from alignlab.runs.checkpoint_folders import prune
 from alignlab.runs.init_source import init_source
 from alignlab.runs.metric_rows import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training import checkpoint
 from alignlab.training.batches import Batch
+from alignlab.training.init_from import checked_source
 from alignlab.training.setup import build_run
 from kills import Killed
 from run_contents import file_contents
@@ -57,6 +60,20 @@ def test_it_starts_where_the_other_run_ended(make_config: MakeConfig, source: Pa
     record = json.loads((run / "inputs.json").read_text())
     (entry,) = (one for one in record["inputs"] if one["name"] == "model.init_from")
     assert "objectives.safetensors" in entry["files"] and "ema.safetensors" not in entry["files"]
+
+
+def test_a_source_that_trains_keeps_the_checkpoint_until_it_is_read(
+    make_config: MakeConfig, source: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    first = copy / "checkpoints" / "step-000001"
+    config = make_config(REPA, *SMALL, f"model.init_from={first}")
+    with ExitStack() as locks:
+        checked_source(config, locks)
+        prune(copy / "checkpoints", 1)
+        assert first.exists()
+    prune(copy / "checkpoints", 1)
+    assert not first.exists()
 
 
 def test_the_average_begins_at_the_weights_that_it_starts_from(

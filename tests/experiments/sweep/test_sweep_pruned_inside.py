@@ -9,6 +9,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import create_study, join_study
+from alignlab.runs.checkpoint_folders import step_folders
 from alignlab.runs.run_folder import RunFolder
 from run_contents import read_table
 from small_recipes import sweep_recipe
@@ -30,6 +31,7 @@ def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_hopeless_trial_ends_inside_its_run(recipe: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path}", "optim.lr=5e-3", "steps=3", "eval.every=1"]
+    overrides += ["checkpoint.every=1", "checkpoint.keep_finished=none"]
     config = load_sweep(recipe, overrides)
     page = sweep(config).read_text()
     rows = read_table(tmp_path / "sweep" / "trials.csv")
@@ -39,6 +41,7 @@ def test_a_hopeless_trial_ends_inside_its_run(recipe: Path, tmp_path: Path) -> N
     assert bad["state"] == "pruned" and bad["pruned_at"] in ("1", "2")
     folder = RunFolder(tmp_path / "sweep" / bad["folder"] / "seed-0")
     assert folder.metrics.exists() and not folder.result.exists()
+    assert not step_folders(folder.checkpoints)
     assert f"{bad['trial']} at step {bad['pruned_at']}" in page
     trials = join_study(config).trials()
     assert list(trials[0].intermediate_values) == [1, 2, 3]
