@@ -1,5 +1,6 @@
 """Everything that a run trains with, built once from its recipe."""
 
+import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import warn_once
-from alignlab.recipe import recipe_hash
+from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
@@ -209,7 +210,7 @@ def _check_measured_teacher(config: RunConfig, alias: str) -> None:
 
 
 def check_ranks_agree(run: Run) -> None:
-    """Compares recipe, clips, digests of teachers and norms of all other weights.
+    """Compares all settings, clips, digests of teachers and norms of all other weights.
 
     Of clips, their number and the names and sizes of their files: rank 0 alone hashes the files.
 
@@ -220,6 +221,8 @@ def check_ranks_agree(run: Run) -> None:
     if ranks.world_size == 1:
         return
     ranks.check_same("the recipe", recipe_hash(run.config))
+    # what changes no number decides as well when all ranks meet, such as `eval.every`
+    ranks.check_same("a setting", hashlib.sha256(dump(run.config).encode()).hexdigest()[:12])
     ranks.check_same("the number of clips", (len(run.clips), len(run.val_clips)))
     read = dataset_files(run.config.data)
     if read is not None:

@@ -364,6 +364,21 @@ class TwoRanks:
         self.compared[what] = value
 
 
+def test_ranks_compare_what_changes_no_number(root: Path) -> None:
+    """One that evaluates alone would wait for the others."""
+    run = build_run(without_stage1(root))
+
+    def compared(every: int) -> dict[str, object]:
+        evaluation = run.config.eval.model_copy(update={"every": every})
+        config = run.config.model_copy(update={"eval": evaluation})
+        ranks = TwoRanks()
+        check_ranks_agree(dataclasses.replace(run, config=config, ranks=cast(Ranks, ranks)))
+        return ranks.compared
+
+    one, two = compared(1), compared(2)
+    assert [name for name in one if one[name] != two[name]] == ["a setting"]
+
+
 def test_ranks_with_clips_of_their_own_compare_their_files(root: Path) -> None:
     run = build_run(without_stage1(root))
 
