@@ -1,6 +1,7 @@
 """Whether the storage of a study is damaged: SQLite files and journal files are looked at."""
 
 import json
+import shlex
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -49,7 +50,18 @@ def check_storage_file(path: Path) -> None:
             time.sleep(1.0)
             problem = study_problem(path)
         if problem is not None:
-            raise UserError(f"{path} is damaged ({problem}): {FIX}")
+            raise UserError(f"{path} is damaged ({problem}): {_fix(path, problem)}")
+
+
+def _fix(path: Path, problem: str) -> str:
+    whole = path.read_bytes().rfind(b"\n") + 1 if problem.endswith(CUT) else 0
+    if not whole:
+        return FIX
+    cut_off = shlex.join(["truncate", "-s", str(whole), str(path.resolve())])
+    return (
+        "copy it back from elsewhere, or, once no worker runs, cut off its unfinished last line, "
+        f"which loses nothing else: {cut_off}"
+    )
 
 
 def study_problem(path: Path) -> str | None:

@@ -1,5 +1,7 @@
 """Damaged studies: refused by name, or said; nothing begins anew in silence."""
 
+import shlex
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,8 +77,13 @@ def test_a_journal_whose_last_record_was_cut_off(
     path = tmp_path / "study.journal"
     create_study(make(f"storage={path}"))
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"study\.journal is damaged \(line \d+ is cut\)"):
+    with pytest.raises(UserError, match=r"study\.journal is damaged \(line \d+ is cut\)") as caught:
         create_study(make(f"storage={path}"))
+    command = str(caught.value).rsplit(": ", 1)[1]
+    kept = path.read_bytes()
+    subprocess.run(shlex.split(command), check=True)
+    assert len(create_study(make(f"storage={path}")).trials()) == 3
+    path.write_bytes(kept)
     cut(path)
     with pytest.raises(UserError, match=r"study\.journal is damaged"):
         create_study(make(f"storage={path}"))
