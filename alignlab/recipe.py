@@ -135,7 +135,6 @@ def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
     Settings that change no number are left out: name, output, tracking, checkpoint,
-    Settings that change no number are left out: name, output, tracking, checkpoint,
     `data.cache_clips`, `optim.resume_schedule`, and how often a run is evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
@@ -162,9 +161,14 @@ def shown_difference(path: Path, config: TrainingConfig) -> str:
     except UserError:
         return "of another kind"
     there, here = (numbered_settings(recipe) for recipe in (held, config))
+    return first_difference(there, here) or _shown_order(held, config)
+
+
+def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The first setting, by dotted name, that was otherwise there, in words; empty for none."""
     keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
     if not keys:
-        return _shown_order(held, config)
+        return ""
     more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
     return f"{keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more}"
 

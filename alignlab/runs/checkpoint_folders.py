@@ -73,6 +73,12 @@ def latest(checkpoints: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
+def newest_step(checkpoints: Path) -> int:
+    """Step of the newest checkpoint of a run, whole or not; 0 without one."""
+    newest = latest(checkpoints)
+    return 0 if newest is None else step_of(newest)
+
+
 def no_checkpoint(checkpoints: Path) -> UserError:
     """Says why there is none: not yet, or no more."""
     run = checkpoints.parent

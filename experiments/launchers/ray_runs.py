@@ -4,7 +4,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
@@ -14,7 +13,7 @@ from alignlab.experiments.launchers.local import RunKey, shown
 from alignlab.experiments.launchers.node import LOG, order_for, seen, train_run
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths, RayTasks, connected
 from alignlab.progress import step_progress
-from alignlab.runs.checkpoint_folders import latest, step_of
+from alignlab.runs.checkpoint_folders import newest_step
 from alignlab.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ class _RayRuns:
 
     def _count_death(self, key: RunKey, loss: str) -> None:
         folder = self._folders[key]
-        step = reached_step(folder.checkpoints)
+        step = newest_step(folder.checkpoints)
         deaths = self._deaths.count(key, step)
         if deaths == MOST_DEATHS:
             raise UserError(
@@ -126,12 +125,6 @@ class _RayRuns:
             else min(steps_done(self._folders[key]), run.steps - 1)
             for key, run in self._runs.items()
         )
-
-
-def reached_step(checkpoints: Path) -> int:
-    """Step of the newest checkpoint in a run's folder of them; 0 without one."""
-    newest = latest(checkpoints)
-    return 0 if newest is None else step_of(newest)
 
 
 def steps_done(folder: RunFolder) -> int:

@@ -21,7 +21,6 @@ from alignlab.experiments.launchers.ray_cluster import (
     RayTasks,
     connected,
 )
-from alignlab.experiments.launchers.ray_runs import reached_step
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import machine
 from alignlab.experiments.sweep.study import (
@@ -34,6 +33,7 @@ from alignlab.experiments.sweep.study import (
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.sweep.worker import check, work
 from alignlab.progress import step_progress
+from alignlab.runs.checkpoint_folders import newest_step
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ class RaySweep:
     def _count_death(self, worker: int, loss: str) -> None:
         # finished trials, and steps with a checkpoint of all trials together
         checkpoints = self._folder.glob("trial-*/seed-*/checkpoints")
-        progress = (self._study.num_finished(), sum(map(reached_step, checkpoints)))
+        progress = (self._study.num_finished(), sum(map(newest_step, checkpoints)))
         deaths = self._deaths.count(worker, progress)
         if deaths == MOST_DEATHS:
             numbers = [str(trial.number) for trial in self._study.trials(TrialState.RUNNING)]

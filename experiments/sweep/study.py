@@ -41,6 +41,7 @@ from alignlab.experiments.sweep.storage_check import (
     storage_errors,
     storage_file,
 )
+from alignlab.recipe import first_difference
 from alignlab.runs.disk_errors import FULL, as_os_error
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.out_paths import make_output_folder
@@ -403,11 +404,8 @@ def _shown_difference(path: Path, config: SweepConfig) -> str:
         there, here = _settings(load_sweep(path)), _settings(config)
     except UserError:
         return ""
-    keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
-    if not keys:
-        return ""
-    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f" ({keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more})"
+    difference = first_difference(there, here)
+    return f" ({difference})" if difference else ""
 
 
 def _settings(config: SweepConfig) -> dict[str, Any]:
