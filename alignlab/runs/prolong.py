@@ -24,6 +24,7 @@ from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.schedule import Ramp
+from alignlab.progress import warn_once
 from alignlab.recipe import NUMBERLESS, validated
 from alignlab.runs.checkpoint_folders import mark_checkpoint, step_folders
 from alignlab.runs.checksums import DamagedError, read_json, write_json
@@ -149,6 +150,11 @@ def begin_leg(folder: "RunFolder", config: TrainingConfig, step: int) -> Schedul
     held = _held_recipe(folder.recipe, config)
     if held is None or held.steps == config.steps:
         return plan_of(folder, config)
+    if config.optim.resume_schedule is not None and not planned_by_steps(config):
+        warn_once(
+            f"optim.resume_schedule: {config.optim.resume_schedule}: it changes nothing, as no "
+            "schedule of this recipe depends on steps"
+        )
     legs = plan_of(folder, held).legs
     plan = SchedulePlan([*legs, _next_leg(config, step)])
     legs_json = [leg.model_dump(exclude_defaults=True) for leg in plan.legs]

@@ -44,9 +44,10 @@ from alignlab.runs.atomic_files import write_text
 from alignlab.runs.checkpoint_folders import (
     OPTIMIZER,
     WEIGHTS_ONLY,
+    latest,
+    newest_step,
     no_checkpoint,
     step_folders,
-    step_of,
 )
 from alignlab.runs.checksums import (
     CHECKSUMS,
@@ -67,10 +68,6 @@ log = logging.getLogger(__name__)
 
 FILES = "files"
 """Key of `result.json`: SHA-256 of the files that the run leaves, by name."""
-FILE_FIX = (
-    "copy it back from elsewhere, or remove {result}: the same command then evaluates the run "
-    "again from its last checkpoint"
-)
 LOCK = ".writer.lock"
 HOLDER = ".writer"
 START_FILES = (  # of a run before its first checkpoint
@@ -85,8 +82,6 @@ START_FILES = (  # of a run before its first checkpoint
         "code.diff",
     ),
 )
-
-log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -129,7 +124,9 @@ class RunFolder:
                 f"({shown_difference(folder.recipe, config)}): "
                 "choose another name, or remove the folder"
             )
-        folder.write_recipe(config)
+        # a finished run was not trained with settings that are given later (`eval.every`)
+        if not (folder.recipe.exists() and folder.is_finished_at(config.steps)):
+            folder.write_recipe(config)
         return folder
 
     @classmethod
@@ -216,8 +213,7 @@ class RunFolder:
 
     def steps_done(self) -> int:
         """Steps of the newest checkpoint, or of the result where there is none."""
-        newest = self._newest_step()
-        return newest or int((self.read_result() or {"steps": 0})["steps"])
+        return newest_step(self.checkpoints) or int((self.read_result() or {"steps": 0})["steps"])
 
     def is_finished_at(self, steps: int) -> bool:
         """Whether there is the result of a training of at least so many steps."""
@@ -239,9 +235,6 @@ class RunFolder:
             raise no_checkpoint(self.checkpoints)
         if not (checkpoints[-1] / OPTIMIZER).exists():
             raise UserError(f"{checkpoints[-1]} {WEIGHTS_ONLY}")
-
-    def _newest_step(self) -> int:
-        return max((step_of(path) for path in step_folders(self.checkpoints)), default=0)
 
     def config(self) -> RunConfig:
         """The recipe that the run was started with."""
@@ -265,14 +258,24 @@ class RunFolder:
         """
         if not self.result.exists():
             return None
-        fix = (
-            "copy it back from elsewhere, or remove it: the same command then evaluates the run "
-            "again from its last checkpoint"
-        )
-        content = read_json(self.result, fix=fix)
+        content = read_json(self.result, fix=self.file_fix())
         if not isinstance(content.get("metrics"), dict):
-            raise DamagedError(self.result, "it has no metrics", fix)
+            raise DamagedError(self.result, "it has no metrics", self.file_fix())
         return content
+
+    def file_fix(self) -> str:
+        """What to do about a damaged file of a finished run, by what its checkpoints allow."""
+        newest = latest(self.checkpoints)
+        if newest is None:
+            then = f"{self.result}: the same command then trains the run again, from its first step"
+            why = ", since its checkpoints are gone (checkpoint.keep_finished)"
+        elif (newest / OPTIMIZER).exists():
+            then = f"{self.result}: the same command then evaluates the run again"
+            why = " from its last checkpoint"
+        else:
+            then = f"{self.path}: the same command then trains the run again, from its first step"
+            why = ", since its checkpoint holds weights only (checkpoint.keep_finished)"
+        return f"copy it back from elsewhere, or remove {then}{why}"
 
     def check_files(self, result: Mapping[str, Any]) -> None:
         """Refuses a finished run whose log, samples or environment are not those that it wrote.
@@ -286,7 +289,7 @@ class RunFolder:
         # of changed inputs `hold_inputs` says more
         read = {n: digest for n, digest in result.get(FILES, {}).items() if n != "inputs.json"}
         for name, what in damaged_files(self.path, read).items():
-            raise DamagedError(self.path / name, what, FILE_FIX.format(result=self.result))
+            raise DamagedError(self.path / name, what, self.file_fix())
 
     def sample_list(self, samples: Path | None = None) -> list[dict[str, Any]]:
         """What `samples.json` says of each generated clip: its key, caption and files.
@@ -300,7 +303,7 @@ class RunFolder:
         path = (samples or self.samples) / "samples.json"
         if not path.exists():
             return []
-        fix = FILE_FIX.format(result=self.result)
+        fix = self.file_fix()
         try:
             clips = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from alignlab.runs.checksums import (
 )
 from alignlab.runs.code_record import RECORD, check_diffs
 from alignlab.runs.metric_rows import check_log, read_rows
-from alignlab.runs.run_folder import FILE_FIX, FILES, RunFolder
+from alignlab.runs.run_folder import FILES, RunFolder
 
 TRAIN_AGAIN = "copy it back from elsewhere, or remove the folder and train again"
 
@@ -58,7 +58,8 @@ class Findings:
 OTHERS = {
     "evaluations/*.json": "evaluate the checkpoint again",
     "history.json": "copy it back from elsewhere: it says how schedules were planned",
-    "result-*.json": "remove it: it is the result of the steps before the run was prolonged",
+    "result-*.json": "copy it back from elsewhere, or remove it and, if there is one, result.json, "
+    "which has its checksum: it is the result of the steps before the run was prolonged",
 }
 
 
@@ -100,7 +101,7 @@ def verify_run(path: Path) -> Findings:
         return found
     wrong = damaged_files(path, expected)
     for name in expected:
-        found.check(path / name, wrong.get(name), FILE_FIX.format(result=folder.result))
+        found.check(path / name, wrong.get(name), folder.file_fix())
     return found
 
 

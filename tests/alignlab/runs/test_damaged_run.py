@@ -1,6 +1,7 @@
 """Damaged files of real runs: refused in one line or told, and never used in silence."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import measure_blocks
 from alignlab.recipe import load_run
+from alignlab.runs.checksums import write_json
 from alignlab.runs.metric_rows import read_rows
+from alignlab.runs.prolong import begin_leg
 from alignlab.runs.run_folder import RunFolder
 from alignlab.runs.verify import verify_run
 from alignlab.sampling import load_trained
@@ -145,6 +148,65 @@ def test_a_log_that_is_lost_after_the_last_step_costs_its_costs(finished: Path) 
     result = RunFolder(finished).read_result()
     assert result is not None and "time/step" not in result["metrics"]
     assert timeless_metrics(finished) == metrics
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"),
+    [
+        ("all", "result.json: the same command then evaluates the run again from its last"),
+        ("weights", ": the same command then trains the run again, from its first step"),
+        ("none", "result.json: the same command then trains the run again, from its first step"),
+    ],
+)
+def test_what_is_said_of_a_damaged_result_is_what_happens(
+    keep: str, said: str, finished: Path
+) -> None:
+    """The line says what to remove; the same command then ends the run as before."""
+    settings = [f"output={finished.parent}", f"checkpoint.keep_finished={keep}"]
+    config = load_run(finished / "recipe.yaml", settings, stored=True)
+    metrics = timeless_metrics(train(config))
+    garbage(finished / "result.json")
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        train(config)
+    removed = Path(str(caught.value).split("or remove ")[1].split(": the same")[0])
+    assert removed in (finished, finished / "result.json")
+    shutil.rmtree(removed) if removed == finished else removed.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        steps: list[int] = []
+        take_step = Trainer.step
+        patch.setattr(Trainer, "step", lambda *a: (steps.append(a[0].state.step), take_step(*a))[1])
+        assert timeless_metrics(train(config)) == metrics
+    assert steps == ([] if keep == "all" else [0, 1])
+    assert verify_run(finished).damaged == {}
+
+
+def test_the_result_of_earlier_steps_is_not_removed_alone(finished: Path) -> None:
+    """The result of all steps has its checksum."""
+    folder = RunFolder(finished)
+    result = folder.read_result()
+    assert result is not None
+    write_json(finished / "result-000001.json", result)
+    folder.write_result(result)
+    garbage(finished / "result-000001.json")
+    (line,) = verify_run(finished).damaged.values()
+    assert "or remove it and, if there is one, result.json" in line
+
+
+def test_a_finished_run_keeps_the_recipe_that_it_was_trained_with(finished: Path) -> None:
+    recipe = (finished / "recipe.yaml").read_bytes()
+    settings = [f"output={finished.parent}", "eval.every=1"]
+    train(load_run(finished / "recipe.yaml", settings, stored=True))
+    assert (finished / "recipe.yaml").read_bytes() == recipe
+
+
+def test_a_schedule_that_is_resumed_and_not_there_is_told(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = ["steps=3", "optim.resume_schedule=keep"]
+    config = load_run(finished / "recipe.yaml", settings, stored=True)
+    plan = begin_leg(RunFolder(finished), config, 2)
+    assert plan.was_prolonged
+    assert "optim.resume_schedule: keep: it changes nothing" in caplog.text
 
 
 def test_other_blocks_are_measured_on_a_whole_checkpoint(finished: Path) -> None:
