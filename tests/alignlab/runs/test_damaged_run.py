@@ -171,10 +171,15 @@ def test_what_is_said_of_a_damaged_result_is_what_happens(
     removed = Path(str(caught.value).split("or remove ")[1].split(": the same")[0])
     assert removed in (finished, finished / "result.json")
     shutil.rmtree(removed) if removed == finished else removed.unlink()
+    steps: list[int] = []
+    take_step = Trainer.step
+
+    def counted(trainer: Trainer, batches: list[Batch]) -> object:
+        steps.append(trainer.state.step)
+        return take_step(trainer, batches)
+
     with pytest.MonkeyPatch.context() as patch:
-        steps: list[int] = []
-        take_step = Trainer.step
-        patch.setattr(Trainer, "step", lambda *a: (steps.append(a[0].state.step), take_step(*a))[1])
+        patch.setattr(Trainer, "step", counted)
         assert timeless_metrics(train(config)) == metrics
     assert steps == ([] if keep == "all" else [0, 1])
     assert verify_run(finished).damaged == {}
