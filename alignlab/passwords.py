@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]{0,30})://")
 URL = re.compile(r"[^\s'\"<>`]*")
 HOST_AND_PORT = re.compile(r"[^:]*:\d*(?:[/?#,;)\]}].*)?", re.DOTALL)
 NAMES_A_USER = {*"postgres postgresql mysql mariadb mssql oracle cockroachdb ssh sftp".split()}
@@ -75,11 +75,21 @@ def _user_and_password(rest: str, length: int) -> tuple[int, int]:
     before = re.split(r"[/?#\[]", url, maxsplit=1)[0]
     colon, at = before.find(":"), url.split("?", 1)[0].rfind("@")
     if 0 <= colon < at:
-        return colon, at
+        return colon, _last_of(rest, at)
     if colon >= 0 and at < 0 and not HOST_AND_PORT.fullmatch(url):
         at = url.rfind("@") if "@" in url else rest.find("@", 0, length + LONGEST)
+        at = at if at < 0 else _last_of(rest, at)
         return colon, at
     return -1, re.split(r"[/?#]", url, maxsplit=1)[0].rfind("@")
+
+
+def _last_of(rest: str, at: int) -> int:
+    """The last `@` of a password with spaces or quotes that has one before them."""
+    host = _url(rest[at + 1 :])
+    further = host.split("?", 1)[0].rfind("@")
+    if not host:
+        further = rest[at + 1 : at + 1 + LONGEST].rfind("@")
+    return at + 1 + further if further >= 0 else at
 
 
 def _url(text: str) -> str:

@@ -49,9 +49,7 @@ def mlflow_params(config: TrainingConfig) -> dict[str, str]:
 
 def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags as MLflow takes them, without passwords in URLs; one that is too long ends in `...`."""
-    return {
-        mlflow_name(key): cut(without_password(value), MAX_TAG) for key, value in tags.items()
-    }
+    return {mlflow_name(key): cut(without_password(value), MAX_TAG) for key, value in tags.items()}
 
 
 def cut(text: str, length: int) -> str:

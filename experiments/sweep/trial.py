@@ -94,8 +94,9 @@ class TrialRunner:
         if not lease.is_held():
             raise LostTrialError
         if outcome.error:
-            log.info("trial %d failed: %s", trial.number, outcome.error)
-            trial.set_user_attr(ERROR, without_password(outcome.error))
+            error = without_password(outcome.error)
+            log.info("trial %d failed: %s", trial.number, error)
+            trial.set_user_attr(ERROR, error)
         trial.set_user_attr(METRICS, outcome.metrics)
         means = {name: fmean(by_seed) for name, by_seed in outcome.metrics.items()}
         optimized = None

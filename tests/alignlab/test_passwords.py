@@ -12,12 +12,13 @@ from alignlab.cli import app
 from alignlab.config.run import RunConfig
 from alignlab.environment import command_line, describe_environment
 from alignlab.errors import UserError
+from alignlab.errors import shown as quoted
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.report.write import write_report
 from alignlab.passwords import without_password
 from alignlab.recipe import dump, load_run
 from alignlab.runs.checksums import with_checksum_line
-from alignlab.tracking.connection import Connection
+from alignlab.tracking.connection import Connection, _reason
 from alignlab.tracking.mlflow_run import MlflowRun
 from alignlab.tracking.names import mlflow_params, mlflow_tags
 from made_comparisons import make_comparison
@@ -36,6 +37,8 @@ URLS = ("https://me:s3cr@et@host:5000/x", "postgresql://me:s3cr@et@host/db?passw
         ("postgresql://u:p?w#x@h/db", "postgresql://u:***@h/db"),
         ("postgresql://u:p w@h/db", "postgresql://u:***@h/db"),
         ("postgresql://u:p'w@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:p'@w@h/db", "postgresql://u:***@h/db"),
+        ("postgresql://u:p@ w@h/db", "postgresql://u:***@h/db"),
         ("postgresql://me@corp:pw@h/db", "postgresql://me@corp:***@h/db"),
         ("postgresql://:pw@h/db", "postgresql://:***@h/db"),
         ("postgresql://u:pw@[::1]:5432/db", "postgresql://u:***@[::1]:5432/db"),
@@ -154,6 +157,8 @@ def test_a_report_has_no_password(tmp_path: Path) -> None:
 
 def test_messages_and_printed_recipes_have_no_password() -> None:
     assert str(UserError(f"storage: {URLS[1]}: no")).startswith("storage: postgresql://me:***@host")
+    assert "s3cr" not in quoted(f"https://me:s3cr{'e' * 90}@host")  # cut before its @
+    assert "s3cr" not in _reason(OSError(f"API request to {URLS[0]} failed"))
     arguments = ["train", "tiny", f"tracking.mlflow={URLS[0]}", "--print-config"]
     printed = CliRunner().invoke(app, arguments)
     assert printed.exit_code == 0
