@@ -21,6 +21,7 @@ from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
+from alignlab.passwords import without_password
 
 app = typer.Typer(
     cls=Commands,
@@ -64,7 +65,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
 
     config = load_run(recipe, overrides)
     if print_config:
-        typer.echo(dump(config), nl=False)
+        typer.echo(without_password(dump(config)), nl=False)
         return
     from alignlab.distributed.ranks import destroy_process_group
     from alignlab.train import train as run
@@ -93,7 +94,7 @@ def stage1(
 
     config = load_stage1_run(kind, recipe, overrides)
     if print_config:
-        typer.echo(dump(config), nl=False)
+        typer.echo(without_password(dump(config)), nl=False)
         return
     from alignlab.stage1.train import train_stage1
 

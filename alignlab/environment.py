@@ -11,6 +11,7 @@ import torch
 
 import alignlab
 from alignlab.checkout import git
+from alignlab.passwords import without_password
 from alignlab.runs.atomic_files import remove_folder
 from alignlab.runs.checksums import DamagedError, read_json
 
@@ -29,13 +30,18 @@ def describe_environment() -> dict[str, str]:
     facts = {
         "alignlab": alignlab.__version__,
         "commit": git_commit() or "not a git checkout",
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(Path(sys.argv[0]).name),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
     }
     return facts | {name: package_version(name) or "not installed" for name in PACKAGES}
+
+
+def command_line(program: str) -> str:
+    """The arguments of this process behind the name of its program, without passwords in URLs."""
+    return " ".join([program, *map(without_password, sys.argv[1:])])
 
 
 def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:

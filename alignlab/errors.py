@@ -1,15 +1,18 @@
 """Errors whose message is for the user, and one line of what a library raised."""
 
+from alignlab.passwords import without_password
+
 
 class UserError(Exception):
     """Something the user can fix: one line that names the thing and the fix.
 
     The command line prints it without a traceback and exits with code 2. What a message quotes may
-    hold line breaks, NUL or half a character: they are shown as escapes.
+    hold line breaks, NUL or half a character: they are shown as escapes. Passwords in URLs are
+    left out.
     """
 
     def __init__(self, message: object) -> None:
-        super().__init__(printable(str(message)))
+        super().__init__(printable(without_password(str(message))))
 
 
 def printable(text: str) -> str:
@@ -20,7 +23,7 @@ def printable(text: str) -> str:
 def shown(value: object, length: int = 80) -> str:
     """A value as a message quotes it: its `repr`, cut where it is long."""
     try:
-        text = repr(value)
+        text = without_password(repr(value))  # which a cut may make unrecognisable
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"
     except RecursionError:

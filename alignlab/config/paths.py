@@ -29,11 +29,6 @@ def sqlite_url(database: Path) -> str:
     return f"sqlite:///{quote(str(database))}"
 
 
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
-
-
 def expanded_url(url: str) -> str:
     """A SQLite URL whose path begins with `~` with the home folder there; any other as it is.
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from alignlab.config.parts import TrainingConfig
-from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
+from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.errors import first_line, printable
+from alignlab.passwords import without_password
 from alignlab.tracking.database import make_whole
 
 log = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _reason(error: Exception) -> str:
     """One line of an error, without what MLflow says around it."""
-    text = first_line(error)
+    text = without_password(first_line(error))
     short = r"Connection refused|Connection reset|timed out|Failed to resolve|No route to host"
     known = re.search(short, str(error))
     return known[0].lower() if known else printable(text[:300])

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignlab.passwords import without_password
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import without_checksum_line
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.connection import Connection
 from alignlab.tracking.names import mlflow_name, mlflow_tags
@@ -31,6 +33,7 @@ RECIPE_HASH = "alignlab.recipe_hash"
 PARENT = "mlflow.parentRunId"
 MAX_RUN_NAME = 250
 MOST_METRICS = 1000  # in a request
+TEXTS = (".yaml", ".csv")  # that quote settings and errors
 ABOUT_A_ROW = ("step", "time")
 
 
@@ -167,10 +170,16 @@ class MlflowRun:
         client.log_batch(self._run_id, metrics=points)
 
     def upload(self, client: Any, files: Iterable[Path]) -> None:
-        """Adds files, those that are there, as artifacts."""
+        """Adds files, those that are there, as artifacts; recipes without passwords in URLs."""
         for file in files:
-            if file.exists():
+            if not file.exists():
+                continue
+            text = file.read_text("utf-8") if file.suffix in TEXTS else ""
+            if without_password(text) == text:
                 client.log_artifact(self._run_id, str(file))
+            else:
+                shown = without_password(without_checksum_line(text))
+                client.log_text(self._run_id, shown, file.name)
 
     def close(self, client: Any, status: str) -> None:
         """Ends it: `FINISHED`, `FAILED` or `KILLED`."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
+from alignlab.passwords import without_password
 
 # MLflow's own limits.
 MAX_NAME = 250
@@ -37,15 +38,18 @@ def mlflow_name(name: str) -> str:
 def mlflow_params(config: TrainingConfig) -> dict[str, str]:
     """Settings of a recipe by dotted name; a value that is too long ends in `...`.
 
-    The whole of it is in the artifact `recipe.yaml`.
+    The whole of it is in the artifact `recipe.yaml`. Passwords in URLs are left out.
     """
     settings = flatten(config.model_dump(mode="json"))
-    return {mlflow_name(key): cut(str(value), MAX_VALUE) for key, value in settings.items()}
+    return {
+        mlflow_name(key): cut(without_password(str(value)), MAX_VALUE)
+        for key, value in settings.items()
+    }
 
 
 def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags as MLflow takes them; a value that is too long ends in `...`."""
-    return {mlflow_name(key): cut(value, MAX_TAG) for key, value in tags.items()}
+    """Tags as MLflow takes them, without passwords in URLs; one that is too long ends in `...`."""
+    return {mlflow_name(key): cut(without_password(value), MAX_TAG) for key, value in tags.items()}
 
 
 def cut(text: str, length: int) -> str:

@@ -7,6 +7,7 @@ import typer
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.errors import UserError
 from alignlab.experiments.cli.launch_options import LauncherName, RayAddress
+from alignlab.passwords import without_password
 
 
 def compare(
@@ -24,7 +25,7 @@ def compare(
 
     config = load_compare(recipe, overrides)
     if print_config:
-        typer.echo(dump_compare(config) + show_variants(config), nl=False)
+        typer.echo(without_password(dump_compare(config) + show_variants(config)), nl=False)
         return
     from alignlab.experiments.compare.run import compare as run
     from alignlab.experiments.compare.run import unfinished

@@ -6,6 +6,7 @@ import typer
 
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
+from alignlab.passwords import without_password
 
 
 def sweep(
@@ -24,7 +25,7 @@ def sweep(
 
     config = load_sweep(recipe, overrides)
     if print_config:
-        typer.echo(dump_sweep(config), nl=False)
+        typer.echo(without_password(dump_sweep(config)), nl=False)
         return
     from alignlab.experiments.sweep import run
     from alignlab.experiments.sweep.launch import make_sweep_launcher

@@ -15,9 +15,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.errors import UserError, first_line
+from alignlab.passwords import without_passwords
 from alignlab.runs.atomic_files import write_text
 
 _CONFIG = ConfigDict(extra="forbid")
+QUOTED = ("recipe", "command", "environment", "differing", "tuning")
+"""Fields that quote the user, whose URLs lose their passwords."""
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -223,6 +226,8 @@ class Comparison:
     tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in QUOTED:  # also those of a file that an older version wrote
+            object.__setattr__(self, name, without_passwords(getattr(self, name)))
         if self.baseline not in self.variants:
             raise ValueError(f"baseline {self.baseline!r} is not one of {list(self.variants)}")
         seen = set()

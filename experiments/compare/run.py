@@ -5,7 +5,6 @@ functions of the seed (`alignlab.randomness`). A finished run is reused, a kille
 """
 
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from alignlab import interruption
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
-from alignlab.environment import describe_environment, read_environment
+from alignlab.environment import command_line, describe_environment, read_environment
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
@@ -227,7 +226,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         differing=differences(config),
         environment=dict(environment),
         duration_s=_seconds_so_far(folder),
-        command=" ".join(["alignlab", *sys.argv[1:]]),
+        command=command_line("alignlab"),
         commit=environment["commit"],
         results=results,
         allowed=config.allow_differences,

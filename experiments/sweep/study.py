@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from alignlab.config.identity import has_hash, settings_hash
 from alignlab.config.merging import flatten
-from alignlab.config.paths import expanded_url, sqlite_url, user_path, without_password
+from alignlab.config.paths import expanded_url, sqlite_url, user_path
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.draw import FIXED, fix_params
@@ -41,6 +41,7 @@ from alignlab.experiments.sweep.storage_check import (
     storage_errors,
     storage_file,
 )
+from alignlab.passwords import without_password
 from alignlab.recipe import first_difference
 from alignlab.runs.disk_errors import FULL, as_os_error
 from alignlab.runs.file_lock import file_lock

@@ -30,6 +30,7 @@ from alignlab.experiments.sweep.pruning import (
 from alignlab.experiments.sweep.space import apply_values, suggest_values, tapped_blocks
 from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
+from alignlab.passwords import without_password
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.inputs import read_inputs
@@ -94,8 +95,9 @@ class TrialRunner:
         if not lease.is_held():
             raise LostTrialError
         if outcome.error:
-            log.info("trial %d failed: %s", trial.number, outcome.error)
-            trial.set_user_attr(ERROR, outcome.error)
+            error = without_password(outcome.error)
+            log.info("trial %d failed: %s", trial.number, error)
+            trial.set_user_attr(ERROR, error)
         trial.set_user_attr(METRICS, outcome.metrics)
         means = {name: fmean(by_seed) for name, by_seed in outcome.metrics.items()}
         optimized = None

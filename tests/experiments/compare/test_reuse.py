@@ -156,6 +156,7 @@ def test_runs_whose_schedules_were_planned_otherwise_are_refused(
     plan = prepare(config("steps=4"))
     for folder in plan.folders.values():
         (folder.checkpoints / "step-000004").mkdir(parents=True)
+        (folder.checkpoints / "step-000004" / "optimizer.safetensors").touch()
     stretched = ("steps=8", "optim.resume_schedule=stretch")
     prepare(config(*stretched))
     with pytest.raises(UserError, match="their schedules would not be the same") as error:
