@@ -20,7 +20,7 @@ from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import describe_environment, read_environment
 from alignlab.errors import UserError
-from alignlab.evaluation.blocks import metrics_of_blocks
+from alignlab.evaluation.blocks import means_of_lacking, metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
@@ -304,31 +304,39 @@ def collect(
         for key, value in row.items():
             if key.startswith(CURVES):
                 curves.setdefault(key, []).append((int(row["step"]), value))
+    metrics, earlier = result["metrics"], evaluations(rows)
+    if blocks is not None:
+        metrics = metrics_of_blocks(metrics, blocks)
+        earlier = {step: metrics_of_blocks(found, blocks) for step, found in earlier.items()}
     return RunResult(
         variant=variant,
         seed=seed,
         steps=result["steps"],
         run_dir=str(run.path.relative_to(folder)),
-        metrics=(
-            result["metrics"] if blocks is None else metrics_of_blocks(result["metrics"], blocks)
-        ),
+        metrics=metrics,
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in run.sample_list()),
         notes=tuple(result.get("notes", ())),
         aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
         diverged=result.get("diverged", False),
-        measured=_by_step(evaluations(rows), result["steps"], result["metrics"]),
+        measured=_by_step(earlier, result["steps"], metrics),
     )
 
 
 def _by_step(
     earlier: Mapping[int, Mapping[str, float]], last: int, metrics: Mapping[str, float]
 ) -> dict[str, Curve]:
-    """What was measured before the last step, with the numbers of the last, by name."""
+    """What was measured before the last step, with the numbers of the last, by name.
+
+    The mean over blocks is left out at steps where one of its blocks was not measured: it would be
+    of other blocks than the last.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for step, found in sorted(earlier.items()):
+        partial = means_of_lacking(found, metrics)
         for name, value in found.items():
-            curves.setdefault(name, []).append((step, value))
+            if name not in partial:
+                curves.setdefault(name, []).append((step, value))
     for name, points in curves.items():
         if name in metrics:
             points.append((last, metrics[name]))
