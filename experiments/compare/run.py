@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from alignlab.runs.checksums import (
     write_checksums,
     write_json,
 )
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.kept_checkpoints import drop_if_unread
@@ -88,7 +90,8 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
-    forget_checksums(folder)
+    with _only_one(folder):
+        forget_checksums(folder)
     with tracked(folder, plan.runs, plan.folders):
         _train_missing(plan, launcher or make_launcher("local", config.launch))
         measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
@@ -96,11 +99,32 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
             drop_if_unread(plan.folders[key], run)
         cost = cost_of(config, folder)
         comparison = _comparison(plan, cost)
+        report = write_outputs(comparison, folder)
+    print_summary(comparison, Console())
+    return report
+
+
+def write_outputs(comparison: Comparison, folder: Path) -> Path:
+    """Writes a comparison and its report, with their checksums, into its folder.
+
+    Processes that share the folder do so one after another: no checksum is of a file that another
+    one replaces.
+
+    Returns:
+        The report.
+    """
+    with _only_one(folder):
+        forget_checksums(folder)
         comparison.save(folder / "comparison.json")
         report = write_report(comparison, folder)
         write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
-    print_summary(comparison, Console())
     return report
+
+
+def _only_one(folder: Path) -> AbstractContextManager[None]:
+    """Waits until no other process writes what is the comparison's."""
+    lock = folder / ".report.lock"
+    return file_lock(lock, waiting=lambda: f"waiting for the process that writes {folder}")
 
 
 def unfinished(config: CompareConfig) -> list[Path]:
@@ -250,7 +274,9 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
     def finished(key: RunKey) -> None:
         ended.append(shown(key))
         seconds = earlier + time.monotonic() - begin
-        write_json(plan.folder / "progress.json", {"seconds": seconds}, shared=True)
+        with _only_one(plan.folder):
+            forget_checksums(plan.folder)  # of a process that had less to wait for
+            write_json(plan.folder / "progress.json", {"seconds": seconds}, shared=True)
 
     def how_far() -> str:
         names = f" ({'; '.join(ended)})" if ended else ""
