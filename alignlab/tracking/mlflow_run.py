@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.connection import Connection
 from alignlab.tracking.names import mlflow_name, mlflow_tags
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 STATE = "mlflow.json"
 TAGS = "mlflow_tags.json"
 OLD_ID = "mlflow_run_id"  # file of older versions, which holds the run's id alone
+LOCK = ".mlflow.lock"  # also in `START_FILES` of a run folder
 ENDED = "ended"
 KEY = "alignlab.key"
 CHANGED = "alignlab.changed."  # begins the tag of a setting that is another one since a resume
@@ -92,33 +94,10 @@ class MlflowRun:
         """Finds the run or creates it, with tags and params; nothing if it is open."""
         if self._run_id:
             return
-        experiment = experiment_id(client, self._experiment, self._way)
-        state = read_state(self._folder)
-        run_id = state.get("run_id", self._known_id)
-        run = self._found(client, run_id, experiment, state.get("key"))
-        key = state.get("key") or uuid.uuid4().hex
-        tags = self._tags | read_tags(self._folder)
-        if run is not None and self._anew and self._is_other(run):
-            client.set_terminated(run.info.run_id, "KILLED")
-            run, key = None, uuid.uuid4().hex
-        self._is_new = run is None
-        if run is None:
-            write_text(self._folder / STATE, json.dumps({"key": key}))
-            run = client.create_run(
-                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
-            )
-        elif run.info.status != status:
-            client.update_run(run.info.run_id, status=status)
-        ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        write_text(self._folder / STATE, json.dumps({"key": key, **ids}))
-        self._complete(client, run, tags | {KEY: key})
-        self._known.clear()
-        self._queue.clear()
-        self._last_names = (-1, set())
-        if self._metrics is not None:
-            for row in read_rows(self._metrics):
-                self._append(row)
-        self._run_id = str(run.info.run_id)
+        lock = self._folder / LOCK  # several processes may have one parent
+        waiting = f"waiting for the process that opens MLflow's run of {self._folder}"
+        with file_lock(lock, waiting=lambda: waiting):
+            self._find_or_create(client, status)
 
     def add(self, row: Mapping[str, float]) -> None:
         """A row that was written after the run was opened; before, all are read from the file."""
@@ -179,6 +158,35 @@ class MlflowRun:
         if not self._queue:
             state = read_state(self._folder) | {ENDED: status}
             write_text(self._folder / STATE, json.dumps(state))
+
+    def _find_or_create(self, client: Any, status: str) -> None:
+        experiment = experiment_id(client, self._experiment, self._way)
+        state = read_state(self._folder)
+        run_id = state.get("run_id", self._known_id)
+        run = self._found(client, run_id, experiment, state.get("key"))
+        key = state.get("key") or uuid.uuid4().hex
+        tags = self._tags | read_tags(self._folder)
+        if run is not None and self._anew and self._is_other(run):
+            client.set_terminated(run.info.run_id, "KILLED")
+            run, key = None, uuid.uuid4().hex
+        self._is_new = run is None
+        if run is None:
+            write_text(self._folder / STATE, json.dumps({"key": key}))
+            run = client.create_run(
+                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
+            )
+        elif run.info.status != status:
+            client.update_run(run.info.run_id, status=status)
+        ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+        write_text(self._folder / STATE, json.dumps({"key": key, **ids}))
+        self._complete(client, run, tags | {KEY: key})
+        self._known.clear()
+        self._queue.clear()
+        self._last_names = (-1, set())
+        if self._metrics is not None:
+            for row in read_rows(self._metrics):
+                self._append(row)
+        self._run_id = str(run.info.run_id)
 
     def _found(self, client: Any, run_id: str, experiment: str, key: str | None) -> Any:
         """The run of this folder, unless somebody deleted it."""

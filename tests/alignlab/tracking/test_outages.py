@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker, ask, runs_address
 from alignlab.tracking.connection import PACED, Connection
-from alignlab.tracking.mlflow_run import read_state
+from alignlab.tracking.mlflow_run import MlflowRun, read_state
 from alignlab.tracking.names import MAX_NAME, mlflow_name
 from alignlab.tracking.send import send_run
 from alignlab.train import train
@@ -33,7 +34,8 @@ class Output:
     def __init__(self, folder: Path, make_config: MakeConfig) -> None:
         self.config = make_config("tracking.mlflow=sqlite")
         self.run = RunFolder.create(self.config)
-        self.client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        self.database = folder / "mlflow.db"
+        self.client = MlflowClient(f"sqlite:///{self.database}")
 
     def log(self, steps: Sequence[int], *, start: int = 0, then: Callable[..., Any] = int) -> None:
         """Rows of these steps, two at the last, as of a training that resumes from `start`."""
@@ -170,6 +172,26 @@ def test_an_experiment_that_another_process_makes_meanwhile(
     output.log([1])
     assert output.sent() == output.written() and caplog.text == ""
     assert len(output.client.search_experiments()) == 2  # with MLflow's own
+
+
+def test_processes_that_open_the_run_of_a_folder_at_once_have_one(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = MlflowClient.create_run
+
+    def slow(*given: Any, **settings: Any) -> Any:
+        time.sleep(0.2)
+        return create(*given, **settings)
+
+    monkeypatch.setattr(MlflowClient, "create_run", slow)
+    way = Connection(f"sqlite:///{output.database}")
+    runs = [
+        MlflowRun(output.run.path, way, experiment="e", name="parent", tags={}) for _ in range(2)
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda run: run.open(output.client), runs))
+    assert [run.info.run_id for run in output.runs()] == [runs[0].run_id]
+    assert runs[1].run_id == runs[0].run_id
 
 
 @pytest.mark.usefixtures("without_rest")
