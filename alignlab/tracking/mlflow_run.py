@@ -151,11 +151,17 @@ class MlflowRun:
             if file.exists():
                 client.log_artifact(self._run_id, str(file))
 
-    def close(self, client: Any, status: str) -> None:
-        """Ends it: `FINISHED`, `FAILED` or `KILLED`."""
+    def close(self, client: Any, status: str, *, complete: bool = True) -> None:
+        """Ends it: `FINISHED`, `FAILED` or `KILLED`.
+
+        Args:
+            client: of MLflow.
+            status: of the run.
+            complete: it has its files, too; else it counts as not ended.
+        """
         client.set_terminated(self._run_id, status)
         self._run_id = ""
-        if not self._queue:
+        if complete and not self._queue:
             state = read_state(self._folder) | {ENDED: status}
             write_text(self._folder / STATE, json.dumps(state))
 

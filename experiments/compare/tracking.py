@@ -19,7 +19,7 @@ from alignlab.tracking.mlflow_run import (
     write_tags,
 )
 from alignlab.tracking.send import send_run
-from alignlab.tracking.tracker import END_S, tell_unsent
+from alignlab.tracking.tracker import END_S, status_of, tell_unsent
 
 VARIANT = "alignlab.variant"
 FILES = ("comparison.json", "report.html", "report.md", "table.csv")
@@ -41,7 +41,7 @@ def tracked(
     try:
         yield
     except BaseException as error:
-        parent.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        parent.end(status_of(error))
         raise
     parent.end("FINISHED")
 
@@ -88,13 +88,17 @@ class ParentRun:
         way, run = self._way, self._run
         with quiet_libraries():
             run.forget()  # it may have been deleted while the runs were trained
-            complete = way.attempt(run.open, when=NOW)
+            complete, has_files = way.attempt(run.open, when=NOW), True
             self._tell_children()
             if complete and status == "FINISHED":
                 complete = self._send_children()
-                way.upload(run.upload, [self._folder / name for name in FILES])
+                files = [self._folder / name for name in FILES]
+                has_files = complete and way.upload(run.upload, files)
             if complete:
-                complete = way.attempt(lambda client: run.close(client, status), when=NOW)
+                complete = way.attempt(
+                    lambda client: run.close(client, status, complete=has_files), when=NOW
+                )
+            complete = complete and has_files
         if not complete:
             tell_unsent(way, self._folder)
         return complete

@@ -23,7 +23,7 @@ from alignlab.tracking.connection import NOW, UNLESS_AWAY, Connection, When, con
 from alignlab.tracking.mlflow_run import ENDED, PARENT, MlflowRun, read_state, write_tags
 from alignlab.tracking.names import mlflow_name
 from alignlab.tracking.send import send_run
-from alignlab.tracking.tracker import END_S, tell_unsent
+from alignlab.tracking.tracker import END_S, status_of, tell_unsent
 
 MLFLOW_ID = "mlflow_run_id"
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
@@ -52,7 +52,7 @@ class SweepTracker:
         try:
             yield
         except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+            status = status_of(error)
             if run.run_id and not way.is_away:
                 way.attempt(lambda client: run.close(client, status), when=NOW)
             raise
@@ -78,12 +78,13 @@ class SweepTracker:
                 ended = [t.datetime_complete for t in self._sweep.trials() if t.datetime_complete]
                 when_s = max(moment.timestamp() for moment in ended) if ended else time.time()
 
+                has_files = way.upload(run.upload, [self._folder / name for name in FILES])
+
                 def close(client: Any) -> None:
                     run.set_metrics(client, metrics, when_s)
-                    way.upload(run.upload, [self._folder / name for name in FILES])
-                    run.close(client, status)
+                    run.close(client, status, complete=has_files)
 
-                complete = way.attempt(close, when=NOW)
+                complete = way.attempt(close, when=NOW) and has_files
         if not complete:
             tell_unsent(way, self._folder)
         return complete

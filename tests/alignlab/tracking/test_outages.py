@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from requests import ReadTimeout
 
 from alignlab.config.run import RunConfig
+from alignlab.errors import EndedEarlyError
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker, ask, runs_address
 from alignlab.tracking.connection import PACED, Connection
-from alignlab.tracking.mlflow_run import MlflowRun, read_state
+from alignlab.tracking.mlflow_run import ENDED, MlflowRun, read_state
 from alignlab.tracking.names import MAX_NAME, mlflow_name
 from alignlab.tracking.send import send_run
 from alignlab.train import train
@@ -172,6 +174,48 @@ def test_an_experiment_that_another_process_makes_meanwhile(
     output.log([1])
     assert output.sent() == output.written() and caplog.text == ""
     assert len(output.client.search_experiments()) == 2  # with MLflow's own
+
+
+@pytest.mark.usefixtures("without_rest")
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [(ReadTimeout("timed out"), False), (PermissionError(13, "not yours"), True)],
+    ids=["slow", "refused"],
+)
+def test_files_that_were_not_taken_are_sent_later_unless_none_are_taken(
+    error: OSError,
+    is_final: bool,
+    output: Output,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("alignlab.tracking.connection._connections", {})
+    replace(monkeypatch, "log_artifact", {0}, error, after=False)
+    output.log(range(2))
+    (run,) = output.runs()
+    assert run.info.status == "FINISHED"
+    assert ("takes no files" in caplog.text) == is_final
+    assert ("`alignlab track" in caplog.text) != is_final
+    assert (ENDED in read_state(output.run.path)) == is_final
+    assert send_run(output.run.path)
+    files = [] if is_final else ["recipe.yaml"]
+    assert [file.path for file in output.client.list_artifacts(run.info.run_id)] == files
+    assert ENDED in read_state(output.run.path)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(EndedEarlyError(), "KILLED"), (KeyboardInterrupt(), "KILLED"), (ValueError(), "FAILED")],
+)
+def test_the_status_says_whether_an_end_was_meant(
+    error: BaseException, status: str, output: Output
+) -> None:
+    def ended() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        output.log(range(2), then=ended)
+    assert output.runs()[0].info.status == status
 
 
 def test_processes_that_open_the_run_of_a_folder_at_once_have_one(
