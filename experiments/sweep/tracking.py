@@ -22,8 +22,8 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.tracking.connection import NOW, UNLESS_AWAY, Connection, When, connection
 from alignlab.tracking.mlflow_run import ENDED, PARENT, MlflowRun, read_state, write_tags
 from alignlab.tracking.names import mlflow_name
-from alignlab.tracking.send import send_run
-from alignlab.tracking.tracker import END_S, status_of, tell_unsent
+from alignlab.tracking.send import send_unless_ended
+from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
 MLFLOW_ID = "mlflow_run_id"
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
@@ -121,7 +121,7 @@ class SweepTracker:
         return MlflowRun(
             self._folder,
             way,
-            experiment=self._sweep.config.name,
+            experiment=experiment_name(self._sweep.config.base),
             name=study.study_name,
             tags={
                 "optuna.study": study.study_name,
@@ -149,7 +149,7 @@ class SweepTracker:
         return MlflowRun(
             folder,
             way,
-            experiment=self._sweep.config.name,
+            experiment=experiment_name(self._sweep.config.base),
             name=f"{study.study_name}/{folder.name}",
             tags=tags,
             params={mlflow_name(key): str(value) for key, value in values.items()},
@@ -169,10 +169,7 @@ class SweepTracker:
                     return False
             for run in self._run_folders(trial.number):
                 self._tell_run(run, trial.number)
-                left = until - time.monotonic()
-                if ENDED not in read_state(run) and not (
-                    left > 0 and send_run(run, to=self._place, within_s=left)
-                ):
+                if not send_unless_ended(run, to=self._place, until=until):
                     return False
         return True
 
