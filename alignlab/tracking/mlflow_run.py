@@ -6,7 +6,6 @@ rows it has, so that none is sent twice, whatever was killed or timed out; and a
 again nevertheless has the same time, by which MLflow's databases know it.
 """
 
-import json
 import logging
 import uuid
 from collections import deque
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import DamagedError, read_json, write_json
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.connection import Connection
@@ -162,8 +161,7 @@ class MlflowRun:
         client.set_terminated(self._run_id, status)
         self._run_id = ""
         if complete and not self._queue:
-            state = read_state(self._folder) | {ENDED: status}
-            write_text(self._folder / STATE, json.dumps(state))
+            write_json(self._folder / STATE, read_state(self._folder) | {ENDED: status})
 
     def _find_or_create(self, client: Any, status: str) -> None:
         experiment = experiment_id(client, self._experiment, self._way)
@@ -177,14 +175,14 @@ class MlflowRun:
             run, key = None, uuid.uuid4().hex
         self._is_new = run is None
         if run is None:
-            write_text(self._folder / STATE, json.dumps({"key": key}))
+            write_json(self._folder / STATE, {"key": key})
             run = client.create_run(
                 experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
             )
         elif run.info.status != status:
             client.update_run(run.info.run_id, status=status)
         ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        write_text(self._folder / STATE, json.dumps({"key": key, **ids}))
+        write_json(self._folder / STATE, {"key": key, **ids})
         self._complete(client, run, tags | {KEY: key})
         self._known.clear()
         self._queue.clear()
@@ -268,13 +266,20 @@ def read_state(folder: Path) -> dict[str, str]:
     """
     path, old = folder / STATE, folder / OLD_ID
     if path.exists():
-        try:
-            state: dict[str, str] = json.loads(path.read_text())
-        except ValueError as error:
-            log.warning("%s is damaged (%s): MLflow gets a new run for %s", path, error, folder)
-            return {}
-        return state
+        return _read(path, f"MLflow's run of {folder} is not known by it")
     return {"run_id": old.read_text().strip()} if old.exists() else {}
+
+
+def _read(path: Path, lost: str) -> dict[str, str]:
+    """Texts by name; of a damaged file none, which is told: no training ends for that."""
+    try:
+        content = read_json(path, fix=lost)
+        if not all(isinstance(value, str) for value in content.values()):
+            raise DamagedError(path, "it holds more than texts", lost)
+    except DamagedError as error:
+        log.warning("%s", error)
+        return {}
+    return content
 
 
 def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
@@ -285,17 +290,18 @@ def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if read_tags(folder) == dict(tags):
         return
-    write_text(folder / TAGS, json.dumps(dict(tags), indent=1))
+    write_json(folder / TAGS, tags)
     state = read_state(folder)
     if state.pop(ENDED, None) is not None:
-        write_text(folder / STATE, json.dumps(state))
+        write_json(folder / STATE, state)
 
 
 def read_tags(folder: Path) -> dict[str, str]:
     """What `write_tags` wrote."""
     path = folder / TAGS
-    tags: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return tags
+    if not path.exists():
+        return {}
+    return _read(path, "what the run is a part of is not known until that is continued")
 
 
 def experiment_id(client: Any, name: str, way: Connection) -> str:

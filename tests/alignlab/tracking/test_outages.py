@@ -15,11 +15,20 @@ from requests import ReadTimeout
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import EndedEarlyError
+from alignlab.runs.checksums import write_json
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker, ask, runs_address
 from alignlab.tracking.connection import PACED, Connection
-from alignlab.tracking.mlflow_run import ENDED, MlflowRun, read_state
+from alignlab.tracking.mlflow_run import (
+    ENDED,
+    STATE,
+    TAGS,
+    MlflowRun,
+    read_state,
+    read_tags,
+    write_tags,
+)
 from alignlab.tracking.names import MAX_NAME, mlflow_name
 from alignlab.tracking.send import send_run
 from alignlab.train import train
@@ -174,6 +183,22 @@ def test_an_experiment_that_another_process_makes_meanwhile(
     output.log([1])
     assert output.sent() == output.written() and caplog.text == ""
     assert len(output.client.search_experiments()) == 2  # with MLflow's own
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"run_id": 3, "a": "b"}', None])
+@pytest.mark.parametrize("name", [STATE, TAGS])
+def test_a_damaged_file_of_the_run_is_told(
+    name: str, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tags(tmp_path, {"a": "b"})
+    write_json(tmp_path / STATE, {"run_id": "c", ENDED: "FINISHED"})
+    path, read = tmp_path / name, read_state if name == STATE else read_tags
+    assert read(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'": "', b'": "x') if content is None else content)
+    assert read(tmp_path) == {}
+    assert f"{path} is damaged" in caplog.text
+    write_tags(tmp_path, {"d": "e"})
+    assert read_tags(tmp_path) == {"d": "e"}
 
 
 @pytest.mark.usefixtures("without_rest")
