@@ -184,7 +184,7 @@ def numbered_settings(config: TrainingConfig) -> dict[str, Any]:
     for key, inner in NUMBERLESS.items():
         if inner is True:
             dumped.pop(key)
-        else:
+        elif key in dumped:  # Stage 1 has no `eval`
             dumped[key] = {name: v for name, v in dumped[key].items() if name not in inner}
     return {key: value for key, value in flatten(dumped).items() if value != {}}
 

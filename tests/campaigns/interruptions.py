@@ -233,6 +233,8 @@ def contents(kind: str, output: Path) -> dict[str, Any]:
                 left |= {f"{name}/{part}/{k}": v for k, v in timeless_contents(run / part).items()}
         left[f"{name}/metrics.jsonl"] = timeless_rows(run)
         result = json.loads((run / "result.json").read_text())
+        for key in ("checksum", "files", "log"):  # of files in which times are
+            result.pop(key, None)
         if "metrics" in result:
             result["metrics"] = timeless(result["metrics"])
         left[f"{name}/result.json"] = result

@@ -166,6 +166,7 @@ def test_an_older_run_folder_is_not_resumed_with_the_new_default(tmp_path: Path)
     output = f"output={tmp_path}"
     config, as_then = with_videorepa(output), with_videorepa(output, more=XAVIER)
     folder = RunFolder.create(config)
+    (folder.checkpoints / "step-000001").mkdir(parents=True)
     assert RunFolder.create(config).config() == config  # one of today resumes
     lines = folder.recipe.read_text().splitlines(keepends=True)[1:]  # older ones had no checksum
     folder.recipe.write_text("".join(line for line in lines if "initial_weights" not in line))

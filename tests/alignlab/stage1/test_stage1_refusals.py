@@ -71,7 +71,7 @@ def test_a_folder_of_another_recipe_is_not_overwritten(
 ) -> None:
     into = [f"output={networks['sara'].parents[1]}", "name=sara"]
     for command in (
-        ["stage1", "sara", str(recipes["sara"]), "steps=4"],
+        ["stage1", "sara", str(recipes["sara"]), "optim.lr=0.5"],
         ["stage1", "moalign", str(recipes["moalign"])],
         ["train", str(recipe_file)],
     ):

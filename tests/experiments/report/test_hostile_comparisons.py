@@ -83,7 +83,9 @@ leaves = st.one_of(
     st.none(), st.booleans(), counts, st.floats(allow_nan=False, allow_infinity=False), texts
 )
 json_lists = st.lists(leaves, max_size=2)
-json_values = st.one_of(leaves, json_lists, st.dictionaries(texts, leaves, max_size=2))
+json_values: st.SearchStrategy[Any] = st.one_of(
+    leaves, json_lists, st.dictionaries(texts, leaves, max_size=2)
+)
 curves = st.dictionaries(
     st.one_of(st.sampled_from(["loss/flow", "val/flow", "retrieval/mean"]), texts),
     st.lists(st.tuples(st.integers(0, 500), numbers), max_size=5).map(tuple),
@@ -190,7 +192,7 @@ def budgets(variants: list[str]) -> st.SearchStrategy[Budget]:
     )
 
 
-def many(examples: int) -> Any:
+def many(examples: int) -> settings:
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(
         max_examples=examples, deadline=None, suppress_health_check=checks, derandomize=True
