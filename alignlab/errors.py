@@ -15,6 +15,10 @@ class UserError(Exception):
         super().__init__(printable(without_password(str(message))))
 
 
+class EndedEarlyError(Exception):
+    """Ends a training on purpose: `on_evaluation` may raise it where the rest is not worth it."""
+
+
 def printable(text: str) -> str:
     """The text in one line: line breaks, control characters and lone surrogates as escapes."""
     return "".join(c if c.isprintable() or c == "\u200d" else ascii(c)[1:-1] for c in text)

@@ -79,6 +79,17 @@ def metrics_of_blocks(metrics: Mapping[str, float], blocks: Collection[int]) -> 
     }
 
 
+def means_of_lacking(found: Mapping[str, float], whole: Mapping[str, float]) -> set[str]:
+    """Names `<name>/mean` of which `found` lacks a block that `whole` has.
+
+    Args:
+        found: metrics by name.
+        whole: those that they are held against.
+    """
+    lacking = (_OF_BLOCK.fullmatch(key) for key in whole.keys() - found.keys())
+    return {f"{match['name']}/mean" for match in lacking if match is not None}
+
+
 def _placed(before: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
     """The metrics with those of all blocks in the place of those of some, in their usual order."""
     others = {key: value for key, value in before.items() if key not in measured}

@@ -19,6 +19,10 @@ log = logging.getLogger(__name__)
 NOTE_EVERY_S = 60.0
 
 
+class HeldError(UserError):
+    """Another process holds a lock that is not waited for."""
+
+
 @contextmanager
 def file_lock(
     path: Path,
@@ -36,7 +40,8 @@ def file_lock(
         remove: the file goes away with the lock.
 
     Raises:
-        UserError: it is `refused`, or the filesystem has no locks.
+        HeldError: it is `refused`.
+        UserError: the filesystem has no locks.
     """
     lock = FileLock(path, fallback_to_soft=False)
     while True:
@@ -45,7 +50,7 @@ def file_lock(
             break
         except Timeout:
             if refused is not None:
-                raise UserError(refused()) from None
+                raise HeldError(refused()) from None
             log.info("%s", waiting())
         except OSError as error:
             if error.errno != errno.ENOSYS:

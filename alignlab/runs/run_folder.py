@@ -76,6 +76,7 @@ START_FILES = (  # of a run before its first checkpoint
         "mlflow_run_id",
         "mlflow.json",
         "mlflow_tags.json",
+        ".mlflow.lock",
         "worker.log",
         prolong.HISTORY,
         RECORD,

@@ -5,6 +5,7 @@ A call that fails is told once, until one succeeds again. During training, none 
 more than a twentieth of a training's time, whatever it does.
 """
 
+import errno
 import json
 import logging
 import os
@@ -108,20 +109,29 @@ class Connection:
         self._rest(SHARE * (time.monotonic() - begin))
         return True
 
-    def upload(self, work: Callable[[Any, Iterable[Path]], object], files: Iterable[Path]) -> None:
+    def upload(self, work: Callable[[Any, Iterable[Path]], object], files: Iterable[Path]) -> bool:
         """Adds files to a run; a place that takes none is told once, and not asked again.
 
         Args:
             work: gets the client and the files.
             files: to add.
+
+        Returns:
+            Whether MLflow has all files that it takes.
         """
-        if self._takes_no_files or self._client is None:
-            return
-        try:
-            work(self._client, files)
-        except _failures() as error:
-            self._takes_no_files = True
-            log.warning("MLflow at %s takes no files: %s", self.shown, _reason(error))
+        if self._takes_no_files:
+            return True
+
+        def add(client: Any) -> None:
+            try:
+                work(client, files)
+            except _failures() as error:
+                if not _takes_no_files(error):
+                    raise
+                self._takes_no_files = True
+                log.warning("MLflow at %s takes no files: %s", self.shown, _reason(error))
+
+        return self.attempt(add, when=NOW)
 
     @property
     def shown(self) -> str:
@@ -213,6 +223,22 @@ def _failures() -> tuple[type[Exception], ...]:
         OSError,
         ModuleNotFoundError,  # a database's driver
     )
+
+
+def _takes_no_files(error: Exception) -> bool:
+    """Whether an upload failed as every other would; else it may succeed later."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, ModuleNotFoundError | PermissionError):  # a store's client; its folder
+        return True
+    response = getattr(error, "response", None)  # of requests, an OSError
+    if response is not None:
+        is_disabled = response.status_code == 503 and "--no-serve-artifacts" in response.text
+        return is_disabled or response.status_code in (403, 404, 405, 501)
+    if isinstance(error, MlflowException):
+        is_unknown = "registered artifact repository" in str(error)  # an address of another kind
+        return is_unknown or error.error_code in ("PERMISSION_DENIED", "NOT_IMPLEMENTED")
+    return isinstance(error, OSError) and error.errno == errno.EROFS
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,6 @@ rows it has, so that none is sent twice, whatever was killed or timed out; and a
 again nevertheless has the same time, by which MLflow's databases know it.
 """
 
-import json
 import logging
 import uuid
 from collections import deque
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.passwords import without_password
-from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checksums import without_checksum_line
+from alignlab.runs.checksums import DamagedError, read_json, without_checksum_line, write_json
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.connection import Connection
 from alignlab.tracking.names import mlflow_name, mlflow_tags
@@ -26,6 +25,7 @@ log = logging.getLogger(__name__)
 STATE = "mlflow.json"
 TAGS = "mlflow_tags.json"
 OLD_ID = "mlflow_run_id"  # file of older versions, which holds the run's id alone
+LOCK = ".mlflow.lock"  # also in `START_FILES` of a run folder
 ENDED = "ended"
 KEY = "alignlab.key"
 CHANGED = "alignlab.changed."  # begins the tag of a setting that is another one since a resume
@@ -95,33 +95,10 @@ class MlflowRun:
         """Finds the run or creates it, with tags and params; nothing if it is open."""
         if self._run_id:
             return
-        experiment = experiment_id(client, self._experiment, self._way)
-        state = read_state(self._folder)
-        run_id = state.get("run_id", self._known_id)
-        run = self._found(client, run_id, experiment, state.get("key"))
-        key = state.get("key") or uuid.uuid4().hex
-        tags = self._tags | read_tags(self._folder)
-        if run is not None and self._anew and self._is_other(run):
-            client.set_terminated(run.info.run_id, "KILLED")
-            run, key = None, uuid.uuid4().hex
-        self._is_new = run is None
-        if run is None:
-            write_text(self._folder / STATE, json.dumps({"key": key}))
-            run = client.create_run(
-                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
-            )
-        elif run.info.status != status:
-            client.update_run(run.info.run_id, status=status)
-        ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        write_text(self._folder / STATE, json.dumps({"key": key, **ids}))
-        self._complete(client, run, tags | {KEY: key})
-        self._known.clear()
-        self._queue.clear()
-        self._last_names = (-1, set())
-        if self._metrics is not None:
-            for row in read_rows(self._metrics):
-                self._append(row)
-        self._run_id = str(run.info.run_id)
+        lock = self._folder / LOCK  # several processes may have one parent
+        waiting = f"waiting for the process that opens MLflow's run of {self._folder}"
+        with file_lock(lock, waiting=lambda: waiting):
+            self._find_or_create(client, status)
 
     def add(self, row: Mapping[str, float]) -> None:
         """A row that was written after the run was opened; before, all are read from the file."""
@@ -181,13 +158,47 @@ class MlflowRun:
                 shown = without_password(without_checksum_line(text))
                 client.log_text(self._run_id, shown, file.name)
 
-    def close(self, client: Any, status: str) -> None:
-        """Ends it: `FINISHED`, `FAILED` or `KILLED`."""
+    def close(self, client: Any, status: str, *, complete: bool = True) -> None:
+        """Ends it: `FINISHED`, `FAILED` or `KILLED`.
+
+        Args:
+            client: of MLflow.
+            status: of the run.
+            complete: it has its files, too; else it counts as not ended.
+        """
         client.set_terminated(self._run_id, status)
         self._run_id = ""
-        if not self._queue:
-            state = read_state(self._folder) | {ENDED: status}
-            write_text(self._folder / STATE, json.dumps(state))
+        if complete and not self._queue:
+            write_json(self._folder / STATE, read_state(self._folder) | {ENDED: status})
+
+    def _find_or_create(self, client: Any, status: str) -> None:
+        experiment = experiment_id(client, self._experiment, self._way)
+        state = read_state(self._folder)
+        run_id = state.get("run_id", self._known_id)
+        run = self._found(client, run_id, experiment, state.get("key"))
+        key = state.get("key") or uuid.uuid4().hex
+        tags = self._tags | read_tags(self._folder)
+        if run is not None and self._anew and self._is_other(run):
+            client.set_terminated(run.info.run_id, "KILLED")
+            run, key = None, uuid.uuid4().hex
+        self._is_new = run is None
+        if run is None:
+            write_json(self._folder / STATE, {"key": key})
+            run = client.create_run(
+                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
+            )
+        elif run.info.status != status:
+            client.update_run(run.info.run_id, status=status)
+        ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+        write_json(self._folder / STATE, {"key": key, **ids})
+        self._complete(client, run, tags | {KEY: key})
+        self._known.clear()
+        self._queue.clear()
+        self._last_names = (-1, set())
+        if self._metrics is not None:
+            for row in read_rows(self._metrics):
+                self._append(row)
+        self._run_id = str(run.info.run_id)
 
     def _found(self, client: Any, run_id: str, experiment: str, key: str | None) -> Any:
         """The run of this folder, unless somebody deleted it."""
@@ -263,13 +274,20 @@ def read_state(folder: Path) -> dict[str, str]:
     """
     path, old = folder / STATE, folder / OLD_ID
     if path.exists():
-        try:
-            state: dict[str, str] = json.loads(path.read_text())
-        except ValueError as error:
-            log.warning("%s is damaged (%s): MLflow gets a new run for %s", path, error, folder)
-            return {}
-        return state
+        return _read(path, f"MLflow's run of {folder} is not known by it")
     return {"run_id": old.read_text().strip()} if old.exists() else {}
+
+
+def _read(path: Path, lost: str) -> dict[str, str]:
+    """Texts by name; of a damaged file none, which is told: no training ends for that."""
+    try:
+        content = read_json(path, fix=lost)
+        if not all(isinstance(value, str) for value in content.values()):
+            raise DamagedError(path, "it holds more than texts", lost)
+    except DamagedError as error:
+        log.warning("%s", error)
+        return {}
+    return content
 
 
 def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
@@ -280,17 +298,18 @@ def write_tags(folder: Path, tags: Mapping[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if read_tags(folder) == dict(tags):
         return
-    write_text(folder / TAGS, json.dumps(dict(tags), indent=1))
+    write_json(folder / TAGS, tags)
     state = read_state(folder)
     if state.pop(ENDED, None) is not None:
-        write_text(folder / STATE, json.dumps(state))
+        write_json(folder / STATE, state)
 
 
 def read_tags(folder: Path) -> dict[str, str]:
     """What `write_tags` wrote."""
     path = folder / TAGS
-    tags: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return tags
+    if not path.exists():
+        return {}
+    return _read(path, "what the run is a part of is not known until that is continued")
 
 
 def experiment_id(client: Any, name: str, way: Connection) -> str:

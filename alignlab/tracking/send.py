@@ -1,17 +1,16 @@
 """What MLflow lacks of run folders, sent after the training."""
 
 import math
+import time
 from pathlib import Path
 
 from alignlab.config.parts import TrackingConfig, TrainingConfig
-from alignlab.config.recipe_file import read_recipe
-from alignlab.config.run import RunConfig
 from alignlab.environment import read_environment
 from alignlab.errors import UserError
-from alignlab.recipe import validated
+from alignlab.recipe import load_training, validated
 from alignlab.runs.run_folder import RunFolder, only_writer
-from alignlab.stage1.config import Stage1Config
 from alignlab.tracking.connection import connection
+from alignlab.tracking.mlflow_run import ENDED, read_state
 from alignlab.tracking.tracker import Shipper
 
 
@@ -41,6 +40,20 @@ def send_run(path: Path, *, to: str | None = None, within_s: float = math.inf) -
         return Shipper(way, folder, config, facts).end(status, within_s=within_s)
 
 
+def send_unless_ended(path: Path, *, to: str | None, until: float) -> bool:
+    """As `send_run`, of a run that MLflow may have whole; nothing is begun at `until` or later.
+
+    Args:
+        path: the run folder.
+        to: as of `send_run`.
+        until: as `time.monotonic()` counts.
+    """
+    if ENDED in read_state(path):
+        return True
+    left = until - time.monotonic()
+    return left > 0 and send_run(path, to=to, within_s=left)
+
+
 def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
     """The recipe of a run folder, with the output that the folder lies in now.
 
@@ -48,13 +61,15 @@ def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
         path: the run folder.
         to: another place of MLflow; None: the recipe's.
     """
-    recipe = RunFolder(path).recipe
-    mapping = read_recipe(recipe, [])
-    model = Stage1Config if "stage1" in mapping else RunConfig
-    config: TrainingConfig = validated(model, mapping, stored=True)
-    output = path.resolve().parents[config.name.count("/")]
+    config = load_training(RunFolder(path).recipe)
     tracking = config.tracking
     if to is not None:
         place = validated(TrackingConfig, {"mlflow": to}, under="--to")
         tracking = tracking.model_copy(update={"mlflow": place.mlflow})
-    return config.model_copy(update={"output": str(output), "tracking": tracking})
+    output = str(output_of(path, config.name))
+    return config.model_copy(update={"output": output, "tracking": tracking})
+
+
+def output_of(path: Path, name: str) -> Path:
+    """The output that a folder lies in now; names may have several parts."""
+    return path.resolve().parents[name.count("/")]

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.errors import EndedEarlyError
 from alignlab.recipe import recipe_hash
 from alignlab.runs.metric_rows import append_row, keep_rows
 from alignlab.runs.run_folder import RunFolder
@@ -81,8 +82,7 @@ class Tracker:
         if exc is None:
             self._shipper.end("FINISHED", within_s=END_S)
         else:
-            interrupted = isinstance(exc, KeyboardInterrupt | SystemExit)
-            self._shipper.end("KILLED" if interrupted else "FAILED", within_s=INTERRUPTED_S)
+            self._shipper.end(status_of(exc), within_s=INTERRUPTED_S)
 
 
 class SilentTracker(Tracker):
@@ -157,8 +157,11 @@ class Shipper:
         unsent = self._run.unsent
         if went_well:
             files = (self._folder.recipe, self._folder.result)
-            self._way.upload(self._run.upload, files)
-            went_well = self._attempt(lambda client: self._run.close(client, status), NOW)
+            has_files = self._way.upload(self._run.upload, files)
+            went_well = self._attempt(
+                lambda client: self._run.close(client, status, complete=has_files), NOW
+            )
+            went_well = went_well and has_files
         complete = went_well and not unsent
         if not complete and not (self._folder.path / TAGS).exists():  # else its parent tells
             tell_unsent(self._way, self._folder.path)
@@ -169,6 +172,12 @@ class Shipper:
         if self._way.is_away:
             self._run.forget()
         return done
+
+
+def status_of(error: BaseException) -> str:
+    """MLflow's status of what an error ended: it failed, or was ended on purpose."""
+    is_meant = isinstance(error, KeyboardInterrupt | SystemExit | EndedEarlyError)
+    return "KILLED" if is_meant else "FAILED"
 
 
 def tell_unsent(way: Connection, folder: Path) -> None:

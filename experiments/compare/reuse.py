@@ -39,7 +39,7 @@ def open_run(run: RunConfig) -> tuple[RunConfig, RunFolder]:
     if held is not None:
         if folder.result.exists() or set(held) >= set(run.eval.blocks or ()):
             run = _with_blocks(run, held)
-        else:  # no block was measured yet
+        else:  # evaluations before the last step (`eval.every`) may lack some of them
             with only_writer(folder.path, wait=False):
                 stored = folder.config()
                 more = sorted({*held, *(run.eval.blocks or ())})

@@ -7,6 +7,7 @@ functions of the seed (`alignlab.randomness`). A finished run is reused, a kille
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.environment import command_line, describe_environment, read_environment
 from alignlab.errors import UserError
-from alignlab.evaluation.blocks import metrics_of_blocks
+from alignlab.evaluation.blocks import means_of_lacking, metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
@@ -51,6 +52,7 @@ from alignlab.runs.checksums import (
     write_checksums,
     write_json,
 )
+from alignlab.runs.file_lock import file_lock
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.kept_checkpoints import drop_if_unread
@@ -87,7 +89,8 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
-    forget_checksums(folder)
+    with _only_one(folder):
+        forget_checksums(folder)
     with tracked(folder, plan.runs, plan.folders):
         _train_missing(plan, launcher or make_launcher("local", config.launch))
         measure_missing_blocks(plan.runs, plan.folders, plan.blocks)
@@ -95,11 +98,32 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
             drop_if_unread(plan.folders[key], run)
         cost = cost_of(config, folder)
         comparison = _comparison(plan, cost)
+        report = write_outputs(comparison, folder)
+    print_summary(comparison, Console())
+    return report
+
+
+def write_outputs(comparison: Comparison, folder: Path) -> Path:
+    """Writes a comparison and its report, with their checksums, into its folder.
+
+    Processes that share the folder do so one after another: no checksum is of a file that another
+    one replaces.
+
+    Returns:
+        The report.
+    """
+    with _only_one(folder):
+        forget_checksums(folder)
         comparison.save(folder / "comparison.json")
         report = write_report(comparison, folder)
         write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
-    print_summary(comparison, Console())
     return report
+
+
+def _only_one(folder: Path) -> AbstractContextManager[None]:
+    """Waits until no other process writes what is the comparison's."""
+    lock = folder / ".report.lock"
+    return file_lock(lock, waiting=lambda: f"waiting for the process that writes {folder}")
 
 
 def unfinished(config: CompareConfig) -> list[Path]:
@@ -249,7 +273,9 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
     def finished(key: RunKey) -> None:
         ended.append(shown(key))
         seconds = earlier + time.monotonic() - begin
-        write_json(plan.folder / "progress.json", {"seconds": seconds}, shared=True)
+        with _only_one(plan.folder):
+            forget_checksums(plan.folder)  # of a process that had less to wait for
+            write_json(plan.folder / "progress.json", {"seconds": seconds}, shared=True)
 
     def how_far() -> str:
         names = f" ({'; '.join(ended)})" if ended else ""
@@ -303,31 +329,39 @@ def collect(
         for key, value in row.items():
             if key.startswith(CURVES):
                 curves.setdefault(key, []).append((int(row["step"]), value))
+    metrics, earlier = result["metrics"], evaluations(rows)
+    if blocks is not None:
+        metrics = metrics_of_blocks(metrics, blocks)
+        earlier = {step: metrics_of_blocks(found, blocks) for step, found in earlier.items()}
     return RunResult(
         variant=variant,
         seed=seed,
         steps=result["steps"],
         run_dir=str(run.path.relative_to(folder)),
-        metrics=(
-            result["metrics"] if blocks is None else metrics_of_blocks(result["metrics"], blocks)
-        ),
+        metrics=metrics,
         curves={key: tuple(points) for key, points in curves.items()},
         samples=tuple(_clip(clip) for clip in run.sample_list()),
         notes=tuple(result.get("notes", ())),
         aligned={alias: (count[0], count[1]) for alias, count in result.get("aligned", {}).items()},
         diverged=result.get("diverged", False),
-        measured=_by_step(evaluations(rows), result["steps"], result["metrics"]),
+        measured=_by_step(earlier, result["steps"], metrics),
     )
 
 
 def _by_step(
     earlier: Mapping[int, Mapping[str, float]], last: int, metrics: Mapping[str, float]
 ) -> dict[str, Curve]:
-    """What was measured before the last step, with the numbers of the last, by name."""
+    """What was measured before the last step, with the numbers of the last, by name.
+
+    The mean over blocks is left out at steps where one of its blocks was not measured: it would be
+    of other blocks than the last.
+    """
     curves: dict[str, list[tuple[int, float]]] = {}
     for step, found in sorted(earlier.items()):
+        partial = means_of_lacking(found, metrics)
         for name, value in found.items():
-            curves.setdefault(name, []).append((step, value))
+            if name not in partial:
+                curves.setdefault(name, []).append((step, value))
     for name, points in curves.items():
         if name in metrics:
             points.append((last, metrics[name]))

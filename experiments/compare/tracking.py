@@ -11,15 +11,9 @@ from alignlab.experiments.launchers import RunKey
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking.connection import NOW, connection
-from alignlab.tracking.mlflow_run import (
-    ENDED,
-    PARENT,
-    MlflowRun,
-    read_state,
-    write_tags,
-)
-from alignlab.tracking.send import send_run
-from alignlab.tracking.tracker import END_S, tell_unsent
+from alignlab.tracking.mlflow_run import PARENT, MlflowRun, read_state, write_tags
+from alignlab.tracking.send import send_unless_ended
+from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
 VARIANT = "alignlab.variant"
 FILES = ("comparison.json", "report.html", "report.md", "table.csv")
@@ -41,7 +35,7 @@ def tracked(
     try:
         yield
     except BaseException as error:
-        parent.end("KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        parent.end(status_of(error))
         raise
     parent.end("FINISHED")
 
@@ -60,9 +54,14 @@ class ParentRun:
         self._place = run.tracking.mlflow
         self._way = connection(run)
         if self._way is not None:
-            name = run.name.split("/")[0]
-            tags = {"alignlab.comparison": name}
-            self._run = MlflowRun(folder, self._way, experiment=name, name=name, tags=tags)
+            name = run.name.rsplit("/", 2)[0]  # NAME/VARIANT/seed-N
+            self._run = MlflowRun(
+                folder,
+                self._way,
+                experiment=experiment_name(run),
+                name=name,
+                tags={"alignlab.comparison": name},
+            )
 
     def begin(self, tags: Mapping[Path, Mapping[str, str]]) -> None:
         """Opens it and tells the run folders.
@@ -88,13 +87,17 @@ class ParentRun:
         way, run = self._way, self._run
         with quiet_libraries():
             run.forget()  # it may have been deleted while the runs were trained
-            complete = way.attempt(run.open, when=NOW)
+            complete, has_files = way.attempt(run.open, when=NOW), True
             self._tell_children()
             if complete and status == "FINISHED":
                 complete = self._send_children()
-                way.upload(run.upload, [self._folder / name for name in FILES])
+                files = [self._folder / name for name in FILES]
+                has_files = complete and way.upload(run.upload, files)
             if complete:
-                complete = way.attempt(lambda client: run.close(client, status), when=NOW)
+                complete = way.attempt(
+                    lambda client: run.close(client, status, complete=has_files), when=NOW
+                )
+            complete = complete and has_files
         if not complete:
             tell_unsent(way, self._folder)
         return complete
@@ -106,10 +109,4 @@ class ParentRun:
 
     def _send_children(self) -> bool:
         until = time.monotonic() + END_S
-        for child in self._tags:
-            left, to = until - time.monotonic(), self._place
-            if ENDED not in read_state(child) and not (
-                left > 0 and send_run(child, to=to, within_s=left)
-            ):
-                return False
-        return True
+        return all(send_unless_ended(child, to=self._place, until=until) for child in self._tags)

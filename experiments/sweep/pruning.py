@@ -17,13 +17,14 @@ from typing import Any
 import optuna
 from optuna.storages import BaseStorage
 
+from alignlab.errors import EndedEarlyError
 from alignlab.experiments.sweep.config import SweepConfig, steps_between
 
 DECISION = "pruning:"  # user attributes: the decision at a step, and what the pruner keeps of it
 PRUNED_AT = "pruned_at"  # user attribute: optimizer steps over the trial's seeds
 
 
-class PrunedRunError(Exception):
+class PrunedRunError(EndedEarlyError):
     """Ends a run inside of which its trial was pruned."""
 
 

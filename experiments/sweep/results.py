@@ -30,6 +30,7 @@ from alignlab.experiments.sweep.trial import (
 from alignlab.recipe import dump
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.checksums import forget_checksums, write_checksums
+from alignlab.runs.file_lock import file_lock
 
 OUTPUTS = ("recipe.yaml", "inputs.json", "study.db", "trials.csv", "best.yaml", "sweep.html")
 SHOWN_TRIALS = 10
@@ -42,6 +43,12 @@ def write_results(study: SweepStudy) -> Path:
     sweep is removed.
     """
     folder = sweep_folder(study.config)
+    waiting = f"waiting for the process that writes {folder}"
+    with file_lock(folder / ".report.lock", waiting=lambda: waiting):  # workers may end at once
+        return _written(study, folder)
+
+
+def _written(study: SweepStudy, folder: Path) -> Path:
     forget_checksums(folder)
     write_text(folder / "trials.csv", trials_csv(study))
     best = best_trial(study)

@@ -25,7 +25,7 @@ CUT = "is cut"
 
 
 def storage_file(url: str) -> Path | None:
-    """The file of a storage; None for a server.
+    """The file of a storage; None for a server, and for what only SQLite reads (`file:...`).
 
     Args:
         url: as `alignlab.experiments.sweep.study.storage_url` gives it.
@@ -35,7 +35,7 @@ def storage_file(url: str) -> Path | None:
     if not url.startswith("sqlite"):
         return None
     database = make_url(url).database
-    return Path(database) if database else None
+    return Path(database) if database and not database.startswith((":", "file:")) else None
 
 
 def check_storage_file(path: Path) -> None:

@@ -303,6 +303,13 @@ def join_study(config: SweepConfig) -> SweepStudy:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
     """
     make_output_folder(user_path(config.output), config.name)
+    missing = UserError(
+        f"no study {config.name!r} in {shown_url(config)}: "
+        "start the sweep without --join first, or name its storage"
+    )
+    path = storage_file(storage_url(config))
+    if path is not None and not path.exists():
+        raise missing  # to open it would make an empty one
     _check_storage(config)
     with storage_errors(shown_url(config)):
         storage = _open_storage(config)
@@ -313,10 +320,7 @@ def join_study(config: SweepConfig) -> SweepStudy:
             pruner=build_pruner(config),
         )
     except KeyError:
-        raise UserError(
-            f"no study {config.name!r} in {shown_url(config)}: "
-            "start the sweep without --join first, or name its storage"
-        ) from None
+        raise missing from None
     _check_same_sweep(config, study.user_attrs.get(RECIPE_HASH))
     return SweepStudy(config, study, storage)
 

@@ -22,8 +22,8 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.tracking.connection import NOW, UNLESS_AWAY, Connection, When, connection
 from alignlab.tracking.mlflow_run import ENDED, PARENT, MlflowRun, read_state, write_tags
 from alignlab.tracking.names import mlflow_name
-from alignlab.tracking.send import send_run
-from alignlab.tracking.tracker import END_S, tell_unsent
+from alignlab.tracking.send import send_unless_ended
+from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
 MLFLOW_ID = "mlflow_run_id"
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
@@ -52,7 +52,7 @@ class SweepTracker:
         try:
             yield
         except BaseException as error:
-            status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+            status = status_of(error)
             if run.run_id and not way.is_away:
                 way.attempt(lambda client: run.close(client, status), when=NOW)
             raise
@@ -78,12 +78,13 @@ class SweepTracker:
                 ended = [t.datetime_complete for t in self._sweep.trials() if t.datetime_complete]
                 when_s = max(moment.timestamp() for moment in ended) if ended else time.time()
 
+                has_files = way.upload(run.upload, [self._folder / name for name in FILES])
+
                 def close(client: Any) -> None:
                     run.set_metrics(client, metrics, when_s)
-                    way.upload(run.upload, [self._folder / name for name in FILES])
-                    run.close(client, status)
+                    run.close(client, status, complete=has_files)
 
-                complete = way.attempt(close, when=NOW)
+                complete = way.attempt(close, when=NOW) and has_files
         if not complete:
             tell_unsent(way, self._folder)
         return complete
@@ -120,7 +121,7 @@ class SweepTracker:
         return MlflowRun(
             self._folder,
             way,
-            experiment=self._sweep.config.name,
+            experiment=experiment_name(self._sweep.config.base),
             name=study.study_name,
             tags={
                 "optuna.study": study.study_name,
@@ -148,7 +149,7 @@ class SweepTracker:
         return MlflowRun(
             folder,
             way,
-            experiment=self._sweep.config.name,
+            experiment=experiment_name(self._sweep.config.base),
             name=f"{study.study_name}/{folder.name}",
             tags=tags,
             params={mlflow_name(key): str(value) for key, value in values.items()},
@@ -168,10 +169,7 @@ class SweepTracker:
                     return False
             for run in self._run_folders(trial.number):
                 self._tell_run(run, trial.number)
-                left = until - time.monotonic()
-                if ENDED not in read_state(run) and not (
-                    left > 0 and send_run(run, to=self._place, within_s=left)
-                ):
+                if not send_unless_ended(run, to=self._place, until=until):
                     return False
         return True
 

@@ -299,7 +299,7 @@ def test_a_setting_that_one_variant_lacks_is_a_difference() -> None:
         ("variants.none.seed=3", "variants.none.seed: the comparison sets it"),
         ("variants.none=3", "variants.none: expected a mapping"),
         ("variants=3", "variants: expected a mapping"),
-        ("variants.a/b={steps: 3}", "variants.a/b: a variant's name"),
+        ("variants.a/b={steps: 3}", "variants: 'a/b' holds '/'"),
         ("variants.nonee.steps=3", "unknown variant 'nonee', did you mean 'none'?"),
         (
             "objectives.ra.weight=3",

@@ -180,7 +180,7 @@ def in_child(
 
 def count_waiting() -> list[float]:
     """Counts, from now on in this process, the seconds that are spent with MLflow."""
-    waited, attempt, upload = [0.0], Connection.attempt, Connection.upload
+    waited, attempt = [0.0], Connection.attempt
 
     def counted(original: Any) -> Any:
         def call(*args: Any, **settings: Any) -> Any:
@@ -193,7 +193,6 @@ def count_waiting() -> list[float]:
         return call
 
     Connection.attempt = counted(attempt)  # type: ignore[method-assign]
-    Connection.upload = counted(upload)  # type: ignore[method-assign]
     return waited
 
 

@@ -4,19 +4,31 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from requests import ReadTimeout
 
 from alignlab.config.run import RunConfig
+from alignlab.errors import EndedEarlyError
+from alignlab.runs.checksums import write_json
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker, ask, runs_address
 from alignlab.tracking.connection import PACED, Connection
-from alignlab.tracking.mlflow_run import read_state
+from alignlab.tracking.mlflow_run import (
+    ENDED,
+    STATE,
+    TAGS,
+    MlflowRun,
+    read_state,
+    read_tags,
+    write_tags,
+)
 from alignlab.tracking.names import MAX_NAME, mlflow_name
 from alignlab.tracking.send import send_run
 from alignlab.train import train
@@ -33,7 +45,8 @@ class Output:
     def __init__(self, folder: Path, make_config: MakeConfig) -> None:
         self.config = make_config("tracking.mlflow=sqlite")
         self.run = RunFolder.create(self.config)
-        self.client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        self.database = folder / "mlflow.db"
+        self.client = MlflowClient(f"sqlite:///{self.database}")
 
     def log(self, steps: Sequence[int], *, start: int = 0, then: Callable[..., Any] = int) -> None:
         """Rows of these steps, two at the last, as of a training that resumes from `start`."""
@@ -170,6 +183,84 @@ def test_an_experiment_that_another_process_makes_meanwhile(
     output.log([1])
     assert output.sent() == output.written() and caplog.text == ""
     assert len(output.client.search_experiments()) == 2  # with MLflow's own
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"run_id": 3, "a": "b"}', None])
+@pytest.mark.parametrize("name", [STATE, TAGS])
+def test_a_damaged_file_of_the_run_is_told(
+    name: str, content: bytes | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tags(tmp_path, {"a": "b"})
+    write_json(tmp_path / STATE, {"run_id": "c", ENDED: "FINISHED"})
+    path, read = tmp_path / name, read_state if name == STATE else read_tags
+    assert read(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'": "', b'": "x') if content is None else content)
+    assert read(tmp_path) == {}
+    assert f"{path} is damaged" in caplog.text
+    write_tags(tmp_path, {"d": "e"})
+    assert read_tags(tmp_path) == {"d": "e"}
+
+
+@pytest.mark.usefixtures("without_rest")
+@pytest.mark.parametrize(
+    ("error", "is_final"),
+    [(ReadTimeout("timed out"), False), (PermissionError(13, "not yours"), True)],
+    ids=["slow", "refused"],
+)
+def test_files_that_were_not_taken_are_sent_later_unless_none_are_taken(
+    error: OSError,
+    is_final: bool,
+    output: Output,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("alignlab.tracking.connection._connections", {})
+    replace(monkeypatch, "log_artifact", {0}, error, after=False)
+    output.log(range(2))
+    (run,) = output.runs()
+    assert run.info.status == "FINISHED"
+    assert ("takes no files" in caplog.text) == is_final
+    assert ("`alignlab track" in caplog.text) != is_final
+    assert (ENDED in read_state(output.run.path)) == is_final
+    assert send_run(output.run.path)
+    files = [] if is_final else ["recipe.yaml"]
+    assert [file.path for file in output.client.list_artifacts(run.info.run_id)] == files
+    assert ENDED in read_state(output.run.path)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(EndedEarlyError(), "KILLED"), (KeyboardInterrupt(), "KILLED"), (ValueError(), "FAILED")],
+)
+def test_the_status_says_whether_an_end_was_meant(
+    error: BaseException, status: str, output: Output
+) -> None:
+    def ended() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        output.log(range(2), then=ended)
+    assert output.runs()[0].info.status == status
+
+
+def test_processes_that_open_the_run_of_a_folder_at_once_have_one(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = MlflowClient.create_run
+
+    def slow(*given: Any, **settings: Any) -> Any:
+        time.sleep(0.2)
+        return create(*given, **settings)
+
+    monkeypatch.setattr(MlflowClient, "create_run", slow)
+    way = Connection(f"sqlite:///{output.database}")
+    runs = [
+        MlflowRun(output.run.path, way, experiment="e", name="parent", tags={}) for _ in range(2)
+    ]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda run: run.open(output.client), runs))
+    assert [run.info.run_id for run in output.runs()] == [runs[0].run_id]
+    assert runs[1].run_id == runs[0].run_id
 
 
 @pytest.mark.usefixtures("without_rest")

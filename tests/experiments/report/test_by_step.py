@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.compare.run import collect
 from alignlab.experiments.report.charts import BASELINE_COLOUR, step_charts
 from alignlab.experiments.report.write import write_report
+from alignlab.runs.metric_rows import append_row
+from alignlab.runs.run_folder import RunFolder
 from made_comparisons import make_comparison
 from run_contents import read_table
 
@@ -113,3 +116,21 @@ def test_many_steps_and_numbers_that_are_not_finite(tmp_path: Path) -> None:
         f" {step:,} " for step in (120, 250, 380, 500, 620, 750, 880, 1000)
     ]
     assert "not finite |" in markdown
+
+
+def test_a_mean_over_blocks_is_of_the_same_blocks_at_every_step(tmp_path: Path) -> None:
+    def found(*blocks: int) -> dict[str, float]:
+        values = {f"silhouette/block{block}": float(block) for block in blocks}
+        return {"val/flow": 1.0, **values, "silhouette/mean": sum(blocks) / len(blocks)}
+
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    for step, blocks in ((4, (0,)), (8, (0, 2, 7))):
+        append_row(run.metrics, {"step": step, "time": 1.0, **found(*blocks)})
+    run.write_result({"steps": 12, "metrics": found(0, 2, 7)})
+    assert collect(run, "none", 0, tmp_path, (0, 2)).measured == {
+        "val/flow": ((4, 1.0), (8, 1.0), (12, 1.0)),
+        "silhouette/block0": ((4, 0.0), (8, 0.0), (12, 0.0)),
+        "silhouette/block2": ((8, 2.0), (12, 2.0)),
+        "silhouette/mean": ((8, 1.0), (12, 1.0)),
+    }

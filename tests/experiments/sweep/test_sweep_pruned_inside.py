@@ -7,10 +7,13 @@ from optuna.trial import TrialState
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.pruning import PrunedRunError
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import create_study, join_study
+from alignlab.experiments.sweep.tracking import STATUS
 from alignlab.runs.checkpoint_folders import step_folders
 from alignlab.runs.run_folder import RunFolder
+from alignlab.tracking.tracker import status_of
 from run_contents import read_table
 from small_recipes import sweep_recipe
 
@@ -48,6 +51,10 @@ def test_a_hopeless_trial_ends_inside_its_run(recipe: Path, tmp_path: Path) -> N
     pruned = trials[int(bad["trial"])]
     assert list(pruned.intermediate_values)[-1] == int(bad["pruned_at"])
     assert pruned.state == TrialState.PRUNED
+
+
+def test_a_run_that_was_pruned_is_killed_in_mlflow_as_its_trial_is() -> None:
+    assert status_of(PrunedRunError()) == STATUS["PRUNED"]
 
 
 @pytest.mark.parametrize(
