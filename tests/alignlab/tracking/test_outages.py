@@ -173,7 +173,7 @@ def test_a_run_that_was_left_is_closed(output: Output, monkeypatch: pytest.Monke
 def test_an_experiment_that_another_process_makes_meanwhile(
     output: Output, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    output.client.create_experiment("run")
+    output.client.create_experiment("run", artifact_location=output.run.path.as_uri())
     find, answers = MlflowClient.get_experiment_by_name, iter([None])
 
     def late(self: MlflowClient, name: str) -> Any:
