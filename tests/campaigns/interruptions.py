@@ -21,6 +21,7 @@ import argparse
 import csv
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -47,13 +48,13 @@ from run_contents import read_table, timeless, timeless_contents, timeless_rows
 Interruption = Literal["SIGKILL", "first second", "SIGINT", "SIGTERM", "full disk"]
 
 SHARED = """
-steps: 4
+steps: 10
 model: {path: assets/tiny-wan}
 data: {name: shapes, frames: 5, size: [48, 48], references: [2, 3], train_clips: 6, val_clips: 4}
 teachers:
   dino: {family: dinov2, path: assets/tiny-dino, feature: post_norm}
 tracking: {log_every: 1}
-checkpoint: {every: 2, keep: 1}
+checkpoint: {every: 3, keep: 1}
 """
 RUN = """
 optim: {lr: 1e-3, batch_size: 2, ema: 0.9}
@@ -160,6 +161,8 @@ class Command:
         status = 70
         try:
             os.setsid()
+            # a shell that starts this in the background has it ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             _write_to(self.errors)
             prepare()
             sys.argv = ["alignlab", *self._arguments]
@@ -360,8 +363,9 @@ class Campaign:
             trial.fault = f"no word of it: {said.strip()[-200:]!r}"
 
     def _full_disk(self, output: Path) -> Trial:
-        share = self.draw.uniform(0.02, 0.95)
-        limit = int(self.size * share) // 4096 * 4096 + 4096
+        # as often in the small files of the start as in a checkpoint
+        size = math.exp(self.draw.uniform(math.log(2**14), math.log(self.size * 0.95)))
+        limit = int(size) // 4096 * 4096
         trial = Trial(self.kind, "full disk", round(limit / 2**20, 2))
         command = self._command(output)
         with _small_disk(output, limit) as (prepare, make_room):
