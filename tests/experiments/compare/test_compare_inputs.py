@@ -89,6 +89,7 @@ def test_runs_that_read_other_files_elsewhere_are_refused(
     begin(plan, LAST)
     record = plan.folders[LAST].path / "inputs.json"
     content = json.loads(record.read_text())
+    del content["checksum"]
     (entry,) = [one for one in content["inputs"] if one["name"] == "teachers.dino"]
     entry["digest"] = entry["files"]["config.json"] = "0" * 16
     record.write_text(json.dumps(content))

@@ -57,6 +57,7 @@ def written(study: SweepStudy, notes: dict[int, list[str]] | None = None) -> Pat
     for trial in range(4):
         result = page / f"trial-{trial:04d}" / "seed-0" / "result.json"
         content = json.loads(result.read_text()) | {"notes": (notes or {}).get(trial, [])}
+        content.pop("checksum", None)
         result.write_text(json.dumps(content))
     return write_page(study, best_trial(study))
 
