@@ -54,7 +54,7 @@ def test_full_while_a_checkpoint_is_written(
         patch.setattr(checkpoint, "save_file", full_at_step_2)
         refused(alignlab(recipe_file, tmp_path), run / "checkpoints" / "step-000002")
     assert os.listdir(run / "checkpoints") == ["step-000001"]
-    assert not [p for p in run.rglob(".*") if not p.name.startswith(".writer")]
+    assert not [p for p in run.rglob(".*") if not p.name.startswith((".writer", ".mlflow"))]
     state = build_run(load_run(recipe_file, ["steps=3"])).state
     checkpoint.restore(state, run / "checkpoints" / "step-000001")
     assert state.step == 1
@@ -157,4 +157,4 @@ def test_a_disk_that_is_really_full(recipe_file: Path, tmp_path: Path) -> None:
     found = [Path(line).relative_to(disk) for line in done.stdout.split("\n") if line]
     assert Path("run/checkpoints/step-000001/optimizer.safetensors") in found
     hidden = {path.name for path in found if path.name.startswith(".")}
-    assert hidden <= {".writer", ".writer.lock"}
+    assert hidden <= {".writer", ".writer.lock", ".mlflow.lock"}

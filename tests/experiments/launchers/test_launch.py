@@ -30,7 +30,7 @@ from alignlab.experiments.launchers.ray_cluster import reservation
 from alignlab.experiments.launchers.ray_runs import steps_done
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
-from alignlab.runs import run_folder
+from alignlab.runs import file_lock, run_folder
 from alignlab.runs.run_folder import RunFolder
 from small_recipes import comparison_recipe
 
@@ -93,7 +93,7 @@ def order_of(run: RunConfig) -> node.Order:
 def test_a_run_folder_has_one_writer_until_that_process_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(run_folder, "NOTE_EVERY_S", 0.1)
+    monkeypatch.setattr(file_lock, "NOTE_EVERY_S", 0.1)
     with other_writer(tmp_path, HOLD) as pid:
         with pytest.raises(UserError, match=rf"trained by another process \(.*process {pid}\)"):
             with run_folder.only_writer(tmp_path, wait=False):
