@@ -9,7 +9,8 @@ import logging
 import os
 import sqlite3
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def make_whole(database: Path, *, own: bool) -> None:
                 *(database, state.fault, aside.name, held),
             )
         elif state.is_older:
-            _make(database, older=True)
+            _upgrade(database)
 
 
 class _State(NamedTuple):
@@ -120,32 +121,62 @@ def _heads() -> set[str]:
     return set(ScriptDirectory(folder).get_heads())
 
 
-def _make(database: Path, *, older: bool = False) -> None:
-    """Makes it under another name and moves it into place.
+def _make(database: Path) -> None:
+    """Makes it under another name and moves it into place."""
+    with _beside(database) as new:
+        _migrate(new, database)
+        # those of a database that somebody removed: SQLite would play them back
+        _move_side_files(database, None)
+        os.replace(new, database)
 
-    Args:
-        database: the file.
-        older: it is there, whole: what it holds is kept, in today's tables.
+
+def _upgrade(database: Path) -> None:
+    """Gives an older one, with what it holds, today's tables.
+
+    A copy is migrated and written over it in one transaction. It stays the same file, so that a
+    program that has it open goes on writing into it; what such a program writes while the copy is
+    migrated is seen, and the copy made anew.
     """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    with closing(sqlite3.connect(database, timeout=BUSY_S)) as old:
+        while True:
+            with _beside(database) as new:
+                version = _data_version(old)
+                with closing(sqlite3.connect(new)) as copy:
+                    old.backup(copy)
+                _migrate(new, database)
+                if _data_version(old) != version:
+                    continue
+                with closing(sqlite3.connect(new)) as migrated:
+                    migrated.backup(old)
+                return
 
+
+def _data_version(connection: sqlite3.Connection) -> int:
+    """Another number after another connection has written."""
+    (version,) = connection.execute("PRAGMA data_version").fetchone()
+    return int(version)
+
+
+@contextmanager
+def _beside(database: Path) -> Iterator[Path]:
+    """The name of a file beside it, which is removed at the end."""
     for leftover in database.parent.glob(f".{database.name}.*{NEW}*"):
         leftover.unlink()  # of a process that was killed here
     # another name each time: MLflow keeps the connections that it has opened, by the file's name
     new = database.with_name(f".{database.name}.{uuid.uuid4().hex}{NEW}")
     try:
-        if older:
-            with closing(sqlite3.connect(database, timeout=BUSY_S)) as source:
-                with closing(sqlite3.connect(new)) as copy:
-                    source.backup(copy)
-        artifacts = database.with_name("mlartifacts").as_uri()
-        SqlAlchemyStore(sqlite_url(new), artifacts).engine.dispose()
-        if not older:  # those of a database that somebody removed: SQLite would play them back
-            _move_side_files(database, None)
-        os.replace(new, database)
+        yield new
     finally:
         new.unlink(missing_ok=True)
         _move_side_files(new, None)
+
+
+def _migrate(new: Path, database: Path) -> None:
+    """Gives the file `new` the tables of the installed MLflow, with the artifacts of `database`."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    artifacts = database.with_name("mlartifacts").as_uri()
+    SqlAlchemyStore(sqlite_url(new), artifacts).engine.dispose()
 
 
 def _put_aside(database: Path) -> Path:

@@ -7,7 +7,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from alembic import command
 from mlflow import MlflowClient
+from mlflow.store.db.utils import _get_alembic_config
 from mlflow.store.tracking.dbmodels.initial_models import Base as FirstTables
 from sqlalchemy import create_engine, event
 from sqlalchemy.engine import Engine
@@ -18,6 +20,8 @@ from alignlab.tracking.database import make_whole
 from kills import die, fork
 
 PutDatabase = Callable[[Path], Path]
+
+BEFORE_TRACES = "acf3f17fdcc7"  # a revision of MLflow's tables, of its version 2.12
 
 
 def change(database: Path, *statements: str) -> None:
@@ -126,3 +130,41 @@ def test_a_process_that_is_killed_while_it_makes_one_leaves_none(tmp_path: Path)
     client = MlflowClient(sqlite_url(database))
     (experiment,) = client.search_experiments()
     assert experiment.artifact_location == (tmp_path / "mlartifacts" / "0").as_uri()
+
+
+def older_database(path: Path) -> None:
+    """As an MLflow made it that had no traces yet, with a run."""
+    engine = create_engine(sqlite_url(path))
+    FirstTables.metadata.create_all(engine)
+    command.upgrade(_get_alembic_config(sqlite_url(path)), BEFORE_TRACES)
+    engine.dispose()
+    change(path, "INSERT INTO runs (run_uuid, name, experiment_id) VALUES ('first', 'first', 0)")
+
+
+def test_an_older_database_gets_todays_tables_and_keeps_what_is_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = tmp_path / "mlflow.db"
+    older_database(database)
+    migrate, copies = module._migrate, []
+    with closing(sqlite3.connect(database)) as other:
+
+        def write_meanwhile(new: Path, path: Path) -> None:
+            copies.append(new)
+            if len(copies) == 1:
+                other.execute("INSERT INTO runs (run_uuid, name) VALUES ('second', 'second')")
+                other.commit()
+            migrate(new, path)
+
+        monkeypatch.setattr(module, "_migrate", write_meanwhile)
+        make_whole(database, own=True)
+        assert len(copies) == 2 and "whole" not in caplog.text
+        # a program that has it open goes on writing into it
+        other.execute("INSERT INTO runs (run_uuid, name) VALUES ('third', 'third')")
+        other.commit()
+    with closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT run_uuid FROM runs ORDER BY rowid").fetchall()
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE name = 'trace_info'")
+        assert [name for (name,) in rows] == ["first", "second", "third"]
+        assert tables.fetchall()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
