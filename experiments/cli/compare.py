@@ -6,13 +6,17 @@ import typer
 
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.errors import UserError
-from alignlab.experiments.cli.launch_options import LauncherName, RayAddress
+from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
 from alignlab.passwords import without_password
 
 
 def compare(
     recipe: Recipe,
     overrides: Overrides = None,
+    workers: Workers = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Train runs that no other process trains, and stop.")
+    ] = False,
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
     list_runs: Annotated[
@@ -27,22 +31,37 @@ def compare(
     if print_config:
         typer.echo(without_password(dump_compare(config) + show_variants(config)), nl=False)
         return
-    from alignlab.experiments.compare.run import compare as run
-    from alignlab.experiments.compare.run import unfinished
+    from alignlab.experiments.compare import run
     from alignlab.experiments.launchers import make_launcher
 
+    is_launched = launcher != "local" or ray_address is not None or workers is not None
     if list_runs:
-        if launcher != "local" or ray_address is not None:
-            raise UserError("--list-runs: nothing is trained, so leave out --launcher")
-        for path in unfinished(config):
+        if is_launched or join:
+            raise UserError(
+                "--list-runs: nothing is trained, so leave out --launcher, --workers and --join"
+            )
+        for path in run.unfinished(config):
             typer.echo(path)
         return
-    run_launcher = make_launcher(launcher, config.launch, ray_address=ray_address)
-    report = run(config, launcher=run_launcher)
+    if join:
+        if is_launched:
+            raise UserError("--join: this process trains, so leave out --launcher and --workers")
+        run.join(config)
+        return
+    run_launcher = make_launcher(
+        launcher,
+        config.launch,
+        workers=workers,
+        command=[recipe, *(overrides or ())],
+        ray_address=ray_address,
+    )
+    report = run.compare(config, launcher=run_launcher)
     typer.echo(f"report: {report}")
     echo_mlflow(report.parent, config.base)
 
 
-def demo(overrides: Overrides = None, print_config: PrintConfig = False) -> None:
+def demo(
+    overrides: Overrides = None, workers: Workers = None, print_config: PrintConfig = False
+) -> None:
     """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
-    compare("demo", overrides, print_config=print_config)
+    compare("demo", overrides, workers=workers, print_config=print_config)

@@ -16,6 +16,6 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="How many trials run at a time; left out: one; on Ray, as many as its nodes hold.",
+        help="How many run at a time; left out: one; on Ray, as many as its nodes hold.",
     ),
 ]

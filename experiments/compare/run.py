@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ from alignlab.experiments.compare.reuse import (
 from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
-from alignlab.experiments.launchers.local import shown
+from alignlab.experiments.launchers.local import of_run, shown, threads, train_one
+from alignlab.experiments.launchers.local_workers import LOOK_EVERY_S
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.checksums import (
@@ -52,7 +54,7 @@ from alignlab.runs.checksums import (
     write_checksums,
     write_json,
 )
-from alignlab.runs.file_lock import file_lock
+from alignlab.runs.file_lock import HeldError, file_lock
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.kept_checkpoints import drop_if_unread
@@ -61,6 +63,7 @@ from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.training.aligned_samples import check_recipe
+from alignlab.training.setup import Caches
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +129,32 @@ def _only_one(folder: Path) -> AbstractContextManager[None]:
     return file_lock(lock, waiting=lambda: f"waiting for the process that writes {folder}")
 
 
+def join(config: CompareConfig) -> None:
+    """Trains runs that no other process trains, until all runs are finished; writes no report.
+
+    A run that another process holds is waited for, and taken over if that process dies.
+
+    Raises:
+        UserError: as `compare`.
+    """
+    plan = prepare(config)
+    caches: dict[str, Caches] = {}
+    with threads(config.launch.cpus):
+        while missing := _missing(plan):
+            has_trained = False
+            for key, run in missing.items():
+                interruption.check()
+                try:
+                    with interruption.telling(partial(of_run, key)):
+                        train_one(run, caches, wait=False)
+                except HeldError:
+                    continue
+                has_trained = True
+                log.info("%s is finished", shown(key))
+            if not has_trained:
+                time.sleep(LOOK_EVERY_S)
+
+
 def unfinished(config: CompareConfig) -> list[Path]:
     """Recipes of the runs that are not finished, each for an `alignlab train` of its own.
 
@@ -136,11 +165,7 @@ def unfinished(config: CompareConfig) -> list[Path]:
     """
     plan = prepare(config)
     begin_legs(plan.runs, plan.folders)
-    return [
-        folder.recipe
-        for key, folder in plan.folders.items()
-        if not is_finished(plan.runs[key], folder)
-    ]
+    return [plan.folders[key].recipe for key in _missing(plan)]
 
 
 @dataclass(frozen=True)
@@ -260,9 +285,14 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     )
 
 
+def _missing(plan: Plan) -> dict[RunKey, RunConfig]:
+    """The runs that are not finished."""
+    return {key: run for key, run in plan.runs.items() if not is_finished(run, plan.folders[key])}
+
+
 def _train_missing(plan: Plan, launch: Launcher) -> None:
     runs = plan.runs
-    missing = {key: run for key, run in runs.items() if not is_finished(run, plan.folders[key])}
+    missing = _missing(plan)
     if len(missing) < len(runs):
         log.info("%d of %d runs are finished already", len(runs) - len(missing), len(runs))
     begin = time.monotonic()

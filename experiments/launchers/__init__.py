@@ -1,6 +1,6 @@
-"""Who trains the runs of a comparison: this process, or the nodes of a Ray cluster."""
+"""Who trains the runs of a comparison: this process, several here, or nodes of a Ray cluster."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal
 
@@ -8,6 +8,7 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import RunKey, launch_local
+from alignlab.experiments.launchers.local_workers import launch_workers
 from alignlab.experiments.launchers.ray_runs import launch_ray
 
 __all__ = ["Launcher", "LauncherName", "RunKey", "make_launcher", "refuse_unread_address"]
@@ -19,21 +20,36 @@ Launcher = Callable[[Mapping[RunKey, RunConfig], Callable[[RunKey], None]], None
 
 
 def make_launcher(
-    name: LauncherName, needs: LaunchConfig, *, ray_address: str | None = None
+    name: LauncherName,
+    needs: LaunchConfig,
+    *,
+    workers: int | None = None,
+    command: Sequence[str] = (),
+    ray_address: str | None = None,
 ) -> Launcher:
     """The launcher of this name.
 
     Args:
         name: `local` or `ray`.
         needs: what each run needs of its machine.
+        workers: how many runs are trained at a time on this machine; None: one.
+        command: recipe and overrides, as local workers are started with them; read if there are
+            several.
         ray_address: `HOST:PORT` or `auto`; None: `RAY_ADDRESS`, else a new cluster here.
 
     Raises:
-        UserError: an address for a launcher that reads none.
+        UserError: an address or a number of workers for a launcher that reads none.
     """
     if name == "ray":
+        if workers is not None:
+            raise UserError(
+                "--workers: on Ray as many runs are trained at a time as its nodes hold "
+                "(launch.cpus, launch.gpus)"
+            )
         return partial(launch_ray, needs=needs, address=ray_address)
     refuse_unread_address(ray_address)
+    if workers is not None and workers > 1:
+        return partial(launch_workers, needs=needs, workers=workers, command=command)
     return partial(launch_local, needs=needs)
 
 

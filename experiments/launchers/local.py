@@ -39,7 +39,7 @@ def launch_local(
         for done, (key, run) in enumerate(runs.items()):
             interruption.check()
             _announce(done, len(runs), key, time.monotonic() - begin)
-            with interruption.telling(partial(_of_run, key)):
+            with interruption.telling(partial(of_run, key)):
                 train_one(run, caches, wait=False)
             finished(key)
 
@@ -114,7 +114,8 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _of_run(key: RunKey) -> str:
+def of_run(key: RunKey) -> str:
+    """A run in the line of an interruption."""
     return f"of {shown(key)}"
 
 

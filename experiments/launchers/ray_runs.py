@@ -1,25 +1,20 @@
 """Runs as tasks of a Ray cluster; one whose node dies resumes elsewhere from its checkpoint."""
 
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 
-from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import RunKey, shown
 from alignlab.experiments.launchers.node import LOG, order_for, seen, train_run
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths, RayTasks, connected
-from alignlab.progress import step_progress
+from alignlab.experiments.launchers.run_progress import RunsProgress
 from alignlab.runs.checkpoint_folders import newest_step
-from alignlab.runs.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-TAIL = 2**16  # bytes; the last row of a log is shorter
 
 
 def launch_ray(
@@ -60,24 +55,21 @@ class _RayRuns:
     def __init__(self, tasks: RayTasks[RunKey], runs: Mapping[RunKey, RunConfig]) -> None:
         self._tasks = tasks
         self._runs = runs
-        self._folders = {k: RunFolder(user_path(run.output) / run.name) for k, run in runs.items()}
-        self._finished: set[RunKey] = set()
+        self._progress = RunsProgress(runs)
+        self._folders = self._progress.folders
         self._deaths = Deaths[RunKey]()
 
     def watch(self, finished: Callable[[RunKey], None]) -> None:
         """Starts all runs and waits for them; whatever ends it, no task is left."""
-        name = next(iter(self._runs.values())).name.split("/")[0]
-        total = sum(run.steps for run in self._runs.values())
         try:
             for key in self._runs:
                 self._start(key)
             self._tasks.warn_without_room()
-            with step_progress(name, total=total, done=self._steps()) as advance:
+            with self._progress.shown() as advance:
                 while self._tasks.running:
                     for key in self._see_ended():
                         finished(key)
-                    counted = f"{len(self._finished)} of {len(self._runs)} runs finished"
-                    advance(self._steps(), counted)
+                    advance()
                     self._tasks.warn_without_room()
         finally:
             self._tasks.cancel()
@@ -102,7 +94,7 @@ class _RayRuns:
                     "output must lie on a filesystem that all nodes share"
                 )
             finished.append(key)
-        self._finished.update(finished)
+        self._progress.finished.update(finished)
         return finished
 
     def _count_death(self, key: RunKey, loss: str) -> None:
@@ -115,28 +107,3 @@ class _RayRuns:
                 f"{step} ({loss}): see {folder.path / LOG}, or lower checkpoint.every"
             )
         log.info("%s: its worker died (%s); it resumes from step %d", shown(key), loss, step)
-
-    def _steps(self) -> int:
-        """Steps done of all runs together."""
-        # a run whose last step is done is still evaluated
-        return sum(
-            run.steps
-            if key in self._finished
-            else min(steps_done(self._folders[key]), run.steps - 1)
-            for key, run in self._runs.items()
-        )
-
-
-def steps_done(folder: RunFolder) -> int:
-    """The step of the last whole row in `metrics.jsonl`; 0 without one."""
-    if not folder.metrics.is_file():
-        return 0
-    with folder.metrics.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL))
-        lines = file.read().split(b"\n")[:-1]
-    whole = lines[1:] if size > TAIL else lines
-    try:
-        return int(json.loads(whole[-1])["step"]) if whole else 0
-    except (ValueError, KeyError, TypeError):
-        return 0  # of a damaged row the run itself speaks

@@ -27,7 +27,7 @@ from alignlab.experiments.launchers import (
 )
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.ray_cluster import reservation
-from alignlab.experiments.launchers.ray_runs import steps_done
+from alignlab.experiments.launchers.run_progress import steps_done
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
 from alignlab.runs import file_lock, run_folder

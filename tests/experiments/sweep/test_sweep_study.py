@@ -2,8 +2,6 @@
 
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from sqlalchemy.exc import OperationalError
 from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.experiments.sweep import launch
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
@@ -152,34 +149,6 @@ def test_a_full_disk_under_the_study_is_named(
     with pytest.raises(OSError, match="No space left") as caught:
         sweep(make())
     assert caught.value.filename == str(tmp_path / "sweep" / "study.db")
-
-
-def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
-    ends = "import signal, sys, time, pathlib\n"
-    ends += "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(143)))\n"
-    ends += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(600)"
-    worker = subprocess.Popen([sys.executable, "-S", "-c", ends])
-    while not (tmp_path / "up").exists():
-        time.sleep(0.01)
-    launch._stop([worker])
-    assert worker.returncode == 143
-
-
-def test_a_second_signal_kills_the_workers() -> None:
-    class Stuck(subprocess.Popen[bytes]):
-        asked = 0
-
-        def wait(self, timeout: float | None = None) -> int:
-            self.asked += 1
-            if self.asked == 1:
-                raise KeyboardInterrupt
-            return super().wait(timeout)
-
-    stuck = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    worker = Stuck([sys.executable, "-S", "-c", stuck])
-    with pytest.raises(KeyboardInterrupt):
-        launch._stop([worker])
-    assert worker.returncode in (-signal.SIGKILL, -signal.SIGTERM)
 
 
 def test_claims_never_collide(make: MakeSweep) -> None:

@@ -18,7 +18,6 @@ from optuna.trial import TrialState
 
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import load_sweep
-from alignlab.experiments.sweep.launch import device_of
 from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.runs.metric_rows import read_rows
@@ -199,12 +198,3 @@ def test_a_workers_error_ends_the_sweep_with_its_line(recipe: Path, tmp_path: Pa
     assert "error: worker" in done.stderr and "assets/nothing" in done.stderr
     states = {t.state for t in join_study(load_sweep(recipe, overrides)).trials()}
     assert states == {TrialState.WAITING}
-
-
-def test_workers_take_devices_in_turn() -> None:
-    assert [device_of(i, "3,5") for i in range(3)] == [
-        {"CUDA_VISIBLE_DEVICES": "3"},
-        {"CUDA_VISIBLE_DEVICES": "5"},
-        {"CUDA_VISIBLE_DEVICES": "3"},
-    ]
-    assert device_of(0, "3") == device_of(0, "") == {}

@@ -1,0 +1,160 @@
+"""Several processes of one command on this machine, which share its work: a sweep, a comparison.
+
+Each is the command itself with `--join`. It finds what is left to do by itself, so that one that is
+killed leaves its share to the others.
+"""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from alignlab import interruption
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
+from alignlab.experiments.launchers.local import RunKey, check_machine
+from alignlab.experiments.launchers.run_progress import RunsProgress
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+# Exit codes of `alignlab.interruption`.
+INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)
+
+
+def launch_workers(
+    runs: Mapping[RunKey, RunConfig],
+    finished: Callable[[RunKey], None],
+    *,
+    needs: LaunchConfig,
+    workers: int,
+    command: Sequence[str],
+) -> None:
+    """Trains the runs in several processes and calls `finished` as each ends.
+
+    Args:
+        runs: by variant and seed; their folders exist.
+        finished: called in this process.
+        needs: of each run.
+        workers: how many processes.
+        command: recipe and overrides of the comparison.
+
+    Raises:
+        UserError: this machine has less than the runs need, a run cannot be trained, or no worker
+            is left.
+    """
+    check_machine(needs, runs=workers)
+    progress = RunsProgress(runs)
+    folder = next(iter(progress.folders.values())).path.parents[1]
+    count = min(workers, len(runs))
+    with local_workers(["compare", *command, "--join"], count, folder) as watch:
+        with progress.shown() as advance:
+            while True:
+                is_any_left = watch()
+                for key in progress.newly_finished():
+                    finished(key)
+                advance()
+                if not is_any_left:
+                    break
+    if progress.left():
+        raise all_died(folder)
+
+
+@contextmanager
+def local_workers(command: Sequence[str], count: int, folder: Path) -> Iterator[Callable[[], bool]]:
+    """Starts processes of a command, and ends those that are left; none is replaced.
+
+    Args:
+        command: of `alignlab`, with its arguments.
+        count: how many processes; they take the CUDA devices in turn.
+        folder: gets `worker-N.log`.
+
+    Yields:
+        What waits a moment and says whether a worker is left. It raises a UserError with the
+        worker's own line if one met an error.
+    """
+    running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def watch() -> bool:
+        time.sleep(LOOK_EVERY_S)
+        for index in [i for i, worker in running.items() if worker.poll() is not None]:
+            _check_exit(index, running.pop(index).returncode, folder)
+        return bool(running)
+
+    try:
+        for index in range(1, count + 1):
+            running[index] = _start(index, count, command, folder)
+        log.info("%d workers, each writes %s", count, folder / "worker-N.log")
+        yield watch
+    finally:
+        _stop(list(running.values()))
+
+
+def all_died(folder: Path) -> UserError:
+    """What is said where no worker is left and something is to be done."""
+    return UserError(
+        f"all workers died, see {folder / 'worker-1.log'}; "
+        "the same command resumes where they stopped"
+    )
+
+
+def _start(index: int, count: int, command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | device_of(index - 1, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    with (folder / f"worker-{index}.log").open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "alignlab", *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
+
+
+def device_of(index: int, visible: str | None) -> dict[str, str]:
+    """The environment that gives a worker one of several CUDA devices, in turn."""
+    import torch
+
+    names = [str(i) for i in range(torch.cuda.device_count())] if visible is None else []
+    names = visible.split(",") if visible else names
+    return {"CUDA_VISIBLE_DEVICES": names[index % len(names)]} if len(names) > 1 else {}
+
+
+def _check_exit(index: int, code: int, folder: Path) -> None:
+    """A killed worker is no error: the others take over what it did."""
+    if code < 0:
+        log.info("worker %d was killed by signal %d", index, -code)
+    elif code in INTERRUPTED:
+        log.info("worker %d was interrupted", index)
+    elif code > 0:
+        path = folder / f"worker-{index}.log"
+        last = path.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
+        raise UserError(f"worker {index}: {last.removeprefix('error: ')} (see {path})")
+
+
+def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Ends the workers, which write a checkpoint and give back what they held.
+
+    Ctrl-C in a terminal reaches them as well; a signal to this process does not. Another signal
+    to it kills those that are left.
+    """
+    left = [worker for worker in workers if worker.poll() is None]
+    if left:
+        log.info("workers end their steps and write checkpoints: %d", len(left))
+    for worker in left:
+        worker.send_signal(signal.SIGTERM)
+    try:
+        for worker in left:
+            worker.wait()
+    except KeyboardInterrupt:
+        for worker in left:
+            worker.kill()
+            worker.wait()
+        raise
