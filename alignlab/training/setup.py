@@ -109,7 +109,9 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     for note in cut:
         warn_once(note)
     caches = caches or new_caches(config)
-    branch = ReferenceBranch.of(wan.transformer, config.model, blocks=alignment.blocks)
+    branch = ReferenceBranch.of(
+        wan.transformer, config.model, blocks=alignment.blocks, kinds=alignment.kinds
+    )
     return Run(
         config,
         ranks,
