@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignlab.config.run import RunConfig
 from alignlab.data.sample import ClipDataset
+from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
@@ -28,8 +29,11 @@ from alignlab.training.aligned_samples import trained_samples, trains
 from alignlab.training.batch_context import BatchContext
 from alignlab.training.batches import Batch
 from alignlab.training.nonfinite import FEATURES
+from alignlab.training.step_terms import SampleTerms
 
 SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
+WATCHED = "watched/"
+"""Prefix of the log names of what plateau schedules watch."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,9 @@ class Alignment(nn.Module):
         self.watches: dict[str, PlateauWatch] = {}
         for alias, objective in config.objectives.items():
             if isinstance(objective.schedule, StopAtPlateau):
-                self.watches[alias] = PlateauWatch(objective.schedule)
+                # Metal has no float64
+                where = "cpu" if device.type == "mps" else device
+                self.watches[alias] = PlateauWatch(objective.schedule).to(where)
                 self.add_module(f"stop_{alias}", self.watches[alias])
 
     @property
@@ -230,6 +236,18 @@ class Alignment(nn.Module):
                 shown_B = shown_B & known.shows_reference_B
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
         return Aligned(loss_B, terms, samples, weighted, counted, feature_magnitudes(features))
+
+    def watch(self, step: int, terms: SampleTerms, ranks: Ranks) -> None:
+        """Shows plateau schedules what they watch in a step: its mean over the samples of all ranks
+        that had something to align."""
+        watches = {f"{WATCHED}{alias}": watch for alias, watch in self.watches.items()}
+        names = [name for name in watches if name in terms]
+        if not names:
+            return
+        sums, counts = ranks.total(terms.sums(names))
+        means = sums / counts.clamp_min(1)
+        for name, mean, count in zip(names, means, counts, strict=True):
+            watches[name].see(step, mean, count > 0)
 
     def _reference_grid(self, taps: Mapping[int, BlockTokens]) -> Grid | None:
         """That of the reference tokens, the same in every block; None: nothing reads them."""
