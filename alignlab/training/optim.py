@@ -74,10 +74,10 @@ def update_ema(state: RunState, decay: float | None) -> None:
     """Moves the average towards the trained weights."""
     if state.ema is None or decay is None:
         return
+    trained = dict(state.transformer.named_parameters())
     with torch.no_grad():
-        for name, parameter in state.transformer.named_parameters():
-            if name in state.ema:
-                state.ema[name].lerp_(parameter, 1 - decay)
+        parameters = [trained[name] for name in state.ema]
+        torch._foreach_lerp_(list(state.ema.values()), parameters, 1 - decay)
 
 
 @contextmanager
