@@ -190,11 +190,14 @@ class RefAlign(Objective):
         )
         parts = {"pull": pull_LB.detach().mean(0), "push": push_LB.detach().mean(0)}
         valid_BN = ids_BN >= 0
-        cosine_LBN = paired_cosine(student_LBND.detach(), teacher_BND.detach())
-        count_B = valid_BN.sum(1).clamp_min(1)
-        cosine_B = torch.where(valid_BN, cosine_LBN.mean(0), 0.0).sum(1) / count_B
-        cosine_LB = torch.where(valid_BN, cosine_LBN, 0.0).sum(2) / count_B
-        return Terms(total_LB.mean(0), parts, cosine_B, valid_BN.any(1), cosine_LB)
+        aligned_B = valid_BN.any(1)
+        if config.pos_margin == 0:  # then the pull is the mean of 1 - cosine
+            cosine_LB = torch.where(aligned_B, 1.0 - pull_LB.detach(), 0.0)
+        else:
+            cosine_LBN = paired_cosine(student_LBND.detach(), teacher_BND.detach())
+            cosine_LBN = torch.where(valid_BN, cosine_LBN, 0.0)
+            cosine_LB = cosine_LBN.sum(2) / valid_BN.sum(1).clamp_min(1)
+        return Terms(total_LB.mean(0), parts, cosine_LB.mean(0), aligned_B, cosine_LB)
 
     def _ids(self, tapped: Tokens, context: Context) -> tuple[Tensor, Tensor | None]:
         """Subject ids, -1 also for tokens that show too little of their subject, and the same on
