@@ -17,10 +17,10 @@ class SampleTerms(Mapping[str, Tensor]):
     """Terms by log name, one value per sample.
 
     `terms[name]` holds the values of the samples that count in it. Where not all do, the host waits
-    for their number: between log rows, read `values` and `counting`.
+    for their number: between log rows, read `values_of` and `counting`.
 
     Args:
-        values: detached, (B,) each.
+        values: detached, (B,) each, kept as `values_of`.
         counting: by name, which samples count, bool (B,); all of them where the name is missing.
     """
 
