@@ -185,17 +185,12 @@ class ReferenceBranch:
                 tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
         # without the tokens of zeros: they show no subject
         lengths = [(grid[0] + len(r)) * grid[1] * grid[2] for r in references]
-        return Output(
-            torch.stack([velocity[i] for i in range(len(references))]),
-            block_tokens(
-                {
-                    block: [rows[i][:length] for i, length in enumerate(lengths)]
-                    for block, rows in tapped.items()
-                },
-                grid,
-                self._kinds,
-            ),
-        )
+        samples = {
+            block: [rows[i][:length] for i, length in enumerate(lengths)]
+            for block, rows in tapped.items()
+        }
+        velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
+        return Output(velocity_BCTHW, block_tokens(samples, grid, self._kinds))
 
     def _extra_frames(self, reference_KCHW: Tensor) -> Tensor:
         """The clean latent frames that follow a sample's video."""
