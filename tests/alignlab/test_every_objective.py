@@ -1,7 +1,6 @@
 """What the real harness owes every objective: exact resume, a clean export, and no effect at 0."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,32 +121,41 @@ def test_the_norms_of_queries_and_keys_alone_have_another_dtype_on_a_gpu(
     assert noted.names == {"rms_norm"}
 
 
-WATCHED = "schedule: {kind: stop_at_plateau}"
-# what they read, and how they compute it, beyond their defaults
-MORE: dict[str, list[str]] = {
-    "refalign": [
-        "impl: chunked, foreground: 0.4, pos_margin: 0.2",
-        "impl: chunked, negatives: batch",
-    ],
-    "videorepa": ["impl: chunked", "grid: student"],
-    "sara": ["impl: chunked, grid: student", "saliency: masks, aligner: null"],
-    "moalign": ["impl: chunked, grid: student"],
+# beyond the defaults of `SETTINGS`: what else they read, and how else they compute it
+MORE: dict[str, str] = {
+    "refalign-margin": "name: refalign, impl: chunked, foreground: 0.4, pos_margin: 0.2",
+    "refalign-batch": "name: refalign, impl: chunked, negatives: batch",
+    "videorepa-chunked": "name: videorepa, impl: chunked",
+    "videorepa-student": "name: videorepa, grid: student",
+    "sara-chunked": "name: sara, impl: chunked, grid: student",
+    "sara-masks": "name: sara, saliency: masks, aligner: null",
+    "moalign-chunked": "name: moalign, impl: chunked, grid: student",
+    "repa-watched": "name: repa, schedule: {kind: stop_at_plateau}",
+    "moalign-watched": "name: moalign, schedule: {kind: stop_at_plateau}",
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "more"),
-    [(name, more) for name in BUILT_IN for more in ("", WATCHED, *MORE.get(name, []))],
-)
+def with_objectives(config: RunConfig, make: Make, changes: Mapping[str, str]) -> RunConfig:
+    """The run with an objective by each of these names: `SETTINGS`, and what is changed there."""
+    objectives = {}
+    for alias, written in changes.items():
+        changed = yaml.safe_load(f"{{{written}}}")
+        objective = make("any", changed["name"]).objectives["ra"]
+        objectives[alias] = type(objective).model_validate(objective.model_dump() | changed)
+    return config.model_copy(update={"objectives": objectives})
+
+
+@pytest.mark.parametrize("changes", [{name: f"name: {name}" for name in BUILT_IN}, MORE])
 def test_between_log_rows_a_step_waits_for_nothing(
-    name: str, more: str, make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
+    changes: Mapping[str, str], make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward pass, losses, backward pass, clipping, optimizer, average, counts, plateau.
 
     Without the forward pass of teachers, which the next test is of.
     """
     monkeypatch.setattr(Teacher, "encode", unseen(Teacher.encode))
-    run = build_run(make("syncs", name, *settings_of(more)), caches)
+    settings = ("optim.accumulate=2", "optim.ema=0.9")
+    run = build_run(with_objectives(make("syncs", None, *settings), make, changes), caches)
     with run.branch:
         RunTrainer(run).step(RunTrainer(run).micro_batches())  # what only the first step does
         with on_device(run):
@@ -158,6 +166,7 @@ def test_between_log_rows_a_step_waits_for_nothing(
                 scalars = trainer.step(batches)
             assert syncs.names == []
             with HostSyncs() as syncs:
+                assert {f"loss/{alias}" for alias in changes} <= set(scalars)
                 float(scalars["loss/total"])
             assert syncs.names != []
 
@@ -165,7 +174,7 @@ def test_between_log_rows_a_step_waits_for_nothing(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_on_a_gpu_torch_sees_no_wait(name: str, make: Make, caches: Caches) -> None:
-    run = build_run(make(f"gpu-{name}", name, *settings_of("")), caches)
+    run = build_run(make(f"gpu-{name}", name, "optim.accumulate=2", "optim.ema=0.9"), caches)
     trainer = RunTrainer(run)
     with run.branch:
         batches = trainer.micro_batches()
@@ -197,13 +206,6 @@ def test_a_teacher_waits_for_nothing(make: Make, caches: Caches) -> None:
     with on_device(run), HostSyncs() as syncs:
         teacher.encode(batch.video_BTHWC.to("meta", non_blocking=True), (3, 3))
     assert syncs.names == []
-
-
-def settings_of(more: str) -> list[str]:
-    """Overrides of the objective's settings, two micro-batches and an average of the weights."""
-    settings = yaml.safe_load(f"{{{more}}}")
-    chosen = [f"objectives.ra.{key}={json.dumps(value)}" for key, value in settings.items()]
-    return [*chosen, "optim.accumulate=2", "optim.ema=0.9"]
 
 
 def test_a_wait_for_the_device_is_seen() -> None:

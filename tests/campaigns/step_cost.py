@@ -88,7 +88,8 @@ def count_waits(folder: Path) -> None:
                     batch.latents_BCTHW, batch.sigma_B, batch.text_BLD, batch.references
                 )
         kept = sum(_bytes(tokens) for tokens in out.taps.values())
-        kinds = {k: syncs.names.count(k) for k in dict.fromkeys(syncs.names)}
+        operations = [waited.split(" at ")[0] for waited in syncs.names]
+        kinds = {k: operations.count(k) for k in dict.fromkeys(operations)}
         print(
             f"{name:10} waits {len(syncs.names):3}  taps keep {kept:8} bytes  {kinds}", flush=True
         )

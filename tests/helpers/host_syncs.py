@@ -4,8 +4,10 @@ A meta tensor has a device of its own and no values, so that nothing can read on
 to is noted here and answered with ones, and the step goes on.
 """
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -16,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import alignlab
 from alignlab.training.checkpoint import RunState
 from alignlab.training.setup import Run, adamw
 
 aten = torch.ops.aten
 META = torch.device("meta")
+ALIGNLAB = str(Path(alignlab.__file__).parent)
 # Operations whose result, or its size, the host waits for.
 READS = {
     aten._local_scalar_dense,
@@ -38,7 +42,7 @@ MAKES = {torch.tensor, torch.as_tensor, Tensor.new_tensor}
 
 
 class HostSyncs(TorchDispatchMode):
-    """Collects the names of such operations.
+    """Collects the names of such operations, and the lines of alignlab that they come from.
 
     Operations of alignlab's own, which torch sees as one each, are looked into.
     """
@@ -70,12 +74,16 @@ class HostSyncs(TorchDispatchMode):
         if self._waits(func.overloadpacket, args, kwargs):
             self.note(str(func))
             return _answered(func, args, kwargs)
-        return func(*args, **kwargs)
+        with _inside(self):  # an operation that is made of others, as torch sees it in an own one
+            made_of_others = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if made_of_others is NotImplemented else made_of_others
 
     def note(self, name: str) -> None:
         """Collects a name, unless paused."""
         if not self.is_paused:
-            self.names.append(name)
+            frames = traceback.extract_stack()
+            ours = [f for f in frames if f.filename.startswith(ALIGNLAB)]
+            self.names.append(f"{name} at {ours[-1].filename}:{ours[-1].lineno}" if ours else name)
 
     @classmethod
     @contextmanager
