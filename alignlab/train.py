@@ -54,14 +54,14 @@ from alignlab.stage1.compatibility import stage1_digests
 from alignlab.tracking import SilentTracker, Tracker, ask
 from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
-from alignlab.training.alignment import Aligned
+from alignlab.training.alignment import WATCHED, Aligned
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
 from alignlab.training.init_from import checked_source, start_from
 from alignlab.training.measure import PeakMemory, StepClock
-from alignlab.training.nonfinite import NonFiniteWatch, state_norms
-from alignlab.training.optim import clip_gradients, set_learning_rate, update_ema
+from alignlab.training.nonfinite import NonFiniteWatch
+from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
 from alignlab.training.setup import (
     Caches,
     Run,
@@ -69,6 +69,7 @@ from alignlab.training.setup import (
     check_ranks_agree,
     check_teachers_and_eval,
 )
+from alignlab.training.step_terms import SampleTerms, StepScalars
 from alignlab.training.stopping import Stopping
 
 
@@ -146,6 +147,7 @@ class Trainer(ABC):
         self.state = state
         self.plan = plan or SchedulePlan.of(config)
         self._stopping = Stopping(config, ranks, state)
+        self._nonfinite = NonFiniteWatch(ranks)
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
         """Trains from where the state stands to the last step, and evaluates.
@@ -175,14 +177,15 @@ class Trainer(ABC):
     def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
         """The loop: batches, diagnosis, step, log, checkpoint, evaluation.
 
-        What is not finite is seen at every step, on the device, and raised when a row is logged or
-        a checkpoint is due. No signal or clock changes which steps have a row.
+        The host waits for the device only where a row is logged or a checkpoint is due. What is
+        not finite is seen at every step, on the device, and raised there. No signal or clock
+        changes which steps have a row.
 
         Raises:
             Interrupted: a signal came; there is a checkpoint of the last step.
         """
         config, state, device = self.config, self.state, self.ranks.device
-        nonfinite, memory = NonFiniteWatch(device), PeakMemory(device)
+        nonfinite, memory = self._nonfinite, PeakMemory(device)
         clock, note = StepClock(device), ""
         with (
             step_progress(config.name, total=config.steps, done=state.step) as advance,
@@ -197,7 +200,6 @@ class Trainer(ABC):
                     with clock.paused():
                         tracker.log(state.step + 1, self.diagnose(batches))
                 scalars = self.step(batches)
-                nonfinite.check(state.step, scalars)
                 due = self._stopping.due()
                 is_last = state.step == config.steps
                 is_in_turn = is_last or state.step % config.checkpoint.every == 0
@@ -205,7 +207,7 @@ class Trainer(ABC):
                 if is_in_turn or state.step % config.tracking.log_every == 0:
                     row = {key: float(value) for key, value in scalars.items()}
                     row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
-                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.check_state(state.step, state)
                     nonfinite.raise_if_broken(newest)
                     row |= self.counts()
                     tracker.log(state.step, row)
@@ -214,41 +216,41 @@ class Trainer(ABC):
                         newest = self.save(folder)
                     clock.restart()
                 elif is_saved:
-                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.check_state(state.step, state)
                     nonfinite.raise_if_broken(newest)
                     with clock.paused():
                         newest = self.save(folder)
                 if due.signal:
                     raise self._stopping.interrupted(due)
                 if self.is_evaluation_due():
-                    nonfinite.check(state.step, state_norms(state))
+                    nonfinite.check_state(state.step, state)
                     nonfinite.raise_if_broken(newest)
                     with clock.paused(), memory.paused():
                         with self._stopping.between_steps(partial(self.save, folder)):
                             self.evaluate_now()
                 advance(state.step, note)
 
-    def step(self, batches: Sequence[Any]) -> dict[str, Tensor]:
-        """One optimizer step on the micro-batches; returns its scalars, still on the device."""
+    def step(self, batches: Sequence[Any]) -> StepScalars:
+        """One optimizer step, unless something in it is not finite; the host waits for nothing."""
         config, state = self.config, self.state
         set_learning_rate(state.optimizer, config, self.plan, state.step)
-        parts: list[dict[str, Tensor]] = []
+        parts: list[SampleTerms] = []
         for batch in batches:
-            loss, per_sample = self.losses(batch)
+            loss, terms = self.losses(batch)
             torch.autograd.backward(loss / len(batches))
-            parts.append(per_sample)
+            parts.append(terms)
+        terms = SampleTerms.joined(parts)
         parameters = list(state.names)
         self.ranks.average_gradients(parameters)
-        norm = clip_gradients(parameters, config.optim.grad_clip)
-        state.optimizer.step()
+        norm = clip_gradients(parameters, config.optim.grad_clip).to(self.ranks.device)
+        finite = terms.finite() | {("grad/norm",): norm.isfinite()[None]}
+        for names, finite_K in finite.items():
+            self._nonfinite.check(state.step + 1, names, finite_K)
+        step_unless(state.optimizer, self._nonfinite.is_broken())
         state.optimizer.zero_grad(set_to_none=True)
-        keys = {key: None for part in parts for key in part}
-        per_sample = {k: torch.cat([part[k] for part in parts if k in part]) for k in keys}
-        scalars = self.ranks.means(per_sample)
-        settings = self.after_step(scalars) | {"lr": state.optimizer.param_groups[0]["lr"]}
+        settings = self.after_step(terms) | {"lr": state.optimizer.param_groups[0]["lr"]}
         state.step += 1
-        exact = {key: torch.tensor(value, dtype=torch.float64) for key, value in settings.items()}
-        return scalars | {"grad/norm": norm} | exact
+        return StepScalars(terms, norm, settings, self.ranks)
 
     def save(self, folder: RunFolder) -> Path:
         """Writes a checkpoint, of weights that all ranks agree on."""
@@ -284,8 +286,8 @@ class Trainer(ABC):
         """This rank's share of the next step's samples, on the device."""
 
     @abstractmethod
-    def losses(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, and its terms by their log names, per sample, detached."""
+    def losses(self, batch: Any) -> tuple[Tensor, SampleTerms]:
+        """The loss of a micro-batch, and its terms by their log names."""
 
     @abstractmethod
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
@@ -311,7 +313,7 @@ class Trainer(ABC):
         """Evaluates before the last step, and leaves the state as it is."""
         raise NotImplementedError
 
-    def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    def after_step(self, terms: SampleTerms) -> dict[str, float]:
         """What follows an optimizer step; gives the exact settings that the step used."""
         return {}
 
@@ -348,7 +350,8 @@ class RunTrainer(Trainer):
         self._on_evaluation = on_evaluation
         self._evaluations: IntermediateEvaluations | None = None
         self._diagnosis: Diagnosis | None = None
-        self._aligned = AlignedSamples(run.config, run.clips.share_with_references())
+        with_references = run.clips.share_with_references()
+        self._aligned = AlignedSamples(run.config, with_references, run.ranks)
 
     def micro_batches(self) -> list[Batch]:
         optim = self.config.optim
@@ -364,27 +367,27 @@ class RunTrainer(Trainer):
             for samples in self.ranks.micro_batches(optim.accumulate, optim.batch_size)
         ]
 
-    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow loss plus alignment of one micro-batch, and every term by its log name, per sample.
+    def losses(self, batch: Batch) -> tuple[Tensor, SampleTerms]:
+        """Flow loss plus alignment of one micro-batch, and every term by its log name.
 
-        Similarities, and what plateaus watch, are of the samples that had something to align: (0,)
-        if none had, so that all ranks have the same names.
+        In similarities, and in what plateaus watch, those samples count that had something to
+        align; where none had, all ranks have the same names all the same.
         """
         flow_B, aligned = self.forward(batch)
         total_B = self.run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
         terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach(), **aligned.features}
+        counting: dict[str, Tensor] = {}
         for alias, objective_terms in aligned.terms.items():
-            terms[f"loss/{alias}"] = objective_terms.loss_B.detach()
+            loss_B, similarity_B = objective_terms.loss_B.detach(), objective_terms.similarity_B
+            terms[f"loss/{alias}"] = loss_B
             terms[f"{PREFIX}{alias}"] = aligned.counted[alias]
             terms |= {f"loss/{alias}/{part}": v for part, v in objective_terms.parts.items()}
-            aligned_B, similarity_B = aligned.samples[alias], objective_terms.similarity_B
-            if similarity_B is not None:
-                terms[f"sim/{alias}"] = similarity_B[aligned_B]
+            of_aligned = {} if similarity_B is None else {f"sim/{alias}": similarity_B}
             if alias in self.run.alignment.watches:
-                loss_B = objective_terms.loss_B.detach()
-                watched_B = -loss_B if similarity_B is None else similarity_B
-                terms[f"watched/{alias}"] = watched_B[aligned_B]
-        return total_B.mean(), terms
+                of_aligned[f"{WATCHED}{alias}"] = -loss_B if similarity_B is None else similarity_B
+            terms |= of_aligned
+            counting |= dict.fromkeys(of_aligned, aligned.samples[alias])
+        return total_B.mean(), SampleTerms(terms, counting)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Aligned]:
         """Flow loss of every sample, (B,) and not yet weighted, and what the objectives give."""
@@ -396,15 +399,12 @@ class RunTrainer(Trainer):
             aligned: Aligned = run.alignment(out.taps, batch, self.state.step)
         return flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW), aligned
 
-    def after_step(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    def after_step(self, terms: SampleTerms) -> dict[str, float]:
         """Moves the average of the weights, and shows plateau schedules what they watch."""
         update_ema(self.run.state, self.config.optim.ema)
-        self._aligned.see(scalars)
+        self._aligned.see(terms.values_of)
         factors = self.run.alignment.factors(self.state.step)
-        for alias, watch in self.run.alignment.watches.items():
-            watched = scalars.get(f"watched/{alias}")
-            if watched is not None and not watch.stopped:
-                watch.see(self.state.step, float(watched))
+        self.run.alignment.watch(self.state.step, terms, self.ranks)
         return {f"schedule/{alias}": factor for alias, factor in factors.items()}
 
     def counts(self) -> dict[str, float]:

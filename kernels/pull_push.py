@@ -31,6 +31,7 @@ from alignlab.kernels.cosine import (
 )
 from alignlab.kernels.dispatch import Impl as Impl
 from alignlab.kernels.dispatch import Operation
+from alignlab.kernels.host_copy import to_device
 
 EAGER_TOKENS = 256
 PANEL_ROWS = 512
@@ -49,6 +50,7 @@ def pull_push_eager(
     subject_ids: Tensor,
     pos_margin: float,
     neg_margin: float,
+    host_ids: Tensor | None = None,
 ) -> PullPush:
     """Computes both terms from the full similarity matrix in plain torch.
 
@@ -73,7 +75,12 @@ def pull_push_eager(
 
 
 def pull_push_chunked(
-    student: Tensor, teacher: Tensor, subject_ids: Tensor, pos_margin: float, neg_margin: float
+    student: Tensor,
+    teacher: Tensor,
+    subject_ids: Tensor,
+    pos_margin: float,
+    neg_margin: float,
+    host_ids: Tensor | None = None,
 ) -> PullPush:
     """Computes the same from panels of at most `PANEL_ROWS` student tokens; memory is O(N*C).
 
@@ -84,8 +91,11 @@ def pull_push_chunked(
     Half-precision inputs on a GPU are multiplied in their own dtype, unit vectors rounded to it;
     sums are float32 all the same.
     """
+    host_ids = subject_ids.cpu() if host_ids is None else host_ids
     with_slope = student.requires_grad and torch.is_grad_enabled()
-    pull, push, _, _ = _pull_push(student, teacher, subject_ids, pos_margin, neg_margin, with_slope)
+    pull, push, _, _ = _pull_push(
+        student, teacher, subject_ids, host_ids, pos_margin, neg_margin, with_slope
+    )
     return PullPush(pull, push)
 
 
@@ -94,6 +104,7 @@ def _pull_push(
     student: Tensor,
     teacher: Tensor,
     subject_ids: Tensor,
+    host_ids: Tensor,
     pos_margin: float,
     neg_margin: float,
     with_slope: bool,
@@ -105,8 +116,8 @@ def _pull_push(
     cosine = push.new_zeros(*lead, tokens)
     slope = push.new_zeros(*lead, tokens if with_slope else 0, width)
     teacher = teacher.expand_as(student)
-    ids = subject_ids.reshape(math.prod(subject_ids.shape[:-1]), tokens)
-    subjects = [_subjects(ids_N) for ids_N in ids]
+    ids = host_ids.reshape(math.prod(subject_ids.shape[:-1]), tokens)
+    subjects = [_subjects(ids_N, student.device) for ids_N in ids]
     which = torch.arange(len(ids)).view(subject_ids.shape[:-1]).expand(lead)
     for index in product(*map(range, lead)):
         sample = student[index], teacher[index], subjects[int(which[index])]
@@ -120,6 +131,7 @@ def _(
     student: Tensor,
     teacher: Tensor,
     subject_ids: Tensor,
+    host_ids: Tensor,
     pos_margin: float,
     neg_margin: float,
     with_slope: bool,
@@ -145,7 +157,8 @@ class _Subjects(NamedTuple):
     pairs: int  # ordered pairs of different subjects
 
 
-def _subjects(ids_N: Tensor) -> _Subjects:
+def _subjects(ids_N: Tensor, device: torch.device) -> _Subjects:
+    """Sorts ids that are on the CPU."""
     valid_V = (ids_N >= 0).nonzero()[:, 0]
     order_V = valid_V[ids_N[valid_V].argsort(stable=True)]
     sizes = ids_N[order_V].unique_consecutive(return_counts=True)[1].tolist()
@@ -154,9 +167,9 @@ def _subjects(ids_N: Tensor) -> _Subjects:
     pairs = len(order_V) ** 2 - sum(size**2 for size in sizes)
     first = int(valid_V[0]) if runs else 0
     together = slice(first, first + len(order_V))
-    if torch.equal(order_V, torch.arange(together.start, together.stop, device=ids_N.device)):
+    if torch.equal(order_V, torch.arange(together.start, together.stop)):
         return _Subjects(together, runs, pairs)  # a slice of the student is a view
-    return _Subjects(order_V, runs, pairs)
+    return _Subjects(to_device(order_V, device), runs, pairs)
 
 
 def _sample(
@@ -198,7 +211,7 @@ def _sample(
 
 
 def _setup_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, subject_ids, ctx.pos_margin, *_ = inputs
+    student, teacher, subject_ids, _, ctx.pos_margin, *_ = inputs
     _, _, cosine, slope = output
     ctx.mark_non_differentiable(cosine, slope)
     ctx.save_for_backward(student, teacher, subject_ids, cosine, slope)
@@ -217,14 +230,19 @@ def _backward_chunked(
         norm = torch.linalg.vector_norm(teacher, dim=-1, dtype=dtype).clamp_min(NORM_EPS)
         grad.addcmul_((pulled / norm)[..., None], teacher, value=-1)
     grad = unit_backward(grad, student).masked_fill((subject_ids < 0)[..., None], 0.0)
-    return grad, *[None] * 5
+    return grad, *[None] * 6
 
 
 _pull_push.register_autograd(_backward_chunked, setup_context=_setup_chunked)
 
 
 def pull_push_triton(
-    student: Tensor, teacher: Tensor, subject_ids: Tensor, pos_margin: float, neg_margin: float
+    student: Tensor,
+    teacher: Tensor,
+    subject_ids: Tensor,
+    pos_margin: float,
+    neg_margin: float,
+    host_ids: Tensor | None = None,
 ) -> PullPush:
     """Computes the same with Triton, which is imported when first used: it exists for Linux only
     and takes a second."""
@@ -233,7 +251,8 @@ def pull_push_triton(
     return module.pull_push_triton(student, teacher, subject_ids, pos_margin, neg_margin)
 
 
-OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, float, float], PullPush]] = Operation(
+OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, float, float, Tensor | None], PullPush]]
+OPERATION = Operation(
     "pull_push",
     {"eager": pull_push_eager, "chunked": pull_push_chunked, "triton": pull_push_triton},
     eager_tokens=EAGER_TOKENS,
@@ -245,6 +264,7 @@ def pull_push(
     teacher: Tensor,
     subject_ids: Tensor,
     *,
+    host_ids: Tensor | None = None,
     pos_margin: float = 0.0,
     neg_margin: float = 1.0,
     impl: Impl = "auto",
@@ -260,6 +280,8 @@ def pull_push(
         teacher: broadcastable to `student`.
         subject_ids: (..., N) integers, broadcastable over the leading dimensions; tokens with the
             same id show the same subject, a negative id (-1) marks padding, which is in no mean.
+        host_ids: the same on the CPU, for `chunked`, which goes subject by subject; without them it
+            waits for the device to have `subject_ids`.
         pos_margin: same-token cosine distance that is free of charge (RefAlign code: 0).
         neg_margin: cosine distance that different subjects should keep (RefAlign code: 1).
         impl: "auto" picks an implementation for this device, dtype and shape; a name asks for
@@ -274,10 +296,17 @@ def pull_push(
             `impl` cannot run.
     """
     _check(student, teacher, subject_ids)
+    if host_ids is not None and (
+        host_ids.device.type != "cpu" or host_ids.shape != subject_ids.shape
+    ):
+        raise ValueError(
+            f"host_ids must be subject_ids on the CPU, got {tuple(host_ids.shape)} on "
+            f"{host_ids.device} for {tuple(subject_ids.shape)}"
+        )
     refuse_teacher_gradient("pull_push", teacher)
     compute = OPERATION.choose(impl, student, teacher, student.shape[-2])
     with torch.autocast(student.device.type, enabled=False):
-        return compute(student, teacher, subject_ids, pos_margin, neg_margin)
+        return compute(student, teacher, subject_ids, pos_margin, neg_margin, host_ids)
 
 
 def _check(student: Tensor, teacher: Tensor, subject_ids: Tensor) -> None:

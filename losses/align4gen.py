@@ -135,17 +135,18 @@ class Align4Gen(Objective):
         context: Context = NO_CONTEXT,
     ) -> Terms:
         teachers = [teacher[alias] for alias in self.config.teachers]
+        grid = student[self.config.blocks[0]].grid  # the same in every block
+        matched = [match_grid(x.tokens_BTPD, x.grid, grid) for x in teachers]
+        # A first frame that one teacher left out is compared with none.
+        frames = min(x.shape[1] for x in matched)
+        features_BND = [x[:, -frames:].flatten(1, 2) for x in matched]
         per_block = []
         for block in self.config.blocks:
-            tapped = student[block]
-            projected_BND = project(self.projectors[f"block_{block}"], tapped.tokens_BND)
-            matched = [match_grid(x.tokens_BTPD, x.grid, tapped.grid) for x in teachers]
-            # A first frame that one teacher left out is compared with none.
-            frames = min(x.shape[1] for x in matched)
+            projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
             per_block.append(
                 fused_alignment_loss(
-                    projected_BND.unflatten(1, (tapped.grid[0], -1))[:, -frames:].flatten(1, 2),
-                    [x[:, -frames:].flatten(1, 2) for x in matched],
+                    projected_BND.unflatten(1, (grid[0], -1))[:, -frames:].flatten(1, 2),
+                    features_BND,
                     normalization=self.config.normalization,
                 )
             )

@@ -12,11 +12,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
-from alignlab.losses.grids import common_grid
+from alignlab.losses.grids import student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
+    Grid,
     Objective,
     ObjectiveConfig,
     Terms,
@@ -145,23 +146,28 @@ class Crepa(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        features = teacher[self.config.teacher]
-        per_block = [self._block(block, student[block], features) for block in self.config.blocks]
+        config, features = self.config, teacher[self.config.teacher]
+        grid = student[config.blocks[0]].grid  # the same in every block
+        teacher_BTPD = teacher_on("student", features.tokens_BTPD, features.grid, grid)
+        per_block = [
+            self._block(block, student[block], teacher_BTPD, features.grid)
+            for block in config.blocks
+        ]
         per_block_LB = torch.stack(per_block)
         own_B, neighbours_B, cosine_B = per_block_LB.mean(0)
         parts = {"own": -own_B.detach(), "neighbours": -neighbours_B.detach()}
         cosine_LB = per_block_LB[:, 2].detach()
         return Terms(-(own_B + neighbours_B), parts, cosine_B.detach(), similarity_LB=cosine_LB)
 
-    def _block(self, block: int, tapped: Tokens, features: Features) -> Tensor:
+    def _block(
+        self, block: int, tapped: Tokens, teacher_BTPD: Tensor, teacher_grid: Grid
+    ) -> Tensor:
         """Computes own and neighbour similarities and the mean own cosine, stacked to (3, B)."""
         projected_BND = project(self.projectors[f"block_{block}"], tapped.tokens_BND)
-        ours_BTPD, theirs_BTPD = common_grid(
-            projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
-        )
+        student_BTPD = student_on("student", projected_BND, tapped.grid, teacher_grid)
         config = self.config
         own_B, neighbours_B = _similarities(
-            ours_BTPD, theirs_BTPD, config.distance, config.tau, config.reduction
+            student_BTPD, teacher_BTPD, config.distance, config.tau, config.reduction
         )
-        frames = ours_BTPD.shape[1] if config.reduction == "sum" else 1
+        frames = student_BTPD.shape[1] if config.reduction == "sum" else 1
         return torch.stack([own_B, neighbours_B, own_B / frames])

@@ -114,15 +114,30 @@ def common_grid(
     teacher_grid: Grid,
     side: Side,
 ) -> tuple[Tensor, Tensor]:
-    """Brings both to the grid of one side, (B, T, P, D) each: `match_student` or `match_grid`.
+    """Brings both to the grid of one side, (B, T, P, D) each: `student_on` and `teacher_on`.
+
+    Several blocks share one teacher side: call `teacher_on` once for all of them.
 
     Raises:
         ValueError: the frames of the two grids do not correspond.
     """
+    return (
+        student_on(side, student_BND, student_grid, teacher_grid),
+        teacher_on(side, teacher_BTPD, teacher_grid, student_grid),
+    )
+
+
+def teacher_on(side: Side, teacher_BTPD: Tensor, teacher_grid: Grid, student_grid: Grid) -> Tensor:
+    """Brings the teacher's tokens to the grid of one side: `match_grid`, or as they are."""
     if side == "teacher":
-        return match_student(student_BND, student_grid, teacher_grid), teacher_BTPD
-    matched_BTPD = match_grid(teacher_BTPD, teacher_grid, student_grid)
-    return student_frames(student_BND, student_grid, teacher_grid), matched_BTPD
+        return teacher_BTPD
+    return match_grid(teacher_BTPD, teacher_grid, student_grid)
+
+
+def student_on(side: Side, student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -> Tensor:
+    """Brings the student's tokens to the grid of one side: `match_student`, or split by frame."""
+    on_side = match_student if side == "teacher" else student_frames
+    return on_side(student_BND, student_grid, teacher_grid)
 
 
 def student_frames(student_BND: Tensor, student_grid: Grid, teacher_grid: Grid) -> Tensor:

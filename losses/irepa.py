@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from alignlab.losses.grids import common_grid
+from alignlab.losses.grids import Grid
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.projector import irepa_projector, project_frames
 from alignlab.losses.repa import PairwiseAlignment, repa_loss, spatial_zscore
@@ -30,8 +30,13 @@ def irepa_loss(student_BTPD: Tensor, teacher_BTPD: Tensor, *, gamma: float = 0.6
     Raises:
         ValueError: the two shapes differ, or a frame has fewer than two tokens.
     """
-    zscored = spatial_zscore(teacher_BTPD.flatten(0, 1), gamma).view(teacher_BTPD.shape)
-    return repa_loss(student_BTPD.flatten(1, 2), zscored.flatten(1, 2))
+    zscored_BTPD = zscored_frames(teacher_BTPD, gamma)
+    return repa_loss(student_BTPD.flatten(1, 2), zscored_BTPD.flatten(1, 2))
+
+
+def zscored_frames(teacher_BTPD: Tensor, gamma: float) -> Tensor:
+    """Z-scores each channel over the tokens of one frame; see `spatial_zscore`."""
+    return spatial_zscore(teacher_BTPD.flatten(0, 1), gamma).view(teacher_BTPD.shape)
 
 
 class IRepaConfig(ObjectiveConfig):
@@ -67,9 +72,8 @@ class IRepa(PairwiseAlignment):
     ) -> nn.Module:
         return irepa_projector(student_dim, teacher_dim, generator)
 
-    def _loss(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
-        projected_BND = project_frames(projector, tapped.tokens_BND, tapped.grid)
-        student_BTPD, teacher_BTPD = common_grid(
-            projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
-        )
-        return irepa_loss(student_BTPD, teacher_BTPD, gamma=self.config.gamma)
+    def _project(self, projector: nn.Module, tapped: Tokens) -> Tensor:
+        return project_frames(projector, tapped.tokens_BND, tapped.grid)
+
+    def _target(self, features: Features, grid: Grid) -> Tensor:
+        return zscored_frames(super()._target(features, grid), self.config.gamma)

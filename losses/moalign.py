@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.relation import Impl, mean_relation, plain_relation
-from alignlab.losses.grids import common_grid
+from alignlab.losses.grids import student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
@@ -127,16 +127,12 @@ class MoAlign(Objective):
         # frozen: in the precision of its weights, as teachers are
         with torch.no_grad(), torch.autocast(features.tokens_BTPD.device.type, enabled=False):
             motion_BTPD = self.head.motion(features.tokens_BTPD, features.grid)
+        grid = student[config.blocks[0]].grid  # the same in every block
+        target_BTPD = teacher_on(config.grid, motion_BTPD, features.grid, grid)
         per_block = []
         for block in config.blocks:
-            tapped = student[block]
-            student_BTPD, target_BTPD = common_grid(
-                project(self.projectors[f"block_{block}"], tapped.tokens_BND),
-                tapped.grid,
-                motion_BTPD,
-                features.grid,
-                config.grid,
-            )
+            projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
+            student_BTPD = student_on(config.grid, projected_BND, grid, features.grid)
             per_block.append(
                 plain_relation(student_BTPD, target_BTPD, tau=config.tau, impl=config.impl)
             )

@@ -36,11 +36,13 @@ class Tokens:
         grid: of reference tokens (K, H, W) with the largest K of the batch.
         subject_ids_BN: int64 >= 0, equal where tokens show the same subject, in all of the batch,
             and -1 for the padding of samples with fewer references. None for video tokens.
+        host_ids_BN: the same on the CPU, for what would wait for the device. None: not known there.
     """
 
     tokens_BND: Tensor
     grid: Grid
     subject_ids_BN: Tensor | None = None
+    host_ids_BN: Tensor | None = None
 
     def __post_init__(self) -> None:
         frames, height, width = self.grid
@@ -48,11 +50,12 @@ class Tokens:
             raise ValueError(
                 f"tokens {tuple(self.tokens_BND.shape)} do not fill the grid {self.grid}"
             )
-        ids = self.subject_ids_BN
-        if ids is not None and ids.shape != self.tokens_BND.shape[:2]:
-            raise ValueError(
-                f"subject ids {tuple(ids.shape)} do not match tokens {tuple(self.tokens_BND.shape)}"
-            )
+        for ids in (self.subject_ids_BN, self.host_ids_BN):
+            if ids is not None and ids.shape != self.tokens_BND.shape[:2]:
+                raise ValueError(
+                    f"subject ids {tuple(ids.shape)} do not match tokens "
+                    f"{tuple(self.tokens_BND.shape)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Context:
             transformer's text encoder, zeros after the last token. None if no objective needs it.
         masks_BTHW: bool, pixels of each frame where any named entity is visible. None if no
             objective needs them.
-        foreground_BN: share of each reference token that its subject covers, 0 for padding. None
-            if no objective needs it.
+        foreground_BN: share of each reference token that its subject covers, 0 for padding, on the
+            CPU, where masks are. None if no objective needs it.
     """
 
     text_BLD: Tensor | None = None

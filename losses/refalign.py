@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import paired_cosine
+from alignlab.kernels.host_copy import to_device
 from alignlab.kernels.pull_push import Impl, pull_push
 from alignlab.losses.grids import match_grid
 from alignlab.losses.objective import (
@@ -33,6 +34,7 @@ def reference_alignment_loss(
     teacher_BND: Tensor,
     subject_ids_BN: Tensor,
     *,
+    host_ids_BN: Tensor | None = None,
     pos_margin: float = 0.0,
     neg_margin: float = 1.0,
     neg_weight: float = 1.0,
@@ -51,14 +53,14 @@ def reference_alignment_loss(
             of them has a value of its own.
         teacher_BND: teacher tokens at the same places, broadcastable to the student's.
         subject_ids_BN: subject of each token, -1 for padding; broadcastable like the teacher.
+        host_ids_BN: the same on the CPU, or None; see `alignlab.kernels.pull_push.pull_push`.
         pos_margin: 0 in the released code.
         neg_margin: 1 in the released code; the paper's value is not known.
         neg_weight: 1 in paper and code; 0 leaves the push out.
         negatives: "sample" pushes from the other subjects of the same sample (code, at its batch
-            of 1); "batch" from those of all samples, where ids must tell subjects apart across
-            samples. Then the push is one mean over the batch, which every sample with a valid
-            token carries. In a run, that batch is one micro-batch.
-        impl: see `alignlab.kernels.pull_push.pull_push`.
+            of 1); "batch" from those of all samples (in a run, of a micro-batch), which ids must
+            tell apart: then every sample with a valid token carries the mean over the batch.
+        impl: see `pull_push`.
 
     Returns:
         (total, pull, push), each (B,) after the leading dimensions. A sample without a valid token
@@ -68,19 +70,16 @@ def reference_alignment_loss(
         ValueError: shapes do not fit or `impl` cannot run.
     """
     teacher_BND = teacher_BND.detach()
+    margins = {"pos_margin": pos_margin, "neg_margin": neg_margin}
     pull_B, push_B = pull_push(
-        student_BND,
-        teacher_BND,
-        subject_ids_BN,
-        pos_margin=pos_margin,
-        neg_margin=neg_margin,
-        impl=impl,
+        student_BND, teacher_BND, subject_ids_BN, host_ids=host_ids_BN, impl=impl, **margins
     )
     if negatives == "batch":
         _, push = pull_push(
             student_BND.flatten(-3, -2),
             teacher_BND.flatten(-3, -2),
             subject_ids_BN.flatten(-2),
+            host_ids=None if host_ids_BN is None else host_ids_BN.flatten(-2),
             neg_margin=neg_margin,
             impl=impl,
         )
@@ -170,12 +169,13 @@ class RefAlign(Objective):
         student_LBND = torch.stack(
             [project(self.projectors[f"block_{b}"], student[b].tokens_BND) for b in config.blocks]
         )
-        ids_BN = self._ids(tapped, context)
+        ids_BN, host_ids_BN = self._ids(tapped, context)
         # All blocks at once, so that a fused kernel is launched once.
         total_LB, pull_LB, push_LB = reference_alignment_loss(
             student_LBND,
             teacher_BND,
             ids_BN,
+            host_ids_BN=host_ids_BN,
             pos_margin=config.pos_margin,
             neg_margin=config.neg_margin,
             neg_weight=config.neg_weight,
@@ -183,20 +183,30 @@ class RefAlign(Objective):
             impl=config.impl,
         )
         parts = {"pull": pull_LB.detach().mean(0), "push": push_LB.detach().mean(0)}
-        valid_BN = ids_BN >= 0
-        cosine_LBN = paired_cosine(student_LBND.detach(), teacher_BND.detach())
-        count_B = valid_BN.sum(1).clamp_min(1)
-        cosine_B = torch.where(valid_BN, cosine_LBN.mean(0), 0.0).sum(1) / count_B
-        cosine_LB = torch.where(valid_BN, cosine_LBN, 0.0).sum(2) / count_B
-        return Terms(total_LB.mean(0), parts, cosine_B, valid_BN.any(1), cosine_LB)
+        aligned_B = (ids_BN >= 0).any(1)
+        if config.pos_margin == 0:  # then the pull is the mean of 1 - cosine
+            cosine_LB = torch.where(aligned_B, 1.0 - pull_LB.detach(), 0.0)
+        else:
+            cosine_LB = _mean_cosine(student_LBND.detach(), teacher_BND.detach(), ids_BN)
+        return Terms(total_LB.mean(0), parts, cosine_LB.mean(0), aligned_B, cosine_LB)
 
-    def _ids(self, tapped: Tokens, context: Context) -> Tensor:
-        """Subject ids, -1 also for tokens that show too little of their subject."""
-        ids_BN = tapped.subject_ids_BN
+    def _ids(self, tapped: Tokens, context: Context) -> tuple[Tensor, Tensor | None]:
+        """Subject ids, -1 also for tokens that show too little of their subject, and the same on
+        the CPU, if they are known there."""
+        ids_BN, host_ids_BN = tapped.subject_ids_BN, tapped.host_ids_BN
         if ids_BN is None:
             raise ValueError("refalign needs reference tokens with subject ids")
         if self.config.foreground == 0:
-            return ids_BN
+            return ids_BN, host_ids_BN
         if context.foreground_BN is None:
             raise ValueError("refalign with foreground > 0 needs the foreground of its references")
-        return ids_BN.where(context.foreground_BN >= self.config.foreground, -1)
+        host_ids_BN = ids_BN.cpu() if host_ids_BN is None else host_ids_BN
+        host_ids_BN = host_ids_BN.where(context.foreground_BN >= self.config.foreground, -1)
+        return to_device(host_ids_BN, ids_BN.device), host_ids_BN
+
+
+def _mean_cosine(student_LBND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    """Mean cosine of matching tokens that show a subject, (L, B); 0 where none does."""
+    valid_BN = ids_BN >= 0
+    cosine_LBN = paired_cosine(student_LBND, teacher_BND)
+    return torch.where(valid_BN, cosine_LBN, 0.0).sum(2) / valid_BN.sum(1).clamp_min(1)

@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, paired_cosine
-from alignlab.losses.grids import common_grid
+from alignlab.losses.grids import student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
+    Grid,
     Objective,
     ObjectiveConfig,
     Terms,
@@ -96,9 +97,9 @@ def cosine_terms(loss_PB: Tensor, blocks: int) -> Terms:
 
 
 class PairwiseAlignment(Objective):
-    """What REPA and iREPA share: a projector and a loss for each pair of block and teacher.
+    """What REPA and iREPA share: `repa_loss` of each pair of block and teacher, averaged over all.
 
-    A subclass says what they are; the loss is their mean over all pairs.
+    A subclass gives each pair its projector, and may change what the student is compared with.
     """
 
     def __init__(
@@ -127,8 +128,12 @@ class PairwiseAlignment(Objective):
         """Builds the projector of one pair."""
 
     @abstractmethod
-    def _loss(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
-        """Computes minus the mean cosine of one pair, (B,)."""
+    def _project(self, projector: nn.Module, tapped: Tokens) -> Tensor:
+        """Maps the student's tokens to the width of a teacher, (B, N, D)."""
+
+    def _target(self, features: Features, grid: Grid) -> Tensor:
+        """What the student is compared with, on its grid, (B, T, P, D): once for all blocks."""
+        return teacher_on("student", features.tokens_BTPD, features.grid, grid)
 
     def forward(
         self,
@@ -136,12 +141,16 @@ class PairwiseAlignment(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        per_pair = [
-            self._loss(self.projectors[_pair(block, number)], student[block], teacher[alias])
-            for block in self.config.blocks
-            for number, alias in enumerate(self.config.teachers)
-        ]
-        return cosine_terms(torch.stack(per_pair), len(self.config.blocks))
+        blocks, teachers = self.config.blocks, [teacher[alias] for alias in self.config.teachers]
+        grid = student[blocks[0]].grid  # the same in every block
+        targets = [self._target(features, grid) for features in teachers]
+        per_pair = []
+        for block in blocks:
+            for number, (features, target_BTPD) in enumerate(zip(teachers, targets, strict=True)):
+                projected_BND = self._project(self.projectors[_pair(block, number)], student[block])
+                student_BTPD = student_on("student", projected_BND, grid, features.grid)
+                per_pair.append(repa_loss(student_BTPD.flatten(1, 2), target_BTPD.flatten(1, 2)))
+        return cosine_terms(torch.stack(per_pair), len(blocks))
 
 
 def _pair(block: int, number: int) -> str:
@@ -166,9 +175,5 @@ class Repa(PairwiseAlignment):
     ) -> nn.Module:
         return repa_projector(student_dim, teacher_dim, self.config.projector_dim, generator)
 
-    def _loss(self, projector: nn.Module, tapped: Tokens, features: Features) -> Tensor:
-        projected_BND = project(projector, tapped.tokens_BND)
-        student_BTPD, teacher_BTPD = common_grid(
-            projected_BND, tapped.grid, features.tokens_BTPD, features.grid, "student"
-        )
-        return repa_loss(student_BTPD.flatten(1, 2), teacher_BTPD.flatten(1, 2))
+    def _project(self, projector: nn.Module, tapped: Tokens) -> Tensor:
+        return project(projector, tapped.tokens_BND)

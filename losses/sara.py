@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
 from alignlab.kernels.relation import Impl, Routing, mean_relation, relation_distance
-from alignlab.losses.grids import common_grid, match_grid, pool_masks
+from alignlab.losses.grids import pool_masks, student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
@@ -200,23 +200,19 @@ class Sara(Objective):
     ) -> Terms:
         config, features = self.config, teacher[self.config.teacher]
         saliency_BTP = self._saliency(features, context)
+        grid = student[config.blocks[0]].grid  # the same in every block
+        teacher_BTPD = teacher_on(config.grid, features.tokens_BTPD, features.grid, grid).detach()
+        weight_BTP = None
+        if saliency_BTP is not None:
+            weight_BTP1 = teacher_on(config.grid, saliency_BTP[..., None], features.grid, grid)
+            weight_BTP = weight_BTP1[..., 0]
         per_block = []
         for block in config.blocks:
-            tapped = student[block]
-            student_BTPD, teacher_BTPD = common_grid(
-                project(self.projectors[f"block_{block}"], tapped.tokens_BND),
-                tapped.grid,
-                features.tokens_BTPD,
-                features.grid,
-                config.grid,
-            )
-            weight_BTP = saliency_BTP
-            if weight_BTP is not None and config.grid == "student":
-                weight_BTP = match_grid(weight_BTP[..., None], features.grid, tapped.grid)[..., 0]
+            projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
             per_block.append(
                 relation_distance(
-                    student_BTPD,
-                    teacher_BTPD.detach(),
+                    student_on(config.grid, projected_BND, grid, features.grid),
+                    teacher_BTPD,
                     saliency_BTP=weight_BTP,
                     routing=config.routing,
                     tau=math.inf if config.tau is None else config.tau,

@@ -110,9 +110,10 @@ def weight_at(
 
 
 class PlateauWatch(nn.Module):
-    """Decides when a `StopAtPlateau` stops. All that it remembers is in its buffers.
+    """Decides when a `StopAtPlateau` stops. All that it remembers is in its buffers, in float64.
 
-    Keep it on the CPU: it counts in float64 and is read at every step.
+    They may be on a GPU. The host waits for them only where it may have stopped: having looked, it
+    knows how many steps are missing to the patience, and goes on for so many without looking.
 
     Args:
         schedule: from the objective's config.
@@ -128,21 +129,41 @@ class PlateauWatch(nn.Module):
         self.register_buffer("average", torch.tensor(math.nan, dtype=torch.float64))
         self.register_buffer("best", torch.tensor(-math.inf, dtype=torch.float64))
         self.register_buffer("waited", torch.tensor(0))
+        self._missing, self._has_stopped = schedule.patience, False
+        self.register_load_state_dict_post_hook(PlateauWatch._look_again)
 
     @property
     def stopped(self) -> bool:
         """Whether it has stopped, which it never takes back."""
-        return int(self.waited) >= self.schedule.patience
+        if self._missing <= 0 and not self._has_stopped:
+            self._missing = self.schedule.patience - int(self.waited)
+            self._has_stopped = self._missing <= 0
+        return self._has_stopped
 
-    def see(self, step: int, value: float) -> None:
-        """Takes in the watched value of a step; a step without one is left out."""
+    @torch.no_grad()
+    def see(self, step: int, value: Tensor, is_there: Tensor) -> None:
+        """Takes in the watched value of a step.
+
+        Args:
+            step: training step.
+            value: a scalar on any device.
+            is_there: a bool; a step without a value is left out.
+        """
         if self.stopped or step < self.schedule.start:
             return
-        decay, average, best = self.schedule.decay, float(self.average), float(self.best)
-        average = value if math.isnan(average) else decay * average + (1.0 - decay) * value
-        self.average.fill_(average)
-        if average > best + self.schedule.min_delta:
-            self.best.fill_(average)
-            self.waited.zero_()
-        else:
-            self.waited.add_(1)
+        decay, value, is_there = (
+            self.schedule.decay,
+            value.to(self.average),
+            is_there.to(self.average.device),
+        )
+        average = decay * self.average + (1.0 - decay) * value
+        average = torch.where(self.average.isnan(), value, average)
+        is_best = average > self.best + self.schedule.min_delta
+        waited = torch.where(is_best, 0, self.waited + 1)
+        self.average.copy_(torch.where(is_there, average, self.average))
+        self.best.copy_(torch.where(is_there & is_best, average, self.best))
+        self.waited.copy_(torch.where(is_there, waited, self.waited))
+        self._missing -= 1
+
+    def _look_again(self, _: object) -> None:
+        self._missing, self._has_stopped = 0, False

@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_relation
-from alignlab.losses.grids import common_grid, drops_first_frame
+from alignlab.losses.grids import drops_first_frame, student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
+    Grid,
     Objective,
     ObjectiveConfig,
     Side,
@@ -153,39 +154,44 @@ class VideoRepa(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        features = teacher[self.config.teacher]
-        mean = mean_relation([self._block(b, student[b], features) for b in self.config.blocks])
-        parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
-        return Terms(_reduced(mean, self.config.reduction), parts)
-
-    def _block(self, block: int, tapped: Tokens, features: Features) -> Relation:
-        projector, first_frame = self.projectors[f"block_{block}"], self.config.first_frame
-        pooled = self._pooled(block, Tokens(project(projector, tapped.tokens_BND), tapped.grid))
-        student_BTPD, teacher_BTPD = common_grid(
-            pooled.tokens_BND, pooled.grid, features.tokens_BTPD, features.grid, self.config.grid
-        )
-        dropped = drops_first_frame(pooled.grid, features.grid)
-        if first_frame == "keep" and dropped:
-            raise ValueError(
-                f"videorepa: first_frame=keep, but the teacher (grid {features.grid}) left the "
-                f"first of the student's frames (grid {tapped.grid}) out: set first_frame=drop"
-            )
-        if first_frame == "drop" and not dropped:
-            student_BTPD, teacher_BTPD = student_BTPD[:, 1:], teacher_BTPD[:, 1:]
-        if not student_BTPD.shape[1]:
+        config, features = self.config, teacher[self.config.teacher]
+        grid = self._pooled_grid(student[config.blocks[0]].grid)  # the same in every block
+        teacher_BTPD = teacher_on(config.grid, features.tokens_BTPD, features.grid, grid)
+        first = self._first_frame(grid, features.grid)
+        teacher_BTPD = teacher_BTPD[:, first:]
+        if not teacher_BTPD.shape[1]:
             raise ValueError("videorepa: first_frame=drop leaves nothing of a clip of one frame")
-        return plain_relation(
-            student_BTPD, teacher_BTPD, margin=self.config.margin, impl=self.config.impl
-        )
+        per_block = []
+        for block in config.blocks:
+            projected_BND = self._projected(block, student[block])
+            student_BTPD = student_on(config.grid, projected_BND, grid, features.grid)[:, first:]
+            per_block.append(
+                plain_relation(student_BTPD, teacher_BTPD, margin=config.margin, impl=config.impl)
+            )
+        mean = mean_relation(per_block)
+        parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
+        return Terms(_reduced(mean, config.reduction), parts)
 
-    def _pooled(self, block: int, projected: Tokens) -> Tokens:
-        pool, (frames, height, width) = self.config.pool, projected.grid
-        if pool == 1:
-            return projected
-        if height % pool or width % pool:
-            raise ValueError(f"videorepa: pool={pool} does not divide the grid {projected.grid}")
-        conv = self.pools[f"block_{block}"]
-        assert isinstance(conv, nn.Conv2d)
+    def _first_frame(self, grid: Grid, teacher_grid: Grid) -> int:
+        """The first frame on the common grid that is compared: 1 leaves out what 0 keeps."""
+        dropped = drops_first_frame(grid, teacher_grid)
+        if self.config.first_frame == "keep" and dropped:
+            raise ValueError(
+                f"videorepa: first_frame=keep, but the teacher (grid {teacher_grid}) left the "
+                f"first of the student's frames (grid {grid}) out: set first_frame=drop"
+            )
+        return int(self.config.first_frame == "drop" and not dropped)
+
+    def _projected(self, block: int, tapped: Tokens) -> Tensor:
+        """Projected tokens of a block, pooled, (B, N, D)."""
+        projected_BND = project(self.projectors[f"block_{block}"], tapped.tokens_BND)
+        if self.config.pool == 1:
+            return projected_BND
         # Per frame and linear, so it could as well come after the resampling in time (code).
-        tokens_BND = project_frames(conv, projected.tokens_BND, projected.grid)
-        return Tokens(tokens_BND, (frames, height // pool, width // pool))
+        return project_frames(self.pools[f"block_{block}"], projected_BND, tapped.grid)
+
+    def _pooled_grid(self, grid: Grid) -> Grid:
+        pool, (frames, height, width) = self.config.pool, grid
+        if height % pool or width % pool:
+            raise ValueError(f"videorepa: pool={pool} does not divide the grid {grid}")
+        return frames, height // pool, width // pool

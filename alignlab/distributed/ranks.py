@@ -116,9 +116,8 @@ class Ranks:
         """
         if self.world_size == 1:
             return
-        reached = torch.tensor([float(g is not None) for g in gradients], device=self.device)
-        _reduce(reached)
-        places = [place for place, count in enumerate(reached.tolist()) if count]
+        reached = self.largest([g is not None for g in gradients])
+        places = [place for place, is_reached in enumerate(reached) if is_reached]
         for place in places:
             if gradients[place] is None:
                 gradients[place] = torch.zeros_like(like[place])
@@ -157,13 +156,32 @@ class Ranks:
         }
         return {key: means[key] for key in values if key in means}
 
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the ranks of numbers on the device, for which the host does not wait."""
+        if self.world_size > 1:
+            values = values.clone()
+            _reduce(values)
+        return values
+
     def largest(self, values: Sequence[int]) -> list[int]:
-        """The largest that any rank has of each of several small numbers, on all ranks."""
+        """The largest that any rank has of each of several small numbers, on all ranks.
+
+        Hosts ask each other: none waits for its device.
+        """
         if self.world_size == 1:
             return list(values)
-        shared = torch.tensor(values, dtype=torch.int32, device=self.device)
-        _reduce(shared, dist.ReduceOp.MAX)
+        shared = torch.tensor(values, dtype=torch.int32)
+        _reduce(shared, dist.ReduceOp.MAX, self._group)
         return [int(value) for value in shared.tolist()]
+
+    def gathered(self, value: Value) -> list[Value]:
+        """What every rank gives, in their order, on all ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        with _all_alive():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def check_same(self, what: str, value: object) -> None:
         """Stops if something that all ranks must share differs among them.
@@ -171,11 +189,7 @@ class Ranks:
         Raises:
             UserError: its `repr` differs.
         """
-        if self.world_size == 1:
-            return
-        values: list[Any] = [None] * self.world_size
-        with _all_alive():
-            dist.all_gather_object(values, repr(value), group=self._group)
+        values = self.gathered(repr(value))
         if len(set(values)) > 1:
             raise UserError(
                 f"the ranks differ in {what} ({', '.join(values)}): give all of them the same "
@@ -270,9 +284,13 @@ def _all_alive() -> Iterator[None]:
         ) from error
 
 
-def _reduce(values: Tensor, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+def _reduce(
+    values: Tensor,
+    how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+) -> None:
     with _all_alive():
-        dist.all_reduce(values, how)
+        dist.all_reduce(values, how, group)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,13 +1,14 @@
 """Taps: the output of chosen transformer blocks, caught by hooks that change nothing.
 
-Shape letters: B batch, N video tokens, M reference tokens, D width, P tokens per frame.
+Shape letters: B batch, N video tokens, M reference tokens, D width, P tokens per frame, K
+references.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +17,45 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from alignlab.config.run import check_block
+from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Grid, Tokens
+
+Kind = Literal["video", "reference"]
+KINDS: tuple[Kind, ...] = ("video", "reference")
 
 
 @dataclass(frozen=True)
 class BlockTokens:
-    """Output of one block for a batch.
+    """Output of one block for a batch; None where tokens of a kind were not to be kept.
 
     Args:
-        video: the noisy video's tokens.
-        reference: the reference images' tokens, padded to the batch's largest number of them.
+        kept_video: the noisy video's tokens.
+        kept_reference: the reference images' tokens, padded to the batch's largest number of them.
     """
 
-    video: Tokens
-    reference: Tokens
+    kept_video: Tokens | None
+    kept_reference: Tokens | None
+
+    @property
+    def video(self) -> Tokens:
+        """The noisy video's tokens, which were kept."""
+        return self.of("video")
+
+    @property
+    def reference(self) -> Tokens:
+        """The reference images' tokens, which were kept."""
+        return self.of("reference")
+
+    def of(self, kind: Kind) -> Tokens:
+        """The tokens of a kind.
+
+        Raises:
+            ValueError: they were not to be kept.
+        """
+        kept = self.kept_video if kind == "video" else self.kept_reference
+        if kept is None:
+            raise ValueError(f"the {kind} tokens of this block were not to be kept")
+        return kept
 
 
 class Taps:
@@ -88,28 +114,44 @@ class Taps:
         return catch
 
 
-def block_tokens(samples: Sequence[Tensor], grid: Grid) -> BlockTokens:
+def block_tokens(
+    tapped: Mapping[int, Sequence[Tensor]],
+    grid: Grid,
+    kinds: Mapping[int, Collection[Kind]] | None = None,
+) -> dict[int, BlockTokens]:
     """Puts the samples of a batch together, however many references each has.
 
     Args:
-        samples: per sample (N + K*P, D), video tokens first; K may differ.
+        tapped: by block and sample (N + K*P, D), video tokens first; K may differ among samples.
         grid: the video's (T, H, W); a reference fills (1, H, W).
+        kinds: by block, which tokens are kept: they are copies. None: all of both kinds.
     """
     frames, height, width = grid
-    per_image = height * width
-    num_video = frames * per_image
-    longest = max(len(tokens) for tokens in samples) - num_video
-    slots = torch.arange(longest, device=samples[0].device)
-    reference_BMD = torch.stack(
-        [F.pad(t[num_video:], (0, 0, 0, longest + num_video - len(t))) for t in samples]
-    )
-    ids_BM = torch.stack(
-        [
-            slots.div(per_image, rounding_mode="floor").where(slots < len(t) - num_video, -1)
-            for t in samples
-        ]
-    )
-    return BlockTokens(
-        video=Tokens(torch.stack([t[:num_video] for t in samples]), grid),
-        reference=Tokens(reference_BMD, (longest // per_image, height, width), ids_BM),
-    )
+    num_video, per_image = frames * height * width, height * width
+    found: dict[int, BlockTokens] = {}
+    ids: tuple[Tensor, Tensor] | None = None  # the same for every block
+    for block, samples in tapped.items():
+        kept = KINDS if kinds is None else kinds[block]
+        video = reference = None
+        if "video" in kept:
+            video = Tokens(torch.stack([t[:num_video] for t in samples]), grid)
+        if "reference" in kept:
+            counts = [(len(t) - num_video) // per_image for t in samples]
+            if ids is None:
+                host_ids_BM = _slots(counts, per_image)
+                ids = to_device(host_ids_BM, samples[0].device), host_ids_BM
+            longest = max(counts)
+            rows = [
+                F.pad(t[num_video:], (0, 0, 0, (longest - count) * per_image))
+                for t, count in zip(samples, counts, strict=True)
+            ]
+            reference = Tokens(torch.stack(rows), (longest, height, width), *ids)
+        found[block] = BlockTokens(video, reference)
+    return found
+
+
+def _slots(counts: Sequence[int], per_image: int) -> Tensor:
+    """Which of a sample's references a token is of, -1 for padding, (B, M) on the CPU."""
+    slots_K = torch.arange(max(counts))
+    slots_BK = slots_K.where(slots_K < torch.tensor(counts)[:, None], -1)
+    return slots_BK.repeat_interleave(per_image, dim=1)

@@ -38,6 +38,7 @@ from alignlab.training import checkpoint
 from alignlab.training.batches import ClipCache
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.setup import adamw
+from alignlab.training.step_terms import SampleTerms
 
 Clip = TypeVar("Clip")
 
@@ -125,9 +126,9 @@ class Stage1Trainer(Trainer):
         indices = [int(torch.randint(len(self.clips), (), generator=rng)) for rng in rngs]
         return [[self.clips[index] for index in indices]]
 
-    def losses(self, batch: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequence[Any]) -> tuple[Tensor, SampleTerms]:
         loss, terms = self.task.loss(batch)
-        return loss, {name: term[None] for name, term in terms.items()}  # of the whole batch
+        return loss, SampleTerms({k: term[None] for k, term in terms.items()})  # of the whole batch
 
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
         """Measures the network, writes `stage1/`, and `result.json`."""

@@ -14,9 +14,11 @@ nothing is asked of it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
+from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.gate import gate_weights
@@ -126,10 +128,12 @@ class AlignedSamples:
     Args:
         config: the run.
         with_references: share of the training clips that have a reference.
+        ranks: this rank, which counts its own samples, and those that train with it.
     """
 
-    def __init__(self, config: RunConfig, with_references: float) -> None:
+    def __init__(self, config: RunConfig, with_references: float, ranks: Ranks) -> None:
         self._config = config
+        self._ranks = ranks
         self._with_references = with_references
         self._possible = {alias: possible_share(config, alias) for alias in config.objectives}
         self._totals = {alias: (0, 0) for alias in config.objectives}
@@ -153,15 +157,15 @@ class AlignedSamples:
         for alias, (aligned, samples) in totals.items():
             self._totals[alias] = aligned, samples
 
-    def see(self, scalars: Mapping[str, Tensor]) -> None:
-        """Takes a step's shares, `aligned/<alias>`, of the objectives that were on."""
-        batch_size = self._config.optim.batch_size
+    def see(self, terms: Mapping[str, Tensor]) -> None:
+        """Takes of a step's terms `aligned/<alias>`, bool (B,) of this rank, of the objectives
+        that were on."""
         for alias in self._totals:
-            share = scalars.get(f"{PREFIX}{alias}")
-            if share is not None:
-                count = (share * batch_size).round()
+            counted_B = terms.get(f"{PREFIX}{alias}")
+            if counted_B is not None:
+                count = counted_B.sum()
                 self._lap[alias] = self._lap[alias] + count if alias in self._lap else count
-                self._lap_samples[alias] += batch_size
+                self._lap_samples[alias] += self._config.optim.batch_size
 
     def row(self) -> dict[str, float]:
         """`aligned/<alias>`, the share since the run began, and `aligned/<alias>/samples`.
@@ -195,12 +199,14 @@ class AlignedSamples:
         return self._possible[alias] * (self._with_references if reads_references else 1.0)
 
     def counts(self) -> dict[str, AlignedCount]:
-        """By alias; waits for the device."""
-        for alias, lap in self._lap.items():
-            aligned, samples = self._totals[alias]
-            self._totals[alias] = aligned + int(lap), samples + self._lap_samples[alias]
-            self._lap_samples[alias] = 0
-        self._lap = {}
+        """By alias; waits for the device, and for the other ranks if a step was taken since."""
+        if self._lap:
+            laps = self._ranks.total(torch.stack(list(self._lap.values()))).tolist()
+            for alias, lap in zip(self._lap, laps, strict=True):
+                aligned, samples = self._totals[alias]
+                self._totals[alias] = aligned + lap, samples + self._lap_samples[alias]
+                self._lap_samples[alias] = 0
+            self._lap = {}
         return {
             alias: AlignedCount(*self._totals[alias], self._possible[alias], trains(objective))
             for alias, objective in self._config.objectives.items()

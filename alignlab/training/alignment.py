@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from alignlab.config.run import RunConfig
 from alignlab.data.sample import ClipDataset
+from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
-from alignlab.losses.grids import covered_share, describe
-from alignlab.losses.objective import Context, Features, Grid, Objective, Terms, Tokens
+from alignlab.losses.grids import describe
+from alignlab.losses.objective import Features, Grid, Objective, Terms
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
-from alignlab.models.taps import BlockTokens
+from alignlab.models.taps import BlockTokens, Kind
 from alignlab.models.weight_check import check_weights
 from alignlab.progress import tell_once
 from alignlab.randomness import derive_seed
@@ -25,10 +26,14 @@ from alignlab.runs.prolong import SchedulePlan
 from alignlab.stage1.compatibility import check_stage1
 from alignlab.teachers import Teacher, image_families, teacher_from
 from alignlab.training.aligned_samples import trained_samples, trains
+from alignlab.training.batch_context import BatchContext
 from alignlab.training.batches import Batch
 from alignlab.training.nonfinite import FEATURES
+from alignlab.training.step_terms import SampleTerms
 
 SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
+WATCHED = "watched/"
+"""Prefix of the log names of what plateau schedules watch."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,24 @@ class Alignment(nn.Module):
         self.watches: dict[str, PlateauWatch] = {}
         for alias, objective in config.objectives.items():
             if isinstance(objective.schedule, StopAtPlateau):
-                self.watches[alias] = PlateauWatch(objective.schedule)
+                # Metal has no float64
+                where = "cpu" if device.type == "mps" else device
+                self.watches[alias] = PlateauWatch(objective.schedule).to(where)
                 self.add_module(f"stop_{alias}", self.watches[alias])
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """Every block that an objective taps, ascending."""
-        return tuple(sorted({b for o in self.objectives.values() for b in o.config.blocks}))
+        return tuple(sorted(self.kinds))
+
+    @property
+    def kinds(self) -> dict[int, set[Kind]]:
+        """Which tokens of each of them an objective reads."""
+        kinds: dict[int, set[Kind]] = {}
+        for objective in self.objectives.values():
+            for block in objective.config.blocks:
+                kinds.setdefault(block, set()).add(objective.tokens)
+        return kinds
 
     def check_data(self, clips: ClipDataset) -> None:
         """Refuses training clips that lack what an objective needs.
@@ -188,37 +204,55 @@ class Alignment(nn.Module):
         weighted: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         factors = self.factors(step)
+        known = BatchContext(batch, self._reference_grid(taps))
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
             if factor == 0:
                 continue
             config, kind = objective.config, objective.tokens
-            grid = _grid(taps[config.blocks[0]], kind)
+            grid = taps[config.blocks[0]].of(kind).grid
             for name in config.teachers:
                 if (name, kind) not in features:
                     features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
-            student = {
-                b: taps[b].video if kind == "video" else shared_subjects(taps[b], batch.names)
-                for b in config.blocks
-            }
+            student = {b: taps[b].of(kind) for b in config.blocks}
+            if kind == "reference":
+                ids = {"subject_ids_BN": known.ids_BN, "host_ids_BN": known.host_ids_BN}
+                student = {b: replace(tokens, **ids) for b, tokens in student.items()}
             self._log_grids(alias, grid, [features[name, kind].grid for name in config.teachers])
             teacher = {name: features[name, kind] for name in config.teachers}
-            context = context_of(batch, objective, grid)
             try:
-                objective_terms = objective(student, teacher, context)
+                objective_terms = objective(student, teacher, known.of(objective))
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
             gate_B = gate_weights(config.gate, batch.sigma_B)
             weighted[alias] = config.weight * factor * gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms
+            has_tokens_B = known.has_video_B if kind == "video" else known.has_references_B
             aligned_B = objective_terms.aligned_B
-            samples[alias] = _has_tokens(batch, kind) if aligned_B is None else aligned_B
-            shown_B = samples[alias].to(gate_B.device)
+            samples[alias] = has_tokens_B if aligned_B is None else aligned_B
+            shown_B = samples[alias]
             if kind == "reference":
-                shown_B = shown_B & batch.referenced_B.to(gate_B.device)
+                shown_B = shown_B & known.shows_reference_B
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
         return Aligned(loss_B, terms, samples, weighted, counted, feature_magnitudes(features))
+
+    def watch(self, step: int, terms: SampleTerms, ranks: Ranks) -> None:
+        """Shows plateau schedules what they watch in a step: its mean over the samples of all ranks
+        that had something to align."""
+        watches = {f"{WATCHED}{alias}": watch for alias, watch in self.watches.items()}
+        names = [name for name in watches if name in terms]
+        if not names:
+            return
+        sums, counts = ranks.total(terms.sums(names))
+        means = sums / counts.clamp_min(1)
+        for name, mean, count in zip(names, means, counts, strict=True):
+            watches[name].see(step, mean, count > 0)
+
+    def _reference_grid(self, taps: Mapping[int, BlockTokens]) -> Grid | None:
+        """That of the reference tokens, the same in every block; None: nothing reads them."""
+        kept = (taps[block].kept_reference for block in self.kinds)
+        return next((tokens.grid for tokens in kept if tokens is not None), None)
 
     def _log_grids(self, alias: str, student: Grid, teachers: list[Grid]) -> None:
         """Logs once per objective which blocks and which token grids meet."""
@@ -274,56 +308,6 @@ def feature_magnitudes(features: Mapping[tuple[str, str], Features]) -> dict[str
     return means
 
 
-def _has_tokens(batch: Batch, kind: str) -> Tensor:
-    """Which samples have tokens of the kind, bool (B,): references may be dropped."""
-    return torch.tensor([kind == "video" or len(images) > 0 for images in batch.references])
-
-
-def context_of(batch: Batch, objective: Objective, grid: Grid) -> Context:
-    """What the objective, whose student tokens fill `grid`, needs to know of the batch's clips."""
-    masks_BTHW = None
-    if "masks" in objective.needs:
-        visible = [_anything_visible(masks_ETHW) for masks_ETHW in batch.masks]
-        masks_BTHW = torch.stack(visible).to(batch.sigma_B.device)
-    return Context(
-        batch.caption_BLD if "text" in objective.needs else None,
-        masks_BTHW,
-        _foreground(batch, grid) if "foreground" in objective.needs else None,
-    )
-
-
-def _anything_visible(masks_ETHW: Tensor | None) -> Tensor:
-    assert masks_ETHW is not None  # `Alignment.check_data`
-    return masks_ETHW.any(0)
-
-
-def _foreground(batch: Batch, grid: Grid) -> Tensor:
-    """Share of each reference token that its subject covers, `(B, N)`, 0 for padding."""
-    shares_BKP = torch.zeros(len(batch.reference_masks), grid[0], grid[1] * grid[2])
-    for row, masks_KHW in enumerate(batch.reference_masks):
-        count = len(masks_KHW)
-        if count:
-            shares_BKP[row, :count] = covered_share(masks_KHW, (count, *grid[1:]))
-    return shares_BKP.flatten(1).to(batch.sigma_B.device)
-
-
-def shared_subjects(tokens: BlockTokens, names: list[list[str]]) -> Tokens:
-    """Reference tokens with one subject id for all references of the batch with the same name.
-
-    A tap numbers references by their slot; two pictures of one subject must not be pushed apart.
-    """
-    slots_BN = tokens.reference.subject_ids_BN
-    assert slots_BN is not None  # reference tokens always carry ids
-    distinct = dict.fromkeys(name for sample in names for name in sample)
-    numbers = {name: number for number, name in enumerate(distinct)}
-    ids_BN = slots_BN.clone()
-    for row, sample in enumerate(names):
-        for slot, name in enumerate(sample):
-            # not through a mask, which waits for the device
-            ids_BN[row] = ids_BN[row].where(slots_BN[row] != slot, numbers[name])
-    return replace(tokens.reference, subject_ids_BN=ids_BN)
-
-
 def _depths(blocks: tuple[int, ...]) -> str:
     return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
 
@@ -354,7 +338,3 @@ def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> F
         for row, rows in enumerate(flat.split(counts)):
             padded[row, : len(rows)] = rows
     return Features(padded, grid)
-
-
-def _grid(tokens: BlockTokens, kind: str) -> Grid:
-    return tokens.video.grid if kind == "video" else tokens.reference.grid

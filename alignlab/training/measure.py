@@ -19,8 +19,8 @@ class StepClock:
     after the step's scalars have been fetched.
 
     Args:
-        device: what a step waits for before its data is timed, or copying a batch would be charged
-            with the computation that it queues behind.
+        device: a GPU times the data itself, as what passes between the end of one step's work and
+            the beginning of the next one's: a host that runs ahead of it waits for no batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,19 +29,16 @@ class StepClock:
 
     def restart(self) -> None:
         """Starts a lap; call it after anything that is no training (logging, a checkpoint)."""
-        self._begin = self._mark = time.perf_counter()
-        self._data = 0.0
-        self._steps = 0
+        self._begin = time.perf_counter()
+        self._waits: list[tuple[_Mark, _Mark]] = []
 
     def step_begins(self) -> None:
         """Time from here to `data_ready` is the data's."""
-        self._wait()
-        self._mark = time.perf_counter()
+        self._mark = self._now()
 
     def data_ready(self) -> None:
         """The batches of a step are in memory."""
-        self._data += time.perf_counter() - self._mark
-        self._steps += 1
+        self._waits.append((self._mark, self._now()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,15 +51,32 @@ class StepClock:
 
     def lap(self) -> dict[str, float]:
         """`time/step` and `time/data`, in seconds per step since the lap began."""
-        total = time.perf_counter() - self._begin
-        return {
-            "time/step": (total - self._data) / self._steps,
-            "time/data": self._data / self._steps,
-        }
+        total, steps = time.perf_counter() - self._begin, len(self._waits)
+        data = sum(_seconds_between(begin, end) for begin, end in self._waits)
+        return {"time/step": (total - data) / steps, "time/data": data / steps}
+
+    def _now(self) -> "_Mark":
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+_Mark = float | torch.cuda.Event
+"""A time on the host, or a place in the work of a GPU."""
+
+
+def _seconds_between(begin: _Mark, end: _Mark) -> float:
+    if isinstance(begin, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return float(begin.elapsed_time(end)) / 1000
+    assert not isinstance(end, torch.cuda.Event)
+    return end - begin
 
 
 class PeakMemory:

@@ -1,19 +1,19 @@
 """Stops a run whose numbers are no longer finite, without stalling the device at every step.
 
 Scalars of a step (losses, features, the norm of the gradient) are looked at in every step, on the
-device; what a step leaves behind (weights, their average, the optimizer's moments) where a row is
-logged or a checkpoint is due. Both are raised there: the device is waited for anyway, and nothing
-that is not finite is ever saved. A step with a gradient that is not finite is taken all the same:
-to look before it would make the host wait in every step, and what it spoils is never kept.
+device and before the optimizer: from the first that is not finite on, no step changes a weight
+(`alignlab.training.optim.step_unless`). What a step leaves behind (weights, their average, the
+optimizer's moments) is looked at where a row is logged or a checkpoint is due. Both are raised
+there, since the device is waited for anyway: nothing that is not finite is ever saved.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.training.checkpoint import RunState, TrainState
 
@@ -29,22 +29,45 @@ STATE = {
 
 
 class NonFiniteWatch:
-    """Remembers, on the device, the first step at which each scalar was not finite."""
+    """Remembers, on the device, the first step at which each scalar was not finite.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._first: dict[str, Tensor] = {}
+    Args:
+        ranks: this rank, and those that train with it and stop with it.
+    """
 
-    def check(self, step: int, scalars: Mapping[str, Tensor]) -> None:
-        """Looks at a step's scalars without waiting for the device."""
-        for key, value in scalars.items():
-            bad = torch.where(torch.isfinite(value), -1, step).to(self._device)
-            first = self._first.get(key, torch.tensor(-1, device=self._device))
-            self._first[key] = torch.where(first >= 0, first, bad)
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._first: dict[tuple[str, ...], Tensor] = {}
+
+    def check(self, step: int, names: tuple[str, ...], finite_K: Tensor) -> None:
+        """Takes in which scalars of a step are finite, bool (names,), without waiting for them."""
+        first_K = torch.where(finite_K, -1, step)
+        earlier_K = self._first.get(names)
+        if earlier_K is not None:
+            first_K = torch.where(earlier_K >= 0, earlier_K, first_K)
+        self._first[names] = first_K
+
+    def check_state(self, step: int, state: TrainState) -> None:
+        """Looks at what the step left behind; a finite loss says nothing of it."""
+        norms = state_norms(state)
+        values = [norm.to(self._ranks.device) for norm in norms.values()]
+        self.check(step, tuple(norms), torch.stack(values).isfinite())
+
+    def is_broken(self) -> Tensor:
+        """Whether any rank has seen anything that is not finite, a bool on the device."""
+        firsts = [first_K.max() for first_K in self._first.values()]
+        return self._ranks.total((torch.stack(firsts) >= 0).any().float()) > 0
 
     def raise_if_broken(self, last_good: Path | None) -> None:
-        """Raises UserError that names the first step and term, if any was not finite."""
-        broken = {k: int(v) for k, v in self._first.items() if int(v) >= 0}
+        """Raises UserError on all ranks, which names the first step and term, if any was not
+        finite on one of them."""
+        names = [name for group in self._first for name in group]
+        firsts = torch.cat(list(self._first.values())).tolist() if self._first else []
+        broken: dict[str, int] = {}
+        for found in self._ranks.gathered(list(zip(names, firsts, strict=True))):
+            for name, step in found:
+                if step >= 0:
+                    broken[name] = min(step, broken.get(name, step))
         if not broken:
             return
         step = min(broken.values())
@@ -68,7 +91,7 @@ def _rank(key: str) -> int:
 
 
 def state_norms(state: TrainState) -> dict[str, Tensor]:
-    """Norms, on the device, of what a step left behind; a finite loss says nothing of it.
+    """Norms, on the device, of what a step left behind.
 
     Weights and their average: Euclidean. The optimizer's moments: their largest value, since the
     squares of sound second moments may be beyond fp32.

@@ -57,14 +57,27 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) ->
     return norm
 
 
+def step_unless(optimizer: torch.optim.Optimizer, is_broken: Tensor) -> None:
+    """Takes the optimizer's step, unless `is_broken`, a bool on the device; then nothing changes.
+
+    A fused optimizer asks the device, and the host does not wait. Others are for the CPU, where
+    there is nothing to wait for.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = is_broken.float()  # type: ignore[attr-defined]  # as GradScaler does
+        optimizer.step()
+    elif not is_broken:
+        optimizer.step()
+
+
 def update_ema(state: RunState, decay: float | None) -> None:
     """Moves the average towards the trained weights."""
     if state.ema is None or decay is None:
         return
+    trained = dict(state.transformer.named_parameters())
     with torch.no_grad():
-        for name, parameter in state.transformer.named_parameters():
-            if name in state.ema:
-                state.ema[name].lerp_(parameter, 1 - decay)
+        parameters = [trained[name] for name in state.ema]
+        torch._foreach_lerp_(list(state.ema.values()), parameters, 1 - decay)
 
 
 @contextmanager

@@ -109,7 +109,9 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     for note in cut:
         warn_once(note)
     caches = caches or new_caches(config)
-    branch = ReferenceBranch.of(wan.transformer, config.model, blocks=alignment.blocks)
+    branch = ReferenceBranch.of(
+        wan.transformer, config.model, blocks=alignment.blocks, kinds=alignment.kinds
+    )
     return Run(
         config,
         ranks,
@@ -158,12 +160,17 @@ def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
 
 
 def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW with the recipe's settings over the parameters that are trained."""
+    """AdamW with the recipe's settings over the parameters that are trained.
+
+    One kernel updates all of them, except on a CPU.
+    """
+    trained = [p for p in parameters if p.requires_grad]
     return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
+        trained,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
+        fused=any(p.device.type != "cpu" for p in trained),
     )
 
 

@@ -156,7 +156,7 @@ def test_slopes_are_computed_only_for_somebody_who_asks(grad: bool) -> None:
 def test_torch_library_finds_nothing_wrong(with_slope: bool) -> None:
     student = draw(3, 2, 9, 6).requires_grad_(with_slope)
     ids = torch.stack([IDS, MIXED])
-    arguments = (student, draw(2, 9, 6, seed=1), ids, 0.3, 0.9, with_slope)
+    arguments = (student, draw(2, 9, 6, seed=1), ids, ids.clone(), 0.3, 0.9, with_slope)
     torch.library.opcheck(pull_push_module._pull_push, arguments)
     tokens = draw(2, 3, 4, 6).requires_grad_(with_slope)
     saliency, factors = draw_saliency(2, 3, 4), draw_saliency(3, 3)

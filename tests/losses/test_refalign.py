@@ -126,7 +126,7 @@ def test_similarity_ignores_the_margin_and_the_push() -> None:
     plain = build()(student, teacher)
     other = build(pos_margin=0.9, neg_margin=0.5, neg_weight=3.0)(student, teacher)
     assert not torch.equal(plain.loss_B, other.loss_B)
-    assert torch.equal(plain.similarity_B, other.similarity_B)
+    torch.testing.assert_close(plain.similarity_B, other.similarity_B)
 
 
 def test_defaults_are_the_papers() -> None:
@@ -195,3 +195,19 @@ def test_foreground_leaves_out_tokens_that_show_too_little_of_their_subject() ->
     assert objective({0: student}, teacher, nothing).aligned_B.tolist() == [False]
     with pytest.raises(ValueError, match="needs the foreground"):
         objective({0: student}, teacher)
+
+
+@pytest.mark.parametrize("pos_margin", [0.0, 0.6])
+def test_the_similarity_is_the_mean_cosine_of_tokens_that_show_a_subject(pos_margin: float) -> None:
+    ids_BN = torch.tensor([[0, 0, 1, -1], [-1, -1, -1, -1]])
+    student, teacher = draw(2, 4, 6), draw(2, 1, 4, 5)
+    objective = build(pos_margin=pos_margin)
+    terms = objective(
+        {0: Tokens(student, (1, 2, 2), ids_BN)}, {"dino": Features(teacher, (1, 2, 2))}
+    )
+    projected = objective.projectors["block_0"](student[0, :3])
+    cosines = torch.cosine_similarity(projected, teacher[0, 0, :3], dim=1)
+    assert terms.similarity_B is not None and terms.similarity_LB is not None
+    expected = torch.stack([cosines.mean(), torch.tensor(0.0)])
+    torch.testing.assert_close(terms.similarity_B, expected)
+    torch.testing.assert_close(terms.similarity_LB, expected[None])

@@ -69,10 +69,14 @@ def watch(**settings: Any) -> PlateauWatch:
     return PlateauWatch(StopAtPlateau(kind="stop_at_plateau", **settings))
 
 
+def show(watch: PlateauWatch, step: int, value: float) -> None:
+    watch.see(step, torch.tensor(value, dtype=torch.float64), torch.tensor(True))
+
+
 def stopped_after(watch: PlateauWatch, values: list[float]) -> int | None:
     """The number of values after which it stops."""
     for step, value in enumerate(values):
-        watch.see(step, value)
+        show(watch, step, value)
         if watch.stopped:
             return step + 1
     return None
@@ -88,7 +92,7 @@ def test_a_plateau_stops_the_weight_for_good() -> None:
     seen = watch(decay=0.0, patience=2)
     assert stopped_after(seen, [0.1, 0.2, 0.2, 0.2]) == 4
     before = {name: value.clone() for name, value in seen.state_dict().items()}
-    seen.see(4, 0.9)
+    show(seen, 4, 0.9)
     assert seen.stopped
     assert all(torch.equal(value, before[name]) for name, value in seen.state_dict().items())
 
@@ -116,7 +120,7 @@ def test_when_a_plateau_is_reached(
 def test_the_average_is_exponential_and_begins_at_the_first_value() -> None:
     seen, expected = watch(decay=0.9, start=1), 0.3
     for step, value in enumerate([9.0, 0.3, 0.8, -0.2]):
-        seen.see(step, value)
+        show(seen, step, value)
         if step > 1:
             expected = 0.9 * expected + 0.1 * value
     assert float(seen.average) == pytest.approx(expected, rel=1e-14)
@@ -129,13 +133,31 @@ def test_a_watch_goes_on_from_its_saved_state() -> None:
     assert stop is not None and stop > 20
     first, second = watch(decay=0.8, patience=9), watch(decay=0.8, patience=9)
     for step in range(stop - 5):
-        first.see(step, values[step])
+        show(first, step, values[step])
     second.load_state_dict(first.state_dict())
     for step in range(stop - 5, stop):
         assert not second.stopped
-        second.see(step, values[step])
+        show(second, step, values[step])
     assert second.stopped
     assert set(whole.state_dict()) == {"average", "best", "waited"}
     for name, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], value)
         assert value.dtype == (torch.int64 if name == "waited" else torch.float64)
+
+
+def test_the_host_looks_at_a_watch_only_where_it_may_have_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[int] = []
+    read = torch.Tensor.__int__
+
+    def noted(value: torch.Tensor) -> int:
+        looks.append(step)
+        return read(value)
+
+    monkeypatch.setattr(torch.Tensor, "__int__", noted)
+    seen = watch(decay=0.0, patience=10)
+    for step in range(40):  # best at step 4, and at step 12
+        assert not seen.stopped or step >= 23
+        show(seen, step, {0: 0.1, 4: 0.2, 12: 0.3}.get(step, 0.0))
+    assert looks == [10, 15, 23]

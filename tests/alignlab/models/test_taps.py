@@ -11,7 +11,7 @@ from torch import Tensor
 from alignlab.config.parts import LoraConfig
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import Output, ReferenceBranch
-from alignlab.models.taps import Taps, block_tokens
+from alignlab.models.taps import Kind, Taps, block_tokens
 from alignlab.models.wan import load_wan
 
 COUNTS = (2, 0, 3)
@@ -215,8 +215,23 @@ def test_taps_work_in_a_compiled_transformer(wan_folder: Path, whole_model: bool
 
 def test_block_tokens_pads_each_sample_to_the_longest() -> None:
     samples = [torch.arange(n * 2.0).view(n, 2) for n in (4, 8, 6)]
-    found = block_tokens(samples, (2, 1, 2))
+    found = block_tokens({5: samples}, (2, 1, 2))[5]
     assert found.video.tokens_BND.shape == (3, 4, 2)
     assert found.reference.grid == (2, 1, 2)
-    assert found.reference.subject_ids_BN is not None
-    assert found.reference.subject_ids_BN.tolist() == [[-1] * 4, [0, 0, 1, 1], [0, 0, -1, -1]]
+    for ids_BN in (found.reference.subject_ids_BN, found.reference.host_ids_BN):
+        assert ids_BN is not None
+        assert ids_BN.tolist() == [[-1] * 4, [0, 0, 1, 1], [0, 0, -1, -1]]
+
+
+def test_taps_keep_only_the_tokens_that_are_read(wan_folder: Path) -> None:
+    kinds: dict[int, set[Kind]] = {1: {"reference"}, 3: {"video"}}
+    model = _load(wan_folder)
+    with ReferenceBranch(model, blocks=(1, 3)) as branch, torch.no_grad():
+        all_kept = branch(*_batch()).taps
+    with ReferenceBranch(model, blocks=(1, 3), kinds=kinds) as branch, torch.no_grad():
+        taps = branch(*_batch()).taps
+    assert torch.equal(taps[1].reference.tokens_BND, all_kept[1].reference.tokens_BND)
+    assert torch.equal(taps[3].video.tokens_BND, all_kept[3].video.tokens_BND)
+    assert taps[1].kept_video is None and taps[3].kept_reference is None
+    with pytest.raises(ValueError, match="the video tokens of this block were not to be kept"):
+        taps[1].of("video")

@@ -97,24 +97,33 @@ def test_four_references_are_as_many_as_there_are_subjects() -> None:
     assert 0 < drawn < 40 and some.share_with_references() == drawn / 40
 
 
+def samples_of(config: RunConfig, with_references: float) -> AlignedSamples:
+    return AlignedSamples(config, with_references, Ranks(torch.device("cpu"), "fp32"))
+
+
+def first(count: int, samples: int = 10) -> dict[str, torch.Tensor]:
+    """A step in which the first of its samples have something to align."""
+    return {"aligned/ra": torch.arange(samples) < count}
+
+
 def counter(make_config: MakeConfig, *settings: str) -> AlignedSamples:
-    return AlignedSamples(make_config("optim.batch_size=10", *settings), 1.0)
+    return samples_of(make_config("optim.batch_size=10", *settings), 1.0)
 
 
 def test_a_run_stops_when_very_many_samples_had_nothing(make_config: MakeConfig) -> None:
     count = counter(make_config)  # keeps references in 8 of 10 samples
     for _ in range(int(STOP_AT_EXPECTED / 0.8 / 10) - 1):
-        count.see({"aligned/ra": torch.tensor(0.0)})
+        count.see(first(0))
     assert count.row() == {"aligned/ra": 0.0, "aligned/ra/samples": 1240.0}
-    count.see({"aligned/ra": torch.tensor(0.0)})
+    count.see(first(0))
     with pytest.raises(UserError, match=r"^objectives\.ra: none of 1,250 samples had anything"):
         count.row()
 
 
 def test_few_clips_with_references_are_waited_for(make_config: MakeConfig) -> None:
-    few = AlignedSamples(make_config("optim.batch_size=10"), 0.001)
+    few = samples_of(make_config("optim.batch_size=10"), 0.001)
     for _ in range(200):  # by chance, in 20 of 100 runs
-        few.see({"aligned/ra": torch.tensor(0.0)})
+        few.see(first(0))
     assert few.row() == {"aligned/ra": 0.0, "aligned/ra/samples": 2000.0}
     few.check_end()
 
@@ -126,8 +135,7 @@ def test_one_clip_in_ten_with_references_never_trips(make_config: MakeConfig) ->
     for _ in range(20):
         count = counter(make_config)
         for step in range(150):
-            kept = (torch.rand(10, generator=rng) < 0.08).float().mean()
-            count.see({"aligned/ra": kept})
+            count.see({"aligned/ra": torch.rand(10, generator=rng) < 0.08})
             if step % 10 == 9:
                 count.row()
         count.check_end()
@@ -135,20 +143,20 @@ def test_one_clip_in_ten_with_references_never_trips(make_config: MakeConfig) ->
 
 def test_steps_in_which_the_schedule_is_off_are_not_counted(make_config: MakeConfig) -> None:
     count = counter(make_config)
-    count.see({"aligned/ra": torch.tensor(0.3)})
+    count.see(first(3))
     count.see({})
     assert count.row() == {"aligned/ra": 0.3, "aligned/ra/samples": 10.0}
 
 
 def test_a_few_samples_without_references_are_no_error(make_config: MakeConfig) -> None:
     # by chance: two samples in 100 of one clip in 100
-    few = AlignedSamples(make_config("optim.batch_size=2"), 0.01)
-    few.see({"aligned/ra": torch.tensor(0.0)})
+    few = samples_of(make_config("optim.batch_size=2"), 0.01)
+    few.see(first(0, 2))
     few.check_end()
     (text,) = alignment_warnings(few.counts())
     assert text.startswith("objectives.ra had nothing to align in any sample")
-    all_have = AlignedSamples(make_config("optim.batch_size=6"), 1.0)
-    all_have.see({"aligned/ra": torch.tensor(0.0)})
+    all_have = samples_of(make_config("optim.batch_size=6"), 1.0)
+    all_have.see(first(0, 6))
     with pytest.raises(UserError, match="none of 6 samples"):
         all_have.check_end()
 

@@ -3,32 +3,23 @@
 import pytest
 import torch
 
-from alignlab.losses.objective import Features, Tokens
-from alignlab.models.taps import BlockTokens
-from alignlab.training.alignment import feature_magnitudes, noise_clips, shared_subjects
-
-
-def tokens(ids: list[list[int]]) -> BlockTokens:
-    ids_BN = torch.tensor(ids)
-    batch, count = ids_BN.shape
-    reference = Tokens(torch.zeros(batch, count, 2), (count, 1, 1), ids_BN)
-    return BlockTokens(Tokens(torch.zeros(batch, 1, 2), (1, 1, 1)), reference)
+from alignlab.losses.objective import Features
+from alignlab.training.alignment import feature_magnitudes, noise_clips
+from alignlab.training.batch_context import shared_subjects
 
 
 def test_equal_names_share_an_id() -> None:
-    found = shared_subjects(
-        tokens([[0, 1, 2], [0, 1, -1]]), [["cat", "dog", "cat"], ["cat", "dog"]]
-    )
-    assert found.subject_ids_BN is not None
-    assert found.subject_ids_BN.tolist() == [[0, 1, 0], [0, 1, -1]]
+    ids_BN = shared_subjects([["cat", "dog", "cat"], ["cat", "dog"]], (3, 1, 2))
+    assert ids_BN.tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, -1, -1]]
 
 
 def test_ids_tell_subjects_apart_across_samples() -> None:
-    found = shared_subjects(
-        tokens([[0, 1], [-1, -1], [0, 1]]), [["cat", "dog"], [], ["owl", "cat"]]
-    )
-    assert found.subject_ids_BN is not None
-    assert found.subject_ids_BN.tolist() == [[0, 1], [-1, -1], [2, 0]]
+    ids_BN = shared_subjects([["cat", "dog"], [], ["owl", "cat"]], (2, 1, 1))
+    assert ids_BN.tolist() == [[0, 1], [-1, -1], [2, 0]]
+
+
+def test_a_batch_without_references_has_no_ids() -> None:
+    assert shared_subjects([[], []], (0, 3, 3)).shape == (2, 0)
 
 
 def test_one_clip_of_noise_is_dark_and_one_is_bright() -> None:

@@ -12,7 +12,7 @@ from alignlab.kernels.pull_push import pull_push
 from alignlab.losses.objective import Terms
 from alignlab.losses.repa import Repa
 from alignlab.train import RunTrainer
-from alignlab.training.alignment import context_of
+from alignlab.training.batch_context import BatchContext
 from alignlab.training.batches import Batch, Encoded, collate
 from alignlab.training.setup import Run, build_run
 
@@ -110,7 +110,7 @@ def test_foreground_tokens_are_those_that_the_reference_mask_covers(
     config = make_config("data.references=[3,3]", "objectives.ra.foreground=0.5")
     run = build_run(config)
     batch = batch_with(run, [0, 2, 3], [0, 1, 2])
-    found = context_of(batch, run.alignment.objectives["ra"], (3, 4, 4)).foreground_BN
+    found = BatchContext(batch, (3, 4, 4)).of(run.alignment.objectives["ra"]).foreground_BN
     assert found is not None and found.shape == (3, 48)
     assert (found[0] == 0).all() and (found[1, 32:] == 0).all()
     mask_HW = run.clips[1].sample.references[1].mask_HW

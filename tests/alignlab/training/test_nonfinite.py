@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,16 @@ from alignlab.errors import UserError
 from alignlab.losses.objective import Features
 from alignlab.models.wan import Wan
 from alignlab.runs.checkpoint_folders import latest
-from alignlab.train import Trainer, train
+from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.alignment import teacher_features
+from alignlab.training.batches import Batch
 from alignlab.training.checkpoint import TrainState
+from alignlab.training.setup import build_run
+from alignlab.training.step_terms import SampleTerms
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
+KEPT = ("flow.reference_dropout=0", "flow.both_dropout=0")
 
 
 def poison_moment(state: TrainState) -> None:
@@ -60,6 +65,46 @@ def test_what_a_step_leaves_behind_is_seen_at_the_next_row(
     assert str(stopped.value).startswith(named)
     checkpoints = Path(config.output) / "run/checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-000001"]
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("broken", ["loss", "gradient", "features"])
+def test_a_step_that_is_not_finite_changes_no_weight(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, broken: str, is_fused: bool
+) -> None:
+    run = build_run(make_config("steps=6", *KEPT))
+    run.state.optimizer.defaults["fused"] = is_fused
+    run.state.optimizer.param_groups[0]["fused"] = is_fused
+    trainer, losses, features = RunTrainer(run), RunTrainer.losses, teacher_features
+
+    def spoiled(trainer: RunTrainer, batch: Batch) -> tuple[torch.Tensor, SampleTerms]:
+        loss, terms = losses(trainer, batch)
+        if trainer.state.step == 1 and broken == "loss":
+            terms = SampleTerms(terms.values_of | {"loss/ra": terms["loss/ra"] * torch.inf})
+        if trainer.state.step == 1 and broken == "gradient":
+            loss = loss + (loss - loss.detach()).sqrt()  # 0, of infinite slope
+        return loss, terms
+
+    def spoiled_features(*args: Any) -> Features:
+        found = features(*args)
+        factor = torch.inf if trainer.state.step == 1 and broken == "features" else 1.0
+        return replace(found, tokens_BTPD=found.tokens_BTPD * factor)
+
+    def contents() -> list[torch.Tensor]:
+        state = run.state.optimizer.state.values()
+        return [*run.state.names, *(value for kept in state for value in kept.values())]
+
+    monkeypatch.setattr(RunTrainer, "losses", spoiled)
+    monkeypatch.setattr("alignlab.training.alignment.teacher_features", spoiled_features)
+    with run.branch:
+        trainer.step(trainer.micro_batches())
+        before = [value.clone() for value in contents()]
+        for _ in range(2):  # nor does a sound step after it
+            trainer.step(trainer.micro_batches())
+    assert all(torch.equal(*pair) for pair in zip(before, contents(), strict=True))
+    named = {"loss": "loss/ra", "gradient": "grad/norm", "features": "features/dino/reference"}
+    with pytest.raises(UserError, match=rf"^step 2: .*{named[broken]}.* is not finite"):
+        trainer._nonfinite.raise_if_broken(None)
 
 
 def test_a_teacher_whose_features_break_is_named(

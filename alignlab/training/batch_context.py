@@ -1,0 +1,106 @@
+"""What objectives are told of a batch's clips besides tokens.
+
+Shape letters: B batch, E entities, K references, P tokens per reference, N = K*P reference tokens,
+T frames, H, W pixels.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from alignlab.kernels.host_copy import to_device
+from alignlab.losses.grids import covered_share
+from alignlab.losses.objective import Context, Grid, Objective
+from alignlab.training.batches import Batch
+
+
+class BatchContext:
+    """Makes each thing once a batch, for the first objective that reads it.
+
+    Args:
+        batch: names, numbers of references and masks are on the CPU.
+        reference_grid: (K, H, W) of its reference tokens, or None if nothing reads them.
+    """
+
+    def __init__(self, batch: Batch, reference_grid: Grid | None = None) -> None:
+        self._batch = batch
+        self._reference_grid = reference_grid
+        self._device = batch.sigma_B.device
+
+    def of(self, objective: Objective) -> Context:
+        """What the objective needs."""
+        return Context(
+            self._batch.caption_BLD if "text" in objective.needs else None,
+            self._masks_BTHW if "masks" in objective.needs else None,
+            self._foreground_BN if "foreground" in objective.needs else None,
+        )
+
+    @cached_property
+    def host_ids_BN(self) -> Tensor:
+        """Subject of each reference token, on the CPU."""
+        return shared_subjects(self._batch.names, self._grid)
+
+    @cached_property
+    def ids_BN(self) -> Tensor:
+        """Subject of each reference token, on the device."""
+        return to_device(self.host_ids_BN, self._device)
+
+    @cached_property
+    def has_video_B(self) -> Tensor:
+        """Which samples have video tokens: all."""
+        return torch.ones_like(self._batch.sigma_B, dtype=torch.bool)
+
+    @cached_property
+    def has_references_B(self) -> Tensor:
+        """Which samples have reference tokens: references may be dropped."""
+        return (self.ids_BN >= 0).any(1)
+
+    @cached_property
+    def shows_reference_B(self) -> Tensor:
+        """Which samples keep a reference that is not blank."""
+        return to_device(self._batch.referenced_B, self._device)
+
+    @property
+    def _grid(self) -> Grid:
+        assert self._reference_grid is not None  # an objective taps reference tokens
+        return self._reference_grid
+
+    @cached_property
+    def _masks_BTHW(self) -> Tensor:
+        return to_device(torch.stack([_visible(m) for m in self._batch.masks]), self._device)
+
+    @cached_property
+    def _foreground_BN(self) -> Tensor:
+        """On the CPU."""
+        count, height, width = self._grid
+        shares_BKP = torch.zeros(len(self._batch.names), count, height * width)
+        for row, masks_KHW in enumerate(self._batch.reference_masks):
+            if len(masks_KHW):
+                covered_KP = covered_share(masks_KHW, (len(masks_KHW), height, width))
+                shares_BKP[row, : len(masks_KHW)] = covered_KP
+        return shares_BKP.flatten(1)
+
+
+def _visible(masks_ETHW: Tensor | None) -> Tensor:
+    """Where any entity is."""
+    assert masks_ETHW is not None  # `Alignment.check_data`
+    return masks_ETHW.any(0)
+
+
+def shared_subjects(names: list[list[str]], grid: Grid) -> Tensor:
+    """One subject id for all references of the batch with the same name, int64 (B, N) on the CPU.
+
+    A tap numbers references by their slot; two pictures of one subject must not be pushed apart.
+
+    Args:
+        names: of each sample's references.
+        grid: (K, H, W) with the largest K of the batch; samples with fewer are filled up with -1.
+    """
+    count, height, width = grid
+    distinct = dict.fromkeys(name for sample in names for name in sample)
+    numbers = {name: number for number, name in enumerate(distinct)}
+    ids_BK = torch.full((len(names), count), -1)
+    for row, sample in enumerate(names):
+        ids_BK[row, : len(sample)] = torch.tensor([numbers[name] for name in sample])
+    return ids_BK.repeat_interleave(height * width, dim=1)

@@ -1,0 +1,15 @@
+"""Copies from the host to a device for which the host does not wait."""
+
+import torch
+from torch import Tensor
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copies what was made on the CPU: to a GPU through pinned memory, in turn with its other work.
+
+    On a CPU it is returned as it is.
+    """
+    if device.type == "cuda":
+        x = x.pin_memory()
+    # Metal may read the source later than it is freed
+    return x.to(device, non_blocking=device.type != "mps")
