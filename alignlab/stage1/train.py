@@ -35,8 +35,8 @@ from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker, ask
 from alignlab.train import Trainer, logged_costs
 from alignlab.training import checkpoint
-from alignlab.training.batches import ClipCache
 from alignlab.training.checkpoint import TrainState
+from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.setup import adamw
 
 Clip = TypeVar("Clip")
@@ -113,8 +113,8 @@ class Stage1Trainer(Trainer):
             for note in cut:
                 warn_once(note)
         self.task = task_class(config.stage1, self.models, seed=config.seed)
-        self.clips = TaskClips(self.task, train_clips, config.data.cache_clips)
-        self.val_clips = TaskClips(self.task, val_clips, 0)
+        self.clips = TaskClips(self.task, train_clips, ClipMemory())
+        self.val_clips = TaskClips(self.task, val_clips, ClipMemory())
         optimizer = adamw(list(self.task.network.parameters()), config.optim)
         super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
 
@@ -156,22 +156,24 @@ class TaskClips(Generic[Clip]):
     Args:
         task: encodes one clip at a time, so that a clip never depends on its neighbours.
         dataset: where samples come from.
-        capacity: encoded clips kept in memory.
+        memory: encoded clips that are kept.
     """
 
-    def __init__(self, task: Stage1Task[Clip], dataset: ClipDataset, capacity: int) -> None:
+    def __init__(
+        self, task: Stage1Task[Clip], dataset: ClipDataset, memory: ClipMemory[Clip]
+    ) -> None:
         self._task = task
         self._dataset = dataset
-        self._cache: ClipCache[Clip] = ClipCache(capacity)
+        self._memory = memory
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Clip:
-        clip = self._cache.get(index)
+        clip = self._memory.get(index)
         if clip is None:
             clip = self._task.encode(self._dataset[index])
-            self._cache.put(index, clip)
+            self._memory.put(index, clip)
         return clip
 
 

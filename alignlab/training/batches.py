@@ -5,9 +5,7 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +15,8 @@ from alignlab.data.sample import ClipDataset, Sample
 from alignlab.errors import UserError
 from alignlab.models.wan import Wan
 from alignlab.randomness import generator
+from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.flow_matching import draw_sigma
-
-Clip = TypeVar("Clip")
 
 
 @dataclass(frozen=True)
@@ -61,36 +58,6 @@ class Batch:
     referenced_B: Tensor
 
 
-class ClipCache(Generic[Clip]):
-    """Encoded clips by index, least recently used dropped first.
-
-    Encoding is deterministic, so a cache changes no number.
-
-    Args:
-        capacity: how many are kept.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._clips: OrderedDict[int, Clip] = OrderedDict()
-
-    def get(self, index: int) -> Clip | None:
-        """The clip, if it is kept."""
-        if index not in self._clips:
-            return None
-        self._clips.move_to_end(index)
-        return self._clips[index]
-
-    def put(self, index: int, clip: Clip) -> None:
-        """Keeps a clip, and drops the least recently used ones beyond the capacity."""
-        self._clips[index] = clip
-        while len(self._clips) > self._capacity:
-            self._clips.popitem(last=False)
-
-
-EncodedCache = ClipCache[Encoded]
-
-
 class ClipEncoder:
     """Encodes clips one at a time (a clip's latents never depend on its neighbours).
 
@@ -99,22 +66,22 @@ class ClipEncoder:
     Args:
         wan: the frozen encoders.
         dataset: where clips come from.
-        cache: encoded clips of this data set and these encoders, from earlier runs or empty.
+        memory: encoded clips of this data set and these encoders, from earlier runs or empty.
     """
 
-    def __init__(self, wan: Wan, dataset: ClipDataset, cache: EncodedCache) -> None:
+    def __init__(self, wan: Wan, dataset: ClipDataset, memory: ClipMemory[Encoded]) -> None:
         self._wan = wan
         self._dataset = dataset
-        self._cache = cache
+        self._memory = memory
         self.empty_text_LD = wan.encode_text([""])[0].cpu()
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Encoded:
-        cached = self._cache.get(index)
-        if cached is not None:
-            return cached
+        kept = self._memory.get(index)
+        if kept is not None:
+            return kept
         sample = self._dataset[index]
         latents = self._wan.encode_video(sample.video_THWC)
         references = [self._wan.encode_image(r.image_HWC) for r in sample.references]
@@ -126,7 +93,7 @@ class ClipEncoder:
             _shows_reference(sample),
         )
         self._check_finite(encoded)
-        self._cache.put(index, encoded)
+        self._memory.put(index, encoded)
         return encoded
 
     def share_with_references(self) -> float:

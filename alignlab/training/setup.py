@@ -24,8 +24,9 @@ from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
-from alignlab.training.batches import ClipEncoder, EncodedCache
+from alignlab.training.batches import ClipEncoder, Encoded
 from alignlab.training.checkpoint import RunState
+from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.flow_matching import FlowWeights
 
 
@@ -67,8 +68,8 @@ class Caches:
             (`alignlab.evaluation.generation`).
     """
 
-    train: EncodedCache
-    val: EncodedCache
+    train: ClipMemory[Encoded] = field(default_factory=ClipMemory)
+    val: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
 
 
@@ -257,5 +258,5 @@ def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
 
 
 def new_caches(config: RunConfig) -> Caches:
-    """Empty caches of the size that the recipe allows."""
-    return Caches(EncodedCache(config.data.cache_clips), EncodedCache(config.data.cache_clips))
+    """Empty ones, for runs that encode as this one does."""
+    return Caches()

@@ -183,7 +183,7 @@ def _tuned(
 ) -> tuple[Tuning, dict[str, Any]]:
     """The sweep of a variant with `from`, and its changes with what it takes from there."""
     source, own = changes["from"], {key: v for key, v in changes.items() if key != "from"}
-    sweep = load_sweep(sweep_recipe(variant, source))
+    sweep = load_sweep(sweep_recipe(variant, source), stored=True)
     best, tuning = load_run(source, stored=True), tuning_of(source, sweep)
     differing = differing_settings({"base": base, "best": best})
     taken = tuned_changes(variant, tuning, differing, best, own)

@@ -13,7 +13,8 @@ from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
 from alignlab.recipe import load_run
 from alignlab.train import RunTrainer
-from alignlab.training.batches import Batch, ClipEncoder, EncodedCache, training_batch
+from alignlab.training.batches import Batch, ClipEncoder, training_batch
+from alignlab.training.clip_memory import ClipMemory, tensor_bytes
 from alignlab.training.setup import Run, build_run
 
 MakeConfig = Callable[..., RunConfig]
@@ -86,8 +87,9 @@ def test_accumulation_rounds_change_nothing_that_is_drawn(make_config: MakeConfi
 def test_a_cached_clip_is_bitwise_the_uncached_one(run: Run) -> None:
     config = run.config.data.model_copy(update={"references": (0, 3)})
     dataset = build_dataset(config, "train")
-    fresh = ClipEncoder(run.wan, dataset, EncodedCache(0))
-    cached = ClipEncoder(run.wan, dataset, EncodedCache(2))
+    fresh = ClipEncoder(run.wan, dataset, ClipMemory(0))
+    of_two = 2 * tensor_bytes(fresh[0]) + 1
+    cached = ClipEncoder(run.wan, dataset, ClipMemory(of_two))
     for index in (0, 1, 2, 0, 2, 1):  # 0 is dropped from the cache and comes back
         for clips in (cached, fresh):
             clips[index]
@@ -128,7 +130,7 @@ def test_dropped_conditions_are_empty_text_and_no_references(run: Run) -> None:
 
 def test_conditions_are_dropped_as_often_as_asked(run: Run) -> None:
     flow = FlowConfig(text_dropout=0.1, reference_dropout=0.2, both_dropout=0.3)
-    clips = ClipEncoder(run.wan, build_dataset(run.config.data, "train"), EncodedCache(99))
+    clips = ClipEncoder(run.wan, build_dataset(run.config.data, "train"), ClipMemory())
     counts = {(text, references): 0 for text in (True, False) for references in (True, False)}
     total = 0
     for step in range(40):
