@@ -32,6 +32,8 @@ from alignlab.models.weight_check import check_weights
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_PARTS = ("text_encoder", "tokenizer")
+PART_FILES = ("json", "safetensors")
+"""Endings of the files that a part is loaded from; a tokenizer has others as well."""
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,13 @@ def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
     """
     patterns = ["model_index.json", "tokenizer/*"]
     # no other kind of file of a part, so that no pickle is loaded
-    patterns += [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors")]
+    patterns += [f"{part}/*.{ending}" for part in parts for ending in PART_FILES]
     return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+
+
+def part_endings(part: str) -> tuple[str, ...] | None:
+    """Endings of the files that a part of a pipeline is loaded from; None: all are."""
+    return None if part == "tokenizer" else PART_FILES
 
 
 def load_text_encoder(
