@@ -86,5 +86,5 @@ GONE_V1: dict[str, dict[str, object]] = {
     "FolderConfig": {"cache_clips": 0},
     "ShapesConfig": {"cache_clips": 1024},
 }
-"""Settings of that version which there are no more, with their defaults, by name of the class. Sweeps
-were hashed with them, runs without."""
+"""Settings of that version which there are no more, with their defaults, by name of the class.
+Sweeps were hashed with them, runs without."""

@@ -17,7 +17,8 @@ from alignlab.models.reference_branch import Output, ReferenceBranch
 from alignlab.progress import step_progress
 from alignlab.randomness import generator
 from alignlab.teachers import Teacher, teacher_from
-from alignlab.training.batches import Batch, Encoded, collate
+from alignlab.training.batches import Batch, collate
+from alignlab.training.encoded import Encoded
 from alignlab.training.flow_matching import flow_loss, interpolate
 from alignlab.training.optim import averaged_weights
 from alignlab.training.setup import Run

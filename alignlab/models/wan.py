@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from alignlab.config.parts import LoraConfig
+from alignlab.dataset_cache.key import Part
+from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
@@ -29,6 +31,7 @@ from alignlab.models.model_files import (
 )
 from alignlab.models.text_encoder import TextEncoder
 from alignlab.models.weight_check import check_weights
+from alignlab.runs.file_digests import combined, digest_folder
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -133,6 +136,22 @@ class Wan:
             )
         frames = ((pixels + 1.0) * 127.5).round().clamp(0, 255)
         return frames.to(torch.uint8).permute(1, 2, 3, 0)
+
+    @cached_property
+    def vae_parts(self) -> dict[str, Part]:
+        """What latents depend on besides the pixels, for keys of the dataset cache."""
+        return self._parts(("vae",), torch.float32)
+
+    @cached_property
+    def text_parts(self) -> dict[str, Part]:
+        """What embeddings depend on besides the text, for keys of the dataset cache."""
+        return self._parts(TEXT_PARTS, self.text_encoder.dtype)
+
+    def _parts(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Part]:
+        digests: dict[str, Part] = {
+            name: combined(digest_folder(self.folder / name, part_endings(name))) for name in names
+        }
+        return digests | model_parts(dtype, self.device, "diffusers", "transformers")
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""

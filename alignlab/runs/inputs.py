@@ -14,7 +14,8 @@ from alignlab.runs.file_digests import combined, digest_files, digest_folder
 from alignlab.runs.init_source import SETTING, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
-from alignlab.teachers.load import TEACHER_FILES, teacher_folder
+from alignlab.teachers.load import teacher_folder
+from alignlab.teachers.teacher import TEACHER_FILES
 
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 

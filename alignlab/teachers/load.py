@@ -19,13 +19,10 @@ from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
-from alignlab.teachers.teacher import Teacher
+from alignlab.teachers.teacher import TEACHER_FILES, Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
-
-TEACHER_FILES = ("json", "safetensors")
-"""Endings of the files that a teacher is loaded from."""
 
 
 def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
@@ -92,6 +89,7 @@ def load_teacher(
         grid=grid,
         slice_size=slice_size,
         preprocessing=preprocessing,
+        folder=folder,
     )
 
 

@@ -6,20 +6,28 @@ N images or clips of one forward pass, L tokens of one.
 
 import hashlib
 import re
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignlab.dataset_cache.key import Part, digest_of
+from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
+from alignlab.runs.file_digests import combined, digest_folder
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
 from alignlab.teachers.registry import teacher_rows
+
+TEACHER_FILES = ("json", "safetensors")
+"""Endings of the files that a teacher is loaded from."""
 
 
 class Teacher:
@@ -34,6 +42,7 @@ class Teacher:
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
         preprocessing: how its pixels are normalised; None: as the family's row says.
+        folder: that the model was loaded from; None: it was not.
 
     Raises:
         UserError: there is no such feature.
@@ -48,8 +57,10 @@ class Teacher:
         grid: tuple[int, int] | None = None,
         slice_size: int = 16,
         preprocessing: Preprocessing | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._model = model
+        self._folder = folder
         self._family = family
         self._row = teacher_rows()[family]
         self._preprocessing = preprocessing or row_preprocessing(self._row)
@@ -89,6 +100,32 @@ class Teacher:
         if normalisation == row_preprocessing(self._row).normalisation:
             return weights
         return hashlib.sha256(f"{weights} {normalisation}".encode()).hexdigest()
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """What its features depend on besides the pixels and the grid, for keys of the dataset
+        cache: the files of its folder, or without one its weights."""
+        weights = self.digest()
+        if self._folder is not None:
+            weights = combined(digest_folder(self._folder, TEACHER_FILES))
+        row, (mean, std, scale) = self._row, self._preprocessing.normalisation
+        return {
+            "family": self._family,
+            "weights": weights,
+            "feature": self.feature,
+            "slice": self._slice_size,
+            "mean": mean,
+            "std": std,
+            "scale": scale,
+            "resize": row.resize,
+            "positions": row.positions,
+            **model_parts(self._model.dtype, self._model.device, "transformers"),
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        """Short for `parts`."""
+        return digest_of("teacher", self.parts)
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:

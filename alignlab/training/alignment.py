@@ -26,6 +26,7 @@ from alignlab.stage1.compatibility import check_stage1
 from alignlab.teachers import Teacher, image_families, teacher_from
 from alignlab.training.aligned_samples import trained_samples, trains
 from alignlab.training.batches import Batch
+from alignlab.training.encoded import FeatureRead, TokenKind
 from alignlab.training.nonfinite import FEATURES
 
 SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
@@ -73,6 +74,7 @@ class Alignment(nn.Module):
         super().__init__()
         self.plan = SchedulePlan.of(config)
         self._logged: set[str] = set()
+        self._grid_HW = grid[1:]
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
             alias: teacher_from(teacher, device=device)
@@ -175,6 +177,16 @@ class Alignment(nn.Module):
             for alias, objective in self.objectives.items()
             if not isinstance(objective.config.schedule, Constant)
         }
+
+    def reads(self, step: int) -> list[FeatureRead]:
+        """What `forward` reads of teachers at a step."""
+        factors, found = self.factors(step), dict[FeatureRead, None]()
+        for alias, objective in self.objectives.items():
+            for name in objective.config.teachers if factors.get(alias, 1.0) else ():
+                teacher, kind = self.teachers[name], objective.tokens
+                own_HW = teacher.grid if kind == "video" else None
+                found[FeatureRead(teacher, kind, own_HW or self._grid_HW)] = None
+        return list(found)
 
     def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
         """Runs each teacher once and each objective on its tapped tokens.
@@ -328,30 +340,29 @@ def _depths(blocks: tuple[int, ...]) -> str:
     return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
 
 
-def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:
+def teacher_features(teacher: Teacher, batch: Batch, kind: TokenKind, grid: Grid) -> Features:
     """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
 
     The teacher's patch grid is the student's, unless it has its own for video; along time it sees
-    every pixel frame. Reference images of all samples go through in one call and are padded with
-    zeros to `(B, K, P, D)`.
+    every pixel frame. Each clip is encoded by itself (`Encoded.features`), or read from the dataset
+    cache; references are padded with zeros to `(B, K, P, D)`.
 
     Raises:
         UserError: reference images for a video teacher.
     """
     if kind == "video":
-        return teacher.encode(batch.video_BTHWC, teacher.grid or grid[1:])
+        read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+        tokens_BTPD = torch.stack([rows for rows in batch.features(read) if rows is not None])
+        return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW))
     if teacher.is_video:
         raise UserError(
             "teachers: a video teacher takes whole clips, and references are images: give "
             f"objectives on reference tokens an image teacher ({image_families()})"
         )
-    counts = [len(images) for images in batch.reference_images]
-    padded = torch.zeros(
-        len(counts), grid[0], grid[1] * grid[2], teacher.dim, device=batch.sigma_B.device
-    )
-    if sum(counts):
-        flat = teacher.encode(torch.cat(batch.reference_images)[None], grid[1:]).tokens_BTPD[0]
-        for row, rows in enumerate(flat.split(counts)):
+    shape = (len(batch.clips), grid[0], grid[1] * grid[2], teacher.dim)
+    padded = torch.zeros(shape, device=batch.sigma_B.device)
+    for row, rows in enumerate(batch.features(FeatureRead(teacher, "reference", grid[1:]))):
+        if rows is not None:
             padded[row, : len(rows)] = rows
     return Features(padded, grid)
 

@@ -9,8 +9,8 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 MEMORY_BYTES = 2**30
-"""Of the tensors that a run keeps of each split; a clip of 81 frames of 480x832 has 100 MB of pixels,
-and 20 MB without them."""
+"""Of the tensors that a run keeps of each split: ten clips of 81 frames of 480x832 with their
+pixels (97 MB each), or fifty without."""
 
 Clip = TypeVar("Clip")
 
@@ -36,9 +36,7 @@ class ClipMemory(Generic[Clip]):
             if index not in self._clips:
                 return None
             clip, _ = self._clips[index]
-            self._keep(
-                index, clip
-            )  # it may have grown: pixels and features come when they are read
+            self._keep(index, clip)  # with pixels and features that were read since
             return clip
 
     def put(self, index: int, clip: Clip) -> None:

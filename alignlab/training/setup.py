@@ -1,6 +1,7 @@
 """Everything that a run trains with, built once from its recipe."""
 
 import hashlib
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from alignlab.config.parts import AdamWConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits, dataset_files
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -24,9 +26,10 @@ from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment
-from alignlab.training.batches import ClipEncoder, Encoded
+from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
 from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.encoded import Encoded
 from alignlab.training.flow_matching import FlowWeights
 
 
@@ -62,12 +65,14 @@ class Caches:
     """What runs on the same data share: encoded clips, and what is measured of the real ones.
 
     Args:
+        values: what encoders and teachers made of clips, on disk.
         train: clips of the train split.
         val: clips of the val split.
         real_metrics: metrics of real clips by teacher and number of clips
             (`alignlab.evaluation.generation`).
     """
 
+    values: EncodedValues
     train: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     val: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
@@ -117,8 +122,8 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         wan,
         alignment,
         _initial_state(config, wan, alignment),
-        ClipEncoder(wan, dataset, caches.train),
-        ClipEncoder(wan, val_dataset, caches.val),
+        ClipEncoder(wan, dataset, caches.values, caches.train),
+        ClipEncoder(wan, val_dataset, caches.values, caches.val),
         FlowWeights(config.flow),
         branch,
         caches,
@@ -253,10 +258,14 @@ def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
     That is the same data through the same encoders in the same precision. Where there are none,
     new ones are put into `caches`.
     """
-    key = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
+    key = config.model_dump_json(
+        include={"model": {"path", "precision"}, "data": True, "output": True}
+    )
     return caches.setdefault(key, new_caches(config))
 
 
 def new_caches(config: RunConfig) -> Caches:
     """Empty ones, for runs that encode as this one does."""
-    return Caches()
+    values = EncodedValues.of(config.data.cache, config.output)
+    weakref.finalize(values, values.cache.flush)  # whatever command asked for them
+    return Caches(values)
