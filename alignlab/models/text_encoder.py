@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
@@ -15,6 +16,8 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
+from alignlab.dataset_cache.key import Part
+from alignlab.models.pipeline_parts import TEXT_PARTS, encoder_parts
 from alignlab.progress import warn_once
 
 SHOWN = 60  # characters of a caption in a message
@@ -28,10 +31,18 @@ class TextEncoder:
     Args:
         model: on the device where texts are encoded.
         tokenizer: pads to `max_tokens`.
+        folder: of the pipeline that both are of.
     """
 
     model: UMT5EncoderModel
     tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """What embeddings depend on besides the text, for keys of the dataset cache."""
+        device = torch.device(self.model.device)
+        return encoder_parts(self.folder, TEXT_PARTS, self.model.dtype, device)
 
     @property
     def dim(self) -> int:

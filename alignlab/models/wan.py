@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from alignlab.config.parts import LoraConfig
 from alignlab.dataset_cache.key import Part
-from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
@@ -29,14 +28,9 @@ from alignlab.models.model_files import (
     local_folder,
     read_object,
 )
+from alignlab.models.pipeline_parts import COMPONENTS, PART_FILES, TEXT_PARTS, encoder_parts
 from alignlab.models.text_encoder import TextEncoder
 from alignlab.models.weight_check import check_weights
-from alignlab.runs.file_digests import combined, digest_folder
-
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-TEXT_PARTS = ("text_encoder", "tokenizer")
-PART_FILES = ("json", "safetensors")
-"""Endings of the files that a part is loaded from; a tokenizer has others as well."""
 
 
 @dataclass(frozen=True)
@@ -140,18 +134,7 @@ class Wan:
     @cached_property
     def vae_parts(self) -> dict[str, Part]:
         """What latents depend on besides the pixels, for keys of the dataset cache."""
-        return self._parts(("vae",), torch.float32)
-
-    @cached_property
-    def text_parts(self) -> dict[str, Part]:
-        """What embeddings depend on besides the text, for keys of the dataset cache."""
-        return self._parts(TEXT_PARTS, self.text_encoder.dtype)
-
-    def _parts(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, Part]:
-        digests: dict[str, Part] = {
-            name: combined(digest_folder(self.folder / name, part_endings(name))) for name in names
-        }
-        return digests | model_parts(dtype, self.device, "diffusers", "transformers")
+        return encoder_parts(self.folder, ("vae",), torch.float32, self.device)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""
@@ -160,7 +143,7 @@ class Wan:
     @cached_property
     def text(self) -> TextEncoder:
         """The frozen text encoder with its tokenizer."""
-        return TextEncoder(self.text_encoder, self.tokenizer)
+        return TextEncoder(self.text_encoder, self.tokenizer, self.folder)
 
     @cached_property
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
@@ -241,11 +224,6 @@ def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
     return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
 
 
-def part_endings(part: str) -> tuple[str, ...] | None:
-    """Endings of the files that a part of a pipeline is loaded from; None: all are."""
-    return None if part == "tokenizer" else PART_FILES
-
-
 def load_text_encoder(
     path: str,
     *,
@@ -272,6 +250,7 @@ def load_text_encoder(
     return TextEncoder(
         model.to(device).requires_grad_(False).eval(),
         _load_tokenizer(folder),
+        folder,
     )
 
 

@@ -9,7 +9,8 @@ from alignlab.data.registry import DataConfig, dataset_files
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
 from alignlab.models.model_files import on_disk, present_folder
-from alignlab.models.wan import COMPONENTS, TEXT_PARTS, part_endings, pipeline_folder
+from alignlab.models.pipeline_parts import COMPONENTS, TEXT_PARTS, part_endings
+from alignlab.models.wan import pipeline_folder
 from alignlab.runs.file_digests import combined, digest_files, digest_folder
 from alignlab.runs.init_source import SETTING, init_source
 from alignlab.stage1.compatibility import stage1_folder_of

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alignlab.config.paths import user_path
 from alignlab.data.registry import build_splits
 from alignlab.data.sample import ClipDataset
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
@@ -37,6 +38,7 @@ from alignlab.train import Trainer, logged_costs
 from alignlab.training import checkpoint
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.encoded import ClipPixels
 from alignlab.training.setup import adamw
 
 Clip = TypeVar("Clip")
@@ -61,6 +63,7 @@ def train_stage1(config: Stage1Config) -> Path:
         clear_leftovers(opened.folder.path)
         ask(config)
         trainer = Stage1Trainer(config, ranks)
+        locks.callback(trainer.models.values.flush)
         if opened.newest is not None:
             checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)
         trainer.plan = begin_leg(opened.folder, config, trainer.state.step)
@@ -172,7 +175,7 @@ class TaskClips(Generic[Clip]):
     def __getitem__(self, index: int) -> Clip:
         clip = self._memory.get(index)
         if clip is None:
-            clip = self._task.encode(self._dataset[index])
+            clip = self._task.encode(ClipPixels(self._dataset, index))
             self._memory.put(index, clip)
         return clip
 
@@ -183,7 +186,8 @@ def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenMode
     if config.model is not None:
         model = config.model
         text = load_text_encoder(model.path, precision=model.precision, device=device)
-    return FrozenModels(teacher, config.grid, text, device)
+    values = EncodedValues.of(config.data.cache, config.output)
+    return FrozenModels(teacher, config.grid, text, device, values)
 
 
 def stage1_info(

@@ -5,16 +5,16 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Reference
-from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
+from alignlab.dataset_cache.clip_keys import reference_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import UserError
 from alignlab.models.wan import Wan
@@ -22,6 +22,9 @@ from alignlab.randomness import generator
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead
 from alignlab.training.flow_matching import draw_sigma
+from alignlab.training.kept_text import kept_text
+
+TEXT = "caption by text_encoder"
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,8 @@ class ClipEncoder:
             where: what has it, for the message.
         """
 
-        def make() -> dict[str, Tensor]:
-            text_LD = self._wan.encode_text([prompt])[0].cpu()
-            self._check_finite(where, "caption by text_encoder", text_LD)
-            return trimmed_text(text_LD)
-
-        return padded_text(
-            self._values.get("text", lambda: text_key(prompt, self._wan.text_parts), make)
+        return kept_text(
+            self._values, self._wan.text, prompt, partial(self._check_finite, where, TEXT)
         )
 
     @property
@@ -179,21 +177,6 @@ class ClipEncoder:
                 f"{key}: encoding its {what} gives values that are not finite: "
                 f"look at {self._wan.folder} (model.path), or try model.precision=fp32"
             )
-
-
-def trimmed_text(text_LD: Tensor) -> dict[str, Tensor]:
-    """An embedding without the zeros after its last token, with its length."""
-    is_zero_L = (text_LD.view(torch.int32) == 0).all(1)  # as bits: -0 would not come back
-    used = int((~is_zero_L).nonzero().max()) + 1 if not is_zero_L.all() else 0
-    return {"text_LD": text_LD[:used], "length": torch.tensor(len(text_LD))}
-
-
-def padded_text(values: Mapping[str, Tensor]) -> Tensor:
-    """Undoes `trimmed_text`."""
-    text_LD = values["text_LD"]
-    return torch.cat(
-        [text_LD, text_LD.new_zeros(int(values["length"]) - len(text_LD), text_LD.shape[1])]
-    )
 
 
 def training_batch(

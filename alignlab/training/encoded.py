@@ -97,7 +97,7 @@ class Encoded:
         latents_CTHW, text_LD, references_KCHW: what the encoders give.
         shows_reference: whether one of its references is not blank.
         values: where the features of teachers are kept.
-        kept_features: those that were read, if `values` keeps them.
+        features_read: those that were read, if `values` keeps them.
     """
 
     pixels: ClipPixels
@@ -106,7 +106,7 @@ class Encoded:
     references_KCHW: Tensor
     shows_reference: bool
     values: EncodedValues
-    kept_features: dict[tuple[str, TokenKind, tuple[int, int]], Tensor] = field(
+    features_read: dict[tuple[str, TokenKind, tuple[int, int]], Tensor] = field(
         default_factory=dict, repr=False
     )
 
@@ -125,12 +125,17 @@ class Encoded:
         Returns:
             fp32, on the CPU or on the teacher's device.
         """
-        key, make = partial(_key, read, self.pixels), partial(_encode, read, self.pixels)
         if not self.values.keeps("teacher"):
-            return self.values.get("teacher", key, make)[TOKENS]
-        if read.name not in self.kept_features:
-            self.kept_features[read.name] = self.values.get("teacher", key, make)[TOKENS]
-        return self.kept_features[read.name]
+            return kept_features(self.values, read, self.pixels)
+        if read.name not in self.features_read:
+            self.features_read[read.name] = kept_features(self.values, read, self.pixels)
+        return self.features_read[read.name]
+
+
+def kept_features(values: EncodedValues, read: FeatureRead, pixels: ClipPixels) -> Tensor:
+    """`Encoded.features` of a clip, through the dataset cache."""
+    key, make = partial(_key, read, pixels), partial(_encode, read, pixels)
+    return values.get("teacher", key, make)[TOKENS]
 
 
 def _key(read: FeatureRead, pixels: ClipPixels) -> CacheKey:
