@@ -1,7 +1,7 @@
 """A shard: a safetensors file of entries that is written once, whole, and never changed.
 
-Its metadata has `format`, `version`, `index` (JSON, see `shard_index`) and `sha256`, which is of
-version and index.
+Its metadata has `format`, `version`, `index`, `keys` (both JSON, see `shard_index`), and `sha256`
+of the last three. Keys are parsed only where they are shown.
 
 Entries are read with `pread`, never through a memory map, which would kill the process if the file
 were cut while it is read. A file that is removed meanwhile is read to its end.
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from alignlab.dataset_cache.shard_index import (
@@ -27,12 +27,13 @@ from alignlab.dataset_cache.shard_index import (
     bytes_of,
     entry_sha256,
     index_text,
+    keys_text,
     named_tensors,
     parse_index,
 )
 from alignlab.dataset_cache.storage_dtypes import Stored
 from alignlab.errors import UserError
-from alignlab.runs.atomic_files import whole_file
+from alignlab.runs.atomic_files import write_bytes
 
 FORMAT = "alignlab dataset cache"
 VERSION = 1
@@ -58,16 +59,10 @@ def write_shard(path: Path, entries: list[Entry]) -> None:
     Raises:
         OSError: the disk does not take it.
     """
-    index = index_text(entries)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "index": index,
-        "sha256": _sha256(str(VERSION), index),
-    }
+    metadata = {"version": str(VERSION), "index": index_text(entries), "keys": keys_text(entries)}
     tensors = {name: tensor for entry in entries for name, tensor in named_tensors(entry)}
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    # not `save_file`: its temporary file has a name of its own, which a kill would leave behind
+    write_bytes(path, save(tensors, {"format": FORMAT, **metadata, "sha256": _sha256(metadata)}))
 
 
 def read_index(path: Path) -> Index:
@@ -87,15 +82,15 @@ def read_index(path: Path) -> Index:
     try:
         header = json.loads(content)
         metadata = header.pop("__metadata__")
-        version, index = metadata["version"], metadata["index"]
-        is_whole = metadata["format"] == FORMAT and metadata["sha256"] == _sha256(version, index)
+        version = metadata["version"]
+        is_whole = metadata["format"] == FORMAT and metadata["sha256"] == _sha256(metadata)
         if is_whole and int(version) > VERSION:
             raise NewerShardError(
                 f"{path}: a newer alignlab wrote it (format {version}, this one reads {VERSION}): "
                 "update alignlab, or name another folder as the cache"
             )
         if is_whole:
-            return parse_index(index, header, 8 + length, size)
+            return parse_index(metadata, header, 8 + length, size)
     except NO_HEADER as error:
         raise DamagedShardError("its header is not whole, or it is cut") from error
     raise DamagedShardError("the checksum of its index is another")
@@ -175,5 +170,8 @@ def _fill(file: int, left: memoryview, begin: int) -> None:
         left, begin = left[size:], begin + size
 
 
-def _sha256(version: str, index: str) -> str:
-    return hashlib.sha256(f"{version}\n{index}".encode()).hexdigest()
+def _sha256(metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name in ("version", "index", "keys"):
+        digest.update(f"{metadata[name]}\n".encode())
+    return digest.hexdigest()

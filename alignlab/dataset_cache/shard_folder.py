@@ -164,5 +164,4 @@ def shard_names(folder: Path) -> set[str]:
 
 def leftovers(folder: Path) -> list[Path]:
     """Unfinished shards, of writers that are at work and of those that were killed."""
-    pattern = re.compile(r"\." + _NAME.pattern.replace(r"\.", r"\.tmp\."))
-    return sorted(path for path in folder.glob(".*") if pattern.fullmatch(path.name))
+    return [path for path in folder.glob(".*.tmp") if _NAME.fullmatch(path.name[1:-4])]

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -106,17 +106,21 @@ class Index:
 
     Args:
         rows: in the order of the index.
-        content: the index itself.
+        keys: of `keys_text`.
         file_size: bytes of the shard.
     """
 
     rows: list[Row]
-    content: Mapping[str, Any]
+    keys: str
     file_size: int
 
     def parts(self, id: str) -> dict[str, Any]:
         """Parts of an entry's key."""
-        return {name: _as_tuples(part) for name, part in self.content[id]["parts"].items()}
+        return {name: _as_tuples(part) for name, part in self._keys[id].items()}
+
+    @cached_property
+    def _keys(self) -> dict[str, dict[str, Any]]:
+        return dict(json.loads(self.keys))
 
 
 def entry_id(key: CacheKey, dtype: str) -> str:
@@ -146,11 +150,10 @@ def named_tensors(entry: Entry) -> Iterator[tuple[str, Tensor]]:
 
 
 def index_text(entries: list[Entry]) -> str:
-    """The index of a shard, as `parse_index` reads it."""
+    """The index of a shard, as `parse_index` reads it, as JSON."""
     index = {
         entry.id: {
             "kind": entry.kind,
-            "parts": dict(entry.parts),
             "dtype": entry.dtype,
             "written": entry.written,
             "bytes": entry.size,
@@ -163,11 +166,18 @@ def index_text(entries: list[Entry]) -> str:
     return json.dumps(index, separators=(",", ":"))
 
 
-def parse_index(text: str, header: Mapping[str, Any], data: int, file_size: int) -> Index:
+def keys_text(entries: list[Entry]) -> str:
+    """The parts of all keys, by id, as JSON."""
+    return json.dumps({e.id: dict(e.parts) for e in entries}, separators=(",", ":"))
+
+
+def parse_index(
+    metadata: Mapping[str, str], header: Mapping[str, Any], data: int, file_size: int
+) -> Index:
     """Reads the index of a shard.
 
     Args:
-        text: of `index_text`.
+        metadata: with `index` and `keys`, of `index_text` and `keys_text`.
         header: what safetensors says of each tensor.
         data: byte of the file from which on it counts.
         file_size: bytes.
@@ -176,9 +186,8 @@ def parse_index(text: str, header: Mapping[str, Any], data: int, file_size: int)
         ValueError, TypeError, LookupError, AttributeError, RecursionError: it is none, or header
             and file do not fit.
     """
-    content = json.loads(text)
     rows = []
-    for id, entry in content.items():
+    for id, entry in json.loads(metadata["index"]).items():
         places = []
         for name, (stored, shape, scale, dtype) in entry["tensors"].items():
             values = _span(header[f"{id}/{name}"], stored, shape, data, file_size)
@@ -198,7 +207,7 @@ def parse_index(text: str, header: Mapping[str, Any], data: int, file_size: int)
                 places=tuple(places),
             )
         )
-    return Index(rows, content, file_size)
+    return Index(rows, metadata["keys"], file_size)
 
 
 def entry_sha256(tensors: Mapping[str, Stored]) -> str:

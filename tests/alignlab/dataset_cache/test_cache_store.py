@@ -255,7 +255,7 @@ def test_a_disk_that_takes_nothing_is_one_warning(
     def refusing(*_: object, **__: object) -> NoReturn:
         raise error
 
-    monkeypatch.setattr("alignlab.dataset_cache.shard.save_file", refusing)
+    monkeypatch.setattr("alignlab.dataset_cache.shard.write_bytes", refusing)
     with caplog.at_level(logging.INFO), DatasetCache(tmp_path, "write") as cache:
         for number in range(3):
             assert same_tensors(
