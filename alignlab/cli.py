@@ -16,6 +16,7 @@ from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
 from alignlab.experiments.cli.bench import bench_app
+from alignlab.experiments.cli.cache import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
@@ -37,6 +38,7 @@ app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 app.add_typer(teachers_app, name="teachers")
 
 KeptModel = StrEnum("KeptModel", ["vae", "dino"])  # typer takes no list of Literal

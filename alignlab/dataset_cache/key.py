@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,3 +67,5 @@ def _check(name: object, part: object) -> None:
             _check(name, one)
     elif type(part) not in (str, int, float, bool):
         raise TypeError(f"{name}: a part is a str, int, float, bool or a tuple of these: {part!r}")
+    elif isinstance(part, float) and not math.isfinite(part):
+        raise ValueError(f"{name}: {part} is not finite")

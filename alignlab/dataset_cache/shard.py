@@ -1,35 +1,44 @@
 """A shard: a safetensors file of entries that is written once, whole, and never changed.
 
-Its metadata has `format`, `version`, `index` and `sha256`, which is of version and index. The index
-is JSON: the entries by id, each with kind, parts, how it is stored, when it was written, the bytes
-and the SHA-256 of its tensors. Tensors are named `ID/NAME`, scales `ID#NAME`.
+Its metadata has `format`, `version`, `index`, `keys` (both JSON, see `shard_index`), and `sha256`
+of the last three. Keys are parsed only where they are shown.
 
 Entries are read with `pread`, never through a memory map, which would kill the process if the file
-were cut while it is read. A removed file is then a miss, or is read to its end.
+were cut while it is read. A file that is removed meanwhile is read to its end.
 """
 
+import errno
 import hashlib
 import json
 import os
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from alignlab.dataset_cache.key import CacheKey
-from alignlab.dataset_cache.storage_dtypes import CosineError, Stored
+from alignlab.dataset_cache.shard_index import (
+    Entry,
+    Index,
+    Row,
+    Span,
+    bytes_of,
+    entry_sha256,
+    index_text,
+    keys_text,
+    named_tensors,
+    parse_index,
+)
+from alignlab.dataset_cache.storage_dtypes import Stored
 from alignlab.errors import UserError
-from alignlab.runs.atomic_files import whole_file
+from alignlab.runs.atomic_files import write_bytes
 
 FORMAT = "alignlab dataset cache"
 VERSION = 1
-SUFFIX = ".safetensors"
-MAX_HEADER = 100_000_000  # bytes: what safetensors itself reads
+MAX_HEADER = 100_000_000  # bytes: safetensors itself reads no longer one
+NO_HEADER = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class GoneError(Exception):
@@ -44,132 +53,16 @@ class NewerShardError(UserError):
     """A later version of alignlab has written a shard."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A value to be written.
-
-    Args:
-        id: `entry_id` of its key.
-        key: what it is of.
-        dtype: that it is stored in.
-        tensors: by name.
-        cosine_error: of what is not stored exactly.
-        written: seconds since 1970.
-    """
-
-    id: str
-    kind: str
-    parts: Mapping[str, Any]
-    dtype: str
-    tensors: Mapping[str, Stored]
-    cosine_error: CosineError | None
-    written: float
-
-    @property
-    def size(self) -> int:
-        """Bytes of its tensors."""
-        return sum(t.nbytes for s in self.tensors.values() for t in _parts_of(s))
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where a tensor lies in a shard: from byte `begin` of the file on."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where one tensor of an entry lies, and its scale."""
-
-    values: Span
-    scale: Span | None
-    dtype: torch.dtype
-
-
-@dataclass(slots=True)
-class Row:
-    """An entry of a shard as its index has it.
-
-    Args:
-        sha256: of names, dtypes, shapes and bytes of its tensors.
-        checked: how the shard's file looked when the checksum was last found right.
-    """
-
-    id: str
-    kind: str
-    dtype: str
-    size: int
-    written: float
-    sha256: str
-    cosine_error: CosineError | None
-    places: Mapping[str, Place]
-    checked: tuple[int, ...] | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Index:
-    """What the header of a shard says.
-
-    Args:
-        rows: its entries.
-        parts: of the entries' keys, in the same order.
-    """
-
-    rows: list[Row]
-    parts: list[dict[str, Any]]
-
-
-def entry_id(key: CacheKey, dtype: str) -> str:
-    """A key as it is stored: what is read depends on the dtype as well."""
-    return f"{key.digest}-{dtype}"
-
-
-def make_entry(
-    key: CacheKey, dtype: str, tensors: Mapping[str, Stored], error: CosineError | None
-) -> Entry:
-    """An entry that is written now."""
-    parts = dict(key.parts)
-    return Entry(entry_id(key, dtype), key.kind, parts, dtype, tensors, error, time.time())
-
-
 def write_shard(path: Path, entries: list[Entry]) -> None:
-    """Writes a shard, there whole or not at all.
+    """Writes a shard, there whole or not at all, also after a power failure.
 
     Raises:
         OSError: the disk does not take it.
     """
-    tensors: dict[str, Tensor] = {}
-    index = {}
-    for entry in entries:
-        for name, stored in entry.tensors.items():
-            tensors[f"{entry.id}/{name}"] = stored.values
-            if stored.scale is not None:
-                tensors[f"{entry.id}#{name}"] = stored.scale
-        index[entry.id] = {
-            "kind": entry.kind,
-            "parts": entry.parts,
-            "dtype": entry.dtype,
-            "written": entry.written,
-            "bytes": entry.size,
-            "cosine_error": None if entry.cosine_error is None else asdict(entry.cosine_error),
-            "tensors": {
-                name: {"dtype": _name(stored.dtype), "stored": _described(stored)}
-                for name, stored in entry.tensors.items()
-            },
-            "sha256": _sha256(entry.tensors),
-        }
-    text = json.dumps(index)
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "index": text,
-        "sha256": _index_sha256(str(VERSION), text),
-    }
-    with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    metadata = {"version": str(VERSION), "index": index_text(entries), "keys": keys_text(entries)}
+    tensors = {name: tensor for entry in entries for name, tensor in named_tensors(entry)}
+    # not `save_file`: its temporary file has a name of its own, which a kill would leave behind
+    write_bytes(path, save(tensors, {"format": FORMAT, **metadata, "sha256": _sha256(metadata)}))
 
 
 def read_index(path: Path) -> Index:
@@ -180,191 +73,105 @@ def read_index(path: Path) -> Index:
         DamagedShardError: it is no whole shard.
         NewerShardError: a later version wrote it.
     """
-    number = _open(path)
-    try:
-        size = os.fstat(number).st_size
-        start = _pread(number, 8, 0)
-        length = int.from_bytes(bytes(start), "little")
+    with _opened(path) as file:
+        size = os.fstat(file).st_size
+        length = int.from_bytes(_read(file, 8, 0), "little")
         if length > MAX_HEADER or 8 + length > size:
-            raise DamagedShardError("its header is cut")
-        header = bytes(_pread(number, length, 8))
-    except OSError as error:
-        raise DamagedShardError(error.strerror or str(error)) from error
-    finally:
-        os.close(number)
+            raise DamagedShardError("its header is cut, or none")
+        content = _read(file, length, 8)
     try:
-        content = json.loads(header)
-        metadata = content.pop("__metadata__")
-        version, text = metadata["version"], metadata["index"]
-        is_whole = metadata["format"] == FORMAT and metadata["sha256"] == _index_sha256(
-            version, text
-        )
-        if not is_whole:
-            raise DamagedShardError("the checksum of its index is another")
-        if int(version) > VERSION:
+        header = json.loads(content)
+        metadata = header.pop("__metadata__")
+        version = metadata["version"]
+        is_whole = metadata["format"] == FORMAT and metadata["sha256"] == _sha256(metadata)
+        if is_whole and int(version) > VERSION:
             raise NewerShardError(
-                f"{path}: a newer alignlab wrote this cache (format {version}, this one reads "
-                f"{VERSION}): update alignlab, or name another folder"
+                f"{path}: a newer alignlab wrote it (format {version}, this one reads {VERSION}): "
+                "update alignlab, or name another folder as the cache"
             )
-        index = _parsed(json.loads(text), content, 8 + length)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise DamagedShardError("its header is none") from error
-    if any(_end(span) > size for row in index.rows for span in _spans(row)):
-        raise DamagedShardError("it is cut")
-    return index
+        if is_whole:
+            return parse_index(metadata, header, 8 + length, size)
+    except NO_HEADER as error:
+        raise DamagedShardError("its header is not whole, or it is cut") from error
+    raise DamagedShardError("the checksum of its index is another")
 
 
-def read_entry(path: Path, row: Row, *, always_check: bool = False) -> dict[str, Stored]:
-    """Reads an entry; its checksum is compared unless the file is as it was when it last was.
+def read_entry(path: Path, row: Row, *, check: bool = False) -> dict[str, Stored]:
+    """Reads an entry.
+
+    Args:
+        path: of the shard.
+        row: of its index.
+        check: compares the checksum even if the file is as it was when it last was compared.
 
     Raises:
         GoneError: the file is gone.
         DamagedShardError: it does not hold what was written.
     """
-    number = _open(path)
-    try:
-        look = os.fstat(number)
-        fingerprint = (look.st_dev, look.st_ino, look.st_size, look.st_mtime_ns)
+    with _opened(path) as file:
+        found = os.fstat(file)
         tensors = {
-            name: Stored(
-                _read_span(number, place.values),
-                None if place.scale is None else _read_span(number, place.scale),
+            place.name: Stored(
+                _tensor(file, place.values),
+                None if place.scale is None else _tensor(file, place.scale),
                 place.dtype,
             )
-            for name, place in row.places.items()
+            for place in row.places
         }
-    except OSError as error:
-        raise DamagedShardError(error.strerror or str(error)) from error
-    finally:
-        os.close(number)
-    if always_check or row.checked != fingerprint:
-        if _sha256(tensors) != row.sha256:
+    look = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if check or row.checked != look:
+        if entry_sha256(tensors) != row.sha256:
             raise DamagedShardError("its checksum is another")
-        row.checked = fingerprint
+        row.checked = look
     return tensors
 
 
-def _open(path: Path) -> int:
+def rows_entry(row: Row, parts: Mapping[str, object], tensors: Mapping[str, Stored]) -> Entry:
+    """An entry that was read, to be written into another shard."""
+    return Entry(row.id, row.kind, parts, row.dtype, tensors, row.cosine_error, row.written)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Gives the number of an open file. A pipe in its place would block but for O_NONBLOCK."""
+    file = None
     try:
-        number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise GoneError from error
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        yield file
     except OSError as error:
-        raise DamagedShardError(error.strerror or str(error)) from error
-    return number
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # NFS: another machine has removed it
+            raise GoneError from error
+        if error.errno == errno.EISDIR:
+            raise DamagedShardError("it is a folder") from error
+        raise DamagedShardError(f"it cannot be read: {error.strerror or error}") from error
+    finally:
+        if file is not None:
+            os.close(file)
 
 
-def _pread(number: int, size: int, begin: int) -> memoryview:
-    """Bytes of a file in memory that may be written."""
-    held = torch.empty(size, dtype=torch.uint8)
-    _fill(number, held, begin)
-    return memoryview(held.numpy())
+def _tensor(file: int, span: Span) -> Tensor:
+    tensor = torch.empty(span.shape, dtype=span.dtype)
+    if tensor.numel():
+        _fill(file, memoryview(bytes_of(tensor).numpy()), span.begin)
+    return tensor
 
 
-def _fill(number: int, held: Tensor, begin: int) -> None:
-    """Fills a tensor of bytes from a file."""
-    left = memoryview(held.numpy())
+def _read(file: int, size: int, begin: int) -> bytes:
+    content = bytearray(size)
+    _fill(file, memoryview(content), begin)
+    return bytes(content)
+
+
+def _fill(file: int, left: memoryview, begin: int) -> None:
     while left:
-        read = os.preadv(number, [left], begin)
-        if read == 0:
+        size = os.preadv(file, [left], begin)
+        if size == 0:
             raise DamagedShardError("it is cut")
-        left, begin = left[read:], begin + read
+        left, begin = left[size:], begin + size
 
 
-def _read_span(number: int, span: Span) -> Tensor:
-    held = torch.empty(span.shape, dtype=span.dtype)
-    if held.numel():
-        _fill(number, _bytes_of(held), span.begin)
-    return held
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _sha256(tensors: Mapping[str, Stored]) -> str:
-    """Of names, dtypes, shapes and bytes."""
+def _sha256(metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        stored = tensors[name]
-        digest.update(json.dumps([name, _name(stored.dtype), _described(stored)]).encode())
-        for tensor in _parts_of(stored):
-            digest.update(_bytes_of(tensor).numpy().data if tensor.numel() else b"")
+    for name in ("version", "index", "keys"):
+        digest.update(f"{metadata[name]}\n".encode())
     return digest.hexdigest()
-
-
-def _index_sha256(version: str, text: str) -> str:
-    return hashlib.sha256(f"{version}\n{text}".encode()).hexdigest()
-
-
-def _parts_of(stored: Stored) -> list[Tensor]:
-    return [stored.values] if stored.scale is None else [stored.values, stored.scale]
-
-
-def _described(stored: Stored) -> list[Any]:
-    """Dtype and shape of the values, and the shape of the scale or None."""
-    scale = None if stored.scale is None else list(stored.scale.shape)
-    return [_name(stored.values.dtype), list(stored.values.shape), scale]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise TypeError(name)
-    return found
-
-
-def _parsed(index: dict[str, Any], header: dict[str, Any], data: int) -> Index:
-    rows, parts = [], []
-    for id, entry in index.items():
-        places = {}
-        for name, tensor in entry["tensors"].items():
-            dtype, shape, scale = tensor["stored"]
-            places[name] = Place(
-                _span(header[f"{id}/{name}"], _dtype(dtype), shape, data),
-                None
-                if scale is None
-                else _span(header[f"{id}#{name}"], torch.float32, scale, data),
-                _dtype(tensor["dtype"]),
-            )
-        error = entry["cosine_error"]
-        rows.append(
-            Row(
-                id=id,
-                kind=str(entry["kind"]),
-                dtype=str(entry["dtype"]),
-                size=int(entry["bytes"]),
-                written=float(entry["written"]),
-                sha256=str(entry["sha256"]),
-                cosine_error=None if error is None else CosineError(error["mean"], error["max"]),
-                places=places,
-            )
-        )
-        parts.append({name: _as_tuples(part) for name, part in entry["parts"].items()})
-    return Index(rows, parts)
-
-
-def _span(header: dict[str, Any], dtype: torch.dtype, shape: list[int], data: int) -> Span:
-    span = Span(dtype, tuple(shape), data + int(header["data_offsets"][0]))
-    if _end(span) != data + int(header["data_offsets"][1]) or span.begin < data:
-        raise ValueError("offsets")
-    return span
-
-
-def _end(span: Span) -> int:
-    size = span.dtype.itemsize
-    for length in span.shape:
-        size *= length
-    return span.begin + size
-
-
-def _spans(row: Row) -> list[Span]:
-    return [s for p in row.places.values() for s in (p.values, p.scale) if s is not None]
-
-
-def _as_tuples(part: Any) -> Any:
-    return tuple(map(_as_tuples, part)) if isinstance(part, list) else part

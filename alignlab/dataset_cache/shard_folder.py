@@ -1,27 +1,25 @@
 """The shards of a cache's folder and which entries they have, as far as this process knows."""
 
 import os
+import re
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from alignlab.dataset_cache.shard import (
-    SUFFIX,
-    DamagedShardError,
-    GoneError,
-    NewerShardError,
-    Row,
-    read_index,
-)
+from alignlab.dataset_cache.shard import DamagedShardError, GoneError, NewerShardError, read_index
+from alignlab.dataset_cache.shard_index import Row
 
 SHARDS = "shards"
 SETTLED_NS = 2 * 10**9  # a folder may change twice within a tick of its filesystem's clock
+_NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{32}\.safetensors")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Copy:
-    """One place of an entry; there may be several, of commands that wrote it at once."""
+    """One place of an entry; there are several where commands wrote it at once."""
 
     shard: str
     row: Row
@@ -30,14 +28,16 @@ class Copy:
 class ShardFolder:
     """Reads the headers of shards, each once.
 
-    Nothing is agreed on between processes: who looks for what is not there lists the folder again
-    if it changed.
+    Processes agree on nothing: who looks for what is not there lists the folder again if it
+    changed.
 
     Args:
         path: of the cache.
 
     Attributes:
+        path: of its shards.
         damaged: why a shard cannot be read, by its name.
+        unlisted: why the folder cannot be listed; None: it can, or there is none.
 
     Raises:
         NewerShardError: a later version of alignlab has written here.
@@ -46,20 +46,17 @@ class ShardFolder:
     def __init__(self, path: Path) -> None:
         self.path = path / SHARDS
         self.damaged: dict[str, str] = {}
+        self.unlisted: str | None = None
         self._copies: dict[str, list[Copy]] = {}
         self._ids: dict[str, list[str]] = {}  # by shard
-        self._seen_ns = 0  # the folder's time of modification when it was listed; 0: not settled
+        self._listed_ns = -1  # the folder's time of modification; -1: list it again
         self._lock = Lock()
-        self.refresh()
+        self._refresh(is_first=True)
 
     def find(self, id: str) -> list[Copy]:
         """The copies of an entry that are known."""
         with self._lock:
             return list(self._copies.get(id, ()))
-
-    def file(self, copy: Copy) -> Path:
-        """The shard of a copy."""
-        return self.path / copy.shard
 
     def forget(self, id: str, copy: Copy) -> None:
         """Takes a copy out that cannot be read."""
@@ -70,44 +67,65 @@ class ShardFolder:
             if not copies:
                 self._copies.pop(id, None)
 
-    def has_changed(self) -> bool:
-        """Whether the folder may hold other shards than when it was listed."""
-        try:
-            return self.path.stat().st_mtime_ns != self._seen_ns
-        except OSError:
-            return bool(self._ids)
+    def refresh(self, *, always: bool = False) -> None:
+        """Takes over what other processes have written and removed.
 
-    def refresh(self) -> None:
-        """Takes over what other processes have written and removed."""
-        with self._lock:
-            now = time.time_ns()
-            try:
-                modified = self.path.stat().st_mtime_ns
-                with os.scandir(self.path) as files:
-                    names = sorted(f.name for f in files if is_shard(f.name))
-            except OSError:  # there is none, or it cannot be read: then nothing is found
-                modified, names = 0, []
-            for name in self._ids.keys() - set(names):
-                self._drop(name)
-            for name in names:
-                if name not in self._ids and name not in self.damaged:
-                    self._add(name)
-            self._seen_ns = modified if now - modified > SETTLED_NS else 0
+        Args:
+            always: lists the folder even if it looks as it did.
+        """
+        if always or self._modified_ns() != self._listed_ns:
+            self._refresh()
 
     def add(self, name: str) -> None:
         """Takes over a shard that was just written."""
         with self._lock:
-            self._add(name)
+            if name not in self._ids:
+                self._add(name)
+
+    def renew_lock(self) -> None:
+        """For a forked process: a thread that it does not have may have held it."""
+        self._lock = Lock()
+
+    def shards(self) -> Iterator[Path]:
+        """Those that could be read."""
+        with self._lock:
+            names = sorted(self._ids)
+        return (self.path / name for name in names)
+
+    def _modified_ns(self) -> int:
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def _refresh(self, *, is_first: bool = False) -> None:
+        with self._lock:
+            modified, now = self._modified_ns(), time.time_ns()
+            names = self._list()
+            for name in self._ids.keys() - names:
+                self._drop(name)
+            self.damaged = {n: why for n, why in self.damaged.items() if n in names}
+            for name in sorted(names - self._ids.keys() - self.damaged.keys()):
+                try:
+                    self._add(name)
+                except NewerShardError as error:
+                    if is_first:
+                        raise
+                    self.damaged[name] = str(error)
+            self._listed_ns = modified if now - modified > SETTLED_NS else -1
+
+    def _list(self) -> set[str]:
+        self.unlisted = None
+        try:
+            return shard_names(self.path)
+        except OSError as error:
+            self.unlisted = error.strerror or str(error)
+            return set()
 
     def _add(self, name: str) -> None:
         try:
             rows = read_index(self.path / name).rows
         except GoneError:
-            return
-        except NewerShardError:
-            if not self._ids:
-                raise
-            self.damaged[name] = "a newer alignlab wrote it"
             return
         except DamagedShardError as error:
             self.damaged[name] = str(error)
@@ -125,6 +143,25 @@ class ShardFolder:
                 self._copies.pop(id, None)
 
 
-def is_shard(name: str) -> bool:
-    """Whether a file's name is that of a shard; names of unfinished files begin with a dot."""
-    return name.endswith(SUFFIX) and not name.startswith(".")
+def new_name() -> str:
+    """A name for a shard that no other process will take."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex}.safetensors"
+
+
+def shard_names(folder: Path) -> set[str]:
+    """Names of the shards in a folder, whatever they hold; none if there is no such folder.
+
+    Unfinished files have other names, and so do files that alignlab has not written.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        return {name for name in os.listdir(folder) if _NAME.fullmatch(name)}
+    except FileNotFoundError:
+        return set()
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Unfinished shards, of writers that are at work and of those that were killed."""
+    return [path for path in folder.glob(".*.tmp") if _NAME.fullmatch(path.name[1:-4])]
