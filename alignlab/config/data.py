@@ -104,7 +104,7 @@ Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]
 
 
 class CacheConfig(Settings):
-    """What the frozen encoders and teachers make of clips, kept on disk (docs/dataset_cache.md).
+    """What the frozen encoders and teachers make of clips, kept on disk (docs/data.md).
 
     At full precision it changes no number of a run.
     """

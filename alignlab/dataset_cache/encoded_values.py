@@ -75,6 +75,10 @@ class EncodedValues:
             found = self.cache.write(named, _narrowed(made) if is_exact else made)
         return {name: _widened(tensor) for name, tensor in found.items()}
 
+    def lacks(self, key: CacheKey) -> bool:
+        """Whether a value of a kind that is kept is not there yet."""
+        return self.keeps(key.kind) and not self.cache.has(key)
+
     def flush(self) -> None:
         """Returns when all that was made is on the disk."""
         self.cache.flush()

@@ -18,7 +18,8 @@ def model_parts(model_dtype: torch.dtype, device: torch.device, *packages: str) 
     """
     where = f"cpu, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+        matmul, conv = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        where = f"{torch.cuda.get_device_name(device)}, matmul {matmul}, tf32 in conv {conv}"
     return {
         "dtype": str(model_dtype).removeprefix("torch."),
         "device": where,

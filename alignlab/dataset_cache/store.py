@@ -162,6 +162,10 @@ class DatasetCache:
             self._put(new_entry(key, dtype, lossy, cosine_error(tensors, lossy)))
         return {name: _own(stored) for name, stored in lossy.items()}
 
+    def has(self, key: CacheKey) -> bool:
+        """Whether an entry is there, as far as the index says: it is not read."""
+        return self._shards is not None and self._is_known(key)
+
     def flush(self) -> None:
         """Returns when all that was written before is on the disk, or cannot be."""
         with self._flush_lock:

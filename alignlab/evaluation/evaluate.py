@@ -181,4 +181,5 @@ def teacher_of(run: Run, alias: str) -> Teacher:
     """A teacher of the recipe: the one that the run aligns with, or else loaded now."""
     if alias in run.alignment.teachers:
         return run.alignment.teachers[alias]
-    return teacher_from(run.config.teachers[alias], device=run.device)
+    is_kept = run.caches.values.keeps("teacher")
+    return teacher_from(run.config.teachers[alias], device=run.device, load=not is_kept)

@@ -6,13 +6,15 @@ N images or clips of one forward pass, L tokens of one.
 
 import hashlib
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignlab.dataset_cache.key import Part, digest_of
 from alignlab.dataset_cache.model_parts import model_parts
@@ -22,7 +24,7 @@ from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
 from alignlab.runs.file_digests import combined, digest_folder
 from alignlab.teachers.feature import find_feature
-from alignlab.teachers.positions import position_fitter
+from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
 from alignlab.teachers.registry import teacher_rows
 
@@ -30,11 +32,33 @@ TEACHER_FILES = ("json", "safetensors")
 """Endings of the files that a teacher is loaded from."""
 
 
+@dataclass(frozen=True)
+class LaterModel:
+    """A model that is loaded when it is first needed.
+
+    Args:
+        config: its settings, of transformers.
+        dtype: of its weights.
+        device: where it runs.
+        load: loads it.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    load: Callable[[], Any]
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """One that is loaded."""
+        return cls(model.config, model.dtype, model.device, lambda: model)
+
+
 class Teacher:
     """A frozen model with its preprocessing.
 
     Args:
-        model: of a transformers class of the family.
+        model: of a transformers class of the family, or what loads it when it is first needed.
         family: row of `TEACHERS`.
         feature: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
             (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, from 1).
@@ -50,7 +74,7 @@ class Teacher:
 
     def __init__(
         self,
-        model: Any,
+        model: "nn.Module | LaterModel",
         family: str,
         feature: str,
         *,
@@ -59,7 +83,8 @@ class Teacher:
         preprocessing: Preprocessing | None = None,
         folder: Path | None = None,
     ) -> None:
-        self._model = model
+        later = LaterModel.of(model) if isinstance(model, nn.Module) else model
+        self._later, self._config = later, later.config
         self._folder = folder
         self._family = family
         self._row = teacher_rows()[family]
@@ -67,15 +92,30 @@ class Teacher:
         self._has_told_sizes = False
         self._slice_size = slice_size
         self.grid = grid
-        self._feature = find_feature(model, family, feature)
-        self._fit_positions = position_fitter(model, self._row.positions)
+        self._feature = find_feature(self._config, family, feature)
         self._fitted: Grid | None = None
         self._num_prefix = self._row.class_tokens + int(
-            getattr(model.config, "num_register_tokens", 0)
+            getattr(self._config, "num_register_tokens", 0)
         )
-        self.tubelet = int(model.config.tubelet_size) if self._row.video else 1
+        self.tubelet = int(self._config.tubelet_size) if self._row.video else 1
         self.dim = self._feature.dim
         self.patch_size = self._feature.stride
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._later.load()
+
+    @cached_property
+    def _fit_positions(self) -> Fit:
+        return position_fitter(self._model, self._row.positions)
+
+    def load(self) -> None:
+        """Loads the model, if it is not loaded.
+
+        Raises:
+            UserError: its files cannot be used.
+        """
+        self._model  # noqa: B018
 
     @property
     def feature(self) -> str:
@@ -105,8 +145,9 @@ class Teacher:
     def parts(self) -> dict[str, Part]:
         """What its features depend on besides the pixels and the grid, for keys of the dataset
         cache: the files of its folder, or without one its weights."""
-        weights = self.digest()
-        if self._folder is not None:
+        if self._folder is None:
+            weights = self.digest()
+        else:
             weights = combined(digest_folder(self._folder, TEACHER_FILES))
         row, (mean, std, scale) = self._row, self._preprocessing.normalisation
         return {
@@ -119,7 +160,9 @@ class Teacher:
             "scale": scale,
             "resize": row.resize,
             "positions": row.positions,
-            **model_parts(self._model.dtype, self._model.device, "transformers"),
+            "class_tokens": row.class_tokens,
+            "options": tuple(sorted(row.options.items())),
+            **model_parts(self._later.dtype, self._later.device, "transformers"),
         }
 
     @cached_property

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.config.run import RunConfig
+from alignlab.data.registry import DataConfig
 from alignlab.data.sample import ClipDataset
+from alignlab.dataset_cache.clip_keys import teacher_key
+from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.key import CacheKey, Part
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
@@ -75,9 +79,10 @@ class Alignment(nn.Module):
         self.plan = SchedulePlan.of(config)
         self._logged: set[str] = set()
         self._grid_HW = grid[1:]
+        is_cached = config.data.cache.mode != "off" and config.data.cache.teachers
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
-            alias: teacher_from(teacher, device=device)
+            alias: teacher_from(teacher, device=device, load=not is_cached)
             for alias, teacher in config.teachers.items()
             if alias in used
         }
@@ -133,23 +138,21 @@ class Alignment(nn.Module):
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
 
-    def check_teachers(self, config: RunConfig, grid: Grid) -> None:
+    def check_teachers(self, config: RunConfig, grid: Grid, values: EncodedValues) -> None:
         """Refuses teachers whose features say nothing, by those of two different clips of noise.
 
         Args:
             config: the run.
             grid: (T, H, W) of its video tokens.
+            values: where these features are kept as well: a teacher is not loaded to be checked.
 
         Raises:
             UserError: features are not finite, or those of the two clips are the same.
         """
-        is_any_video = any(teacher.is_video for teacher in self.teachers.values())
-        clips = noise_clips(config.data.frames if is_any_video else 1, config.data.size)
         for alias, teacher in self.teachers.items():
-            frames_BTHWC = clips if teacher.is_video else clips[:, :1]
-            tokens_BTPD = teacher.encode(frames_BTHWC, teacher.grid or grid[1:]).tokens_BTPD
             where = f"teachers.{alias}: {config.teachers[alias].path}, feature {teacher.feature}"
-            check_features(where, tokens_BTPD)
+            read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+            check_noise(where, read, config.data, values)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuses several ranks where an objective couples the samples of a batch.
@@ -243,6 +246,23 @@ class Alignment(nn.Module):
             f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
             f"{_depths(objective.config.blocks)}; {grids}"
         )
+
+
+def check_noise(where: str, read: FeatureRead, data: DataConfig, values: EncodedValues) -> None:
+    """`check_features` of a teacher's features of `noise_clips`, which are kept like any others."""
+    frames = data.frames if read.teacher.is_video else 1
+
+    def make() -> dict[str, Tensor]:
+        clips_BTHWC = noise_clips(frames, data.size)
+        tokens_BTPD = read.teacher.encode(clips_BTHWC, read.grid_HW).tokens_BTPD
+        check_features(where, tokens_BTPD)
+        return {"tokens_BTPD": tokens_BTPD}
+
+    def key() -> CacheKey:
+        noise: dict[str, Part] = {"of": "noise", "frames": frames, "size": tuple(data.size)}
+        return teacher_key(noise, read.teacher.parts, read.grid_HW)
+
+    check_features(where, values.get("teacher", key, make)["tokens_BTPD"])
 
 
 def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Reference
-from alignlab.dataset_cache.clip_keys import reference_key, video_key
+from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import UserError
-from alignlab.models.wan import Wan
+from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
 from alignlab.training.clip_memory import ClipMemory
-from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead
+from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key
 from alignlab.training.flow_matching import draw_sigma
 from alignlab.training.kept_text import kept_text
 
@@ -77,7 +77,7 @@ class ClipEncoder:
     UserError.
 
     Args:
-        wan: the frozen encoders.
+        frozen: the encoders.
         dataset: where clips come from.
         values: what is kept of earlier encodings.
         memory: encoded clips of this data set and these encoders, from earlier runs or empty.
@@ -85,12 +85,12 @@ class ClipEncoder:
 
     def __init__(
         self,
-        wan: Wan,
+        frozen: FrozenParts,
         dataset: ClipDataset,
         values: EncodedValues,
         memory: ClipMemory[Encoded],
     ) -> None:
-        self._wan = wan
+        self._frozen = frozen
         self._dataset = dataset
         self._values = values
         self._memory = memory
@@ -130,8 +130,25 @@ class ClipEncoder:
         """
 
         return kept_text(
-            self._values, self._wan.text, prompt, partial(self._check_finite, where, TEXT)
+            self._values, self._frozen.text, prompt, partial(self._check_finite, where, TEXT)
         )
+
+    def lacks(self, index: int, reads: Sequence[FeatureRead]) -> bool:
+        """Whether anything of a clip is not in the dataset cache; nothing is decoded.
+
+        Args:
+            index: of the clip.
+            reads: features that are read of it.
+        """
+        pixels = ClipPixels(self._dataset, index)
+        keys = [
+            text_key(pixels.caption, self._frozen.text.parts),
+            video_key(pixels.origin, self._frozen.vae_parts),
+        ]
+        if pixels.names:
+            keys.append(reference_key(pixels.origin, self._frozen.vae_parts))
+        keys += [feature_key(r, pixels) for r in reads if r.kind == "video" or pixels.names]
+        return any(map(self._values.lacks, keys))
 
     @property
     def keeps_features(self) -> bool:
@@ -144,12 +161,12 @@ class ClipEncoder:
 
     def _latents(self, pixels: ClipPixels) -> Tensor:
         def make() -> dict[str, Tensor]:
-            latents_CTHW = self._wan.encode_video(pixels.sample.video_THWC).cpu()
+            latents_CTHW = self._frozen.encode_video(pixels.sample.video_THWC).cpu()
             self._check_finite(pixels.key, "video by vae", latents_CTHW)
             return {"latents_CTHW": latents_CTHW}
 
         values = self._values.get(
-            "video", lambda: video_key(pixels.origin, self._wan.vae_parts), make
+            "video", lambda: video_key(pixels.origin, self._frozen.vae_parts), make
         )
         return values["latents_CTHW"]
 
@@ -161,13 +178,13 @@ class ClipEncoder:
 
         def make() -> dict[str, Tensor]:
             images = [reference.image_HWC for reference in pixels.references]
-            latents_KCHW = torch.stack([self._wan.encode_image(image) for image in images]).cpu()
+            latents_KCHW = torch.stack([self._frozen.encode_image(image) for image in images]).cpu()
             self._check_finite(pixels.key, "references by vae", latents_KCHW)
             shows = torch.tensor(_shows_reference(pixels.references))
             return {"latents_KCHW": latents_KCHW, "shows": shows}
 
         values = self._values.get(
-            "reference", lambda: reference_key(pixels.origin, self._wan.vae_parts), make
+            "reference", lambda: reference_key(pixels.origin, self._frozen.vae_parts), make
         )
         return values["latents_KCHW"], bool(values["shows"])
 
@@ -175,7 +192,7 @@ class ClipEncoder:
         if not values.isfinite().all():
             raise UserError(
                 f"{key}: encoding its {what} gives values that are not finite: "
-                f"look at {self._wan.folder} (model.path), or try model.precision=fp32"
+                f"look at {self._frozen.folder} (model.path), or try model.precision=fp32"
             )
 
 

@@ -134,11 +134,12 @@ class Encoded:
 
 def kept_features(values: EncodedValues, read: FeatureRead, pixels: ClipPixels) -> Tensor:
     """`Encoded.features` of a clip, through the dataset cache."""
-    key, make = partial(_key, read, pixels), partial(_encode, read, pixels)
+    key, make = partial(feature_key, read, pixels), partial(_encode, read, pixels)
     return values.get("teacher", key, make)[TOKENS]
 
 
-def _key(read: FeatureRead, pixels: ClipPixels) -> CacheKey:
+def feature_key(read: FeatureRead, pixels: ClipPixels) -> CacheKey:
+    """Names the features of a clip."""
     origin = pixels.origin.video if read.kind == "video" else pixels.origin.references
     return teacher_key({"of": read.kind, **origin}, read.teacher.parts, read.grid_HW)
 

@@ -18,6 +18,8 @@ from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
 from alignlab.losses.grids import Grid
+from alignlab.models.frozen_parts import FrozenParts
+from alignlab.models.pipeline_parts import COMPONENTS
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
@@ -25,11 +27,11 @@ from alignlab.progress import warn_once
 from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
-from alignlab.training.alignment import Alignment
+from alignlab.training.alignment import Alignment, check_noise
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
 from alignlab.training.clip_memory import ClipMemory
-from alignlab.training.encoded import Encoded
+from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
 
 
@@ -68,6 +70,7 @@ class Caches:
         values: what encoders and teachers made of clips, on disk.
         train: clips of the train split.
         val: clips of the val split.
+        frozen: the encoders, as far as they are loaded.
         real_metrics: metrics of real clips by teacher and number of clips
             (`alignlab.evaluation.generation`).
     """
@@ -75,6 +78,7 @@ class Caches:
     values: EncodedValues
     train: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     val: ClipMemory[Encoded] = field(default_factory=ClipMemory)
+    frozen: FrozenParts | None = None
     real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
 
 
@@ -94,6 +98,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     if ranks.world_size > 1:
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
+    caches = caches or new_caches(config)
     wan = load_wan(
         config.model.path,
         train=config.model.train,
@@ -103,7 +108,10 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         precision=config.model.precision,
         device=ranks.device,
         seed=config.seed,
+        frozen=caches.frozen,
+        load_frozen=config.data.cache.mode == "off",
     )
+    caches.frozen = wan.frozen
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
     _check_grid(config, grid, wan)
@@ -114,7 +122,6 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     cut = cut_captions(wan.text, captions)
     for note in cut:
         warn_once(note)
-    caches = caches or new_caches(config)
     branch = ReferenceBranch.of(wan.transformer, config.model, blocks=alignment.blocks)
     return Run(
         config,
@@ -122,8 +129,8 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         wan,
         alignment,
         _initial_state(config, wan, alignment),
-        ClipEncoder(wan, dataset, caches.values, caches.train),
-        ClipEncoder(wan, val_dataset, caches.values, caches.val),
+        ClipEncoder(wan.frozen, dataset, caches.values, caches.train),
+        ClipEncoder(wan.frozen, val_dataset, caches.values, caches.val),
         FlowWeights(config.flow),
         branch,
         caches,
@@ -193,10 +200,11 @@ def check_teachers_and_eval(run: Run) -> None:
         UserError: a teacher is of no use.
     """
     config = run.config
-    run.alignment.check_teachers(config, run.wan.latent_grid(config.data.frames, *config.data.size))
+    grid = run.wan.latent_grid(config.data.frames, *config.data.size)
+    run.alignment.check_teachers(config, grid, run.caches.values)
     alias = config.measured_against
     if alias is not None and alias not in run.alignment.teachers:
-        run.ranks.on_main(_check_measured_teacher, config, alias)
+        run.ranks.on_main(_check_measured_teacher, run, alias)
     warn_of_few_clips(run)
 
 
@@ -210,9 +218,15 @@ def warn_of_few_clips(run: Run) -> None:
             )
 
 
-def _check_measured_teacher(config: RunConfig, alias: str) -> None:
+def _check_measured_teacher(run: Run, alias: str) -> None:
     # gives nothing: what rank 0 finds would be sent to the others
-    teacher_from(config.teachers[alias], device="cpu")
+    config, is_kept = run.config, run.caches.values.keeps("teacher")
+    device = run.device if is_kept else "cpu"
+    teacher = teacher_from(config.teachers[alias], device=device, load=not is_kept)
+    if is_kept:
+        grid = run.wan.latent_grid(config.data.frames, *config.data.size)
+        read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+        check_noise(f"teachers.{alias}", read, config.data, run.caches.values)
 
 
 def check_ranks_agree(run: Run) -> None:
@@ -234,11 +248,14 @@ def check_ranks_agree(run: Run) -> None:
     if read is not None:
         ranks.check_same("the files of the clips", sizes_digest(read.files)[:12])
     for alias, teacher in run.alignment.teachers.items():
-        ranks.check_same(f"the weights of the teacher {alias}", teacher.digest()[:12])
+        weights = str(teacher.parts["weights"])[:12]
+        ranks.check_same(f"the weights of the teacher {alias}", weights)
+    frozen = run.wan.frozen
+    for name, parts in (("autoencoder", frozen.vae_parts), ("text encoder", frozen.text.parts)):
+        digests = {part: str(parts[part])[:12] for part in COMPONENTS if part in parts}
+        ranks.check_same(f"the files of the {name}", digests)
     networks: dict[str, nn.Module] = {
         "the transformer": run.wan.transformer,
-        "the autoencoder": run.wan.vae,
-        "the text encoder": run.wan.text_encoder,
         "the objectives": run.alignment,
     }
     for name, network in networks.items():

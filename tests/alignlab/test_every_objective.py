@@ -166,6 +166,25 @@ MASKED_LOG = pytest.mark.xfail(
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
+def test_features_from_the_cache_give_the_same_gradients(name: str, make: Make) -> None:
+    found = []
+    for mode in ("off", "write", "require"):
+        run = build_run(make(f"cache-{name}", name, f"data.cache.mode={mode}"))
+        trainer = RunTrainer(run)
+        (batch,) = trainer.micro_batches()
+        with run.branch:
+            loss, _ = trainer.losses(batch)
+        loss.backward()
+        run.caches.values.flush()
+        named = run.state.named_parameters()
+        found.append({n: p.grad for n, p in named if p.grad is not None} | {"loss": loss})
+    assert len(found[0]) > 1
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        assert all(torch.equal(value, other[n]) for n, value in found[0].items())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_forward_and_backward_wait_for_nothing(name: str, make: Make, caches: Caches) -> None:
     trainer = RunTrainer(build_run(make(f"syncs-{name}", name), caches))
     (batch,) = trainer.micro_batches()

@@ -40,7 +40,7 @@ def misses(config: RunConfig, *, slice_size: int = 16) -> dict[str, int]:
         row.family, path=row.path, feature=row.feature, grid=row.grid, slice_size=slice_size
     )
     values = EncodedValues.of(config.data.cache, config.output)
-    clips = ClipEncoder(wan, build_dataset(config.data, "train"), values, ClipMemory(0))
+    clips = ClipEncoder(wan.frozen, build_dataset(config.data, "train"), values, ClipMemory(0))
     clip = clips[0]
     for kind in ("video", "reference"):
         clip.features(FeatureRead(teacher, kind, teacher.grid or GRID))  # type: ignore[arg-type]
@@ -266,7 +266,7 @@ def test_a_clip_without_references_reads_no_autoencoder_for_them(make_config: Ma
     counted = Counter(dict.fromkeys(("text", "video"), 1))
     values = EncodedValues.of(config.data.cache, config.output)
     wan = load_wan(config.model.path)
-    clips = ClipEncoder(wan, build_dataset(config.data, "train"), values, ClipMemory(0))
+    clips = ClipEncoder(wan.frozen, build_dataset(config.data, "train"), values, ClipMemory(0))
     assert clips[0].references_KCHW.shape[0] == 0 and not clips[0].shows_reference
     values.flush()
     found = {k: count.written for k, count in values.cache.counts.items() if count.written}

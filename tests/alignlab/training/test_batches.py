@@ -97,9 +97,9 @@ def test_accumulation_rounds_change_nothing_that_is_drawn(make_config: MakeConfi
 def test_a_cached_clip_is_bitwise_the_uncached_one(run: Run) -> None:
     config = run.config.data.model_copy(update={"references": (0, 3)})
     dataset = build_dataset(config, "train")
-    fresh = ClipEncoder(run.wan, dataset, uncached(), ClipMemory(0))
+    fresh = ClipEncoder(run.wan.frozen, dataset, uncached(), ClipMemory(0))
     of_two = 2 * tensor_bytes(fresh[0]) + 1
-    cached = ClipEncoder(run.wan, dataset, uncached(), ClipMemory(of_two))
+    cached = ClipEncoder(run.wan.frozen, dataset, uncached(), ClipMemory(of_two))
     for index in (0, 1, 2, 0, 2, 1):  # 0 is dropped from the cache and comes back
         for clips in (cached, fresh):
             clips[index]
@@ -140,7 +140,9 @@ def test_dropped_conditions_are_empty_text_and_no_references(run: Run) -> None:
 
 def test_conditions_are_dropped_as_often_as_asked(run: Run) -> None:
     flow = FlowConfig(text_dropout=0.1, reference_dropout=0.2, both_dropout=0.3)
-    clips = ClipEncoder(run.wan, build_dataset(run.config.data, "train"), uncached(), ClipMemory())
+    clips = ClipEncoder(
+        run.wan.frozen, build_dataset(run.config.data, "train"), uncached(), ClipMemory()
+    )
     counts = {(text, references): 0 for text in (True, False) for references in (True, False)}
     total = 0
     for step in range(40):

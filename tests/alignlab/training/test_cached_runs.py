@@ -1,15 +1,18 @@
 """The dataset cache changes no bit of a run, and reads nothing that it does not need."""
 
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-import torch
+from diffusers import AutoencoderKLWan
+from transformers import Dinov2Model, UMT5EncoderModel
 
 from alignlab.config.run import RunConfig
 from alignlab.dataset_cache.store import Counts
 from alignlab.errors import UserError
-from alignlab.train import RunTrainer, train
-from alignlab.training.setup import build_run, new_caches
+from alignlab.train import train
+from alignlab.training.setup import new_caches
 from run_contents import timeless_rows
 
 MakeConfig = Callable[..., RunConfig]
@@ -86,28 +89,56 @@ def test_what_a_required_cache_lacks_is_named(make_config: MakeConfig) -> None:
     assert "\n" not in str(info.value)
 
 
-def test_a_warm_step_decodes_no_video_and_runs_no_frozen_model(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def constructed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the frozen models that are constructed."""
+    counts = Counter[str]()
+    for model in (UMT5EncoderModel, AutoencoderKLWan, Dinov2Model):
+
+        def construct(
+            self: object,
+            *args: object,
+            made: Any = model.__init__,
+            name: str = model.__name__,
+            **settings: object,
+        ) -> None:
+            counts[name] += 1
+            made(self, *args, **settings)
+
+        monkeypatch.setattr(model, "__init__", construct)
+    return counts
+
+
+def test_a_warm_run_loads_no_frozen_model_and_decodes_no_clip(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, constructed: Counter[str]
 ) -> None:
-    cold = build_run(make_config(*BOTH))
-    for step in range(2):
-        cold.state.step = step
-        (first,) = RunTrainer(cold).micro_batches()
-    cold.caches.values.flush()
+    cold = trained(make_config(*BOTH, "name=cold"))
+    assert constructed == {"UMT5EncoderModel": 1, "AutoencoderKLWan": 1, "Dinov2Model": 1}
 
     def never(*args: object, **settings: object) -> None:
         raise AssertionError
 
-    run = build_run(make_config(*BOTH, "data.cache.mode=require"))
     monkeypatch.setattr("alignlab.data.shapes.dataset.render", never)
-    monkeypatch.setattr("alignlab.data.shapes.dataset.draw_reference", never)
-    for part in ("vae", "text_encoder"):
-        monkeypatch.setattr(getattr(run.wan, part), "forward", never)
-    monkeypatch.setattr("alignlab.teachers.teacher.Teacher._forward", never)
-    run.state.step = 1
-    (batch,) = RunTrainer(run).micro_batches()
-    with run.branch:
-        loss, _ = RunTrainer(run).losses(batch)
-    loss.backward()
-    assert torch.equal(batch.latents_BCTHW, first.latents_BCTHW)
-    assert all(torch.equal(a, b) for a, b in zip(batch.references, first.references, strict=True))
+    warm = trained(make_config(*BOTH, "name=warm", "data.cache.mode=require"))
+    assert warm[:2] == cold[:2]
+    assert sum(constructed.values()) == 3  # as before
+
+
+def test_runs_of_a_process_share_the_frozen_encoders(
+    make_config: MakeConfig, constructed: Counter[str]
+) -> None:
+    plain = make_config("name=one", "data.cache.mode=off", aligned=False)
+    caches = new_caches(plain)
+    train(plain, caches=caches)
+    train(plain.model_copy(update={"name": "two"}), caches=caches)
+    assert constructed["UMT5EncoderModel"] == constructed["AutoencoderKLWan"] == 1
+
+
+def test_a_generated_clip_loads_the_autoencoder_when_it_is_decoded(
+    make_config: MakeConfig, constructed: Counter[str]
+) -> None:
+    settings = ("eval.sample_clips=1", "eval.clips=2", "steps=1")
+    trained(make_config(*settings, "name=cold"))
+    constructed.clear()
+    trained(make_config(*settings, "name=warm", "data.cache.mode=require"))
+    assert constructed == {"AutoencoderKLWan": 1, "Dinov2Model": 1}
