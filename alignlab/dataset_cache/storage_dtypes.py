@@ -96,6 +96,8 @@ def store_lossy(tensor: Tensor, dtype: StorageDtype) -> Stored:
     values = exact.values
     if not values.is_floating_point() or values.dim() == 0 or values.numel() == 0:
         return exact
+    if not values.isfinite().all():
+        return exact
     lossy = _LOSSY[dtype](values)
     stored = Stored(lossy[0], lossy[1], values.dtype)
     return stored if stored.read().isfinite().all() else exact
