@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alignlab.dataset_cache.key import CacheKey
-from alignlab.dataset_cache.storage_dtypes import CosineError, Stored
+from alignlab.dataset_cache.storage_dtypes import STORABLE, CosineError, Stored
 
 
 @dataclass(frozen=True)
@@ -255,6 +255,8 @@ def _span(
 ) -> Span:
     begin, end = header["data_offsets"]
     span = Span(_dtype(dtype), tuple(shape), data + begin)
+    if header["dtype"] != STORABLE[span.dtype] or header["shape"] != shape:
+        raise ValueError("dtype or shape")
     if begin < 0 or span.end != data + end or span.end > file_size:
         raise ValueError("offsets")
     return span

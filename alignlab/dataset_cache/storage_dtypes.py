@@ -23,13 +23,25 @@ from alignlab.dataset_cache.key import StorageDtype
 
 FP8_MAX = 448.0
 INT8_MAX = 127.0
-STORABLE = frozenset(
-    getattr(torch, name)
-    for name in (
-        "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 "
-        "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64"
-    ).split()
-)
+STORABLE = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+"""What safetensors calls the dtypes that it has."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,8 @@ def store_lossy(tensor: Tensor, dtype: StorageDtype) -> Stored:
     exact = store_exactly(tensor)
     values = exact.values
     if not values.is_floating_point() or values.dim() == 0 or values.numel() == 0:
+        return exact
+    if not values.isfinite().all():
         return exact
     lossy = _LOSSY[dtype](values)
     stored = Stored(lossy[0], lossy[1], values.dtype)
