@@ -230,9 +230,9 @@ def _check_measured_teacher(run: Run, alias: str) -> None:
 
 
 def check_ranks_agree(run: Run) -> None:
-    """Compares all settings, clips, digests of teachers and norms of all other weights.
+    """Compares all settings, clips, files of frozen models and norms of all other weights.
 
-    Of clips, their number and the names and sizes of their files: rank 0 alone hashes the files.
+    Of clips, their number and the names and sizes of their files.
 
     Raises:
         UserError: the ranks differ.

@@ -45,6 +45,10 @@ def frozen() -> FrozenParts:
 
 
 EXPECTED: dict[tuple[str, int], tuple[float, float, float]] = {
+    ("shapes video", 1): (126.299, 126.299, 0.0170476),
+    ("shapes references", 1): (217.464, 217.464, 0.0143805),
+    ("folder video", 1): (129.68, 129.68, -0.00465261),
+    ("folder references", 1): (136.976, 136.976, 0.092294),
 }  # fmt: skip
 
 
