@@ -85,18 +85,19 @@ def load_teacher(
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = _model_config(folder, row, model_type)
-    teacher = Teacher(
-        LaterModel(config, dtype, device, partial(_loaded, folder, family, config, dtype, device)),
-        family,
-        feature or row.feature,
-        grid=grid,
-        slice_size=slice_size,
-        preprocessing=preprocessing,
-        folder=folder,
-    )
-    if load:
-        teacher.load()
-    return teacher
+    read = partial(_loaded, folder, family, config, dtype, device)
+    try:
+        return Teacher(
+            LaterModel.of(read()) if load else LaterModel(config, dtype, device, read),
+            family,
+            feature or row.feature,
+            grid=grid,
+            slice_size=slice_size,
+            preprocessing=preprocessing,
+            folder=folder,
+        )
+    except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
+        raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
 
 
 def _loaded(

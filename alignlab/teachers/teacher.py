@@ -109,14 +109,6 @@ class Teacher:
     def _fit_positions(self) -> Fit:
         return position_fitter(self._model, self._row.positions)
 
-    def load(self) -> None:
-        """Loads the model, if it is not loaded.
-
-        Raises:
-            UserError: its files cannot be used.
-        """
-        self._model  # noqa: B018
-
     @property
     def feature(self) -> str:
         """Name of its feature, as in a recipe."""
