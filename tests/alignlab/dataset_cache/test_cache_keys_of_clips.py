@@ -151,8 +151,8 @@ def test_code(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
 class Folder:
     """Two videos of one reference each, in a folder that a test changes."""
 
-    def __init__(self, path: Path, make: MakeConfig, recipe: Path) -> None:
-        self.path, self._recipe, self._output = path, recipe, path.parent / "runs"
+    def __init__(self, path: Path, recipe: Path) -> None:
+        self.path, self.recipe, self._output = path, recipe, path.parent / "runs"
         path.mkdir()
         self.write_video("a.mp4", 1)
         self.write_video("b.mp4", 2)
@@ -176,15 +176,15 @@ class Folder:
         lines = "".join(json.dumps(row | {"split": s}) + "\n" for row, s in self.splits())
         (self.path / "metadata.jsonl").write_text(lines)
         data = f"data={{name: folder, path: {self.path}, frames: 5, size: [48, 48], fps: 8}}"
-        return misses(load_run(self._recipe, [f"output={self._output}", data, *overrides]))
+        return misses(load_run(self.recipe, [f"output={self._output}", data, *overrides]))
 
     def splits(self) -> list[tuple[dict[str, object], str]]:
         return list(zip(self.rows, ("train", "val"), strict=True))  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_config: MakeConfig, recipe_file: Path) -> Folder:
-    made = Folder(tmp_path / "clips", make_config, recipe_file)
+def folder(tmp_path: Path, recipe_file: Path) -> Folder:
+    made = Folder(tmp_path / "clips", recipe_file)
     assert made.misses() == ALL and made.misses() == {}
     return made
 
@@ -251,7 +251,7 @@ def test_the_code_that_reads_files(
 
 
 def test_a_file_that_changes_meanwhile_is_not_kept_under_its_old_digest(folder: Folder) -> None:
-    config = load_run(folder._recipe, [f"data={{name: folder, path: {folder.path}, frames: 5, "
+    config = load_run(folder.recipe, [f"data={{name: folder, path: {folder.path}, frames: 5, "
                                        "size: [48, 48], fps: 8}"])  # fmt: skip
     clips = build_dataset(config.data, "train")
     clips.origin(0)

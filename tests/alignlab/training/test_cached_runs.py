@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -95,15 +96,16 @@ def constructed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts = Counter[str]()
     for model in (UMT5EncoderModel, AutoencoderKLWan, Dinov2Model):
 
+        @wraps(model.__init__)  # diffusers reads its signature
         def construct(
             self: object,
             *args: object,
-            made: Any = model.__init__,
-            name: str = model.__name__,
-            **settings: object,
+            of: Any = (model.__name__, model.__init__),
+            **kwargs: object,
         ) -> None:
+            name, made = of
             counts[name] += 1
-            made(self, *args, **settings)
+            made(self, *args, **kwargs)
 
         monkeypatch.setattr(model, "__init__", construct)
     return counts
