@@ -42,6 +42,8 @@ SOONEST_S, LATEST_S, SHARE = 30.0, 600.0, 0.05
 """Entries wait at most this long, or this share of the time since the cache was opened: a kill
 loses a twentieth of the work, and a long run writes no thousands of small shards."""
 
+LISTINGS = 3  # `prune` may move an entry again, and a listing meanwhile may have it in no place
+
 
 @dataclass
 class Counts:
@@ -251,7 +253,9 @@ class DatasetCache:
         if waiting is not None:
             return {name: _own(stored) for name, stored in waiting.tensors.items()}
         found, is_gone = self._read_copy(self._shards, key, id)
-        if found is None:
+        for _ in range(LISTINGS if is_gone else 1):
+            if found is not None:
+                break
             self._shards.refresh(always=is_gone or self.mode == "require")
             self._tell_shards(self._shards)
             found, _ = self._read_copy(self._shards, key, id)
