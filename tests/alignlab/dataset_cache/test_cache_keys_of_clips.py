@@ -158,7 +158,7 @@ class Folder:
         self.write_video("b.mp4", 2)
         self.write_image("a.png", 3)
         self.write_image("b.png", 4)
-        self.rows = [
+        self.rows: list[dict[str, object]] = [
             {"file_name": f"{name}.mp4", "text": name, "references": [f"{name}.png"]}
             for name in "ab"
         ]
@@ -179,7 +179,7 @@ class Folder:
         return misses(load_run(self.recipe, [f"output={self._output}", data, *overrides]))
 
     def splits(self) -> list[tuple[dict[str, object], str]]:
-        return list(zip(self.rows, ("train", "val"), strict=True))  # type: ignore[arg-type]
+        return list(zip(self.rows, ("train", "val"), strict=True))
 
 
 @pytest.fixture
