@@ -91,17 +91,18 @@ def _build(runs: Sequence[RunConfig], workers: int) -> Built:
     clips = builder.clips()
     missing = [clip for clip in clips if builder.lacks(clip)]
     builder.encode_rest()
-    sampled = missing[:SAMPLED]
-    begin = time.monotonic()
-    before = builder.written()
-    for clip in sampled:
+    builder.values.flush()
+    before, begin = builder.written(), time.monotonic()
+    sampled, rest = missing[:SAMPLED], missing[SAMPLED:]
+    for number, clip in enumerate(sampled):
+        if number == 1:  # the first one loads the models
+            begin = time.monotonic()
         builder.encode(clip)
     builder.values.flush()
-    seconds, size = time.monotonic() - begin, builder.written() - before
-    rest = missing[len(sampled) :]
+    size = builder.written() - before
     if rest:
-        share = len(rest) / len(sampled)
-        _tell_estimate(builder, len(rest), size * share, seconds * share / workers)
+        seconds = (time.monotonic() - begin) * len(rest) / (SAMPLED - 1) / workers
+        _tell_estimate(builder, len(rest), size * len(rest) / SAMPLED, seconds)
         is_here = workers == 1
         size += _encode_here(builder, rest) if is_here else _encode_there(runs, rest, workers)
     return Built(builder.values.cache.path, len(clips), len(missing), size)
