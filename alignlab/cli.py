@@ -1,10 +1,10 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,12 +16,16 @@ from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
 from alignlab.experiments.cli.bench import bench_app
+from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
 from alignlab.passwords import without_password
+
+if TYPE_CHECKING:  # pydantic takes a while to import
+    from pydantic import BaseModel
 
 app = typer.Typer(
     cls=Commands,
@@ -37,6 +41,7 @@ app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 app.add_typer(teachers_app, name="teachers")
 
 KeptModel = StrEnum("KeptModel", ["vae", "dino"])  # typer takes no list of Literal
@@ -178,11 +183,17 @@ def list_data() -> None:
     from alignlab.data.registry import DATASETS
 
     for name, dataset in DATASETS.items():
-        rows = []
-        for key, field in dataset.config.model_fields.items():
-            default = "required" if field.is_required() else str(field.default)
-            rows.append((f"data.{key}", default, field.description or "which data set this is"))
-        print_table((name, "default", "meaning"), rows)
+        print_table((name, "default", "meaning"), list(_setting_rows("data", dataset.config)))
+
+
+def _setting_rows(under: str, config: "type[BaseModel]") -> Iterator[tuple[str, str, str]]:
+    """Name, default and meaning of every setting, those of a mapping one by one."""
+    for key, field in config.model_fields.items():
+        if hasattr(field.default, "model_fields"):
+            yield from _setting_rows(f"{under}.{key}", type(field.default))
+            continue
+        default = "required" if field.is_required() else str(field.default)
+        yield f"{under}.{key}", default, field.description or "which data set this is"
 
 
 data_app.command("preview")(preview)

@@ -28,7 +28,9 @@ NUMBERLESS: dict[str, Any] = {
     "output": True,
     "tracking": True,
     "checkpoint": True,
-    "data": {"cache_clips": True},
+    "data": {
+        "cache": {"mode": True, "path": True, "texts": True, "latents": True, "teachers": True}
+    },
     "optim": {"resume_schedule": True},  # what it did is in the run's history.json
     "eval": {"every": True, "sample_every": True},
 }
@@ -134,8 +136,8 @@ def to_yaml(settings: Mapping[str, Any]) -> str:
 def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
-    Settings that change no number are left out: name, output, tracking, checkpoint,
-    `data.cache_clips`, `optim.resume_schedule`, and how often a run is evaluated while it trains.
+    Settings that change no number are left out: name, output, tracking, checkpoint, `data.cache`
+    but its dtype, `optim.resume_schedule`, and how often a run is evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
 
@@ -184,13 +186,16 @@ def _shown_order(held: TrainingConfig, config: TrainingConfig) -> str:
 
 def numbered_settings(config: TrainingConfig) -> dict[str, Any]:
     """The settings that change a number by dotted name, without empty mappings."""
-    dumped = config.model_dump(mode="json")
-    for key, inner in NUMBERLESS.items():
-        if inner is True:
-            dumped.pop(key)
-        elif key in dumped:  # Stage 1 has no `eval`
-            dumped[key] = {name: v for name, v in dumped[key].items() if name not in inner}
-    return {key: value for key, value in flatten(dumped).items() if value != {}}
+    numbered = _without(config.model_dump(mode="json"), NUMBERLESS)
+    return {key: value for key, value in flatten(numbered).items() if value != {}}
+
+
+def _without(settings: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if excluded.get(key) is not True}
+    for key, inner in excluded.items():
+        if inner is not True and key in kept:  # Stage 1 has no `eval`
+            kept[key] = _without(kept[key], inner)
+    return kept
 
 
 def validated(

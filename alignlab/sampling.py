@@ -232,7 +232,7 @@ def latent_shape(wan: Wan, config: RunConfig) -> tuple[int, int, int, int]:
     frames, height, width = wan.latent_grid(config.data.frames, *config.data.size)
     patch = wan.transformer.config.patch_size
     return (
-        int(wan.vae.config.z_dim),
+        int(wan.frozen.vae_config["z_dim"]),
         frames * patch[0],
         height * patch[1],
         width * patch[2],

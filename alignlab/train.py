@@ -114,6 +114,7 @@ def train(
         with ExitStack() as held:
             source = checked_source(config, held) if newest is None else None
             run = build_run(config, caches, ranks)
+            locks.callback(run.caches.values.flush)
             check_teachers_and_eval(run)
             if source is not None:
                 start_from(run.state, run.wan, config, source)
@@ -363,6 +364,7 @@ class RunTrainer(Trainer):
                 step=self.state.step,
                 samples=samples,
                 device=self.ranks.device,
+                reads=self.run.alignment.reads(self.state.step),
             )
             for samples in self.ranks.micro_batches(optim.accumulate, optim.batch_size)
         ]
@@ -419,6 +421,7 @@ class RunTrainer(Trainer):
     def save(self, folder: RunFolder) -> Path:
         """As every training does; with what was counted since the last row of the log."""
         self.state.extra = {"aligned": self._aligned.totals()}
+        self.run.caches.values.flush()
         return super().save(folder)
 
     @contextmanager

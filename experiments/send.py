@@ -138,5 +138,5 @@ def _send_sweep(folder: Path, to: str | None) -> bool:
     overrides = [f"output={output_of(folder, name)}"]
     if to is not None:
         overrides.append(f"tracking.mlflow={to}")
-    study = join_study(load_sweep(folder / RECIPE, overrides))
+    study = join_study(load_sweep(folder / RECIPE, overrides, stored=True))
     return SweepTracker(study).end_study(best_metrics(study))

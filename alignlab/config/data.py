@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from alignlab.config.limits import at_most, refuse_unusable
@@ -102,6 +103,40 @@ ClipCount = Annotated[int, Field(ge=1), at_most(10**9, "clips are counted one by
 Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]
 
 
+class CacheConfig(Settings):
+    """What the frozen encoders and teachers make of clips, kept on disk (docs/data.md).
+
+    At full precision it changes no number of a run.
+    """
+
+    mode: Literal["off", "read", "write", "require"] = "write"
+    """`write`: read what is there, and keep what is not; `read`: keep nothing new; `require`:
+    refuse what is not there, so that nothing is encoded; `off`: encode at every step."""
+    path: str | None = None
+    """Folder of the cache. Left out: `cache` in `output`, which all runs there share."""
+    texts: bool = True
+    """Keep the text embeddings of captions."""
+    latents: bool = True
+    """Keep the latents of videos and references."""
+    teachers: bool = True
+    """Keep the features of teachers."""
+    dtype: Literal["fp32", "bf16", "fp8", "int8"] = "fp32"
+    """In which the features of teachers are kept. Any but `fp32` rounds them, also where nothing is
+    cached yet: it is part of what a run is, and variants of a comparison share it."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_text(cls, mode: Any) -> Any:
+        return "off" if mode is False else mode  # YAML reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _dtype_is_read(self) -> Self:
+        if self.dtype != "fp32" and (self.mode == "off" or not self.teachers):
+            why = "mode: off" if self.mode == "off" else "teachers: false"
+            raise ValueError(f"dtype: nothing reads {self.dtype} with {why}; remove it")
+        return self
+
+
 class ClipsConfig(Settings):
     """Base of every data set's settings; which there are: `alignlab.data.registry.DATASETS`."""
 
@@ -111,11 +146,24 @@ class ClipsConfig(Settings):
         size: tuple[int, int]
         fps: int
         references: tuple[int, int]
-        cache_clips: int
+        cache: CacheConfig
 
     subjects_by_colour: ClassVar[bool] = False
     """Whether a caption names each subject by a colour of the world of `shapes` that no other
     subject of the clip has: `alignlab.data.shapes.detect` then finds it in any clip."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_clip_count(cls, values: Any, info: ValidationInfo) -> Any:
+        """Drops `cache_clips` of a run of an older version, which changed no number."""
+        if not isinstance(values, dict) or "cache_clips" not in values:
+            return values
+        if not (info.context or {}).get("stored"):
+            raise ValueError(
+                "cache_clips is now the mapping `cache`: what is encoded is kept on disk by "
+                "itself; remove cache_clips, or write cache: {mode: off} to encode at every step"
+            )
+        return {key: value for key, value in values.items() if key != "cache_clips"}
 
     @property
     def num_val_clips(self) -> int | None:
@@ -153,8 +201,8 @@ class ShapesConfig(ClipsConfig):
     """Size of the train split."""
     val_clips: ClipCount = 32
     """Size of the val split."""
-    cache_clips: int = Field(default=1024, ge=0)
-    """Encoded clips kept in memory. Encoding is deterministic: a cache changes no number."""
+    cache: CacheConfig = CacheConfig()
+    """What encoders and teachers make of clips, kept on disk."""
     seed: int = Field(default=0, ge=0)
     """Seed of the world. It is not the run's seed: all seeds of a comparison share the data."""
 
@@ -189,8 +237,8 @@ class FolderConfig(ClipsConfig):
     an older version began, by another rule, does not say so, and is not resumed."""
     follow_links: bool = False
     """Read videos, references and masks through links that lead out of the folder."""
-    cache_clips: int = Field(default=0, ge=0)
-    """Encoded clips kept in memory, 0 for none: 480x832 clips take about 100 MB each."""
+    cache: CacheConfig = CacheConfig()
+    """What encoders and teachers make of clips, kept on disk."""
     on_bad_video: Literal["error", "skip"] = "error"
     """What to do with a row whose video, references or masks are missing, damaged or too few/short.
     All are decoded before training."""

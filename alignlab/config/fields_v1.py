@@ -81,3 +81,10 @@ FIELDS_V1: dict[str, frozenset[str]] = {
     }.items()
 }
 """Names of the fields by name of the config class; a class that is not here was hashed whole."""
+
+GONE_V1: dict[str, dict[str, object]] = {
+    "FolderConfig": {"cache_clips": 0},
+    "ShapesConfig": {"cache_clips": 1024},
+}
+"""Settings of that version which there are no more, with their defaults, by name of the class.
+Sweeps were hashed with them, runs without."""

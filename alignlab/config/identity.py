@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from alignlab.config.fields_v1 import FIELDS_V1
+from alignlab.config.fields_v1 import FIELDS_V1, GONE_V1
 from alignlab.losses.objective import BEFORE
 
 VERSION = 2
@@ -39,9 +39,8 @@ def identity(config: BaseModel, exclude: Exclude | None = None) -> dict[str, Any
         value = getattr(config, name)
         if left_out.get(name) is True:
             continue
-        default = _before(field)
         inner = left_out.get(name) or {}
-        if _is_tag(field) or _plain(value, inner) != _plain(default, inner):
+        if _is_tag(field) or _differs(value, field, inner):
             settings[name] = _plain(value, inner)
     return settings
 
@@ -63,9 +62,10 @@ def has_hash(config: BaseModel, stored: str, exclude: Exclude | None = None) -> 
         return stored == settings_hash(config, exclude)
     if _has_later_settings(config, exclude or {}):
         return False
-    whole = _as_of_v1(config, config.model_dump(mode="json", exclude=_pydantic(exclude or {})))
+    dumped = config.model_dump(mode="json", exclude=_pydantic(exclude or {}))
     # runs were hashed without spaces between the settings, sweeps with them
-    return stored in (_digest(_compact(whole)), _digest(json.dumps(whole, sort_keys=True)))
+    run, sweep = _as_of_v1(config, dumped, {}), _as_of_v1(config, dumped, GONE_V1)
+    return stored in (_digest(_compact(run)), _digest(json.dumps(sweep, sort_keys=True)))
 
 
 def _before(field: FieldInfo) -> Any:
@@ -74,6 +74,11 @@ def _before(field: FieldInfo) -> Any:
     if isinstance(extra, dict) and BEFORE in extra:
         return extra[BEFORE]
     return field.get_default(call_default_factory=True)
+
+
+def _differs(value: Any, field: FieldInfo, exclude: Exclude) -> bool:
+    """Whether a setting is given another value than its default, as far as it is not left out."""
+    return bool(_plain(value, exclude) != _plain(_before(field), exclude))
 
 
 def _is_tag(field: FieldInfo) -> bool:
@@ -101,7 +106,7 @@ def _has_later_settings(value: Any, exclude: Exclude) -> bool:
         return any(
             _has_later_settings(getattr(value, name), exclude.get(name) or {})
             if name in old
-            else _is_tag(field) or getattr(value, name) != _before(field)
+            else _is_tag(field) or _differs(getattr(value, name), field, exclude.get(name) or {})
             for name, field in fields.items()
             if exclude.get(name) is not True
         )
@@ -112,15 +117,21 @@ def _has_later_settings(value: Any, exclude: Exclude) -> bool:
     return False
 
 
-def _as_of_v1(value: Any, dumped: Any) -> Any:
-    """The dump of a value without the settings that version 1 did not have."""
+def _as_of_v1(value: Any, dumped: Any, gone: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The dump of a value without the settings that version 1 did not have.
+
+    Args:
+        gone: what is put in by name of the class: `GONE_V1`, or nothing.
+    """
     if isinstance(value, BaseModel):
-        old = FIELDS_V1.get(type(value).__name__, frozenset(dumped))
-        return {k: _as_of_v1(getattr(value, k), v) for k, v in dumped.items() if k in old}
+        name = type(value).__name__
+        old = FIELDS_V1.get(name, frozenset(dumped))
+        kept = {k: _as_of_v1(getattr(value, k), v, gone) for k, v in dumped.items() if k in old}
+        return kept | dict(gone.get(name, {}))
     if isinstance(value, Mapping):
-        return {key: _as_of_v1(value[key], item) for key, item in dumped.items()}
+        return {key: _as_of_v1(value[key], item, gone) for key, item in dumped.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_as_of_v1(one, item) for one, item in zip(value, dumped, strict=True)]
+        return [_as_of_v1(one, item, gone) for one, item in zip(value, dumped, strict=True)]
     return dumped
 
 

@@ -5,7 +5,7 @@ A run of such a name would lie where a file has to be, or in a folder that is re
 
 import re
 
-_IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns")
+_IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache")
 _IN_RUNS = ("checkpoints", "samples", "stage1", "export", "probe", "evaluations")
 _FILES = frozenset(
     """

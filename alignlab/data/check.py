@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import av
-import PIL
 from pydantic import BaseModel, ValidationError
 
-from alignlab.data.decode import ClipError
+from alignlab.data.decode import ClipError, media_libraries
 from alignlab.progress import Advance, step_progress
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.file_lock import file_lock
@@ -178,8 +176,7 @@ def _is_known(known: Mapping[str, _Remembered], stamps: Mapping[str, str | None]
 
 
 def _made_by() -> str:
-    libraries = ".".join(map(str, av.library_versions["libavcodec"]))
-    return f"{VERSION}, av {av.__version__}, libavcodec {libraries}, Pillow {PIL.__version__}"
+    return f"{VERSION}, {media_libraries()}"
 
 
 def _read(memory: Path | None) -> dict[str, _Remembered]:

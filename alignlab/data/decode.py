@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
+import PIL
 import torch
 from av.container import InputContainer
 from av.format import Flags
@@ -52,6 +53,12 @@ class ClipError(UserError):
     def __init__(self, message: str, kind: str = "unreadable") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def media_libraries() -> str:
+    """What decodes videos and images, with versions."""
+    libavcodec = ".".join(map(str, av.library_versions["libavcodec"]))
+    return f"av {av.__version__}, libavcodec {libavcodec}, Pillow {PIL.__version__}"
 
 
 class Orientation(NamedTuple):

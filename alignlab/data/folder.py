@@ -14,7 +14,7 @@ from torch import Tensor
 from alignlab.config.data import FolderConfig
 from alignlab.config.paths import user_path
 from alignlab.data.check import MediaCheck, check_media
-from alignlab.data.decode import ClipError
+from alignlab.data.decode import ClipError, media_libraries
 from alignlab.data.images import read_image
 from alignlab.data.masks import check_masks, clip_masks, mask_files
 from alignlab.data.metadata import Row, misnamed_columns, read_rows
@@ -22,8 +22,15 @@ from alignlab.data.resize import fit_reference
 from alignlab.data.sample import Reference, Sample
 from alignlab.data.split import Split, deal
 from alignlab.data.video import check_clip, decode_clip
+from alignlab.dataset_cache.clip_keys import ClipOrigin
+from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
 from alignlab.progress import warn_once
+from alignlab.runs.file_digests import digest_files
+
+DECODING_VERSION = 1
+"""Of the code between a file and its pixels. Raise it when the same file gives other pixels: what
+the dataset cache holds of the older ones is then not read any more."""
 
 
 class FolderDataset:
@@ -64,6 +71,9 @@ class FolderDataset:
         self.notes: tuple[str, ...] = misnamed
         self._rows = self._usable(in_split)
         self._keys = _unique_keys(self._rows)
+        self._chosen: dict[int, tuple[int, ...]] = {}
+        self._known_digests: dict[Path, str] = {}
+        self._stamps: dict[Path, tuple[int, int] | None] = {}
         if not self._rows:
             raise UserError(
                 f"{root}: no clip left in the {split} split ({len(in_split)} of {len(rows)} rows "
@@ -83,13 +93,58 @@ class FolderDataset:
             start_s=row.start_s,
             seek=row.masks is None,
         )
+        self._check_unchanged(row.video)
         return Sample(
             key=self._keys[index],
             video_THWC=clip.video_THWC,
             caption=row.caption,
-            references=self._references(row),
+            references=self.references(index),
             entities=row.entities,
             masks_ETHW=None if row.masks is None else clip_masks(row, clip, self.config.size),
+        )
+
+    def key(self, index: int) -> str:
+        """The key of a clip."""
+        return self._keys[index]
+
+    def references(self, index: int) -> tuple[Reference, ...]:
+        """The references of a clip; its video is not read."""
+        row, references = self._rows[index], []
+        for place in self._places(index):
+            image_HWC, mask_HW = fit_reference(*read_image(row.references[place]), self.config.size)
+            self._check_unchanged(row.references[place])
+            name, phrase = row.reference_names[place], row.reference_phrases[place]
+            references.append(Reference(image_HWC, mask_HW, name, phrase))
+        return tuple(references)
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """The names of the references of a clip; images are read if there are more than asked."""
+        names = self._rows[index].reference_names
+        return tuple(names[place] for place in self._places(index))
+
+    def origin(self, index: int) -> ClipOrigin:
+        """Digests of the files of a clip, and how they are decoded."""
+        row, config, digests = self._rows[index], self.config, self._digests()
+        decoding: dict[str, Part] = {
+            "data": "folder",
+            "size": tuple(config.size),
+            "decoding": DECODING_VERSION,
+            "decoders": media_libraries(),
+        }
+        return ClipOrigin(
+            {
+                **decoding,
+                "file": digests[row.video],
+                "start_s": float(row.start_s),
+                "frames": config.frames,
+                "fps": config.fps,
+                "seeks": row.masks is None,
+            },
+            {
+                **decoding,
+                "files": tuple(digests[path] for path in row.references),
+                "taken": min(len(row.references), config.references[1]),
+            },
         )
 
     def without_masks(self) -> str | None:
@@ -179,19 +234,41 @@ class FolderDataset:
             )
         return tuple(notes)
 
-    def _references(self, row: Row) -> tuple[Reference, ...]:
-        most = self.config.references[1]
-        images = [read_image(path) for path in row.references] if most else []
-        places = list(range(len(images)))
-        if len(places) > most:
-            # the largest crops, largest first, as in RefAlign's code; of equal ones the first
-            places.sort(key=lambda place: _crop_area(*images[place]), reverse=True)
-        references = []
-        for place in places[:most]:
-            image_HWC, mask_HW = fit_reference(*images[place], self.config.size)
-            name, phrase = row.reference_names[place], row.reference_phrases[place]
-            references.append(Reference(image_HWC, mask_HW, name, phrase))
-        return tuple(references)
+    def _places(self, index: int) -> tuple[int, ...]:
+        """Which of the row's references are taken: the largest crops, largest first, as in
+        RefAlign's code; of equal ones the first. Of no more than asked for, all in their order."""
+        paths, most = self._rows[index].references, self.config.references[1]
+        if len(paths) <= most or not most:
+            return tuple(range(len(paths)))[:most]
+        if index not in self._chosen:
+            areas = [_crop_area(*read_image(path)) for path in paths]
+            places = sorted(range(len(paths)), key=areas.__getitem__, reverse=True)
+            self._chosen[index] = tuple(places[:most])
+        return self._chosen[index]
+
+    def _digests(self) -> dict[Path, str]:
+        """Of the videos and the reference images of the split."""
+        if not self._known_digests:
+            root = user_path(self.config.path)
+            paths = [path for row in self._rows for path in (row.video, *row.references)]
+            self._stamps = {path: _stamp(path) for path in paths}  # before they are hashed
+            names = {path.relative_to(root).as_posix(): path for path in paths}
+            digests = digest_files(root, names)
+            self._known_digests = {names[name]: digest for name, digest in digests.items()}
+        return self._known_digests
+
+    def _check_unchanged(self, path: Path) -> None:
+        """Refuses a file that is not the one that `origin` has told of."""
+        if path in self._stamps and _stamp(path) != self._stamps[path]:
+            raise UserError(f"{path} has changed since it was hashed: start again")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None  # whoever reads it says why
+    return found.st_size, found.st_mtime_ns
 
 
 def _crop_area(image_HWC: Tensor, mask_HW: Tensor | None) -> int:

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from alignlab.dataset_cache.clip_keys import ClipOrigin
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -51,7 +53,7 @@ class Sample:
 
 
 class ClipDataset(Protocol):
-    """Clips addressed by index; the same index always gives the same bits.
+    """Clips addressed by index; the same index always gives the same bits, whatever the seed.
 
     `notes` are warnings about the data, one text each; they are kept with a run's result.
     """
@@ -65,6 +67,23 @@ class ClipDataset(Protocol):
 
     def caption(self, index: int) -> str:
         """The caption of a clip, without reading its video."""
+        ...
+
+    def key(self, index: int) -> str:
+        """The key of a clip (`Sample.key`), without reading anything of it."""
+        ...
+
+    def references(self, index: int) -> tuple[Reference, ...]:
+        """The references of a clip, without reading its video."""
+        ...
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """The names of those references. No image is read, unless the clip has more references
+        than asked for."""
+        ...
+
+    def origin(self, index: int) -> ClipOrigin:
+        """What a clip is made from, without decoding anything; files are hashed once."""
         ...
 
     def without_masks(self) -> str | None:

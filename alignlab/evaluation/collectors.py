@@ -26,7 +26,8 @@ from alignlab.losses.grids import FOREGROUND, covered_share, match_grid, student
 from alignlab.models.taps import BlockTokens
 from alignlab.teachers import Teacher
 from alignlab.training.alignment import teacher_features
-from alignlab.training.batches import Batch, Encoded
+from alignlab.training.batches import Batch
+from alignlab.training.encoded import Encoded
 
 VIDEO_TOKENS = 2048  # tokens that CKNNA compares: its cost grows with their square
 
@@ -126,7 +127,7 @@ class ReferenceCollector:
             features = teacher_features(teacher, batch, "reference", grid)
             features_BNE = features.tokens_BTPD.flatten(1, 2)
         for place, (clip, number) in enumerate(zip(clips, numbers, strict=True)):
-            if not clip.sample.references:
+            if not clip.pixels.names:
                 continue
             foreground_N, subjects_N = self._foreground(clip, (grid[1], grid[2]))
             if not len(foreground_N):
@@ -181,9 +182,9 @@ class ReferenceCollector:
 
     def _foreground(self, clip: Encoded, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Tokens that lie mostly on a subject, and which subject that is, `(N,)` each."""
-        masks_KHW = torch.stack([r.mask_HW for r in clip.sample.references])
+        masks_KHW = torch.stack([r.mask_HW for r in clip.pixels.references])
         is_on_KP = covered_share(masks_KHW, (len(masks_KHW), *size)) > FOREGROUND
-        names = [r.name for r in clip.sample.references]
+        names = clip.pixels.names
         ids = torch.tensor([self._names.setdefault(n, len(self._names)) for n in names])
         return is_on_KP.flatten().nonzero()[:, 0], ids[:, None].expand_as(is_on_KP)[is_on_KP]
 

@@ -17,7 +17,8 @@ from alignlab.models.reference_branch import Output, ReferenceBranch
 from alignlab.progress import step_progress
 from alignlab.randomness import generator
 from alignlab.teachers import Teacher, teacher_from
-from alignlab.training.batches import Batch, Encoded, collate
+from alignlab.training.batches import Batch, collate
+from alignlab.training.encoded import Encoded
 from alignlab.training.flow_matching import flow_loss, interpolate
 from alignlab.training.optim import averaged_weights
 from alignlab.training.setup import Run
@@ -180,4 +181,5 @@ def teacher_of(run: Run, alias: str) -> Teacher:
     """A teacher of the recipe: the one that the run aligns with, or else loaded now."""
     if alias in run.alignment.teachers:
         return run.alignment.teachers[alias]
-    return teacher_from(run.config.teachers[alias], device=run.device)
+    is_kept = run.caches.values.keeps("teacher")
+    return teacher_from(run.config.teachers[alias], device=run.device, load=not is_kept)

@@ -20,7 +20,7 @@ from alignlab.randomness import generator
 from alignlab.runs.atomic_files import whole_file, write_text
 from alignlab.sampling import guidance_of, latent_shape, negative_text, sample_latents
 from alignlab.teachers import Teacher
-from alignlab.training.batches import Encoded, reference_images
+from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run
 
 LISTING = "samples.json"  # beside the clips; written last
@@ -98,8 +98,7 @@ def generated_clip(
     clip, device = run.val_clips[index], run.device
     negative = negative_text(run.config.eval.negative_prompt)
     warn_of_cut(run.wan.text, {"eval.negative_prompt": negative})
-    # the empty prompt was encoded when the run was built
-    negative_LD = run.wan.encode_text([negative])[0] if negative else run.val_clips.empty_text_LD
+    negative_LD = run.val_clips.text(negative, where="eval.negative_prompt")
     noise = torch.randn(
         latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
     )
@@ -132,9 +131,9 @@ def _write_sample(
     write_mp4(folder / f"{i}.mp4", video_THWC, fps)
     write_mp4(folder / f"{i}-real.mp4", clip.sample.video_THWC, fps)
     references = [f"{i}-reference-{k}.png" for k in range(len(clip.sample.references))]
-    for name, image_HWC in zip(references, reference_images(clip.sample), strict=True):
+    for name, reference in zip(references, clip.sample.references, strict=True):
         with whole_file(folder / name) as partial:
-            Image.fromarray(image_HWC.numpy()).save(partial)
+            Image.fromarray(reference.image_HWC.numpy()).save(partial)
     return {
         "key": clip.sample.key,
         "caption": clip.sample.caption,

@@ -23,8 +23,8 @@ from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher
-from alignlab.training.batches import Encoded
 from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
+from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run, build_run
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -143,7 +143,7 @@ def probe_run(
         shown,
         {model: one.tokens for model, one in maps.items() if one.tokens is not None},
         feature_clip(taps, loaded_teacher, batch, clips[0]),
-        _sample_of(folder, step, clips[0].sample.key),
+        _sample_of(folder, step, clips[0].pixels.key),
     )
 
 

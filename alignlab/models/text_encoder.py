@@ -8,13 +8,18 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from alignlab.dataset_cache.key import Part
+from alignlab.errors import UserError
+from alignlab.models.model_files import load_pretrained, read_object
+from alignlab.models.pipeline_parts import TEXT_PARTS, encoder_parts, load_frozen
 from alignlab.progress import warn_once
 
 SHOWN = 60  # characters of a caption in a message
@@ -23,20 +28,55 @@ MAX_TEXT_TOKENS = 512  # WanPipeline's max_sequence_length, and the length Wan w
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A frozen UMT5 encoder and its tokenizer.
+    """A frozen UMT5 encoder and its tokenizer, each loaded when it is first needed.
 
     Args:
-        model: on the device where texts are encoded.
-        tokenizer: pads to `max_tokens`.
+        folder: of the pipeline that both are of.
+        dtype: of the weights.
+        device: where texts are encoded.
     """
 
-    model: UMT5EncoderModel
-    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
 
-    @property
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """What embeddings depend on besides the text, for keys of the dataset cache."""
+        return encoder_parts(self.folder, TEXT_PARTS, self.dtype, self.device)
+
+    @cached_property
+    def model(self) -> UMT5EncoderModel:
+        """The encoder, loaded now.
+
+        Raises:
+            UserError: its files cannot be used.
+        """
+        loaded = load_frozen(UMT5EncoderModel, self.folder, "text_encoder", dtype=self.dtype)
+        model: UMT5EncoderModel = loaded.to(self.device)
+        return model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Pads to `max_tokens`; loaded now.
+
+        Raises:
+            UserError: its files cannot be used.
+        """
+        folder = self.folder / "tokenizer"
+        loaded = load_pretrained(
+            AutoTokenizer, folder, setting="model.path", config_file="tokenizer_config.json"
+        )
+        assert isinstance(loaded, PreTrainedTokenizerBase)
+        if loaded.pad_token is None:
+            raise UserError(f"model.path: {folder} has no pad_token: fetch it again")
+        return loaded
+
+    @cached_property
     def dim(self) -> int:
         """Width of the embeddings."""
-        return int(self.model.config.d_model)
+        config = self.folder / "text_encoder" / "config.json"
+        return int(read_object(config, setting="model.path")["d_model"])
 
     @property
     def max_tokens(self) -> int:
@@ -49,7 +89,7 @@ class TextEncoder:
 
         This is WanPipeline's own encoding, one prompt at a time.
         """
-        device = torch.device(self.model.device)
+        device = self.device
         with torch.autocast(device.type, enabled=False):
             rows = [
                 self._pipeline.encode_prompt(

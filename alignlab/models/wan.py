@@ -6,32 +6,30 @@ Shape letters: B batch, C channels, T frames, H height, W width, L text tokens, 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from torch import Tensor
+from transformers import UMT5EncoderModel
 
 from alignlab.config.parts import LoraConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
+from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.lora import add_lora
-from alignlab.models.model_files import (
-    check_model_files,
-    load_pretrained,
-    local_folder,
-    read_object,
+from alignlab.models.model_files import check_model_files, local_folder, read_object
+from alignlab.models.pipeline_parts import (
+    COMPONENTS,
+    PART_FILES,
+    TEXT_PARTS,
+    check_part,
+    load_part,
 )
 from alignlab.models.text_encoder import TextEncoder
-from alignlab.models.weight_check import check_weights
-
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,35 @@ class Wan:
 
     Args:
         transformer: what is trained; fp32 weights, or a frozen base with a fp32 LoRA.
-        vae: fp32, because Wan's autoencoder loses detail in bf16 (diffusers' own advice).
-        text_encoder: in the recipe's precision.
-        tokenizer: of the text encoder.
-        folder: where the parts came from; an export copies the frozen ones from here.
+        frozen: autoencoder and text encoder, loaded when they are needed.
     """
 
     transformer: WanTransformer3DModel
-    vae: AutoencoderKLWan
-    text_encoder: UMT5EncoderModel
-    tokenizer: PreTrainedTokenizerBase
-    folder: Path
+    frozen: FrozenParts
+
+    @property
+    def folder(self) -> Path:
+        """Where the parts came from; an export copies the frozen ones from here."""
+        return self.frozen.folder
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.vae.device)
+        return self.frozen.device
+
+    @property
+    def vae(self) -> AutoencoderKLWan:
+        """The autoencoder, in fp32."""
+        return self.frozen.vae
+
+    @property
+    def text(self) -> TextEncoder:
+        """The frozen text encoder with its tokenizer."""
+        return self.frozen.text
+
+    @property
+    def text_encoder(self) -> UMT5EncoderModel:
+        """The text encoder's model, in the recipe's precision."""
+        return self.frozen.text.model
 
     @property
     def num_blocks(self) -> int:
@@ -72,80 +84,24 @@ class Wan:
         Raises:
             UserError: the clip does not fit the strides of the autoencoder and the patches.
         """
-        patch_t, patch_h, patch_w = self.transformer.config["patch_size"]
-        stride_t = self.vae.config["scale_factor_temporal"]
-        stride = self.vae.config["scale_factor_spatial"]
-        if (frames - 1) % stride_t:
-            raise UserError(f"data.frames: {frames} is not a multiple of {stride_t} plus 1")
-        if height % (stride * patch_h) or width % (stride * patch_w):
-            raise UserError(
-                f"data.size: {height}x{width} is not a multiple of "
-                f"{stride * patch_h}x{stride * patch_w} (autoencoder stride times patch)"
-            )
-        latent_frames = 1 + (frames - 1) // stride_t
-        return (
-            latent_frames // patch_t,
-            height // (stride * patch_h),
-            width // (stride * patch_w),
-        )
+        patch = self.transformer.config["patch_size"]
+        return self.frozen.token_grid(patch, frames, height, width)
 
-    @torch.no_grad()
     def encode_video(self, video_THWC: Tensor) -> Tensor:
-        """uint8 frames to normalised fp32 latents (C, T, H, W).
-
-        Takes the mode of the posterior, so that the same clip always has the same latents, and
-        normalises with the autoencoder's `latents_mean` and `latents_std` as WanPipeline does.
-        """
-        pixels = video_THWC.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-        with torch.autocast(self.device.type, enabled=False):
-            latents_BCTHW: Tensor = self.vae.encode(pixels).latent_dist.mode()
-        mean, std = self._latent_statistics
-        return ((latents_BCTHW - mean) / std)[0]
+        """uint8 frames to latents: see `FrozenParts`, here and below."""
+        return self.frozen.encode_video(video_THWC)
 
     def encode_image(self, image_HWC: Tensor) -> Tensor:
-        """One uint8 reference image to normalised fp32 latents (C, H, W).
-
-        References are encoded one at a time, each as a clip of one frame (RefAlign's code).
-        """
-        return self.encode_video(image_HWC[None])[:, 0]
-
-    @torch.no_grad()
-    def decode(self, latents_CTHW: Tensor) -> Tensor:
-        """Normalised latents to uint8 frames (T, H, W, C).
-
-        Raises:
-            UserError: latents or pixels are not finite, which uint8 cannot show.
-        """
-        mean, std = self._latent_statistics
-        with torch.autocast(self.device.type, enabled=False):
-            latents_BCTHW = latents_CTHW.to(self.device).float()[None] * std + mean
-            pixels: Tensor = self.vae.decode(latents_BCTHW, return_dict=False)[0][0]
-        if not pixels.isfinite().all():
-            if not latents_CTHW.isfinite().all():
-                raise UserError(
-                    "the latents of a generated clip are not finite: the trained weights give no "
-                    "clips; lower optim.lr, and train under another name"
-                )
-            raise UserError(
-                f"model.path: the decoder of {self.folder / 'vae'} gives pixels that are not finite"
-            )
-        frames = ((pixels + 1.0) * 127.5).round().clamp(0, 255)
-        return frames.to(torch.uint8).permute(1, 2, 3, 0)
+        """A uint8 image to latents."""
+        return self.frozen.encode_image(image_HWC)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""
-        return self.text.encode(prompts)
+        """Prompts to embeddings."""
+        return self.frozen.encode_text(prompts)
 
-    @cached_property
-    def text(self) -> TextEncoder:
-        """The frozen text encoder with its tokenizer."""
-        return TextEncoder(self.text_encoder, self.tokenizer)
-
-    @cached_property
-    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
-        config, shape = self.vae.config, (1, -1, 1, 1, 1)
-        mean = torch.tensor(config["latents_mean"], device=self.device).view(shape)
-        return mean, torch.tensor(config["latents_std"], device=self.device).view(shape)
+    def decode(self, latents_CTHW: Tensor) -> Tensor:
+        """Latents to uint8 frames."""
+        return self.frozen.decode(latents_CTHW)
 
 
 def load_wan(
@@ -158,6 +114,8 @@ def load_wan(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    frozen: FrozenParts | None = None,
+    load_frozen: bool = True,
 ) -> Wan:
     """Loads a diffusers Wan pipeline for training.
 
@@ -171,17 +129,17 @@ def load_wan(
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
         seed: of the adapter's initial weights.
+        frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
+        load_frozen: load both now; else when they are first needed.
 
     Raises:
         UserError: the folder, the hub id, a LoRA target or the backend cannot be used.
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
-    folder = pipeline_folder(path)
-    _check_pipeline(folder)
-    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
-    dtype = frozen if train == "lora" else torch.float32
-    transformer = _load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    folder = checked_pipeline(path)
+    dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
+    transformer = load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
     check_backend(
         attention,
         device,
@@ -190,22 +148,32 @@ def load_wan(
         gradient_checkpointing=gradient_checkpointing,
         head_dim=transformer.config["attention_head_dim"],
     )
-    vae = _load_part(AutoencoderKLWan, folder, "vae", torch_dtype=torch.float32)
-    text_encoder = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=frozen)
-    _check_text_to_video(transformer, vae, path)
+    check_part(folder, "transformer", transformer)
+    own = frozen_parts(folder, precision=precision, device=device)
+    frozen = frozen if frozen is not None and frozen.is_same(own) else own
+    _check_text_to_video(transformer, frozen, path)
+    if load_frozen:
+        frozen.load()
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.set_attention_backend(attention)
-    wan = Wan(
-        transformer=transformer.to(device).train(),
-        vae=vae.to(device).requires_grad_(False).eval(),
-        text_encoder=text_encoder.to(device).requires_grad_(False).eval(),
-        tokenizer=_load_tokenizer(folder),
-        folder=folder,
-    )
-    return _checked(wan)
+    return Wan(transformer.to(device).train(), frozen)
+
+
+def frozen_parts(
+    folder: Path, *, precision: Literal["fp32", "bf16"], device: torch.device | str
+) -> FrozenParts:
+    """The frozen encoders of a pipeline folder; nothing is loaded yet.
+
+    Args:
+        folder: see `checked_pipeline`.
+        precision: of the text encoder.
+        device: where they run.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return FrozenParts(folder, dtype, torch.device(device))
 
 
 def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
@@ -216,7 +184,7 @@ def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
     """
     patterns = ["model_index.json", "tokenizer/*"]
     # no other kind of file of a part, so that no pickle is loaded
-    patterns += [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors")]
+    patterns += [f"{part}/*.{ending}" for part in parts for ending in PART_FILES]
     return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
 
 
@@ -240,71 +208,18 @@ def load_text_encoder(
     for part in TEXT_PARTS:
         if not (folder / part).is_dir():
             raise UserError(f"model.path: {folder} has no {part}/ folder")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = _load_part(UMT5EncoderModel, folder, "text_encoder", dtype=dtype)
-    _check_part(folder, "text_encoder", model)
-    return TextEncoder(
-        model.to(device).requires_grad_(False).eval(),
-        _load_tokenizer(folder),
-    )
+    encoder = frozen_parts(folder, precision=precision, device=device).text
+    encoder.model, encoder.tokenizer  # noqa: B018
+    return encoder
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    loaded = load_pretrained(
-        AutoTokenizer,
-        folder / "tokenizer",
-        setting="model.path",
-        config_file="tokenizer_config.json",
-    )
-    assert isinstance(loaded, PreTrainedTokenizerBase)
-    if loaded.pad_token is None:
-        raise UserError(f"model.path: {folder / 'tokenizer'} has no pad_token: fetch it again")
-    return loaded
+def checked_pipeline(path: str) -> Path:
+    """`pipeline_folder` of a pipeline with one transformer and a scheduler of diffusers.
 
-
-def _load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
-    """Loads one model and insists that no weight was left at its random initial value."""
-    model, info = load_pretrained(
-        model_class,
-        folder / part,
-        setting="model.path",
-        use_safetensors=True,
-        output_loading_info=True,
-        **dtype,
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(
-            f"model.path: {folder / part} lacks {len(missing)} weights, e.g. {missing[0]}"
-        )
-    return model
-
-
-def _checked(wan: Wan) -> Wan:
-    """Refuses weights that are not finite or all zero, and latents that cannot be normalised."""
-    for part in ("transformer", "vae", "text_encoder"):
-        _check_part(wan.folder, part, getattr(wan, part))
-    config = wan.vae.config
-    mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
-    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-        raise UserError(
-            f"model.path: {wan.folder / 'vae' / 'config.json'}: latents_mean must be finite, and "
-            "latents_std finite and above 0; fetch it again"
-        )
-    return wan
-
-
-def _check_part(folder: Path, part: str, model: nn.Module) -> None:
-    """Refuses a part, or a half of the autoencoder, with weights not finite or all zero."""
-    where = f"model.path: {folder / part}"
-    check_weights(where, model.named_parameters())
-    for half, child in model.named_children():
-        if half in ("encoder", "decoder"):
-            check_weights(f"{where}, {half}", child.named_parameters())
-
-
-def _check_pipeline(folder: Path) -> None:
-    """Refuses a folder that is no pipeline with one transformer and a scheduler of diffusers."""
+    Raises:
+        UserError: it is no such pipeline, or a file of it is damaged.
+    """
+    folder = pipeline_folder(path)
     index = read_object(folder / "model_index.json", setting="model.path")
     absent = [part for part in COMPONENTS if not (folder / part).is_dir()]
     if absent:
@@ -320,6 +235,7 @@ def _check_pipeline(folder: Path) -> None:
     name = str(_class_name(index, "scheduler"))
     if not hasattr(diffusers, name):
         raise UserError(f"model.path: {folder / 'model_index.json'}: unknown scheduler {name}")
+    return folder
 
 
 def _class_name(index: Mapping[str, Any], part: str) -> Any:
@@ -329,9 +245,9 @@ def _class_name(index: Mapping[str, Any], part: str) -> Any:
 
 
 def _check_text_to_video(
-    transformer: WanTransformer3DModel, vae: AutoencoderKLWan, path: str
+    transformer: WanTransformer3DModel, frozen: FrozenParts, path: str
 ) -> None:
-    inputs, latents = transformer.config["in_channels"], vae.config["z_dim"]
+    inputs, latents = transformer.config["in_channels"], frozen.vae_config["z_dim"]
     if inputs != latents:
         raise UserError(
             f"model.path: {path} is no text-to-video model: its transformer takes {inputs} "

@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +80,21 @@ def digest_files(root: Path, names: Mapping[str, Path]) -> dict[str, str]:
                 digests[name] = digest
                 memory.put(name, waiting[name], digest)
     return {name: digests[name] for name in names}
+
+
+def digest_folder(folder: Path, endings: Collection[str] | None) -> dict[str, str]:
+    """`digest_files` of the files that lie in a folder, by their names.
+
+    Args:
+        folder: that may be missing, and has no files then.
+        endings: of the files that count, without the dot; None: all do.
+    """
+    names = sorted(
+        path.name
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_file() and (endings is None or path.suffix.removeprefix(".") in endings)
+    )
+    return digest_files(folder, {name: folder / name for name in names})
 
 
 def fresh_digests(root: Path, names: Mapping[str, Path]) -> dict[str, str]:

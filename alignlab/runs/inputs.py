@@ -1,8 +1,7 @@
 """What a training reads besides its recipe: models, teachers, Stage 1 networks, clips."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.run import RunConfig
@@ -10,12 +9,14 @@ from alignlab.data.registry import DataConfig, dataset_files
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
 from alignlab.models.model_files import on_disk, present_folder
-from alignlab.models.wan import COMPONENTS, TEXT_PARTS, pipeline_folder
-from alignlab.runs.file_digests import combined, digest_files
+from alignlab.models.pipeline_parts import COMPONENTS, TEXT_PARTS, part_endings
+from alignlab.models.wan import pipeline_folder
+from alignlab.runs.file_digests import combined, digest_files, digest_folder
 from alignlab.runs.init_source import SETTING, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
-from alignlab.teachers.load import TEACHER_FILES, teacher_folder
+from alignlab.teachers.load import teacher_folder
+from alignlab.teachers.teacher import TEACHER_FILES
 
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
@@ -90,8 +91,7 @@ def _model(path: str, parts: tuple[str, ...], *, fetch: bool) -> Iterator[Input]
     if folder is None:
         return
     for part in parts:
-        endings = None if part == "tokenizer" else ("json", "safetensors")
-        yield _input(f"model/{part}", path, folder / part, endings)
+        yield Input(f"model/{part}", path, digest_folder(folder / part, part_endings(part)))
 
 
 def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Input]:
@@ -99,7 +99,7 @@ def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Inp
     path = teacher.path
     folder = teacher_folder(teacher.family, path) if fetch else present_folder(path)
     if folder is not None:
-        yield _input(f"teachers.{alias}", path, folder, TEACHER_FILES)
+        yield Input(f"teachers.{alias}", path, digest_folder(folder, TEACHER_FILES))
 
 
 def _stage1(config: RunConfig) -> Iterator[Input]:
@@ -126,14 +126,3 @@ def _data(config: DataConfig) -> Iterator[Input]:
     found = dataset_files(config)
     if found is not None:
         yield Input("data", found.source, digest_files(found.root, found.files))
-
-
-def _input(name: str, source: str, folder: Path, endings: Iterable[str] | None) -> Input:
-    """The files of a folder, those with one of the endings."""
-    kept = None if endings is None else {f".{ending}" for ending in endings}
-    names = sorted(
-        path.name
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.is_file() and (kept is None or path.suffix in kept)
-    )
-    return Input(name, source, digest_files(folder, {file: folder / file for file in names}))

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignlab.data.sample import Sample
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.randomness import derive_seed
 from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
+from alignlab.training.encoded import ClipPixels
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
         network = MotionHead(self.shape, seed=derive_seed(seed, "stage1-moalign"))
         self.network = network.to(models.device)
 
-    def encode(self, sample: Sample) -> MoAlignClip:
+    def encode(self, pixels: ClipPixels) -> MoAlignClip:
         """Teacher tokens and flow of one clip."""
-        features = self._models.teacher.encode(sample.video_THWC[None], self._models.grid)
+        sample, features = pixels.sample, self._models.features(pixels)
         if features.grid[0] < 2:
             raise UserError(
                 f"data.frames: {len(sample.video_THWC)} frames give the teacher "
@@ -78,7 +78,7 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
         exact = sample.flow_THWC if self._settings.flow == "auto" else None
         flow_FHWC = dis_flow(sample.video_THWC) if exact is None else exact
         flow_TPC = flow_on_grid(flow_FHWC, features.grid)
-        return MoAlignClip(features.tokens_BTPD[0].cpu(), features.grid, flow_TPC)
+        return MoAlignClip(features.tokens_BTPD[0], features.grid, flow_TPC)
 
     def loss(self, clips: Sequence[MoAlignClip]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean absolute error of the decoded flow, in token-grid units."""

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from alignlab.data.sample import ClipDataset, Sample
+from alignlab.data.sample import ClipDataset
 from alignlab.errors import UserError
 from alignlab.losses.grids import pool_masks
 from alignlab.losses.sara import info_nce
@@ -24,6 +24,7 @@ from alignlab.losses.stage1.saliency_aligner import (
 )
 from alignlab.randomness import derive_seed
 from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
+from alignlab.training.encoded import ClipPixels
 
 THRESHOLD = 0.5  # of the area under a mask that makes a token a target, and of saliency for IoU
 
@@ -84,7 +85,7 @@ class SaraTask(Stage1Task[SaraClip]):
 
     def __init__(self, settings: Stage1Settings, models: FrozenModels, *, seed: int) -> None:
         assert isinstance(settings, SaraStage1) and models.text is not None
-        self._settings, self._models, self._text = settings, models, models.text
+        self._settings, self._models = settings, models
         teacher_dim = models.teacher.dim
         if teacher_dim % settings.heads:
             raise UserError(
@@ -113,10 +114,11 @@ class SaraTask(Stage1Task[SaraClip]):
                     "and `entities` to the data set's metadata (docs/data.md)"
                 )
 
-    def encode(self, sample: Sample) -> SaraClip:
+    def encode(self, pixels: ClipPixels) -> SaraClip:
         """Teacher tokens, text embeddings and targets of one clip."""
+        sample = pixels.sample
         assert sample.masks_ETHW is not None and sample.entities  # `check_data`
-        features = self._models.teacher.encode(sample.video_THWC[None], self._models.grid)
+        features = self._models.features(pixels)
         union_1THW = sample.masks_ETHW.any(0, keepdim=True)
         texts = [*sample.entities, ", ".join(sample.entities)]
         masks = [sample.masks_ETHW, union_1THW]
@@ -125,9 +127,9 @@ class SaraTask(Stage1Task[SaraClip]):
             masks.append(~union_1THW)
         targets_KTP = pool_masks(torch.cat(masks), features.grid) > THRESHOLD
         return SaraClip(
-            features.tokens_BTPD[0].cpu(),
+            features.tokens_BTPD[0],
             tuple(texts),
-            self._text.encode(texts).cpu(),
+            self._models.embed(texts),
             targets_KTP.float(),
             len(sample.entities),
             sample.caption,
@@ -162,7 +164,7 @@ class SaraTask(Stage1Task[SaraClip]):
         """
         per_clip: dict[str, list[Tensor]] = {}
         for clip in clips:
-            texts_BLD = torch.cat([clip.texts_KLD, self._text.encode([clip.caption]).cpu()])
+            texts_BLD = torch.cat([clip.texts_KLD, self._models.embed([clip.caption])])
             features_BTPD = clip.features_TPD.expand(len(texts_BLD), -1, -1, -1)
             logits_BTP = self.network(
                 features_BTPD.to(self._models.device), texts_BLD.to(self._models.device)

@@ -10,8 +10,11 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from alignlab.config.data import Settings
-from alignlab.data.sample import ClipDataset, Sample
+from alignlab.data.sample import ClipDataset
+from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.losses.objective import Features
 from alignlab.teachers import Teacher
+from alignlab.training.encoded import ClipPixels, FeatureRead, kept_features
 
 if TYPE_CHECKING:  # diffusers takes seconds to import, and a recipe is read without it
     from alignlab.models.text_encoder import TextEncoder
@@ -37,12 +40,27 @@ class FrozenModels:
         grid: (height, width) in tokens that the teacher is asked for.
         text: embeds phrases; None for a task that reads no text.
         device: where the network goes.
+        values: what the models made of clips and texts, on disk.
     """
 
     teacher: Teacher
     grid: tuple[int, int]
     text: "TextEncoder | None"
     device: torch.device
+    values: EncodedValues
+
+    def features(self, pixels: ClipPixels) -> Features:
+        """The teacher's tokens of a clip, a batch of one, on the CPU."""
+        read = FeatureRead(self.teacher, "video", self.grid)
+        tokens_TPD = kept_features(self.values, read, pixels).cpu()
+        return Features(tokens_TPD[None], (len(tokens_TPD), *self.grid))
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, (B, L, D) on the CPU."""
+        from alignlab.training.kept_text import kept_text  # here: see `text`
+
+        assert self.text is not None  # of a task that reads text
+        return torch.stack([kept_text(self.values, self.text, text) for text in texts])
 
 
 class Stage1Task(ABC, Generic[Clip]):
@@ -75,8 +93,8 @@ class Stage1Task(ABC, Generic[Clip]):
         """
 
     @abstractmethod
-    def encode(self, sample: Sample) -> Clip:
-        """Runs the frozen models on one clip.
+    def encode(self, pixels: ClipPixels) -> Clip:
+        """Runs the frozen models on one clip, through `FrozenModels`.
 
         Raises:
             UserError: the data set lacks what the network learns from.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from alignlab.config.paths import user_path
 from alignlab.data.registry import build_splits
 from alignlab.data.sample import ClipDataset
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
@@ -35,8 +36,9 @@ from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker, ask
 from alignlab.train import Trainer, logged_costs
 from alignlab.training import checkpoint
-from alignlab.training.batches import ClipCache
 from alignlab.training.checkpoint import TrainState
+from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.encoded import ClipPixels
 from alignlab.training.setup import adamw
 from alignlab.training.step_terms import SampleTerms
 
@@ -62,6 +64,7 @@ def train_stage1(config: Stage1Config) -> Path:
         clear_leftovers(opened.folder.path)
         ask(config)
         trainer = Stage1Trainer(config, ranks)
+        locks.callback(trainer.models.values.flush)
         if opened.newest is not None:
             checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)
         trainer.plan = begin_leg(opened.folder, config, trainer.state.step)
@@ -114,8 +117,8 @@ class Stage1Trainer(Trainer):
             for note in cut:
                 warn_once(note)
         self.task = task_class(config.stage1, self.models, seed=config.seed)
-        self.clips = TaskClips(self.task, train_clips, config.data.cache_clips)
-        self.val_clips = TaskClips(self.task, val_clips, 0)
+        self.clips = TaskClips(self.task, train_clips, ClipMemory())
+        self.val_clips = TaskClips(self.task, val_clips, ClipMemory())
         optimizer = adamw(list(self.task.network.parameters()), config.optim)
         super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
 
@@ -157,22 +160,24 @@ class TaskClips(Generic[Clip]):
     Args:
         task: encodes one clip at a time, so that a clip never depends on its neighbours.
         dataset: where samples come from.
-        capacity: encoded clips kept in memory.
+        memory: encoded clips that are kept.
     """
 
-    def __init__(self, task: Stage1Task[Clip], dataset: ClipDataset, capacity: int) -> None:
+    def __init__(
+        self, task: Stage1Task[Clip], dataset: ClipDataset, memory: ClipMemory[Clip]
+    ) -> None:
         self._task = task
         self._dataset = dataset
-        self._cache: ClipCache[Clip] = ClipCache(capacity)
+        self._memory = memory
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Clip:
-        clip = self._cache.get(index)
+        clip = self._memory.get(index)
         if clip is None:
-            clip = self._task.encode(self._dataset[index])
-            self._cache.put(index, clip)
+            clip = self._task.encode(ClipPixels(self._dataset, index))
+            self._memory.put(index, clip)
         return clip
 
 
@@ -182,7 +187,8 @@ def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenMode
     if config.model is not None:
         model = config.model
         text = load_text_encoder(model.path, precision=model.precision, device=device)
-    return FrozenModels(teacher, config.grid, text, device)
+    values = EncodedValues.of(config.data.cache, config.output)
+    return FrozenModels(teacher, config.grid, text, device, values)
 
 
 def stage1_info(

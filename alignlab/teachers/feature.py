@@ -35,11 +35,11 @@ class Feature:
     read: Callable[[Any], Tensor]
 
 
-def find_feature(model: Any, family: str, name: str) -> Feature:
-    """Looks a feature up in a model.
+def find_feature(config: Any, family: str, name: str) -> Feature:
+    """Looks a feature up in a model's settings.
 
     Args:
-        model: of a transformers class of the family.
+        config: of a transformers class of the family.
         family: row of `TEACHERS`.
         name: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
             (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, counted from 1).
@@ -52,21 +52,21 @@ def find_feature(model: Any, family: str, name: str) -> Feature:
     except ValueError as error:
         raise UserError(f"teachers feature: {error}") from None
     if kind == "stage:k":
-        return _hiera_stage(model.config, name, number)
+        return _hiera_stage(config, name, number)
     if kind == "post_norm":
         # transformers builds VideoMAE without its norm if a classifier is to average the tokens
-        if getattr(model, "layernorm", model) is None:
+        if config.model_type == "videomae" and config.use_mean_pooling:
             raise UserError(
                 "teachers feature: this model has no final norm (use_mean_pooling in its "
                 "config.json): use pre_norm"
             )
-        return _of_blocks(model.config, name, None)
-    count = int(model.config.num_hidden_layers)
+        return _of_blocks(config, name, None)
+    count = int(config.num_hidden_layers)
     if kind == "pre_norm":
         number = count - 1
     if number >= count:
         raise UserError(f"teachers feature: no {name}; the model has 0 to {count - 1}")
-    return _of_blocks(model.config, name, number)
+    return _of_blocks(config, name, number)
 
 
 def _of_blocks(config: Any, name: str, block: int | None) -> Feature:

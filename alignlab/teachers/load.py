@@ -1,6 +1,7 @@
 """Loads a teacher from a transformers folder, a shipped asset or a hub id."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,15 @@ from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
-from alignlab.teachers.teacher import Teacher
+from alignlab.teachers.teacher import TEACHER_FILES, LaterModel, Teacher
 
 if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
 
-TEACHER_FILES = ("json", "safetensors")
-"""Endings of the files that a teacher is loaded from."""
 
-
-def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teacher:
+def teacher_from(
+    config: "TeacherConfig", *, device: torch.device | str, load: bool = True
+) -> Teacher:
     """The teacher that a recipe's `teachers.<alias>` says; see `load_teacher`."""
     return load_teacher(
         config.family,
@@ -36,6 +36,7 @@ def teacher_from(config: "TeacherConfig", *, device: torch.device | str) -> Teac
         feature=config.feature,
         grid=config.grid,
         device=device,
+        load=load,
     )
 
 
@@ -47,6 +48,7 @@ def load_teacher(
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     slice_size: int = 16,
+    load: bool = True,
 ) -> Teacher:
     """Loads a teacher: bf16 on a GPU, fp32 on a CPU.
 
@@ -60,6 +62,7 @@ def load_teacher(
         grid: see `Teacher`.
         device: where it runs.
         slice_size: frames per forward pass.
+        load: the model now; else when its features are first needed.
 
     Raises:
         UserError: no such family, folder or feature, a model of another family, a broken
@@ -81,18 +84,32 @@ def load_teacher(
         warn_once(f"teachers ({family}): {warning}")
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = _load(folder, row, model_type, dtype).to(device).requires_grad_(False).eval()
+    config = _model_config(folder, row, model_type)
+    read = partial(_loaded, folder, family, config, dtype, device)
+    try:
+        return Teacher(
+            LaterModel.of(read()) if load else LaterModel(config, dtype, device, read),
+            family,
+            feature or row.feature,
+            grid=grid,
+            slice_size=slice_size,
+            preprocessing=preprocessing,
+            folder=folder,
+        )
+    except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
+        raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
+
+
+def _loaded(
+    folder: Path, family: str, config: Any, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The model, of weights that were looked at."""
+    row = teacher_rows()[family]
+    model = _load(folder, row, config, dtype).to(device).requires_grad_(False).eval()
     named = model.named_parameters()
     read = ((name, weight) for name, weight in named if not re.search(row.unread, name))
     check_weights(f"teachers ({family}): {folder}", read)
-    return Teacher(
-        model,
-        family,
-        feature or row.feature,
-        grid=grid,
-        slice_size=slice_size,
-        preprocessing=preprocessing,
-    )
+    return model
 
 
 def teacher_folder(family: str, path: str) -> Path:
@@ -109,8 +126,7 @@ def teacher_folder(family: str, path: str) -> Path:
     )
 
 
-def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) -> Any:
-    """The model that the row runs; weights of the folder that it does not have are left alone."""
+def _model_class(row: TeacherRow, model_type: str) -> Any:
     import transformers
 
     model_class = getattr(transformers, row.classes[model_type], None)
@@ -119,15 +135,31 @@ def _load(folder: Path, row: TeacherRow, model_type: str, dtype: torch.dtype) ->
             f"teachers: transformers {transformers.__version__} has no {row.classes[model_type]}, "
             f"which runs a {model_type} model"
         )
+    return model_class
+
+
+def _model_config(folder: Path, row: TeacherRow, model_type: str) -> Any:
+    """The settings of the model that the row runs."""
+    import transformers
+
+    model_class = _model_class(row, model_type)
     check_model_files(folder, setting="teachers")
-    source: dict[str, Any] = {"use_safetensors": True}
     if model_type in videomae_v2.MODEL_TYPES:
         config = model_class.config_class(**videomae_v2.config_values(_read_config(folder)))
-        source = {"state_dict": videomae_v2.weights(folder)}
     else:
         config = load_pretrained(transformers.AutoConfig, folder, setting="teachers")
     for name in row.part:
         config = getattr(config, name, config)
+    return config
+
+
+def _load(folder: Path, row: TeacherRow, config: Any, dtype: torch.dtype) -> Any:
+    """The model that the row runs; weights of the folder that it does not have are left alone."""
+    model_type = str(_read_config(folder).get("model_type"))
+    model_class = _model_class(row, model_type)
+    source: dict[str, Any] = {"use_safetensors": True}
+    if model_type in videomae_v2.MODEL_TYPES:
+        source = {"state_dict": videomae_v2.weights(folder)}
     model, info = load_pretrained(
         model_class,
         folder,

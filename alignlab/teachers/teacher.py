@@ -6,27 +6,59 @@ N images or clips of one forward pass, L tokens of one.
 
 import hashlib
 import re
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from alignlab.dataset_cache.key import Part, digest_of
+from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
+from alignlab.runs.file_digests import combined, digest_folder
 from alignlab.teachers.feature import find_feature
-from alignlab.teachers.positions import position_fitter
+from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
 from alignlab.teachers.registry import teacher_rows
+
+TEACHER_FILES = ("json", "safetensors")
+"""Endings of the files that a teacher is loaded from."""
+
+
+@dataclass(frozen=True)
+class LaterModel:
+    """A model that is loaded when it is first needed.
+
+    Args:
+        config: its settings, of transformers.
+        dtype: of its weights.
+        device: where it runs.
+        load: loads it.
+    """
+
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    load: Callable[[], Any]
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """One that is loaded."""
+        return cls(model.config, model.dtype, model.device, lambda: model)
 
 
 class Teacher:
     """A frozen model with its preprocessing.
 
     Args:
-        model: of a transformers class of the family.
+        model: of a transformers class of the family, or what loads it when it is first needed.
         family: row of `TEACHERS`.
         feature: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
             (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, from 1).
@@ -34,6 +66,7 @@ class Teacher:
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
         preprocessing: how its pixels are normalised; None: as the family's row says.
+        folder: that the model was loaded from; None: it was not.
 
     Raises:
         UserError: there is no such feature.
@@ -41,30 +74,50 @@ class Teacher:
 
     def __init__(
         self,
-        model: Any,
+        model: "nn.Module | LaterModel",
         family: str,
         feature: str,
         *,
         grid: tuple[int, int] | None = None,
         slice_size: int = 16,
         preprocessing: Preprocessing | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self._model = model
+        later = LaterModel.of(model) if isinstance(model, nn.Module) else model
+        self._later, self._config = later, later.config
+        self._folder = folder
         self._family = family
         self._row = teacher_rows()[family]
         self._preprocessing = preprocessing or row_preprocessing(self._row)
         self._has_told_sizes = False
         self._slice_size = slice_size
         self.grid = grid
-        self._feature = find_feature(model, family, feature)
-        self._fit_positions = position_fitter(model, self._row.positions)
+        self._feature = find_feature(self._config, family, feature)
         self._fitted: Grid | None = None
         self._num_prefix = self._row.class_tokens + int(
-            getattr(model.config, "num_register_tokens", 0)
+            getattr(self._config, "num_register_tokens", 0)
         )
-        self.tubelet = int(model.config.tubelet_size) if self._row.video else 1
+        self.tubelet = int(self._config.tubelet_size) if self._row.video else 1
         self.dim = self._feature.dim
         self.patch_size = self._feature.stride
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._later.load()
+
+    @cached_property
+    def _fit_positions(self) -> Fit:
+        return position_fitter(self._model, self._row.positions)
+
+    @cached_property
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixels, once on the device."""
+        mean, std = self._preprocessing.mean, self._preprocessing.std
+        device = self._model.device
+        return (
+            torch.tensor(mean, device=device).view(3, 1, 1),
+            torch.tensor(std, device=device).view(3, 1, 1),
+        )
 
     @property
     def feature(self) -> str:
@@ -89,6 +142,35 @@ class Teacher:
         if normalisation == row_preprocessing(self._row).normalisation:
             return weights
         return hashlib.sha256(f"{weights} {normalisation}".encode()).hexdigest()
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """What its features depend on besides the pixels and the grid, for keys of the dataset
+        cache: the files of its folder, or without one its weights."""
+        if self._folder is None:
+            weights = self.digest()
+        else:
+            weights = combined(digest_folder(self._folder, TEACHER_FILES))
+        row, (mean, std, scale) = self._row, self._preprocessing.normalisation
+        return {
+            "family": self._family,
+            "weights": weights,
+            "feature": self.feature,
+            "slice": self._slice_size,
+            "mean": mean,
+            "std": std,
+            "scale": scale,
+            "resize": row.resize,
+            "positions": row.positions,
+            "class_tokens": row.class_tokens,
+            "options": tuple(sorted(row.options.items())),
+            **model_parts(self._later.dtype, self._later.device, "transformers"),
+        }
+
+    @cached_property
+    def identity(self) -> str:
+        """Short for `parts`."""
+        return digest_of("teacher", self.parts)
 
     @torch.no_grad()
     def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:
@@ -134,9 +216,8 @@ class Teacher:
         self._tell_sizes(size, self._row.resize if is_resized else None)
         if self._preprocessing.scale != 1:
             pixels = pixels * self._preprocessing.scale
-        mean = torch.tensor(self._preprocessing.mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(self._preprocessing.std, device=device).view(1, 3, 1, 1)
-        pixels = ((pixels - mean) / std).to(self._model.dtype)
+        mean_C11, std_C11 = self._statistics
+        pixels = ((pixels - mean_C11) / std_C11).to(self._model.dtype)
         if self.is_video:
             pixels = pixels.unflatten(0, clips_NTHWC.shape[:2])
         with torch.autocast(device.type, enabled=False):

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from alignlab.config.run import RunConfig
+from alignlab.data.registry import DataConfig
 from alignlab.data.sample import ClipDataset
+from alignlab.dataset_cache.clip_keys import teacher_key
+from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.key import CacheKey, Part
 from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
@@ -28,6 +32,7 @@ from alignlab.teachers import Teacher, image_families, teacher_from
 from alignlab.training.aligned_samples import trained_samples, trains
 from alignlab.training.batch_context import BatchContext
 from alignlab.training.batches import Batch
+from alignlab.training.encoded import FeatureRead, TokenKind
 from alignlab.training.nonfinite import FEATURES
 from alignlab.training.step_terms import SampleTerms
 
@@ -78,9 +83,11 @@ class Alignment(nn.Module):
         super().__init__()
         self.plan = SchedulePlan.of(config)
         self._logged: set[str] = set()
+        self._grid_HW = grid[1:]
+        is_cached = config.data.cache.mode != "off" and config.data.cache.teachers
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher] = {
-            alias: teacher_from(teacher, device=device)
+            alias: teacher_from(teacher, device=device, load=not is_cached)
             for alias, teacher in config.teachers.items()
             if alias in used
         }
@@ -147,23 +154,21 @@ class Alignment(nn.Module):
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
 
-    def check_teachers(self, config: RunConfig, grid: Grid) -> None:
+    def check_teachers(self, config: RunConfig, grid: Grid, values: EncodedValues) -> None:
         """Refuses teachers whose features say nothing, by those of two different clips of noise.
 
         Args:
             config: the run.
             grid: (T, H, W) of its video tokens.
+            values: where these features are kept as well: a teacher is not loaded to be checked.
 
         Raises:
             UserError: features are not finite, or those of the two clips are the same.
         """
-        is_any_video = any(teacher.is_video for teacher in self.teachers.values())
-        clips = noise_clips(config.data.frames if is_any_video else 1, config.data.size)
         for alias, teacher in self.teachers.items():
-            frames_BTHWC = clips if teacher.is_video else clips[:, :1]
-            tokens_BTPD = teacher.encode(frames_BTHWC, teacher.grid or grid[1:]).tokens_BTPD
             where = f"teachers.{alias}: {config.teachers[alias].path}, feature {teacher.feature}"
-            check_features(where, tokens_BTPD)
+            read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+            check_noise(where, read, config.data, values)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuses several ranks where an objective couples the samples of a batch.
@@ -191,6 +196,16 @@ class Alignment(nn.Module):
             for alias, objective in self.objectives.items()
             if not isinstance(objective.config.schedule, Constant)
         }
+
+    def reads(self, step: int) -> list[FeatureRead]:
+        """What `forward` reads of teachers at a step."""
+        factors, found = self.factors(step), dict[FeatureRead, None]()
+        for alias, objective in self.objectives.items():
+            for name in objective.config.teachers if factors.get(alias, 1.0) else ():
+                teacher, kind = self.teachers[name], objective.tokens
+                own_HW = teacher.grid if kind == "video" else None
+                found[FeatureRead(teacher, kind, own_HW or self._grid_HW)] = None
+        return list(found)
 
     def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
         """Runs each teacher once and each objective on its tapped tokens.
@@ -267,6 +282,23 @@ class Alignment(nn.Module):
         )
 
 
+def check_noise(where: str, read: FeatureRead, data: DataConfig, values: EncodedValues) -> None:
+    """`check_features` of a teacher's features of `noise_clips`, which are kept like any others."""
+    frames = data.frames if read.teacher.is_video else 1
+
+    def make() -> dict[str, Tensor]:
+        clips_BTHWC = noise_clips(frames, data.size)
+        tokens_BTPD = read.teacher.encode(clips_BTHWC, read.grid_HW).tokens_BTPD
+        check_features(where, tokens_BTPD)
+        return {"tokens_BTPD": tokens_BTPD}
+
+    def key() -> CacheKey:
+        noise: dict[str, Part] = {"of": "noise", "frames": frames, "size": tuple(data.size)}
+        return teacher_key(noise, read.teacher.parts, read.grid_HW)
+
+    check_features(where, values.get("teacher", key, make)["tokens_BTPD"])
+
+
 def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:
     """A dark and a bright clip of noise, uint8 (2, T, H, W, 3)."""
     generator = torch.Generator().manual_seed(0)
@@ -312,29 +344,28 @@ def _depths(blocks: tuple[int, ...]) -> str:
     return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
 
 
-def teacher_features(teacher: Teacher, batch: Batch, kind: str, grid: Grid) -> Features:
+def teacher_features(teacher: Teacher, batch: Batch, kind: TokenKind, grid: Grid) -> Features:
     """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
 
     The teacher's patch grid is the student's, unless it has its own for video; along time it sees
-    every pixel frame. Reference images of all samples go through in one call and are padded with
-    zeros to `(B, K, P, D)`.
+    every pixel frame. Each clip is encoded by itself (`Encoded.features`), or read from the dataset
+    cache; references are padded with zeros to `(B, K, P, D)`.
 
     Raises:
         UserError: reference images for a video teacher.
     """
     if kind == "video":
-        return teacher.encode(batch.video_BTHWC, teacher.grid or grid[1:])
+        read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+        tokens_BTPD = torch.stack([rows for rows in batch.features(read) if rows is not None])
+        return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW))
     if teacher.is_video:
         raise UserError(
             "teachers: a video teacher takes whole clips, and references are images: give "
             f"objectives on reference tokens an image teacher ({image_families()})"
         )
-    counts = [len(images) for images in batch.reference_images]
-    padded = torch.zeros(
-        len(counts), grid[0], grid[1] * grid[2], teacher.dim, device=batch.sigma_B.device
-    )
-    if sum(counts):
-        flat = teacher.encode(torch.cat(batch.reference_images)[None], grid[1:]).tokens_BTPD[0]
-        for row, rows in enumerate(flat.split(counts)):
+    shape = (len(batch.clips), grid[0], grid[1] * grid[2], teacher.dim)
+    padded = torch.zeros(shape, device=batch.sigma_B.device)
+    for row, rows in enumerate(batch.features(FeatureRead(teacher, "reference", grid[1:]))):
+        if rows is not None:
             padded[row, : len(rows)] = rows
     return Features(padded, grid)

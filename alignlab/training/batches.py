@@ -5,46 +5,38 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
-from alignlab.data.sample import ClipDataset, Sample
+from alignlab.data.sample import ClipDataset, Reference
+from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import UserError
-from alignlab.models.wan import Wan
+from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
+from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key
 from alignlab.training.flow_matching import draw_sigma
+from alignlab.training.kept_text import kept_text
 
-Clip = TypeVar("Clip")
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One clip after the frozen encoders, on the CPU.
-
-    `shows_reference` says whether one of its references is not blank.
-    """
-
-    sample: Sample
-    latents_CTHW: Tensor
-    text_LD: Tensor
-    references_KCHW: Tensor
-    shows_reference: bool
+TEXT = "caption by text_encoder"
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass needs, on the training device.
 
-    `references`, `reference_images` and `reference_masks` hold one tensor per sample, with zero
-    rows where the references were dropped or the clip has none. `caption_BLD` is the text before
-    dropout. `masks` are those of each clip's entities, bool `(E, T, H, W)`, or None if unknown.
-    Both kinds of masks stay on the CPU: few objectives read them. `referenced_B`, bool on the CPU,
-    says which samples keep a reference that shows something.
+    `references` holds one tensor per sample, with zero rows where the references were dropped or
+    the clip has none; `names` are those of the references that are left. `caption_BLD` is the text
+    before dropout. `referenced_B`, bool on the CPU, says which samples keep a reference that shows
+    something. `clips` are what the samples were made of: what reads pixels asks them, and so
+    decodes nothing that nothing reads. `loaded` are features of teachers on the device, by sample:
+    None of references that were dropped. Others are asked of the clips.
     """
 
     latents_BCTHW: Tensor
@@ -53,98 +45,155 @@ class Batch:
     text_BLD: Tensor
     caption_BLD: Tensor
     references: list[Tensor]
-    reference_images: list[Tensor]
-    reference_masks: list[Tensor]
-    video_BTHWC: Tensor
     names: list[list[str]]
-    masks: list[Tensor | None]
     referenced_B: Tensor
+    clips: list[Encoded]
+    loaded: dict[FeatureRead, list[Tensor | None]] = field(default_factory=dict)
 
+    def features(self, read: FeatureRead) -> list[Tensor | None]:
+        """Features of a teacher, on the device: by sample, None if its references are dropped."""
+        return self.loaded.get(read) or _features(
+            read, self.clips, self.references, self.sigma_B.device
+        )
 
-class ClipCache(Generic[Clip]):
-    """Encoded clips by index, least recently used dropped first.
+    @cached_property
+    def reference_masks(self) -> list[Tensor]:
+        """Where the subjects of the references of each sample are, bool `(K, H, W)`, on the CPU."""
+        return [
+            _masks(clip) if len(kept) else torch.zeros(0, 1, 1, dtype=torch.bool)
+            for clip, kept in zip(self.clips, self.references, strict=True)
+        ]
 
-    Encoding is deterministic, so a cache changes no number.
-
-    Args:
-        capacity: how many are kept.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._clips: OrderedDict[int, Clip] = OrderedDict()
-
-    def get(self, index: int) -> Clip | None:
-        """The clip, if it is kept."""
-        if index not in self._clips:
-            return None
-        self._clips.move_to_end(index)
-        return self._clips[index]
-
-    def put(self, index: int, clip: Clip) -> None:
-        """Keeps a clip, and drops the least recently used ones beyond the capacity."""
-        self._clips[index] = clip
-        while len(self._clips) > self._capacity:
-            self._clips.popitem(last=False)
-
-
-EncodedCache = ClipCache[Encoded]
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Those of each clip's entities, bool `(E, T, H, W)` on the CPU, or None if unknown."""
+        return [clip.sample.masks_ETHW for clip in self.clips]
 
 
 class ClipEncoder:
     """Encodes clips one at a time (a clip's latents never depend on its neighbours).
 
-    A clip that an encoder makes anything but finite values of is a UserError.
+    Threads may share one. A clip that an encoder makes anything but finite values of is a
+    UserError.
 
     Args:
-        wan: the frozen encoders.
+        frozen: the encoders.
         dataset: where clips come from.
-        cache: encoded clips of this data set and these encoders, from earlier runs or empty.
+        values: what is kept of earlier encodings.
+        memory: encoded clips of this data set and these encoders, from earlier runs or empty.
     """
 
-    def __init__(self, wan: Wan, dataset: ClipDataset, cache: EncodedCache) -> None:
-        self._wan = wan
+    def __init__(
+        self,
+        frozen: FrozenParts,
+        dataset: ClipDataset,
+        values: EncodedValues,
+        memory: ClipMemory[Encoded],
+    ) -> None:
+        self._frozen = frozen
         self._dataset = dataset
-        self._cache = cache
-        self.empty_text_LD = wan.encode_text([""])[0].cpu()
+        self._values = values
+        self._memory = memory
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Encoded:
-        cached = self._cache.get(index)
-        if cached is not None:
-            return cached
-        sample = self._dataset[index]
-        latents = self._wan.encode_video(sample.video_THWC)
-        references = [self._wan.encode_image(r.image_HWC) for r in sample.references]
+        kept = self._memory.get(index)
+        if kept is not None:
+            return kept
+        pixels = ClipPixels(self._dataset, index)
+        latents_CTHW = self._latents(pixels)
+        references_KCHW, shows_reference = self._references(pixels, latents_CTHW)
         encoded = Encoded(
-            sample,
-            latents.cpu(),
-            self._wan.encode_text([sample.caption])[0].cpu(),
-            torch.stack(references).cpu() if references else _no_references(latents),
-            _shows_reference(sample),
+            pixels,
+            latents_CTHW,
+            self.text(pixels.caption, where=pixels.key),
+            references_KCHW,
+            shows_reference,
+            self._values,
         )
-        self._check_finite(encoded)
-        self._cache.put(index, encoded)
+        self._memory.put(index, encoded)
         return encoded
+
+    @cached_property
+    def empty_text_LD(self) -> Tensor:
+        """The embedding of the empty prompt."""
+        return self.text("", where="the empty prompt")
+
+    def text(self, prompt: str, *, where: str) -> Tensor:
+        """The embedding of a prompt, on the CPU, zero after its last token.
+
+        Args:
+            prompt: a caption or another text.
+            where: what has it, for the message.
+        """
+
+        return kept_text(
+            self._values, self._frozen.text, prompt, partial(self._check_finite, where, TEXT)
+        )
+
+    def lacks(self, index: int, reads: Sequence[FeatureRead]) -> bool:
+        """Whether anything of a clip is not in the dataset cache; nothing is decoded.
+
+        Args:
+            index: of the clip.
+            reads: features that are read of it.
+        """
+        pixels = ClipPixels(self._dataset, index)
+        keys = [
+            text_key(pixels.caption, self._frozen.text.parts),
+            video_key(pixels.origin, self._frozen.vae_parts),
+        ]
+        if pixels.names:
+            keys.append(reference_key(pixels.origin, self._frozen.vae_parts))
+        keys += [feature_key(r, pixels) for r in reads if r.kind == "video" or pixels.names]
+        return any(map(self._values.lacks, keys))
+
+    @property
+    def keeps_features(self) -> bool:
+        """Whether features of teachers are kept, and so need no teacher twice."""
+        return self._values.keeps("teacher")
 
     def share_with_references(self) -> float:
         """Share of the clips that have a reference."""
         return self._dataset.share_with_references()
 
-    def _check_finite(self, encoded: Encoded) -> None:
-        parts = {
-            "video by vae": encoded.latents_CTHW,
-            "caption by text_encoder": encoded.text_LD,
-            "references by vae": encoded.references_KCHW,
-        }
-        for what, values in parts.items():
-            if not values.isfinite().all():
-                raise UserError(
-                    f"{encoded.sample.key}: encoding its {what} gives values that are not finite: "
-                    f"look at {self._wan.folder} (model.path), or try model.precision=fp32"
-                )
+    def _latents(self, pixels: ClipPixels) -> Tensor:
+        def make() -> dict[str, Tensor]:
+            latents_CTHW = self._frozen.encode_video(pixels.sample.video_THWC).cpu()
+            self._check_finite(pixels.key, "video by vae", latents_CTHW)
+            return {"latents_CTHW": latents_CTHW}
+
+        values = self._values.get(
+            "video", lambda: video_key(pixels.origin, self._frozen.vae_parts), make
+        )
+        return values["latents_CTHW"]
+
+    def _references(self, pixels: ClipPixels, latents_CTHW: Tensor) -> tuple[Tensor, bool]:
+        """Latents of all references, and whether one of them shows something."""
+        if not pixels.names:
+            channels, _, height, width = latents_CTHW.shape
+            return torch.empty(0, channels, height, width), False
+
+        def make() -> dict[str, Tensor]:
+            images = [reference.image_HWC for reference in pixels.references]
+            latents_KCHW = torch.stack([self._frozen.encode_image(image) for image in images]).cpu()
+            self._check_finite(pixels.key, "references by vae", latents_KCHW)
+            shows = torch.tensor(_shows_reference(pixels.references))
+            return {"latents_KCHW": latents_KCHW, "shows": shows}
+
+        values = self._values.get(
+            "reference", lambda: reference_key(pixels.origin, self._frozen.vae_parts), make
+        )
+        return values["latents_KCHW"], bool(values["shows"])
+
+    def _check_finite(self, key: str, what: str, values: Tensor) -> None:
+        if not values.isfinite().all():
+            raise UserError(
+                f"{key}: encoding its {what} gives values that are not finite: "
+                f"look at {self._frozen.folder} (model.path), or try model.precision=fp32"
+            )
 
 
 def training_batch(
@@ -155,6 +204,7 @@ def training_batch(
     step: int,
     samples: range,
     device: torch.device,
+    reads: Sequence[FeatureRead] = (),
 ) -> Batch:
     """The samples `samples` of a step's global batch.
 
@@ -166,6 +216,8 @@ def training_batch(
         samples: positions inside the step's batch; which rank or micro-batch handles
             a position does not change what is drawn for it.
         device: where the batch goes.
+        reads: features of teachers that the step reads: put on the device with the batch, if they
+            are kept. Else a teacher runs when they are read.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
@@ -175,7 +227,20 @@ def training_batch(
         noise.append(torch.randn(encoded[-1].latents_CTHW.shape, generator=rng))
         sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))
         keep.append(_draw_kept(flow, generator(seed, "dropout", step, sample)))
-    return collate(encoded, noise, sigma, keep, clips.empty_text_LD, device)
+    batch = collate(encoded, noise, sigma, keep, clips.empty_text_LD, device)
+    if clips.keeps_features:
+        for read in reads:
+            batch.loaded[read] = _features(read, encoded, batch.references, device)
+    return batch
+
+
+def _features(
+    read: FeatureRead, clips: Sequence[Encoded], references: Sequence[Tensor], device: torch.device
+) -> list[Tensor | None]:
+    return [
+        clip.features(read).to(device) if read.kind == "video" or len(kept) else None
+        for clip, kept in zip(clips, references, strict=True)
+    ]
 
 
 def collate(
@@ -189,10 +254,6 @@ def collate(
     """Stacks encoded clips; `keep` says of each whether its text and its references stay."""
     rows = list(zip(encoded, keep, strict=True))
     references = [e.references_KCHW if refs else e.references_KCHW[:0] for e, (_, refs) in rows]
-    images = [
-        reference_images(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)
-    ]
-    names = [[r.name for r in e.sample.references] if refs else [] for e, (_, refs) in rows]
     return Batch(
         latents_BCTHW=torch.stack([e.latents_CTHW for e in encoded]).to(device),
         noise_BCTHW=torch.stack(noise).to(device),
@@ -202,20 +263,15 @@ def collate(
         ),
         caption_BLD=torch.stack([e.text_LD for e in encoded]).to(device),
         references=[r.to(device) for r in references],
-        reference_images=[i.to(device) for i in images],
-        reference_masks=[
-            _reference_masks(e.sample)[: len(r)] for e, r in zip(encoded, references, strict=True)
-        ],
-        video_BTHWC=torch.stack([e.sample.video_THWC for e in encoded]).to(device),
-        names=names,
-        masks=[e.sample.masks_ETHW for e in encoded],
+        names=[list(e.pixels.names) if refs else [] for e, (_, refs) in rows],
         referenced_B=torch.tensor([refs and e.shows_reference for e, (_, refs) in rows]),
+        clips=list(encoded),
     )
 
 
-def _shows_reference(sample: Sample) -> bool:
+def _shows_reference(references: Sequence[Reference]) -> bool:
     """Whether one of the references is not blank."""
-    return not all(is_blank(r.image_HWC, r.mask_HW) for r in sample.references)
+    return not all(is_blank(r.image_HWC, r.mask_HW) for r in references)
 
 
 def is_blank(image_HWC: Tensor, mask_HW: Tensor) -> bool:
@@ -233,18 +289,9 @@ def is_blank(image_HWC: Tensor, mask_HW: Tensor) -> bool:
     return is_picture and bool((pixels_NC == pixels_NC[0]).all())
 
 
-def reference_images(sample: Sample) -> Tensor:
-    """uint8 `(K, H, W, C)`, K may be 0."""
-    if not sample.references:
-        return sample.video_THWC[:0]
-    return torch.stack([r.image_HWC for r in sample.references])
-
-
-def _reference_masks(sample: Sample) -> Tensor:
-    """bool `(K, H, W)`, K may be 0."""
-    if not sample.references:
-        return torch.zeros(0, *sample.video_THWC.shape[1:3], dtype=torch.bool)
-    return torch.stack([r.mask_HW for r in sample.references])
+def _masks(clip: Encoded) -> Tensor:
+    """bool `(K, H, W)` of the references, K at least 1."""
+    return torch.stack([reference.mask_HW for reference in clip.pixels.references])
 
 
 def _draw_kept(flow: FlowConfig, rng: torch.Generator) -> tuple[bool, bool]:
@@ -257,8 +304,3 @@ def _draw_kept(flow: FlowConfig, rng: torch.Generator) -> tuple[bool, bool]:
     if u < flow.text_dropout + flow.reference_dropout + flow.both_dropout:
         return False, False
     return True, True
-
-
-def _no_references(latents_CTHW: Tensor) -> Tensor:
-    channels, _, height, width = latents_CTHW.shape
-    return torch.empty(0, channels, height, width)

@@ -1,6 +1,7 @@
 """Everything that a run trains with, built once from its recipe."""
 
 import hashlib
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,10 +13,13 @@ from alignlab.config.parts import AdamWConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits, dataset_files
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
 from alignlab.losses.grids import Grid
+from alignlab.models.frozen_parts import FrozenParts
+from alignlab.models.pipeline_parts import COMPONENTS
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import Wan, load_wan
@@ -23,9 +27,11 @@ from alignlab.progress import warn_once
 from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import teacher_from
-from alignlab.training.alignment import Alignment
-from alignlab.training.batches import ClipEncoder, EncodedCache
+from alignlab.training.alignment import Alignment, check_noise
+from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
+from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
 
 
@@ -61,14 +67,18 @@ class Caches:
     """What runs on the same data share: encoded clips, and what is measured of the real ones.
 
     Args:
+        values: what encoders and teachers made of clips, on disk.
         train: clips of the train split.
         val: clips of the val split.
+        frozen: the encoders, as far as they are loaded.
         real_metrics: metrics of real clips by teacher and number of clips
             (`alignlab.evaluation.generation`).
     """
 
-    train: EncodedCache
-    val: EncodedCache
+    values: EncodedValues
+    train: ClipMemory[Encoded] = field(default_factory=ClipMemory)
+    val: ClipMemory[Encoded] = field(default_factory=ClipMemory)
+    frozen: FrozenParts | None = None
     real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
 
 
@@ -88,6 +98,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     if ranks.world_size > 1:
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
+    caches = caches or new_caches(config)
     wan = load_wan(
         config.model.path,
         train=config.model.train,
@@ -97,7 +108,10 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         precision=config.model.precision,
         device=ranks.device,
         seed=config.seed,
+        frozen=caches.frozen,
+        load_frozen=config.data.cache.mode == "off",
     )
+    caches.frozen = wan.frozen
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
     _check_grid(config, grid, wan)
@@ -108,7 +122,6 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     cut = cut_captions(wan.text, captions)
     for note in cut:
         warn_once(note)
-    caches = caches or new_caches(config)
     branch = ReferenceBranch.of(
         wan.transformer, config.model, blocks=alignment.blocks, kinds=alignment.kinds
     )
@@ -118,8 +131,8 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         wan,
         alignment,
         _initial_state(config, wan, alignment),
-        ClipEncoder(wan, dataset, caches.train),
-        ClipEncoder(wan, val_dataset, caches.val),
+        ClipEncoder(wan.frozen, dataset, caches.values, caches.train),
+        ClipEncoder(wan.frozen, val_dataset, caches.values, caches.val),
         FlowWeights(config.flow),
         branch,
         caches,
@@ -194,10 +207,11 @@ def check_teachers_and_eval(run: Run) -> None:
         UserError: a teacher is of no use.
     """
     config = run.config
-    run.alignment.check_teachers(config, run.wan.latent_grid(config.data.frames, *config.data.size))
+    grid = run.wan.latent_grid(config.data.frames, *config.data.size)
+    run.alignment.check_teachers(config, grid, run.caches.values)
     alias = config.measured_against
     if alias is not None and alias not in run.alignment.teachers:
-        run.ranks.on_main(_check_measured_teacher, config, alias)
+        run.ranks.on_main(_check_measured_teacher, run, alias)
     warn_of_few_clips(run)
 
 
@@ -211,15 +225,21 @@ def warn_of_few_clips(run: Run) -> None:
             )
 
 
-def _check_measured_teacher(config: RunConfig, alias: str) -> None:
+def _check_measured_teacher(run: Run, alias: str) -> None:
     # gives nothing: what rank 0 finds would be sent to the others
-    teacher_from(config.teachers[alias], device="cpu")
+    config, is_kept = run.config, run.caches.values.keeps("teacher")
+    device = run.device if is_kept else "cpu"
+    teacher = teacher_from(config.teachers[alias], device=device, load=not is_kept)
+    if is_kept:
+        grid = run.wan.latent_grid(config.data.frames, *config.data.size)
+        read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+        check_noise(f"teachers.{alias}", read, config.data, run.caches.values)
 
 
 def check_ranks_agree(run: Run) -> None:
-    """Compares all settings, clips, digests of teachers and norms of all other weights.
+    """Compares all settings, clips, files of frozen models and norms of all other weights.
 
-    Of clips, their number and the names and sizes of their files: rank 0 alone hashes the files.
+    Of clips, their number and the names and sizes of their files.
 
     Raises:
         UserError: the ranks differ.
@@ -235,11 +255,14 @@ def check_ranks_agree(run: Run) -> None:
     if read is not None:
         ranks.check_same("the files of the clips", sizes_digest(read.files)[:12])
     for alias, teacher in run.alignment.teachers.items():
-        ranks.check_same(f"the weights of the teacher {alias}", teacher.digest()[:12])
+        weights = str(teacher.parts["weights"])[:12]
+        ranks.check_same(f"the weights of the teacher {alias}", weights)
+    frozen = run.wan.frozen
+    for name, parts in (("autoencoder", frozen.vae_parts), ("text encoder", frozen.text.parts)):
+        digests = {part: str(parts[part])[:12] for part in COMPONENTS if part in parts}
+        ranks.check_same(f"the files of the {name}", digests)
     networks: dict[str, nn.Module] = {
         "the transformer": run.wan.transformer,
-        "the autoencoder": run.wan.vae,
-        "the text encoder": run.wan.text_encoder,
         "the objectives": run.alignment,
     }
     for name, network in networks.items():
@@ -259,10 +282,14 @@ def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
     That is the same data through the same encoders in the same precision. Where there are none,
     new ones are put into `caches`.
     """
-    key = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
+    key = config.model_dump_json(
+        include={"model": {"path", "precision"}, "data": True, "output": True}
+    )
     return caches.setdefault(key, new_caches(config))
 
 
 def new_caches(config: RunConfig) -> Caches:
-    """Empty caches of the size that the recipe allows."""
-    return Caches(EncodedCache(config.data.cache_clips), EncodedCache(config.data.cache_clips))
+    """Empty ones, for runs that encode as this one does."""
+    values = EncodedValues.of(config.data.cache, config.output)
+    weakref.finalize(values, values.cache.flush)  # whatever command asked for them
+    return Caches(values)

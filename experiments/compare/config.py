@@ -141,6 +141,19 @@ def load_base(recipe: str | Path, overrides: list[str] | None = None) -> RunConf
     return load_run(recipe, overrides)
 
 
+def load_runs(recipe: str | Path, overrides: list[str] | None = None) -> list[RunConfig]:
+    """The runs of a recipe, one for each way to train: itself, or the variants of a comparison.
+
+    Of a sweep it is what all trials share.
+
+    Raises:
+        UserError: as `load_run`, `load_compare` and `load_sweep`.
+    """
+    if "variants" in read_recipe(recipe, overrides or []):
+        return list(load_compare(recipe, overrides).runs.values())
+    return [load_base(recipe, overrides)]
+
+
 def dump_compare(config: CompareConfig) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
     resolved = config.base.model_dump(mode="json", exclude={"seed"})
@@ -183,7 +196,7 @@ def _tuned(
 ) -> tuple[Tuning, dict[str, Any]]:
     """The sweep of a variant with `from`, and its changes with what it takes from there."""
     source, own = changes["from"], {key: v for key, v in changes.items() if key != "from"}
-    sweep = load_sweep(sweep_recipe(variant, source))
+    sweep = load_sweep(sweep_recipe(variant, source), stored=True)
     best, tuning = load_run(source, stored=True), tuning_of(source, sweep)
     differing = differing_settings({"base": base, "best": best})
     taken = tuned_changes(variant, tuning, differing, best, own)

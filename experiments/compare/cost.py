@@ -18,6 +18,7 @@ import torch
 from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from scipy import stats
 
+from alignlab.config.data import CacheConfig
 from alignlab.config.run import RunConfig
 from alignlab.environment import describe_environment, processor_name
 from alignlab.errors import UserError
@@ -187,6 +188,10 @@ class _Side:
 
     def __init__(self, config: RunConfig, caches: dict[str, Caches]) -> None:
         self._resident = _allocated()
+        # what a teacher costs is part of what an objective costs
+        config = config.model_copy(
+            update={"data": config.data.model_copy(update={"cache": CacheConfig(mode="off")})}
+        )
         self._run = build_run(config, shared_caches(config, caches))
         self._trainer = RunTrainer(self._run)
         self._device = self._run.device

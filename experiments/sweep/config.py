@@ -303,12 +303,15 @@ def _why_not_inside(config: SweepConfig) -> str:
     return f" (with a smaller {key}, {metric} is measured inside a run as well)"
 
 
-def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepConfig:
+def load_sweep(
+    recipe: str | Path, overrides: list[str] | None = None, *, stored: bool = False
+) -> SweepConfig:
     """The config of a sweep. That its space fits the run is checked when the sweep begins.
 
     Args:
         recipe: path of a YAML file, or the name of a shipped recipe such as `sweep_refalign`.
         overrides: `dotted.key=value` strings, such as `space.objectives.ra.weight.high=3`.
+        stored: see `alignlab.recipe.validated`.
 
     Raises:
         UserError: as `load_run`, and when the recipe is no sweep.
@@ -321,7 +324,8 @@ def load_sweep(recipe: str | Path, overrides: list[str] | None = None) -> SweepC
     if isinstance(search["space"], Mapping):
         search["space"] = _dotted_space(search["space"])
     search.setdefault("seeds", [mapping.pop("seed", 0)])
-    return validated(SweepConfig, {**search, "base": validated(RunConfig, mapping)})
+    base = validated(RunConfig, mapping, stored=stored)
+    return validated(SweepConfig, {**search, "base": base})
 
 
 def dump_sweep(config: SweepConfig) -> str:

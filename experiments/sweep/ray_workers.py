@@ -66,7 +66,7 @@ def run_trials(order: TrialsOrder) -> None:
         UserError: as `train_run`, and when this node does not reach the sweep's storage.
     """
     folder = arrive(order)
-    config = load_sweep(folder / RECIPE)
+    config = load_sweep(folder / RECIPE, stored=True)
     url = storage_url(config)
     journal = Path(url) if "://" not in url else None
     if order["machine"] not in (None, machine()) or (journal and not seen(journal.exists)):

@@ -42,6 +42,7 @@ from alignlab.experiments.sweep.storage_check import (
     storage_file,
 )
 from alignlab.passwords import without_password
+from alignlab.recipe import NUMBERLESS as RUN_NUMBERLESS
 from alignlab.recipe import first_difference
 from alignlab.runs.disk_errors import FULL, as_os_error
 from alignlab.runs.file_lock import file_lock
@@ -57,7 +58,10 @@ METRICS = "metrics"  # user attribute: metric -> one value per finished seed
 LOCK_WAIT_S = 60
 # What changes no number of a trial: a sweep may get more trials, or move.
 NUMBERLESS: dict[str, Any] = {
-    "base": dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
+    "base": {
+        **dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
+        "data": RUN_NUMBERLESS["data"],
+    },
     "trials": True,
     "storage": True,
     "launch": True,
@@ -406,7 +410,7 @@ def _shown_difference(path: Path, config: SweepConfig) -> str:
     The recipe lies in the folder of the process that created the study.
     """
     try:
-        there, here = _settings(load_sweep(path)), _settings(config)
+        there, here = _settings(load_sweep(path, stored=True)), _settings(config)
     except UserError:
         return ""
     difference = first_difference(there, here)

@@ -96,8 +96,7 @@ STEPS = {
 
 def other_teacher(*args: Any, **settings: Any) -> Any:
     teacher = teacher_from(*args, **settings)
-    with torch.no_grad():
-        next(iter(teacher._model.parameters())).add_(0.1)
+    vars(teacher)["parts"] = {**teacher.parts, "weights": "of other files"}
     return teacher
 
 

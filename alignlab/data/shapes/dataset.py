@@ -28,7 +28,12 @@ from alignlab.data.shapes.world import (
     draw_background,
     draw_subject,
 )
+from alignlab.dataset_cache.clip_keys import ClipOrigin
+from alignlab.dataset_cache.key import Part
 
+WORLD_VERSION = 1
+"""Of all that a clip is drawn by. Raise it when the same settings give other pixels: what the
+dataset cache holds of the older ones is then not read any more."""
 REFERENCE_RADIUS = 0.40  # of the shorter image side
 SPLIT_STREAMS = {"train": 0, "val": 1}
 
@@ -54,6 +59,15 @@ class _Scene:
     tone: str
     backdrop: str
     rng: np.random.Generator
+
+    def background_phase(self) -> float:
+        """The next draw of `rng`."""
+        return float(self.rng.uniform(0, 6.28))
+
+    @property
+    def pictured(self) -> list[Track]:
+        """Those that have a reference."""
+        return self.tracks[: self.num_references]
 
     @property
     def caption(self) -> str:
@@ -84,15 +98,14 @@ class ShapesDataset:
         scene = self._draw(index)
         height, width = self.config.size
         background = draw_background(
-            scene.backdrop, scene.tone, height, width, float(scene.rng.uniform(0, 6.28))
+            scene.backdrop, scene.tone, height, width, scene.background_phase()
         )
         video, masks, flow = render(scene.tracks, background)
-        pictured = scene.tracks[: scene.num_references]
         return Sample(
-            key=f"shapes-{self.config.seed}-{self.split}-{index:06d}",
+            key=self.key(index),
             video_THWC=torch.from_numpy(video),
             caption=scene.caption,
-            references=tuple(draw_reference(t.subject, scene.rng, height, width) for t in pictured),
+            references=self._pictures(scene),
             entities=tuple(t.subject.phrase for t in scene.tracks),
             masks_ETHW=torch.from_numpy(masks),
             flow_THWC=torch.from_numpy(flow),
@@ -101,6 +114,41 @@ class ShapesDataset:
     def caption(self, index: int) -> str:
         """The caption of a clip; nothing is rendered."""
         return self._draw(index).caption
+
+    def key(self, index: int) -> str:
+        """The key of a clip."""
+        return f"shapes-{self.config.seed}-{self.split}-{index:06d}"
+
+    def references(self, index: int) -> tuple[Reference, ...]:
+        """The references of a clip; its video is not rendered."""
+        scene = self._draw(index)
+        scene.background_phase()  # drawn before them
+        return self._pictures(scene)
+
+    def names(self, index: int) -> tuple[str, ...]:
+        """The names of the references of a clip; nothing is rendered."""
+        return tuple(track.subject.name for track in self._draw(index).pictured)
+
+    def origin(self, index: int) -> ClipOrigin:
+        """The settings that a clip is drawn from, and the code that draws it."""
+        config = self.config
+        parts: dict[str, Part] = {
+            "data": "shapes",
+            "world": WORLD_VERSION,
+            "numpy": np.__version__,
+            "seed": config.seed,
+            "split": self.split,
+            "index": index,
+            "frames": config.frames,
+            "size": tuple(config.size),
+            "references": tuple(config.references),
+        }
+        return ClipOrigin(parts, parts)
+
+    def _pictures(self, scene: "_Scene") -> tuple[Reference, ...]:
+        height, width = self.config.size
+        tracks = scene.pictured
+        return tuple(draw_reference(t.subject, scene.rng, height, width) for t in tracks)
 
     def _draw(self, index: int) -> "_Scene":
         if not 0 <= index < len(self):

@@ -106,7 +106,7 @@ def test_a_setting_that_is_given_its_default_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["name=other", "output=x", "checkpoint.every=7", "tracking.log_every=3", "data.cache_clips=2"],
+    ["name=other", "output=x", "checkpoint.every=7", "tracking.log_every=3", "data.cache.mode=off"],
 )
 def test_what_changes_no_number_is_left_out(override: str) -> None:
     assert has_recipe_hash(load_run("tiny", [override]), recipe_hash(load_run("tiny")))

@@ -466,7 +466,7 @@ def test_registry_builds_what_the_recipe_names(root: Path) -> None:
             "size",
             "fps",
             "references",
-            "cache_clips",
+            "cache",
         } <= row.config.model_fields.keys()
         assert issubclass(row.config, ClipsConfig) and callable(pkgutil.resolve_name(row.dataset))
     assert isinstance(build_dataset(config(root), "train"), FolderDataset)

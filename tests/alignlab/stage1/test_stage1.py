@@ -19,6 +19,7 @@ from alignlab.runs.metric_rows import read_rows
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, train_stage1
 from alignlab.tracking.mlflow_run import read_state
+from alignlab.training.clip_memory import ClipMemory
 from command_line import alignlab
 from run_contents import file_contents, timeless_contents, timeless_rows
 
@@ -164,9 +165,12 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(resumed: Path, kind: st
         assert rows == other and [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 7]
 
 
-def test_a_cache_changes_no_number(recipes: Recipes) -> None:
+def test_clips_in_memory_change_no_number(
+    recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in KINDS:
-        runs = [trainer_of(config_of(recipes, kind, f"data.cache_clips={size}")) for size in (0, 9)]
+        runs = [trainer_of(config_of(recipes, kind)) for _ in range(2)]
+        monkeypatch.setattr(runs[0].clips, "_memory", ClipMemory(0))
         for run in runs:
             run.clips[2], run.clips[1]
         (plain, cached) = (run.task.loss([run.clips[1], run.clips[2]])[0] for run in runs)

@@ -15,6 +15,7 @@ from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.moalign import MoAlignTask
 from alignlab.stage1.sara import SaraTask
 from alignlab.stage1.train import Stage1Trainer
+from made_clips import decoded_pixels
 
 KINDS = ["sara", "moalign"]
 Recipes = dict[str, Path]
@@ -67,8 +68,8 @@ def test_flow_of_the_data_set_or_of_opencv(recipes: Recipes) -> None:
     task = run.task
     assert isinstance(task, MoAlignTask)
     sample = ShapesDataset(run.config.data, "train")[0]  # type: ignore[arg-type]
-    exact_run = trainer_of(config_of(recipes, "moalign"))
-    unknown = exact_run.task.encode(replace(sample, flow_THWC=None))
+    exact_run = trainer_of(config_of(recipes, "moalign", "data.cache.mode=off"))
+    unknown = exact_run.task.encode(decoded_pixels(replace(sample, flow_THWC=None)))
     torch.testing.assert_close(unknown.flow_TPC, clips["dis"])
 
 

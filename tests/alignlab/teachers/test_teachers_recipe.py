@@ -13,6 +13,7 @@ from alignlab.errors import UserError
 from alignlab.teachers import TEACHERS, Teacher, parse_feature
 from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
+from made_clips import pixel_batch
 
 
 @pytest.mark.parametrize("family", TEACHERS)
@@ -102,10 +103,7 @@ def _teacher(**options: Any) -> Teacher:
 
 def _batch() -> Batch:
     video = torch.randint(0, 256, (2, 9, 48, 48, 3), dtype=torch.uint8)
-    fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__)
-    images = [video[0, :2], video[1, :0]]
-    given = {"video_BTHWC": video, "reference_images": images, "sigma_B": torch.ones(2)}
-    return Batch(**(fields | given))
+    return pixel_batch(list(video), sigma_B=torch.ones(2))
 
 
 def test_a_teacher_may_have_its_own_grid_for_video() -> None:

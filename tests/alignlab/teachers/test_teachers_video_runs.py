@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from alignlab.metrics import cknna
 from alignlab.models.taps import BlockTokens
 from alignlab.runs.run_folder import RunFolder
 from alignlab.teachers import Teacher, load_teacher
-from alignlab.training.batches import Batch
 from alignlab.training.setup import build_run
+from made_clips import pixel_batch
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -92,8 +91,7 @@ def test_the_frame_that_a_video_teacher_left_out_is_not_measured(
 
 
 def _measured(teacher: Teacher, video: torch.Tensor, tokens: torch.Tensor) -> float:
-    fields: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__)
-    batch = Batch(**(fields | {"video_BTHWC": video, "sigma_B": torch.full((2,), 0.5)}))
+    batch = pixel_batch(list(video), sigma_B=torch.full((2,), 0.5))
     reference = Tokens(tokens[:, :0], (0, 2, 4))
     collector = VideoCollector(2)
     collector.add({0: BlockTokens(Tokens(tokens, (3, 2, 4)), reference)}, batch, teacher)

@@ -13,8 +13,10 @@ from alignlab.losses.objective import Terms
 from alignlab.losses.repa import Repa
 from alignlab.train import RunTrainer
 from alignlab.training.batch_context import BatchContext
-from alignlab.training.batches import Batch, Encoded, collate
+from alignlab.training.batches import Batch, collate
+from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run, build_run
+from made_clips import decoded_pixels, uncached
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -29,7 +31,12 @@ REPA_SMALL = (
 
 def with_references(clip: Encoded, count: int) -> Encoded:
     sample = replace(clip.sample, references=clip.sample.references[:count])
-    return replace(clip, sample=sample, references_KCHW=clip.references_KCHW[:count])
+    return replace(
+        clip,
+        pixels=decoded_pixels(sample),
+        references_KCHW=clip.references_KCHW[:count],
+        values=uncached(),
+    )
 
 
 def batch_with(run: Run, counts: list[int], rows: list[int]) -> Batch:
@@ -145,7 +152,9 @@ def without_subjects(batch: Batch, rows: list[int]) -> Batch:
     masks = list(batch.reference_masks)
     for row in rows:
         masks[row] = torch.zeros_like(masks[row])
-    return replace(batch, reference_masks=masks)
+    other = replace(batch)
+    vars(other)["reference_masks"] = masks  # as if they had been read
+    return other
 
 
 WATCHED = "{kind: stop_at_plateau, decay: 0.0, patience: 9}"

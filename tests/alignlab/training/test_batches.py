@@ -13,8 +13,10 @@ from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
 from alignlab.recipe import load_run
 from alignlab.train import RunTrainer
-from alignlab.training.batches import Batch, ClipEncoder, EncodedCache, training_batch
+from alignlab.training.batches import Batch, ClipEncoder, training_batch
+from alignlab.training.clip_memory import ClipMemory, tensor_bytes
 from alignlab.training.setup import Run, build_run
+from made_clips import uncached
 
 MakeConfig = Callable[..., RunConfig]
 CPU = torch.device("cpu")
@@ -26,9 +28,14 @@ def run(recipe_file: Path) -> Run:
 
 
 def samples_of(batches: list[Batch]) -> list[dict[str, object]]:
-    """Every sample of the batches as its own fields."""
+    """Every sample of the batches as its own fields, and the pixels of its clip."""
     return [
-        {field.name: getattr(batch, field.name)[i] for field in fields(batch)}
+        {
+            field.name: getattr(batch, field.name)[i]
+            for field in fields(batch)
+            if field.name != "clips"
+        }
+        | {"video_THWC": batch.clips[i].sample.video_THWC, "mask": batch.reference_masks[i]}
         for batch in batches
         for i in range(len(batch.sigma_B))
     ]
@@ -41,6 +48,10 @@ def same(one: list[Batch], two: list[Batch]) -> bool:
         for left, right in zip(samples_of(one), samples_of(two), strict=True)
         for a, b in zip(left.values(), right.values(), strict=True)
     )
+
+
+def keys_of(batch: Batch) -> list[str]:
+    return [clip.pixels.key for clip in batch.clips]
 
 
 def batch_of(run: Run, step: int, *, seed: int = 0, samples: range = range(2)) -> Batch:
@@ -64,7 +75,7 @@ def test_another_seed_draws_other_clips_noise_levels_and_dropouts(run: Run) -> N
     two = [batch_of(run, step, seed=1, samples=range(8)) for step in range(3)]
     assert not any(torch.equal(a.noise_BCTHW, b.noise_BCTHW) for a, b in zip(one, two, strict=True))
     assert not any(torch.equal(a.sigma_B, b.sigma_B) for a, b in zip(one, two, strict=True))
-    assert any(not torch.equal(a.video_BTHWC, b.video_BTHWC) for a, b in zip(one, two, strict=True))
+    assert any(keys_of(a) != keys_of(b) for a, b in zip(one, two, strict=True))
 
 
 def test_steps_and_samples_draw_apart(run: Run) -> None:
@@ -86,8 +97,9 @@ def test_accumulation_rounds_change_nothing_that_is_drawn(make_config: MakeConfi
 def test_a_cached_clip_is_bitwise_the_uncached_one(run: Run) -> None:
     config = run.config.data.model_copy(update={"references": (0, 3)})
     dataset = build_dataset(config, "train")
-    fresh = ClipEncoder(run.wan, dataset, EncodedCache(0))
-    cached = ClipEncoder(run.wan, dataset, EncodedCache(2))
+    fresh = ClipEncoder(run.wan.frozen, dataset, uncached(), ClipMemory(0))
+    of_two = 2 * tensor_bytes(fresh[0]) + 1
+    cached = ClipEncoder(run.wan.frozen, dataset, uncached(), ClipMemory(of_two))
     for index in (0, 1, 2, 0, 2, 1):  # 0 is dropped from the cache and comes back
         for clips in (cached, fresh):
             clips[index]
@@ -120,15 +132,17 @@ def test_dropped_conditions_are_empty_text_and_no_references(run: Run) -> None:
         gone = case in ("references", "both")
         for one, all_of_them in zip(batch.references, full.references, strict=True):
             assert torch.equal(one, all_of_them[:0] if gone else all_of_them)
-        for images, latents, names in zip(
-            batch.reference_images, batch.references, batch.names, strict=True
+        for masks, latents, names in zip(
+            batch.reference_masks, batch.references, batch.names, strict=True
         ):
-            assert len(images) == len(latents) == len(names)
+            assert len(masks) == len(latents) == len(names)
 
 
 def test_conditions_are_dropped_as_often_as_asked(run: Run) -> None:
     flow = FlowConfig(text_dropout=0.1, reference_dropout=0.2, both_dropout=0.3)
-    clips = ClipEncoder(run.wan, build_dataset(run.config.data, "train"), EncodedCache(99))
+    clips = ClipEncoder(
+        run.wan.frozen, build_dataset(run.config.data, "train"), uncached(), ClipMemory()
+    )
     counts = {(text, references): 0 for text in (True, False) for references in (True, False)}
     total = 0
     for step in range(40):
@@ -154,10 +168,10 @@ def test_conditions_are_dropped_as_often_as_asked(run: Run) -> None:
 
 def test_clips_are_drawn_evenly(run: Run) -> None:
     counts = [0] * len(run.clips)
-    videos = [run.clips[i].sample.video_THWC for i in range(len(run.clips))]
+    keys = [run.clips[i].pixels.key for i in range(len(run.clips))]
     for step in range(60):
-        for drawn in batch_of(run, step, samples=range(10)).video_BTHWC:
-            counts[[torch.equal(drawn, video) for video in videos].index(True)] += 1
+        for drawn in keys_of(batch_of(run, step, samples=range(10))):
+            counts[keys.index(drawn)] += 1
     assert all(0.5 < count / (600 / len(counts)) < 1.5 for count in counts)
 
 

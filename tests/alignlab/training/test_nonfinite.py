@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
-from alignlab.models.wan import Wan
+from alignlab.models.frozen_parts import FrozenParts
+from alignlab.models.text_encoder import TextEncoder
 from alignlab.runs.checkpoint_folders import latest
 from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.alignment import teacher_features
@@ -150,11 +151,14 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed(
     assert json.loads((train(config) / "result.json").read_text())["steps"] == 3
 
 
-@pytest.mark.parametrize("part", ["video", "image", "text"])
+@pytest.mark.parametrize(
+    ("encoder", "name"),
+    [(FrozenParts, "encode_video"), (FrozenParts, "encode_image"), (TextEncoder, "encode")],
+)
 def test_a_clip_that_an_encoder_breaks_on_is_named(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, part: str
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, encoder: type, name: str
 ) -> None:
-    encode = getattr(Wan, f"encode_{part}")
-    monkeypatch.setattr(Wan, f"encode_{part}", lambda *a: encode(*a) * torch.inf)
+    encode = getattr(encoder, name)
+    monkeypatch.setattr(encoder, name, lambda *a: encode(*a) * torch.inf)
     with pytest.raises(UserError, match=r"^shapes-0-\w+-0+\d: encoding its .* not finite"):
         train(make_config())

@@ -33,7 +33,7 @@ def make(recipe_file: Path, tmp_path: Path) -> Make:
         "steps: 1",
         "objectives.ra.weight: 0.1",
         "model.train: lora",
-        "data.cache_clips: 1",
+        "data.cache.mode: read",
     ],
 )
 def test_variants_may_train_differently(make: Make, changes: str) -> None:

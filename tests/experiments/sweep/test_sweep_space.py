@@ -105,8 +105,8 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
             "space.checkpoint.every: changes no number of a trial",
         ),
         (
-            [searched("data.cache_clips", 1, 2)],
-            "space.data.cache_clips: changes no number of a trial",
+            [searched("data.cache.mode", "off", "read")],
+            "space.data.cache.mode: changes no number of a trial",
         ),
         ([searched("data.val_clips", 4, 5)], "space.data.val_clips: trials would be measured diff"),
         ([searched("data.frames", 5, 9)], "space.data.frames: trials would be measured diff"),

@@ -1,0 +1,103 @@
+"""What frozen models make of clips: read from the dataset cache, or made and kept there.
+
+Values are fp32. One that bf16 holds exactly, as what a model in bf16 gives, is kept in half the
+bytes.
+"""
+
+from collections.abc import Callable, Mapping
+from threading import RLock
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from alignlab.config.data import CacheConfig
+from alignlab.config.paths import user_path
+from alignlab.dataset_cache.key import CacheKey, Kind
+from alignlab.dataset_cache.store import DatasetCache
+
+Tensors = dict[str, Tensor]
+
+ENCODING = RLock()
+"""Held while a frozen model works: the runs of a process share models, and threads make batches."""
+
+
+class EncodedValues:
+    """The dataset cache as a run uses it; threads may share it.
+
+    Args:
+        cache: where values are kept.
+        kinds: those that are; others are made each time.
+    """
+
+    def __init__(self, cache: DatasetCache, kinds: frozenset[Kind]) -> None:
+        self.cache = cache
+        self._kinds = kinds if cache.mode != "off" else frozenset[Kind]()
+
+    @classmethod
+    def of(cls, config: CacheConfig, output: str) -> Self:
+        """As `data.cache` says, of runs in the folder `output`.
+
+        Raises:
+            UserError: the folder cannot be a cache.
+        """
+        kinds: set[Kind] = set()
+        kinds |= {"text"} if config.texts else set()
+        kinds |= {"video", "reference"} if config.latents else set()
+        kinds |= {"teacher"} if config.teachers else set()
+        path = user_path(output) / "cache" if config.path is None else user_path(config.path)
+        return cls(DatasetCache(path, config.mode, config.dtype), frozenset(kinds))
+
+    def keeps(self, kind: Kind) -> bool:
+        """Whether values of this kind are read and kept."""
+        return kind in self._kinds
+
+    def get(self, kind: Kind, key: Callable[[], CacheKey], make: Callable[[], Tensors]) -> Tensors:
+        """A value: on the CPU if its kind is kept, else where it was made.
+
+        Args:
+            kind: of it.
+            key: names it; not asked for a kind that is not kept.
+            make: computes it, fp32; called by one thread at a time. What it raises is not kept.
+
+        Raises:
+            UserError: it is not there, and `require` says that it has to be.
+        """
+        if not self.keeps(kind):
+            with ENCODING:
+                return make()
+        named = key()
+        found = self.cache.read(named)
+        if found is None:
+            with ENCODING:
+                made = {name: tensor.detach().cpu() for name, tensor in make().items()}
+            is_exact = kind != "teacher" or self.cache.dtype == "fp32"
+            found = self.cache.write(named, _narrowed(made) if is_exact else made)
+        return {name: _widened(tensor) for name, tensor in found.items()}
+
+    def lacks(self, key: CacheKey) -> bool:
+        """Whether a value of a kind that is kept is not there yet."""
+        return self.keeps(key.kind) and not self.cache.has(key)
+
+    def flush(self) -> None:
+        """Returns when all that was made is on the disk."""
+        self.cache.flush()
+
+
+def _narrowed(tensors: Mapping[str, Tensor]) -> Tensors:
+    """In bf16 what is then the same, bit for bit."""
+    narrow = {}
+    for name, tensor in tensors.items():
+        short = tensor.to(torch.bfloat16) if tensor.dtype == torch.float32 else tensor
+        narrow[name] = short if _same_bits(short, tensor) else tensor
+    return narrow
+
+
+def _same_bits(short: Tensor, tensor: Tensor) -> bool:
+    if short.dtype == tensor.dtype:
+        return True
+    return torch.equal(short.float().view(torch.int32), tensor.contiguous().view(torch.int32))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor

@@ -1,0 +1,72 @@
+"""Encoded clips kept in memory, the least recently used ones dropped first."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+
+MEMORY_BYTES = 2**30
+"""Of the tensors that a run keeps of each split: ten clips of 81 frames of 480x832 with their
+pixels (97 MB each), or fifty without."""
+
+Clip = TypeVar("Clip")
+
+
+class ClipMemory(Generic[Clip]):
+    """Encoded clips by index. Encoding is deterministic, so that it changes no number.
+
+    Threads may share it.
+
+    Args:
+        capacity: bytes of tensors. One clip alone may have more: it is kept until the next comes.
+    """
+
+    def __init__(self, capacity: int = MEMORY_BYTES) -> None:
+        self._capacity = capacity
+        self._clips: OrderedDict[int, tuple[Clip, int]] = OrderedDict()
+        self._held = 0
+        self._lock = Lock()
+
+    def get(self, index: int) -> Clip | None:
+        """The clip, if it is kept."""
+        with self._lock:
+            if index not in self._clips:
+                return None
+            clip, _ = self._clips[index]
+            self._keep(index, clip)  # with pixels and features that were read since
+            return clip
+
+    def put(self, index: int, clip: Clip) -> None:
+        """Keeps a clip, and drops the least recently used ones beyond the capacity."""
+        with self._lock:
+            self._keep(index, clip)
+
+    def _keep(self, index: int, clip: Clip) -> None:
+        _, before = self._clips.pop(index, (clip, 0))
+        size = tensor_bytes(clip)
+        self._clips[index] = (clip, size)
+        self._held += size - before
+        while self._held > self._capacity and (len(self._clips) > 1 or not self._capacity):
+            _, (_, dropped) = self._clips.popitem(last=False)
+            self._held -= dropped
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of the tensors in a value, in mappings, sequences and dataclasses too.
+
+    >>> import torch
+    >>> tensor_bytes({"a": torch.zeros(2, 3), "b": [torch.zeros(4, dtype=torch.uint8)]})
+    28
+    """
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, list(value.values())))
+    if isinstance(value, list | tuple):
+        return sum(map(tensor_bytes, value))
+    if is_dataclass(value):
+        return tensor_bytes(vars(value))  # also what it holds beside its fields, such as pixels
+    return 0

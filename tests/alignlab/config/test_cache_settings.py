@@ -1,0 +1,81 @@
+"""`data.cache`: what it replaces, what of it is part of a run, what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.fairness import check_fair, differences
+from alignlab.recipe import dump, load_run, recipe_hash
+
+LOSSY = "data.cache.dtype=bf16"
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as info:
+        load_run("tiny", list(overrides))
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+def test_a_recipe_that_counts_clips_is_told_what_to_write() -> None:
+    line = refused("data.cache_clips=3")
+    assert line.startswith("data: cache_clips is now the mapping `cache`")
+    assert "remove cache_clips, or write cache: {mode: off}" in line
+
+
+def test_a_run_that_counted_clips_is_the_same_run(tmp_path: Path) -> None:
+    written = tmp_path / "recipe.yaml"
+    text = dump(load_run("tiny"))
+    written.write_text(text.replace("  name: shapes\n", "  name: shapes\n  cache_clips: 7\n"))
+    assert "cache_clips" in written.read_text()
+    assert load_run(written, stored=True) == load_run("tiny")
+
+
+@pytest.mark.parametrize("mode", ["off", "read", "write", "require"])
+def test_modes_survive_yaml(tmp_path: Path, mode: str) -> None:
+    written = tmp_path / "recipe.yaml"
+    written.write_text(dump(load_run("tiny")))
+    text = written.read_text()
+    written.write_text(text.replace("    mode: write\n", f"    mode: {mode}\n"))
+    for config in (load_run(written), load_run("tiny", [f"data.cache.mode={mode}"])):
+        assert config.data.cache.mode == mode
+        written.write_text(dump(config))
+        assert load_run(written).data.cache.mode == mode
+
+
+def test_only_the_dtype_is_part_of_a_run() -> None:
+    plain = recipe_hash(load_run("tiny"))
+    numberless = ["mode=require", "path=x", "texts=false", "latents=false", "teachers=false"]
+    assert recipe_hash(load_run("tiny", [f"data.cache.{one}" for one in numberless])) == plain
+    assert recipe_hash(load_run("tiny", ["data.cache.dtype=fp32"])) == plain
+    assert len({plain, *(recipe_hash(load_run("tiny", [f"data.cache.dtype={d}"]))
+                         for d in ("bf16", "fp8", "int8"))}) == 4  # fmt: skip
+
+
+@pytest.mark.parametrize("unread", ["mode=off", "teachers=false"])
+def test_a_dtype_that_nothing_reads_is_refused(unread: str) -> None:
+    assert "dtype: nothing reads bf16 with" in refused(LOSSY, f"data.cache.{unread}")
+
+
+def test_variants_are_measured_through_one_dtype(recipe_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "fair.yaml"
+    variants = "\nbaseline: a\nseeds: [0]\nvariants:\n  a: {}\n  b: {%s}\n"
+
+    def variant(changes: str) -> None:
+        path.write_text(recipe_file.read_text() + variants % changes)
+
+    variant("data.cache.mode: read, data.cache.path: elsewhere")
+    check_fair(load_compare(path))
+    assert differences(load_compare(path)) == {}
+    variant("data.cache.dtype: bf16")
+    assert differences(load_compare(path)) == {"data.cache.dtype": {"a": "fp32", "b": "bf16"}}
+    with pytest.raises(UserError, match=r"data\.cache\.dtype: variants are measured differently"):
+        check_fair(load_compare(path))
+
+
+def test_models_are_plain_data() -> None:
+    config = load_run("tiny", [LOSSY])
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -1,0 +1,88 @@
+"""`alignlab cache build`: afterwards nothing that a run reads has to be encoded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.train import train
+from alignlab.training import cache_build
+from alignlab.training.cache_build import build_cache
+
+MakeConfig = Callable[..., RunConfig]
+
+SETTINGS = ("data.references=[0,3]", "eval.clips=2", "eval.negative_prompt=wan", "steps=1")
+OTHER = (
+    "teachers.early={family: dinov2, path: PATH, feature: 'layer:0'}",
+    "objectives.rp={name: repa, teacher: early, blocks: [3], projector_dim: 32}",
+)
+
+
+def variants(make: MakeConfig, *overrides: str) -> list[RunConfig]:
+    """Two runs that read different features of the same clips."""
+    first = make(*SETTINGS, *overrides, "name=first")
+    path = str(first.teachers["dino"].path)
+    others = [one.replace("PATH", path) for one in OTHER]
+    return [first, make(*SETTINGS, *others, *overrides, "name=second")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_built_is_all_that_the_runs_of_a_comparison_read(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(cache_build, "AT_ONCE", 2)
+    (built,) = build_cache(variants(make_config), workers=workers)
+    assert (built.clips, built.encoded) == (8, 8) and built.size > 0
+    for run in variants(make_config, "data.cache.mode=require"):
+        train(run)
+
+
+def test_what_is_there_is_skipped(make_config: MakeConfig) -> None:
+    first, second = variants(make_config)
+    build_cache([first])
+    (again,) = build_cache([first])
+    assert (again.encoded, again.size) == (0, 0)
+    (more,) = build_cache([first, second])
+    assert more.encoded == 6  # features of one more teacher, of the train clips
+    shard = max((more.path / "shards").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    shard.unlink()
+    (mended,) = build_cache([first, second])
+    assert 0 < mended.encoded <= 8
+    assert build_cache([first, second])[0].encoded == 0
+
+
+def test_a_build_that_stops_keeps_what_it_has(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, taken = cache_build.CacheBuilder.encode, list[cache_build.Clip]()
+
+    def stopping(builder: cache_build.CacheBuilder, clip: cache_build.Clip) -> None:
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        taken.append(clip)
+        encode(builder, clip)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cache_build.CacheBuilder, "encode", stopping)
+        build_cache(variants(make_config)[:1])
+    (rest,) = build_cache(variants(make_config)[:1])
+    assert 3 <= rest.encoded <= 5  # the first three were on the disk before the rest began
+
+
+def test_a_full_disk_is_told_before_the_work(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = SimpleNamespace(free=10)
+    monkeypatch.setattr("alignlab.training.cache_build.shutil.disk_usage", lambda path: full)
+    with pytest.raises(UserError, match=r"5 clips need about .* name a larger disk") as info:
+        build_cache(variants(make_config)[:1])
+    assert "\n" not in str(info.value)
+
+
+def test_a_cache_that_no_run_reads_is_not_built(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.cache\.mode: off"):
+        build_cache([make_config("data.cache.mode=off")])
+    assert not (tmp_path / "cache").exists()
