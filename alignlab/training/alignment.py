@@ -231,8 +231,10 @@ class Alignment(nn.Module):
                     features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
             student = {b: taps[b].of(kind) for b in config.blocks}
             if kind == "reference":
-                ids = {"subject_ids_BN": known.ids_BN, "host_ids_BN": known.host_ids_BN}
-                student = {b: replace(tokens, **ids) for b, tokens in student.items()}
+                student = {
+                    b: replace(tokens, subject_ids_BN=known.ids_BN, host_ids_BN=known.host_ids_BN)
+                    for b, tokens in student.items()
+                }
             self._log_grids(alias, grid, [features[name, kind].grid for name in config.teachers])
             teacher = {name: features[name, kind] for name in config.teachers}
             try:
