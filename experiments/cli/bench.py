@@ -80,6 +80,9 @@ def kernels(
         typer.Option(min=0, help="Leave out eager and compile above (default: 8; cuda: no limit)."),
     ] = None,
     out: Annotated[Path, path_option("Folder.")] = Path("runs/kernels"),
+    install: Annotated[
+        bool, typer.Option("--install", help="impl=auto on this GPU then takes the fastest.")
+    ] = False,
 ) -> None:
     """Measure speed and memory of the similarity kernels, after checking what they compute."""
     import torch
@@ -103,8 +106,13 @@ def kernels(
     )
     from alignlab.runs.out_paths import out_folder
 
+    if install:
+        bench.check_installable(settings)
     with out_folder(out):
-        bench.print_figures(bench.bench_kernels(settings, out))
+        figures = bench.bench_kernels(settings, out)
+        bench.print_figures(figures)
+        if install:
+            typer.echo(f"installed for impl=auto: {bench.install_rows(figures.rows)}")
 
 
 @bench_app.command("share")
