@@ -90,13 +90,22 @@ class Operation(Generic[F]):
         return choice
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(function: F) -> F:
+    """What torch.compile calls while it traces, and whose result is then a constant.
+
+    As `torch.compiler.assume_constant_result`, which would import all of torch's compiler here.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def gpu_name(device: torch.device) -> str | None:
     """The name by which measured rows know a device; None: it is no CUDA (or ROCm) device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _measured(
     operation: str, device: str, dtype: torch.dtype, tokens: int, width: int, matrices: int
 ) -> tuple[str, str]:
