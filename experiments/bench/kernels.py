@@ -155,7 +155,7 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
             figures, failed = measure(case, providers, bench.device, bench.seconds, advance_one)
             measured += figures
             left_out += failed
-    facts = _facts(bench.device)
+    facts = facts_of(bench.device)
     rows = [to_row(measurement, facts) for measurement in measured]
     files = _write(rows, facts, out)
     return KernelFigures(tuple(measured), tuple(left_out), tuple(files), tuple(rows))
@@ -305,7 +305,8 @@ def _check_all(
     return right
 
 
-def _facts(device: torch.device) -> dict[str, str]:
+def facts_of(device: torch.device) -> dict[str, str]:
+    """Device, time, versions and commit of rows that are measured now."""
     return {
         "gpu_name": _device_name(device),
         "timestamp": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),

@@ -154,6 +154,27 @@ def share(
             typer.echo(f"figures: {out}")
 
 
+@bench_app.command("gpu-report")
+def gpu_report(
+    device: Device = None,
+    size: Annotated[
+        Literal["full", "smoke"], typer.Option(help="Wan 1.3B's real sizes, or tiny ones.")
+    ] = "full",
+    minutes: Annotated[float, typer.Option(min=0.5, help="It ends within.")] = 9.0,
+    out: Annotated[Path, path_option("Folder.")] = Path("runs/gpu-report"),
+) -> None:
+    """Measure in minutes what is open on this GPU, and write one small folder to bring back."""
+    import torch
+
+    from alignlab.experiments.bench import gpu_report as report
+    from alignlab.runs.out_paths import out_folder
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with out_folder(out):
+        outcomes = report.gpu_report(out, device=name, size=size, minutes=minutes)
+    raise typer.Exit(report.print_outcomes(outcomes, out))
+
+
 def _figures(out: Path | None) -> AbstractContextManager[None]:
     """Held while figures are measured that will be written at `out`."""
     from alignlab.runs.out_paths import out_file
