@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
+MINUTES = 9.0
 LIMIT_MIB = 14.0
 TAIL_BYTES = 2**16  # of what a phase printed
 CLOSING_S = 12.0  # kept for the report itself
@@ -41,8 +42,8 @@ class Phase:
     Args:
         name: as `gpu_phases.py` knows it.
         question: what it answers.
-        seconds: the most that it may take at full size.
-        command: what is run in place of the phase of that name.
+        seconds: the most that it may take of 9 minutes; with more of them it may take more.
+        command: what is run in place of `gpu_phases.py`, with its arguments.
     """
 
     name: str
@@ -121,7 +122,8 @@ def gpu_report(
                 outcomes.append(Outcome(phase, f"{SKIPPED}: the time was used up"))
             else:
                 print(f"{phase.name}: {phase.question}", flush=True)
-                _run(phase, out, device, size, min(phase.seconds, left), outcomes)
+                limit = phase.seconds * max(1.0, minutes / MINUTES)
+                _run(phase, out, device, size, min(limit, left), outcomes)
                 print(f"{phase.name}: {outcomes[-1].verdict}", flush=True)
             write()
     finally:
@@ -136,13 +138,15 @@ def _run(
 ) -> None:
     """Runs a phase and appends what became of it, also when the report is stopped meanwhile."""
     module = "alignlab.experiments.bench.gpu_phases"
-    findings, printed = (out / ".parts" / f"{phase.name}.{end}" for end in ("json", "log"))
+    findings, printed = (
+        out.resolve() / ".parts" / f"{phase.name}.{end}" for end in ("json", "log")
+    )
     arguments = (phase.name, device, size, f"{seconds:.1f}", str(out.resolve()), str(findings))
-    command = phase.command or (sys.executable, "-m", module, *arguments)
+    command = phase.command or (sys.executable, "-m", module)
     begin = time.monotonic()
     verdict = "stopped with the report"
     try:
-        code = _wait(command, printed, seconds)
+        code = _wait((*command, *arguments), printed, seconds)
         verdict = _verdict(code, seconds, printed)
     finally:
         outcome = Outcome(phase, verdict, time.monotonic() - begin)
@@ -287,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "smoke"), default="full")
     parser.add_argument("--out", type=Path, default=Path("gpu-report"))
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, default=MINUTES)
     given: Mapping[str, Any] = vars(parser.parse_args(arguments))
     with _stopped_by_sigterm():
         outcomes = gpu_report(**given)
