@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,12 @@ class Findings:
         """Seconds in which the phase may still begin something."""
         return self._end - time.monotonic()
 
-    def say(self, line: str) -> None:
-        """Adds a line to the report."""
-        self.lines.append(line)
+    def say(self, line: str, *, place: int | None = None) -> None:
+        """Adds a line to the report, or replaces the one at `place`."""
+        if place is None:
+            self.lines.append(line)
+        else:
+            self.lines[place] = line
         self._keep()
 
     def row(self, what: str, quantity: str, unit: str, values: Sequence[float]) -> None:
@@ -174,7 +178,7 @@ def kernels(found: Findings) -> None:
     from alignlab.kernels.bench.csv_file import Row, to_csv, to_row
 
     providers: tuple[bench.Provider, ...] = ("floor", "eager", "chunked", "triton")
-    facts, rows = facts_of(found.device), list[Row]()
+    facts, rows, errors = facts_of(found.device), list[Row](), _kernel_errors()
     right: dict[tuple[Any, ...], list[bench.Provider]] = {}
     cases, not_begun = _kernel_cases(found), 0
     for case in cases:
@@ -191,16 +195,21 @@ def kernels(found: Findings) -> None:
             except WrongResult as error:
                 found.fail(str(error))
                 continue
-            except (RuntimeError, ValueError) as error:
-                found.fail(f"{provider} on {case}: {str(error).splitlines()[0][:300]}")
+            except errors as error:
+                found.fail(f"{provider} on {case}: {_first_line(error)}")
                 continue
             if reason is None:
                 right[kind].append(provider)
             else:
                 found.say(f"{provider} of {case.op} was left out: {reason}")
-        measured, left_out = bench.measure(
-            case, right[kind], found.device, 0.2 if found.is_full else 0.0, lambda note: None
-        )
+        seconds = 0.2 if found.is_full else 0.0
+        try:
+            measured, left_out = bench.measure(
+                case, right[kind], found.device, seconds, lambda note: None
+            )
+        except errors as error:
+            found.fail(f"{case}: {_first_line(error)}")
+            continue
         rows += [to_row(one, facts) for one in measured]
         (found.out / "kernels.csv").write_text(to_csv(rows), encoding="utf-8")
         for what, reason in left_out:
@@ -216,6 +225,20 @@ def kernels(found: Findings) -> None:
         from alignlab.experiments.bench.kernel_plots import draw_overview
 
         draw_overview(rows, found.out / "kernels.png")
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel raises that does not compile, does not fit the device, or fails on it."""
+    errors: list[type[Exception]] = [RuntimeError, ValueError]
+    if find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        errors.append(TritonError)
+    return tuple(errors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _kernel_cases(found: Findings) -> list[Any]:
@@ -278,8 +301,6 @@ def tests(found: Findings) -> None:
         options.append("--noconftest")
     counted = _Counted(found)
     code = pytest.main([*options, *map(str, files)], plugins=[counted])
-    counts = ", ".join(f"{name} {count}" for name, count in sorted(counted.counts.items()))
-    found.say(f"files: {len(files)}; {counts or 'no test was run'}")
     if counted.not_begun:
         found.say(f"not begun for want of time: {counted.not_begun} tests")
     elif int(code) not in (0, 1) or not counted.counts["passed"]:
@@ -291,12 +312,16 @@ class _Counted:
 
     def __init__(self, found: Findings) -> None:
         self._found = found
+        self._place = len(found.lines)
         self.counts: Counter[str] = Counter()
         self.not_begun = 0
+        found.say("no test has ended")
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.counts[report.outcome] += 1
+            said = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
+            self._found.say(said, place=self._place)
         if report.failed:
             text = str(report.longreprtext).strip().splitlines()
             self._found.fail(f"{report.nodeid}: {text[-1][:200] if text else 'no reason'}")
@@ -383,11 +408,10 @@ def share(found: Findings) -> None:
     from alignlab.experiments.bench.loss_share import SIZES, measure_share
     from alignlab.kernels.pull_push import Impl
 
-    impls: list[Impl] = ["chunked", "eager"]
-    if found.device.type == "cuda":
-        impls.append("triton")
+    impls: list[Impl] = ["chunked", "triton" if found.device.type == "cuda" else "eager"]
     size = SIZES["wan2.1-1.3b" if found.is_full else "smoke"]
-    for side in measure_share(size, impls, steps=3, device=found.device):
+    steps = 3 if found.left() > 80 else 1  # of each side, after two that are not counted
+    for side in measure_share(size, impls, steps=steps, device=found.device):
         found.row(f"step with RefAlign, {side.side}", "time", "s", [side.step_s])
         found.row(f"step with RefAlign, {side.side}", "share of the loss", "", [side.share])
         found.say(f"{side.side}: {side.step_s:.4g} s a step, the loss is {side.share:.2%} of it")

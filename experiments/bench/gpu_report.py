@@ -55,11 +55,11 @@ class Phase:
 PHASES = (
     Phase("environment", "Which device, driver, versions and code; what the device can do", 40),
     Phase("kernels", "Are the kernels right, and which is the fastest at real sizes", 140),
-    Phase("step", "What a step of Wan 1.3B takes, with encoders live and with all encoded", 150),
+    Phase("step", "What a step of Wan 1.3B takes, with encoders live and with all encoded", 165),
     Phase("tests", "Do the tests for a GPU pass", 100),
     Phase("syncs", "Does a step wait for the device", 45),
     Phase("attention", "Which attention backends train under autocast", 45),
-    Phase("share", "Which part of a step the alignment loss takes", 120),
+    Phase("share", "Which part of a step the alignment loss takes", 110),
 )
 
 
