@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -171,103 +170,10 @@ def _ceilings(found: Findings) -> None:
 
 
 def kernels(found: Findings) -> None:
-    """Checks every implementation, then times it; `kernels.csv` grows with every case."""
-    from alignlab.experiments.bench.kernels import facts_of
-    from alignlab.kernels import speed_table
-    from alignlab.kernels.bench import run as bench
-    from alignlab.kernels.bench.check import WrongResult, check
-    from alignlab.kernels.bench.csv_file import Row, to_csv, to_row
+    """See `kernel_phase.py`."""
+    from alignlab.experiments.bench.kernel_phase import measure_kernels
 
-    providers: tuple[bench.Provider, ...] = ("floor", "eager", "chunked", "triton")
-    facts, rows, errors = facts_of(found.device), list[Row](), _kernel_errors()
-    right: dict[tuple[Any, ...], list[bench.Provider]] = {}
-    cases, not_begun = _kernel_cases(found), 0
-    for case in cases:
-        if found.left() < (15 if found.is_full else 2):
-            not_begun += 1
-            continue
-        kind = (case.op, case.width, case.dtype)
-        for provider in providers if kind not in right else ():
-            right.setdefault(kind, [])
-            reason = bench.missing(case.op, provider, found.device)
-            try:
-                if reason is None:
-                    check(case, provider, found.device)
-            except WrongResult as error:
-                found.fail(str(error))
-                continue
-            except errors as error:
-                found.fail(f"{provider} on {case}: {_first_line(error)}")
-                continue
-            if reason is None:
-                right[kind].append(provider)
-            else:
-                found.say(f"{provider} of {case.op} was left out: {reason}")
-        seconds = 0.2 if found.is_full else 0.0
-        without_triton = [name for name in right[kind] if name != "triton"]
-        for names in (right[kind], without_triton):
-            try:
-                measured, left_out = bench.measure(
-                    case, names, found.device, seconds, lambda note: None
-                )
-                break
-            except errors as error:
-                found.fail(f"{case}, {', '.join(names)}: {_first_line(error)}")
-        else:
-            continue
-        rows += [to_row(one, facts) for one in measured]
-        (found.out / "kernels.csv").write_text(to_csv(rows), encoding="utf-8")
-        for what, reason in left_out:
-            found.say(f"left out: {what}: {reason}")
-    for size, name in speed_table.decide(rows).items():
-        found.say(
-            f"fastest of {size.operation}, {size.dtype}, N={size.tokens}, C={size.width}, "
-            f"{size.matrices} at once: {name}"
-        )
-    if not_begun:
-        found.say(f"not begun for want of time: {not_begun} of {len(cases)} cases")
-    if rows:
-        from alignlab.experiments.bench.kernel_plots import draw_overview
-
-        draw_overview(rows, found.out / "kernels.png")
-
-
-def _kernel_errors() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not compile, does not fit the device, or fails on it."""
-    errors: list[type[Exception]] = [RuntimeError, ValueError]
-    if find_spec("triton") is not None:
-        from triton.errors import TritonError
-
-        errors.append(TritonError)
-    return tuple(errors)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def _kernel_cases(found: Findings) -> list[Any]:
-    """In order of what they are worth: RefAlign's and VideoREPA's sizes in bf16 first."""
-    from alignlab.kernels.bench.cases import OPS, Case, select_cases
-
-    if not found.is_full:
-        small: dict[str, Any] = {"sizes": ((3, 20),), "widths": (16,), "blocks": (2,)}
-        return select_cases(OPS, torch.float32, **small)
-    first = [
-        Case("pull_push", 3, 1560, 1024, 9, torch.bfloat16),
-        Case("relation", 24, 150, 768, 1, torch.bfloat16),
-        Case("relation", 21, 1560, 768, 1, torch.bfloat16),
-    ]
-    others = [
-        Case(op, *size, width, blocks, dtype)
-        for dtype in (torch.float32, torch.float16)
-        for op, size, width, blocks in (
-            ("pull_push", (3, 1560), 1024, 9),
-            ("relation", (24, 150), 768, 1),
-        )
-    ]
-    cases: list[Case] = [*first, *others, *select_cases(OPS, torch.bfloat16)]
-    return list(dict.fromkeys(cases))
+    measure_kernels(found)
 
 
 def step(found: Findings) -> None:

@@ -20,6 +20,17 @@ KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunke
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
 ]
+KernelOps = Annotated[
+    list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
+]
+KernelProviders = Annotated[
+    list[KernelProvider] | None,
+    typer.Option(help="Repeat it for more (default: all that can run here)."),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
+]
 Figures = Annotated[Path | None, path_option("JSON file for the figures.")]
 
 
@@ -49,18 +60,10 @@ def overhead(
 
 @bench_app.command("kernels")
 def kernels(
-    op: Annotated[
-        list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
-    ] = None,
-    impl: Annotated[
-        list[KernelProvider] | None,
-        typer.Option(help="Repeat it for more (default: all that can run here)."),
-    ] = None,
+    op: KernelOps = None,
+    impl: KernelProviders = None,
     device: Device = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
-    ] = None,
+    dtype: Dtype = None,
     sizes: Annotated[
         str | None,
         typer.Option(help="Subjects or frames x tokens of each, such as 3x1560,4x1560."),
