@@ -198,7 +198,7 @@ def _cached(found: Findings, train: str, step: WanStep, objective: nn.Module) ->
 
 
 def _encoder_times(found: Findings, encoders: Encoders, frames: int) -> None:
-    latent_frames = 1 + (frames - 1) // 4
+    latent_frames, rounds = 1 + (frames - 1) // 4, ROUNDS if found.is_full else 1
     parts: dict[str, Callable[[], object]] = {
         f"VAE, clip of {frames} frames": encoders.clip,
         f"VAE, {REFERENCES} references": encoders.references,
@@ -209,12 +209,12 @@ def _encoder_times(found: Findings, encoders: Encoders, frames: int) -> None:
     }
     for name, part in parts.items():
         peak = _peak_gib(found.device, part)  # not timed: the first call
-        seconds = [seconds_of(part, found.device) for _ in range(ROUNDS)]
+        seconds = [seconds_of(part, found.device) for _ in range(rounds)]
         found.row(name, "time", "s", seconds)
         if peak is not None:
             found.row(name, "peak memory, all encoders there", "GiB", [peak])
         said = f", peak {peak:.1f} GiB" if peak is not None else ""
-        found.say(f"{name}: {sorted(seconds)[ROUNDS // 2]:.4g} s{said}")
+        found.say(f"{name}: {sorted(seconds)[rounds // 2]:.4g} s{said}")
 
 
 def _live(
@@ -231,7 +231,7 @@ def _live(
     sides = {"encoded before": cached, "encoded live": live}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     peak = _peak_gib(found.device, live)  # not timed: the first call
-    for number in range(ROUNDS):
+    for number in range(ROUNDS if found.is_full else 1):
         for name in list(sides)[:: 1 if number % 2 else -1]:
             seconds[name].append(seconds_of(sides[name], found.device))
         if found.left() < 0:
