@@ -67,8 +67,7 @@ def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
 
     On another device, with other threads, another number of processes, another torch or, on a GPU,
     other kernels, sums are taken in another order: the run then ends with other last bits than
-    uninterrupted. Such a fact
-    is given as `1, then 2`.
+    uninterrupted. Such a fact is given as `1, then 2`.
 
     Args:
         earlier: the run's `environment.json`, if there is one; of a damaged one every such fact

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def tests(found: Findings) -> None:
         options += ["-k", "not compile"]
     sys.path.insert(0, str(folder / "helpers"))
     try:
-        import tiny_runs  # type: ignore[import-not-found]  # noqa: F401  # what conftest.py needs
+        import_module("tiny_runs")  # what conftest.py needs
     except ModuleNotFoundError as error:
         found.say(f"no package {error.name}: only the tests of kernels were run")
         files = [path for path in files if path.parent.name == "kernels"]
