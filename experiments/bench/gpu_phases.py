@@ -9,12 +9,12 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,6 @@ class Findings:
 def environment(found: Findings) -> None:
     """Writes `environment.json`, and measures what the device can do at best."""
     import platform
-    import subprocess
 
     from alignlab.checkout import git
     from alignlab.environment import describe_environment
@@ -204,11 +203,9 @@ def tests(found: Findings) -> None:
     else:
         files = [folder / "kernels" / "test_dispatch.py"]
         options += ["-k", "not compile"]
-    sys.path.insert(0, str(folder / "helpers"))
-    try:
-        import_module("tiny_runs")  # what conftest.py needs
-    except ModuleNotFoundError as error:
-        found.say(f"no package {error.name}: only the tests of kernels were run")
+    missing = _what_conftest_lacks(folder)
+    if missing is not None:
+        found.say(f"only the tests of kernels were run: {missing}")
         files = [path for path in files if path.parent.name == "kernels"]
         options.append("--noconftest")
     counted = _Counted(found)
@@ -217,6 +214,21 @@ def tests(found: Findings) -> None:
         found.say(f"not begun for want of time: {counted.not_begun} tests")
     elif int(code) not in (0, 1) or not counted.counts["passed"]:
         found.fail(f"pytest ended with exit code {int(code)}")
+
+
+def _what_conftest_lacks(folder: Path) -> str | None:
+    """Why `conftest.py` cannot be imported, or None; in another process, for pytest wants to import
+    its plugins itself."""
+    paths = os.pathsep.join([str(folder / "helpers"), os.environ.get("PYTHONPATH", str(ROOT))])
+    done = subprocess.run(
+        [sys.executable, "-c", "import tiny_runs, tiny_wan"],
+        env=dict(os.environ, PYTHONPATH=paths),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stderr.strip().splitlines()
+    return (lines or ["no reason was given"])[-1][:300] if done.returncode else None
 
 
 class _Counted:
