@@ -1,9 +1,10 @@
 # setup: .venv with the tested versions   demo: the comparison on a laptop CPU
 # test: the test suite, on the CPU   test-gpu: the tests that are for a GPU, on one
 # check: lint, format, types   wheel: dist/*.whl, checked in an empty venv
+# gpu-report: what is open on this machine's GPU, within 9 minutes, into runs/gpu-report
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-gpu check wheel clean
+.PHONY: setup demo test test-gpu gpu-report check wheel clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed-alignlab
@@ -36,6 +37,9 @@ test: setup
 
 test-gpu: setup
 	ALIGNLAB_TEST_GPU=1 $(VENV)/bin/python -m pytest
+
+gpu-report: setup
+	$(VENV)/bin/alignlab bench gpu-report --device cuda
 
 check: setup
 	$(VENV)/bin/ruff check .

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from alignlab import interruption
 from alignlab.distributed import launch_env
 from alignlab.errors import UserError
+from alignlab.out_of_memory import out_of_memory_line
 from alignlab.runs.disk_errors import as_os_error, shown
 
 
@@ -39,6 +40,13 @@ class Commands(TyperGroup):
                 raise
             interruption.settle()
             typer.echo(f"error{rank}: {shown(known)}", err=True)
+            raise typer.Exit(1) from None
+        except (RuntimeError, MemoryError) as error:
+            line = out_of_memory_line(error)
+            if line is None:
+                raise
+            interruption.settle()
+            typer.echo(f"error{rank}: {line}", err=True)
             raise typer.Exit(1) from None
 
 

@@ -12,7 +12,8 @@ from rich.text import Text
 
 import alignlab
 from alignlab.environment import PACKAGES as ENVIRONMENT_PACKAGES
-from alignlab.environment import package_version
+from alignlab.environment import package_version, use_own_kernel_rows
+from alignlab.kernels import speed_table
 from alignlab.kernels.registry import OPERATIONS
 from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
@@ -50,7 +51,7 @@ def print_diagnosis(console: Console | None = None) -> None:
         for name, operation in OPERATIONS.items()
         for impl, why in operation.implementations().items()
     ]
-    console.print(_table("Kernels", ("kernel", "state"), kernels))
+    console.print(_table("Kernels", ("kernel", "state"), [*kernels, *auto_states()]))
     console.print(_table("Models", ("model", "state"), list(model_states().items())))
 
 
@@ -104,6 +105,18 @@ def _in_both(bf16: BackendState, fp32: BackendState) -> str:
     if fp32.ability == "trains":
         return f"trains in fp32; bf16 {bf16}"
     return str(bf16) if bf16.ability == fp32.ability else f"bf16 {bf16}; fp32 {fp32}"
+
+
+def auto_states() -> list[tuple[str, str]]:
+    """What `impl=auto` goes by on each GPU, and why it goes by nothing."""
+    use_own_kernel_rows()
+    states = []
+    for index in range(torch.cuda.device_count()):
+        table = speed_table.table_of(torch.cuda.get_device_name(index))
+        why = f" ({table.problem})" if table.problem else ""
+        shown = str(table) if table.decisions else f"chunked, no kernel was measured on it{why}"
+        states.append((f"impl=auto on cuda:{index}", shown))
+    return states
 
 
 def model_states() -> dict[str, str]:

@@ -11,13 +11,15 @@ import torch
 
 import alignlab
 from alignlab.checkout import git
+from alignlab.kernels import speed_table
 from alignlab.passwords import without_password
 from alignlab.runs.atomic_files import remove_folder
 from alignlab.runs.checksums import DamagedError, read_json
+from alignlab.runs.file_digests import cache_folder
 
 log = logging.getLogger(__name__)
 
-CHANGE_BITS = ("device", "threads", "processes", "torch")
+CHANGE_BITS = ("device", "threads", "processes", "torch", "kernels")
 THEN = ", then "
 UNKNOWN = "unknown"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "safetensors")
@@ -25,7 +27,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton"
 
 
 def describe_environment() -> dict[str, str]:
-    """Facts that a number depends on, for `environment.json` and the report."""
+    """Facts that a number depends on, for `environment.json` and the report.
+
+    `kernels` is there on a GPU only: what `impl: auto` goes by (`alignlab.kernels.speed_table`).
+    """
     cuda = torch.cuda.is_available()
     facts = {
         "alignlab": alignlab.__version__,
@@ -36,7 +41,20 @@ def describe_environment() -> dict[str, str]:
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
     }
+    if cuda:
+        use_own_kernel_rows()
+        facts["kernels"] = str(speed_table.table_of(facts["device"]))
     return facts | {name: package_version(name) or "not installed" for name in PACKAGES}
+
+
+def own_kernel_rows() -> Path:
+    """Where `alignlab bench kernels --install` keeps what it measured on this machine."""
+    return cache_folder() / "kernels.csv"
+
+
+def use_own_kernel_rows() -> None:
+    """Makes `impl: auto` go by what was measured on this machine, if anything was."""
+    speed_table.use_rows(own_kernel_rows())
 
 
 def command_line(program: str) -> str:
@@ -47,9 +65,9 @@ def command_line(program: str) -> str:
 def continued(earlier: Path, now: Mapping[str, str]) -> dict[str, str]:
     """Facts of a run that is resumed from a checkpoint, and a warning if anything changed.
 
-    On another device, with other threads, another number of processes or another torch, sums are
-    taken in another order: the run then ends with other last bits than uninterrupted. Such a fact
-    is given as `1, then 2`.
+    On another device, with other threads, another number of processes, another torch or, on a GPU,
+    other kernels, sums are taken in another order: the run then ends with other last bits than
+    uninterrupted. Such a fact is given as `1, then 2`.
 
     Args:
         earlier: the run's `environment.json`, if there is one; of a damaged one every such fact

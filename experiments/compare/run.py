@@ -19,7 +19,7 @@ from alignlab import interruption
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
-from alignlab.environment import command_line, describe_environment, read_environment
+from alignlab.environment import CHANGE_BITS, command_line, describe_environment, read_environment
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import means_of_lacking, metrics_of_blocks
 from alignlab.experiments.compare.budget import decide_budget, with_budget
@@ -399,15 +399,16 @@ def _by_step(
 
 
 def trained_on(folders: Mapping[RunKey, RunFolder]) -> dict[str, str]:
-    """Threads, processes, device and torch of the runs; several of a kind are logged."""
+    """What changes the last bits of the runs; several of a kind are logged."""
     environments = [
         # older runs had one process and do not say so
         {"processes": "1"} | read_environment(folder.path / "environment.json")
         for folder in folders.values()
     ]
     facts = {
-        name: sorted({environment[name] for environment in environments})
-        for name in ("threads", "processes", "device", "torch")
+        name: sorted({environment.get(name, "not recorded") for environment in environments})
+        for name in CHANGE_BITS
+        if any(name in environment for environment in environments)
     }
     for name, values in facts.items():
         if len(values) > 1:

@@ -147,7 +147,10 @@ def test_full_disk_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), SafetensorError("x"), BrokenPipeError(32, "x")])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x"), RuntimeError("x"), SafetensorError("x"), BrokenPipeError(32, "x")],
+)
 def test_other_errors_keep_their_traceback(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

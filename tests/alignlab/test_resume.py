@@ -11,7 +11,10 @@ import torch
 
 from alignlab.config.run import RunConfig
 from alignlab.environment import continued, describe_environment, read_environment
+from alignlab.experiments.bench.kernels import install_rows
+from alignlab.kernels import speed_table
 from alignlab.train import train
+from made_up_rows import GPU, made_up_row
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 
 DRIVER = Path(__file__).parents[1] / "helpers" / "killed_run.py"
@@ -119,3 +122,35 @@ def test_what_a_run_was_trained_on_before_is_kept(tmp_path: Path) -> None:
         "torch": "2.12, then 2.13",
         "command": "a",
     }
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(
+    make_config: Callable[..., RunConfig],
+    train_until: Callable[[RunConfig, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What `impl: auto` goes by is written down for a GPU, which this test only claims to have."""
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    config = make_config("steps=2", "checkpoint.every=1")
+
+    def facts_of_a_gpu() -> dict[str, str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_device_name", lambda device=None: GPU)
+            return describe_environment()
+
+    monkeypatch.setattr("alignlab.train.describe_environment", facts_of_a_gpu)
+    try:
+        train_until(config, 1)
+        assert read_environment(tmp_path / "run" / "environment.json")["kernels"] == "chunked"
+        install_rows([made_up_row("chunked", 1.0), made_up_row("triton", 0.5)])
+        folder = train(config)
+    finally:
+        speed_table.use_rows(None)
+    now = read_environment(folder / "environment.json")["kernels"]
+    assert now.startswith("chunked, then ") and now.endswith(" (pull_push float32: triton)")
+    assert (
+        f"resumed with kernels {now.removeprefix('chunked, then ')}, after chunked" in caplog.text
+    )

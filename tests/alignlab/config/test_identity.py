@@ -18,7 +18,7 @@ from alignlab.runs.run_folder import RunFolder
 # Written by the code that hashed recipes whole.
 V1_RUNS = {"tiny": "b6bc555c0ea3"}
 # Of a run on a folder, whose clips were dealt to the splits by another rule.
-OLD_FOLDER_RUN = ("wan21_1.3b", ("709ff9f600c3", "v2-3429818de017"))
+OLD_FOLDER_RUN = ("wan21_1.3b_8gpu", ("709ff9f600c3", "v2-3429818de017"))
 V1_STAGE1 = {"sara": "7acf09ccf3a1", "moalign": "ce5542bf865c"}
 V1_SWEEP = "60f7d50dea11"
 # Of `tiny` and a videorepa, written when its projectors had no choice of initial weights.

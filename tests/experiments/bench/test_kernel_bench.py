@@ -1,6 +1,7 @@
 """`alignlab bench kernels`: what it prints and writes, and which speeds it refuses."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,19 @@ import torch
 from typer.testing import CliRunner, Result
 
 from alignlab.cli import app
+from alignlab.environment import own_kernel_rows, use_own_kernel_rows
+from alignlab.errors import UserError
 from alignlab.experiments.bench.kernel_plots import Point, draw_plots, roofline_share
+from alignlab.experiments.bench.kernels import KernelBench, check_installable, install_rows
+from alignlab.experiments.bench.kernels import bench_kernels as measure_kernels
+from alignlab.kernels import speed_table
 from alignlab.kernels.bench import run as bench
 from alignlab.kernels.bench.cases import Case
 from alignlab.kernels.bench.csv_file import Row, to_row
 from alignlab.kernels.bench.measure import Spread
 from alignlab.kernels.bench.run import Measurement
 from alignlab.kernels.relation import relation_distance
+from made_up_rows import GPU, made_up_row
 
 SMALL = ("--sizes", "3x20,3x40", "--widths", "16", "--blocks", "2", "--seconds", "0")
 
@@ -132,7 +139,7 @@ def test_a_plain_call_leaves_the_committed_results_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for file in ("pyproject.toml", "experiments/results/kernels/all_benchmark_data.csv"):
+    for file in ("pyproject.toml", "kernels/results/all_benchmark_data.csv"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     # as at the root of a checkout
@@ -140,7 +147,7 @@ def test_a_plain_call_leaves_the_committed_results_alone(
     command = ["bench", "kernels", "--device", "cpu", "--op", "relation", "--impl", "floor"]
     assert CliRunner().invoke(app, [*command, *SMALL]).exit_code == 0
     assert rows_in(tmp_path / "runs/kernels")
-    assert rows_in(tmp_path / "experiments/results/kernels") == []
+    assert rows_in(tmp_path / "kernels/results") == []
 
 
 def test_rows_of_another_commit_stay_and_are_not_drawn(
@@ -195,3 +202,53 @@ def test_plots_are_the_same_for_the_same_figures(tmp_path: Path) -> None:
     assert "triton" not in text
     draw_plots(rows, tmp_path)
     assert path.read_text() == text
+
+
+def test_rows_of_a_cpu_are_not_installed(tmp_path: Path) -> None:
+    line = refused(tmp_path / "out", "--install")
+    assert "on cpu, impl=auto goes by the number of tokens alone" in line
+
+
+def test_rows_are_installed_only_with_chunked() -> None:
+    settings = KernelBench(torch.device("cuda"), torch.bfloat16, 0.0, 1.0, 1.0)
+    check_installable(settings)
+    with pytest.raises(UserError, match="add --impl chunked"):
+        check_installable(replace(settings, providers=("triton",)))
+
+
+def test_installed_rows_decide_and_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ALIGNLAB_CACHE", str(tmp_path / "cache"))
+    settings = KernelBench(
+        torch.device("cpu"),
+        torch.float32,
+        0.0,
+        1.0,
+        1.0,
+        sizes=((3, 20),),
+        widths=(16,),
+        blocks=(2,),
+        providers=("eager", "chunked"),
+    )
+    figures = measure_kernels(settings, tmp_path / "out")
+    path = install_rows(figures.rows)
+    assert path == own_kernel_rows() and len(speed_table.read(path)) == len(figures.rows) == 16
+    try:
+        use_own_kernel_rows()
+        device = figures.rows[0]["gpu_name"]
+        sizes = set(speed_table.table_of(device).decisions)
+        assert sizes == {
+            speed_table.Size("pull_push", "float32", 60, 16, 2),
+            speed_table.Size("relation", "float32", 60, 16, 1),
+        }
+        # what this process knew of the device before is forgotten, and its other rows are kept
+        install_rows([made_up_row("chunked", 1.0), made_up_row("triton", 0.5)])
+        assert list(speed_table.table_of(GPU).decisions.values()) == ["triton"]
+        assert set(speed_table.table_of(device).decisions) == sizes
+        path.write_text("no table")
+        install_rows([made_up_row("chunked", 1.0)])
+        assert f"{path} is replaced, it could not be read: it has no column" in caplog.text
+        assert list(speed_table.table_of(GPU).decisions.values()) == ["chunked"]
+    finally:
+        speed_table.use_rows(None)

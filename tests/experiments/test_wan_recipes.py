@@ -1,0 +1,86 @@
+"""The shipped recipes of real size fit the number of GPUs that they name."""
+
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from alignlab.config.recipe_file import recipe_folder, shipped_recipes
+from alignlab.config.run import RunConfig
+from alignlab.distributed.ranks import Ranks
+from alignlab.errors import UserError
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.fairness import check_fair
+from alignlab.recipe import dump, load_run
+
+WAN = sorted(name for name in shipped_recipes() if name.startswith("wan21_1.3b"))
+COUNTS = {"one": 1, "eight": 8}
+
+
+class Shipped(NamedTuple):
+    gpus: int
+    runs: list[RunConfig]
+
+
+def shipped(name: str) -> Shipped:
+    """What its first line says it is for, and the runs that it trains."""
+    said = re.search(r"(one|eight) 80 GB GPUs?,", shipped_recipes()[name])
+    assert said is not None, "the first line says for how many GPUs"
+    text = (recipe_folder() / f"{name}.yaml").read_text()
+    if "\nvariants:" not in text:
+        return Shipped(COUNTS[said[1]], [load_run(name, [])])
+    config = load_compare(name, [])
+    assert config.launch.gpus == COUNTS[said[1]]
+    return Shipped(
+        COUNTS[said[1]], [config.run(variant, config.seeds[0]) for variant in config.variants]
+    )
+
+
+def of_rank(config: RunConfig, rank: int, gpus: int) -> list[range]:
+    ranks = Ranks(torch.device("cpu"), config.model.precision)
+    ranks.rank, ranks.world_size = rank, gpus
+    return ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
+
+
+def test_there_are_recipes_for_one_and_for_eight() -> None:
+    assert [(name, shipped(name).gpus) for name in WAN] == [
+        ("wan21_1.3b_1gpu", 1),
+        ("wan21_1.3b_8gpu", 8),
+        ("wan21_1.3b_compare", 1),
+    ]
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_each_gpu_holds_one_sample_at_a_time(name: str) -> None:
+    gpus, runs = shipped(name)
+    for config in runs:
+        rounds = [of_rank(config, rank, gpus) for rank in range(gpus)]
+        assert {len(batch) for batches in rounds for batch in batches} == {1}
+        everything = sorted(i for batches in rounds for batch in batches for i in batch)
+        assert everything == list(range(config.optim.batch_size))
+        assert config.eval.batch_size == 1 and config.model.gradient_checkpointing
+
+
+def test_the_recipes_for_one_and_for_eight_train_alike() -> None:
+    one, eight = (load_run(f"wan21_1.3b_{n}gpu", []) for n in (1, 8))
+    assert (one.optim.batch_size, one.optim.accumulate, eight.optim.accumulate) == (128, 128, 16)
+    alike = ["name=x", "optim.accumulate=1"]
+    assert dump(load_run("wan21_1.3b_1gpu", alike)) == dump(load_run("wan21_1.3b_8gpu", alike))
+
+
+def test_the_former_name_says_what_took_its_place() -> None:
+    with pytest.raises(UserError, match=r"is now wan21_1.3b_8gpu .* or wan21_1.3b_1gpu"):
+        load_run("wan21_1.3b", [])
+
+
+def test_the_comparison_is_fair_and_every_setting_has_its_source() -> None:
+    config = load_compare("wan21_1.3b_compare", [])
+    check_fair(config)
+    assert list(config.variants) == ["none", "refalign", "repa", "videorepa", "crepa"]
+    assert len(config.seeds) >= 3 and config.baseline == "none"
+    lines = (recipe_folder() / "wan21_1.3b_compare.yaml").read_text().splitlines()
+    settings = [line for line in lines if re.match(r"\s*\w+: \S", line)]
+    names = re.compile(r"\s*(name|family|baseline|none): ")
+    without = [line for line in settings if "  # " not in line and not names.match(line)]
+    assert without == ["  path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
