@@ -130,7 +130,7 @@ class PlateauWatch(nn.Module):
         self.register_buffer("best", torch.tensor(-math.inf, dtype=torch.float64))
         self.register_buffer("waited", torch.tensor(0))
         self._missing, self._has_stopped = schedule.patience, False
-        self.register_load_state_dict_post_hook(PlateauWatch._look_again)
+        self.register_load_state_dict_post_hook(PlateauWatch._look_again)  # type: ignore[no-untyped-call]
 
     @property
     def stopped(self) -> bool:

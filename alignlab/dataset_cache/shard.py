@@ -152,7 +152,7 @@ def _opened(path: Path) -> Iterator[int]:
 def _tensor(file: int, span: Span) -> Tensor:
     tensor = torch.empty(span.shape, dtype=span.dtype)
     if tensor.numel():
-        _fill(file, memoryview(bytes_of(tensor).numpy()), span.begin)
+        _fill(file, bytes_of(tensor).numpy().data, span.begin)
     return tensor
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,7 +42,7 @@ class Clip(NamedTuple):
     """A clip that is to be encoded."""
 
     split: str
-    index: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def build_cache(runs: Sequence[RunConfig], *, workers: int = 1) -> list[Built]:
     for run in runs:
         if run.data.cache.mode == "off":
             raise UserError("data.cache.mode: off: no run would read the cache; set it to write")
-        read = {"model": {"path", "precision"}, "data": True, "output": True}
+        read: dict[str, Any] = {"model": {"path", "precision"}, "data": True, "output": True}
         alike.setdefault(run.model_dump_json(include=read), []).append(run)
     return [_build(group, workers) for group in alike.values()]
 
@@ -150,11 +150,11 @@ class CacheBuilder:
 
     def lacks(self, clip: Clip) -> bool:
         """Whether something of a clip is not there."""
-        return self._splits[clip.split].lacks(clip.index, self._reads[clip.split])
+        return self._splits[clip.split].lacks(clip.place, self._reads[clip.split])
 
     def encode(self, clip: Clip) -> None:
         """Makes what is not there."""
-        encoded = self._splits[clip.split][clip.index]
+        encoded = self._splits[clip.split][clip.place]
         for read in self._reads[clip.split]:
             if read.kind == "video" or encoded.pixels.names:
                 encoded.features(read)

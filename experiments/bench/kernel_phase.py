@@ -9,7 +9,7 @@ from alignlab.experiments.bench.gpu_phases import Findings
 from alignlab.experiments.bench.kernels import facts_of
 from alignlab.kernels import speed_table
 from alignlab.kernels.bench import check as checks
-from alignlab.kernels.bench.cases import OPS, Case, select_cases
+from alignlab.kernels.bench.cases import OPS, Case, Op, select_cases
 from alignlab.kernels.bench.csv_file import Row, to_csv, to_row
 from alignlab.kernels.bench.run import Measurement, Provider, measure, missing
 
@@ -108,13 +108,14 @@ def _cases(found: Findings) -> list[Case]:
         Case("relation", 24, 150, 768, 1, torch.bfloat16),
         Case("relation", 21, 1560, 768, 1, torch.bfloat16),
     ]
+    operations: tuple[tuple[Op, tuple[int, int], int, int], ...] = (
+        ("pull_push", (3, 1560), 1024, 9),
+        ("relation", (24, 150), 768, 1),
+    )
     others = [
         Case(op, *size, width, blocks, dtype)
         for dtype in (torch.float32, torch.float16)
-        for op, size, width, blocks in (
-            ("pull_push", (3, 1560), 1024, 9),
-            ("relation", (24, 150), 768, 1),
-        )
+        for op, size, width, blocks in operations
     ]
     cases: list[Case] = [*first, *others, *select_cases(OPS, torch.bfloat16)]
     return list(dict.fromkeys(cases))

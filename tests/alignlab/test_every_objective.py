@@ -22,6 +22,7 @@ from alignlab.teachers import Teacher
 from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.batches import Batch
 from alignlab.training.setup import Caches, build_run, new_caches
+from alignlab.training.step_terms import StepScalars
 from attention_tools import BF16InFp32Functions
 from host_syncs import HostSyncs, on_device
 from run_contents import timeless_contents, timeless_rows
@@ -109,7 +110,7 @@ def test_the_norms_of_queries_and_keys_alone_have_another_dtype_on_a_gpu(
     """
     noted, take_step = BF16InFp32Functions(), Trainer.step
 
-    def step(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+    def step(trainer: Trainer, batches: list[Batch]) -> StepScalars:
         with noted:
             return take_step(trainer, batches)
 

@@ -37,6 +37,7 @@ from alignlab.progress import warn_once
 from alignlab.recipe import load_run, load_stage1_run
 from alignlab.stage1.train import train_stage1
 from alignlab.train import Trainer, train
+from alignlab.training.step_terms import StepScalars
 from damage import KINDS, a_list, cut, delete, empty, folder, garbage, pointer
 from kills import Killed
 from run_contents import read_table, timeless_metrics, timeless_rows
@@ -201,7 +202,7 @@ def stopped_at(step: int, work: Callable[[], object]) -> None:
     """Does `work`, and dies as if killed before a step."""
     take_step = Trainer.step
 
-    def dying(trainer: Trainer, batches: object) -> dict[str, torch.Tensor]:
+    def dying(trainer: Trainer, batches: object) -> StepScalars:
         if trainer.state.step == step:
             raise Killed
         return take_step(trainer, batches)  # type: ignore[arg-type]

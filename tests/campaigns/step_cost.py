@@ -170,7 +170,7 @@ def show_flat(folder: Path, steps: int) -> None:
             print(f"step {trainer.state.step}: {mib:.0f} MiB, {files} files", flush=True)
         return scalars
 
-    Trainer.step = step  # type: ignore[method-assign]
+    Trainer.step = step  # type: ignore[method-assign, assignment]
     train(load_run("tiny", [f"output={folder}", *QUIET, f"steps={steps}", "optim.ema=0.99"]))
 
 

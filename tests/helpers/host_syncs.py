@@ -56,11 +56,11 @@ class HostSyncs(TorchDispatchMode):
 
     def __enter__(self) -> "HostSyncs":
         self._stack.enter_context(_NotesMadeTensors(self.note))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._stack.close()
 
     def __torch_dispatch__(
@@ -68,7 +68,7 @@ class HostSyncs(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "alignlab":
-            inner = OPDEFS[func.name()]._init_fn  # type: ignore[attr-defined]
+            inner = OPDEFS[func.name()]._init_fn
             with _inside(self):
                 return inner(*args, **kwargs)
         if self._waits(func.overloadpacket, args, kwargs):
@@ -118,7 +118,7 @@ class _NotesMadeTensors(TorchFunctionMode):
     """Notes values of the host that are made into tensors of the device, which is a copy."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._note = note
 
     def __torch_function__(

@@ -11,6 +11,7 @@ from alignlab.config.run import RunConfig
 from alignlab.recipe import load_run
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
+from alignlab.training.step_terms import StepScalars
 from kills import Killed
 
 MakeConfig = Callable[..., RunConfig]
@@ -100,7 +101,7 @@ def train_until() -> TrainUntil:
     def run_until(config: RunConfig, step: int) -> None:
         take_step = Trainer.step
 
-        def dying(trainer: Trainer, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        def dying(trainer: Trainer, batches: list[Batch]) -> StepScalars:
             if trainer.state.step == step:
                 raise Killed
             return take_step(trainer, batches)

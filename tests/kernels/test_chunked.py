@@ -62,7 +62,7 @@ def test_pull_push_chunked_equals_eager_whatever_the_panels(
     upstream = draw(2, 3, 2, seed=2)
     outcomes = {}
     for impl in ("eager", "chunked"):
-        margins = {"pos_margin": 0.7, "neg_margin": 0.9}
+        margins: dict[str, Any] = {"pos_margin": 0.7, "neg_margin": 0.9}
         values = torch.stack(pull_push(student, teacher, ids, impl=impl, **margins))
         (grad,) = torch.autograd.grad((values * upstream).sum(), student)
         outcomes[impl] = values.detach(), grad

@@ -43,7 +43,7 @@ def misses(config: RunConfig, *, slice_size: int = 16) -> dict[str, int]:
     clips = ClipEncoder(wan.frozen, build_dataset(config.data, "train"), values, ClipMemory(0))
     clip = clips[0]
     for kind in ("video", "reference"):
-        clip.features(FeatureRead(teacher, kind, teacher.grid or GRID))  # type: ignore[arg-type]
+        clip.features(FeatureRead(teacher, kind, teacher.grid or GRID))
     values.flush()
     counts = values.cache.counts
     return {kind: count.misses for kind, count in counts.items() if count.misses}
@@ -139,9 +139,11 @@ def test_threads_and_libraries(make_config: MakeConfig, monkeypatch: pytest.Monk
 
 def test_code(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     misses(make_config())
+    versions: dict[str, int] = dict(clip_keys.VERSIONS)
+    monkeypatch.setattr(clip_keys, "VERSIONS", versions)
     for kind in ALL:
         with monkeypatch.context() as patch:
-            patch.setitem(clip_keys.VERSIONS, kind, 999)
+            patch.setitem(versions, kind, 999)
             assert misses(make_config()) == {kind: ALL[kind]}
     with monkeypatch.context() as patch:
         patch.setattr("alignlab.data.shapes.dataset.WORLD_VERSION", 999)

@@ -167,7 +167,7 @@ def test_large_entries_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_entries_that_wait_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(store.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("alignlab.dataset_cache.store.time.monotonic", lambda: clock[0])
     cache = DatasetCache(tmp_path, "write")
     cache.write(entry_key(0), entry_tensors(0))
     for now, shards in ((29.0, 0), (31.0, 1), (10_031.0, 1)):

@@ -22,7 +22,7 @@ from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.setup import build_run
-from alignlab.training.step_terms import SampleTerms
+from alignlab.training.step_terms import SampleTerms, StepScalars
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
@@ -53,7 +53,7 @@ def test_what_a_step_leaves_behind_is_seen_at_the_next_row(
 ) -> None:
     take_step = Trainer.step
 
-    def poisoned(trainer: Trainer, batches: object) -> dict[str, torch.Tensor]:
+    def poisoned(trainer: Trainer, batches: object) -> StepScalars:
         scalars = take_step(trainer, batches)  # type: ignore[arg-type]
         if trainer.state.step == 2:
             poison(trainer.state)

@@ -21,6 +21,7 @@ from alignlab.recipe import load_run
 from alignlab.train import Trainer
 from alignlab.training.batches import Batch
 from alignlab.training.setup import Run
+from alignlab.training.step_terms import StepScalars
 
 NO_DROPOUT = "flow={text_dropout: 0, reference_dropout: 0, both_dropout: 0}"
 EQUAL_WORK = ["data.references=[2,2]", "model.text_to_references=true", NO_DROPOUT]
@@ -49,7 +50,7 @@ def test_both_sides_train_alike_and_take_turns(
 
     take_step = Trainer.step
 
-    def harness(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+    def harness(trainer: Trainer, batches: list[Batch]) -> StepScalars:
         nonlocal now
         now += 3.0
         sides.append("harness")

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torch import Tensor
 
 from alignlab.config.written_names import refuse_written
 from alignlab.environment import read_environment
@@ -19,6 +18,7 @@ from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
+from alignlab.training.step_terms import StepScalars
 from kills import Killed
 from run_contents import timeless
 from small_recipes import comparison_recipe
@@ -147,7 +147,7 @@ def test_a_killed_comparison_goes_on(
 
     take_step = Trainer.step
 
-    def killed_run(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+    def killed_run(trainer: Trainer, batches: list[Batch]) -> StepScalars:
         if len(runs) == 2 and trainer.state.step == 1:
             raise Killed
         return take_step(trainer, batches)

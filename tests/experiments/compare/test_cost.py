@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.experiments.compare import cost as cost_module
@@ -28,6 +27,7 @@ from alignlab.experiments.report.verdict import verdict
 from alignlab.experiments.report.write import write_report
 from alignlab.train import RunTrainer, Trainer
 from alignlab.training.batches import Batch
+from alignlab.training.step_terms import StepScalars
 from made_comparisons import make_comparison
 from run_contents import read_table
 from small_recipes import comparison_recipe
@@ -70,7 +70,7 @@ class Clock:
     steps: list[tuple[Trainer, float]] = field(default_factory=list)
     """The model that took each step, and the factor."""
 
-    def step(self, trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+    def step(self, trainer: Trainer, batches: list[Batch]) -> StepScalars:
         factor = 1.0 + float(batches[0].noise_BCTHW[0].abs().mean())
         if sum(other is trainer for other, _ in self.steps) == 1 + DATA_STEPS:
             self.now += 60.0
@@ -147,7 +147,7 @@ def test_every_side_computes_in_its_own_precision(
 ) -> None:
     seen = set()
 
-    def watched(trainer: RunTrainer, batches: Any) -> dict[str, Tensor]:
+    def watched(trainer: RunTrainer, batches: Any) -> StepScalars:
         with trainer.run.autocast():
             computed = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         seen.add((trainer.config.model.precision, computed))

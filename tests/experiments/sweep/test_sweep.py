@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState
-from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.config.written_names import refuse_written
@@ -26,6 +25,7 @@ from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.mlflow_run import read_state
 from alignlab.train import Trainer, train
 from alignlab.training.batches import Batch
+from alignlab.training.step_terms import StepScalars
 from run_contents import read_table, timeless, timeless_metrics
 from small_recipes import sweep_recipe
 
@@ -150,7 +150,7 @@ def test_a_killed_sweep_resumes_as_if_nothing_had_happened(
 
     take_step = Trainer.step
 
-    def interrupted(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+    def interrupted(trainer: Trainer, batches: list[Batch]) -> StepScalars:
         nonlocal steps
         steps += 1
         if steps == 4:
