@@ -244,7 +244,7 @@ def contents(kind: str, output: Path) -> dict[str, Any]:
     for table in sorted(output.rglob("table.csv")):
         rows = read_table(table)
         left["table.csv"] = [row for row in rows if not row["metric"].startswith(COST_METRICS)]
-    for table in sorted(output.rglob("trials.csv")):
+    for table in sorted(output.glob("*/trials.csv")):  # not those in MLflow
         left["trials.csv"] = _trials(kind, table)
     return left
 
