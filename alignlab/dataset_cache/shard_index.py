@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -97,7 +97,7 @@ class Row:
     sha256: str
     cosine_error: CosineError | None
     places: tuple[Place, ...]
-    checked: tuple[int, ...] | None = field(default=None, compare=False)
+    checked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
