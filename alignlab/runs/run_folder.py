@@ -219,7 +219,7 @@ class RunFolder:
     def is_finished_at(self, steps: int) -> bool:
         """Whether there is the result of a training of at least so many steps."""
         result = self.read_result()
-        return result is not None and int(result.get("steps", steps)) >= steps
+        return result is not None and int(result["steps"]) >= steps
 
     def earlier_result(self, steps: int) -> Path:
         """Where the result of so many steps is kept once the run is prolonged."""
@@ -262,6 +262,8 @@ class RunFolder:
         content = read_json(self.result, fix=self.file_fix())
         if not isinstance(content.get("metrics"), dict):
             raise DamagedError(self.result, "it has no metrics", self.file_fix())
+        if not isinstance(content.get("steps"), int):
+            raise DamagedError(self.result, "it has no steps", self.file_fix())
         return content
 
     def file_fix(self) -> str:

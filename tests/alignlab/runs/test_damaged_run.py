@@ -286,3 +286,14 @@ def test_a_result_of_an_older_version_is_read(finished: Path) -> None:
     found = verify_run(finished)
     assert found.damaged == {}
     assert found.unknown == [f"{finished}: finished before checksums were kept"]
+
+
+def test_a_result_that_names_no_steps_is_none_of_a_training(
+    finished: Path, recipe_file: Path
+) -> None:
+    """Such as that of an evaluation: else the run would be finished at any number of steps."""
+    write_json(finished / "result.json", {"step": 2, "metrics": {"val/flow": 0.5}})
+    for steps in (2, 9):
+        with pytest.raises(UserError, match=r"result\.json is damaged \(it has no steps\)"):
+            train(load_run(recipe_file, [f"output={finished.parent}", f"steps={steps}"]))
+    assert finished / "result.json" in verify_run(finished).damaged
