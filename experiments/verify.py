@@ -85,6 +85,13 @@ def _check_runs_are_there(folder: Path, found: Findings) -> None:
         found.say(folder / COMPARISON, f"{error}; {SAME_COMMAND}")
         return
     for result in results:
-        path = folder / result.run_dir / "result.json"
-        if not path.exists():
-            found.say(path, f"{path} is missing: {SAME_COMMAND}")
+        run = RunFolder(folder / result.run_dir)
+        if run.result.exists():
+            continue
+        if run.earlier_result(result.steps).exists():
+            found.unknown.append(
+                f"{run.path}: is being prolonged, and {folder} reports its {result.steps} steps: "
+                "give the command with more steps again"
+            )
+            continue
+        found.say(run.result, f"{run.result} is missing: {SAME_COMMAND}")

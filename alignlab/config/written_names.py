@@ -19,6 +19,7 @@ _FILES = frozenset(
 )
 _MORE_FILES = (
     r"(mlflow|study)\.db\b.*|budget\.json\.lock|worker-\d+\.log|result-\d+\.json|code(-\d+)?\.diff"
+    r"|recipe-\d+\.yaml"
 )
 _OF_A_SEED = r".+/seed-\d+"  # as comparisons and sweeps name their runs
 

@@ -35,9 +35,9 @@ from alignlab.experiments.compare.result import (
     SampleClip,
 )
 from alignlab.experiments.compare.reuse import (
-    begin_legs,
     measure_missing_blocks,
     open_run,
+    recipe_to_train,
     refuse_different_plans,
 )
 from alignlab.experiments.compare.tracking import tracked
@@ -158,14 +158,14 @@ def join(config: CompareConfig) -> None:
 def unfinished(config: CompareConfig) -> list[Path]:
     """Recipes of the runs that are not finished, each for an `alignlab train` of its own.
 
-    The folders of all runs are made. Once the runs are trained, `compare` takes them as they are.
+    The folders of all runs are made; what is there stays until a run is trained. Once all are
+    trained, `compare` takes them as they are.
 
     Raises:
         UserError: as `compare`.
     """
     plan = prepare(config)
-    begin_legs(plan.runs, plan.folders)
-    return [plan.folders[key].recipe for key in _missing(plan)]
+    return [recipe_to_train(run, plan.folders[key]) for key, run in _missing(plan).items()]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,10 @@ from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, prepare, unfinished
+from alignlab.experiments.verify import verify_folder
+from alignlab.recipe import load_run
 from alignlab.runs.run_folder import RunFolder
+from alignlab.train import train
 from kills import Killed
 from run_contents import file_contents, timeless
 from small_recipes import comparison_recipe
@@ -131,8 +134,21 @@ def test_a_prolonged_comparison_is_the_long_one(
     make: MakeCompare, recipes: Path, tmp_path: Path
 ) -> None:
     more = make("one", "steps=3")
+    before = file_contents(tmp_path / "runs")
     listed = unfinished(more)  # for an `alignlab train` of each
-    assert [RunFolder.open(path.parent).config().steps for path in listed] == [3, 3]
+    assert [load_run(path, stored=True).steps for path in listed] == [3, 3]
+    after = file_contents(tmp_path / "runs")
+    assert {name: after[name] for name in before} == before, "nothing is prolonged by a list"
+    compare(make("one"))  # and the comparison is as it was
+    first, second = listed
+    train(load_run(first, stored=True))
+    assert unfinished(more) == [second]
+    pair = tmp_path / "runs" / "pair"
+    assert not any("is being prolonged" in note for note in verify_folder(pair).unknown)
+    result = (first.parent / "result.json").rename(first.parent / "aside")
+    found = verify_folder(pair)
+    assert found.damaged == {} and any("is being prolonged" in note for note in found.unknown)
+    result.rename(first.parent / "result.json")
     folder = compare(more).parent
     long = load_compare(recipes / "one" / "pair.yaml", [f"output={tmp_path / 'long'}", "steps=3"])
     assert numbers(folder) == numbers(compare(long).parent)
