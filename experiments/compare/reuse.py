@@ -38,15 +38,17 @@ def open_run(run: RunConfig) -> tuple[RunConfig, RunFolder]:
             blocks, and another process trains it.
     """
     folder = RunFolder(user_path(run.output) / run.name)
+    stored = _stored_blocks(folder)
+    if stored is not None and folder.has_begun:  # blocks are no reason to refuse it
+        folder.check_goes_on(_with_blocks(run, stored))
     held = _held_blocks(folder, run)
     if held is not None:
         if folder.result.exists() or set(held) >= set(run.eval.blocks or ()):
             run = _with_blocks(run, held)
         else:  # evaluations before the last step (`eval.every`) may lack some of them
             with only_writer(folder.path, wait=False):
-                stored = folder.config()
                 more = sorted({*held, *(run.eval.blocks or ())})
-                folder.write_recipe(_with_blocks(stored, tuple(more)))
+                folder.write_recipe(_with_blocks(folder.config(), tuple(more)))
             run = _with_blocks(run, tuple(more))
     return run, RunFolder.create(run)
 
@@ -129,17 +131,21 @@ def recipe_to_train(run: RunConfig, folder: RunFolder) -> Path:
 
 def _held_blocks(folder: RunFolder, run: RunConfig) -> tuple[int, ...] | None:
     """The blocks of a folder's recipe, if `run` differs in them, and in `steps` at most."""
+    blocks = _stored_blocks(folder)
+    if blocks is None or run.eval.blocks is None or blocks == run.eval.blocks:
+        return None
+    alike = _with_blocks(folder.config(), run.eval.blocks).model_copy(update={"steps": run.steps})
+    return blocks if identity(alike, NUMBERLESS) == identity(run, NUMBERLESS) else None
+
+
+def _stored_blocks(folder: RunFolder) -> tuple[int, ...] | None:
+    """The blocks of a folder's recipe, if it says them."""
     if not folder.recipe.is_file():
         return None
     try:
-        held = folder.config()
+        return folder.config().eval.blocks
     except UserError:
         return None  # `RunFolder.create` says what it is
-    blocks = held.eval.blocks
-    if blocks is None or run.eval.blocks is None or blocks == run.eval.blocks:
-        return None
-    alike = _with_blocks(held, run.eval.blocks).model_copy(update={"steps": run.steps})
-    return blocks if identity(alike, NUMBERLESS) == identity(run, NUMBERLESS) else None
 
 
 def _with_blocks(run: RunConfig, blocks: tuple[int, ...]) -> RunConfig:

@@ -178,3 +178,13 @@ def test_runs_whose_schedules_were_planned_otherwise_are_refused(
     with pytest.raises(UserError, match="their schedules would not be the same") as error:
         prepare(config(*stretched, "seeds=[0,1]"))
     assert "4 steps, stretch to 8 from step 4; 8 steps" in str(error.value)
+
+
+def test_a_changed_variant_is_refused_for_what_was_changed(make: MakeCompare) -> None:
+    """Not for the blocks that follow from a variant that was added."""
+    with pytest.raises(UserError) as error:
+        prepare(make("more", "variants.first.objectives.ra.weight=2"))
+    assert (
+        "first/seed-0 holds a run of another recipe (objectives.ra.weight was 1.0, is 2.0): "
+        in str(error.value)
+    )
