@@ -297,3 +297,20 @@ def test_a_result_that_names_no_steps_is_none_of_a_training(
         with pytest.raises(UserError, match=r"result\.json is damaged \(it has no steps\)"):
             train(load_run(recipe_file, [f"output={finished.parent}", f"steps={steps}"]))
     assert finished / "result.json" in verify_run(finished).damaged
+
+
+def test_what_to_do_about_a_checkpoint_depends_on_the_others(stopped: Path) -> None:
+    older, newer = (stopped / "checkpoints" / f"step-{step:06d}" for step in (2, 4))
+
+    def fixes() -> list[str]:
+        damaged = verify_run(stopped).damaged
+        return [damaged[path].split("): ", 1)[1] for path in (older, newer) if path in damaged]
+
+    state = (older / "state.json").read_bytes()
+    flip(older / "state.json")
+    assert fixes()[0].startswith("step-000004 is newer and whole: remove this one")
+    flip(newer / "state.json")
+    again = f"copy it back from elsewhere, or remove {stopped} to train from the start"
+    assert fixes() == [again, again]
+    (older / "state.json").write_bytes(state)
+    assert fixes() == ["the older one is resumed in its place, or copy it back from elsewhere"]
