@@ -30,9 +30,11 @@ def verify_folder(folder: Path) -> Findings:
         return verify_stage1(folder)
     if looks_like_run(folder):
         return _with_stage1(folder)
-    folders = sorted({path.parent for path in folder.rglob("*")} | {folder})
-    runs = [path for path in folders if looks_like_run(path)]
-    others = [path for path in folders if _is_of_several(path) and path not in runs]
+    below = sorted({path.parent for path in folder.rglob("*")} - {folder})
+    runs = [path for path in below if looks_like_run(path)]
+    others = [path for path in below if _is_of_several(path) and path not in runs]
+    if any((folder / name).exists() for name in KINDS):
+        others.insert(0, folder)
     if not runs and not others:
         raise UserError(f"{folder}: no run, Stage 1 network, comparison or sweep there")
     found = Findings()
@@ -44,8 +46,8 @@ def verify_folder(folder: Path) -> Findings:
 
 
 def _is_of_several(folder: Path) -> bool:
-    """Whether it is the folder of a comparison or a sweep."""
-    return any((folder / name).exists() for name in KINDS)
+    """Whether it is the folder of a comparison or a sweep; a run that never began has inputs too."""
+    return any((folder / name).exists() for name in KINDS if name != "inputs.json")
 
 
 def _pruned(run: Path) -> str:
