@@ -46,7 +46,7 @@ def verify_folder(folder: Path) -> Findings:
 
 
 def _is_of_several(folder: Path) -> bool:
-    """Whether it is the folder of a comparison or a sweep; a run that never began has inputs too."""
+    """Whether it is of a comparison or a sweep; a run that never began has inputs as well."""
     return any((folder / name).exists() for name in KINDS if name != "inputs.json")
 
 
