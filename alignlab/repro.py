@@ -161,7 +161,7 @@ def _commands(
     until: _Until | None = None,
 ) -> Iterator[str]:
     config = load_training(folder.recipe)
-    changed = {}
+    changed: dict[str, str] = {}
     if isinstance(config, RunConfig) and config.model.init_from is not None:
         changed = yield from _source_commands(folder, config, output, machine, seen)
     yield f"# {folder.path}"
