@@ -68,7 +68,10 @@ def check_fits(config: RunConfig, there: RunConfig, run: Path) -> None:
     if there.model.train != config.model.train:
         whole = "export the run"
         if there.model.train == "lora":
-            whole += ", fuse the adapter into its model (diffusers: fuse_lora, unload_lora_weights, save_pretrained)"
+            whole += (
+                ", fuse the adapter into its model (diffusers: load_lora_weights, fuse_lora, "
+                "unload_lora_weights, save_pretrained)"
+            )
         raise UserError(
             f"{SETTING}: {run} trained {_shown(there.model)}, this run trains "
             f"{_shown(config.model)}: a LoRA is no whole model, nor is a model one; "
