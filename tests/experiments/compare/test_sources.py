@@ -9,6 +9,7 @@ import pytest
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.run import prepare
+from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.run_folder import RunFolder
 from small_recipes import comparison_recipe
 
@@ -57,9 +58,9 @@ def test_a_source_that_is_not_there_is_refused_before_anything_is_made(
 
 
 def test_a_source_of_other_weights_is_refused(make: Make) -> None:
-    lora = "variants.second.model={train: lora, lora: {rank: 4, alpha: 8}}"
+    lora = [f"variants.second.model.{one}" for one in ("train=lora", "lora.rank=4", "lora.alpha=8")]
     with pytest.raises(UserError, match="trained all weights, this run trains a LoRA"):
-        prepare(make("pair/none/seed-0", lora))
+        prepare(make("pair/none/seed-0", *lora))
 
 
 def test_a_variant_may_start_from_a_run_before_it_which_is_not_prolonged(
@@ -68,6 +69,7 @@ def test_a_variant_may_start_from_a_run_before_it_which_is_not_prolonged(
     plan = prepare(make("pair/none/seed-0"))
     checkpoint = finish(plan.folders["none", 0], 2)
     prepare(make("pair/none/seed-0"))
+    hold_inputs(plan.folders["second", 0], plan.runs["second", 0])  # as its training would
     finish(plan.folders["second", 0], 2)
     before = (plan.folders["second", 0].path / "inputs.json").read_bytes()
     assert b"step-000002" in before
