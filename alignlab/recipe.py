@@ -35,6 +35,8 @@ NUMBERLESS: dict[str, Any] = {
     "eval": {"every": True, "sample_every": True},
 }
 
+MOST_SHOWN = 5  # settings, in one line
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -157,7 +159,7 @@ def holds_recipe(path: Path, config: TrainingConfig) -> bool:
 
 
 def shown_difference(path: Path, config: TrainingConfig) -> str:
-    """The first setting that a recipe file has otherwise than `config`, in words."""
+    """The settings that a recipe file has otherwise than `config`, in words."""
     try:
         held = validated(type(config), read_recipe(path, []), stored=True)
     except UserError:
@@ -167,12 +169,15 @@ def shown_difference(path: Path, config: TrainingConfig) -> str:
 
 
 def first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """The first setting, by dotted name, that was otherwise there, in words; empty for none."""
+    """The settings, by dotted name, that were otherwise there, in words; empty for none.
+
+    The first `MOST_SHOWN` of them, and how many more.
+    """
     keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
-    if not keys:
-        return ""
-    more = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f"{keys[0]} was {there.get(keys[0])}, is {here.get(keys[0])}{more}"
+    shown = [f"{key} was {there.get(key)}, is {here.get(key)}" for key in keys[:MOST_SHOWN]]
+    if len(keys) > MOST_SHOWN:
+        shown.append(f"and {len(keys) - MOST_SHOWN} more")
+    return "; ".join(shown)
 
 
 def _shown_order(held: TrainingConfig, config: TrainingConfig) -> str:

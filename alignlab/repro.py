@@ -1,18 +1,25 @@
 """The commands that make a run again."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+from alignlab import checkout
+from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.environment import PACKAGES, THEN, package_version, read_environment
+from alignlab.models.model_files import is_relative
 from alignlab.recipe import load_training
+from alignlab.runs.checkpoint_folders import is_step_name, step_of
 from alignlab.runs.code_record import MOST_BYTES, Start, check_diffs, read_code
-from alignlab.runs.init_source import named_run
+from alignlab.runs.init_source import SETTING, named_run
+from alignlab.runs.input_record import InputRecord, started_from
 from alignlab.runs.prolong import Leg, plan_of
 from alignlab.runs.run_folder import RunFolder
+from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
 
 OUTPUT = "repro"
@@ -46,15 +53,15 @@ class _Machine:
         code = (start["version"], start["commit"], start["diff_sha256"], *start["untracked"])
         if code != self._code:
             if self._diff is not None:  # else it would be in the way of the next commit and diff
-                yield shlex.join(["git", "apply", "--reverse", str(self._diff)])
+                yield _git("apply", "--reverse", str(self._diff))
             self._code, self._diff = code, None
             if start["commit"] is None:
                 yield shlex.join(["pip", "install", f"alignlab=={start['version']}"])
             else:
-                yield shlex.join(["git", "checkout", start["commit"]])
+                yield _git("checkout", start["commit"])
             if start["diff"] is not None and start["diff_bytes"]:
                 self._diff = (folder / start["diff"]).resolve()
-                yield shlex.join(["git", "apply", str(self._diff)])
+                yield _git("apply", str(self._diff))
             elif start["diff_bytes"]:
                 yield (
                     f"# the checkout had changes of {start['diff_bytes']:,} bytes, more than the "
@@ -76,24 +83,98 @@ class _Machine:
             yield shlex.join(["pip", "install", *(f"{n}=={v}" for n, v in lacking.items())])
 
 
+def _git(*arguments: str) -> str:
+    """In alignlab's own checkout, wherever the trainings are; else in the folder one stands in."""
+    is_there = (checkout.FOLDER / ".git").exists()
+    return shlex.join(["git", *(("-C", str(checkout.FOLDER)) if is_there else ()), *arguments])
+
+
+class _Until(NamedTuple):
+    """How far a run is made that another one starts from.
+
+    Args:
+        step: of the weights that are read; None: that is not known.
+        is_named: they are those of a checkpoint that is named, not the last ones.
+    """
+
+    step: int | None
+    is_named: bool
+
+    def legs(self, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
+        """Those up to that step."""
+        if self.step is None:
+            return legs
+        return tuple(leg for leg in legs if leg.from_step < self.step)
+
+    def settings(self, config: TrainingConfig, steps: int) -> dict[str, str]:
+        """What keeps the checkpoint there, of a run of so many steps; no number changes with it."""
+        written = config.checkpoint
+        settings = {} if written.keep_finished == "all" else {"checkpoint.keep_finished": "all"}
+        if not self.is_named or self.step is None or self.step == steps:
+            return settings
+        every = written.every
+        if self.step % every:  # it was written by the clock, or at a signal
+            every = self.step
+            settings["checkpoint.every"] = str(every)
+        if written.every_minutes is not None:
+            settings["checkpoint.every_minutes"] = "null"
+        keep = steps // every - self.step // every + 2
+        return settings | {"checkpoint.keep": str(max(keep, written.keep))}
+
+
+def _source_commands(
+    folder: RunFolder, config: RunConfig, output: str, machine: _Machine, seen: tuple[Path, ...]
+) -> Generator[str, None, dict[str, str]]:
+    """The commands of the run that another one started from; returns the settings that name it."""
+    assert config.model.init_from is not None
+    named, source = user_path(config.model.init_from), named_run(config.model.init_from)
+    if not source.recipe.is_file() or source.path.resolve() in seen:
+        yield f"# the run that it started from is not at {named}"
+        return {}
+    recorded = InputRecord(folder.path, config.output).inputs.get((SETTING, config.model.init_from))
+    found = None if recorded is None else started_from(recorded)
+    checkpoint = None if recorded is None else recorded.checkpoint
+    is_named = is_step_name(named.name)
+    if is_named:
+        checkpoint = named.name
+    elif found is not None:
+        checkpoint = found.name
+    step = None if checkpoint is None else step_of(Path(checkpoint))
+    there = load_training(source.recipe)
+    is_changed = recorded is not None and found is None and checkpoint is not None
+    if is_changed and (source.checkpoints / str(checkpoint)).exists():
+        yield f"# {source.checkpoints / str(checkpoint)} holds other weights than it started from"
+    if step is None and plan_of(source, there).was_prolonged:
+        yield f"# after which of its parts it started from {named} is not known"
+    until = _Until(step, is_named)
+    yield from _commands(source, output, machine, (*seen, folder.path.resolve()), until)
+    again = user_path(output) / there.name
+    inner = named.relative_to(source.path)  # a checkpoint, or the run
+    return {SETTING: str(again / inner)}
+
+
 def _commands(
-    folder: RunFolder, output: str, machine: _Machine, seen: tuple[Path, ...]
+    folder: RunFolder,
+    output: str,
+    machine: _Machine,
+    seen: tuple[Path, ...],
+    until: _Until | None = None,
 ) -> Iterator[str]:
     config = load_training(folder.recipe)
-    starts_from = {}
+    changed: dict[str, str] = {}
     if isinstance(config, RunConfig) and config.model.init_from is not None:
-        named, source = user_path(config.model.init_from), named_run(config.model.init_from)
-        if source.recipe.is_file() and source.path.resolve() not in seen:
-            yield from _commands(source, output, machine, (*seen, folder.path.resolve()))
-            again = user_path(output) / load_training(source.recipe).name
-            inner = named.relative_to(source.path)  # a checkpoint, or the run
-            starts_from = {"model.init_from": str(again / inner)}
-        else:
-            yield f"# the run that it started from is not at {named}"
+        changed = yield from _source_commands(folder, config, output, machine, seen)
     yield f"# {folder.path}"
+    if relative := _relative_paths(config):
+        names = ", ".join(f"{name} ({path})" for name, path in relative.items())
+        yield f"# to be trained in the folder where it was, from which it reads {names}"
     facts = read_environment(folder.path / "environment.json")
     check_diffs(folder.path)
     starts, legs = read_code(folder.path), plan_of(folder, config).legs
+    if until is not None:
+        legs = until.legs(legs)
+        changed |= until.settings(config, legs[-1].steps)
+        starts = [start for start in starts if start["step"] < legs[-1].steps]
     if not starts:
         yield f"# with which code it was trained is not known: commit {facts['commit']}"
     for place, leg in enumerate(legs):
@@ -104,9 +185,24 @@ def _commands(
             yield from _versions(facts, machine)
         if place and leg.from_step < legs[place - 1].steps:
             yield f"# the run above is stopped after its checkpoint of step {leg.from_step}"
-        yield _train(folder, config, leg, facts, start, {"output": output, **starts_from})
+        yield _train(folder, config, leg, facts, start, {"output": output, **changed})
     if len(starts) > len(legs):
         yield f"# it was resumed with other code in between: {folder.path / 'code.json'}"
+
+
+def _relative_paths(config: TrainingConfig) -> dict[str, str]:
+    """What a recipe names by a path that depends on the folder where the command is given."""
+    named = {
+        key: path
+        for key, path in flatten(config.model_dump(mode="json")).items()
+        if key.endswith(".path") and isinstance(path, str)
+    }
+    if isinstance(config, RunConfig):
+        for alias, objective in config.objectives.items():
+            stage1 = stage1_folder_of(alias, objective)
+            if stage1 is not None:
+                named[stage1.key] = stage1.folder
+    return {key: path for key, path in named.items() if is_relative(path)}
 
 
 def _versions(facts: Mapping[str, str], machine: _Machine) -> Iterator[str]:

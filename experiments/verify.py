@@ -1,5 +1,6 @@
 """Whether a run, a Stage 1 network, a comparison or a sweep is as it was written."""
 
+import csv
 from pathlib import Path
 
 from alignlab.errors import UserError
@@ -15,7 +16,8 @@ SEALED = ("budget.json", "progress.json", "inputs.json")
 SAME_COMMAND = "give the command that wrote it again"
 STUDY = "study.db"
 COMPARISON = "comparison.json"
-KINDS = (COMPARISON, "trials.csv", STUDY, *SEALED, "report.html", "sweep.html")
+TRIALS = "trials.csv"
+KINDS = (COMPARISON, TRIALS, STUDY, *SEALED, "report.html", "sweep.html", ".report.lock")
 
 
 def verify_folder(folder: Path) -> Findings:
@@ -28,18 +30,42 @@ def verify_folder(folder: Path) -> Findings:
         return verify_stage1(folder)
     if looks_like_run(folder):
         return _with_stage1(folder)
-    runs = sorted({p.parent for p in folder.rglob("*") if looks_like_run(p.parent)})
-    runs = [run for run in runs if run != folder]
-    if not runs and not any((folder / name).exists() for name in KINDS):
+    below = sorted({path.parent for path in folder.rglob("*")} - {folder})
+    runs = [path for path in below if looks_like_run(path)]
+    others = [path for path in below if _is_of_several(path) and path not in runs]
+    if any((folder / name).exists() for name in KINDS):
+        others.insert(0, folder)
+    if not runs and not others:
         raise UserError(f"{folder}: no run, Stage 1 network, comparison or sweep there")
-    found = _outputs(folder)
+    found = Findings()
+    for path in others:
+        found.add(_outputs(path))
     for run in runs:
         found.add(_with_stage1(run))
     return found
 
 
+def _is_of_several(folder: Path) -> bool:
+    """Whether it is of a comparison or a sweep; a run that never began has inputs as well."""
+    return any((folder / name).exists() for name in KINDS if name != "inputs.json")
+
+
+def _pruned(run: Path) -> str:
+    """Of a run of a sweep that has ended, why it is not finished, as far as the sweep says it."""
+    table = run.parent.parent / TRIALS
+    if not table.is_file():
+        return ""
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            states = {row["folder"]: row["state"] for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, csv.Error):
+        return ""  # a damaged table is told by itself
+    pruned = states.get(run.parent.name) == "pruned"
+    return "its trial was pruned, so the run has no result.json" if pruned else ""
+
+
 def _with_stage1(run: Path) -> Findings:
-    found = verify_run(run)
+    found = verify_run(run, pruned=_pruned(run))
     stage1 = RunFolder(run).stage1
     if stage1.is_dir():
         found.add(verify_stage1(stage1))
@@ -85,6 +111,13 @@ def _check_runs_are_there(folder: Path, found: Findings) -> None:
         found.say(folder / COMPARISON, f"{error}; {SAME_COMMAND}")
         return
     for result in results:
-        path = folder / result.run_dir / "result.json"
-        if not path.exists():
-            found.say(path, f"{path} is missing: {SAME_COMMAND}")
+        run = RunFolder(folder / result.run_dir)
+        if run.result.exists():
+            continue
+        if run.earlier_result(result.steps).exists():
+            found.unknown.append(
+                f"{run.path}: is being prolonged, and {folder} reports its {result.steps} steps: "
+                "give the command with more steps again"
+            )
+            continue
+        found.say(run.result, f"{run.result} is missing: {SAME_COMMAND}")

@@ -1,24 +1,37 @@
 """Names of what alignlab itself writes below `output`: no run may have one of them.
 
-A run of such a name would lie where a file has to be, or in a folder that is replaced.
+A run of such a name would lie where a file has to be, or in a folder that is replaced; so would
+what a command writes at `--out`.
 """
 
 import re
 
 _IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache")
-_IN_RUNS = ("checkpoints", "samples", "stage1", "export", "probe", "evaluations")
+_KEPT = ("checkpoints", "samples", "stage1")
+_IN_RUNS = (*_KEPT, "export", "probe", "evaluations")
 _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
     comparison.json report.html report.md table.csv table.tex steps.csv progress.json budget.json
     cost.json code.json checksums.json mlflow.json mlflow_tags.json
-    study.db trials.csv best.yaml sweep.html worker.log
+    study.db trials.csv best.yaml sweep.html worker.log stage1.json
     """.split()
 )
 _MORE_FILES = (
     r"(mlflow|study)\.db\b.*|budget\.json\.lock|worker-\d+\.log|result-\d+\.json|code(-\d+)?\.diff"
+    r"|recipe-\d+\.yaml"
 )
 _OF_A_SEED = r".+/seed-\d+"  # as comparisons and sweeps name their runs
+
+
+def is_kept(name: str) -> bool:
+    """Whether a run, comparison, sweep or Stage 1 network reads again what has this name in it.
+
+    Its `export`, `probe` and `evaluations` are for users alone.
+    """
+    if name in _FILES or name in _KEPT or name.startswith("."):
+        return True
+    return re.fullmatch(_MORE_FILES, name) is not None
 
 
 def refuse_written(name: str) -> None:

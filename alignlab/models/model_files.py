@@ -47,6 +47,16 @@ def on_disk(source: str) -> Path | None:
     return next(folders, None)
 
 
+def is_relative(source: str) -> bool:
+    """Whether a model's or data set's name depends on the current folder: no asset, no hub id.
+
+    What may be either counts as a folder if there is one.
+    """
+    if user_path(source).is_absolute() or source.startswith("assets/"):
+        return False
+    return user_path(source).exists() or not _HUB_ID.fullmatch(source)
+
+
 def present_folder(source: str) -> Path | None:
     """`on_disk`, or what the hub's cache holds of a hub id; never uses the network."""
     folder = on_disk(source)

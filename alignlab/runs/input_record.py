@@ -21,8 +21,10 @@ from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checkpoint_folders import newest_step, step_folders, step_of
 from alignlab.runs.checksums import DamagedError, read_json, write_json
-from alignlab.runs.inputs import Input, model_inputs, read_inputs
+from alignlab.runs.init_source import SETTING, InitSource, named_run
+from alignlab.runs.inputs import Input, init_input, model_inputs, read_inputs
 from alignlab.runs.run_folder import RunFolder, only_writer
 
 log = logging.getLogger(__name__)
@@ -36,13 +38,17 @@ Key = tuple[str, str]
 
 
 class RecordedInput(BaseModel):
-    """An `Input` as it is kept; without `files` where these are many."""
+    """An `Input` as it is kept; without `files` where these are many.
+
+    Records of older versions name no checkpoint.
+    """
 
     name: str
     source: str
     digest: str
     num_files: int
     files: dict[str, str] | None = None
+    checkpoint: str | None = None
 
 
 class _Content(BaseModel):
@@ -72,27 +78,39 @@ class InputRecord:
         self.is_fixed = content is not None and content.fixed
         self.inputs = {} if content is None else {(i.name, i.source): i for i in content.inputs}
 
-    def changes(self, inputs: Iterable[Input]) -> dict[str, str]:
-        """By name of the input, which files are others than recorded, in words."""
+    def changes(self, inputs: Iterable[Input], *, has_begun: bool = False) -> dict[str, str]:
+        """By name of the input, which files are others than recorded, in words.
+
+        Args:
+            inputs: of today.
+            has_begun: nothing is read any more of what the run started from, which may have been
+                trained further.
+        """
         changed: dict[str, str] = {}
         for now in inputs:
             before = self.inputs.get((now.name, now.source))
-            if before is not None and before.digest != now.digest:
-                changed[now.name] = _shown_files(self.files(before), _shortened(now.files))
+            if before is None or before.digest == now.digest:
+                continue
+            if has_begun and now.name == SETTING and _may_be_started_from(before):
+                continue
+            changed[now.name] = _shown_files(self.files(before), _shortened(now.files))
         return changed
 
-    def refuse_changes(self, inputs: Iterable[Input], *, since: str, remedy: str) -> None:
+    def refuse_changes(
+        self, inputs: Iterable[Input], *, since: str, remedy: str, has_begun: bool = False
+    ) -> None:
         """Refuses inputs that are others than recorded.
 
         Args:
             inputs: of today.
             since: when they were recorded, such as `this run began`.
             remedy: what else can be done than to restore them.
+            has_begun: see `changes`.
 
         Raises:
             UserError: it names the inputs and the files.
         """
-        changed = self.changes(inputs)
+        changed = self.changes(inputs, has_begun=has_begun)
         if changed:
             it = "it" if len(changed) == 1 else "them"
             raise UserError(f"{self.folder}: {_shown(changed, since)}: restore {it}, or {remedy}")
@@ -143,7 +161,11 @@ class InputRecord:
     def _recorded(self, one: Input) -> RecordedInput:
         files = _shortened(one.files)
         entry = RecordedInput(
-            name=one.name, source=one.source, digest=one.digest, num_files=len(files)
+            name=one.name,
+            source=one.source,
+            digest=one.digest,
+            num_files=len(files),
+            checkpoint=one.checkpoint,
         )
         if len(files) <= MOST_INLINE:
             return entry.model_copy(update={"files": files})
@@ -239,13 +261,40 @@ def tell_changes(folder: RunFolder, config: RunConfig, *, model_only: bool = Fal
         _tell_unknown(record)
         return
     inputs = model_inputs(config) if model_only else read_inputs(config, fetch=False)
-    changed = record.changes(inputs)
+    changed = record.changes(inputs, has_begun=True)
     if changed:
         log.warning("%s: %s: what follows is of the new", folder.path, _shown(changed, "it began"))
 
 
 def _refuse_changes(record: InputRecord, inputs: Iterable[Input]) -> None:
-    record.refuse_changes(inputs, since="this run began", remedy="choose another name=...")
+    record.refuse_changes(
+        inputs, since="this run began", remedy="choose another name=...", has_begun=True
+    )
+
+
+def started_from(recorded: RecordedInput) -> Path | None:
+    """The checkpoint that a run started from, if it is there as it was.
+
+    Args:
+        recorded: its `model.init_from`.
+    """
+    run = named_run(recorded.source)
+    for checkpoint in reversed(step_folders(run.checkpoints)):
+        if recorded.checkpoint in (None, checkpoint.name):
+            now = init_input(recorded.source, InitSource(run, checkpoint))
+            if now.digest == recorded.digest:
+                return checkpoint
+    return None
+
+
+def _may_be_started_from(recorded: RecordedInput) -> bool:
+    """Whether that checkpoint is there, or gone since its run was trained further."""
+    if started_from(recorded) is not None:
+        return True
+    checkpoints = named_run(recorded.source).checkpoints
+    if recorded.checkpoint is None or (checkpoints / recorded.checkpoint).exists():
+        return False
+    return newest_step(checkpoints) > step_of(checkpoints / recorded.checkpoint)
 
 
 def _tell_unknown(record: InputRecord) -> None:

@@ -12,7 +12,7 @@ from alignlab.models.model_files import on_disk, present_folder
 from alignlab.models.pipeline_parts import COMPONENTS, TEXT_PARTS, part_endings
 from alignlab.models.wan import pipeline_folder
 from alignlab.runs.file_digests import combined, digest_files, digest_folder
-from alignlab.runs.init_source import SETTING, init_source
+from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
 from alignlab.teachers.load import teacher_folder
@@ -29,11 +29,13 @@ class Input:
         name: as messages have it: `model/vae`, `teachers.dino`, `objectives.sara.aligner`, `data`.
         source: as the recipe names it; inputs of one name and source are the same input.
         files: digest of each file by its name in the source's folder.
+        checkpoint: name of the checkpoint that `model.init_from` stands for.
     """
 
     name: str
     source: str
     files: dict[str, str]
+    checkpoint: str | None = None
 
     @property
     def digest(self) -> str:
@@ -118,8 +120,18 @@ def _init_from(config: RunConfig) -> Iterator[Input]:
         return  # is told where a run starts from them
     if source is not None:
         assert config.model.init_from is not None
-        digests = digest_files(source.checkpoint, source.files())
-        yield Input(SETTING, config.model.init_from, digests)
+        yield init_input(config.model.init_from, source)
+
+
+def init_input(named: str, source: InitSource) -> Input:
+    """The weights of a checkpoint that a run starts from.
+
+    Args:
+        named: `model.init_from`.
+        source: what it stands for.
+    """
+    digests = digest_files(source.checkpoint, source.files())
+    return Input(SETTING, named, digests, source.checkpoint.name)
 
 
 def _data(config: DataConfig) -> Iterator[Input]:

@@ -51,7 +51,9 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
     if not was_finished:
         locks.enter_context(only_writer(folder.path, wait=wait))
         clear_leftovers(folder.checkpoints)
+        folder.check_goes_on(config)  # whoever held the lock may have changed it meanwhile
         take_back_result(folder, config)
+        folder.take_settings(config)
     hold_inputs(folder, config)
     if is_finished(config, folder):
         log.info("%s is finished already: all %d steps are trained", folder.path, config.steps)

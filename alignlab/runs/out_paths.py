@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from alignlab.config.written_names import is_kept
 from alignlab.errors import UserError
 from alignlab.runs.disk_errors import FULL
 from alignlab.runs.file_lock import file_lock
+
+_OF_ALIGNLAB = (  # where one of these is, a run, a comparison, a sweep or a Stage 1 network is
+    *(".writer.lock", ".report.lock", "inputs.json", "metrics.jsonl", "result.json"),
+    *("comparison.json", "study.db", "trials.csv", "stage1.json"),
+)
 
 
 @contextmanager
@@ -35,9 +41,11 @@ def out_folder(out: Path) -> Iterator[None]:
     """Held while a command makes the folder, or the files in it, that it writes at `out`.
 
     Raises:
-        UserError: as `check_out_folder`, or another command is about to write it.
+        UserError: as `check_out_folder`, a run or the like keeps something there, or another
+            command is about to write it.
     """
     check_out_folder(out)
+    _refuse_kept(out)
     with _only_writer(out):
         yield
 
@@ -49,14 +57,15 @@ def check_out_file(out: Path, suffix: str) -> None:
         suffix: the ending of the only format that is written, such as `.mp4`.
 
     Raises:
-        UserError: `out` is a folder or has another ending, or its folder cannot be made or
-            written to.
+        UserError: `out` is a folder or has another ending, its folder cannot be made or
+            written to, or it is a file of a run, a comparison or the like.
     """
     if _exists(out, "--out") and out.is_dir():
         raise UserError(f"--out: {out} is a folder: name a {suffix} file in it")
     if out.suffix.lower() != suffix:
         raise UserError(f"--out: {out} must end in {suffix}, the only format that is written")
     _check_parent(out, "--out")
+    _refuse_kept(out)
 
 
 def check_out_folder(out: Path, setting: str = "--out") -> None:
@@ -119,6 +128,18 @@ def _check_parent(out: Path, setting: str) -> None:
         raise UserError(
             f"{setting}: {parent} cannot be written to ({error.strerror}): choose another {setting}"
         ) from error
+
+
+def _refuse_kept(out: Path) -> None:
+    """Refuses a place in a run or the like that alignlab reads again."""
+    whole = out.parent.resolve() / out.name
+    for folder in whole.parents:
+        kept = whole.relative_to(folder).parts[0]
+        if is_kept(kept) and any((folder / name).is_file() for name in _OF_ALIGNLAB):
+            raise UserError(
+                f"--out: {out} is where alignlab itself keeps {kept} of {folder}: choose another "
+                "--out"
+            )
 
 
 def _exists(path: Path, setting: str) -> bool:

@@ -9,6 +9,7 @@ samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
 history.json       the legs of a run that was prolonged (`alignlab.runs.prolong`)
 result-000500.json the result of 500 steps, of a run that was prolonged since
+recipe-000800.yaml the recipe with 800 steps, for whoever prolongs the run (`compare --list-runs`)
 result.json        final metrics, digests of the Stage 1 networks that were used, in how many
                    samples objectives had something to align, whether it diverged, notes of all
                    that there was warning of, and checksums of the files above; its presence says
@@ -29,7 +30,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ from alignlab.runs.checksums import (
     write_json,
 )
 from alignlab.runs.code_record import RECORD
-from alignlab.runs.file_lock import file_lock
+from alignlab.runs.file_lock import HeldError, file_lock
 from alignlab.runs.out_paths import make_output_folder
 
 log = logging.getLogger(__name__)
@@ -117,17 +118,11 @@ class RunFolder:
                 "not known",
                 folder.path,
             )
-        if folder.recipe.exists() and not holds_recipe(folder.recipe, config):
-            if prolong.goes_on(folder, config) or folder._gives_way(config):
-                return folder
-            raise UserError(
-                f"{folder.path} holds a run of another recipe "
-                f"({shown_difference(folder.recipe, config)}): "
-                "choose another name, or remove the folder"
-            )
-        # a finished run was not trained with settings that are given later (`eval.every`)
-        if not (folder.recipe.exists() and folder.is_finished_at(config.steps)):
+        if not folder.recipe.exists():
             folder.write_recipe(config)
+        elif holds_recipe(folder.recipe, config) or not folder._gives_way(config):
+            folder.check_goes_on(config)
+            folder._offer_settings(config)
         return folder
 
     @classmethod
@@ -183,6 +178,39 @@ class RunFolder:
                 "use that version"
             )
 
+    def check_goes_on(self, config: TrainingConfig) -> None:
+        """Refuses a recipe that the training in the folder does not go on with.
+
+        Raises:
+            UserError: it is of other numbers, or of a number of steps that cannot be had.
+        """
+        if not holds_recipe(self.recipe, config) and not prolong.goes_on(self, config):
+            raise UserError(
+                f"{self.path} holds a run of another recipe "
+                f"({shown_difference(self.recipe, config)}): "
+                "choose another name, or remove the folder"
+            )
+
+    def take_settings(self, config: TrainingConfig) -> None:
+        """Makes settings that change no number those of the folder, whose lock this process holds.
+
+        A finished run was not trained with settings that are given later (`eval.every`), and a
+        prolonged one takes them with its leg.
+        """
+        if self._lacks_settings(config):
+            self.write_recipe(config)
+
+    def _offer_settings(self, config: TrainingConfig) -> None:
+        """`take_settings`, unless a process trains there, with settings of its own."""
+        if self._lacks_settings(config):
+            with suppress(HeldError), only_writer(self.path, wait=False):
+                self.take_settings(config)
+
+    def _lacks_settings(self, config: TrainingConfig) -> bool:
+        if self._is_recipe(config) or not holds_recipe(self.recipe, config):
+            return False
+        return not self.is_finished_at(config.steps)
+
     def _gives_way(self, config: TrainingConfig) -> bool:
         """Clears a folder whose run kept no step, for another recipe; false if it did keep one.
 
@@ -219,11 +247,15 @@ class RunFolder:
     def is_finished_at(self, steps: int) -> bool:
         """Whether there is the result of a training of at least so many steps."""
         result = self.read_result()
-        return result is not None and int(result.get("steps", steps)) >= steps
+        return result is not None and int(result["steps"]) >= steps
 
     def earlier_result(self, steps: int) -> Path:
         """Where the result of so many steps is kept once the run is prolonged."""
         return self.path / f"result-{steps:06d}.json"
+
+    def longer_recipe(self, steps: int) -> Path:
+        """Where a recipe with more steps than the run's own waits for its training."""
+        return self.path / f"recipe-{steps:06d}.yaml"
 
     def check_resumable(self) -> None:
         """Refuses a run that has no checkpoint to go on from.
@@ -243,9 +275,12 @@ class RunFolder:
 
     def write_recipe(self, config: TrainingConfig) -> None:
         """Makes a recipe that of the folder, unless it is."""
+        if not self._is_recipe(config):
+            write_text(self.recipe, with_checksum_line(dump(config)))
+
+    def _is_recipe(self, config: TrainingConfig) -> bool:
         text = with_checksum_line(dump(config))
-        if not self.recipe.exists() or self.recipe.read_text() != text:
-            write_text(self.recipe, text)
+        return self.recipe.exists() and self.recipe.read_text() == text
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes `result.json`, with checksums of what the run leaves besides."""
@@ -262,6 +297,8 @@ class RunFolder:
         content = read_json(self.result, fix=self.file_fix())
         if not isinstance(content.get("metrics"), dict):
             raise DamagedError(self.result, "it has no metrics", self.file_fix())
+        if not isinstance(content.get("steps"), int):
+            raise DamagedError(self.result, "it has no steps", self.file_fix())
         return content
 
     def file_fix(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
-from alignlab.runs.checkpoint_folders import ASIDE, log_mark, problem, step_folders
+from alignlab.runs.checkpoint_folders import ASIDE, log_mark, problem, step_folders, step_of
 from alignlab.runs.checksums import (
     CHECKSUMS,
     DamagedError,
@@ -68,8 +68,13 @@ def looks_like_run(folder: Path) -> bool:
     return any((folder / n).exists() for n in ("checkpoints", "metrics.jsonl", "environment.json"))
 
 
-def verify_run(path: Path) -> Findings:
-    """Reads every file of a run, finished or not, of any training."""
+def verify_run(path: Path, *, pruned: str = "") -> Findings:
+    """Reads every file of a run, finished or not, of any training.
+
+    Args:
+        path: its folder.
+        pruned: why it will not be finished, in words; empty: it may be.
+    """
     folder, found = RunFolder(path), Findings()
     for name, error in _alone(folder):
         found.files.add(path / name)
@@ -92,7 +97,8 @@ def verify_run(path: Path) -> Findings:
         found.check(folder.result, error.problem, error.fix)
         return found
     if result is None:
-        found.unknown.append(f"{path}: the run is not finished (it has no result.json)")
+        why = pruned or "the run is not finished (it has no result.json)"
+        found.unknown.append(f"{path}: {why}")
         return found
     found.files.add(folder.result)
     expected = result.get(FILES)
@@ -130,11 +136,13 @@ def _alone(folder: RunFolder) -> Iterator[tuple[str, str | None]]:
 
 
 def _verify_checkpoints(folder: RunFolder, found: Findings) -> None:
-    for checkpoint in step_folders(folder.checkpoints):
-        fix = "the older one is resumed in its place, or copy it back from elsewhere"
+    checkpoints = step_folders(folder.checkpoints)
+    problems = {checkpoint: problem(checkpoint) for checkpoint in checkpoints}
+    whole = [checkpoint for checkpoint, what in problems.items() if what is None]
+    for checkpoint, what in problems.items():
         found.files |= {checkpoint / name for name in files_below(checkpoint)}
-        what = problem(checkpoint)
         if what is not None:
+            fix = _checkpoint_fix(folder, checkpoint, whole[-1] if whole else None)
             found.say(checkpoint, f"{checkpoint} is damaged ({what}): {fix}")
             continue
         if not (checkpoint / CHECKSUMS).exists():
@@ -147,6 +155,21 @@ def _verify_checkpoints(folder: RunFolder, found: Findings) -> None:
             found.say(folder.metrics, str(error))
     for aside in folder.checkpoints.glob(f"step-*{ASIDE}"):
         found.unknown.append(f"{aside}: a damaged checkpoint that was renamed; remove it")
+
+
+def _checkpoint_fix(folder: RunFolder, damaged: Path, whole: Path | None) -> str:
+    """What to do about a damaged checkpoint.
+
+    Args:
+        folder: of the run.
+        damaged: the checkpoint.
+        whole: the newest that is whole, if there is one.
+    """
+    if whole is None:
+        return f"copy it back from elsewhere, or remove {folder.path} to train from the start"
+    if step_of(whole) < step_of(damaged):
+        return "the older one is resumed in its place, or copy it back from elsewhere"
+    return f"{whole.name} is newer and whole: remove this one, or copy it back from elsewhere"
 
 
 def verify_stage1(folder: Path) -> Findings:

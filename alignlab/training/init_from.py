@@ -7,6 +7,7 @@ schedules begin anew, at step 0.
 
 import logging
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -44,23 +45,43 @@ def checked_source(config: RunConfig, locks: ExitStack) -> InitSource | None:
     broken = problem(source.checkpoint, leave_out=("optimizer.safetensors", "ema.safetensors"))
     if broken:
         raise UserError(f"{SETTING}: {source.checkpoint} is damaged ({broken}): name another")
-    if there.model.train != config.model.train:
-        raise UserError(
-            f"{SETTING}: {source.run.path} trained {_shown(there.model)}, this run trains "
-            f"{_shown(config.model)}: a LoRA is no whole model, nor is a model one; "
-            f"set model.train={there.model.train}, or export the run and name it as model.path"
-        )
-    if there.model.lora != config.model.lora:
-        raise UserError(
-            f"{SETTING}: {source.run.path} has model.lora {there.model.lora}, this run "
-            f"{config.model.lora}: they must be equal"
-        )
+    check_fits(config, there, source.run.path)
     if config.model.lora is not None and there.model.path != config.model.path:
         log.warning(
             "%s: the LoRA of %s was trained on %s, this run puts it on %s",
             *(SETTING, source.run.path, there.model.path, config.model.path),
         )
     return source
+
+
+def check_fits(config: RunConfig, there: RunConfig, run: Path) -> None:
+    """Refuses weights of another kind than those that a run trains.
+
+    Args:
+        config: its recipe.
+        there: that of the run that it starts from.
+        run: the folder of that one.
+
+    Raises:
+        UserError: one of the two trains a LoRA and the other all weights, or their LoRAs differ.
+    """
+    if there.model.train != config.model.train:
+        whole = "export the run"
+        if there.model.train == "lora":
+            whole += (
+                ", fuse the adapter into its model (diffusers: load_lora_weights, fuse_lora, "
+                "unload_lora_weights, save_pretrained)"
+            )
+        raise UserError(
+            f"{SETTING}: {run} trained {_shown(there.model)}, this run trains "
+            f"{_shown(config.model)}: a LoRA is no whole model, nor is a model one; "
+            f"set model.train={there.model.train}, or {whole} and name the folder as model.path"
+        )
+    if there.model.lora != config.model.lora:
+        raise UserError(
+            f"{SETTING}: {run} has model.lora {there.model.lora}, this run "
+            f"{config.model.lora}: they must be equal"
+        )
 
 
 def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource) -> None:

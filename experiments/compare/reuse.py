@@ -7,6 +7,7 @@ from their last checkpoint, and those of variants that are gone are left out whe
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from alignlab.config.identity import identity
 from alignlab.config.paths import user_path
@@ -14,8 +15,10 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import measure_blocks
 from alignlab.experiments.launchers import RunKey
-from alignlab.recipe import NUMBERLESS
-from alignlab.runs.prolong import Leg, begin_leg, expected_plan, planned_by_steps
+from alignlab.recipe import NUMBERLESS, dump, holds_recipe
+from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import with_checksum_line
+from alignlab.runs.prolong import Leg, expected_plan, planned_by_steps
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.training.setup import Caches, shared_caches
 
@@ -35,15 +38,17 @@ def open_run(run: RunConfig) -> tuple[RunConfig, RunFolder]:
             blocks, and another process trains it.
     """
     folder = RunFolder(user_path(run.output) / run.name)
+    stored = _stored_blocks(folder)
+    if stored is not None and folder.has_begun:  # blocks are no reason to refuse it
+        folder.check_goes_on(_with_blocks(run, stored))
     held = _held_blocks(folder, run)
     if held is not None:
         if folder.result.exists() or set(held) >= set(run.eval.blocks or ()):
             run = _with_blocks(run, held)
         else:  # evaluations before the last step (`eval.every`) may lack some of them
             with only_writer(folder.path, wait=False):
-                stored = folder.config()
                 more = sorted({*held, *(run.eval.blocks or ())})
-                folder.write_recipe(_with_blocks(stored, tuple(more)))
+                folder.write_recipe(_with_blocks(folder.config(), tuple(more)))
             run = _with_blocks(run, tuple(more))
     return run, RunFolder.create(run)
 
@@ -111,31 +116,36 @@ def refuse_different_plans(runs: Runs, folders: Folders, *, same_steps: bool) ->
             )
 
 
-def begin_legs(runs: Runs, folders: Folders) -> None:
-    """Makes the recipes of runs those with more steps, for an `alignlab train` of each.
+def recipe_to_train(run: RunConfig, folder: RunFolder) -> Path:
+    """The recipe with which an `alignlab train` makes a run: the folder's own.
 
-    Raises:
-        UserError: another process trains one of them.
+    Of a run that would be prolonged it is a file beside that one, so that the folder holds what it
+    held until the run is trained.
     """
-    for key, run in runs.items():
-        if folders[key].has_begun and not folders[key].is_finished_at(run.steps):
-            with only_writer(folders[key].path, wait=False):
-                begin_leg(folders[key], run, folders[key].steps_done())
+    if holds_recipe(folder.recipe, run):
+        return folder.recipe
+    longer = folder.longer_recipe(run.steps)
+    write_text(longer, with_checksum_line(dump(run)))
+    return longer
 
 
 def _held_blocks(folder: RunFolder, run: RunConfig) -> tuple[int, ...] | None:
     """The blocks of a folder's recipe, if `run` differs in them, and in `steps` at most."""
+    blocks = _stored_blocks(folder)
+    if blocks is None or run.eval.blocks is None or blocks == run.eval.blocks:
+        return None
+    alike = _with_blocks(folder.config(), run.eval.blocks).model_copy(update={"steps": run.steps})
+    return blocks if identity(alike, NUMBERLESS) == identity(run, NUMBERLESS) else None
+
+
+def _stored_blocks(folder: RunFolder) -> tuple[int, ...] | None:
+    """The blocks of a folder's recipe, if it says them."""
     if not folder.recipe.is_file():
         return None
     try:
-        held = folder.config()
+        return folder.config().eval.blocks
     except UserError:
         return None  # `RunFolder.create` says what it is
-    blocks = held.eval.blocks
-    if blocks is None or run.eval.blocks is None or blocks == run.eval.blocks:
-        return None
-    alike = _with_blocks(held, run.eval.blocks).model_copy(update={"steps": run.steps})
-    return blocks if identity(alike, NUMBERLESS) == identity(run, NUMBERLESS) else None
 
 
 def _with_blocks(run: RunConfig, blocks: tuple[int, ...]) -> RunConfig:

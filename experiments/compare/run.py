@@ -35,11 +35,12 @@ from alignlab.experiments.compare.result import (
     SampleClip,
 )
 from alignlab.experiments.compare.reuse import (
-    begin_legs,
     measure_missing_blocks,
     open_run,
+    recipe_to_train,
     refuse_different_plans,
 )
+from alignlab.experiments.compare.sources import check_sources, refuse_prolonged_sources
 from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
@@ -158,14 +159,14 @@ def join(config: CompareConfig) -> None:
 def unfinished(config: CompareConfig) -> list[Path]:
     """Recipes of the runs that are not finished, each for an `alignlab train` of its own.
 
-    The folders of all runs are made. Once the runs are trained, `compare` takes them as they are.
+    The folders of all runs are made; what is there stays until a run is trained. Once all are
+    trained, `compare` takes them as they are.
 
     Raises:
         UserError: as `compare`.
     """
     plan = prepare(config)
-    begin_legs(plan.runs, plan.folders)
-    return [plan.folders[key].recipe for key in _missing(plan)]
+    return [recipe_to_train(run, plan.folders[key]) for key, run in _missing(plan).items()]
 
 
 @dataclass(frozen=True)
@@ -194,25 +195,23 @@ def prepare(config: CompareConfig) -> Plan:
 
     Raises:
         UserError: variants are measured differently, a folder holds a run of another recipe, an
-            objective never has anything to align, or runs read other files than those that have
-            begun.
+            objective never has anything to align, runs read other files than those that have
+            begun, or a run cannot start from what its `model.init_from` names.
     """
     refuse_several_ranks()
     check_fair(config)
     # before folders are made and the budget measured; neither seed nor number of steps matters
     for run in config.runs.values():
         check_recipe(run)
+    check_sources(_planned(config))
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
     folder = make_output_folder(user_path(config.output), config.name)
     budget = decide_budget(config, folder)
     config = with_budget(config, budget)
-    planned = {
-        (variant, seed): probed(config, variant, seed)
-        for seed in config.seeds
-        for variant in config.variants
-    }
+    planned = _planned(config)
+    refuse_prolonged_sources(planned)
     opened = {key: open_run(run) for key, run in planned.items()}
     runs = {key: run for key, (run, _) in opened.items()}
     folders = {key: run_folder for key, (_, run_folder) in opened.items()}
@@ -220,6 +219,15 @@ def prepare(config: CompareConfig) -> Plan:
     _fix_inputs(config, runs, folders)
     blocks = {key: run.eval.blocks or () for key, run in planned.items()}
     return Plan(folder, config, budget, runs, folders, blocks)
+
+
+def _planned(config: CompareConfig) -> dict[RunKey, RunConfig]:
+    """Every run, in the order in which they are trained."""
+    return {
+        (variant, seed): probed(config, variant, seed)
+        for seed in config.seeds
+        for variant in config.variants
+    }
 
 
 def _fix_inputs(

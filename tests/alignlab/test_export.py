@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.export import export
+from alignlab.models.wan import load_wan
 from alignlab.runs.checkpoint_folders import latest
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
@@ -148,6 +149,19 @@ def test_a_lora_export_is_the_adapter_alone(exported: dict[str, Path], lora_run:
     assert all(name.startswith("transformer.blocks.") for name in names)
     adapted = [n for n, _ in trained(lora_run).named_parameters() if "lora_" in n]
     assert len(names) == len(adapted) > 0
+
+
+def test_a_lora_that_diffusers_fuses_is_a_model_to_train_from(
+    exported: dict[str, Path], lora_run: Path, wan_folder: Path, tmp_path: Path
+) -> None:
+    """As `model.init_from` advises where all weights are to go on from a LoRA."""
+    pipeline = WanPipeline.from_pretrained(wan_folder)
+    pipeline.load_lora_weights(exported["lora"])
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "whole")
+    whole = load_wan(str(tmp_path / "whole")).transformer.eval()
+    torch.testing.assert_close(output(whole), output(trained(lora_run)), rtol=1e-4, atol=1e-4)
 
 
 def test_a_lora_starts_as_the_base_model(make_config: MakeConfig, wan_folder: Path) -> None:

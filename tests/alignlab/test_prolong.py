@@ -166,7 +166,11 @@ def test_keep_leaves_a_schedule_at_its_last_value(make_config: MakeConfig) -> No
             "reaches a learning rate of 0 after 2 steps, so the others would train nothing: use "
             "stretch",
         ),
-        ((), ("steps=9", "optim.lr=2e-3"), "of another recipe (optim.lr was 0.001, is 0.002, and"),
+        (
+            (),
+            ("steps=9", "optim.lr=2e-3"),
+            "of another recipe (optim.lr was 0.001, is 0.002; steps was 2, is 9): ",
+        ),
     ],
     ids=["fewer", "undecided", "keep", "other recipe"],
 )

@@ -1,6 +1,8 @@
 """The commands that `alignlab repro` prints make the run again, to the bit."""
 
+import json
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,9 @@ from alignlab.repro import repro_commands
 from alignlab.runs import code_record
 from alignlab.runs.checksums import write_json
 from alignlab.runs.code_record import read_code, record_code
+from alignlab.runs.input_record import InputRecord
+from alignlab.runs.inputs import read_inputs
+from alignlab.runs.run_folder import RunFolder
 from alignlab.runs.verify import verify_run
 from alignlab.train import train
 from command_line import alignlab, refused
@@ -112,7 +117,8 @@ def test_commit_and_changes_are_kept(
     assert not any("xyz" in path.read_text() for path in run.iterdir())
     lines = repro_commands(run)
     commit = start["commit"]
-    assert f"git checkout {commit}" in lines and f"git apply {run / 'code.diff'}" in lines
+    git = f"git -C {repository}"  # wherever the trainings are
+    assert f"{git} checkout {commit}" in lines and f"{git} apply {run / 'code.diff'}" in lines
     assert "# git did not know: secret.env" in lines
     # a clean clone with the diff is the code again
     clone = tmp_path / "clone"
@@ -138,9 +144,9 @@ def test_commit_and_changes_are_kept(
 
 
 def test_each_code_is_put_on_a_checkout_without_the_one_before(
-    repository: Path, full_run: Path, tmp_path: Path
+    repository: Path, full_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commands for git of a prolonged run, carried out in a clone."""
+    """The commands for git of a prolonged run, carried out on a clone."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("recipe.yaml", "environment.json"):
@@ -152,10 +158,11 @@ def test_each_code_is_put_on_a_checkout_without_the_one_before(
     write_json(run / "history.json", {"legs": [{"steps": 1}, {"steps": 2, "from_step": 1}]})
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "-q", repository, clone], check=True)
+    monkeypatch.setattr(checkout, "FOLDER", clone)
     found = []
     for line in repro_commands(run):
         if line.startswith("git "):
-            subprocess.run(shlex.split(line), cwd=clone, check=True, capture_output=True)
+            subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
         elif " train " in line:
             found.append((clone / "a.py").read_text())
     assert found == ["one = 2\n", "one = 3\n"]
@@ -175,3 +182,85 @@ def test_an_installed_package_says_its_version(
     assert not (run / "code.diff").exists()
     assert any(line.startswith("pip install alignlab==") for line in repro_commands(run))
     assert load_run(run / "recipe.yaml", stored=True).steps == 2
+
+
+def made_again(lines: Sequence[str]) -> list[list[str]]:
+    """The settings of each training among the commands."""
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [[word for word in line if "=" in word] for line in words if "train" in line]
+
+
+@pytest.fixture
+def two_runs(full_run: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """`dst`, which started from `src` after two steps; that one was prolonged to five since."""
+    recipe = load_run(full_run / "recipe.yaml", stored=True)
+    folders = [RunFolder(tmp_path / name) for name in ("src", "dst")]
+    for folder in folders:
+        folder.path.mkdir()
+        shutil.copy(full_run / "environment.json", folder.path)
+        config = recipe.model_copy(update={"name": folder.path.name, "output": str(tmp_path)})
+        if folder.path.name == "dst":
+            model = config.model.model_copy(update={"init_from": str(tmp_path / "src")})
+            config = config.model_copy(update={"model": model})
+        folder.write_recipe(config)
+    src, dst = folders
+    shutil.copytree(full_run / "checkpoints", src.checkpoints)
+    shutil.copy(full_run / "result.json", src.path)
+    record_inputs(dst)
+    src.write_recipe(src.config().model_copy(update={"steps": 5}))
+    write_json(src.path / "history.json", {"legs": [{"steps": 2}, {"steps": 5, "from_step": 2}]})
+    later = src.checkpoints / "step-000005"
+    shutil.copytree(src.checkpoints / "step-000002", later)
+    (later / "objectives.safetensors").write_text("trained further")
+    return src.path, dst.path
+
+
+def record_inputs(run: RunFolder) -> None:
+    config = run.config()
+    InputRecord(run.path, config.output).keep(read_inputs(config, fetch=False), fixed=False)
+
+
+def test_a_source_is_made_as_far_as_the_run_started_from_it(two_runs: tuple[Path, Path]) -> None:
+    src, dst = two_runs
+    first, second = made_again(repro_commands(dst))
+    assert "steps=2" in first and "model.init_from=repro/src" in second
+    # of an older record, which names no checkpoint: it is found by what it holds
+    record = json.loads((dst / "inputs.json").read_text())
+    for entry in record["inputs"]:
+        entry.pop("checkpoint", None)
+    write_json(dst / "inputs.json", {k: v for k, v in record.items() if k != "checksum"})
+    assert len(made_again(repro_commands(dst))) == 2
+    shutil.rmtree(src / "checkpoints" / "step-000002")
+    lines = repro_commands(dst)
+    assert f"# after which of its parts it started from {src} is not known" in lines
+    assert len(made_again(lines)) == 3
+
+
+def test_other_weights_than_it_started_from_are_told(two_runs: tuple[Path, Path]) -> None:
+    src, dst = two_runs
+    (src / "checkpoints" / "step-000002" / "objectives.safetensors").write_text("other")
+    assert any("holds other weights than it started from" in x for x in repro_commands(dst))
+
+
+def test_a_checkpoint_that_is_named_is_kept_until_it_is_read(two_runs: tuple[Path, Path]) -> None:
+    src, dst = (RunFolder(path) for path in two_runs)
+    (dst.path / "inputs.json").unlink()
+    named = dst.config().model.model_copy(
+        update={"init_from": f"{src.path}/checkpoints/step-000003"}
+    )
+    dst.write_recipe(dst.config().model_copy(update={"model": named}))
+    *_, first, second = made_again(repro_commands(dst.path))
+    assert {"steps=5", "checkpoint.every=3", "checkpoint.keep=2"} <= {*first}
+    assert "model.init_from=repro/src/checkpoints/step-000003" in second
+
+
+def test_paths_that_depend_on_the_folder_are_named(full_run: Path, tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "environment.json"):
+        shutil.copy(full_run / name, tmp_path)
+    run = RunFolder(tmp_path)
+    assert not any("to be trained in" in line for line in repro_commands(tmp_path))
+    model = run.config().model.model_copy(update={"path": "models/my/wan"})
+    run.write_recipe(run.config().model_copy(update={"model": model}))
+    assert repro_commands(tmp_path)[1] == (
+        "# to be trained in the folder where it was, from which it reads model.path (models/my/wan)"
+    )

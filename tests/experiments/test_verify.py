@@ -88,3 +88,27 @@ def test_a_stage_1_folder_is_verified(tmp_path: Path) -> None:
     flip(tmp_path / "model.safetensors")
     (line,) = verify_folder(tmp_path).damaged.values()
     assert "model.safetensors is damaged" in line
+
+
+def test_a_folder_of_all_runs_is_no_command_that_did_not_end(comparison: Path) -> None:
+    """And what lies beside the runs of a comparison in it is read too."""
+    runs = comparison.parent
+    found = verify_folder(runs)
+    assert (found.damaged, found.unknown) == ({}, [])
+    assert comparison / "table.csv" in found.files
+    flip(comparison / "table.csv")
+    assert comparison / "table.csv" in verify_folder(runs).damaged
+
+
+def test_a_run_of_a_pruned_trial_is_not_said_to_be_unfinished(
+    full_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "trial-0003" / "seed-0"
+    shutil.copytree(full_run, run)
+    (run / "result.json").unlink()
+    for state, said in (("pruned", "its trial was pruned"), ("fail", "the run is not finished")):
+        (tmp_path / "trials.csv").write_text(f"trial,state,folder\n3,{state},trial-0003\n")
+        write_checksums(tmp_path, ["trials.csv"])
+        for folder in (tmp_path, run):
+            (note,) = verify_folder(folder).unknown
+            assert note.startswith(f"{run}: {said}")

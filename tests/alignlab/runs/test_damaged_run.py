@@ -286,3 +286,31 @@ def test_a_result_of_an_older_version_is_read(finished: Path) -> None:
     found = verify_run(finished)
     assert found.damaged == {}
     assert found.unknown == [f"{finished}: finished before checksums were kept"]
+
+
+def test_a_result_that_names_no_steps_is_none_of_a_training(
+    finished: Path, recipe_file: Path
+) -> None:
+    """Such as that of an evaluation: else the run would be finished at any number of steps."""
+    write_json(finished / "result.json", {"step": 2, "metrics": {"val/flow": 0.5}})
+    for steps in (2, 9):
+        with pytest.raises(UserError, match=r"result\.json is damaged \(it has no steps\)"):
+            train(load_run(recipe_file, [f"output={finished.parent}", f"steps={steps}"]))
+    assert finished / "result.json" in verify_run(finished).damaged
+
+
+def test_what_to_do_about_a_checkpoint_depends_on_the_others(stopped: Path) -> None:
+    older, newer = (stopped / "checkpoints" / f"step-{step:06d}" for step in (2, 4))
+
+    def fixes() -> list[str]:
+        damaged = verify_run(stopped).damaged
+        return [damaged[path].split("): ", 1)[1] for path in (older, newer) if path in damaged]
+
+    state = (older / "state.json").read_bytes()
+    flip(older / "state.json")
+    assert fixes()[0].startswith("step-000004 is newer and whole: remove this one")
+    flip(newer / "state.json")
+    again = f"copy it back from elsewhere, or remove {stopped} to train from the start"
+    assert fixes() == [again, again]
+    (older / "state.json").write_bytes(state)
+    assert fixes() == ["the older one is resumed in its place, or copy it back from elsewhere"]

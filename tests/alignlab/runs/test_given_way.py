@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import load_run
+from alignlab.runs.open_folder import open_folder
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.train import train
 
@@ -73,3 +75,29 @@ def test_a_folder_in_which_a_process_trains_is_left_alone(make_config: MakeConfi
     ):
         RunFolder.create(make_config("steps=3"))
     assert (folder / "recipe.yaml").read_text() == text
+
+
+def test_a_process_that_trains_keeps_its_settings(make_config: MakeConfig) -> None:
+    """Those that change no number are taken once nobody trains there."""
+    folder = RunFolder.create(make_config())
+    text = folder.recipe.read_text()
+    other = make_config("tracking.log_every=7", "eval.every=1")
+    with only_writer(folder.path, wait=False):
+        RunFolder.create(other)
+        with pytest.raises(UserError, match="is being trained by another"), ExitStack() as locks:
+            open_folder(other, locks, wait=False)
+    assert folder.recipe.read_text() == text
+    RunFolder.create(other)
+    assert folder.config() == other
+
+
+def test_what_another_process_made_of_a_folder_is_seen_under_the_lock(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config("optim.lr=0.5")
+    folder = RunFolder.create(config)
+    monkeypatch.setattr(RunFolder, "create", lambda _: folder)
+    folder.recipe.unlink()
+    folder.write_recipe(make_config())  # while this one waited
+    with pytest.raises(UserError, match="holds a run of another recipe"), ExitStack() as locks:
+        open_folder(config, locks, wait=True)

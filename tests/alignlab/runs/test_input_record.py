@@ -200,7 +200,7 @@ def test_a_changed_input_is_refused_by_its_name_and_file(
     name, files = expected.split(": ")
     for finished in (False, True):
         if finished:
-            folder.result.write_text('{"metrics": {}}')
+            folder.result.write_text('{"steps": 3, "metrics": {}}')
         with pytest.raises(UserError) as caught:
             hold_inputs(folder, config)
         assert str(caught.value) == (
@@ -266,7 +266,7 @@ def test_an_older_run_is_told_and_not_refused(
     scaled(root / "dino" / "model.safetensors")  # since it was resumed
     with pytest.raises(UserError, match=re.escape("teachers.dino changed")):
         hold_inputs(folder, config)
-    folder.result.write_text('{"metrics": {}}')
+    folder.result.write_text('{"steps": 3, "metrics": {}}')
     (folder.path / "inputs.json").unlink()
     hold_inputs(folder, config)
     assert not (folder.path / "inputs.json").exists()  # nothing is claimed of a finished run
@@ -274,7 +274,7 @@ def test_an_older_run_is_told_and_not_refused(
 
 def test_a_finished_run_outlives_its_inputs(root: Path, config: RunConfig) -> None:
     folder = begun(config)
-    folder.result.write_text('{"metrics": {}}')
+    folder.result.write_text('{"steps": 3, "metrics": {}}')
     for gone in ("data", "wan", "dino", "head"):
         (root / gone).rename(root / f"{gone}-elsewhere")
     hold_inputs(folder, config)

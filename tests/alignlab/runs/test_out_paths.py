@@ -66,3 +66,33 @@ def test_what_can_be_written_is_let_through(odd: Path) -> None:
     check_out_folder(odd / "new" / "folder")
     check_out_file(Path("clip.mp4"), ".mp4")
     assert not (odd / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("result.json", "history.json", "inputs.json", "mlflow_tags.json", "result-000006.json"),
+        *("checkpoints/step-000002/state.json", "samples/new.json", "stage1/new.json"),
+    ],
+)
+def test_what_a_run_keeps_is_not_overwritten(odd: Path, name: str) -> None:
+    """Nor is it made where it is not there yet; what is for the user alone is let through."""
+    run = odd / "folder"
+    check_out_file(run / name, ".json")  # a folder as any other
+    (run / "metrics.jsonl").touch()
+    for out in (run / name, odd / "folder" / ".." / "folder" / name):
+        with pytest.raises(UserError, match=r"is where alignlab itself keeps .*: choose another"):
+            check_out_file(out, ".json")
+    with pytest.raises(UserError, match=r"keeps samples of .*folder"):
+        export(run, run / "samples" / "model")
+    for free in ("evaluations/step-000002.json", "mine.json", "export/result.json"):
+        check_out_file(run / free, ".json")
+
+
+def test_what_a_comparison_or_a_stage_1_network_keeps_is_not_overwritten(odd: Path) -> None:
+    for mark, kept in (("comparison.json", "table.csv"), ("stage1.json", "checksums.json")):
+        folder = odd / mark.removesuffix(".json")
+        folder.mkdir()
+        (folder / mark).touch()
+        with pytest.raises(UserError, match=f"keeps {kept} of"):
+            check_out_file(folder / kept, Path(kept).suffix)

@@ -18,7 +18,7 @@ from alignlab.runs.metric_rows import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training import checkpoint
 from alignlab.training.batches import Batch
-from alignlab.training.init_from import checked_source
+from alignlab.training.init_from import check_fits, checked_source
 from alignlab.training.setup import build_run
 from kills import Killed
 from run_contents import file_contents
@@ -140,6 +140,15 @@ def test_a_lora_goes_on_as_a_lora_and_not_as_a_model(
     for number, (settings, expected) in enumerate(refusals.items()):
         with pytest.raises(UserError, match=expected):
             train(make_config(f"name=other{number}", *SMALL, *settings))
+
+
+def test_the_refusal_says_how_a_model_comes_of_a_lora(make_config: MakeConfig) -> None:
+    """Its export is an adapter, which is no `model.path`."""
+    whole, lora = make_config(), make_config(*LORA)
+    with pytest.raises(UserError, match=r"fuse the adapter into its model .*fuse_lora"):
+        check_fits(whole, lora, Path("runs/lora"))
+    with pytest.raises(UserError, match="or export the run and name the folder as model"):
+        check_fits(lora, whole, Path("runs/whole"))
 
 
 def test_a_lora_of_another_depth_is_refused(

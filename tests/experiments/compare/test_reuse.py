@@ -12,7 +12,10 @@ from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare, prepare, unfinished
+from alignlab.experiments.verify import verify_folder
+from alignlab.recipe import load_run
 from alignlab.runs.run_folder import RunFolder
+from alignlab.train import train
 from kills import Killed
 from run_contents import file_contents, timeless
 from small_recipes import comparison_recipe
@@ -131,8 +134,21 @@ def test_a_prolonged_comparison_is_the_long_one(
     make: MakeCompare, recipes: Path, tmp_path: Path
 ) -> None:
     more = make("one", "steps=3")
+    before = file_contents(tmp_path / "runs")
     listed = unfinished(more)  # for an `alignlab train` of each
-    assert [RunFolder.open(path.parent).config().steps for path in listed] == [3, 3]
+    assert [load_run(path, stored=True).steps for path in listed] == [3, 3]
+    after = file_contents(tmp_path / "runs")
+    assert {name: after[name] for name in before} == before, "nothing is prolonged by a list"
+    compare(make("one"))  # and the comparison is as it was
+    first, second = listed
+    train(load_run(first, stored=True))
+    assert unfinished(more) == [second]
+    pair = tmp_path / "runs" / "pair"
+    assert not any("is being prolonged" in note for note in verify_folder(pair).unknown)
+    result = (first.parent / "result.json").rename(first.parent / "aside")
+    found = verify_folder(pair)
+    assert found.damaged == {} and any("is being prolonged" in note for note in found.unknown)
+    result.rename(first.parent / "result.json")
     folder = compare(more).parent
     long = load_compare(recipes / "one" / "pair.yaml", [f"output={tmp_path / 'long'}", "steps=3"])
     assert numbers(folder) == numbers(compare(long).parent)
@@ -162,3 +178,13 @@ def test_runs_whose_schedules_were_planned_otherwise_are_refused(
     with pytest.raises(UserError, match="their schedules would not be the same") as error:
         prepare(config(*stretched, "seeds=[0,1]"))
     assert "4 steps, stretch to 8 from step 4; 8 steps" in str(error.value)
+
+
+def test_a_changed_variant_is_refused_for_what_was_changed(make: MakeCompare) -> None:
+    """Not for the blocks that follow from a variant that was added."""
+    with pytest.raises(UserError) as error:
+        prepare(make("more", "variants.first.objectives.ra.weight=2"))
+    assert (
+        "first/seed-0 holds a run of another recipe (objectives.ra.weight was 1.0, is 2.0): "
+        in str(error.value)
+    )

@@ -130,7 +130,7 @@ def test_a_finished_sweep_is_not_trained_again(
     other = r"another recipe \(space\.objectives\.ra\.weight\.high was 10\.0, is 5\.0\): choose"
     with pytest.raises(UserError, match=other):
         sweep(load_sweep(recipe, [output, "space.objectives.ra.weight.high=5"]))
-    more = r"\(metric was .*'val/flow'.*, is .*'cross_cos/mean'.*, and 1 more\)"
+    more = r"\(metric was .*'val/flow'.*, is .*'cross_cos/mean'.*; optim\.lr was 0\.001, is"
     with pytest.raises(UserError, match=more):
         sweep(load_sweep(recipe, [output, "metric=cross_cos/mean", "optim.lr=2e-3"]))
     with pytest.raises(UserError, match="cannot shrink to 2"):

@@ -73,7 +73,8 @@ def trained_at_once(
     for step in range(every, run.steps, every):
         if on_evaluation is not None:
             on_evaluation(step, {"val/flow": flow + blocks[0] + 9 / step})
-    folder.result.write_text(json.dumps({"metrics": {"val/flow": flow + blocks[0]}}))
+    metrics = {"val/flow": flow + blocks[0]}
+    folder.result.write_text(json.dumps({"steps": run.steps, "metrics": metrics}))
     return folder.path
 
 

@@ -1,0 +1,110 @@
+"""Variants that start from another run's weights: what cannot be is seen before anything trains."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignlab.errors import UserError
+from alignlab.experiments.compare.config import CompareConfig, load_compare
+from alignlab.experiments.compare.run import prepare
+from alignlab.runs.input_record import hold_inputs
+from alignlab.runs.run_folder import RunFolder
+from small_recipes import comparison_recipe
+
+Make = Callable[..., CompareConfig]
+
+VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n  second: {}\n"
+
+
+@pytest.fixture
+def make(recipe_file: Path, tmp_path: Path) -> Make:
+    """`make(name, "steps=3")`: the variant `second` starts from that, in folder `runs/pair`."""
+    recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
+
+    def config(named: str, *overrides: str) -> CompareConfig:
+        source = f"variants.second.model.init_from={tmp_path}/runs/{named}"
+        return load_compare(recipe, [f"output={tmp_path}/runs", source, *overrides])
+
+    return config
+
+
+def finish(folder: RunFolder, steps: int) -> Path:
+    """Makes a folder look as its training would, as far as it is looked at here."""
+    checkpoint = folder.checkpoints / f"step-{steps:06d}"
+    (checkpoint / "transformer").mkdir(parents=True)
+    for name in ("optimizer", "objectives", "transformer/weights"):
+        (checkpoint / f"{name}.safetensors").write_text(f"{folder.path} {steps}")
+    folder.result.write_text(json.dumps({"steps": steps, "metrics": {}}))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("gone", "no run folder"),
+        ("pair/none/seed-1", "no run folder"),  # of a seed that is not among its own
+        ("pair/second/seed-0", "no run folder"),
+        ("gone/checkpoints/step-000002", "no checkpoint of a run"),
+    ],
+)
+def test_a_source_that_is_not_there_is_refused_before_anything_is_made(
+    make: Make, tmp_path: Path, named: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=rf"model\.init_from: .*{named}: {message}"):
+        prepare(make(named))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_source_of_other_weights_is_refused(make: Make) -> None:
+    lora = [f"variants.second.model.{one}" for one in ("train=lora", "lora.rank=4", "lora.alpha=8")]
+    with pytest.raises(UserError, match="trained all weights, this run trains a LoRA"):
+        prepare(make("pair/none/seed-0", *lora))
+
+
+def test_a_variant_may_start_from_a_run_before_it_which_is_not_prolonged(
+    make: Make, tmp_path: Path
+) -> None:
+    plan = prepare(make("pair/none/seed-0"))
+    checkpoint = finish(plan.folders["none", 0], 2)
+    prepare(make("pair/none/seed-0"))
+    hold_inputs(plan.folders["second", 0], plan.runs["second", 0])  # as its training would
+    finish(plan.folders["second", 0], 2)
+    before = (plan.folders["second", 0].path / "inputs.json").read_bytes()
+    assert b"step-000002" in before
+    prepare(make("pair/none/seed-0", "seeds=[0, 1]"))
+    with pytest.raises(UserError) as error:
+        prepare(make("pair/none/seed-0", "steps=3"))
+    assert "which steps=3 would prolong, so that they are others: give steps=2" in str(error.value)
+    assert str(error.value).endswith(f"let it start from {checkpoint}")
+    renamed = make(f"pair/none/seed-0/checkpoints/{checkpoint.name}", "steps=3", "name=longer")
+    prepare(renamed)  # as the line says
+    prepare(make("pair/none/seed-0"))  # and nothing has become of this one
+    assert (plan.folders["second", 0].path / "inputs.json").read_bytes() == before
+
+
+def test_a_source_elsewhere_may_be_prolonged_and_is_told_from_one_that_changed(
+    make: Make, tmp_path: Path
+) -> None:
+    """Where its checkpoint is still there; one that went away is as a run that did."""
+    source = RunFolder(tmp_path / "runs" / "first")
+    source.path.mkdir(parents=True)
+    source.write_recipe(make("first").run("none", 0))
+    first = finish(source, 2)
+    plan = prepare(make("first"))
+    finish(plan.folders["second", 0], 2)
+    finish(plan.folders["none", 0], 2)
+    later = finish(source, 3)
+    prepare(make("first"))
+    with pytest.raises(UserError, match=r"read different model\.init_from"):  # from step 3
+        prepare(make("first", "seeds=[0, 1]"))
+    (first / "objectives.safetensors").write_text("other")
+    with pytest.raises(UserError, match=r"model\.init_from changed since this run began"):
+        prepare(make("first"))
+    first.rename(tmp_path / "pruned")
+    prepare(make("first"))
+    later.rename(tmp_path / "all")  # what is left is older than what it started from
+    with pytest.raises(UserError, match=r"model\.init_from changed since this run began"):
+        finish(source, 1)
+        prepare(make("first"))
