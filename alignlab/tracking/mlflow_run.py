@@ -9,7 +9,8 @@ again nevertheless has the same time, by which MLflow's databases know it.
 import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class MlflowRun:
         metrics: the file whose rows it has.
         anew: nothing of the folder is kept: a run of another recipe there is not this one.
         known_id: of the run, where an older version kept it elsewhere.
+        locked: the caller holds `only_sender`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class MlflowRun:
         metrics: Path | None = None,
         anew: bool = False,
         known_id: str = "",
+        locked: bool = False,
     ) -> None:
         self._folder = folder
         self._way = way
@@ -75,6 +78,7 @@ class MlflowRun:
         self._metrics = metrics
         self._anew = anew
         self._known_id = known_id
+        self._locked = locked
         self._run_id = ""
         self._is_new = False
         self._known: dict[str, set[int]] = {}  # marker -> steps that MLflow has
@@ -95,9 +99,8 @@ class MlflowRun:
         """Finds the run or creates it, with tags and params; nothing if it is open."""
         if self._run_id:
             return
-        lock = self._folder / LOCK  # several processes may have one parent
-        waiting = f"waiting for the process that opens MLflow's run of {self._folder}"
-        with file_lock(lock, waiting=lambda: waiting):
+        # several processes may have one parent
+        with nullcontext() if self._locked else only_sender(self._folder):
             self._find_or_create(client, status)
 
     def add(self, row: Mapping[str, float]) -> None:
@@ -265,6 +268,18 @@ def _names(row: Mapping[str, float], last: str | None = None) -> list[str]:
     """Names of a row's scalars in order; one of them may be put last."""
     names = [name for name in row if name not in ABOUT_A_ROW]
     return names if last is None else [*(name for name in names if name != last), last]
+
+
+@contextmanager
+def only_sender(folder: Path) -> Iterator[None]:
+    """Holds the lock of the process that opens a folder's run, or sends it as a whole.
+
+    Raises:
+        UserError: the filesystem has no locks.
+    """
+    waiting = f"waiting for the process that sends {folder} to MLflow"
+    with file_lock(folder / LOCK, waiting=lambda: waiting):
+        yield
 
 
 def read_state(folder: Path) -> dict[str, str]:
