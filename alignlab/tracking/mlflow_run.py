@@ -29,6 +29,7 @@ OLD_ID = "mlflow_run_id"  # file of older versions, which holds the run's id alo
 LOCK = ".mlflow.lock"  # also in `START_FILES` of a run folder
 ENDED = "ended"
 KEY = "alignlab.key"
+FOLDER = "folder"  # that `mlflow.json` was written for
 CHANGED = "alignlab.changed."  # begins the tag of a setting that is another one since a resume
 RECIPE_HASH = "alignlab.recipe_hash"
 PARENT = "mlflow.parentRunId"
@@ -175,25 +176,33 @@ class MlflowRun:
             write_json(self._folder / STATE, read_state(self._folder) | {ENDED: status})
 
     def _find_or_create(self, client: Any, status: str) -> None:
-        experiment = experiment_id(client, self._experiment, self._way)
-        state = read_state(self._folder)
-        run_id = state.get("run_id", self._known_id)
-        run = self._found(client, run_id, experiment, state.get("key"))
-        key = state.get("key") or uuid.uuid4().hex
+        state, here = read_state(self._folder), self._folder.resolve()
+        key, run_id = state.get("key"), state.get("run_id", self._known_id)
+        written_for = state.get(FOLDER)
+        if written_for is not None and self._is_copy_of(Path(written_for), key):
+            key, run_id = None, ""
+        run = self._found(client, run_id, key)
+        if run is not None and written_for is None:  # of an older version
+            named = here.parents[self._name.count("/")] / str(run.info.run_name)
+            if self._is_copy_of(named, key):
+                run = key = None
+        key = key or uuid.uuid4().hex
         tags = self._tags | read_tags(self._folder)
         if run is not None and self._anew and self._is_other(run):
             client.set_terminated(run.info.run_id, "KILLED")
             run, key = None, uuid.uuid4().hex
         self._is_new = run is None
+        name, own = self._name[:MAX_RUN_NAME], {FOLDER: str(here)}
         if run is None:
-            write_json(self._folder / STATE, {"key": key})
-            run = client.create_run(
-                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
-            )
+            write_json(self._folder / STATE, {"key": key, **own})
+            experiment = experiment_id(client, self._experiment, self._way)
+            run = client.create_run(experiment, run_name=name, tags=mlflow_tags(tags | {KEY: key}))
+        elif written_for not in (None, str(here)):  # it was moved
+            client.update_run(run.info.run_id, status=status, name=name)
         elif run.info.status != status:
             client.update_run(run.info.run_id, status=status)
         ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        write_json(self._folder / STATE, {"key": key, **ids})
+        write_json(self._folder / STATE, {"key": key, **ids, **own})
         self._complete(client, run, tags | {KEY: key})
         self._known.clear()
         self._queue.clear()
@@ -203,7 +212,25 @@ class MlflowRun:
                 self._append(row)
         self._run_id = str(run.info.run_id)
 
-    def _found(self, client: Any, run_id: str, experiment: str, key: str | None) -> Any:
+    def _is_copy_of(self, other: Path, key: str | None) -> bool:
+        """Whether this folder was copied from another one, which has its run; that is told.
+
+        Where the other one is gone, this one was moved, and its run goes with it.
+        """
+        here = self._folder.resolve()
+        output = here.parents[self._name.count("/")]
+        if not (other / STATE).exists() or other.samefile(here):
+            return False
+        if self._way.lies_in(output) and not other.is_relative_to(output):
+            return False  # the database was copied as well
+        if key is None or read_state(other).get("key") != key:
+            return False
+        log.info("%s is a copy of %s: MLflow gets a run of its own for it", self._folder, other)
+        if read_tags(here).get(PARENT) == read_tags(other).get(PARENT):
+            (here / TAGS).unlink(missing_ok=True)  # the other one's place; a parent writes its own
+        return True
+
+    def _found(self, client: Any, run_id: str, key: str | None) -> Any:
         """The run of this folder, unless somebody deleted it."""
         from mlflow.exceptions import MlflowException
 
@@ -217,6 +244,7 @@ class MlflowRun:
                     raise
         if key is None:  # so no run has it
             return None
+        experiment = experiment_id(client, self._experiment, self._way)
         found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'")
         for run in found[:-1]:  # of a request that was repeated
             client.set_terminated(run.info.run_id, "KILLED")
@@ -283,7 +311,7 @@ def only_sender(folder: Path) -> Iterator[None]:
 
 
 def read_state(folder: Path) -> dict[str, str]:
-    """What a folder knows of its run: `key`, `run_id`, `experiment_id`, or less.
+    """What a folder knows of its run: `key`, `folder`, `run_id`, `experiment_id`, or less.
 
     And `ended`, the status that MLflow was told after all rows.
     """

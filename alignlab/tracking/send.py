@@ -87,7 +87,7 @@ def send_each_unless_ended(
 
 
 def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
-    """The recipe of a run folder, with the output that the folder lies in now.
+    """The recipe of a run folder, with the output that the folder lies in and its name there now.
 
     Args:
         path: the run folder.
@@ -98,8 +98,10 @@ def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
     if to is not None:
         place = validated(TrackingConfig, {"mlflow": to}, under="--to")
         tracking = tracking.model_copy(update={"mlflow": place.mlflow})
-    output = str(output_of(path, config.name))
-    return config.model_copy(update={"output": output, "tracking": tracking})
+    output = output_of(path, config.name)
+    name = path.resolve().relative_to(output).as_posix()
+    update = {"name": name, "output": str(output), "tracking": tracking}
+    return config.model_copy(update=update)
 
 
 def output_of(path: Path, name: str) -> Path:
