@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 OnEvaluation = Callable[[int, Mapping[str, float]], None]
 """Takes the step of an evaluation and its metrics by name.
 
-It is called in order of step, once the row is written, and by a run that is resumed first of all
-for the evaluations that were there already: the same step may come again, with the same numbers.
+It is called in order of step, once the row is written, and by a run that is resumed, or finished
+already, first of all for the evaluations that were there: the same step may come again, with the
+same numbers.
 """
 
 
@@ -46,6 +47,22 @@ class Parts:
 
     validation: bool
     generation: bool
+
+
+def tell_earlier(
+    found: Mapping[int, Mapping[str, float]], on_evaluation: OnEvaluation | None
+) -> None:
+    """Tells of evaluations that are in the log already, in order of step.
+
+    Args:
+        found: their metrics, by step.
+        on_evaluation: is told; None: nobody is.
+
+    Raises:
+        Exception: what `on_evaluation` raises.
+    """
+    for step in sorted(found) if on_evaluation is not None else ():
+        on_evaluation(step, found[step])
 
 
 class IntermediateEvaluations:
@@ -89,9 +106,8 @@ class IntermediateEvaluations:
             Exception: what `on_evaluation` raises.
         """
         earlier = evaluations(rows)
-        if self._run.ranks.is_main and self._on_evaluation is not None:
-            for step, metrics in earlier.items():
-                self._on_evaluation(step, metrics)
+        if self._run.ranks.is_main:
+            tell_earlier(earlier, self._on_evaluation)
         due, found = self._due(), earlier.get(self._run.state.step, {})
         missing = Parts(
             due.validation and not has_validation(found),
