@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.passwords import without_password
+from alignlab.progress import tell_once
 from alignlab.runs.checksums import DamagedError, read_json, without_checksum_line, write_json
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.metric_rows import read_rows
@@ -225,7 +226,7 @@ class MlflowRun:
             return False  # the database was copied as well
         if key is None or read_state(other).get("key") != key:
             return False
-        log.info("%s is a copy of %s: MLflow gets a run of its own for it", self._folder, other)
+        tell_once(f"{self._folder} is a copy of {other}: MLflow gets a run of its own for it")
         if read_tags(here).get(PARENT) == read_tags(other).get(PARENT):
             (here / TAGS).unlink(missing_ok=True)  # the other one's place; a parent writes its own
         return True

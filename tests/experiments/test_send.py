@@ -1,6 +1,7 @@
 """What MLflow lacks of a folder that holds several things, some of which are damaged."""
 
 import logging
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,3 +150,18 @@ def test_two_at_once_wait_for_each_other(
     assert told in caplog.text and "is being trained" not in caplog.text
     sent = {name: run.info.status for name, run in sent_runs(tmp_path).items()}
     assert sent == {"pair": "FINISHED", "pair/none/seed-0": "FINISHED"}
+
+
+def test_a_copied_comparison_gets_runs_of_its_own(recipe_file: Path, tmp_path: Path) -> None:
+    log_comparison(recipe_file, tmp_path, "pair")
+    send_folder(tmp_path)
+    before = sent_runs(tmp_path)
+    shutil.copytree(tmp_path / "pair", tmp_path / "copy")
+    assert send_folder(tmp_path / "copy").complete
+    after = sent_runs(tmp_path)
+    assert after.keys() - before.keys() == {"copy", "copy/none/seed-0"}
+    assert {run.info.status for run in after.values()} == {"FINISHED"}
+    for name in ("pair", "copy"):
+        parent = after[f"{name}/none/seed-0"].data.tags["mlflow.parentRunId"]
+        assert parent == after[name].info.run_id
+    assert all(after[name].data.tags == run.data.tags for name, run in before.items())
