@@ -27,11 +27,7 @@ from alignlab.errors import UserError
 from alignlab.evaluation.diagnostics import Diagnosis
 from alignlab.evaluation.evaluate import evaluate, flow_of_first_clips
 from alignlab.evaluation.generation import num_measured_clips
-from alignlab.evaluation.intermediate import (
-    IntermediateEvaluations,
-    OnEvaluation,
-    tell_earlier,
-)
+from alignlab.evaluation.intermediate import IntermediateEvaluations, OnEvaluation, tell_earlier
 from alignlab.evaluation.run_warnings import (
     START_FLOW,
     RankWarnings,
@@ -46,7 +42,7 @@ from alignlab.runs.checksums import write_json
 from alignlab.runs.code_record import record_code
 from alignlab.runs.kept_checkpoints import drop_checkpoints
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.metric_rows import evaluations, mark_log, read_rows
+from alignlab.runs.metric_rows import mark_log, read_rows
 from alignlab.runs.open_folder import open_folder
 from alignlab.runs.prolong import (
     SchedulePlan,
@@ -96,8 +92,7 @@ def train(
         caches: encoded clips of earlier runs.
         wait: wait for another command that trains this run; else refuse.
         on_evaluation: is told, on rank 0, of every evaluation before the last step
-            (`alignlab.evaluation.intermediate`), also of those of a finished run. What it raises
-            ends the run, which can be resumed.
+            (`alignlab.evaluation.intermediate`). What it raises ends the run, which can be resumed.
 
     Raises:
         UserError: the recipe cannot run here, a loss stopped being finite, another command trains
@@ -110,8 +105,7 @@ def train(
     with ExitStack() as locks:
         opened = ranks.on_main(open_folder, config, locks, wait=wait)
         if opened.is_finished:
-            if ranks.is_main:
-                tell_earlier(evaluations(read_rows(opened.folder.metrics)), on_evaluation)
+            ranks.on_main(tell_earlier, opened.folder.metrics, on_evaluation)
             return opened.folder.path
         newest = opened.newest
         if newest is not None and not newest.exists():

@@ -20,7 +20,7 @@ from alignlab.evaluation.evaluate import measure
 from alignlab.evaluation.generation import LISTING, num_measured_clips
 from alignlab.progress import tell
 from alignlab.runs.checkpoint_folders import step_path
-from alignlab.runs.metric_rows import evaluations, has_generation, has_validation
+from alignlab.runs.metric_rows import evaluations, has_generation, has_validation, read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
 from alignlab.training.setup import Run
@@ -49,20 +49,19 @@ class Parts:
     generation: bool
 
 
-def tell_earlier(
-    found: Mapping[int, Mapping[str, float]], on_evaluation: OnEvaluation | None
-) -> None:
-    """Tells of evaluations that are in the log already, in order of step.
+def tell_earlier(log: Path, on_evaluation: OnEvaluation | None) -> None:
+    """Tells of the evaluations that are in a run's log already, in their order.
 
     Args:
-        found: their metrics, by step.
+        log: `metrics.jsonl` of the run.
         on_evaluation: is told; None: nobody is.
 
     Raises:
         Exception: what `on_evaluation` raises.
     """
-    for step in sorted(found) if on_evaluation is not None else ():
-        on_evaluation(step, found[step])
+    if on_evaluation is not None:
+        for step, metrics in evaluations(read_rows(log)).items():
+            on_evaluation(step, metrics)
 
 
 class IntermediateEvaluations:
@@ -107,7 +106,7 @@ class IntermediateEvaluations:
         """
         earlier = evaluations(rows)
         if self._run.ranks.is_main:
-            tell_earlier(earlier, self._on_evaluation)
+            tell_earlier(self._folder.metrics, self._on_evaluation)
         due, found = self._due(), earlier.get(self._run.state.step, {})
         missing = Parts(
             due.validation and not has_validation(found),
