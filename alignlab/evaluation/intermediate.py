@@ -49,18 +49,18 @@ class Parts:
     generation: bool
 
 
-def tell_earlier(log: Path, on_evaluation: OnEvaluation | None) -> None:
+def tell_earlier(path: Path, on_evaluation: OnEvaluation | None) -> None:
     """Tells of the evaluations that are in a run's log already, in their order.
 
     Args:
-        log: `metrics.jsonl` of the run.
+        path: of `metrics.jsonl` of the run.
         on_evaluation: is told; None: nobody is.
 
     Raises:
         Exception: what `on_evaluation` raises.
     """
     if on_evaluation is not None:
-        for step, metrics in evaluations(read_rows(log)).items():
+        for step, metrics in evaluations(read_rows(path)).items():
             on_evaluation(step, metrics)
 
 
