@@ -27,7 +27,7 @@ from alignlab.errors import UserError
 from alignlab.evaluation.diagnostics import Diagnosis
 from alignlab.evaluation.evaluate import evaluate, flow_of_first_clips
 from alignlab.evaluation.generation import num_measured_clips
-from alignlab.evaluation.intermediate import IntermediateEvaluations, OnEvaluation
+from alignlab.evaluation.intermediate import IntermediateEvaluations, OnEvaluation, tell_earlier
 from alignlab.evaluation.run_warnings import (
     START_FLOW,
     RankWarnings,
@@ -106,6 +106,7 @@ def train(
     with ExitStack() as locks:
         opened = ranks.on_main(open_folder, config, locks, wait=wait)
         if opened.is_finished:
+            ranks.on_main(tell_earlier, opened.folder.metrics, on_evaluation)
             return opened.folder.path
         newest = opened.newest
         if newest is not None and not newest.exists():

@@ -1,15 +1,18 @@
 """What MLflow lacks of a folder, whatever that holds: runs, comparisons, sweeps."""
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from alignlab.config.parts import TrainingConfig
 from alignlab.config.recipe_file import read_recipe
 from alignlab.errors import UserError
 from alignlab.experiments.compare.tracking import VARIANT, ParentRun
-from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.results import best_metrics
 from alignlab.experiments.sweep.study import join_study
 from alignlab.experiments.sweep.tracking import SweepTracker
@@ -17,6 +20,7 @@ from alignlab.runs.file_lock import HeldError
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import runs_address
+from alignlab.tracking.connection import Connection, connection
 from alignlab.tracking.mlflow_run import read_tags
 from alignlab.tracking.send import output_of, send_run, stored_config
 
@@ -42,7 +46,8 @@ def send_folder(folder: Path, *, to: str | None = None) -> Sent:
     """Sends what MLflow lacks of all runs in a folder, and of their comparisons and sweeps.
 
     A run that is being trained is left out: it sends its rows itself. What is wrong with a folder
-    is told, and the others are sent. Where MLflow does not answer, the rest is not tried.
+    is told, and the others are sent. Where a place of MLflow does not answer, nothing more is tried
+    there, and a line says what was left out.
 
     Args:
         folder: of a run, a comparison or a sweep, or above them.
@@ -51,36 +56,66 @@ def send_folder(folder: Path, *, to: str | None = None) -> Sent:
     Raises:
         UserError: there is no run, or something is wrong with the only one.
     """
-    failed = _Failed()
+    failed, away = _Failed(), _Away()
     runs, sweeps = _found(folder, failed)
     if len(runs) == 1 and not (sweeps or failed.folders):
         failed.raises = True
     complete, addresses, parents = True, list[str](), dict[Path, ParentRun]()
     for path in sweeps:  # first, and comparisons: runs are put under them
         with failed.told(path):
-            complete = _send_sweep(path, to) and complete
+            config = _sweep_config(path, to)
+            sent = away.unless(config.base, path, partial(_send_sweep, config))
+            complete = complete and sent
     for path, children in _comparisons(runs).items():
-        if path.is_relative_to(folder):
+        if path.is_relative_to(Path(os.path.abspath(folder))):
             with failed.told(path):
                 parents[path] = _parent(path, children, to)
     for run in runs:
-        sent = True
         with failed.told(run):
-            sent = send_run(run, to=to)
+            sent = away.unless(stored_config(run, to=to), run, partial(send_run, run, to=to))
+            complete = complete and sent
             address = runs_address(run, stored_config(run, to=to))
             if address is not None and address not in addresses:
                 addresses.append(address)
-        complete = complete and sent
-        if not sent:
-            break
-    unsent = {run.parent.parent for run in failed.folders | failed.busy}
+    busy = {comparison_of(run) for run in failed.busy}
     for path, parent in parents.items():
-        if path in unsent:
+        if path in busy:
             continue
         status = "FINISHED" if (path / "comparison.json").exists() else "KILLED"
         with failed.told(path):
-            complete = complete and parent.end(status)
+            ended = away.unless(parent.config, path, partial(parent.end, status, children=False))
+            complete = complete and ended
+    away.tell()
     return Sent(complete and not failed.folders, addresses)
+
+
+class _Away:
+    """Places of MLflow that did not answer, and what was not tried there since."""
+
+    def __init__(self) -> None:
+        self._left: dict[Connection, list[Path]] = {}
+
+    def unless(self, config: TrainingConfig, folder: Path, send: Callable[[], bool]) -> bool:
+        """Sends something to the place of a recipe, unless it is away; whether that has it all."""
+        way = connection(config)
+        if way in self._left:
+            self._left[way].append(folder)
+            return False
+        sent = send()
+        if way is not None and not sent and way.is_away:
+            self._left[way] = []
+        return sent
+
+    def tell(self) -> None:
+        """A line for each place: what was left out."""
+        for way, folders in self._left.items():
+            if folders:
+                more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+                log.warning(
+                    "MLflow at %s does not answer: %s%s not tried there; give the command again "
+                    "when it does",
+                    *(way.shown, folders[0], f"{more} were" if more else " was"),
+                )
 
 
 class _Failed:
@@ -123,8 +158,13 @@ def _comparisons(runs: list[Path]) -> dict[Path, list[Path]]:
     found: dict[Path, list[Path]] = {}
     for run in runs:
         if VARIANT in read_tags(run):
-            found.setdefault(run.parent.parent, []).append(run)  # NAME/VARIANT/seed-N
+            found.setdefault(comparison_of(run), []).append(run)
     return found
+
+
+def comparison_of(run: Path) -> Path:
+    """The folder of the comparison that a run is of: NAME/VARIANT/seed-N; of `.` as well."""
+    return Path(os.path.abspath(run)).parents[1]
 
 
 def _parent(path: Path, runs: list[Path], to: str | None) -> ParentRun:
@@ -133,10 +173,15 @@ def _parent(path: Path, runs: list[Path], to: str | None) -> ParentRun:
     return parent
 
 
-def _send_sweep(folder: Path, to: str | None) -> bool:
-    name = str(read_recipe(folder / RECIPE, []).get("name", folder.name))
-    overrides = [f"output={output_of(folder, name)}"]
+def _sweep_config(folder: Path, to: str | None) -> SweepConfig:
+    path = Path(os.path.abspath(folder))
+    name = str(read_recipe(path / RECIPE, []).get("name", path.name))
+    overrides = [f"output={output_of(path, name)}"]
     if to is not None:
         overrides.append(f"tracking.mlflow={to}")
-    study = join_study(load_sweep(folder / RECIPE, overrides, stored=True))
+    return load_sweep(path / RECIPE, overrides, stored=True)
+
+
+def _send_sweep(config: SweepConfig) -> bool:
+    study = join_study(config)
     return SweepTracker(study).end_study(best_metrics(study))

@@ -117,7 +117,13 @@ def evaluate_to_file(
     folder = RunFolder.open(run_dir)
     own = folder.config()
     unscheduled = [f"eval.{key}=null" for key in SCHEDULE]
-    asked = load_run(folder.recipe, [*unscheduled, *overrides], stored=True).eval
+    config = load_run(folder.recipe, [*unscheduled, *overrides], stored=True)
+    asked = config.eval
+    if asked.blocks and asked.blocks != own.eval.blocks and config.measured_against is None:
+        raise UserError(
+            "eval.blocks: tokens are measured against a teacher, and the recipe of "
+            f"{run_dir} names none: leave eval.blocks out"
+        )
     with choice.reading(folder.checkpoints) as found:
         # the same one, though a run that trains has a newer one meanwhile
         choice = replace(choice, step=step_of(found))

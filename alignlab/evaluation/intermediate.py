@@ -20,7 +20,7 @@ from alignlab.evaluation.evaluate import measure
 from alignlab.evaluation.generation import LISTING, num_measured_clips
 from alignlab.progress import tell
 from alignlab.runs.checkpoint_folders import step_path
-from alignlab.runs.metric_rows import evaluations, has_generation, has_validation
+from alignlab.runs.metric_rows import evaluations, has_generation, has_validation, read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
 from alignlab.training.setup import Run
@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 OnEvaluation = Callable[[int, Mapping[str, float]], None]
 """Takes the step of an evaluation and its metrics by name.
 
-It is called in order of step, once the row is written, and by a run that is resumed first of all
-for the evaluations that were there already: the same step may come again, with the same numbers.
+It is called in order of step, once the row is written, and by a run that is resumed, or finished
+already, first of all for the evaluations that were there: the same step may come again, with the
+same numbers.
 """
 
 
@@ -46,6 +47,21 @@ class Parts:
 
     validation: bool
     generation: bool
+
+
+def tell_earlier(path: Path, on_evaluation: OnEvaluation | None) -> None:
+    """Tells of the evaluations that are in a run's log already, in their order.
+
+    Args:
+        path: of `metrics.jsonl` of the run.
+        on_evaluation: is told; None: nobody is.
+
+    Raises:
+        Exception: what `on_evaluation` raises.
+    """
+    if on_evaluation is not None:
+        for step, metrics in evaluations(read_rows(path)).items():
+            on_evaluation(step, metrics)
 
 
 class IntermediateEvaluations:
@@ -89,9 +105,8 @@ class IntermediateEvaluations:
             Exception: what `on_evaluation` raises.
         """
         earlier = evaluations(rows)
-        if self._run.ranks.is_main and self._on_evaluation is not None:
-            for step, metrics in earlier.items():
-                self._on_evaluation(step, metrics)
+        if self._run.ranks.is_main:
+            tell_earlier(self._folder.metrics, self._on_evaluation)
         due, found = self._due(), earlier.get(self._run.state.step, {})
         missing = Parts(
             due.validation and not has_validation(found),

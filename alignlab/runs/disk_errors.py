@@ -50,8 +50,8 @@ def shown(error: OSError) -> str:
     if error.errno in FULL:
         place = f" ({where})" if where else ""
         return (
-            f"the disk is full{place}: free some space, or write elsewhere, and run the same "
-            "command again"
+            f"the disk is full{place}: free some space (or files, where `df -i` says that its "
+            "inodes are used up), or write elsewhere, and run the same command again"
         )
     reason = error.strerror or first_line(error) or type(error).__name__
     if error.errno == errno.EFBIG:

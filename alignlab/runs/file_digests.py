@@ -12,7 +12,6 @@ one has learnt meanwhile is hashed again.
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import stat
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 
 from alignlab.errors import UserError
-from alignlab.progress import Advance, step_progress
+from alignlab.progress import Advance, step_progress, warn_once
 from alignlab.runs.atomic_files import write_text
 
 THREADS = 8
@@ -37,8 +36,6 @@ SETTLED_NS = 2 * 10**9  # the coarsest clock of a filesystem in use, FAT's
 MISSING = "missing"
 UNREADABLE = "unreadable"
 """Stand in for a digest."""
-
-log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
@@ -265,10 +262,9 @@ class _Memory:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._path, json.dumps(self._known), shared=True)
         except OSError as error:
-            log.warning(
-                "digests of files cannot be remembered in %s (%s): each start reads all files "
-                "again, unless ALIGNLAB_CACHE names another folder",
-                *(self._path.parent, error.strerror),
+            warn_once(
+                f"digests of files cannot be remembered in {self._path.parent} ({error.strerror}): "
+                "each start reads all files again, unless ALIGNLAB_CACHE names another folder"
             )
 
     def _read(self) -> dict[str, tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The checkpoint that `model.init_from` names."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,11 @@ class InitSource(NamedTuple):
 def named_run(named: str) -> RunFolder:
     """The run that a setting names by its folder or one of its checkpoints; it may be missing."""
     path = user_path(named)
-    return RunFolder(path.parent.parent if is_step_name(path.name) else path)
+    if not is_step_name(path.name):
+        return RunFolder(path)
+    # from inside `checkpoints` its name alone is a path, too
+    whole = path if len(path.parts) > 2 and ".." not in path.parts else Path(os.path.abspath(path))
+    return RunFolder(whole.parents[1])
 
 
 def init_source(config: RunConfig) -> InitSource | None:

@@ -144,6 +144,10 @@ class Connection:
         database = self._database()
         return None if database is None else database.with_name("mlartifacts").as_uri()
 
+    def lies_in(self, output: Path) -> bool:
+        """Whether it is the database of this output folder, which is copied and moved with it."""
+        return self._own_database is not None and self._own_database.parent == output
+
     def runs_address(self, experiment_id: str) -> str:
         """Where a browser shows the runs of an experiment, in words."""
         path = f"/#/experiments/{experiment_id}/runs"

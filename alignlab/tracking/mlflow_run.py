@@ -9,11 +9,13 @@ again nevertheless has the same time, by which MLflow's databases know it.
 import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from alignlab.passwords import without_password
+from alignlab.progress import tell_once
 from alignlab.runs.checksums import DamagedError, read_json, without_checksum_line, write_json
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.metric_rows import read_rows
@@ -28,6 +30,7 @@ OLD_ID = "mlflow_run_id"  # file of older versions, which holds the run's id alo
 LOCK = ".mlflow.lock"  # also in `START_FILES` of a run folder
 ENDED = "ended"
 KEY = "alignlab.key"
+FOLDER = "folder"  # that `mlflow.json` was written for
 CHANGED = "alignlab.changed."  # begins the tag of a setting that is another one since a resume
 RECIPE_HASH = "alignlab.recipe_hash"
 PARENT = "mlflow.parentRunId"
@@ -51,6 +54,7 @@ class MlflowRun:
         metrics: the file whose rows it has.
         anew: nothing of the folder is kept: a run of another recipe there is not this one.
         known_id: of the run, where an older version kept it elsewhere.
+        locked: the caller holds `only_sender`.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class MlflowRun:
         metrics: Path | None = None,
         anew: bool = False,
         known_id: str = "",
+        locked: bool = False,
     ) -> None:
         self._folder = folder
         self._way = way
@@ -75,6 +80,7 @@ class MlflowRun:
         self._metrics = metrics
         self._anew = anew
         self._known_id = known_id
+        self._locked = locked
         self._run_id = ""
         self._is_new = False
         self._known: dict[str, set[int]] = {}  # marker -> steps that MLflow has
@@ -95,9 +101,8 @@ class MlflowRun:
         """Finds the run or creates it, with tags and params; nothing if it is open."""
         if self._run_id:
             return
-        lock = self._folder / LOCK  # several processes may have one parent
-        waiting = f"waiting for the process that opens MLflow's run of {self._folder}"
-        with file_lock(lock, waiting=lambda: waiting):
+        # several processes may have one parent
+        with nullcontext() if self._locked else only_sender(self._folder):
             self._find_or_create(client, status)
 
     def add(self, row: Mapping[str, float]) -> None:
@@ -172,25 +177,33 @@ class MlflowRun:
             write_json(self._folder / STATE, read_state(self._folder) | {ENDED: status})
 
     def _find_or_create(self, client: Any, status: str) -> None:
-        experiment = experiment_id(client, self._experiment, self._way)
-        state = read_state(self._folder)
-        run_id = state.get("run_id", self._known_id)
-        run = self._found(client, run_id, experiment, state.get("key"))
-        key = state.get("key") or uuid.uuid4().hex
+        state, here = read_state(self._folder), self._folder.resolve()
+        key, run_id = state.get("key"), state.get("run_id", self._known_id)
+        written_for = state.get(FOLDER)
+        if written_for is not None and self._is_copy_of(Path(written_for), key):
+            key, run_id = None, ""
+        run = self._found(client, run_id, key)
+        if run is not None and written_for is None:  # of an older version
+            named = here.parents[self._name.count("/")] / str(run.info.run_name)
+            if self._is_copy_of(named, key):
+                run = key = None
+        key = key or uuid.uuid4().hex
         tags = self._tags | read_tags(self._folder)
         if run is not None and self._anew and self._is_other(run):
             client.set_terminated(run.info.run_id, "KILLED")
             run, key = None, uuid.uuid4().hex
         self._is_new = run is None
+        name, own = self._name[:MAX_RUN_NAME], {FOLDER: str(here)}
         if run is None:
-            write_json(self._folder / STATE, {"key": key})
-            run = client.create_run(
-                experiment, run_name=self._name[:MAX_RUN_NAME], tags=mlflow_tags(tags | {KEY: key})
-            )
+            write_json(self._folder / STATE, {"key": key, **own})
+            experiment = experiment_id(client, self._experiment, self._way)
+            run = client.create_run(experiment, run_name=name, tags=mlflow_tags(tags | {KEY: key}))
+        elif written_for not in (None, str(here)):  # it was moved
+            client.update_run(run.info.run_id, status=status, name=name)
         elif run.info.status != status:
             client.update_run(run.info.run_id, status=status)
         ids = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        write_json(self._folder / STATE, {"key": key, **ids})
+        write_json(self._folder / STATE, {"key": key, **ids, **own})
         self._complete(client, run, tags | {KEY: key})
         self._known.clear()
         self._queue.clear()
@@ -200,7 +213,25 @@ class MlflowRun:
                 self._append(row)
         self._run_id = str(run.info.run_id)
 
-    def _found(self, client: Any, run_id: str, experiment: str, key: str | None) -> Any:
+    def _is_copy_of(self, other: Path, key: str | None) -> bool:
+        """Whether this folder was copied from another one, which has its run; that is told.
+
+        Where the other one is gone, this one was moved, and its run goes with it.
+        """
+        here = self._folder.resolve()
+        output = here.parents[self._name.count("/")]
+        if not (other / STATE).exists() or other.samefile(here):
+            return False
+        if self._way.lies_in(output) and not other.is_relative_to(output):
+            return False  # the database was copied as well
+        if key is None or read_state(other).get("key") != key:
+            return False
+        tell_once(f"{self._folder} is a copy of {other}: MLflow gets a run of its own for it")
+        if read_tags(here).get(PARENT) == read_tags(other).get(PARENT):
+            (here / TAGS).unlink(missing_ok=True)  # the other one's place; a parent writes its own
+        return True
+
+    def _found(self, client: Any, run_id: str, key: str | None) -> Any:
         """The run of this folder, unless somebody deleted it."""
         from mlflow.exceptions import MlflowException
 
@@ -214,6 +245,7 @@ class MlflowRun:
                     raise
         if key is None:  # so no run has it
             return None
+        experiment = experiment_id(client, self._experiment, self._way)
         found = client.search_runs([experiment], filter_string=f"tags.`{KEY}` = '{key}'")
         for run in found[:-1]:  # of a request that was repeated
             client.set_terminated(run.info.run_id, "KILLED")
@@ -267,8 +299,20 @@ def _names(row: Mapping[str, float], last: str | None = None) -> list[str]:
     return names if last is None else [*(name for name in names if name != last), last]
 
 
+@contextmanager
+def only_sender(folder: Path) -> Iterator[None]:
+    """Holds the lock of the process that opens a folder's run, or sends it as a whole.
+
+    Raises:
+        UserError: the filesystem has no locks.
+    """
+    waiting = f"waiting for the process that sends {folder} to MLflow"
+    with file_lock(folder / LOCK, waiting=lambda: waiting):
+        yield
+
+
 def read_state(folder: Path) -> dict[str, str]:
-    """What a folder knows of its run: `key`, `run_id`, `experiment_id`, or less.
+    """What a folder knows of its run: `key`, `folder`, `run_id`, `experiment_id`, or less.
 
     And `ended`, the status that MLflow was told after all rows.
     """

@@ -1,7 +1,9 @@
 """What MLflow lacks of run folders, sent after the training."""
 
+import logging
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from alignlab.config.parts import TrackingConfig, TrainingConfig
@@ -9,13 +11,17 @@ from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.recipe import load_training, validated
 from alignlab.runs.run_folder import RunFolder, only_writer
-from alignlab.tracking.connection import connection
-from alignlab.tracking.mlflow_run import ENDED, read_state
+from alignlab.tracking.connection import Connection, connection
+from alignlab.tracking.mlflow_run import ENDED, only_sender, read_state
 from alignlab.tracking.tracker import Shipper
+
+log = logging.getLogger(__name__)
 
 
 def send_run(path: Path, *, to: str | None = None, within_s: float = math.inf) -> bool:
     """Sends what MLflow lacks of a run, and ends it there: `FINISHED`, or `KILLED` before its end.
+
+    Another process that sends the same run is waited for.
 
     Args:
         path: the run folder.
@@ -35,9 +41,10 @@ def send_run(path: Path, *, to: str | None = None, within_s: float = math.inf) -
         raise UserError(f"{path}: its recipe says tracking.mlflow: none; name a place with --to")
     environment = folder.path / "environment.json"
     facts = read_environment(environment) if environment.exists() else {}
-    with only_writer(folder.path, wait=False):
+    with only_sender(folder.path), only_writer(folder.path, wait=False):
         status = "FINISHED" if folder.result.exists() else "KILLED"
-        return Shipper(way, folder, config, facts).end(status, within_s=within_s)
+        shipper = Shipper(way, folder, config, facts, only_sender=True)
+        return shipper.end(status, within_s=within_s)
 
 
 def send_unless_ended(path: Path, *, to: str | None, until: float) -> bool:
@@ -54,8 +61,33 @@ def send_unless_ended(path: Path, *, to: str | None, until: float) -> bool:
     return left > 0 and send_run(path, to=to, within_s=left)
 
 
+def send_each_unless_ended(
+    paths: Iterable[Path], way: Connection, *, to: str, until: float
+) -> bool:
+    """As `send_unless_ended`, of several; whether MLflow has all of them.
+
+    What is wrong with one is told, and the others are sent. Once MLflow is away, none is tried.
+
+    Args:
+        paths: the run folders.
+        way: to `to`.
+        to: where MLflow is.
+        until: as `time.monotonic()` counts.
+    """
+    complete = True
+    for path in paths:
+        try:
+            complete = send_unless_ended(path, to=to, until=until) and complete
+        except UserError as error:
+            log.warning("%s", error)
+            complete = False
+        if way.is_away:
+            return False
+    return complete
+
+
 def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
-    """The recipe of a run folder, with the output that the folder lies in now.
+    """The recipe of a run folder, with the output that the folder lies in and its name there now.
 
     Args:
         path: the run folder.
@@ -66,8 +98,10 @@ def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
     if to is not None:
         place = validated(TrackingConfig, {"mlflow": to}, under="--to")
         tracking = tracking.model_copy(update={"mlflow": place.mlflow})
-    output = str(output_of(path, config.name))
-    return config.model_copy(update={"output": output, "tracking": tracking})
+    output = output_of(path, config.name)
+    name = path.resolve().relative_to(output).as_posix()
+    update = {"name": name, "output": str(output), "tracking": tracking}
+    return config.model_copy(update=update)
 
 
 def output_of(path: Path, name: str) -> Path:

@@ -104,6 +104,7 @@ class Shipper:
         config: its recipe.
         environment: facts that become tags.
         anew: nothing was trained there yet.
+        only_sender: the caller holds the lock of that name.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Shipper:
         environment: Mapping[str, str],
         *,
         anew: bool = False,
+        only_sender: bool = False,
     ) -> None:
         self._way = way
         self._folder = folder
@@ -128,6 +130,7 @@ class Shipper:
             params=mlflow_params(config),
             metrics=folder.metrics,
             anew=anew,
+            locked=only_sender,
         )
 
     def add(self, row: Mapping[str, float]) -> None:

@@ -7,6 +7,7 @@ way: what it differs by is no cost of a loss, and no smaller difference is claim
 """
 
 import gc
+import json
 import logging
 import statistics
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from pydantic import ConfigDict, JsonValue, TypeAdapter, ValidationError
 from scipy import stats
 
 from alignlab.config.data import CacheConfig
+from alignlab.config.identity import settings_hash
 from alignlab.config.run import RunConfig
 from alignlab.environment import describe_environment, processor_name
-from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig
 from alignlab.experiments.compare.flops import count_flops
 from alignlab.experiments.compare.measure import seconds_of
@@ -29,8 +30,8 @@ from alignlab.experiments.compare.result import Cost, Ratio, VariantCost
 from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.same_code import code_facts
 from alignlab.progress import step_progress
-from alignlab.recipe import recipe_hash
-from alignlab.runs.atomic_files import write_text
+from alignlab.recipe import NUMBERLESS
+from alignlab.runs.checksums import DamagedError, read_json, write_json
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch
@@ -42,6 +43,10 @@ DATA_STEPS = 4
 CONFIDENCE = 0.95
 MIN_VALUES = 6  # fewer give no interval of a median at this confidence
 COPY = "a copy of the baseline"
+# Settings that no step that is timed depends on: each is taken as the first of the training, where
+# no schedule has begun to move. The seed is none of them: it draws the clips, of which some have
+# more references, and the conditions that are dropped.
+NO_COST = NUMBERLESS | {"steps": True, "eval": True}
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +67,8 @@ _COST_FILE = TypeAdapter(_CostFile)
 def cost_of(config: CompareConfig, folder: Path) -> Cost | None:
     """Cost of a comparison's variants: read from `folder`/cost.json, or measured and kept there.
 
-    A kept cost is used again if variants, rounds, code and hardware are the same.
+    A kept cost is used again if variants, rounds, first seed, code and hardware are the same: how
+    long the runs are and how they are evaluated is no matter.
 
     Returns:
         None where the recipe says `cost: null`, or where baseline and variant do not fit into
@@ -81,10 +87,12 @@ def cost_of(config: CompareConfig, folder: Path) -> Cost | None:
 def _read_or_measured(config: CompareConfig, path: Path) -> Cost | None:
     key = _key(config)
     if path.exists():
+        fix = "copy it back from elsewhere, or remove it: the cost is then measured again"
+        content = read_json(path, fix=fix)
         try:
-            kept = _COST_FILE.validate_json(path.read_bytes())
+            kept = _COST_FILE.validate_json(json.dumps(content))
         except ValidationError:
-            raise UserError(f"{path}: not a measured cost: remove the file") from None
+            raise DamagedError(path, "it holds no measured cost", fix) from None
         if kept.key == key:
             return kept.cost
     try:
@@ -95,14 +103,14 @@ def _read_or_measured(config: CompareConfig, path: Path) -> Cost | None:
             "set cost=null to leave it out"
         )
         return None
-    write_text(path, _COST_FILE.dump_json(_CostFile(key, cost), indent=1).decode() + "\n")
+    write_json(path, _COST_FILE.dump_python(_CostFile(key, cost), mode="json"))
     return cost
 
 
 def _key(config: CompareConfig) -> dict[str, JsonValue]:
     assert config.cost is not None
     facts = describe_environment()
-    runs = {v: recipe_hash(config.run(v, config.seeds[0])) for v in config.variants}
+    runs = {v: settings_hash(config.run(v, config.seeds[0]), NO_COST) for v in config.variants}
     return {
         "rounds": config.cost.rounds,
         "baseline": config.baseline,

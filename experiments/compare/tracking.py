@@ -10,9 +10,9 @@ from alignlab.config.run import RunConfig
 from alignlab.experiments.launchers import RunKey
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
-from alignlab.tracking.connection import NOW, connection
+from alignlab.tracking.connection import NOW, Connection, connection
 from alignlab.tracking.mlflow_run import PARENT, MlflowRun, read_state, write_tags
-from alignlab.tracking.send import send_unless_ended
+from alignlab.tracking.send import send_each_unless_ended
 from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
 VARIANT = "alignlab.variant"
@@ -51,7 +51,7 @@ class ParentRun:
     def __init__(self, folder: Path, run: TrainingConfig) -> None:
         self._folder = folder
         self._tags: Mapping[Path, Mapping[str, str]] = {}
-        self._place = run.tracking.mlflow
+        self.config = run
         self._way = connection(run)
         if self._way is not None:
             name = run.name.rsplit("/", 2)[0]  # NAME/VARIANT/seed-N
@@ -76,8 +76,12 @@ class ParentRun:
             self._way.attempt(self._run.open)
         self._tell_children()
 
-    def end(self, status: str) -> bool:
+    def end(self, status: str, *, children: bool = True) -> bool:
         """Sends what MLflow lacks of the runs, adds the report's files and ends it.
+
+        Args:
+            status: `FINISHED`, `FAILED` or `KILLED`; the first has runs and files.
+            children: false: the runs are sent by themselves.
 
         Returns:
             Whether MLflow has all of it.
@@ -87,17 +91,18 @@ class ParentRun:
         way, run = self._way, self._run
         with quiet_libraries():
             run.forget()  # it may have been deleted while the runs were trained
-            complete, has_files = way.attempt(run.open, when=NOW), True
+            is_open, has_all = way.attempt(run.open, when=NOW), True
             self._tell_children()
-            if complete and status == "FINISHED":
-                complete = self._send_children()
+            if is_open and status == "FINISHED":
+                has_all = not children or self._send_children(way)
+                is_open = not way.is_away
+            if is_open and status == "FINISHED":
                 files = [self._folder / name for name in FILES]
-                has_files = complete and way.upload(run.upload, files)
-            if complete:
-                complete = way.attempt(
-                    lambda client: run.close(client, status, complete=has_files), when=NOW
-                )
-            complete = complete and has_files
+                has_all = way.upload(run.upload, files) and has_all
+            complete = is_open and way.attempt(
+                lambda client: run.close(client, status, complete=has_all), when=NOW
+            )
+            complete = complete and has_all
         if not complete:
             tell_unsent(way, self._folder)
         return complete
@@ -107,6 +112,6 @@ class ParentRun:
         for child, own in self._tags.items():
             write_tags(child, {**own, **({PARENT: parent} if parent else {})})
 
-    def _send_children(self) -> bool:
-        until = time.monotonic() + END_S
-        return all(send_unless_ended(child, to=self._place, until=until) for child in self._tags)
+    def _send_children(self, way: Connection) -> bool:
+        place, until = self.config.tracking.mlflow, time.monotonic() + END_S
+        return send_each_unless_ended(self._tags, way, to=place, until=until)

@@ -384,7 +384,8 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
     present = len(study.get_trials(deepcopy=False))
     if present > len(points):
         raise UserError(
-            f"trials: the study has {present} trials already, it cannot shrink to {len(points)}"
+            f"trials: the study has {present} trials already, it cannot shrink to {len(points)}: "
+            f"give trials={present} or more, or choose another name"
         )
     for point in points[present:]:
         attrs = None if point is None else {FIXED: point}

@@ -22,7 +22,7 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.tracking.connection import NOW, UNLESS_AWAY, Connection, When, connection
 from alignlab.tracking.mlflow_run import ENDED, PARENT, MlflowRun, read_state, write_tags
 from alignlab.tracking.names import mlflow_name
-from alignlab.tracking.send import send_unless_ended
+from alignlab.tracking.send import send_each_unless_ended
 from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
 MLFLOW_ID = "mlflow_run_id"
@@ -70,21 +70,24 @@ class SweepTracker:
             return True
         way, run = self._way, self._study_run(self._way)
         with quiet_libraries():
-            complete = self._open(way, run, when=NOW) and self._send_trials(way)
+            complete = self._open(way, run, when=NOW)
+            has_all = complete and self._send_trials(way)
             if any(self._is_busy(trial) for trial in self._sweep.trials()):
-                return complete
+                return has_all
             status = "FINISHED" if self._sweep.is_finished() else "KILLED"
-            if complete:
+            if complete and not way.is_away:
                 ended = [t.datetime_complete for t in self._sweep.trials() if t.datetime_complete]
                 when_s = max(moment.timestamp() for moment in ended) if ended else time.time()
 
-                has_files = way.upload(run.upload, [self._folder / name for name in FILES])
+                files = [self._folder / name for name in FILES]
+                has_all = way.upload(run.upload, files) and has_all
 
                 def close(client: Any) -> None:
                     run.set_metrics(client, metrics, when_s)
-                    run.close(client, status, complete=has_files)
+                    run.close(client, status, complete=has_all)
 
-                complete = way.attempt(close, when=NOW) and has_files
+                complete = way.attempt(close, when=NOW)
+            complete = complete and has_all
         if not complete:
             tell_unsent(way, self._folder)
         return complete
@@ -158,7 +161,7 @@ class SweepTracker:
 
     def _send_trials(self, way: Connection) -> bool:
         """Sends what MLflow lacks of trials that have ended, and of the runs below them."""
-        until = time.monotonic() + END_S
+        complete, until = True, time.monotonic() + END_S
         for trial in self._sweep.trials():
             folder, finished = self._trial_folder(trial.number), trial.state.is_finished()
             if self._is_busy(trial) or not (finished or read_state(folder)):
@@ -167,11 +170,14 @@ class SweepTracker:
             if not finished or ENDED not in read_state(folder):
                 if time.monotonic() > until or not self._send_trial(way, trial, when=NOW):
                     return False
-            for run in self._run_folders(trial.number):
+            runs = self._run_folders(trial.number)
+            for run in runs:
                 self._tell_run(run, trial.number)
-                if not send_unless_ended(run, to=self._place, until=until):
-                    return False
-        return True
+            sent = send_each_unless_ended(runs, way, to=self._place, until=until)
+            complete = complete and sent
+            if way.is_away:
+                return False
+        return complete
 
     def _send_trial(self, way: Connection, trial: FrozenTrial, *, when: When = UNLESS_AWAY) -> bool:
         from alignlab.experiments.sweep.results import trial_values  # which reads this module

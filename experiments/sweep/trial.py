@@ -165,7 +165,7 @@ class TrialRunner:
             run = trial_run(self._config, values, trial.number, seed)
         except UserError as error:  # each value fits, but not with the others
             return Outcome(TrialState.FAIL, metrics, str(error))
-        _forget_start(run)
+        start = _last_start(run)
         refuse_other_inputs(self._config, run)
         self._tracker.begin_run(trial, user_path(run.output) / run.name)
         inside = None
@@ -178,7 +178,8 @@ class TrialRunner:
             drop_pruned(RunFolder(user_path(run.output) / run.name), run)
             return Outcome(TrialState.PRUNED, metrics)
         except (UserError, torch.OutOfMemoryError) as error:
-            if not _was_built(run) and isinstance(error, UserError):
+            # what ends a run before it begins to train says nothing of the trial's settings
+            if isinstance(error, UserError) and _last_start(run) == start:
                 raise
             return Outcome(TrialState.FAIL, metrics, one_line(error))
         _record_inputs(self._config, folder)
@@ -280,13 +281,13 @@ def shown_values(values: dict[str, Any]) -> str:
     )
 
 
-def _forget_start(run: RunConfig) -> None:
-    """Removes the mark that an earlier, killed start of a run has left; see `_was_built`."""
-    folder = RunFolder(user_path(run.output) / run.name)
-    if folder.read_result() is None:
-        (folder.path / "environment.json").unlink(missing_ok=True)
+def _last_start(run: RunConfig) -> tuple[int, int] | None:
+    """Which start of a run, as it begins to train, has written the facts about it; None: none has.
 
-
-def _was_built(run: RunConfig) -> bool:
-    """Whether the run began to train, so that its failure says something about its settings."""
-    return (user_path(run.output) / run.name / "environment.json").exists()
+    The file is replaced by each, so that another one is another inode, or of another time.
+    """
+    path = user_path(run.output) / run.name / "environment.json"
+    if not path.exists():
+        return None
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns

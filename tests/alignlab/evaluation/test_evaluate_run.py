@@ -1,6 +1,7 @@
 """Checkpoints of a run that are evaluated, sampled from, exported and probed afterwards."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 from alignlab.config.parts import EvalConfig
+from alignlab.config.run import RunConfig
 from alignlab.evaluation.evaluate_run import evaluate_run
 from alignlab.evaluation.probe import probe_run
 from alignlab.recipe import load_run
 from alignlab.runs.metric_rows import evaluations, read_rows
+from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
 from alignlab.training.checkpoint import ModelChoice
 from command_line import alignlab, refused
@@ -87,6 +90,13 @@ def test_mistakes_are_one_line(run: Path, full_run: Path, tmp_path: Path) -> Non
     assert "keeps no moving average" in refused("evaluate", full_run, "--ema")
     assert "must end in .json" in refused("evaluate", run, "--out", tmp_path / "a.txt")
     assert "no clip is generated" in refused("train", run / "recipe.yaml", "eval.sample_clips=0")
+
+
+def test_blocks_need_a_teacher(make_config: Callable[..., RunConfig]) -> None:
+    config = make_config(aligned=False).model_copy(update={"teachers": {}})
+    folder = RunFolder.create(config)
+    line = f"eval.blocks: tokens are measured against a teacher, and the recipe of {folder.path} "
+    assert line in refused("evaluate", folder.path, "eval.blocks=[2]")
 
 
 def test_the_model_of_a_checkpoint_is_exported_and_sampled(run: Path, tmp_path: Path) -> None:

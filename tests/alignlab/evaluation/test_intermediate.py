@@ -90,6 +90,16 @@ def test_rows_and_samples_lie_with_their_step(pair: tuple[Path, Path, Told]) -> 
     ]
 
 
+def test_a_finished_run_tells_of_its_evaluations(pair: tuple[Path, Path, Told]) -> None:
+    _, watched, told = pair
+    again: Told = []
+    train(
+        RunFolder(watched).config(),
+        on_evaluation=lambda step, metrics: again.append((step, dict(metrics))),
+    )
+    assert again == told and [step for step, _ in told] == [2, 3, 4, 6]
+
+
 def test_costs_leave_evaluations_out(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,6 +196,7 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
         (ConnectionError("the hub is away\nmore"), "the hub is away"),
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "the disk is full (a/b): "),
+        (OSError(errno.ENOSPC, "", "a"), "the disk is full (a): free some space (or files, where "),
     ],
 )
 def test_an_error_of_the_machine_is_one_line(

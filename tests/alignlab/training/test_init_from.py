@@ -173,7 +173,7 @@ def test_a_lora_of_another_depth_is_refused(
 
 
 def test_what_is_no_finished_run_or_checkpoint_is_refused(
-    make_config: MakeConfig, source: Path, tmp_path: Path
+    make_config: MakeConfig, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unfinished = tmp_path / "unfinished"
     shutil.copytree(source, unfinished)
@@ -181,6 +181,9 @@ def test_what_is_no_finished_run_or_checkpoint_is_refused(
     step = unfinished / "checkpoints" / "step-000001"
     found = init_source(make_config(f"model.init_from={step}"))
     assert found is not None and found.checkpoint == step
+    monkeypatch.chdir(step.parent)
+    found = init_source(make_config("model.init_from=step-000001"))
+    assert found is not None and found.run.path == unfinished
     for named, expected in {
         unfinished: "is not finished, so its newest checkpoint is not its last",
         tmp_path: "no run folder",

@@ -170,14 +170,21 @@ def test_the_cost_is_kept_and_used_again(
 
     monkeypatch.setattr(cost_module, "measure_cost", counted)
     assert cost_of(make(), tmp_path) == cost_of(make(), tmp_path) == measured
+    same = ["steps=8", "seeds=[0,1]", "eval.clips=3", "checkpoint.every=1", "tracking.log_every=2"]
+    assert cost_of(make(*same), tmp_path) == measured
     assert len(calls) == 1
-    for others in (["cost.rounds=7"], ["variants.heavy.optim.lr=1"], ["baseline=heavy"]):
+    changed = ["cost.rounds=7", "variants.heavy.optim.lr=1", "baseline=heavy", "seeds=[1]"]
+    for others in ([change] for change in changed):
         before = len(calls)
         cost_of(make(*others), tmp_path)
         assert len(calls) == before + 1, others
     assert cost_of(make("cost=null"), tmp_path) is None
+    kept = (tmp_path / "cost.json").read_text()
+    (tmp_path / "cost.json").write_text(kept.replace('"rounds": 6', '"rounds": 60'))
+    with pytest.raises(UserError, match=r"cost\.json.* remove it: the cost is then measured again"):
+        cost_of(make(), tmp_path)
     (tmp_path / "cost.json").write_text("{}")
-    with pytest.raises(UserError, match=r"cost\.json: not a measured cost: remove the file"):
+    with pytest.raises(UserError, match=r"cost\.json: it holds no measured cost: .*remove it"):
         cost_of(make(), tmp_path)
 
 

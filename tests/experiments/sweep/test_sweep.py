@@ -133,7 +133,7 @@ def test_a_finished_sweep_is_not_trained_again(
     more = r"\(metric was .*'val/flow'.*, is .*'cross_cos/mean'.*; optim\.lr was 0\.001, is"
     with pytest.raises(UserError, match=more):
         sweep(load_sweep(recipe, [output, "metric=cross_cos/mean", "optim.lr=2e-3"]))
-    with pytest.raises(UserError, match="cannot shrink to 2"):
+    with pytest.raises(UserError, match="cannot shrink to 2: give trials=3 or more"):
         sweep(load_sweep(recipe, [output, "trials=2"]))
 
 

@@ -51,6 +51,12 @@ def test_a_hopeless_trial_ends_inside_its_run(recipe: Path, tmp_path: Path) -> N
     pruned = trials[int(bad["trial"])]
     assert list(pruned.intermediate_values)[-1] == int(bad["pruned_at"])
     assert pruned.state == TrialState.PRUNED
+    # without its study the same trials are drawn, and judged by the runs that are there
+    (tmp_path / "sweep" / "study.db").unlink()
+    sweep(config)
+    again = read_table(tmp_path / "sweep" / "trials.csv")
+    outcomes = [[(row["state"], row["pruned_at"]) for row in table] for table in (rows, again)]
+    assert outcomes[0] == outcomes[1]
 
 
 def test_a_run_that_was_pruned_is_killed_in_mlflow_as_its_trial_is() -> None:
