@@ -44,11 +44,7 @@ from alignlab.runs.kept_checkpoints import drop_checkpoints
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.metric_rows import mark_log, read_rows
 from alignlab.runs.open_folder import open_folder
-from alignlab.runs.prolong import (
-    SchedulePlan,
-    begin_leg,
-    forget_earlier_ends,
-)
+from alignlab.runs.prolong import SchedulePlan, begin_leg, forget_earlier_ends
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import stage1_digests
 from alignlab.tracking import SilentTracker, Tracker, ask

@@ -146,8 +146,8 @@ def test_a_prolonged_comparison_is_the_long_one(
     pair = tmp_path / "runs" / "pair"
     assert not any("is being prolonged" in note for note in verify_folder(pair).unknown)
     result = (first.parent / "result.json").rename(first.parent / "aside")
-    found = verify_folder(pair)
-    assert found.damaged == {} and any("is being prolonged" in note for note in found.unknown)
+    findings = verify_folder(pair)
+    assert findings.damaged == {} and any("is being prolonged" in n for n in findings.unknown)
     result.rename(first.parent / "result.json")
     folder = compare(more).parent
     long = load_compare(recipes / "one" / "pair.yaml", [f"output={tmp_path / 'long'}", "steps=3"])
