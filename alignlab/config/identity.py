@@ -64,8 +64,8 @@ def has_hash(config: BaseModel, stored: str, exclude: Exclude | None = None) -> 
         return False
     dumped = config.model_dump(mode="json", exclude=_pydantic(exclude or {}))
     # runs were hashed without spaces between the settings, sweeps with them
-    run, sweep = _as_of_v1(config, dumped, {}), _as_of_v1(config, dumped, GONE_V1)
-    return stored in (_digest(_compact(run)), _digest(json.dumps(sweep, sort_keys=True)))
+    compact, spaced = _as_of_v1(config, dumped, {}), _as_of_v1(config, dumped, GONE_V1)
+    return stored in (_digest(_compact(compact)), _digest(json.dumps(spaced, sort_keys=True)))
 
 
 def _before(field: FieldInfo) -> Any:
