@@ -247,8 +247,9 @@ class _Counted:
             said = ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items()))
             self._found.say(said, place=self._place)
         if report.failed:
-            text = str(report.longreprtext).strip().splitlines()
-            self._found.fail(f"{report.nodeid}: {text[-1][:200] if text else 'no reason'}")
+            text = str(report.longreprtext).strip().splitlines() or ["no reason"]
+            reason = next((line[1:].strip() for line in text if line.startswith("E ")), text[-1])
+            self._found.fail(f"{report.nodeid}: {reason[:200]}")
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
