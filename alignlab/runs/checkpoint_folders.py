@@ -276,7 +276,7 @@ def _nothing_whole(damaged: dict[Path, str]) -> UserError:
     newest, found = next(iter(damaged.items()))
     run = newest.parent.parent
     older = len(damaged) - 1
-    others = ("", ", as is the older one", f", as are all {older} older ones")[min(older, 2)]
+    others = ("", ", as is the older one", f", as are the {older} older ones")[min(older, 2)]
     return UserError(
         f"{newest} is damaged ({found}){others}, and {newest.parent} holds no other checkpoint: "
         f"copy one back from elsewhere, or remove {run} to train from the start"

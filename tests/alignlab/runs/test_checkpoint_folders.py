@@ -123,7 +123,7 @@ def test_without_an_older_one_a_line_says_what_to_do(checkpoints: Path) -> None:
         flip(folder / "optimizer.safetensors")
     with pytest.raises(UserError, match=r"step-000003 is damaged \(optimizer\.safetensors: ") as e:
         resumable(checkpoints)
-    assert ", as are all 2 older ones, and" in str(e.value)
+    assert ", as are the 2 older ones, and" in str(e.value)
     assert "train from the start" in str(e.value)
     assert len(list(checkpoints.iterdir())) == 3  # else the next start would begin anew
 
