@@ -226,6 +226,12 @@ def test_other_blocks_are_measured_on_a_whole_checkpoint(finished: Path) -> None
     assert folder.read_result() == before
 
 
+def test_a_run_that_has_lost_the_record_of_its_code_is_noted(stopped: Path) -> None:
+    assert not any("code.json" in note for note in verify_run(stopped).unknown)
+    (stopped / "code.json").unlink()
+    assert any("code.json is missing" in note for note in verify_run(stopped).unknown)
+
+
 @pytest.mark.parametrize("damage", KINDS, ids=lambda k: k.__name__)
 def test_every_file_of_a_finished_run_is_verified(finished: Path, damage: Damage) -> None:
     whole = verify_run(finished)
