@@ -189,7 +189,7 @@ def list_data() -> None:
 def _setting_rows(under: str, config: "type[BaseModel]") -> Iterator[tuple[str, str, str]]:
     """Name, default and meaning of every setting, those of a mapping one by one."""
     for key, field in config.model_fields.items():
-        if hasattr(field.default, "model_fields"):
+        if hasattr(type(field.default), "model_fields"):
             yield from _setting_rows(f"{under}.{key}", type(field.default))
             continue
         default = "required" if field.is_required() else str(field.default)

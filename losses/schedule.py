@@ -134,7 +134,7 @@ class PlateauWatch(nn.Module):
 
     @property
     def stopped(self) -> bool:
-        """Whether it has stopped, which it never takes back."""
+        """Whether it has stopped, which no step takes back."""
         if self._missing <= 0 and not self._has_stopped:
             self._missing = self.schedule.patience - int(self.waited)
             self._has_stopped = self._missing <= 0
@@ -164,6 +164,11 @@ class PlateauWatch(nn.Module):
         self.best.copy_(torch.where(is_there & is_best, average, self.best))
         self.waited.copy_(torch.where(is_there, waited, self.waited))
         self._missing -= 1
+
+    def wait_anew(self) -> None:
+        """Takes back that it has stopped, for what measures a step with all objectives at work."""
+        self.waited.zero_()
+        self._missing, self._has_stopped = self.schedule.patience, False
 
     def _look_again(self, _: object) -> None:
         self._missing, self._has_stopped = 0, False

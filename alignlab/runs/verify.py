@@ -83,7 +83,9 @@ def verify_run(path: Path, *, pruned: str = "") -> Findings:
         elif not (path / name).exists():
             found.say(path / name, f"{path / name} is missing: {TRAIN_AGAIN}")
     if folder.has_begun and not (path / RECORD).exists():
-        what = "the run is older than it, or it was removed; `alignlab repro` does not know the code"
+        what = (
+            "the run is older than it, or it was removed; `alignlab repro` does not know the code"
+        )
         found.unknown.append(f"{path / RECORD} is missing: {what}")
     _verify_checkpoints(folder, found)
     for pattern, fix in OTHERS.items():

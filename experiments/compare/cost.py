@@ -233,7 +233,7 @@ class _Side:
         # at the first step no schedule has turned its objective off
         self._run.state.step = 0
         for watch in self._run.alignment.watches.values():
-            watch.waited.zero_()
+            watch.wait_anew()
         self._trainer.step(batches)
 
 

@@ -60,4 +60,5 @@ def pixel_batch(videos: Sequence[Tensor], **fields: Any) -> Batch:
         for sample in samples
     ]
     empty: dict[str, Any] = dict.fromkeys(Batch.__dataclass_fields__)
-    return Batch(**(empty | {"clips": clips, "references": [nothing] * len(clips)} | fields))
+    empty |= {"clips": clips, "loaded": {}, "references": [nothing] * len(clips)}
+    return Batch(**(empty | fields))

@@ -33,7 +33,7 @@ def samples_of(batches: list[Batch]) -> list[dict[str, object]]:
         {
             field.name: getattr(batch, field.name)[i]
             for field in fields(batch)
-            if field.name != "clips"
+            if field.name not in ("clips", "loaded")
         }
         | {"video_THWC": batch.clips[i].sample.video_THWC, "mask": batch.reference_masks[i]}
         for batch in batches

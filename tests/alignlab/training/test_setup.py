@@ -30,7 +30,7 @@ def test_the_main_rank_alone_reads_a_teacher_that_is_measured_against(
         check_teachers_and_eval(run)
     run.ranks = other = OtherRank(torch.device("cpu"), "fp32")
     check_teachers_and_eval(run)
-    assert other.left_to_main == (run.config, "other")
+    assert other.left_to_main == (run, "other")
 
 
 def test_zeros_in_place_of_references_need_a_position(make_config: MakeConfig) -> None:
