@@ -12,7 +12,7 @@ from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
-from alignlab.runs.file_digests import combined, digest_folder
+from alignlab.runs.file_digests import folder_digest
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -35,9 +35,12 @@ def encoder_parts(
         names: of the parts that encode.
         dtype: that they run in.
         device: that they run on.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
     """
     digests: dict[str, Part] = {
-        name: combined(digest_folder(folder / name, part_endings(name))) for name in names
+        name: folder_digest(folder / name, part_endings(name)) for name in names
     }
     return digests | model_parts(dtype, device, "diffusers", "transformers")
 

@@ -22,7 +22,7 @@ from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
-from alignlab.runs.file_digests import combined, digest_folder
+from alignlab.runs.file_digests import folder_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
@@ -150,7 +150,7 @@ class Teacher:
         if self._folder is None:
             weights = self.digest()
         else:
-            weights = combined(digest_folder(self._folder, TEACHER_FILES))
+            weights = folder_digest(self._folder, TEACHER_FILES)
         row, (mean, std, scale) = self._row, self._preprocessing.normalisation
         return {
             "family": self._family,

@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -275,3 +275,24 @@ def test_a_clip_without_references_reads_no_autoencoder_for_them(make_config: Ma
     found = {k: count.written for k, count in values.cache.counts.items() if count.written}
     assert found == counted
     assert teacher_from(config.teachers["dino"], device="cpu").identity
+
+
+def test_a_file_that_cannot_be_read_is_part_of_no_key(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run(folder.recipe, [f"data={{name: folder, path: {folder.path}, frames: 5, "
+                                       "size: [48, 48], fps: 8}"])  # fmt: skip
+    clips = build_dataset(config.data, "train")
+    (folder.path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png is missing"):
+        clips.origin(0)
+
+    def unreadable(*_: object) -> NoReturn:
+        raise PermissionError
+
+    monkeypatch.setattr("alignlab.runs.file_digests._Memory.get", lambda *_: None)
+    monkeypatch.setattr("alignlab.runs.file_digests._file_digest", unreadable)
+    with pytest.raises(UserError, match="is unreadable"):
+        _ = load_wan(config.model.path).frozen.vae_parts
+    with pytest.raises(UserError, match="is unreadable"):
+        _ = teacher_from(config.teachers["dino"], device="cpu", load=False).parts
