@@ -120,6 +120,11 @@ class Teacher:
         )
 
     @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"teachers ({self._family})"
+
+    @property
     def feature(self) -> str:
         """Name of its feature, as in a recipe."""
         return self._feature.name
@@ -234,7 +239,7 @@ class Teacher:
         if not self._has_told_sizes:
             difference = self._preprocessing.difference(size_HW, resize)
         if difference is not None:
-            tell_once(f"teachers ({self._family}): {difference}")
+            tell_once(f"{self.name}: {difference}")
             self._has_told_sizes = True
 
     def _frame_size(self, grid_HW: tuple[int, int]) -> tuple[int, int]:
@@ -243,7 +248,7 @@ class Teacher:
         height, width = (count * stride for count in grid_HW)
         if height % multiple or width % multiple:
             raise UserError(
-                f"teachers ({self._family}): {self._feature.name} needs a token grid whose sides "
+                f"{self.name}: {self._feature.name} needs a token grid whose sides "
                 f"are multiples of {multiple // stride}, not {grid_HW[0]}x{grid_HW[1]}: set "
                 "teachers.<alias>.grid or change data.size"
             )
@@ -253,7 +258,7 @@ class Teacher:
         """Counts the tubelets after a clip's first frame."""
         if frames <= 1 or (frames - 1) % self.tubelet:
             raise UserError(
-                f"teachers ({self._family}): a video teacher needs clips of 1 + {self.tubelet}n "
+                f"{self.name}: a video teacher needs clips of 1 + {self.tubelet}n "
                 f"frames, not {frames}: change data.frames, or take an image teacher"
             )
         return (frames - 1) // self.tubelet
