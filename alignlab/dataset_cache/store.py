@@ -20,6 +20,7 @@ from typing import Self
 
 from torch import Tensor
 
+from alignlab.dataset_cache.disk_room import check_room
 from alignlab.dataset_cache.key import KINDS, CacheKey, Mode, StorageDtype
 from alignlab.dataset_cache.missed import why_missing
 from alignlab.dataset_cache.shard import DamagedShardError, GoneError, read_entry, write_shard
@@ -236,6 +237,7 @@ class DatasetCache:
             self.flush()
 
     def _write(self, shards: ShardFolder, entries: list[Entry]) -> None:
+        check_room(shards.path, sum(entry.size for entry in entries))
         name = new_name()
         shards.path.mkdir(parents=True, exist_ok=True)
         write_shard(shards.path / name, entries)
@@ -303,11 +305,15 @@ class DatasetCache:
 
     def _stop(self, error: OSError) -> None:
         self.write_error = error
-        reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
         warn_once(
-            f"nothing more is cached in {self.path} ({reason}): all else goes on, and what is not "
-            "there is computed each time"
+            f"nothing more is cached in {self.path} ({write_reason(error)}): all else goes on, and "
+            "what is not there is computed each time"
         )
+
+
+def write_reason(error: OSError) -> str:
+    """Why the disk took nothing more, in words."""
+    return "the disk is full" if error.errno in FULL else error.strerror or str(error)
 
 
 def _own(stored: Stored) -> Tensor:

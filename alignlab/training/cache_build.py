@@ -1,6 +1,5 @@
 """Encodes what runs will read of their clips, before any of them begins."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from alignlab.config.parts import TeacherConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_splits
+from alignlab.dataset_cache.disk_room import disk_room
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import single_rank
 from alignlab.errors import UserError
@@ -215,11 +215,12 @@ def _tell_estimate(builder: CacheBuilder, clips: int, size: float, seconds: floa
         UserError: the disk has less space.
     """
     path = builder.values.cache.path
-    free = shutil.disk_usage(path).free
-    if size > free:
+    free, kept = disk_room(path)
+    if size > free - kept:
         raise UserError(
             f"{path}: {clips} clips need about {size / GB:.1f} GB, and {free / GB:.1f} GB are "
-            "free: name a larger disk as data.cache.path"
+            f"free, of which {kept / GB:.1f} GB are left to checkpoints: name a larger disk as "
+            "data.cache.path"
         )
     tell(
         f"{path}: {clips} clips to encode, about {size / GB:.2f} GB and "

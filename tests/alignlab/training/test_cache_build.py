@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -75,8 +74,7 @@ def test_a_build_that_stops_keeps_what_it_has(
 def test_a_full_disk_is_told_before_the_work(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = SimpleNamespace(free=10)
-    monkeypatch.setattr("alignlab.training.cache_build.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr(cache_build, "disk_room", lambda path: (5e9 + 10, 5e9))
     with pytest.raises(UserError, match=r"5 clips need about .* name a larger disk") as info:
         build_cache(variants(make_config)[:1])
     assert "\n" not in str(info.value)
