@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignlab.dataset_cache.key import CacheKey
-from alignlab.dataset_cache.shard import DamagedShardError, GoneError, read_index
+from alignlab.dataset_cache.shard import DamagedShardError, GoneError, UnreadableError, read_index
 from alignlab.dataset_cache.shard_folder import ShardFolder
 from alignlab.dataset_cache.shard_index import entry_id, key_digest
 from alignlab.errors import shown
@@ -34,7 +34,7 @@ def _entries(shards: ShardFolder, kind: str) -> Iterator[tuple[str, str, Mapping
     for path in shards.shards():
         try:
             index = read_index(path)
-        except (GoneError, DamagedShardError):
+        except (GoneError, UnreadableError, DamagedShardError):
             continue
         for row in index.rows:
             if row.kind == kind:

@@ -15,6 +15,7 @@ from pathlib import Path
 from alignlab.dataset_cache.shard import (
     DamagedShardError,
     GoneError,
+    UnreadableError,
     read_entry,
     rows_entry,
     write_shard,
@@ -44,7 +45,8 @@ class Pruned:
         kept: entries that stay.
         size_before: bytes of all shards.
         size_after: likewise; estimated, where nothing was removed.
-        damaged_shards: removed whole, for nothing of them can be read.
+        damaged_shards: removed whole, for nothing of them is.
+        unreadable: why shards that are left alone cannot be read, by name.
         leftovers: of killed writers.
         merged: small shards that were put together.
     """
@@ -54,6 +56,7 @@ class Pruned:
     size_before: int = 0
     size_after: int = 0
     damaged_shards: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
     leftovers: int = 0
     merged: int = 0
 
@@ -93,7 +96,7 @@ def prune(
 
 
 def remove_damaged(found: Survey, damaged: dict[Where, str]) -> Pruned:
-    """Removes entries, and the shards that cannot be read.
+    """Removes entries, and the shards that are damaged as a whole.
 
     Args:
         found: the cache.
@@ -138,19 +141,15 @@ def _copies(found: Survey) -> dict[Where, str]:
         for name, row in copies:
             if has_whole:
                 drop[name, id] = "copies"
-            elif _is_whole(found, name, row):
+                continue
+            try:
+                read_entry(found.shards / name, row, check=True)
                 has_whole = True
-            else:
+            except UnreadableError as error:
+                found.unreadable[name] = str(error)
+            except (DamagedShardError, GoneError):
                 drop[name, id] = "damaged"
     return drop
-
-
-def _is_whole(found: Survey, name: str, row: Row) -> bool:
-    try:
-        read_entry(found.shards / name, row, check=True)
-    except (DamagedShardError, GoneError):
-        return False
-    return True
 
 
 def _drop_oldest(found: Survey, drop: dict[Where, str], max_bytes: float) -> None:
@@ -189,6 +188,7 @@ def _remove(found: Survey, drop: dict[Where, str], *, dry_run: bool) -> Pruned:
         size_before=found.file_bytes,
         size_after=round(sum(left.values())),
         damaged_shards=len(found.damaged),
+        unreadable=found.unreadable,
         leftovers=len(old),
         merged=len(small),
     )
@@ -245,6 +245,9 @@ class _Rewriting:
                 tensors = read_entry(self._found.shards / name, row, check=True)
             except GoneError:
                 continue
+            except UnreadableError as error:
+                self._result.unreadable[name] = str(error)
+                return  # it stays, and what was taken of it is there twice
             except DamagedShardError:
                 self._result.reasons["damaged"] += 1
                 self._result.kept -= 1
