@@ -21,7 +21,7 @@ from alignlab.dataset_cache.shard import (
     write_shard,
 )
 from alignlab.dataset_cache.shard_folder import new_name
-from alignlab.dataset_cache.shard_index import Entry, Row, key_digest
+from alignlab.dataset_cache.shard_index import Entry, Row
 from alignlab.dataset_cache.store import SHARD_BYTES, SHARD_ENTRIES
 from alignlab.dataset_cache.survey import Survey, check_is_cache, survey
 from alignlab.progress import step_progress
@@ -66,7 +66,6 @@ def prune(
     *,
     older_than_days: float | None = None,
     max_bytes: float | None = None,
-    keys_in_use: set[str] | None = None,
     dry_run: bool = False,
 ) -> Pruned:
     """Removes copies, damaged shards and what killed writers left, and what the arguments say.
@@ -75,7 +74,6 @@ def prune(
         path: of the cache.
         older_than_days: entries that were written earlier.
         max_bytes: entries from the oldest on, until the others are no more than that.
-        keys_in_use: digests of the keys (`CacheKey.digest`) whose entries stay.
         dry_run: removes nothing.
 
     Raises:
@@ -88,8 +86,6 @@ def prune(
         for where, row in _left(found, drop):
             if older_than_days is not None and time.time() - row.written > older_than_days * DAY_S:
                 drop[where] = "older"
-            elif keys_in_use is not None and key_digest(row.id) not in keys_in_use:
-                drop[where] = "unused"
         if max_bytes is not None:
             _drop_oldest(found, drop, max_bytes)
         return _remove(found, drop, dry_run=dry_run)

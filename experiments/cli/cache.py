@@ -113,7 +113,6 @@ def prune(
         "copies": "copies",
         "damaged": "damaged",
         "older": f"written more than {older_than} days ago",
-        "unused": "not used",
         "oldest": f"the oldest, above {max_size} GB",
     }
     for reason, number in sorted(result.reasons.items()):

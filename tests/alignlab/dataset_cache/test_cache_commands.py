@@ -154,12 +154,6 @@ def test_prune_by_age_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert survey(tmp_path).file_bytes <= 25e3
 
 
-def test_prune_keeps_keys_in_use(tmp_path: Path) -> None:
-    write_entries(tmp_path, range(4))
-    result = prune(tmp_path, keys_in_use={entry_key(1).digest, entry_key(9).digest})
-    assert result.reasons == {"unused": 3} and whole(tmp_path, [1])
-
-
 def test_prune_clears_what_killed_writers_left(tmp_path: Path) -> None:
     [path] = write_entries(tmp_path, [0])
     old, young = (path.with_name(f".{new_name()}.tmp") for _ in range(2))
