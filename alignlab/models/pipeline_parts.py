@@ -26,7 +26,7 @@ def part_endings(part: str) -> tuple[str, ...] | None:
 
 
 def encoder_parts(
-    folder: Path, names: Sequence[str], dtype: torch.dtype, device: torch.device
+    folder: Path, names: Sequence[str], dtype: torch.dtype, device: torch.device, *packages: str
 ) -> dict[str, Part]:
     """What an encoder's numbers depend on besides its input, for keys of the dataset cache.
 
@@ -35,6 +35,7 @@ def encoder_parts(
         names: of the parts that encode.
         dtype: that they run in.
         device: that they run on.
+        packages: whose code runs, besides torch, diffusers and transformers.
 
     Raises:
         UserError: a file is missing or cannot be read.
@@ -42,7 +43,7 @@ def encoder_parts(
     digests: dict[str, Part] = {
         name: folder_digest(folder / name, part_endings(name)) for name in names
     }
-    return digests | model_parts(dtype, device, "diffusers", "transformers")
+    return digests | model_parts(dtype, device, "diffusers", "transformers", *packages)
 
 
 def load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:

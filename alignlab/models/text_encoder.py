@@ -23,6 +23,7 @@ from alignlab.models.pipeline_parts import TEXT_PARTS, encoder_parts, load_froze
 from alignlab.progress import warn_once
 
 SHOWN = 60  # characters of a caption in a message
+TEXT_PACKAGES = ("ftfy", "tokenizers", "sentencepiece")  # between a text and its tokens
 MAX_TEXT_TOKENS = 512  # WanPipeline's max_sequence_length, and the length Wan was trained with
 
 
@@ -43,7 +44,7 @@ class TextEncoder:
     @cached_property
     def parts(self) -> dict[str, Part]:
         """What embeddings depend on besides the text, for keys of the dataset cache."""
-        return encoder_parts(self.folder, TEXT_PARTS, self.dtype, self.device)
+        return encoder_parts(self.folder, TEXT_PARTS, self.dtype, self.device, *TEXT_PACKAGES)
 
     @cached_property
     def model(self) -> UMT5EncoderModel:

@@ -18,6 +18,7 @@ from alignlab.data.registry import build_dataset
 from alignlab.data.video import write_mp4
 from alignlab.dataset_cache import clip_keys
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.models.wan import load_wan
 from alignlab.recipe import load_run
@@ -133,9 +134,35 @@ def test_threads_and_libraries(make_config: MakeConfig, monkeypatch: pytest.Monk
         patch.setattr(torch, "get_num_threads", lambda: 64)
         assert misses(make_config()) == ALL
     with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX")
+        assert misses(make_config()) == ALL
+    with monkeypatch.context() as patch:
         patch.setattr("alignlab.dataset_cache.model_parts.libraries", lambda *names: "torch 99")
         assert misses(make_config()) == ALL
+    with monkeypatch.context() as patch:
+        patch.setattr("alignlab.models.text_encoder.TEXT_PACKAGES", ())
+        assert misses(make_config()) == {"text": 1}
     assert misses(make_config()) == {}
+
+
+def test_a_required_entry_that_differs_in_threads_says_so(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    misses(make_config())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    line = (
+        r"of model\.threads=64 \(the nearest has model\.threads=3; .*OMP_NUM_THREADS=3, or launch"
+    )
+    with pytest.raises(UserError, match=line):
+        misses(make_config("data.cache.mode=require"))
+
+
+def test_what_a_gpu_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    parts = model_parts(torch.bfloat16, torch.device("cuda"))
+    assert parts["build"] == f"torch {torch.__version__}, cuDNN 91002" and "threads" not in parts
 
 
 def test_code(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
