@@ -107,6 +107,25 @@ def folder_digest(folder: Path, endings: Collection[str] | None) -> str:
     return combined(digests)
 
 
+def check_unchanged(folder: Path, endings: Collection[str] | None, digest: object) -> None:
+    """Refuses a folder that was loaded from after it was hashed, and had changed in between.
+
+    Costs a look at the files where their digests are remembered.
+
+    Args:
+        folder, endings: as `folder_digest` was given them.
+        digest: that it gave.
+
+    Raises:
+        UserError: it gives another one now.
+    """
+    if folder_digest(folder, endings) != digest:
+        raise UserError(
+            f"{folder} has changed since it was hashed: what was cached is of other files, start "
+            "again"
+        )
+
+
 def check_read(root: Path, digests: Mapping[str, str]) -> None:
     """Refuses digests that say nothing of what is in a file, and so are no part of a key.
 

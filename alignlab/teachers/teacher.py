@@ -22,7 +22,7 @@ from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
-from alignlab.runs.file_digests import folder_digest
+from alignlab.runs.file_digests import check_unchanged, folder_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
@@ -103,7 +103,10 @@ class Teacher:
 
     @cached_property
     def _model(self) -> Any:
-        return self._later.load()
+        model = self._later.load()
+        if self._folder is not None and "parts" in vars(self):
+            check_unchanged(self._folder, TEACHER_FILES, self.parts["weights"])
+        return model
 
     @cached_property
     def _fit_positions(self) -> Fit:

@@ -20,7 +20,7 @@ from alignlab.dataset_cache import clip_keys
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
-from alignlab.models.wan import load_wan
+from alignlab.models.wan import frozen_parts, load_wan
 from alignlab.recipe import load_run
 from alignlab.teachers import load_teacher, teacher_from
 from alignlab.training.batches import ClipEncoder
@@ -323,3 +323,29 @@ def test_a_file_that_cannot_be_read_is_part_of_no_key(
         _ = load_wan(config.model.path).frozen.vae_parts
     with pytest.raises(UserError, match="is unreadable"):
         _ = teacher_from(config.teachers["dino"], device="cpu", load=False).parts
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "teacher"])
+def test_a_model_that_changes_between_its_key_and_its_loading_is_refused(
+    make_config: MakeConfig, tmp_path: Path, part: str
+) -> None:
+    config = make_config()
+    source = Path(str(config.teachers["dino"].path if part == "teacher" else config.model.path))
+    copy = shutil.copytree(source, tmp_path / "copy")
+
+    def loading() -> Callable[[], object]:
+        if part == "teacher":
+            teacher = load_teacher("tiny-dino", path=str(copy), load=False)
+            assert teacher.parts
+            return teacher.digest
+        frozen = frozen_parts(copy, precision="fp32", device="cpu")
+        assert frozen.vae_parts and frozen.text.parts
+        return frozen.load
+
+    loading()()
+    load = loading()
+    folder = copy if part == "teacher" else copy / part
+    file = next(folder.glob("*config.json"))
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(UserError, match=f"{folder} has changed since it was hashed"):
+        load()
