@@ -26,7 +26,7 @@ from alignlab.dataset_cache.clip_keys import ClipOrigin
 from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
 from alignlab.progress import warn_once
-from alignlab.runs.file_digests import digest_files
+from alignlab.runs.file_digests import check_read, digest_files
 
 DECODING_VERSION = 1
 """Of the code between a file and its pixels. Raise it when the same file gives other pixels: what
@@ -123,7 +123,11 @@ class FolderDataset:
         return tuple(names[place] for place in self._places(index))
 
     def origin(self, index: int) -> ClipOrigin:
-        """Digests of the files of a clip, and how they are decoded."""
+        """Digests of the files of a clip, and how they are decoded.
+
+        Raises:
+            UserError: a file of the split cannot be read any more.
+        """
         row, config, digests = self._rows[index], self.config, self._digests()
         decoding: dict[str, Part] = {
             "data": "folder",
@@ -254,6 +258,7 @@ class FolderDataset:
             self._stamps = {path: _stamp(path) for path in paths}  # before they are hashed
             names = {path.relative_to(root).as_posix(): path for path in paths}
             digests = digest_files(root, names)
+            check_read(root, digests)
             self._known_digests = {names[name]: digest for name, digest in digests.items()}
         return self._known_digests
 

@@ -15,6 +15,7 @@ from alignlab.config.data import CacheConfig
 from alignlab.config.paths import user_path
 from alignlab.dataset_cache.key import CacheKey, Kind
 from alignlab.dataset_cache.store import DatasetCache
+from alignlab.errors import UserError
 
 Tensors = dict[str, Tensor]
 
@@ -52,25 +53,38 @@ class EncodedValues:
         """Whether values of this kind are read and kept."""
         return kind in self._kinds
 
-    def get(self, kind: Kind, key: Callable[[], CacheKey], make: Callable[[], Tensors]) -> Tensors:
+    def get(
+        self,
+        kind: Kind,
+        key: Callable[[], CacheKey],
+        make: Callable[[], Tensors],
+        refusal: Callable[[], str],
+    ) -> Tensors:
         """A value: on the CPU if its kind is kept, else where it was made.
 
         Args:
             kind: of it.
             key: names it; not asked for a kind that is not kept.
             make: computes it, fp32; called by one thread at a time. What it raises is not kept.
+            refusal: the message where something that was made is not finite.
 
         Raises:
-            UserError: it is not there, and `require` says that it has to be.
+            UserError: it is not there, and `require` says that it has to be; or what was made is
+                not finite. Features that are not kept are not looked at here: the step that reads
+                them says so.
         """
         if not self.keeps(kind):
             with ENCODING:
-                return make()
+                made = make()
+            if kind != "teacher":  # on a GPU a look at each step would wait for it
+                _check_finite(made, refusal)
+            return made
         named = key()
         found = self.cache.read(named)
         if found is None:
             with ENCODING:
                 made = {name: tensor.detach().cpu() for name, tensor in make().items()}
+            _check_finite(made, refusal)
             is_exact = kind != "teacher" or self.cache.dtype == "fp32"
             found = self.cache.write(named, _narrowed(made) if is_exact else made)
         return {name: _widened(tensor) for name, tensor in found.items()}
@@ -82,6 +96,11 @@ class EncodedValues:
     def flush(self) -> None:
         """Returns when all that was made is on the disk."""
         self.cache.flush()
+
+
+def _check_finite(tensors: Mapping[str, Tensor], refusal: Callable[[], str]) -> None:
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(refusal())
 
 
 def _narrowed(tensors: Mapping[str, Tensor]) -> Tensors:

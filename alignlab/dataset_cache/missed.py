@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignlab.dataset_cache.key import CacheKey
-from alignlab.dataset_cache.shard import DamagedShardError, GoneError, read_index
+from alignlab.dataset_cache.shard import DamagedShardError, GoneError, UnreadableError, read_index
 from alignlab.dataset_cache.shard_folder import ShardFolder
 from alignlab.dataset_cache.shard_index import entry_id, key_digest
 from alignlab.errors import shown
 
+THREADS = "model.threads"  # of `model_parts` on a CPU
 SHOWN = 4  # parts that a message has room for
 
 
@@ -26,7 +27,10 @@ def why_missing(shards: ShardFolder, key: CacheKey, dtype: str) -> str:
     if best is None:
         return f"at all that can be read (asked for: {_listed(key.parts, list(key.parts))})"
     names = _differing(key.parts, best[1])
-    return f"of {_listed(key.parts, names)} (the nearest has {_listed(best[1], names)})"
+    hint = ""
+    if THREADS in names and THREADS in key.parts and THREADS in best[1]:
+        hint = f"; give as many CPU threads: OMP_NUM_THREADS={best[1][THREADS]}, or launch.cpus"
+    return f"of {_listed(key.parts, names)} (the nearest has {_listed(best[1], names)}{hint})"
 
 
 def _entries(shards: ShardFolder, kind: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
@@ -34,7 +38,7 @@ def _entries(shards: ShardFolder, kind: str) -> Iterator[tuple[str, str, Mapping
     for path in shards.shards():
         try:
             index = read_index(path)
-        except (GoneError, DamagedShardError):
+        except (GoneError, UnreadableError, DamagedShardError):
             continue
         for row in index.rows:
             if row.kind == kind:

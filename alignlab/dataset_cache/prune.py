@@ -15,12 +15,13 @@ from pathlib import Path
 from alignlab.dataset_cache.shard import (
     DamagedShardError,
     GoneError,
+    UnreadableError,
     read_entry,
     rows_entry,
     write_shard,
 )
 from alignlab.dataset_cache.shard_folder import new_name
-from alignlab.dataset_cache.shard_index import Entry, Row, key_digest
+from alignlab.dataset_cache.shard_index import Entry, Row
 from alignlab.dataset_cache.store import SHARD_BYTES, SHARD_ENTRIES
 from alignlab.dataset_cache.survey import Survey, check_is_cache, survey
 from alignlab.progress import step_progress
@@ -44,7 +45,8 @@ class Pruned:
         kept: entries that stay.
         size_before: bytes of all shards.
         size_after: likewise; estimated, where nothing was removed.
-        damaged_shards: removed whole, for nothing of them can be read.
+        damaged_shards: removed whole, for nothing of them is.
+        unreadable: why shards that are left alone cannot be read, by name.
         leftovers: of killed writers.
         merged: small shards that were put together.
     """
@@ -54,6 +56,7 @@ class Pruned:
     size_before: int = 0
     size_after: int = 0
     damaged_shards: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
     leftovers: int = 0
     merged: int = 0
 
@@ -63,7 +66,6 @@ def prune(
     *,
     older_than_days: float | None = None,
     max_bytes: float | None = None,
-    keys_in_use: set[str] | None = None,
     dry_run: bool = False,
 ) -> Pruned:
     """Removes copies, damaged shards and what killed writers left, and what the arguments say.
@@ -72,7 +74,6 @@ def prune(
         path: of the cache.
         older_than_days: entries that were written earlier.
         max_bytes: entries from the oldest on, until the others are no more than that.
-        keys_in_use: digests of the keys (`CacheKey.digest`) whose entries stay.
         dry_run: removes nothing.
 
     Raises:
@@ -85,15 +86,13 @@ def prune(
         for where, row in _left(found, drop):
             if older_than_days is not None and time.time() - row.written > older_than_days * DAY_S:
                 drop[where] = "older"
-            elif keys_in_use is not None and key_digest(row.id) not in keys_in_use:
-                drop[where] = "unused"
         if max_bytes is not None:
             _drop_oldest(found, drop, max_bytes)
         return _remove(found, drop, dry_run=dry_run)
 
 
 def remove_damaged(found: Survey, damaged: dict[Where, str]) -> Pruned:
-    """Removes entries, and the shards that cannot be read.
+    """Removes entries, and the shards that are damaged as a whole.
 
     Args:
         found: the cache.
@@ -138,19 +137,15 @@ def _copies(found: Survey) -> dict[Where, str]:
         for name, row in copies:
             if has_whole:
                 drop[name, id] = "copies"
-            elif _is_whole(found, name, row):
+                continue
+            try:
+                read_entry(found.shards / name, row, check=True)
                 has_whole = True
-            else:
+            except UnreadableError as error:
+                found.unreadable[name] = str(error)
+            except (DamagedShardError, GoneError):
                 drop[name, id] = "damaged"
     return drop
-
-
-def _is_whole(found: Survey, name: str, row: Row) -> bool:
-    try:
-        read_entry(found.shards / name, row, check=True)
-    except (DamagedShardError, GoneError):
-        return False
-    return True
 
 
 def _drop_oldest(found: Survey, drop: dict[Where, str], max_bytes: float) -> None:
@@ -189,6 +184,7 @@ def _remove(found: Survey, drop: dict[Where, str], *, dry_run: bool) -> Pruned:
         size_before=found.file_bytes,
         size_after=round(sum(left.values())),
         damaged_shards=len(found.damaged),
+        unreadable=found.unreadable,
         leftovers=len(old),
         merged=len(small),
     )
@@ -245,6 +241,9 @@ class _Rewriting:
                 tensors = read_entry(self._found.shards / name, row, check=True)
             except GoneError:
                 continue
+            except UnreadableError as error:
+                self._result.unreadable[name] = str(error)
+                return  # it stays, and what was taken of it is there twice
             except DamagedShardError:
                 self._result.reasons["damaged"] += 1
                 self._result.kept -= 1

@@ -38,11 +38,17 @@ from alignlab.runs.atomic_files import write_bytes
 FORMAT = "alignlab dataset cache"
 VERSION = 1
 MAX_HEADER = 100_000_000  # bytes: safetensors itself reads no longer one
+NO_FILE = (errno.ELOOP, errno.ESPIPE, errno.ENXIO)  # links in a circle, a pipe, a socket
 NO_HEADER = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class GoneError(Exception):
     """A shard was removed since it was listed."""
+
+
+class UnreadableError(Exception):
+    """The system does not let a shard be read, as one of another user; says why. It may be whole,
+    and so is never removed."""
 
 
 class DamagedShardError(Exception):
@@ -70,6 +76,7 @@ def read_index(path: Path) -> Index:
 
     Raises:
         GoneError: there is no such file.
+        UnreadableError: the system does not let it be read.
         DamagedShardError: it is no whole shard.
         NewerShardError: a later version wrote it.
     """
@@ -106,6 +113,7 @@ def read_entry(path: Path, row: Row, *, check: bool = False) -> dict[str, Stored
 
     Raises:
         GoneError: the file is gone.
+        UnreadableError: the system does not let it be read.
         DamagedShardError: it does not hold what was written.
     """
     with _opened(path) as file:
@@ -143,7 +151,9 @@ def _opened(path: Path) -> Iterator[int]:
             raise GoneError from error
         if error.errno == errno.EISDIR:
             raise DamagedShardError("it is a folder") from error
-        raise DamagedShardError(f"it cannot be read: {error.strerror or error}") from error
+        if error.errno in NO_FILE:
+            raise DamagedShardError(f"it is no file: {error.strerror}") from error
+        raise UnreadableError(error.strerror or str(error)) from error
     finally:
         if file is not None:
             os.close(file)

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from alignlab.dataset_cache.shard import DamagedShardError, GoneError, NewerShardError, read_index
+from alignlab.dataset_cache.shard import (
+    DamagedShardError,
+    GoneError,
+    NewerShardError,
+    UnreadableError,
+    read_index,
+)
 from alignlab.dataset_cache.shard_index import Row
 
 SHARDS = "shards"
@@ -36,7 +42,8 @@ class ShardFolder:
 
     Attributes:
         path: of its shards.
-        damaged: why a shard cannot be read, by its name.
+        damaged: what is wrong with a shard, by its name.
+        unreadable: why the system does not let a shard be read, by its name.
         unlisted: why the folder cannot be listed; None: it can, or there is none.
 
     Raises:
@@ -46,6 +53,7 @@ class ShardFolder:
     def __init__(self, path: Path) -> None:
         self.path = path / SHARDS
         self.damaged: dict[str, str] = {}
+        self.unreadable: dict[str, str] = {}
         self.unlisted: str | None = None
         self._copies: dict[str, list[Copy]] = {}
         self._ids: dict[str, list[str]] = {}  # by shard
@@ -105,7 +113,9 @@ class ShardFolder:
             for name in self._ids.keys() - names:
                 self._drop(name)
             self.damaged = {n: why for n, why in self.damaged.items() if n in names}
-            for name in sorted(names - self._ids.keys() - self.damaged.keys()):
+            self.unreadable = {n: why for n, why in self.unreadable.items() if n in names}
+            known = self._ids.keys() | self.damaged.keys() | self.unreadable.keys()
+            for name in sorted(names - known):
                 try:
                     self._add(name)
                 except NewerShardError as error:
@@ -129,6 +139,9 @@ class ShardFolder:
             return
         except DamagedShardError as error:
             self.damaged[name] = str(error)
+            return
+        except UnreadableError as error:
+            self.unreadable[name] = str(error)
             return
         self._ids[name] = [row.id for row in rows]
         for row in rows:

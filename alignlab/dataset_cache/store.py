@@ -20,9 +20,16 @@ from typing import Self
 
 from torch import Tensor
 
+from alignlab.dataset_cache.disk_room import check_room
 from alignlab.dataset_cache.key import KINDS, CacheKey, Mode, StorageDtype
 from alignlab.dataset_cache.missed import why_missing
-from alignlab.dataset_cache.shard import DamagedShardError, GoneError, read_entry, write_shard
+from alignlab.dataset_cache.shard import (
+    DamagedShardError,
+    GoneError,
+    UnreadableError,
+    read_entry,
+    write_shard,
+)
 from alignlab.dataset_cache.shard_folder import ShardFolder, new_name
 from alignlab.dataset_cache.shard_index import Entry, entry_id, new_entry
 from alignlab.dataset_cache.storage_dtypes import (
@@ -51,7 +58,7 @@ class Counts:
 
     Args:
         hits: read.
-        misses: not there, or damaged.
+        misses: not there, damaged, or not to be read.
         damaged: copies that are not what was written.
         written: on the disk.
         written_bytes: of their tensors.
@@ -89,7 +96,7 @@ class DatasetCache:
             raise UserError(f"{path} is a file: name a folder as the cache's path")
         self._shards = ShardFolder(path) if mode != "off" else None
         self._opened_at = time.monotonic()
-        self._is_told = False
+        self._is_told = self._is_told_unreadable = False
         self._start()
         if self._shards is not None:
             self._tell_shards(self._shards)
@@ -112,7 +119,7 @@ class DatasetCache:
 
     @property
     def damaged_shards(self) -> int:
-        """Shards none of which can be read."""
+        """Shards nothing of which is whole."""
         return 0 if self._shards is None else len(self._shards.damaged)
 
     def read(self, key: CacheKey) -> dict[str, Tensor] | None:
@@ -236,6 +243,7 @@ class DatasetCache:
             self.flush()
 
     def _write(self, shards: ShardFolder, entries: list[Entry]) -> None:
+        check_room(shards.path, sum(entry.size for entry in entries))
         name = new_name()
         shards.path.mkdir(parents=True, exist_ok=True)
         write_shard(shards.path / name, entries)
@@ -275,6 +283,9 @@ class DatasetCache:
             except GoneError:
                 is_gone = True
                 shards.forget(id, copy)
+            except UnreadableError as error:
+                shards.forget(id, copy)
+                self._tell_unreadable(copy.shard, str(error))
             except DamagedShardError as error:
                 shards.forget(id, copy)
                 with self._lock:
@@ -285,6 +296,9 @@ class DatasetCache:
     def _tell_shards(self, shards: ShardFolder) -> None:
         for name, reason in shards.damaged.items():
             self._tell(name, reason)
+            break
+        for name, reason in shards.unreadable.items():
+            self._tell_unreadable(name, reason)
             break
         if shards.unlisted is not None:
             warn_once(
@@ -301,13 +315,27 @@ class DatasetCache:
                 f"read is computed again; `alignlab cache verify {self.path} --remove` removes it"
             )
 
+    def _tell_unreadable(self, shard: str, reason: str) -> None:
+        """Says once that something may not be read."""
+        with self._lock:
+            is_first, self._is_told_unreadable = not self._is_told_unreadable, True
+        if is_first:
+            warn_once(
+                f"the dataset cache {self.path} cannot be read in part ({shard}: {reason}): what "
+                "is in there is computed again; it may be whole, and no command removes it"
+            )
+
     def _stop(self, error: OSError) -> None:
         self.write_error = error
-        reason = "the disk is full" if error.errno in FULL else error.strerror or str(error)
         warn_once(
-            f"nothing more is cached in {self.path} ({reason}): all else goes on, and what is not "
-            "there is computed each time"
+            f"nothing more is cached in {self.path} ({write_reason(error)}): all else goes on, and "
+            "what is not there is computed each time"
         )
+
+
+def write_reason(error: OSError) -> str:
+    """Why the disk took nothing more, in words."""
+    return "the disk is full" if error.errno in FULL else error.strerror or str(error)
 
 
 def _own(stored: Stored) -> Tensor:

@@ -8,7 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alignlab.dataset_cache.shard import DamagedShardError, GoneError, read_entry, read_index
+from alignlab.dataset_cache.shard import (
+    DamagedShardError,
+    GoneError,
+    UnreadableError,
+    read_entry,
+    read_index,
+)
 from alignlab.dataset_cache.shard_folder import SHARDS, leftovers, shard_names
 from alignlab.dataset_cache.shard_index import Index, Row
 from alignlab.errors import UserError, shown
@@ -25,13 +31,15 @@ class Survey:
     Args:
         path: of the cache.
         indexes: by name of the shard.
-        damaged: why a shard cannot be read, by its name.
+        damaged: what is wrong with a shard, by its name.
+        unreadable: why the system does not let a shard be read, by its name; it stays.
         leftovers: unfinished shards.
     """
 
     path: Path
     indexes: dict[str, Index] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     leftovers: list[Path] = field(default_factory=list)
 
     def rows(self) -> Iterator[tuple[str, Row]]:
@@ -114,6 +122,8 @@ def survey(path: Path) -> Survey:
             found.indexes[name] = read_index(found.shards / name)
         except DamagedShardError as error:
             found.damaged[name] = str(error)
+        except UnreadableError as error:
+            found.unreadable[name] = str(error)
         except GoneError:  # another command prunes
             pass
     return found
@@ -137,7 +147,10 @@ def days(found: Survey) -> dict[str, Group]:
 
 
 def damaged_entries(found: Survey) -> dict[tuple[str, str], str]:
-    """Reads every entry and gives what is wrong, by shard and id of the entry."""
+    """Reads every entry and gives what is wrong, by shard and id of the entry.
+
+    Shards that the system does not let be read are added to `found.unreadable`.
+    """
     problems: dict[tuple[str, str], str] = {}
     with ExitStack() as stack:
         total = sum(len(index.rows) for index in found.indexes.values())
@@ -168,6 +181,9 @@ def _problem(found: Survey, name: str, row: Row) -> str | None:
         read_entry(found.shards / name, row, check=True)
     except DamagedShardError as error:
         return str(error)
+    except UnreadableError as error:
+        found.unreadable[name] = str(error)
+        return None
     except GoneError:  # another command prunes
         return None
     return None

@@ -19,7 +19,7 @@ from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.model_files import read_object
-from alignlab.models.pipeline_parts import encoder_parts, load_frozen
+from alignlab.models.pipeline_parts import check_late_load, encoder_parts, load_frozen
 from alignlab.models.text_encoder import TextEncoder
 
 
@@ -48,9 +48,10 @@ class FrozenParts:
         """The autoencoder, loaded now.
 
         Raises:
-            UserError: its files cannot be used.
+            UserError: its files cannot be used, or have changed since `vae_parts` named them.
         """
         loaded = load_frozen(AutoencoderKLWan, self.folder, "vae", torch_dtype=torch.float32)
+        check_late_load(self.folder, "vae", vars(self).get("vae_parts"))
         vae: AutoencoderKLWan = loaded.to(self.device)
         return vae
 

@@ -1,6 +1,6 @@
 """The parts of a pipeline folder: what they are loaded from, and what their numbers depend on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
-from alignlab.runs.file_digests import combined, digest_folder
+from alignlab.runs.file_digests import check_unchanged, folder_digest
 
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -26,7 +26,7 @@ def part_endings(part: str) -> tuple[str, ...] | None:
 
 
 def encoder_parts(
-    folder: Path, names: Sequence[str], dtype: torch.dtype, device: torch.device
+    folder: Path, names: Sequence[str], dtype: torch.dtype, device: torch.device, *packages: str
 ) -> dict[str, Part]:
     """What an encoder's numbers depend on besides its input, for keys of the dataset cache.
 
@@ -35,11 +35,30 @@ def encoder_parts(
         names: of the parts that encode.
         dtype: that they run in.
         device: that they run on.
+        packages: whose code runs, besides torch, diffusers and transformers.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
     """
     digests: dict[str, Part] = {
-        name: combined(digest_folder(folder / name, part_endings(name))) for name in names
+        name: folder_digest(folder / name, part_endings(name)) for name in names
     }
-    return digests | model_parts(dtype, device, "diffusers", "transformers")
+    return digests | model_parts(dtype, device, "diffusers", "transformers", *packages)
+
+
+def check_late_load(folder: Path, part: str, known: Mapping[str, Part] | None) -> None:
+    """Refuses a part that was loaded just now from other files than keys of the cache name.
+
+    Args:
+        folder: of the pipeline.
+        part: of it.
+        known: what `encoder_parts` gave before; None: it was not asked.
+
+    Raises:
+        UserError: its files have changed.
+    """
+    if known is not None:
+        check_unchanged(folder / part, part_endings(part), known[part])
 
 
 def load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:

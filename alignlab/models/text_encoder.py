@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained, read_object
-from alignlab.models.pipeline_parts import TEXT_PARTS, encoder_parts, load_frozen
+from alignlab.models.pipeline_parts import TEXT_PARTS, check_late_load, encoder_parts, load_frozen
 from alignlab.progress import warn_once
 
 SHOWN = 60  # characters of a caption in a message
+TEXT_PACKAGES = ("ftfy", "tokenizers", "sentencepiece")  # between a text and its tokens
 MAX_TEXT_TOKENS = 512  # WanPipeline's max_sequence_length, and the length Wan was trained with
 
 
@@ -43,16 +44,17 @@ class TextEncoder:
     @cached_property
     def parts(self) -> dict[str, Part]:
         """What embeddings depend on besides the text, for keys of the dataset cache."""
-        return encoder_parts(self.folder, TEXT_PARTS, self.dtype, self.device)
+        return encoder_parts(self.folder, TEXT_PARTS, self.dtype, self.device, *TEXT_PACKAGES)
 
     @cached_property
     def model(self) -> UMT5EncoderModel:
         """The encoder, loaded now.
 
         Raises:
-            UserError: its files cannot be used.
+            UserError: its files cannot be used, or have changed since `parts` named them.
         """
         loaded = load_frozen(UMT5EncoderModel, self.folder, "text_encoder", dtype=self.dtype)
+        check_late_load(self.folder, "text_encoder", vars(self).get("parts"))
         model: UMT5EncoderModel = loaded.to(self.device)
         return model
 
@@ -61,12 +63,13 @@ class TextEncoder:
         """Pads to `max_tokens`; loaded now.
 
         Raises:
-            UserError: its files cannot be used.
+            UserError: its files cannot be used, or have changed since `parts` named them.
         """
         folder = self.folder / "tokenizer"
         loaded = load_pretrained(
             AutoTokenizer, folder, setting="model.path", config_file="tokenizer_config.json"
         )
+        check_late_load(self.folder, "tokenizer", vars(self).get("parts"))
         assert isinstance(loaded, PreTrainedTokenizerBase)
         if loaded.pad_token is None:
             raise UserError(f"model.path: {folder} has no pad_token: fetch it again")

@@ -94,6 +94,56 @@ def digest_folder(folder: Path, endings: Collection[str] | None) -> dict[str, st
     return digest_files(folder, {name: folder / name for name in names})
 
 
+def folder_digest(folder: Path, endings: Collection[str] | None) -> str:
+    """One digest of `digest_folder`.
+
+    Raises:
+        UserError: there are no such files, or one of them cannot be read.
+    """
+    digests = digest_folder(folder, endings)
+    if not digests:
+        raise UserError(f"{folder} has none of the files that it is read from: restore them")
+    check_read(folder, digests)
+    return combined(digests)
+
+
+def check_unchanged(folder: Path, endings: Collection[str] | None, digest: object) -> None:
+    """Refuses a folder that was loaded from after it was hashed, and had changed in between.
+
+    Costs a look at the files where their digests are remembered.
+
+    Args:
+        folder, endings: as `folder_digest` was given them.
+        digest: that it gave.
+
+    Raises:
+        UserError: it gives another one now.
+    """
+    if folder_digest(folder, endings) != digest:
+        raise UserError(
+            f"{folder} has changed since it was hashed: what was cached is of other files, start "
+            "again"
+        )
+
+
+def check_read(root: Path, digests: Mapping[str, str]) -> None:
+    """Refuses digests that say nothing of what is in a file, and so are no part of a key.
+
+    Args:
+        root: the folder that the names belong to.
+        digests: of `digest_files`.
+
+    Raises:
+        UserError: a file is missing or unreadable.
+    """
+    for name, digest in digests.items():
+        if digest in (MISSING, UNREADABLE):
+            raise UserError(
+                f"{root / name} is {digest}, so that nothing made of it can be told from what is "
+                "made of other files: restore it or its permissions, and start again"
+            )
+
+
 def fresh_digests(root: Path, names: Mapping[str, Path]) -> dict[str, str]:
     """As `digest_files`, but every file is read: what damages a disk changes no time of a file."""
     looks = dict(zip(names, _looks(list(names.values())), strict=True))

@@ -22,7 +22,7 @@ from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
-from alignlab.runs.file_digests import combined, digest_folder
+from alignlab.runs.file_digests import check_unchanged, folder_digest
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
@@ -103,7 +103,10 @@ class Teacher:
 
     @cached_property
     def _model(self) -> Any:
-        return self._later.load()
+        model = self._later.load()
+        if self._folder is not None and "parts" in vars(self):
+            check_unchanged(self._folder, TEACHER_FILES, self.parts["weights"])
+        return model
 
     @cached_property
     def _fit_positions(self) -> Fit:
@@ -118,6 +121,11 @@ class Teacher:
             torch.tensor(mean, device=device).view(3, 1, 1),
             torch.tensor(std, device=device).view(3, 1, 1),
         )
+
+    @property
+    def name(self) -> str:
+        """As messages call it."""
+        return f"teachers ({self._family})"
 
     @property
     def feature(self) -> str:
@@ -150,7 +158,7 @@ class Teacher:
         if self._folder is None:
             weights = self.digest()
         else:
-            weights = combined(digest_folder(self._folder, TEACHER_FILES))
+            weights = folder_digest(self._folder, TEACHER_FILES)
         row, (mean, std, scale) = self._row, self._preprocessing.normalisation
         return {
             "family": self._family,
@@ -234,7 +242,7 @@ class Teacher:
         if not self._has_told_sizes:
             difference = self._preprocessing.difference(size_HW, resize)
         if difference is not None:
-            tell_once(f"teachers ({self._family}): {difference}")
+            tell_once(f"{self.name}: {difference}")
             self._has_told_sizes = True
 
     def _frame_size(self, grid_HW: tuple[int, int]) -> tuple[int, int]:
@@ -243,7 +251,7 @@ class Teacher:
         height, width = (count * stride for count in grid_HW)
         if height % multiple or width % multiple:
             raise UserError(
-                f"teachers ({self._family}): {self._feature.name} needs a token grid whose sides "
+                f"{self.name}: {self._feature.name} needs a token grid whose sides "
                 f"are multiples of {multiple // stride}, not {grid_HW[0]}x{grid_HW[1]}: set "
                 "teachers.<alias>.grid or change data.size"
             )
@@ -253,7 +261,7 @@ class Teacher:
         """Counts the tubelets after a clip's first frame."""
         if frames <= 1 or (frames - 1) % self.tubelet:
             raise UserError(
-                f"teachers ({self._family}): a video teacher needs clips of 1 + {self.tubelet}n "
+                f"{self.name}: a video teacher needs clips of 1 + {self.tubelet}n "
                 f"frames, not {frames}: change data.frames, or take an image teacher"
             )
         return (frames - 1) // self.tubelet

@@ -294,11 +294,18 @@ def check_noise(where: str, read: FeatureRead, data: DataConfig, values: Encoded
         check_features(where, tokens_BTPD)
         return {"tokens_BTPD": tokens_BTPD}
 
+    def refusal() -> str:
+        return _not_finite(where)
+
     def key() -> CacheKey:
         noise: dict[str, Part] = {"of": "noise", "frames": frames, "size": tuple(data.size)}
         return teacher_key(noise, read.teacher.parts, read.grid_HW)
 
-    check_features(where, values.get("teacher", key, make)["tokens_BTPD"])
+    check_features(where, values.get("teacher", key, make, refusal)["tokens_BTPD"])
+
+
+def _not_finite(where: str) -> str:
+    return f"{where}: gives features that are not finite; take other weights"
 
 
 def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:
@@ -318,7 +325,7 @@ def check_features(where: str, tokens_BTPD: Tensor) -> None:
         UserError: begins with `where`.
     """
     if not tokens_BTPD.isfinite().all():
-        raise UserError(f"{where}: gives features that are not finite; take other weights")
+        raise UserError(_not_finite(where))
     dark, bright = tokens_BTPD
     if float((dark - bright).abs().max()) <= SAME_FEATURES * float(tokens_BTPD.abs().max()):
         raise UserError(

@@ -7,7 +7,7 @@ Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,15 +16,12 @@ from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Reference
 from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
-from alignlab.errors import UserError
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key
 from alignlab.training.flow_matching import draw_sigma
-from alignlab.training.kept_text import kept_text
-
-TEXT = "caption by text_encoder"
+from alignlab.training.kept_text import kept_text, not_finite
 
 
 @dataclass(frozen=True)
@@ -129,9 +126,7 @@ class ClipEncoder:
             where: what has it, for the message.
         """
 
-        return kept_text(
-            self._values, self._frozen.text, prompt, partial(self._check_finite, where, TEXT)
-        )
+        return kept_text(self._values, self._frozen.text, prompt, where)
 
     def lacks(self, index: int, reads: Sequence[FeatureRead]) -> bool:
         """Whether anything of a clip is not in the dataset cache; nothing is decoded.
@@ -161,12 +156,13 @@ class ClipEncoder:
 
     def _latents(self, pixels: ClipPixels) -> Tensor:
         def make() -> dict[str, Tensor]:
-            latents_CTHW = self._frozen.encode_video(pixels.sample.video_THWC).cpu()
-            self._check_finite(pixels.key, "video by vae", latents_CTHW)
-            return {"latents_CTHW": latents_CTHW}
+            return {"latents_CTHW": self._frozen.encode_video(pixels.sample.video_THWC).cpu()}
 
         values = self._values.get(
-            "video", lambda: video_key(pixels.origin, self._frozen.vae_parts), make
+            "video",
+            lambda: video_key(pixels.origin, self._frozen.vae_parts),
+            make,
+            lambda: not_finite(pixels.key, "video by vae", self._frozen.folder),
         )
         return values["latents_CTHW"]
 
@@ -179,21 +175,16 @@ class ClipEncoder:
         def make() -> dict[str, Tensor]:
             images = [reference.image_HWC for reference in pixels.references]
             latents_KCHW = torch.stack([self._frozen.encode_image(image) for image in images]).cpu()
-            self._check_finite(pixels.key, "references by vae", latents_KCHW)
             shows = torch.tensor(_shows_reference(pixels.references))
             return {"latents_KCHW": latents_KCHW, "shows": shows}
 
         values = self._values.get(
-            "reference", lambda: reference_key(pixels.origin, self._frozen.vae_parts), make
+            "reference",
+            lambda: reference_key(pixels.origin, self._frozen.vae_parts),
+            make,
+            lambda: not_finite(pixels.key, "references by vae", self._frozen.folder),
         )
         return values["latents_KCHW"], bool(values["shows"])
-
-    def _check_finite(self, key: str, what: str, values: Tensor) -> None:
-        if not values.isfinite().all():
-            raise UserError(
-                f"{key}: encoding its {what} gives values that are not finite: "
-                f"look at {self._frozen.folder} (model.path), or try model.precision=fp32"
-            )
 
 
 def training_batch(

@@ -1,6 +1,5 @@
 """Encodes what runs will read of their clips, before any of them begins."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,9 @@ from alignlab.config.parts import TeacherConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_splits
+from alignlab.dataset_cache.disk_room import disk_room
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.store import write_reason
 from alignlab.distributed.ranks import single_rank
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
@@ -75,7 +76,7 @@ def build_cache(runs: Sequence[RunConfig], *, workers: int = 1) -> list[Built]:
 
     Raises:
         UserError: a recipe keeps no cache, a model or a clip cannot be used, or the disk is too
-            small.
+            small or takes no more.
     """
     alike: dict[str, list[RunConfig]] = {}
     for run in runs:
@@ -91,14 +92,14 @@ def _build(runs: Sequence[RunConfig], workers: int) -> Built:
     clips = builder.clips()
     missing = [clip for clip in clips if builder.lacks(clip)]
     builder.encode_rest()
-    builder.values.flush()
+    builder.flush()
     before, begin = builder.written(), time.monotonic()
     sampled, rest = missing[:SAMPLED], missing[SAMPLED:]
     for number, clip in enumerate(sampled):
         if number == 1:  # the first one loads the models
             begin = time.monotonic()
         builder.encode(clip)
-    builder.values.flush()
+    builder.flush()
     size = builder.written() - before
     if rest:
         seconds = (time.monotonic() - begin) * len(rest) / (SAMPLED - 1) / workers
@@ -153,11 +154,16 @@ class CacheBuilder:
         return self._splits[clip.split].lacks(clip.place, self._reads[clip.split])
 
     def encode(self, clip: Clip) -> None:
-        """Makes what is not there."""
+        """Makes what is not there.
+
+        Raises:
+            UserError: the disk takes no more.
+        """
         encoded = self._splits[clip.split][clip.place]
         for read in self._reads[clip.split]:
             if read.kind == "video" or encoded.pixels.names:
                 encoded.features(read)
+        self._check_disk()
 
     def encode_rest(self) -> None:
         """Makes what is of no clip: prompts that stand for none, and features of noise."""
@@ -170,6 +176,24 @@ class CacheBuilder:
             for alias in filter(None, {*used, run.measured_against}):
                 read = self._read(run.teachers[alias], "video")  # as a run looks at it first
                 check_noise(f"teachers.{alias}", read, data, self.values)
+
+    def flush(self) -> None:
+        """Returns when all that was made is on the disk.
+
+        Raises:
+            UserError: it does not take it.
+        """
+        self.values.flush()
+        self._check_disk()
+
+    def _check_disk(self) -> None:
+        cache = self.values.cache
+        if cache.write_error is not None:
+            raise UserError(
+                f"{cache.path}: the disk takes no more ({write_reason(cache.write_error)}): free "
+                "some space, or name another folder as data.cache.path, and build again; what is "
+                "there is skipped"
+            )
 
     def written(self) -> int:
         """Bytes of the values that this process has written."""
@@ -215,11 +239,12 @@ def _tell_estimate(builder: CacheBuilder, clips: int, size: float, seconds: floa
         UserError: the disk has less space.
     """
     path = builder.values.cache.path
-    free = shutil.disk_usage(path).free
-    if size > free:
+    free, kept = disk_room(path)
+    if size > free - kept:
         raise UserError(
             f"{path}: {clips} clips need about {size / GB:.1f} GB, and {free / GB:.1f} GB are "
-            "free: name a larger disk as data.cache.path"
+            f"free, of which {kept / GB:.1f} GB are left to checkpoints: name a larger disk as "
+            "data.cache.path"
         )
     tell(
         f"{path}: {clips} clips to encode, about {size / GB:.2f} GB and "
@@ -233,7 +258,7 @@ def _encode_here(builder: CacheBuilder, clips: Sequence[Clip]) -> int:
         for done, clip in enumerate(clips, start=1):
             builder.encode(clip)
             advance(done, clip.split)
-    builder.values.flush()
+    builder.flush()
     return builder.written() - before
 
 
@@ -280,5 +305,5 @@ def _encode_part(clips: Sequence[Clip]) -> tuple[int, int]:
     before = builder.written()
     for clip in clips:
         builder.encode(clip)
-    builder.values.flush()
+    builder.flush()
     return len(clips), builder.written() - before

@@ -135,13 +135,21 @@ class Encoded:
 def kept_features(values: EncodedValues, read: FeatureRead, pixels: ClipPixels) -> Tensor:
     """`Encoded.features` of a clip, through the dataset cache."""
     key, make = partial(feature_key, read, pixels), partial(_encode, read, pixels)
-    return values.get("teacher", key, make)[TOKENS]
+    return values.get("teacher", key, make, partial(_not_finite, read, pixels))[TOKENS]
 
 
 def feature_key(read: FeatureRead, pixels: ClipPixels) -> CacheKey:
     """Names the features of a clip."""
     origin = pixels.origin.video if read.kind == "video" else pixels.origin.references
     return teacher_key({"of": read.kind, **origin}, read.teacher.parts, read.grid_HW)
+
+
+def _not_finite(read: FeatureRead, pixels: ClipPixels) -> str:
+    shown = "frames" if read.kind == "video" else "references"
+    return (
+        f"{pixels.key}: {read.teacher.name} gives features of its {shown} that are not finite: "
+        "take other weights, or another feature of that teacher"
+    )
 
 
 def _encode(read: FeatureRead, pixels: ClipPixels) -> dict[str, Tensor]:

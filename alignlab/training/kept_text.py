@@ -3,21 +3,25 @@
 Shape letters: L text tokens, D width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from alignlab.dataset_cache.clip_keys import text_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.errors import shown
 from alignlab.models.text_encoder import TextEncoder
+
+TEXT = "caption by text_encoder"
 
 
 def kept_text(
     values: EncodedValues,
     encoder: TextEncoder,
     text: str,
-    check: Callable[[Tensor], None] = lambda text_LD: None,
+    where: str | None = None,
 ) -> Tensor:
     """The fp32 embedding of a text, (L, D) on the CPU, zero after its last token.
 
@@ -25,15 +29,27 @@ def kept_text(
         values: where it is kept.
         encoder: makes it.
         text: any text.
-        check: refuses an embedding that is not to be kept.
+        where: what has it, for the message; None: the text itself says it.
+
+    Raises:
+        UserError: the embedding is not finite.
     """
 
     def make() -> dict[str, Tensor]:
-        text_LD = encoder.encode([text])[0].cpu()
-        check(text_LD)
-        return _trimmed(text_LD)
+        return _trimmed(encoder.encode([text])[0].cpu())
 
-    return _padded(values.get("text", lambda: text_key(text, encoder.parts), make))
+    def refusal() -> str:
+        return not_finite(where or f"the text {shown(text)}", TEXT, encoder.folder)
+
+    return _padded(values.get("text", lambda: text_key(text, encoder.parts), make, refusal))
+
+
+def not_finite(where: str, what: str, folder: Path) -> str:
+    """The message about what an encoder of the pipeline in a folder made."""
+    return (
+        f"{where}: encoding its {what} gives values that are not finite: "
+        f"look at {folder} (model.path), or try model.precision=fp32"
+    )
 
 
 def _trimmed(text_LD: Tensor) -> dict[str, Tensor]:

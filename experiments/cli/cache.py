@@ -46,6 +46,7 @@ def status(path: Cache) -> None:
     )
     for name, reason in found.damaged.items():
         typer.echo(f"{found.shards / name} is damaged: {reason}")
+    _tell_unreadable(found.shards, found.unreadable)
     if found.leftovers:
         typer.echo(f"note: {len(found.leftovers)} shards are being written, or were when killed")
 
@@ -55,7 +56,7 @@ def verify(
     path: Cache,
     remove: Annotated[bool, typer.Option("--remove", help="Remove what is damaged.")] = False,
 ) -> None:
-    """Read every entry and compare its checksum; exit 1 if something is damaged and stays."""
+    """Read every entry, compare its checksum; exit 1 if one is damaged or unreadable and stays."""
     from alignlab.dataset_cache.prune import remove_damaged
     from alignlab.dataset_cache.survey import damaged_entries, described, survey
 
@@ -65,8 +66,12 @@ def verify(
         typer.echo(f"{found.shards / name} is damaged: {reason}")
     for (name, id), reason in damaged.items():
         typer.echo(f"{found.shards / name} is damaged: {reason}: {described(found, name, id)}")
+    _tell_unreadable(found.shards, found.unreadable)
     total = f"{sum(1 for _ in found.rows()):,} entries in {len(found.indexes):,} shards"
     if not damaged and not found.damaged:
+        if found.unreadable:
+            typer.echo(f"{total}, what can be read is whole")
+            raise typer.Exit(1)
         typer.echo(f"{total}, all whole")
         return
     typer.echo(f"{total}, {len(damaged):,} entries and {len(found.damaged):,} shards damaged")
@@ -75,6 +80,8 @@ def verify(
         raise typer.Exit(1)
     remove_damaged(found, damaged)
     typer.echo("removed: the next run or `alignlab cache build` computes them again")
+    if found.unreadable:
+        raise typer.Exit(1)
 
 
 @cache_app.command("prune")
@@ -94,6 +101,7 @@ def prune(
 ) -> None:
     """Remove copies, damaged shards and leftovers, put small shards together, and what you ask."""
     from alignlab.dataset_cache.prune import prune as run
+    from alignlab.dataset_cache.shard_folder import SHARDS
 
     result = run(
         path,
@@ -105,7 +113,6 @@ def prune(
         "copies": "copies",
         "damaged": "damaged",
         "older": f"written more than {older_than} days ago",
-        "unused": "not used",
         "oldest": f"the oldest, above {max_size} GB",
     }
     for reason, number in sorted(result.reasons.items()):
@@ -117,10 +124,16 @@ def prune(
     ):
         if number:
             typer.echo(f"{number:,} {what}")
+    _tell_unreadable(path / SHARDS, result.unreadable)
     typer.echo(
         f"{'would stay' if dry_run else 'stay'}: {result.kept:,} entries, "
         f"{_size(result.size_after)} of {_size(result.size_before)}"
     )
+
+
+def _tell_unreadable(shards: Path, reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        typer.echo(f"{shards / name} cannot be read, and stays: {reason}")
 
 
 def _amount(group: "Group") -> tuple[str, str]:

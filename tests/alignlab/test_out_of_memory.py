@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import Dinov2Model, UMT5EncoderModel
 
 from alignlab.config.run import RunConfig
+from alignlab.models.wan import checked_pipeline, frozen_parts
 from alignlab.out_of_memory import out_of_memory_line
 from command_line import alignlab
 
@@ -120,6 +121,31 @@ def test_all_ways_to_say_it(error: Exception, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("alignlab.train.train", train)
     line = line_of("train", "tiny")
     assert "optim.accumulate" in line and "eval.batch_size" in line
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "use", "doing"),
+    [
+        (AutoencoderKLWan, "encode", "encode_image", "encoding a clip"),
+        (AutoencoderKLWan, "decode", "decode", "decoding a generated clip"),
+        (AutoencoderKLWan, "to", "decode", "loading the model"),
+        (UMT5EncoderModel, "to", "encode_text", "loading the model"),
+        (UMT5EncoderModel, "forward", "encode_text", "encoding text"),
+    ],
+)
+def test_what_frozen_parts_were_doing(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, use: str, doing: str
+) -> None:
+    frozen = frozen_parts(checked_pipeline("assets/tiny-wan"), precision="fp32", device="cpu")
+    given: dict[str, Any] = {
+        "encode_image": torch.zeros(32, 32, 3, dtype=torch.uint8),
+        "decode": torch.zeros(len(frozen.vae_config["latents_mean"]), 1, 4, 4),
+        "encode_text": ["a circle"],
+    }
+    monkeypatch.setattr(owner, name, fails)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        getattr(frozen, use)(given[use])
+    assert f"out of memory while {doing} (" in str(out_of_memory_line(caught.value))
 
 
 def test_other_runtime_errors_are_not_out_of_memory() -> None:

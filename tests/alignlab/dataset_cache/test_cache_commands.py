@@ -1,5 +1,6 @@
 """`alignlab cache status`, `verify`, `prune`: what they say, and beside running readers."""
 
+import errno
 import os
 import threading
 import time
@@ -153,12 +154,6 @@ def test_prune_by_age_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert survey(tmp_path).file_bytes <= 25e3
 
 
-def test_prune_keeps_keys_in_use(tmp_path: Path) -> None:
-    write_entries(tmp_path, range(4))
-    result = prune(tmp_path, keys_in_use={entry_key(1).digest, entry_key(9).digest})
-    assert result.reasons == {"unused": 3} and whole(tmp_path, [1])
-
-
 def test_prune_clears_what_killed_writers_left(tmp_path: Path) -> None:
     [path] = write_entries(tmp_path, [0])
     old, young = (path.with_name(f".{new_name()}.tmp") for _ in range(2))
@@ -243,3 +238,35 @@ def test_a_folder_in_place_of_a_shard_goes_away(tmp_path: Path) -> None:
     empty(path / "file")
     assert prune(tmp_path).damaged_shards == 1
     assert shards_of(tmp_path) == []
+
+
+def test_a_shard_that_this_user_may_not_read_is_told_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_entries(tmp_path, [0, 1])
+    [first] = shards_of(tmp_path)
+    write_entries(tmp_path, [2, 3])
+    opened = os.open
+
+    def refusing(path: Path, *args: int, **options: int) -> int:
+        if path == first:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *args, **options)
+
+    early = survey(tmp_path)  # its header is read before the shard's owner closes it
+    monkeypatch.setattr(os, "open", refusing)
+    cache = DatasetCache(tmp_path, "write")
+    assert cache.read(entry_key(0)) is None and cache.read(entry_key(2)) is not None
+    assert cache.counts["text"].damaged == cache.damaged_shards == 0
+    (message,) = [one for one in caplog.messages if "cannot be read in part" in one]
+    assert f"({first.name}: Permission denied)" in message
+    assert damaged_entries(early) == {} and list(early.unreadable) == [first.name]
+    line = f"{first} cannot be read, and stays: Permission denied"
+    for command, code in (("status", 0), ("verify", 1), ("prune", 0)):
+        result = alignlab("cache", command, tmp_path)
+        assert (line in result.stdout, result.exit_code) == (True, code), result.output
+    assert alignlab("cache", "verify", tmp_path, "--remove").exit_code == 1
+    monkeypatch.setattr(pruning, "survey", lambda path: early)
+    assert prune(tmp_path, max_bytes=10**9).unreadable == {first.name: "Permission denied"}
+    monkeypatch.setattr(os, "open", opened)
+    assert first.exists() and whole(tmp_path, [0, 1, 2, 3])

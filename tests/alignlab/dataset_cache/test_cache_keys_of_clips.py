@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,8 +18,9 @@ from alignlab.data.registry import build_dataset
 from alignlab.data.video import write_mp4
 from alignlab.dataset_cache import clip_keys
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
-from alignlab.models.wan import load_wan
+from alignlab.models.wan import frozen_parts, load_wan
 from alignlab.recipe import load_run
 from alignlab.teachers import load_teacher, teacher_from
 from alignlab.training.batches import ClipEncoder
@@ -133,9 +134,35 @@ def test_threads_and_libraries(make_config: MakeConfig, monkeypatch: pytest.Monk
         patch.setattr(torch, "get_num_threads", lambda: 64)
         assert misses(make_config()) == ALL
     with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX")
+        assert misses(make_config()) == ALL
+    with monkeypatch.context() as patch:
         patch.setattr("alignlab.dataset_cache.model_parts.libraries", lambda *names: "torch 99")
         assert misses(make_config()) == ALL
+    with monkeypatch.context() as patch:
+        patch.setattr("alignlab.models.text_encoder.TEXT_PACKAGES", ())
+        assert misses(make_config()) == {"text": 1}
     assert misses(make_config()) == {}
+
+
+def test_a_required_entry_that_differs_in_threads_says_so(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    misses(make_config())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    line = (
+        r"of model\.threads=64 \(the nearest has model\.threads=3; .*OMP_NUM_THREADS=3, or launch"
+    )
+    with pytest.raises(UserError, match=line):
+        misses(make_config("data.cache.mode=require"))
+
+
+def test_what_a_gpu_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    parts = model_parts(torch.bfloat16, torch.device("cuda"))
+    assert parts["build"] == f"torch {torch.__version__}, cuDNN 91002" and "threads" not in parts
 
 
 def test_code(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,3 +302,50 @@ def test_a_clip_without_references_reads_no_autoencoder_for_them(make_config: Ma
     found = {k: count.written for k, count in values.cache.counts.items() if count.written}
     assert found == counted
     assert teacher_from(config.teachers["dino"], device="cpu").identity
+
+
+def test_a_file_that_cannot_be_read_is_part_of_no_key(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run(folder.recipe, [f"data={{name: folder, path: {folder.path}, frames: 5, "
+                                       "size: [48, 48], fps: 8}"])  # fmt: skip
+    clips = build_dataset(config.data, "train")
+    (folder.path / "a.png").unlink()
+    with pytest.raises(UserError, match=r"a\.png is missing"):
+        clips.origin(0)
+
+    def unreadable(*_: object) -> NoReturn:
+        raise PermissionError
+
+    monkeypatch.setattr("alignlab.runs.file_digests._Memory.get", lambda *_: None)
+    monkeypatch.setattr("alignlab.runs.file_digests._file_digest", unreadable)
+    with pytest.raises(UserError, match="is unreadable"):
+        _ = load_wan(config.model.path).frozen.vae_parts
+    with pytest.raises(UserError, match="is unreadable"):
+        _ = teacher_from(config.teachers["dino"], device="cpu", load=False).parts
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer", "teacher"])
+def test_a_model_that_changes_between_its_key_and_its_loading_is_refused(
+    make_config: MakeConfig, tmp_path: Path, part: str
+) -> None:
+    config = make_config()
+    source = Path(str(config.teachers["dino"].path if part == "teacher" else config.model.path))
+    copy = shutil.copytree(source, tmp_path / "copy")
+
+    def loading() -> Callable[[], object]:
+        if part == "teacher":
+            teacher = load_teacher("tiny-dino", path=str(copy), load=False)
+            assert teacher.parts
+            return teacher.digest
+        frozen = frozen_parts(copy, precision="fp32", device="cpu")
+        assert frozen.vae_parts and frozen.text.parts
+        return frozen.load
+
+    loading()()
+    load = loading()
+    folder = copy if part == "teacher" else copy / part
+    file = next(folder.glob("*config.json"))
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(UserError, match=f"{folder} has changed since it was hashed"):
+        load()

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignlab.dataset_cache import store
+from alignlab.dataset_cache.disk_room import GIB
 from alignlab.dataset_cache.key import CacheKey
 from alignlab.dataset_cache.storage_dtypes import STORABLE
 from alignlab.dataset_cache.store import DatasetCache
@@ -268,6 +270,41 @@ def test_a_disk_that_takes_nothing_is_one_warning(
     ]
     assert cache.write_error is error and cache.counts["text"].written == 0
     assert list((tmp_path / "shards").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "is_kept"),
+    [
+        (4 * GIB, 1.1 * GIB, True),
+        (4 * GIB, 0.9 * GIB, False),
+        (100 * GIB, 5.1 * GIB, True),
+        (100 * GIB, 4.9 * GIB, False),
+        (10_000 * GIB, 51 * GIB, True),
+        (10_000 * GIB, 49 * GIB, False),
+        (0, 0, True),
+    ],
+)
+def test_some_of_the_disk_is_left_to_checkpoints(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    total: float,
+    free: float,
+    is_kept: bool,
+) -> None:
+    disk = SimpleNamespace(total=total, free=free)
+    monkeypatch.setattr("alignlab.dataset_cache.disk_room.shutil.disk_usage", lambda path: disk)
+    path = tmp_path / "not/there"
+    with caplog.at_level(logging.INFO), DatasetCache(path, "write") as cache:
+        for number in range(2):
+            cache.write(entry_key(number), entry_tensors(number))
+            cache.flush()
+    assert cache.counts["text"].written == (2 if is_kept else 0)
+    assert len(shards_of(path)) == (2 if is_kept else 0)
+    assert len(caplog.messages) == (0 if is_kept else 1)
+    if not is_kept:
+        assert f"({free / GIB:.1f} GiB of its disk are free, of which" in caplog.text
+        assert "left to checkpoints): all else goes on" in caplog.text
 
 
 def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,13 @@
 """`alignlab cache build`: afterwards nothing that a run reads has to be encoded."""
 
+import errno
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
+import torch
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -75,11 +78,27 @@ def test_a_build_that_stops_keeps_what_it_has(
 def test_a_full_disk_is_told_before_the_work(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = SimpleNamespace(free=10)
-    monkeypatch.setattr("alignlab.training.cache_build.shutil.disk_usage", lambda path: full)
+    monkeypatch.setattr(cache_build, "disk_room", lambda path: (5e9 + 10, 5e9))
     with pytest.raises(UserError, match=r"5 clips need about .* name a larger disk") as info:
         build_cache(variants(make_config)[:1])
     assert "\n" not in str(info.value)
+
+
+def test_a_build_that_the_disk_does_not_take_fails(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("alignlab.dataset_cache.store.write_shard", full)
+    monkeypatch.setattr(cache_build, "_worker", [])
+    (config, _) = variants(make_config)
+    with pytest.raises(UserError, match=r"the disk takes no more \(the disk is full\): free"):
+        build_cache([config])
+    cache_build._begin_worker([config.model_dump_json()], torch.get_num_threads())
+    with pytest.raises(UserError, match=r"the disk takes no more") as caught:
+        cache_build._encode_part([cache_build.Clip("train", 0)])
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_a_cache_that_no_run_reads_is_not_built(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -12,15 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignlab.config.run import RunConfig
+from alignlab.data.registry import build_dataset
+from alignlab.dataset_cache.clip_keys import text_key
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.text_encoder import TextEncoder
+from alignlab.models.wan import load_text_encoder
 from alignlab.runs.checkpoint_folders import latest
+from alignlab.stage1.task import FrozenModels
+from alignlab.teachers import Teacher, load_teacher
 from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
 from alignlab.training.checkpoint import TrainState
+from alignlab.training.encoded import ClipPixels, FeatureRead, feature_key, kept_features
 from alignlab.training.setup import build_run
 from alignlab.training.step_terms import SampleTerms, StepScalars
 
@@ -162,3 +169,38 @@ def test_a_clip_that_an_encoder_breaks_on_is_named(
     monkeypatch.setattr(encoder, name, lambda *a: encode(*a) * torch.inf)
     with pytest.raises(UserError, match=r"^shapes-0-\w+-0+\d: encoding its .* not finite"):
         train(make_config())
+
+
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_an_embedding_that_is_not_finite_names_its_text(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, is_kept: bool
+) -> None:
+    config = make_config(f"data.cache.texts={json.dumps(is_kept)}")
+    values = EncodedValues.of(config.data.cache, config.output)
+    text = load_text_encoder(config.model.path)
+    teacher = load_teacher("tiny-dino")
+    models = FrozenModels(teacher, (3, 3), text, torch.device("cpu"), values)
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda *a: encode(*a) * torch.nan)
+    with pytest.raises(UserError, match=r"^the text 'a red ball': encoding its .* not finite"):
+        models.embed(["a red ball"])
+    assert not values.cache.has(text_key("a red ball", text.parts))
+
+
+def test_features_that_are_not_finite_are_not_kept(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    values = EncodedValues.of(config.data.cache, config.output)
+    pixels = ClipPixels(build_dataset(config.data, "train"), 0)
+    read = FeatureRead(load_teacher("tiny-dino"), "video", (3, 3))
+    encode = Teacher.encode
+
+    def broken(*args: Any) -> Features:
+        found = encode(*args)
+        return replace(found, tokens_BTPD=found.tokens_BTPD * torch.inf)
+
+    monkeypatch.setattr(Teacher, "encode", broken)
+    with pytest.raises(UserError, match=r"^shapes-.*: teachers \(tiny-dino\) gives .*not finite"):
+        kept_features(values, read, pixels)
+    assert values.lacks(feature_key(read, pixels))

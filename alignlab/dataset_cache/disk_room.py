@@ -1,0 +1,35 @@
+"""How much of a disk the cache may take: checkpoints, which nothing makes again, need the rest."""
+
+import shutil
+from pathlib import Path
+
+GIB = 2**30
+SHARE, AT_MOST, AT_LEAST = 0.05, 50 * GIB, GIB
+
+
+def reserve(total: int) -> float:
+    """Bytes of a disk of `total` that the cache leaves free: 5 %, from 1 to 50 GiB."""
+    return max(AT_LEAST, min(SHARE * total, AT_MOST))
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Refuses `size` bytes more in a folder, which may not be there yet.
+
+    Raises:
+        OSError: they would not leave the reserve free; or the disk does not answer.
+    """
+    free, kept = disk_room(folder)
+    if size > free - kept:
+        raise OSError(
+            f"{free / GIB:.1f} GiB of its disk are free, of which {kept / GIB:.1f} are left to "
+            "checkpoints"
+        )
+
+
+def disk_room(folder: Path) -> tuple[float, float]:
+    """Bytes that are free where a folder is or will be, and those of them that are kept free."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(there)
+    if not disk.total:  # as filesystems of object stores say that have no limit
+        return float("inf"), 0.0
+    return disk.free, reserve(disk.total)
