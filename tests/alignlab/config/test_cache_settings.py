@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import alignlab.experiments
+from alignlab.config.data import CacheConfig
 from alignlab.config.run import RunConfig
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.fairness import check_fair, differences
@@ -95,3 +97,18 @@ def test_variants_are_measured_through_one_dtype(recipe_file: Path, tmp_path: Pa
 def test_models_are_plain_data() -> None:
     config = load_run("tiny", [LOSSY])
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_run_named_cache_is_read_and_is_no_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    assert "writes into 'cache'" in refused("name=cache")
+    text = dump(load_run("tiny", ["name=x"])).replace("name: x\n", "name: cache\n")
+    (folder / "recipe.yaml").write_text(text)
+    config = load_run(folder / "recipe.yaml", stored=True)
+    assert config.name == "cache"
+    with pytest.raises(UserError, match=r"cache holds recipe\.yaml of a run.*data\.cache\.path"):
+        EncodedValues.of(config.data.cache, str(tmp_path))
+    EncodedValues.of(CacheConfig(mode="off"), str(tmp_path))
+    folder.rename(tmp_path / "other")
+    EncodedValues.of(config.data.cache, str(tmp_path))
