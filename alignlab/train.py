@@ -6,7 +6,6 @@ Stage 1 (`alignlab.stage1.train`) goes through the same loop and step with a tra
 Shape letters: B batch.
 """
 
-import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -55,7 +54,8 @@ from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
 from alignlab.training.init_from import checked_source, start_from
-from alignlab.training.measure import PeakMemory, StepClock
+from alignlab.training.measure import PeakMemory, StepClock, logged_costs
+from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
 from alignlab.training.setup import (
@@ -67,6 +67,8 @@ from alignlab.training.setup import (
 )
 from alignlab.training.step_terms import SampleTerms, StepScalars
 from alignlab.training.stopping import Stopping
+
+Batches = MicroBatches[Any] | Sequence[Any]
 
 
 @quiet_libraries()
@@ -192,9 +194,9 @@ class Trainer(ABC):
             self._stopping.saved(newest)
             while state.step < config.steps:
                 clock.step_begins()
-                batches = self.micro_batches()
-                clock.data_ready()
+                batches: Batches = self.micro_batches().within(clock.making_data)
                 if self.is_diagnosis_due():
+                    batches = list(batches)
                     with clock.paused():
                         tracker.log(state.step + 1, self.diagnose(batches))
                 scalars = self.step(batches)
@@ -228,7 +230,7 @@ class Trainer(ABC):
                             self.evaluate_now()
                 advance(state.step, note)
 
-    def step(self, batches: Sequence[Any]) -> StepScalars:
+    def step(self, batches: Batches) -> StepScalars:
         """One optimizer step, unless something in it is not finite; the host waits for nothing."""
         config, state = self.config, self.state
         set_learning_rate(state.optimizer, config, self.plan, state.step)
@@ -237,6 +239,7 @@ class Trainer(ABC):
             loss, terms = self.losses(batch)
             torch.autograd.backward(loss / len(batches))
             parts.append(terms)
+            del batch, loss  # before the next one is made
         terms = SampleTerms.joined(parts)
         parameters = list(state.names)
         self.ranks.average_gradients(parameters)
@@ -280,8 +283,8 @@ class Trainer(ABC):
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod
-    def micro_batches(self) -> Sequence[Any]:
-        """This rank's share of the next step's samples, on the device."""
+    def micro_batches(self) -> MicroBatches[Any]:
+        """This rank's share of the next step's samples, on the device; made when they are taken."""
 
     @abstractmethod
     def losses(self, batch: Any) -> tuple[Tensor, SampleTerms]:
@@ -351,20 +354,20 @@ class RunTrainer(Trainer):
         with_references = run.clips.share_with_references()
         self._aligned = AlignedSamples(run.config, with_references, run.ranks)
 
-    def micro_batches(self) -> list[Batch]:
+    def micro_batches(self) -> MicroBatches[Batch]:
         optim = self.config.optim
-        return [
-            training_batch(
-                self.run.clips,
-                self.config.flow,
-                seed=self.config.seed,
-                step=self.state.step,
-                samples=samples,
-                device=self.ranks.device,
-                reads=self.run.alignment.reads(self.state.step),
-            )
-            for samples in self.ranks.micro_batches(optim.accumulate, optim.batch_size)
-        ]
+        shares = self.ranks.micro_batches(optim.accumulate, optim.batch_size)
+        # a diagnosis wants all of them at once: the device may not hold all their features
+        is_loaded = len(shares) == 1 or not self.is_diagnosis_due()
+        make = partial(
+            training_batch,
+            *(self.run.clips, self.config.flow),
+            seed=self.config.seed,
+            step=self.state.step,
+            device=self.ranks.device,
+            reads=self.run.alignment.reads(self.state.step) if is_loaded else (),
+        )
+        return MicroBatches([partial(make, samples=samples) for samples in shares])
 
     def losses(self, batch: Batch) -> tuple[Tensor, SampleTerms]:
         """Flow loss plus alignment of one micro-batch, and every term by its log name.
@@ -482,17 +485,3 @@ class RunTrainer(Trainer):
             "notes": notes,
         }
         folder.write_result(result)
-
-
-def logged_costs(folder: RunFolder) -> dict[str, float]:
-    """Median of the logged step times, and the largest of the logged memory peaks.
-
-    Nothing of a training that resumed at its last step without its log: what that said is lost.
-    """
-    rows = [row for row in read_rows(folder.metrics) if "time/step" in row]
-    if not rows:
-        return {}
-    return {
-        "time/step": statistics.median(row["time/step"] for row in rows),
-        "memory/peak_mib": max(row["memory/peak_mib"] for row in rows),
-    }

@@ -18,11 +18,11 @@ from alignlab.experiments.sweep.study import join_study
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.runs.file_lock import HeldError
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder, output_of
 from alignlab.tracking import runs_address
 from alignlab.tracking.connection import Connection, connection
 from alignlab.tracking.mlflow_run import read_tags
-from alignlab.tracking.send import output_of, send_run, stored_config
+from alignlab.tracking.send import send_run, stored_config
 
 log = logging.getLogger(__name__)
 

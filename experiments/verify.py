@@ -12,7 +12,7 @@ from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums,
 from alignlab.runs.run_folder import RunFolder
 from alignlab.runs.verify import Findings, looks_like_run, verify_run, verify_stage1
 
-SEALED = ("budget.json", "progress.json", "inputs.json")
+SEALED = ("budget.json", "progress.json", "inputs.json", "cost.json")
 SAME_COMMAND = "give the command that wrote it again"
 STUDY = "study.db"
 COMPARISON = "comparison.json"

@@ -18,6 +18,7 @@ from alignlab.config.limits import at_most, refuse_unusable
 from alignlab.config.names import check_name
 from alignlab.config.written_names import refuse_written
 from alignlab.errors import shown
+from alignlab.progress import warn_once
 
 LATENT_STRIDE = 4  # frames per latent frame of the Wan VAE, after the first
 SIZE_STEP = 16  # VAE stride 8 times the transformer's patch 2
@@ -155,13 +156,13 @@ class ClipsConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _no_clip_count(cls, values: Any, info: ValidationInfo) -> Any:
-        """Drops `cache_clips` of a run of an older version, which changed no number."""
+        """Drops `cache_clips` of an older version, which changed no number."""
         if not isinstance(values, dict) or "cache_clips" not in values:
             return values
         if not (info.context or {}).get("stored"):
-            raise ValueError(
-                "cache_clips is now the mapping `cache`: what is encoded is kept on disk by "
-                "itself; remove cache_clips, or write cache: {mode: off} to encode at every step"
+            warn_once(
+                "data.cache_clips: nothing reads it any more; data.cache took its place, and keeps "
+                "on disk what is encoded (data.cache.mode=off encodes at every step)"
             )
         return {key: value for key, value in values.items() if key != "cache_clips"}
 

@@ -5,6 +5,7 @@ bytes.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from threading import RLock
 from typing import Self
 
@@ -40,13 +41,15 @@ class EncodedValues:
         """As `data.cache` says, of runs in the folder `output`.
 
         Raises:
-            UserError: the folder cannot be a cache.
+            UserError: the folder cannot be a cache, or a run or several lie there.
         """
         kinds: set[Kind] = set()
         kinds |= {"text"} if config.texts else set()
         kinds |= {"video", "reference"} if config.latents else set()
         kinds |= {"teacher"} if config.teachers else set()
         path = user_path(output) / "cache" if config.path is None else user_path(config.path)
+        if config.mode != "off":
+            _refuse_of_runs(path)
         return cls(DatasetCache(path, config.mode, config.dtype), frozenset(kinds))
 
     def keeps(self, kind: Kind) -> bool:
@@ -101,6 +104,16 @@ class EncodedValues:
 def _check_finite(tensors: Mapping[str, Tensor], refusal: Callable[[], str]) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise UserError(refusal())
+
+
+def _refuse_of_runs(path: Path) -> None:
+    """An older version let a run or a comparison be named `cache`."""
+    for name in ("recipe.yaml", "comparison.json", "progress.json"):
+        if (path / name).exists():
+            raise UserError(
+                f"{path} holds {name} of a run, a comparison or a sweep, so it can be no cache: "
+                "rename that folder, or name another as data.cache.path"
+            )
 
 
 def _narrowed(tensors: Mapping[str, Tensor]) -> Tensors:

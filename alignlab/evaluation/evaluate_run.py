@@ -18,7 +18,7 @@ from alignlab.runs.checksums import write_json
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import out_file
-from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder, in_its_output
 from alignlab.training.checkpoint import NEWEST, ModelChoice, restore_weights
 from alignlab.training.setup import Caches, build_run, warn_of_few_clips
 
@@ -78,7 +78,7 @@ def evaluate_run(
         config = validated(RunConfig, settings, stored=True)
     is_average, _ = choice.is_average(config.optim), choice.find(folder.checkpoints)
     tell_changes(folder, config)
-    run = build_run(config, caches)
+    run = build_run(in_its_output(folder, config), caches)
     warn_of_few_clips(run)
     with choice.reading(folder.checkpoints) as found:
         restore_weights(run.state, found)

@@ -21,7 +21,7 @@ from alignlab.progress import step_progress
 from alignlab.runs.checkpoint_folders import step_of, step_path
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder, in_its_output
 from alignlab.teachers import Teacher
 from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.encoded import Encoded
@@ -119,7 +119,7 @@ def probe_run(
     choice.find(folder.checkpoints)  # both are refused before models are loaded
     alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
-    run = build_run(config)
+    run = build_run(in_its_output(folder, config))
     shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])

@@ -405,3 +405,13 @@ def only_writer(folder: Path, *, wait: bool) -> Iterator[None]:
 def _holder(folder: Path) -> str:
     holder = folder / HOLDER
     return holder.read_text() if holder.exists() else "unknown"
+
+
+def output_of(path: Path, name: str) -> Path:
+    """The output that a folder lies in now; names may have several parts."""
+    return path.resolve().parents[name.count("/")]
+
+
+def in_its_output(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """The recipe with the output that its folder lies in now, beside its cache."""
+    return config.model_copy(update={"output": str(output_of(folder.path, config.name))})

@@ -34,11 +34,13 @@ from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import FrozenModels, Stage1Task
 from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker, ask
-from alignlab.train import Trainer, logged_costs
+from alignlab.train import Trainer
 from alignlab.training import checkpoint
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels
+from alignlab.training.measure import logged_costs
+from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.setup import adamw
 from alignlab.training.step_terms import SampleTerms
 
@@ -122,12 +124,12 @@ class Stage1Trainer(Trainer):
         optimizer = adamw(list(self.task.network.parameters()), config.optim)
         super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
 
-    def micro_batches(self) -> list[list[Any]]:
+    def micro_batches(self) -> MicroBatches[list[Any]]:
         """The clips of the step's batch, drawn as those of a Stage 2 run are."""
         config, step = self.config, self.state.step
         rngs = [generator(config.seed, "clip", step, i) for i in range(config.optim.batch_size)]
         indices = [int(torch.randint(len(self.clips), (), generator=rng)) for rng in rngs]
-        return [[self.clips[index] for index in indices]]
+        return MicroBatches([lambda: [self.clips[index] for index in indices]])
 
     def losses(self, batch: Sequence[Any]) -> tuple[Tensor, SampleTerms]:
         loss, terms = self.task.loss(batch)

@@ -10,7 +10,7 @@ from alignlab.config.parts import TrackingConfig, TrainingConfig
 from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.recipe import load_training, validated
-from alignlab.runs.run_folder import RunFolder, only_writer
+from alignlab.runs.run_folder import RunFolder, only_writer, output_of
 from alignlab.tracking.connection import Connection, connection
 from alignlab.tracking.mlflow_run import ENDED, only_sender, read_state
 from alignlab.tracking.tracker import Shipper
@@ -102,8 +102,3 @@ def stored_config(path: Path, *, to: str | None) -> TrainingConfig:
     name = path.resolve().relative_to(output).as_posix()
     update = {"name": name, "output": str(output), "tracking": tracking}
     return config.model_copy(update=update)
-
-
-def output_of(path: Path, name: str) -> Path:
-    """The output that a folder lies in now; names may have several parts."""
-    return path.resolve().parents[name.count("/")]

@@ -99,7 +99,7 @@ class ClipEncoder:
         kept = self._memory.get(index)
         if kept is not None:
             return kept
-        pixels = ClipPixels(self._dataset, index)
+        pixels = ClipPixels(self._dataset, index, self._memory)
         latents_CTHW = self._latents(pixels)
         references_KCHW, shows_reference = self._references(pixels, latents_CTHW)
         encoded = Encoded(

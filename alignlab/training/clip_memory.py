@@ -12,6 +12,9 @@ MEMORY_BYTES = 2**30
 """Of the tensors that a run keeps of each split: ten clips of 81 frames of 480x832 with their
 pixels (97 MB each), or fifty without."""
 
+ATTACHED_SHARE = 4
+"""Features of one clip that take more than this fraction of the memory are not kept in it."""
+
 Clip = TypeVar("Clip")
 
 
@@ -36,7 +39,7 @@ class ClipMemory(Generic[Clip]):
             if index not in self._clips:
                 return None
             clip, _ = self._clips[index]
-            self._keep(index, clip)  # with pixels and features that were read since
+            self._keep(index, clip)  # the last used one
             return clip
 
     def put(self, index: int, clip: Clip) -> None:
@@ -44,11 +47,30 @@ class ClipMemory(Generic[Clip]):
         with self._lock:
             self._keep(index, clip)
 
+    def grow(self, index: int, num_bytes: int) -> None:
+        """Counts what a clip is about to hold beside what it held when it was put or got last.
+
+        Of a clip that is not kept, nothing: it is counted as it is when it is put.
+        """
+        with self._lock:
+            if index in self._clips:
+                clip, size = self._clips[index]
+                self._clips[index] = (clip, size + num_bytes)
+                self._held += num_bytes
+                self._drop()
+
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether a clip may hold features of that size once they were read."""
+        return num_bytes * ATTACHED_SHARE <= self._capacity
+
     def _keep(self, index: int, clip: Clip) -> None:
         _, before = self._clips.pop(index, (clip, 0))
         size = tensor_bytes(clip)
         self._clips[index] = (clip, size)
         self._held += size - before
+        self._drop()
+
+    def _drop(self) -> None:
         while self._held > self._capacity and (len(self._clips) > 1 or not self._capacity):
             _, (_, dropped) = self._clips.popitem(last=False)
             self._held -= dropped

@@ -6,7 +6,7 @@ frame, D width.
 
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from alignlab.dataset_cache.clip_keys import ClipOrigin, teacher_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.dataset_cache.key import CacheKey
 from alignlab.teachers import Teacher
+from alignlab.training.clip_memory import ClipMemory, tensor_bytes
 
 TokenKind = Literal["video", "reference"]
 TOKENS = "tokens_TPD"
+
+Decoded = TypeVar("Decoded", Sample, tuple[Reference, ...])
 
 
 @dataclass(frozen=True)
@@ -28,22 +31,24 @@ class ClipPixels:
     Args:
         dataset: that has it.
         index: in there.
+        memory: that is told of what is decoded and kept here.
     """
 
     dataset: ClipDataset
     index: int
+    memory: ClipMemory[Any] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def sample(self) -> Sample:
         """All of the clip."""
-        return self.dataset[self.index]
+        return self._kept(self.dataset[self.index])
 
     @cached_property
     def references(self) -> tuple[Reference, ...]:
         """Its references; the video is not decoded for them."""
         if "sample" in vars(self):
             return self.sample.references
-        return self.dataset.references(self.index)
+        return self._kept(self.dataset.references(self.index))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -67,6 +72,11 @@ class ClipPixels:
     def images_KHWC(self) -> Tensor:
         """Reference images, uint8, K at least 1."""
         return torch.stack([reference.image_HWC for reference in self.references])
+
+    def _kept(self, decoded: Decoded) -> Decoded:
+        if self.memory is not None:
+            self.memory.grow(self.index, tensor_bytes(decoded))
+        return decoded
 
 
 class FeatureRead(NamedTuple):
@@ -97,7 +107,7 @@ class Encoded:
         latents_CTHW, text_LD, references_KCHW: what the encoders give.
         shows_reference: whether one of its references is not blank.
         values: where the features of teachers are kept.
-        features_read: those that were read, if `values` keeps them.
+        features_read: those that were read, if `values` keeps them and the memory has room.
     """
 
     pixels: ClipPixels
@@ -127,9 +137,15 @@ class Encoded:
         """
         if not self.values.keeps("teacher"):
             return kept_features(self.values, read, self.pixels)
-        if read.name not in self.features_read:
-            self.features_read[read.name] = kept_features(self.values, read, self.pixels)
-        return self.features_read[read.name]
+        found = self.features_read.get(read.name)
+        if found is None:
+            found = kept_features(self.values, read, self.pixels)
+            memory = self.pixels.memory
+            if memory is None or memory.has_room(found.nbytes):
+                self.features_read[read.name] = found
+                if memory is not None:
+                    memory.grow(self.pixels.index, found.nbytes)
+        return found
 
 
 def kept_features(values: EncodedValues, read: FeatureRead, pixels: ClipPixels) -> Tensor:

@@ -1,6 +1,7 @@
 """What a training costs: seconds per step between two log rows, and peak memory."""
 
 import re
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from alignlab.runs.metric_rows import read_rows
+from alignlab.runs.run_folder import RunFolder
 
 MIB = 1024**2
 
@@ -19,8 +23,8 @@ class StepClock:
     after the step's scalars have been fetched.
 
     Args:
-        device: a GPU times the data itself, as what passes between the end of one step's work and
-            the beginning of the next one's: a host that runs ahead of it waits for no batch.
+        device: a GPU times the data itself, as what passes between the end of its work on one
+            batch and the beginning of that on the next: a host that runs ahead waits for no batch.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,15 +34,19 @@ class StepClock:
     def restart(self) -> None:
         """Starts a lap; call it after anything that is no training (logging, a checkpoint)."""
         self._begin = time.perf_counter()
+        self._steps = 0
         self._waits: list[tuple[_Mark, _Mark]] = []
 
     def step_begins(self) -> None:
-        """Time from here to `data_ready` is the data's."""
-        self._mark = self._now()
+        """Counts a step."""
+        self._steps += 1
 
-    def data_ready(self) -> None:
-        """The batches of a step are in memory."""
-        self._waits.append((self._mark, self._now()))
+    @contextmanager
+    def making_data(self) -> Iterator[None]:
+        """Time inside is the data's: one of the step's batches is made."""
+        begin = self._now()
+        yield
+        self._waits.append((begin, self._now()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -51,7 +59,7 @@ class StepClock:
 
     def lap(self) -> dict[str, float]:
         """`time/step` and `time/data`, in seconds per step since the lap began."""
-        total, steps = time.perf_counter() - self._begin, len(self._waits)
+        total, steps = time.perf_counter() - self._begin, self._steps
         data = sum(_seconds_between(begin, end) for begin, end in self._waits)
         return {"time/step": (total - data) / steps, "time/data": data / steps}
 
@@ -121,3 +129,17 @@ class PeakMemory:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / MIB if sys.platform == "darwin" else peak / 1024
+
+
+def logged_costs(folder: RunFolder) -> dict[str, float]:
+    """Median of the logged step times, and the largest of the logged memory peaks.
+
+    Nothing of a training that resumed at its last step without its log: what that said is lost.
+    """
+    rows = [row for row in read_rows(folder.metrics) if "time/step" in row]
+    if not rows:
+        return {}
+    return {
+        "time/step": statistics.median(row["time/step"] for row in rows),
+        "memory/peak_mib": max(row["memory/peak_mib"] for row in rows),
+    }

@@ -285,7 +285,9 @@ def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
     key = config.model_dump_json(
         include={"model": {"path", "precision"}, "data": True, "output": True}
     )
-    return caches.setdefault(key, new_caches(config))
+    if key not in caches:
+        caches[key] = new_caches(config)
+    return caches[key]
 
 
 def new_caches(config: RunConfig) -> Caches:

@@ -286,7 +286,7 @@ def syncs(found: Findings) -> None:
             trainer = RunTrainer(run)
             with run.branch:
                 trainer.step(trainer.micro_batches())
-                batches = trainer.micro_batches()
+                batches = list(trainer.micro_batches())
                 waits = _waits(found.device, partial(trainer.step, batches))
             if found.device.type != "cuda":
                 found.say(f"{variant}: took two steps; waits are counted on a GPU alone")

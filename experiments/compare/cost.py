@@ -227,7 +227,7 @@ class _Side:
 
     def _batches(self, number: int) -> list[Batch]:
         self._run.state.step = number
-        return self._trainer.micro_batches()
+        return list(self._trainer.micro_batches())
 
     def _step(self, batches: list[Batch]) -> None:
         # at the first step no schedule has turned its objective off

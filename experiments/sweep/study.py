@@ -8,7 +8,7 @@ settings, one trains and the others take its result.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from alignlab.config.identity import has_hash, settings_hash
+from alignlab.config.identity import has_hash, identity, settings_hash
 from alignlab.config.merging import flatten
 from alignlab.config.paths import expanded_url, sqlite_url, user_path
+from alignlab.config.recipe_file import read_recipe
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.draw import FIXED, fix_params
@@ -275,6 +276,9 @@ def create_study(config: SweepConfig) -> SweepStudy:
                 study.set_metric_names([metric.name for metric in config.metric])
             study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))  # last: all is set
         _check_same_sweep(config, recipe_hash)
+        if recipe_hash is not None and not has_hash(config, recipe_hash, NUMBERLESS):
+            # its recipe is soon written anew, without the setting that is no more
+            study.set_user_attr(RECIPE_HASH, settings_hash(config, NUMBERLESS))
         _add_trials(config, study)
     return SweepStudy(config, study, storage)
 
@@ -393,7 +397,27 @@ def _add_trials(config: SweepConfig, study: optuna.Study) -> None:
 
 
 def _is_same_sweep(config: SweepConfig, recipe_hash: str | None) -> bool:
-    return recipe_hash is None or has_hash(config, recipe_hash, NUMBERLESS)
+    if recipe_hash is None or has_hash(config, recipe_hash, NUMBERLESS):
+        return True
+    return _only_counted_clips(config)
+
+
+def _only_counted_clips(config: SweepConfig) -> bool:
+    """Whether the study's recipe is this one but for `data.cache_clips` of an older version.
+
+    That changed no number, but was in the hash.
+    """
+    path = sweep_folder(config) / "recipe.yaml"
+    try:
+        data = read_recipe(path, []).get("data")
+        if not isinstance(data, Mapping) or "cache_clips" not in data:
+            return False
+        if data.get("name") == "folder" and "split_rule" not in data:
+            return False  # it dealt the clips to train and val by another rule
+        there = load_sweep(path, stored=True)
+    except UserError:
+        return False
+    return identity(there, NUMBERLESS) == identity(config, NUMBERLESS)
 
 
 def _check_same_sweep(config: SweepConfig, recipe_hash: str | None) -> None:

@@ -161,7 +161,7 @@ def test_between_log_rows_a_step_waits_for_nothing(
         RunTrainer(run).step(RunTrainer(run).micro_batches())  # what only the first step does
         with on_device(run):
             trainer = RunTrainer(run)
-            batches = trainer.micro_batches()
+            batches = list(trainer.micro_batches())
             trainer.step(batches)
             with HostSyncs() as syncs:
                 scalars = trainer.step(batches)
@@ -178,7 +178,7 @@ def test_on_a_gpu_torch_sees_no_wait(name: str, make: Make, caches: Caches) -> N
     run = build_run(make(f"gpu-{name}", name, "optim.accumulate=2", "optim.ema=0.9"), caches)
     trainer = RunTrainer(run)
     with run.branch:
-        batches = trainer.micro_batches()
+        batches = list(trainer.micro_batches())
         for _ in range(2):
             trainer.step(batches)
         torch.cuda.set_sync_debug_mode("error")

@@ -124,6 +124,19 @@ def test_what_a_run_was_trained_on_before_is_kept(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("device", "expected"), [("NVIDIA H200", "chunked, then 9f86d0"), ("cpu", "9f86d0")]
+)
+def test_a_gpu_run_of_before_kernels_were_recorded_went_on_with_chunked(
+    tmp_path: Path, device: str, expected: str
+) -> None:
+    path = tmp_path / "environment.json"
+    path.write_text(json.dumps({"device": device, "torch": "2.13"}))
+    now = {"device": "NVIDIA H200", "torch": "2.13", "kernels": "9f86d0"}
+    assert continued(path, now)["kernels"] == expected
+    assert continued(path, now | {"kernels": "chunked"})["kernels"] == "chunked"
+
+
 def test_a_run_that_goes_on_with_other_kernels_says_so(
     make_config: Callable[..., RunConfig],
     train_until: Callable[[RunConfig, int], None],

@@ -75,7 +75,7 @@ def count_waits(folder: Path) -> None:
             RunTrainer(run).step(RunTrainer(run).micro_batches())
             with on_device(run):
                 trainer = RunTrainer(run)
-                batches = trainer.micro_batches()
+                batches = list(trainer.micro_batches())
                 with HostSyncs():
                     trainer.step(batches)  # makes the optimizer's state
                 with HostSyncs() as syncs:
@@ -112,7 +112,7 @@ def serve_steps(folder: Path) -> None:
         if name not in trainers:
             trainers[name] = RunTrainer(build_run(config_of(name, folder)))
             trainers[name].run.branch.__enter__()
-        batches = trainers[name].micro_batches()
+        batches = list(trainers[name].micro_batches())
         begin = time.perf_counter()
         trainers[name].step(batches)
         print(time.perf_counter() - begin, file=sys.__stdout__, flush=True)

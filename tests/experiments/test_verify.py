@@ -46,6 +46,15 @@ def test_a_damaged_file_of_a_comparison_is_named(
     assert any(str(comparison / file) in line for line in lines), lines
 
 
+def test_a_measured_cost_is_verified(comparison: Path) -> None:
+    cost = comparison / "cost.json"
+    write_json(cost, {"key": {}, "cost": {}})
+    found = verify_folder(comparison)
+    assert cost in found.files and not found.damaged
+    flip(cost)
+    assert verify_folder(comparison).damaged.keys() == {cost}
+
+
 def test_a_run_that_a_comparison_has_lost_is_named(comparison: Path) -> None:
     shutil.rmtree(comparison / "none")
     (line,) = verify_folder(comparison).damaged.values()

@@ -1,10 +1,14 @@
 """`data.cache`: what it replaces, what of it is part of a run, what is refused."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
+import alignlab.experiments
+from alignlab.config.data import CacheConfig
 from alignlab.config.run import RunConfig
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.fairness import check_fair, differences
@@ -20,18 +24,32 @@ def refused(*overrides: str) -> str:
     return str(info.value)
 
 
-def test_a_recipe_that_counts_clips_is_told_what_to_write() -> None:
-    line = refused("data.cache_clips=3")
-    assert line.startswith("data: cache_clips is now the mapping `cache`")
-    assert "remove cache_clips, or write cache: {mode: off}" in line
+def test_a_recipe_that_counts_clips_is_told_once_that_nothing_reads_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "alignlab"):
+        for count in (3, 5):
+            config = load_run("tiny", [f"data.cache_clips={count}"])
+            assert recipe_hash(config) == recipe_hash(load_run("tiny"))
+            assert "cache_clips" not in dump(config)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith("data.cache_clips: nothing reads it any more; data.cache took its place")
 
 
-def test_a_run_that_counted_clips_is_the_same_run(tmp_path: Path) -> None:
+def test_best_settings_of_an_older_sweep_are_a_recipe() -> None:
+    load_run(Path(alignlab.experiments.__file__).parent / "results/sweep_refalign/best.yaml")
+
+
+def test_a_run_that_counted_clips_is_the_same_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     written = tmp_path / "recipe.yaml"
     text = dump(load_run("tiny"))
     written.write_text(text.replace("  name: shapes\n", "  name: shapes\n  cache_clips: 7\n"))
     assert "cache_clips" in written.read_text()
-    assert load_run(written, stored=True) == load_run("tiny")
+    with caplog.at_level(logging.WARNING, "alignlab"):
+        assert load_run(written, stored=True) == load_run("tiny")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("mode", ["off", "read", "write", "require"])
@@ -79,3 +97,18 @@ def test_variants_are_measured_through_one_dtype(recipe_file: Path, tmp_path: Pa
 def test_models_are_plain_data() -> None:
     config = load_run("tiny", [LOSSY])
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_run_named_cache_is_read_and_is_no_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    assert "writes into 'cache'" in refused("name=cache")
+    text = dump(load_run("tiny", ["name=x"])).replace("name: x\n", "name: cache\n")
+    (folder / "recipe.yaml").write_text(text)
+    config = load_run(folder / "recipe.yaml", stored=True)
+    assert config.name == "cache"
+    with pytest.raises(UserError, match=r"cache holds recipe\.yaml of a run.*data\.cache\.path"):
+        EncodedValues.of(config.data.cache, str(tmp_path))
+    EncodedValues.of(CacheConfig(mode="off"), str(tmp_path))
+    folder.rename(tmp_path / "other")
+    EncodedValues.of(config.data.cache, str(tmp_path))

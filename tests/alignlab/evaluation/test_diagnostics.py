@@ -87,7 +87,7 @@ def test_a_killed_diagnosed_run_ends_as_the_uninterrupted_one(
 
 def forwards(run: Run) -> Iterator[Forward]:
     trainer = RunTrainer(run)
-    return trainer.weighted_forwards(trainer.micro_batches())
+    return trainer.weighted_forwards(list(trainer.micro_batches()))
 
 
 def gradients(run: Run, batches: list[Batch]) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ def test_ratio_and_cosine_are_those_of_the_losses_gradients(make_config: MakeCon
     settings = ("objectives.ra.blocks=[1]", "optim.batch_size=4", "optim.accumulate=2")
     run = build_run(make_config(*settings, "objectives.ra.weight=0.7"))
     plain = build_run(make_config(*settings, "objectives.ra.weight=0.0"))
-    batches = RunTrainer(run).micro_batches()
+    batches = list(RunTrainer(run).micro_batches())
     with run.branch:
         total = gradients(run, batches)
         found = loss_gradients(run, forwards(run))
@@ -139,7 +139,7 @@ def test_cosines_by_block_average_to_the_logged_one(make_config: MakeConfig) -> 
         if name != "irepa":
             settings.append(f"objectives.{name}.projector_dim=16")
     run = build_run(make_config(*settings))
-    batches = RunTrainer(run).micro_batches()
+    batches = list(RunTrainer(run).micro_batches())
     with run.branch:
         found = loss_gradients(run, forwards(run))
         with torch.no_grad():
@@ -208,8 +208,8 @@ def test_the_time_of_a_diagnosis_is_no_part_of_a_step(monkeypatch: pytest.Monkey
     monkeypatch.setattr("alignlab.training.measure.time.perf_counter", lambda: now[0])
     clock = StepClock(torch.device("cpu"))
     clock.step_begins()
-    now[0] = 1.0
-    clock.data_ready()
+    with clock.making_data():
+        now[0] = 1.0
     with clock.paused():
         now[0] = 100.0
     now[0] = 103.0

@@ -1,6 +1,8 @@
 """Checkpoints of a run that are evaluated, sampled from, exported and probed afterwards."""
 
+import gc
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,14 @@ def test_a_checkpoint_is_measured_as_the_run_measured_itself(run: Path) -> None:
     for folder, samples in (("step-000002", "samples/step-000002"), ("step-000004", "samples")):
         clip = after[f"evaluations/{folder}-samples/0.mp4"]
         assert clip == before[f"{samples}/0.mp4"]
+
+
+def test_a_moved_run_is_evaluated_with_the_cache_beside_it(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "renamed")
+    assert not (tmp_path / "cache").exists()
+    evaluate_run(tmp_path / "renamed", generation=False)
+    gc.collect()  # what it made is written once nothing has the cache
+    assert any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
 
 
 def test_other_settings_and_weights_are_written_beside_it(run: Path, tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> 
             int(torch.randint(len(dataset), (), generator=generator(3, "clip", step, i)))
             for i in range(5)
         ]
-        assert [c.caption for c in run.micro_batches()[0]] == [dataset[i].caption for i in drawn]
+        (batch,) = run.micro_batches()
+        assert [c.caption for c in batch] == [dataset[i].caption for i in drawn]
 
 
 def test_a_prolonged_training_is_the_long_one(recipes: Recipes, tmp_path: Path) -> None:

@@ -258,7 +258,7 @@ def test_a_step_says_which_samples_had_references(make_config: MakeConfig) -> No
     run = build_run(make_config("optim.batch_size=4", "flow.reference_dropout=0.5"))
     trainer = RunTrainer(run)
     with run.branch:
-        batches = trainer.micro_batches()
+        batches = list(trainer.micro_batches())
         kept = [float(len(references) > 0) for b in batches for references in b.references]
         assert 0 < sum(kept) < 4
         scalars = trainer.step(batches)

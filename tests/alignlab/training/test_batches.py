@@ -1,6 +1,8 @@
 """What a step trains on: the same bits for every variant of a seed."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch, ClipEncoder, training_batch
 from alignlab.training.clip_memory import ClipMemory, tensor_bytes
 from alignlab.training.setup import Run, build_run
+from alignlab.training.step_terms import SampleTerms
 from made_clips import uncached
 
 MakeConfig = Callable[..., RunConfig]
@@ -27,13 +30,13 @@ def run(recipe_file: Path) -> Run:
     return build_run(load_run(recipe_file, ["data.references=[0,3]"]))
 
 
-def samples_of(batches: list[Batch]) -> list[dict[str, object]]:
+def samples_of(batches: Iterable[Batch]) -> list[dict[str, object]]:
     """Every sample of the batches as its own fields, and the pixels of its clip."""
     return [
         {
             field.name: getattr(batch, field.name)[i]
             for field in fields(batch)
-            if field.name not in ("clips", "loaded")
+            if field.name not in ("clips", "loaded")  # what a variant reads of them
         }
         | {"video_THWC": batch.clips[i].sample.video_THWC, "mask": batch.reference_masks[i]}
         for batch in batches
@@ -41,7 +44,7 @@ def samples_of(batches: list[Batch]) -> list[dict[str, object]]:
     ]
 
 
-def same(one: list[Batch], two: list[Batch]) -> bool:
+def same(one: Iterable[Batch], two: Iterable[Batch]) -> bool:
     """Whether the batches hold the same samples, bit by bit, in the same order."""
     return all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
@@ -183,3 +186,34 @@ def test_pictures_of_a_cached_clip_are_not_looked_at_again(
     assert first.referenced_B.any()
     monkeypatch.setattr("alignlab.training.batches.is_blank", None)
     assert same([first], [batch_of(run, 0)])
+
+
+def test_a_step_has_one_micro_batch_in_memory(make_config: MakeConfig) -> None:
+    run = build_run(make_config("optim.batch_size=4", "optim.accumulate=4"))
+    trainer = RunTrainer(run)
+    earlier: list[weakref.ref[Batch]] = []
+
+    def making() -> AbstractContextManager[None]:
+        assert not [batch for batch in earlier if batch() is not None]
+        return nullcontext()
+
+    forward = trainer.losses
+
+    def losses(batch: Batch) -> tuple[Tensor, SampleTerms]:
+        assert batch.loaded
+        earlier.append(weakref.ref(batch))
+        return forward(batch)
+
+    trainer.losses = losses  # type: ignore[method-assign]
+    with run.branch:
+        trainer.step(trainer.micro_batches().within(making))
+    assert len(earlier) == 4
+
+
+def test_micro_batches_that_a_diagnosis_reads_are_without_features(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = RunTrainer(build_run(make_config("optim.batch_size=4", "optim.accumulate=2")))
+    assert all(batch.loaded for batch in trainer.micro_batches())
+    monkeypatch.setattr(trainer, "is_diagnosis_due", lambda: True)
+    assert not any(batch.loaded for batch in trainer.micro_batches())

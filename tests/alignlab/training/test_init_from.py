@@ -19,6 +19,7 @@ from alignlab.train import RunTrainer, train
 from alignlab.training import checkpoint
 from alignlab.training.batches import Batch
 from alignlab.training.init_from import check_fits, checked_source
+from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.setup import build_run
 from kills import Killed
 from run_contents import file_contents
@@ -83,7 +84,7 @@ def test_the_average_begins_at_the_weights_that_it_starts_from(
     seen: dict[str, torch.Tensor] = {}
 
     class Seen(RunTrainer):
-        def micro_batches(self) -> list[Batch]:
+        def micro_batches(self) -> MicroBatches[Batch]:
             seen.update({k: v.clone() for k, v in (self.run.state.ema or {}).items()})
             raise Killed
 

@@ -19,10 +19,16 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import trial as sweep_trial
-from alignlab.experiments.sweep.config import SweepConfig, load_sweep
+from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
 from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Watch
 from alignlab.experiments.sweep.run import sweep
-from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study, shown_url
+from alignlab.experiments.sweep.study import (
+    RECIPE_HASH,
+    SweepStudy,
+    create_study,
+    join_study,
+    shown_url,
+)
 from alignlab.train import train
 from small_recipes import sweep_recipe
 
@@ -213,3 +219,17 @@ def test_the_trial_of_a_dead_worker_comes_before_those_that_wait(
     monkeypatch.setattr(sweep_lease, "_lives", lambda pid: False)
     sweep(make())
     assert trained == [f"sweep/trial-{number:04d}/seed-0" for number in range(3)]
+
+
+def test_a_sweep_that_counted_clips_goes_on(make: MakeSweep, tmp_path: Path) -> None:
+    config = make()
+    study = create_study(config).study
+    study.set_user_attr(RECIPE_HASH, "v2-0123456789ab")
+    stored = tmp_path / "sweep" / "recipe.yaml"
+    stored.write_text(dump_sweep(config).replace("data:\n", "data:\n  cache_clips: 7\n"))
+    with pytest.raises(UserError, match="of another recipe"):
+        join_study(make("optim.lr=1e-4"))
+    assert join_study(config).size == 3
+    create_study(config)
+    stored.write_text(dump_sweep(config))  # as the command does next
+    assert join_study(config).size == 3
