@@ -36,7 +36,7 @@ class ClipPixels:
 
     dataset: ClipDataset
     index: int
-    memory: ClipMemory[Any] | None = field(default=None, compare=False, repr=False)
+    memory: ClipMemory[Any] | None = field(default=None, repr=False)
 
     @cached_property
     def sample(self) -> Sample:
