@@ -96,6 +96,7 @@ STEPS = {
 
 def other_teacher(*args: Any, **settings: Any) -> Any:
     teacher = teacher_from(*args, **settings)
+    teacher.digest()  # loads it: later, the load would find its files changed
     vars(teacher)["parts"] = {**teacher.parts, "weights": "of other files"}
     return teacher
 
