@@ -75,8 +75,8 @@ def build_cache(runs: Sequence[RunConfig], *, workers: int = 1) -> list[Built]:
         workers: processes that encode at a time, each with models of its own.
 
     Raises:
-        UserError: a recipe keeps no cache, a model or a clip cannot be used, or the disk is too
-            small or takes no more.
+        UserError: a recipe keeps no cache, or a model or a clip cannot be used.
+        OSError: the disk is too small or takes no more, or a worker was killed.
     """
     alike: dict[str, list[RunConfig]] = {}
     for run in runs:
@@ -157,7 +157,7 @@ class CacheBuilder:
         """Makes what is not there.
 
         Raises:
-            UserError: the disk takes no more.
+            OSError: the disk takes no more.
         """
         encoded = self._splits[clip.split][clip.place]
         for read in self._reads[clip.split]:
@@ -181,7 +181,7 @@ class CacheBuilder:
         """Returns when all that was made is on the disk.
 
         Raises:
-            UserError: it does not take it.
+            OSError: it does not take it.
         """
         self.values.flush()
         self._check_disk()
@@ -189,7 +189,7 @@ class CacheBuilder:
     def _check_disk(self) -> None:
         cache = self.values.cache
         if cache.write_error is not None:
-            raise UserError(
+            raise OSError(
                 f"{cache.path}: the disk takes no more ({write_reason(cache.write_error)}): free "
                 "some space, or name another folder as data.cache.path, and build again; what is "
                 "there is skipped"
@@ -236,12 +236,12 @@ def _tell_estimate(builder: CacheBuilder, clips: int, size: float, seconds: floa
     """Says what the rest takes.
 
     Raises:
-        UserError: the disk has less space.
+        OSError: the disk has less space.
     """
     path = builder.values.cache.path
     free, kept = disk_room(path)
     if size > free - kept:
-        raise UserError(
+        raise OSError(
             f"{path}: {clips} clips need about {size / GB:.1f} GB, and {free / GB:.1f} GB are "
             f"free, of which {kept / GB:.1f} GB are left to checkpoints: name a larger disk as "
             "data.cache.path"
@@ -280,7 +280,7 @@ def _encode_there(runs: Sequence[RunConfig], clips: Sequence[Clip], workers: int
                 done, size = done + number, size + written
                 advance(done, "")
         except BrokenProcessPool as error:
-            raise UserError(
+            raise ChildProcessError(
                 "a worker of the build ended before its work did, as one that the system kills "
                 "for memory: use fewer --workers; what is there is skipped"
             ) from error

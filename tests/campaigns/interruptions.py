@@ -6,15 +6,21 @@
 Each trial starts a command of a kind, interrupts it, and gives the same command again until it
 ends: all that it leaves has to be what the uninterrupted command left. A kind is `train` with
 MLflow, `stage1`, `compare` of two variants and two seeds, `budget` one of one seed with equal
-compute, `sweep` with TPE past its random trials, and `workers` the same with two worker processes.
+compute, `sweep` with TPE past its random trials, `workers` the same with two worker processes, and
+`build` a `cache build` of 72 clips.
 An interruption is SIGKILL, SIGINT or SIGTERM to the whole process group at a random moment, SIGKILL
 within a second of the first file in a new output folder, or a disk that is full at some point: a
-small tmpfs that grows before the second try (for root), else RLIMIT_FSIZE.
+small tmpfs that grows before the second try (for root), else RLIMIT_FSIZE. There the dataset cache
+leaves nothing free to checkpoints, so that it meets the full disk as well.
 
 Commands run in children that are forked from a process which has imported everything: that is all
 that differs from the command line. The sweep's workers are started as ever. Two workers finish
 trials in an order that the clock decides, so for `workers` no trial is lost, trained twice or open,
 and each has the values that its run's result says; the values tried may differ.
+
+Every dataset cache has to be whole, and its entries those that the uninterrupted command wrote: all
+of them after `build`, else some may be missing, since a resumed run reads the rest of its clips. An
+unfinished shard of a killed writer may stay; `cache prune` removes it.
 """
 
 import argparse
@@ -43,6 +49,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import torch
 
+from alignlab.dataset_cache import disk_room
+from alignlab.dataset_cache.shard_folder import SHARDS, leftovers
+from alignlab.dataset_cache.survey import damaged_entries, survey
+from forked_command import ForkedCommand
 from run_contents import read_table, timeless, timeless_contents, timeless_rows
 
 Interruption = Literal["SIGKILL", "first second", "SIGINT", "SIGTERM", "full disk"]
@@ -84,6 +94,9 @@ RECIPES = {
     "budget": SHARED + RUN + VARIANTS.replace("[0, 1]", "[0]") + "budget: compute\n",
     "sweep": SHARED + RUN + SPACE,
     "workers": SHARED + RUN + SPACE,
+    "build": SHARED.replace("train_clips: 6, val_clips: 4", "train_clips: 64, val_clips: 8")
+    + RUN.replace("clips: 1,", "clips: 8,", 1)
+    + f"objectives: {OBJECTIVE}\n",
 }
 COMMANDS = {
     "train": ["train"],
@@ -92,10 +105,12 @@ COMMANDS = {
     "budget": ["compare"],
     "sweep": ["sweep"],
     "workers": ["sweep"],
+    "build": ["cache", "build"],
 }
 LAZY = (
     "alignlab.cli",
     "alignlab.train",
+    "alignlab.training.cache_build",
     "alignlab.stage1.train",
     "alignlab.experiments.compare.run",
     "alignlab.experiments.report.write",
@@ -143,86 +158,6 @@ class Trial:
     fault: str = ""
 
 
-class Command:
-    """A command of alignlab in a forked child, with a session of its own."""
-
-    def __init__(self, kind: str, recipe: Path, output: Path, errors: Path) -> None:
-        self.errors = errors
-        self.begun = time.monotonic()
-        options = ["--workers", "2"] if kind == "workers" else []
-        self._arguments = [*COMMANDS[kind], str(recipe), f"output={output}", *options]
-        self.pid = 0
-
-    def start(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """Starts it; `prepare` is called in the child before anything else."""
-        self.pid = os.fork()
-        if self.pid:
-            return
-        status = 70
-        try:
-            os.setsid()
-            # a shell that starts this in the background has it ignored
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            _write_to(self.errors)
-            prepare()
-            sys.argv = ["alignlab", *self._arguments]
-            importlib.import_module("alignlab.cli").main()
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-
-    def send(self, number: int) -> None:
-        """Sends a signal to it and to all processes that it has started."""
-        for pid in (self.pid, *_descendants(self.pid)):
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                pass
-
-    def wait(self, timeout: float) -> int | None:
-        """Its exit code, negative for a signal; None if it is still alive after `timeout`, s."""
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.005)
-        return None
-
-    def kill(self) -> None:
-        """Ends what is stuck."""
-        self.send(signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-
-
-def _write_to(errors: Path) -> None:
-    with errors.open("ab") as file:
-        os.dup2(file.fileno(), 2)
-    with open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), 1)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
-
-
-def _descendants(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    children: dict[int, list[int]] = {}
-    for line in listed.stdout.splitlines():
-        child, parent = map(int, line.split())
-        children.setdefault(parent, []).append(child)
-    found, todo = [], [pid]
-    while todo:
-        for child in children.get(todo.pop(), ()):
-            found.append(child)
-            todo.append(child)
-    return found
-
-
 def contents(kind: str, output: Path) -> dict[str, Any]:
     """All that a command leaves and that no clock decides, by what it is."""
     left: dict[str, Any] = {}
@@ -268,9 +203,37 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
     return f"differs: {', '.join(odd[:3])}" if odd else ""
 
 
+def cache_entries(output: Path) -> dict[str, str]:
+    """Checksum of each entry of the dataset cache, by what the entry is of.
+
+    Raises:
+        ValueError: something in there is damaged.
+    """
+    if not (output / "cache" / SHARDS).is_dir():
+        return {}
+    found = survey(output / "cache")
+    damaged = [*found.damaged.values(), *damaged_entries(found).values()]
+    if damaged:
+        raise ValueError(f"the dataset cache is damaged: {damaged[0]}")
+    return {row.id: row.sha256 for _, row in found.rows()}
+
+
+def other_entries(kind: str, expected: dict[str, str], found: dict[str, str]) -> str:
+    """What a dataset cache has too much or otherwise, and after `build` too little."""
+    if kind == "build" and (lost := expected.keys() - found.keys()):
+        return f"the dataset cache has {len(lost)} entries too few"
+    odd = [id for id, checksum in found.items() if expected.get(id) != checksum]
+    return f"the dataset cache has {len(odd)} other entries" if odd else ""
+
+
 def debris(output: Path) -> str:
     """Temporary files that are left; empty if none is."""
-    left = [p.name for p in output.rglob("*") if p.name.rsplit(".", 1)[-1] in DEBRIS]
+    unfinished = leftovers(output / "cache" / SHARDS)
+    left = [
+        path.name
+        for path in output.rglob("*")
+        if path.name.rsplit(".", 1)[-1] in DEBRIS and path not in unfinished
+    ]
     return f"left: {', '.join(left[:3])}" if left else ""
 
 
@@ -291,6 +254,7 @@ class Campaign:
         self.recipe.write_text(f"name: {kind}" + RECIPES[kind])
         self.draw = random.Random(f"{kind} {seed}")
         self.expected: dict[str, Any] = {}
+        self.entries: dict[str, str] = {}
         self.duration = 0.0
         self.size = 0
         self.count = 0
@@ -305,6 +269,7 @@ class Campaign:
             raise SystemExit(f"{self.kind}, uninterrupted: {ended}\n{command.errors.read_text()}")
         self.duration = time.monotonic() - command.begun
         self.expected = contents(self.kind, output)
+        self.entries = cache_entries(output)
         self.size = sum(p.stat().st_size for p in output.rglob("*") if p.is_file())
 
     def trial(self, interruption: Interruption) -> Trial:
@@ -318,8 +283,10 @@ class Campaign:
         shutil.rmtree(output, ignore_errors=True)
         return trial
 
-    def _command(self, output: Path) -> Command:
-        return Command(self.kind, self.recipe, output, output.with_suffix(".err"))
+    def _command(self, output: Path) -> ForkedCommand:
+        options = ["--workers", "2"] if self.kind == "workers" else []
+        arguments = [*COMMANDS[self.kind], str(self.recipe), f"output={output}", *options]
+        return ForkedCommand(arguments, output.with_suffix(".err"))
 
     def _interrupted(self, interruption: Interruption, output: Path) -> Trial:
         command = self._command(output)
@@ -395,11 +362,12 @@ class Campaign:
             trial.fault = trial.fault or f"the command that resumes ended with {ended}: {last}"
             return trial
         try:
-            found = contents(self.kind, output)
+            found, entries = contents(self.kind, output), cache_entries(output)
         except (AssertionError, OSError, ValueError) as error:
             trial.fault = trial.fault or f"not readable: {error}"
             return trial
         trial.fault = trial.fault or differences(self.expected, found) or debris(output)
+        trial.fault = trial.fault or other_entries(self.kind, self.entries, entries)
         return trial
 
 
@@ -415,16 +383,26 @@ def _small_disk(
         check=False,
     )
     if mounted.returncode:  # not root: no file may be longer than half of it
-        yield (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit // 2,) * 2)), lambda: None
+
+        def limit_files() -> None:
+            _take_all_room()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit // 2,) * 2)
+
+        yield limit_files, lambda: None
         return
 
-    def make_room() -> None:
-        subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True)
+    def make_room() -> None:  # and more than the dataset cache leaves free
+        subprocess.run(["mount", "-o", "remount,size=4g", str(output)], check=True)
 
     try:
-        yield (lambda: None), make_room
+        yield _take_all_room, make_room
     finally:
         subprocess.run(["umount", "-l", str(output)], check=True)
+
+
+def _take_all_room() -> None:
+    """The dataset cache keeps nothing free; in this process, which is a child."""
+    disk_room.SHARE, disk_room.AT_LEAST = 0.0, 0
 
 
 def _options() -> argparse.Namespace:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from processes import descendants
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -92,25 +94,3 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass
-
-
-def parents() -> dict[int, int]:
-    """Process -> the one that started it."""
-    parent_of = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:  # it has just ended
-            continue
-        parent_of[int(stat.parent.name)] = int(fields[1])
-    return parent_of
-
-
-def descendants(pid: int) -> set[int]:
-    parent_of = parents()
-    below: set[int] = set()
-    reached = {pid}
-    while reached:
-        reached = {child for child, parent in parent_of.items() if parent in reached}
-        below |= reached
-    return below

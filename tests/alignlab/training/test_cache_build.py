@@ -11,9 +11,11 @@ import torch
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.recipe import dump
 from alignlab.train import train
 from alignlab.training import cache_build
 from alignlab.training.cache_build import build_cache
+from command_line import alignlab
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -79,7 +81,7 @@ def test_a_full_disk_is_told_before_the_work(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_build, "disk_room", lambda path: (5e9 + 10, 5e9))
-    with pytest.raises(UserError, match=r"5 clips need about .* name a larger disk") as info:
+    with pytest.raises(OSError, match=r"5 clips need about .* name a larger disk") as info:
         build_cache(variants(make_config)[:1])
     assert "\n" not in str(info.value)
 
@@ -93,12 +95,23 @@ def test_a_build_that_the_disk_does_not_take_fails(
     monkeypatch.setattr("alignlab.dataset_cache.store.write_shard", full)
     monkeypatch.setattr(cache_build, "_worker", [])
     (config, _) = variants(make_config)
-    with pytest.raises(UserError, match=r"the disk takes no more \(the disk is full\): free"):
+    with pytest.raises(OSError, match=r"the disk takes no more \(the disk is full\): free"):
         build_cache([config])
     cache_build._begin_worker([config.model_dump_json()], torch.get_num_threads())
-    with pytest.raises(UserError, match=r"the disk takes no more") as caught:
+    with pytest.raises(OSError, match=r"the disk takes no more") as caught:
         cache_build._encode_part([cache_build.Clip("train", 0)])
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_small_disk_is_the_machines_fault(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignlab.dataset_cache.disk_room.AT_LEAST", 10**18)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(make_config(*SETTINGS)))
+    result = alignlab("cache", "build", recipe)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ") and "the disk takes no more" in result.stderr
 
 
 def test_a_cache_that_no_run_reads_is_not_built(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import HOLDER
+from processes import descendants, parents
 from run_contents import timeless_metrics
 from small_recipes import comparison_recipe
 
@@ -49,7 +50,7 @@ def caught_run(folder: Path, below: int, driver: subprocess.Popen[bytes]) -> Pat
         for holder in folder.glob(f"*/seed-*/{HOLDER}"):
             run = holder.parent
             begun = list(run.glob("checkpoints/step-*")) and not (run / "result.json").exists()
-            if begun and int(holder.read_text().rsplit(" ", 1)[1]) in ray_tools.descendants(below):
+            if begun and int(holder.read_text().rsplit(" ", 1)[1]) in descendants(below):
                 return run
         time.sleep(0.05)
     raise AssertionError("no run was caught in its middle")
@@ -132,7 +133,7 @@ def test_an_interrupted_comparison_resumes_with_either_launcher(
         pid = int((interrupted / HOLDER).read_text().rsplit(" ", 1)[1])
         os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
         assert driver.wait(WAIT_S) == 130, log.read_text()
-        assert pid not in ray_tools.parents(), "the run continues without the command"
+        assert pid not in parents(), "the run continues without the command"
     assert "Traceback" not in log.read_text()
     assert not (interrupted / "result.json").exists()
     assert (interrupted / "worker.log").read_text().count("ended by Interrupted") == 1

@@ -15,6 +15,7 @@ from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import SweepStudy, create_study, sweep_folder
 from alignlab.runs.metric_rows import read_rows
+from processes import descendants, parents
 from run_contents import read_table, timeless
 from small_recipes import sweep_recipe
 
@@ -68,7 +69,7 @@ def caught_trial(study: SweepStudy, below: int, driver: subprocess.Popen[bytes])
         for trial in study.trials(TrialState.RUNNING):
             run = folder / f"trial-{trial.number:04d}" / "seed-0"
             pid = int((trial.user_attrs.get(LEASE) or {"pid": 0})["pid"])
-            if pid in ray_tools.descendants(below) and list(run.glob("checkpoints/step-*")):
+            if pid in descendants(below) and list(run.glob("checkpoints/step-*")):
                 os.kill(pid, signal.SIGSTOP)  # else it may end its trial before it is killed
                 if not (run / "result.json").exists():
                     return trial.number, pid
@@ -121,7 +122,7 @@ def test_a_terminated_sweep_puts_its_trials_back_and_resumes_with_either_launche
         os.kill(pid, signal.SIGCONT)
         os.kill(driver.pid, signal.SIGTERM)  # as a scheduler does
         assert driver.wait(WAIT_S) == 143, log.read_text()
-        assert pid not in ray_tools.parents(), "the trial continues without the command"
+        assert pid not in parents(), "the trial continues without the command"
     assert "Traceback" not in log.read_text()
     assert "ended by Interrupted('SIGTERM')" in (folder / "worker-1.log").read_text()
     assert not study.trials(TrialState.RUNNING) and study.trials(TrialState.WAITING)

@@ -1,0 +1,26 @@
+"""Which processes of this machine were started by which."""
+
+from pathlib import Path
+
+
+def parents() -> dict[int, int]:
+    """Process -> the one that started it."""
+    parent_of = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:  # it has just ended
+            continue
+        parent_of[int(stat.parent.name)] = int(fields[1])
+    return parent_of
+
+
+def descendants(pid: int) -> set[int]:
+    """All that a process has started, and all that those have."""
+    parent_of = parents()
+    below: set[int] = set()
+    reached = {pid}
+    while reached:
+        reached = {child for child, parent in parent_of.items() if parent in reached}
+        below |= reached
+    return below
