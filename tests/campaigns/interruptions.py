@@ -1,7 +1,7 @@
 """Kills, signals and full disks at random moments of every command; by hand, minutes to an hour.
 
     python tests/campaigns/interruptions.py [--kinds train,sweep] [--kills 20] [--signals 10]
-        [--disks 10] [--first 20] [--seed 0] [--out results.csv]
+        [--disks 10] [--first 20] [--crowds 3] [--seed 0] [--out results.csv]
 
 Each trial starts a command of a kind, interrupts it, and gives the same command again until it
 ends: all that it leaves has to be what the uninterrupted command left. A kind is `train` with
@@ -11,7 +11,9 @@ compute, `sweep` with TPE past its random trials, `workers` the same with two wo
 An interruption is SIGKILL, SIGINT or SIGTERM to the whole process group at a random moment, SIGKILL
 within a second of the first file in a new output folder, or a disk that is full at some point: a
 small tmpfs that grows before the second try (for root), else RLIMIT_FSIZE. There the dataset cache
-leaves nothing free to checkpoints, so that it meets the full disk as well.
+leaves nothing free to checkpoints, so that it meets the full disk as well. A crowd, of `compare`
+alone, interrupts nothing: two comparisons with two workers each, and a `cache build`, begin at once
+with one dataset cache, and both comparisons have to leave the same as one that is alone.
 
 Commands run in children that are forked from a process which has imported everything: that is all
 that differs from the command line. The sweep's workers are started as ever. Two workers finish
@@ -39,7 +41,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +57,7 @@ from alignlab.dataset_cache.survey import damaged_entries, survey
 from forked_command import ForkedCommand
 from run_contents import read_table, timeless, timeless_contents, timeless_rows
 
-Interruption = Literal["SIGKILL", "first second", "SIGINT", "SIGTERM", "full disk"]
+Interruption = Literal["SIGKILL", "first second", "SIGINT", "SIGTERM", "full disk", "crowd"]
 
 SHARED = """
 steps: 6
@@ -278,6 +280,8 @@ class Campaign:
         output = self.folder / f"{self.count:03d}"
         if interruption == "full disk":
             trial = self._full_disk(output)
+        elif interruption == "crowd":
+            trial = self._crowd(output)
         else:
             trial = self._interrupted(interruption, output)
         shutil.rmtree(output, ignore_errors=True)
@@ -309,8 +313,7 @@ class Campaign:
         trial.seconds = round(time.monotonic() - sent, 2)
         if ended is None:
             command.kill()
-            trial.fault = "did not end within 60 s"
-            return trial
+            return replace(trial, fault="did not end within 60 s")
         trial.ended, trial.hit = ended, ended != 0
         said = command.errors.read_bytes()[before:].decode(errors="replace")
         self._check_words(trial, said)
@@ -323,8 +326,8 @@ class Campaign:
             trial.fault = f"exit code {trial.ended}"
         if trial.interruption not in ("SIGINT", "SIGTERM", "full disk") or not trial.hit:
             return
-        lines = [line for line in said.splitlines() if line.startswith(("error", "interrupted"))]
-        lines += [line for line in said.splitlines() if line.startswith("stopped")]
+        ends = ("error", "interrupted", "stopped")
+        lines = [line for line in said.splitlines() if line.startswith(ends)]
         trial.said = " / ".join(dict.fromkeys(lines))
         if not lines and not trial.fault:
             trial.fault = f"no word of it: {said.strip()[-200:]!r}"
@@ -340,12 +343,37 @@ class Campaign:
             ended = command.wait(self.duration * 10 + 120)
             if ended is None:
                 command.kill()
-                trial.fault = "did not end"
-                return trial
+                return replace(trial, fault="did not end")
             trial.ended, trial.hit = ended, ended != 0
             self._check_words(trial, command.errors.read_text(errors="replace"))
             make_room()
             return self._again(trial, output)
+
+    def _crowd(self, output: Path) -> Trial:
+        trial = Trial(self.kind, "crowd", 0.0)
+        given, names = [str(self.recipe), f"output={output}"], ("first", "second")
+        lines = [["compare", *given, f"name={name}", "--workers", "2"] for name in names]
+        lines += [["cache", "build", *given]]
+        commands = [ForkedCommand(a, output.with_suffix(f".{n}.err")) for n, a in enumerate(lines)]
+        for command in commands:
+            command.start()
+        for command in commands:
+            ended = command.wait(self.duration * 10 + 120)
+            if ended != 0:
+                command.kill()
+                trial.fault = f"ended with {ended}: {command.errors.read_text()[-200:]}"
+        trial.seconds = round(time.monotonic() - commands[0].begun, 2)
+        if trial.fault:
+            return trial
+        alone = {name.removeprefix(f"{self.kind}/"): held for name, held in self.expected.items()}
+        for name in names:
+            found = contents(self.kind, output / name)
+            trial.fault = trial.fault or differences(alone, found)
+        missing = self.entries.keys() - cache_entries(output).keys()
+        trial.fault = (
+            trial.fault or debris(output) or (f"{len(missing)} missing" if missing else "")
+        )
+        return trial
 
     def _again(self, trial: Trial, output: Path) -> Trial:
         command = self._command(output)
@@ -364,8 +392,7 @@ class Campaign:
         try:
             found, entries = contents(self.kind, output), cache_entries(output)
         except (AssertionError, OSError, ValueError) as error:
-            trial.fault = trial.fault or f"not readable: {error}"
-            return trial
+            return replace(trial, fault=trial.fault or f"not readable: {error}")
         trial.fault = trial.fault or differences(self.expected, found) or debris(output)
         trial.fault = trial.fault or other_entries(self.kind, self.entries, entries)
         return trial
@@ -408,7 +435,13 @@ def _take_all_room() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--kinds", default=",".join(RECIPES))
-    for name, count in (("kills", 20), ("signals", 10), ("disks", 10), ("first", 20)):
+    for name, count in (
+        ("kills", 20),
+        ("signals", 10),
+        ("disks", 10),
+        ("first", 20),
+        ("crowds", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -443,8 +476,11 @@ def main() -> int:
         campaign = Campaign(kind, folder, options.seed)
         campaign.uninterrupted()
         print(f"{kind}: {campaign.duration:.1f} s, {campaign.size / 2**20:.1f} MiB", flush=True)
-        first: list[tuple[Interruption, int]] = [("first second", options.first)]
-        for interruption, count in plan + (first if kind == "train" else []):
+        own: dict[str, list[tuple[Interruption, int]]] = {
+            "train": [("first second", options.first)],
+            "compare": [("crowd", options.crowds)],
+        }
+        for interruption, count in plan + own.get(kind, []):
             for _ in range(count):
                 trial = campaign.trial(interruption)
                 trials.append(trial)
