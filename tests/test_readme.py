@@ -11,15 +11,19 @@ from alignlab.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
 
-SHORT = ["data.train_clips=4", "eval.clips=2", "eval.sample_clips=1", "eval.sample_steps=1"]
+SMALL = ["data.train_clips=4", "data.frames=5", "data.size=[48,48]", "optim.batch_size=2"]
+SHORT = [
+    *SMALL,
+    *("eval.clips=2", "eval.sample_clips=1", "eval.sample_steps=1", "eval.generated_clips=2"),
+]
 SHORTER = {
     ("train", "tiny"): ["steps=2", *SHORT],
     ("compare", "demo"): ["steps=1", "seeds=[0]", "cost.rounds=6", *SHORT],
     ("compare", "all_objectives"): ["steps=1", "seeds=[0]", "cost=null", *SHORT],
     ("compare", "tuned_refalign"): ["steps=1", "seeds=[1]", "cost=null", *SHORT],
     ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
-    ("stage1", "sara"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
-    ("stage1", "moalign"): ["steps=2", "data.train_clips=4", "stage1.val_clips=2"],
+    ("stage1", "sara"): ["steps=2", *SMALL, "stage1.val_clips=2"],
+    ("stage1", "moalign"): ["steps=2", *SMALL, "stage1.val_clips=2"],
     ("sample", "runs/tiny"): ["--steps", "1"],
     ("evaluate", "runs/tiny"): ["eval.clips=2", "eval.sample_steps=1"],
     ("teachers", "score"): ["--clips", "2"],
