@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from alignlab import interruption
 from alignlab.distributed import launch_env
-from alignlab.errors import UserError
+from alignlab.errors import MACHINE_ERROR, USER_ERROR, UserError
 from alignlab.out_of_memory import out_of_memory_line
 from alignlab.runs.disk_errors import as_os_error, shown
 
@@ -31,7 +31,7 @@ class Commands(TyperGroup):
         except _user_errors() as error:
             interruption.settle()
             typer.echo(f"error{rank}: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(USER_ERROR) from None
         except BrokenPipeError:  # of `alignlab list ... | head`: typer ends silently
             raise
         except _machine_errors() as error:
@@ -40,14 +40,14 @@ class Commands(TyperGroup):
                 raise
             interruption.settle()
             typer.echo(f"error{rank}: {shown(known)}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(MACHINE_ERROR) from None
         except (RuntimeError, MemoryError) as error:
             line = out_of_memory_line(error)
             if line is None:
                 raise
             interruption.settle()
             typer.echo(f"error{rank}: {line}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(MACHINE_ERROR) from None
 
 
 def _rank() -> str:

@@ -2,6 +2,9 @@
 
 from alignlab.passwords import without_password
 
+MACHINE_ERROR, USER_ERROR = 1, 2
+"""Exit codes of the command line, by what is to blame."""
+
 
 class UserError(Exception):
     """Something the user can fix: one line that names the thing and the fix.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from alignlab import interruption
 from alignlab.config.run import RunConfig
-from alignlab.errors import UserError
+from alignlab.errors import USER_ERROR, UserError
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import RunKey, check_machine
 from alignlab.experiments.launchers.run_progress import RunsProgress
@@ -46,8 +46,8 @@ def launch_workers(
         command: recipe and overrides of the comparison.
 
     Raises:
-        UserError: this machine has less than the runs need, a run cannot be trained, or no worker
-            is left.
+        UserError: this machine has less than the runs need, or a run cannot be trained.
+        ChildProcessError: the machine ended a worker, or all of them.
     """
     check_machine(needs, runs=workers)
     progress = RunsProgress(runs)
@@ -76,8 +76,8 @@ def local_workers(command: Sequence[str], count: int, folder: Path) -> Iterator[
         folder: gets `worker-N.log`.
 
     Yields:
-        What waits a moment and says whether a worker is left. It raises a UserError with the
-        worker's own line if one met an error.
+        What waits a moment and says whether a worker is left. If one met an error, it raises a
+        UserError, or a ChildProcessError where the machine is to blame, with the worker's own line.
     """
     running: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -96,9 +96,9 @@ def local_workers(command: Sequence[str], count: int, folder: Path) -> Iterator[
         _stop(list(running.values()))
 
 
-def all_died(folder: Path) -> UserError:
+def all_died(folder: Path) -> ChildProcessError:
     """What is said where no worker is left and something is to be done."""
-    return UserError(
+    return ChildProcessError(
         f"all workers died, see {folder / 'worker-1.log'}; "
         "the same command resumes where they stopped"
     )
@@ -136,7 +136,8 @@ def _check_exit(index: int, code: int, folder: Path) -> None:
     elif code > 0:
         path = folder / f"worker-{index}.log"
         last = path.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
-        raise UserError(f"worker {index}: {last.removeprefix('error: ')} (see {path})")
+        line = f"worker {index}: {last.removeprefix('error: ')} (see {path})"
+        raise UserError(line) if code == USER_ERROR else ChildProcessError(line)
 
 
 def _stop(workers: list[subprocess.Popen[bytes]]) -> None:

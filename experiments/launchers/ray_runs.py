@@ -37,6 +37,7 @@ def launch_ray(
     Raises:
         UserError: Ray is not installed, there is no such cluster, a node has other code or does
             not see the folders, or a run cannot be trained.
+        ChildProcessError: processes of a run died again and again at the same step.
     """
     if not runs:
         return
@@ -102,7 +103,7 @@ class _RayRuns:
         step = newest_step(folder.checkpoints)
         deaths = self._deaths.count(key, step)
         if deaths == MOST_DEATHS:
-            raise UserError(
+            raise ChildProcessError(
                 f"{shown(key)}: its worker died {deaths} times without a checkpoint after step "
                 f"{step} ({loss}): see {folder.path / LOG}, or lower checkpoint.every"
             )

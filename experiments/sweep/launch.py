@@ -81,7 +81,8 @@ def _run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
         command: recipe and overrides.
 
     Raises:
-        UserError: a worker met an error, or none is left.
+        UserError: a worker met an error that is the user's to mend.
+        ChildProcessError: the machine ended a worker, or none is left.
     """
     folder = sweep_folder(study.config)
     shown = study.num_finished()

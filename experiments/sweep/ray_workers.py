@@ -193,7 +193,7 @@ class RaySweep:
         deaths = self._deaths.count(worker, progress)
         if deaths == MOST_DEATHS:
             numbers = [str(trial.number) for trial in self._study.trials(TrialState.RUNNING)]
-            raise UserError(
+            raise ChildProcessError(
                 f"worker {worker} died {deaths} times while no trial got further ({loss}; "
                 f"unfinished: {', '.join(numbers) or 'none begun'}): see {self._log(worker)}, "
                 "or lower checkpoint.every"

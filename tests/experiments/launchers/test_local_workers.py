@@ -1,5 +1,6 @@
 """Several processes of one command on this machine, which train the runs of a comparison."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alignlab.cli import app
+from alignlab.errors import UserError
 from alignlab.experiments.launchers import local_workers
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 from small_recipes import comparison_recipe
@@ -96,6 +98,26 @@ def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
         time.sleep(0.01)
     local_workers._stop([worker])
     assert worker.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(2, UserError), (1, ChildProcessError), (-signal.SIGKILL, None)]
+)
+def test_a_worker_ends_as_the_command_would(
+    code: int, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(index: int, count: int, command: object, folder: Path) -> subprocess.Popen[bytes]:
+        (folder / f"worker-{index}.log").write_text("error: it was so\n")
+        end = f"import os, sys; os.kill(os.getpid(), {-code}) if {code} < 0 else sys.exit({code})"
+        return subprocess.Popen([sys.executable, "-S", "-c", end])
+
+    monkeypatch.setattr(local_workers, "_start", start)
+    monkeypatch.setattr(local_workers, "LOOK_EVERY_S", 0.05)
+    with local_workers.local_workers([], 1, tmp_path) as watch:
+        expected = pytest.raises(error, match=r"^worker 1: it was so \(see") if error else None
+        with expected or contextlib.nullcontext():
+            while watch():
+                pass
 
 
 def test_a_second_signal_kills_the_workers() -> None:

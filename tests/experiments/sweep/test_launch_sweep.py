@@ -256,7 +256,9 @@ def test_workers_that_die_are_started_again_unless_nothing_gets_further(
     tasks = DeadlyTasks(finish, every)
     watched = RaySweep(study, tasks, workers=None)  # type: ignore[arg-type]
     if every is None:
-        with pytest.raises(UserError, match=r"worker 1 died 5 times while no trial got further"):
+        with pytest.raises(
+            ChildProcessError, match=r"worker 1 died 5 times while no trial got further"
+        ):
             watched.watch()
     else:
         watched.watch()
