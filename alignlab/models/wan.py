@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.parts import LoraConfig, TextEncoderPlace
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
@@ -66,7 +66,7 @@ class Wan:
     @property
     def text_encoder(self) -> UMT5EncoderModel:
         """The text encoder's model, in the recipe's precision."""
-        return self.frozen.text.model
+        return self.frozen.text.late_model.loaded()
 
     @property
     def num_blocks(self) -> int:
@@ -114,6 +114,8 @@ def load_wan(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    text_encoder: TextEncoderPlace = "auto",
+    parks_vae: bool = False,
     frozen: FrozenParts | None = None,
     load_frozen: bool = True,
 ) -> Wan:
@@ -129,6 +131,8 @@ def load_wan(
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
         seed: of the adapter's initial weights.
+        text_encoder: see `FrozenParts`, as `parks_vae`.
+        parks_vae: whether the autoencoder is on the device only to be used.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
 
@@ -149,7 +153,13 @@ def load_wan(
         head_dim=transformer.config["attention_head_dim"],
     )
     check_part(folder, "transformer", transformer)
-    own = frozen_parts(folder, precision=precision, device=device)
+    own = frozen_parts(
+        folder,
+        precision=precision,
+        device=device,
+        text_encoder=text_encoder,
+        parks_vae=parks_vae,
+    )
     frozen = frozen if frozen is not None and frozen.is_same(own) else own
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
@@ -163,7 +173,12 @@ def load_wan(
 
 
 def frozen_parts(
-    folder: Path, *, precision: Literal["fp32", "bf16"], device: torch.device | str
+    folder: Path,
+    *,
+    precision: Literal["fp32", "bf16"],
+    device: torch.device | str,
+    text_encoder: TextEncoderPlace = "auto",
+    parks_vae: bool = False,
 ) -> FrozenParts:
     """The frozen encoders of a pipeline folder; nothing is loaded yet.
 
@@ -171,9 +186,11 @@ def frozen_parts(
         folder: see `checked_pipeline`.
         precision: of the text encoder.
         device: where they run.
+        text_encoder: see `FrozenParts`, as `parks_vae`.
+        parks_vae: whether the autoencoder is on the device only to be used.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return FrozenParts(folder, dtype, torch.device(device))
+    return FrozenParts(folder, dtype, torch.device(device), text_encoder, parks_vae)
 
 
 def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
@@ -193,13 +210,15 @@ def load_text_encoder(
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
+    load: bool = True,
 ) -> TextEncoder:
-    """Loads the text encoder of a diffusers Wan pipeline and nothing else of it.
+    """The text encoder of a diffusers Wan pipeline and nothing else of it.
 
     Args:
         path: pipeline folder, shipped asset or hub id.
         precision: of its weights.
         device: where it goes.
+        load: now; else when it is first used.
 
     Raises:
         UserError: the folder or the hub id cannot be used.
@@ -209,7 +228,8 @@ def load_text_encoder(
         if not (folder / part).is_dir():
             raise UserError(f"model.path: {folder} has no {part}/ folder")
     encoder = frozen_parts(folder, precision=precision, device=device).text
-    encoder.model, encoder.tokenizer  # noqa: B018
+    if load:
+        encoder.load()
     return encoder
 
 

@@ -22,7 +22,6 @@ from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import load_text_encoder
 from alignlab.progress import warn_once
-from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.log_filters import quiet_libraries
@@ -36,6 +35,7 @@ from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker, ask
 from alignlab.train import Trainer
 from alignlab.training import checkpoint
+from alignlab.training.batches import drawn_clip
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels
@@ -126,9 +126,9 @@ class Stage1Trainer(Trainer):
 
     def micro_batches(self) -> MicroBatches[list[Any]]:
         """The clips of the step's batch, drawn as those of a Stage 2 run are."""
-        config, step = self.config, self.state.step
-        rngs = [generator(config.seed, "clip", step, i) for i in range(config.optim.batch_size)]
-        indices = [int(torch.randint(len(self.clips), (), generator=rng)) for rng in rngs]
+        config, step, count = self.config, self.state.step, len(self.clips)
+        samples = range(config.optim.batch_size)
+        indices = [drawn_clip(count, config.seed, step, sample) for sample in samples]
         return MicroBatches([lambda: [self.clips[index] for index in indices]])
 
     def losses(self, batch: Sequence[Any]) -> tuple[Tensor, SampleTerms]:

@@ -5,7 +5,7 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -128,6 +128,10 @@ class ClipEncoder:
 
         return kept_text(self._values, self._frozen.text, prompt, where)
 
+    def captions(self, indices: Iterable[int]) -> dict[str, str]:
+        """Captions of clips, each with the key of a clip that has it."""
+        return {self._dataset.caption(i): self._dataset.key(i) for i in indices}
+
     def lacks(self, index: int, reads: Sequence[FeatureRead]) -> bool:
         """Whether anything of a clip is not in the dataset cache; nothing is decoded.
 
@@ -187,6 +191,11 @@ class ClipEncoder:
         return values["latents_KCHW"], bool(values["shows"])
 
 
+def drawn_clip(count: int, seed: int, step: int, sample: int) -> int:
+    """Which of `count` clips a sample of a step is made of."""
+    return int(torch.randint(count, (), generator=generator(seed, "clip", step, sample)))
+
+
 def training_batch(
     clips: ClipEncoder,
     flow: FlowConfig,
@@ -212,8 +221,7 @@ def training_batch(
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
-        index = int(torch.randint(len(clips), (), generator=generator(seed, "clip", step, sample)))
-        encoded.append(clips[index])
+        encoded.append(clips[drawn_clip(len(clips), seed, step, sample)])
         rng = generator(seed, "noise", step, sample)
         noise.append(torch.randn(encoded[-1].latents_CTHW.shape, generator=rng))
         sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))

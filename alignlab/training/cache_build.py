@@ -139,13 +139,10 @@ class CacheBuilder:
 
     def clips(self) -> list[Clip]:
         """Those that the runs read."""
-        measured = [
-            max(run.eval.clips, run.eval.sample_clips, run.eval.num_measured_clips)
-            for run in self._runs
-        ]
+        measured = max(run.eval.num_read_clips for run in self._runs)
         counts = {
             "train": len(self._splits["train"]),
-            "val": min(max(measured), len(self._splits["val"])),
+            "val": min(measured, len(self._splits["val"])),
         }
         return [Clip(split, index) for split, count in counts.items() for index in range(count)]
 
