@@ -26,7 +26,6 @@ from alignlab.teachers import Teacher
 from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run, build_run
-from alignlab.training.texts_ahead import encode_measured_texts
 
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TOKEN_SIGMA = 0.5  # of the reference tokens that are shown one by one
@@ -121,7 +120,6 @@ def probe_run(
     alias = _teacher_alias(config, teacher)
     tell_changes(folder, config)
     run = build_run(in_its_output(folder, config))
-    encode_measured_texts(run, generation=False)
     shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])

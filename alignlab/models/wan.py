@@ -131,8 +131,7 @@ def load_wan(
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
         seed: of the adapter's initial weights.
-        text_encoder: see `FrozenParts`, as `parks_vae`.
-        parks_vae: whether the autoencoder is on the device only to be used.
+        text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
 
@@ -143,7 +142,7 @@ def load_wan(
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     folder = checked_pipeline(path)
     dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-    transformer = load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    transformer = _load_transformer(folder, dtype)
     check_backend(
         attention,
         device,
@@ -152,14 +151,8 @@ def load_wan(
         gradient_checkpointing=gradient_checkpointing,
         head_dim=transformer.config["attention_head_dim"],
     )
-    check_part(folder, "transformer", transformer)
-    own = frozen_parts(
-        folder,
-        precision=precision,
-        device=device,
-        text_encoder=text_encoder,
-        parks_vae=parks_vae,
-    )
+    places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
+    own = frozen_parts(folder, precision=precision, device=device, **places)
     frozen = frozen if frozen is not None and frozen.is_same(own) else own
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
@@ -170,6 +163,14 @@ def load_wan(
         transformer.enable_gradient_checkpointing()
     transformer.set_attention_backend(attention)
     return Wan(transformer.to(device).train(), frozen)
+
+
+def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    transformer: WanTransformer3DModel = load_part(
+        WanTransformer3DModel, folder, "transformer", torch_dtype=dtype
+    )
+    check_part(folder, "transformer", transformer)
+    return transformer
 
 
 def frozen_parts(
@@ -186,8 +187,7 @@ def frozen_parts(
         folder: see `checked_pipeline`.
         precision: of the text encoder.
         device: where they run.
-        text_encoder: see `FrozenParts`, as `parks_vae`.
-        parks_vae: whether the autoencoder is on the device only to be used.
+        text_encoder, parks_vae: see `FrozenParts`.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     return FrozenParts(folder, dtype, torch.device(device), text_encoder, parks_vae)

@@ -83,13 +83,10 @@ def load_teacher(
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
         warn_once(f"teachers ({family}): {warning}")
-    device = torch.device(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = _model_config(folder, row, model_type)
-    read = partial(_loaded, folder, family, config, dtype)
+    later = _later_model(folder, family, model_type, torch.device(device), is_parked=not load)
     try:
         teacher = Teacher(
-            LaterModel(config, dtype, device, read, is_parked=not load),
+            later,
             family,
             feature or row.feature,
             grid=grid,
@@ -102,6 +99,15 @@ def load_teacher(
     except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
         raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
     return teacher
+
+
+def _later_model(
+    folder: Path, family: str, model_type: str, device: torch.device, *, is_parked: bool
+) -> LaterModel:
+    config = _model_config(folder, teacher_rows()[family], model_type)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    read = partial(_loaded, folder, family, config, dtype)
+    return LaterModel(config, dtype, device, read, is_parked=is_parked)
 
 
 def _loaded(folder: Path, family: str, config: Any, dtype: torch.dtype) -> Any:

@@ -23,6 +23,9 @@ from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_
 from alignlab.training.flow_matching import draw_sigma
 from alignlab.training.kept_text import kept_text, not_finite
 
+ALL_DRAWN = 4
+"""Clips drawn per train clip, from which on all are taken: 1 in 55 of them is then never drawn."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -194,6 +197,17 @@ class ClipEncoder:
 def drawn_clip(count: int, seed: int, step: int, sample: int) -> int:
     """Which of `count` clips a sample of a step is made of."""
     return int(torch.randint(count, (), generator=generator(seed, "clip", step, sample)))
+
+
+def drawn_clips(count: int, seed: int, steps: range, samples: Sequence[int]) -> Iterable[int]:
+    """Which of `count` clips these samples of steps are made of, each once, as they are drawn.
+
+    All, where so much is drawn that hardly one is left out.
+    """
+    if len(steps) * len(samples) >= ALL_DRAWN * count:
+        return range(count)
+    draws = ((step, sample) for step in steps for sample in samples)
+    return dict.fromkeys(drawn_clip(count, seed, *draw) for draw in draws)
 
 
 def training_batch(

@@ -3,12 +3,9 @@
 from collections.abc import Iterable
 
 from alignlab.sampling import negative_text
-from alignlab.training.batches import drawn_clip
+from alignlab.training.batches import drawn_clips
 from alignlab.training.kept_text import encode_ahead
 from alignlab.training.setup import Run
-
-ALL_DRAWN = 4
-"""Clips drawn per train clip, from which on all are taken: 1 in 55 of them is then never drawn."""
 
 
 def encode_training_texts(run: Run) -> None:
@@ -42,7 +39,7 @@ def encode_measured_texts(run: Run, *, generation: bool) -> None:
 def _encode(run: Run, texts: dict[str, str]) -> None:
     if run.config.model.text_encoder == "keep":
         return
-    encode_ahead(run.caches.values, run.wan.text, {"": "the empty prompt", **texts})
+    encode_ahead(run.caches.values, run.wan.text, {**texts, "": "the empty prompt"})
 
 
 def _measured_texts(run: Run, *, generation: bool) -> dict[str, str]:
@@ -55,12 +52,9 @@ def _measured_texts(run: Run, *, generation: bool) -> dict[str, str]:
 
 
 def _drawn(run: Run) -> Iterable[int]:
-    """Train clips of the steps that are left, in the order in which they are first drawn."""
-    config, count = run.config, len(run.clips)
+    """Train clips of the steps that are left."""
+    config = run.config
     batches = run.ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
     samples = [sample for batch in batches for sample in batch]
     steps = range(run.state.step, config.steps)
-    if len(steps) * len(samples) >= ALL_DRAWN * count:
-        return range(count)
-    draws = ((step, sample) for step in steps for sample in samples)
-    return dict.fromkeys(drawn_clip(count, config.seed, *draw) for draw in draws)
+    return drawn_clips(len(run.clips), config.seed, steps, samples)

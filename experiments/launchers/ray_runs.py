@@ -80,7 +80,7 @@ class _RayRuns:
     def _see_ended(self) -> list[RunKey]:
         """Runs that have finished since; one whose process died is started again."""
         finished = []
-        for key, error, loss in self._tasks.ended(LOOK_EVERY_S):
+        for key, error, loss, _ in self._tasks.ended(LOOK_EVERY_S):
             if error is not None:
                 raise UserError(f"{shown(key)}: {error}")
             if loss is not None:
