@@ -41,6 +41,10 @@ class _Place(NamedTuple):
 
 _FEWER_PIXELS = "take fewer data.frames or a smaller data.size"
 _SMALLER = "set model.precision=bf16 and model.train=lora, or take a smaller model.path"
+_TEXT = (
+    "set model.precision=bf16, in which the text encoder takes half, or on a GPU "
+    "model.text_encoder=cpu"
+)
 _TRAINING = (
     "raise optim.accumulate (a micro-batch is optim.batch_size / optim.accumulate / ranks samples; "
     "where that is 1, it does not help), set model.gradient_checkpointing=true or "
@@ -51,16 +55,13 @@ _FIX = f"{_TRAINING}; in an evaluation, {_EVALUATION}"
 
 # Of the frames of a traceback, the innermost that is in the table says where it happened.
 _PLACES = (
-    _Place("alignlab.models.text_encoder", ("model", "tokenizer"), "loading the model", _SMALLER),
     _Place(
-        "alignlab.models.text_encoder",
-        (),
-        "encoding text",
-        "set model.precision=bf16, in which the text encoder takes half",
+        "alignlab.models.text_encoder", ("_on_device", "load"), "loading the text encoder", _TEXT
     ),
+    _Place("alignlab.models.text_encoder", (), "encoding text", _TEXT),
     _Place("alignlab.models.frozen_parts", ("encode_video",), "encoding a clip", _FEWER_PIXELS),
     _Place("alignlab.models.frozen_parts", ("decode",), "decoding a generated clip", _FEWER_PIXELS),
-    _Place("alignlab.models.frozen_parts", ("vae",), "loading the model", _SMALLER),
+    _Place("alignlab.models.frozen_parts", ("_on_device", "load"), "loading the model", _SMALLER),
     _Place("alignlab.models.pipeline_parts", (), "loading the model", _SMALLER),
     _Place("alignlab.models.wan", ("load_wan",), "loading the model", _SMALLER),
     _Place(

@@ -15,6 +15,7 @@ from alignlab.config.run import RunConfig
 from alignlab.data.images import read_image
 from alignlab.data.resize import fit_reference
 from alignlab.data.video import write_mp4
+from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.models.reference_branch import ReferenceBranch
@@ -25,9 +26,10 @@ from alignlab.randomness import generator
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import out_file
-from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder, in_its_output
 from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.flow_matching import euler_sample
+from alignlab.training.kept_text import kept_text
 
 NEGATIVE_PROMPTS = {
     # `sample_neg_prompt` of Wan 2.1's configs (wan/configs/shared_config.py), which RefAlign's
@@ -165,7 +167,8 @@ def sample_to_file(
     asked = {"steps": steps, "text": text_guidance, "reference": reference_guidance}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     with out_file(out, ".mp4"):
-        config = RunFolder.open(run_dir).config()
+        folder = RunFolder.open(run_dir)
+        config = in_its_output(folder, folder.config())
         guidance = replace(guidance_of(config), **given)
         wan = load_trained(run_dir, choice)
         negative = config.eval.negative_prompt if negative_prompt is None else negative_prompt
@@ -189,7 +192,7 @@ def _sampled(
     noise = torch.randn(latent_shape(wan, config), generator=generator(seed, "sample"))
     texts = {"--negative-prompt": negative_text(negative), "--prompt": prompt}
     warn_of_cut(wan.text, texts)
-    negative_LD, text_LD = wan.encode_text(list(texts.values()))
+    negative_LD, text_LD = _embedded(wan, config, list(texts.values()))
     stacked = torch.stack(references) if references else noise[None, :, 0][:0].to(wan.device)
     with (
         ReferenceBranch.of(wan.transformer, config.model) as branch,
@@ -199,6 +202,19 @@ def _sampled(
             branch, noise.to(wan.device), text_LD, negative_LD, stacked, guidance, advance=advance
         )
     return wan.decode(latents).cpu()
+
+
+def _embedded(wan: Wan, config: RunConfig, texts: Sequence[str]) -> list[Tensor]:
+    """Embeddings of texts, (L, D) each; those that the run's cache has need no text encoder.
+
+    The text encoder is freed, unless the recipe keeps it.
+    """
+    mode = "off" if config.data.cache.mode == "off" else "read"
+    values = EncodedValues.of(config.data.cache.model_copy(update={"mode": mode}), config.output)
+    embedded = [kept_text(values, wan.text, text).to(wan.device) for text in texts]
+    if config.model.text_encoder != "keep":
+        wan.text.late_model.free()
+    return embedded
 
 
 @quiet_libraries()
@@ -220,6 +236,9 @@ def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
         attention=config.model.attention,
         precision=config.model.precision,
         device="cuda" if torch.cuda.is_available() else "cpu",
+        text_encoder=config.model.text_encoder,
+        parks_vae=True,
+        load_frozen=False,
     )
     with choice.reading(folder.checkpoints) as found:
         load_transformer(wan.transformer, found, ema=is_average)

@@ -67,6 +67,7 @@ from alignlab.training.setup import (
 )
 from alignlab.training.step_terms import SampleTerms, StepScalars
 from alignlab.training.stopping import Stopping
+from alignlab.training.texts_ahead import encode_training_texts
 
 Batches = MicroBatches[Any] | Sequence[Any]
 
@@ -120,6 +121,7 @@ def train(
         if newest is not None:
             checkpoint.restore(run.state, newest, notes=opened.notes)
         check_ranks_agree(run)
+        encode_training_texts(run)  # before there is an optimizer's state
         plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
         RunTrainer(run, on_evaluation, plan=plan).fit(opened.folder, newest)
     return opened.folder.path

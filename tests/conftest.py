@@ -29,6 +29,7 @@ if not ON_GPU:
 
 # Below the environment variables, since these import Triton.
 from alignlab.progress import tell_once, warn_once  # noqa: E402
+from loaded_models import loaded_models  # noqa: E402
 from tiny_runs import (  # noqa: E402
     full_run,
     lora_run,
@@ -41,6 +42,7 @@ from tiny_wan import wan_folder  # noqa: E402
 
 __all__ = [
     "full_run",
+    "loaded_models",
     "lora_run",
     "make_config",
     "recipe_file",

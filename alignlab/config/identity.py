@@ -10,7 +10,7 @@ done before it (`changed_default`), and counts from that. Any other default that
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -21,6 +21,9 @@ from alignlab.losses.objective import BEFORE
 
 VERSION = 2
 _PREFIX = f"v{VERSION}-"
+
+SAME_NUMBERS = "same_numbers"
+"""In a field's `json_schema_extra`: values that give the numbers of the default."""
 
 Exclude = Mapping[str, Any]
 """Settings to leave out, as nested mappings that end in True."""
@@ -77,7 +80,11 @@ def _before(field: FieldInfo) -> Any:
 
 
 def _differs(value: Any, field: FieldInfo, exclude: Exclude) -> bool:
-    """Whether a setting is given another value than its default, as far as it is not left out."""
+    """Whether a setting is given another value than its default, as far as it is not left out, and
+    one that gives other numbers."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and value in cast(list[Any], extra.get(SAME_NUMBERS, [])):
+        return False
     return bool(_plain(value, exclude) != _plain(_before(field), exclude))
 
 

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from alignlab.config.data import RunName, Settings, unknown_name
+from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.limits import BATCH, SEEDS, SHIFT, STEPS, at_most
 from alignlab.errors import shown
 from alignlab.teachers import TEACHERS, parse_feature
@@ -21,6 +22,8 @@ from alignlab.teachers import TEACHERS, parse_feature
 Seed = Annotated[int, Field(ge=0), at_most(*SEEDS)]
 Steps = Annotated[int, Field(ge=1), at_most(*STEPS)]
 Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a grid")]
+
+TextEncoderPlace = Literal["auto", "keep", "cpu"]
 
 MLFLOW_PLACES = ("sqlite", "none", "databricks")
 # file:// is not among them: MLflow 3.13 and later refuse to write into folders
@@ -62,6 +65,13 @@ class ModelConfig(Settings):
     """Recompute block activations in the backward pass: less memory, about a third slower."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
+    text_encoder: TextEncoderPlace = Field(
+        default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
+    )
+    """Where the text encoder is. `auto`: on the device until the texts that the run reads are in
+    the dataset cache, then nowhere; without a cache of texts, on the device. `keep`: on the device
+    once it is loaded. `cpu`: as `auto`, but on the CPU, whose embeddings have other last bits than
+    a GPU's: it is part of what a run is."""
     text_to_references: bool = False
     """Let reference tokens attend to the text. RefAlign's code does not."""
     absent_references: Literal["none", "zero"] = "none"
@@ -286,6 +296,11 @@ class EvalConfig(Settings):
     def num_measured_clips(self) -> int:
         """How many generated clips are to be measured; a smaller val split has fewer."""
         return self.sample_clips if self.generated_clips is None else self.generated_clips
+
+    @property
+    def num_read_clips(self) -> int:
+        """How many val clips an evaluation reads; a smaller val split has fewer."""
+        return max(self.clips, self.sample_clips, self.num_measured_clips)
 
 
 def _is_mlflow_address(place: str) -> bool:

@@ -160,6 +160,10 @@ class FolderDataset:
         """The caption of a clip."""
         return self._rows[index].caption
 
+    def entities(self, index: int) -> tuple[str, ...]:
+        """What the masked subjects of a clip are called."""
+        return self._rows[index].entities
+
     def share_with_references(self) -> float:
         """Share of the clips whose row lists a reference."""
         return sum(bool(row.references) for row in self._rows) / len(self._rows)

@@ -69,6 +69,10 @@ class ClipDataset(Protocol):
         """The caption of a clip, without reading its video."""
         ...
 
+    def entities(self, index: int) -> tuple[str, ...]:
+        """The entities of a clip (`Sample.entities`), without reading anything of it."""
+        ...
+
     def key(self, index: int) -> str:
         """The key of a clip (`Sample.key`), without reading anything of it."""
         ...

@@ -47,7 +47,7 @@ class EncodedValues:
         kinds |= {"text"} if config.texts else set()
         kinds |= {"video", "reference"} if config.latents else set()
         kinds |= {"teacher"} if config.teachers else set()
-        path = user_path(output) / "cache" if config.path is None else user_path(config.path)
+        path = cache_path(config, output)
         if config.mode != "off":
             _refuse_of_runs(path)
         return cls(DatasetCache(path, config.mode, config.dtype), frozenset(kinds))
@@ -99,6 +99,11 @@ class EncodedValues:
     def flush(self) -> None:
         """Returns when all that was made is on the disk."""
         self.cache.flush()
+
+
+def cache_path(config: CacheConfig, output: str) -> Path:
+    """The folder of the cache that runs in the folder `output` share."""
+    return user_path(output) / "cache" if config.path is None else user_path(config.path)
 
 
 def _check_finite(tensors: Mapping[str, Tensor], refusal: Callable[[], str]) -> None:

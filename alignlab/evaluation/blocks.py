@@ -14,6 +14,7 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training.checkpoint import ModelChoice, restore_weights
 from alignlab.training.setup import Caches, build_run
+from alignlab.training.texts_ahead import encode_measured_texts
 
 _OF_BLOCK = re.compile(r"(?P<name>.+)/block(?P<block>\d+)")
 
@@ -45,6 +46,7 @@ def measure_blocks(folder: RunFolder, config: RunConfig, caches: Caches | None =
     with ModelChoice(step=config.steps).reading(folder.checkpoints) as whole:
         run = build_run(config, caches)
         restore_weights(run.state, whole)
+    encode_measured_texts(run, generation=False)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
     alias = config.measured_against
     assert alias is not None

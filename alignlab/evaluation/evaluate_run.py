@@ -21,6 +21,7 @@ from alignlab.runs.out_paths import out_file
 from alignlab.runs.run_folder import RunFolder, in_its_output
 from alignlab.training.checkpoint import NEWEST, ModelChoice, restore_weights
 from alignlab.training.setup import Caches, build_run, warn_of_few_clips
+from alignlab.training.texts_ahead import encode_measured_texts
 
 SCHEDULE = ("every", "sample_every")  # settings of `eval` that say when a run evaluates itself
 
@@ -80,6 +81,7 @@ def evaluate_run(
     tell_changes(folder, config)
     run = build_run(in_its_output(folder, config), caches)
     warn_of_few_clips(run)
+    encode_measured_texts(run, generation=generation)
     with choice.reading(folder.checkpoints) as found:
         restore_weights(run.state, found)
     if not is_average:

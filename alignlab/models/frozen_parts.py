@@ -5,7 +5,8 @@ pixels for uint8 tensors and latent cells for latents.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from alignlab.config.parts import TextEncoderPlace
 from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
+from alignlab.models.late_model import LateModel
 from alignlab.models.model_files import read_object
 from alignlab.models.pipeline_parts import check_late_load, encoder_parts, load_frozen
 from alignlab.models.text_encoder import TextEncoder
@@ -32,28 +35,36 @@ class FrozenParts:
         text_dtype: of the text encoder. The autoencoder is fp32, because it loses detail in bf16
             (diffusers' own advice).
         device: where they run.
+        text_encoder: `cpu`: the text encoder runs on the CPU. `auto`, `keep`: as `device` says;
+            whoever knows that it has done its work frees it (`alignlab.training.texts_ahead`).
+        parks_vae: the autoencoder lies on the CPU unless it encodes or decodes.
     """
 
     folder: Path
     text_dtype: torch.dtype
     device: torch.device
+    text_encoder: TextEncoderPlace = "auto"
+    parks_vae: bool = False
 
     @cached_property
     def text(self) -> TextEncoder:
         """The text encoder with its tokenizer."""
-        return TextEncoder(self.folder, self.text_dtype, self.device)
+        device = torch.device("cpu") if self.text_encoder == "cpu" else self.device
+        return TextEncoder(self.folder, self.text_dtype, device)
 
-    @cached_property
+    @property
     def vae(self) -> AutoencoderKLWan:
         """The autoencoder, loaded now.
 
         Raises:
             UserError: its files cannot be used, or have changed since `vae_parts` named them.
         """
-        loaded = load_frozen(AutoencoderKLWan, self.folder, "vae", torch_dtype=torch.float32)
-        check_late_load(self.folder, "vae", vars(self).get("vae_parts"))
-        vae: AutoencoderKLWan = loaded.to(self.device)
-        return vae
+        return self.late_vae.loaded()
+
+    @cached_property
+    def late_vae(self) -> LateModel[AutoencoderKLWan]:
+        """The autoencoder, loaded when it is first used."""
+        return LateModel(self._load_vae, self.device, is_parked=self.parks_vae)
 
     @cached_property
     def vae_config(self) -> dict[str, Any]:
@@ -121,7 +132,8 @@ class FrozenParts:
         Raises:
             UserError: files cannot be used.
         """
-        self.vae, self.text.model, self.text.tokenizer  # noqa: B018
+        self.late_vae.loaded()
+        self.text.load()
 
     @torch.no_grad()
     def encode_video(self, video_THWC: Tensor) -> Tensor:
@@ -131,8 +143,8 @@ class FrozenParts:
         normalises with the autoencoder's `latents_mean` and `latents_std` as WanPipeline does.
         """
         pixels = video_THWC.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-        with torch.autocast(self.device.type, enabled=False):
-            latents_BCTHW: Tensor = self.vae.encode(pixels).latent_dist.mode()
+        with self._on_device() as vae:
+            latents_BCTHW: Tensor = vae.encode(pixels).latent_dist.mode()
         mean, std = self._latent_statistics
         return ((latents_BCTHW - mean) / std)[0]
 
@@ -151,9 +163,9 @@ class FrozenParts:
             UserError: latents or pixels are not finite, which uint8 cannot show.
         """
         mean, std = self._latent_statistics
-        with torch.autocast(self.device.type, enabled=False):
+        with self._on_device() as vae:
             latents_BCTHW = latents_CTHW.to(self.device).float()[None] * std + mean
-            pixels: Tensor = self.vae.decode(latents_BCTHW, return_dict=False)[0][0]
+            pixels: Tensor = vae.decode(latents_BCTHW, return_dict=False)[0][0]
         if not pixels.isfinite().all():
             if not latents_CTHW.isfinite().all():
                 raise UserError(
@@ -169,6 +181,19 @@ class FrozenParts:
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to fp32 embeddings (B, L, D), zero after each prompt's last token."""
         return self.text.encode(prompts)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[AutoencoderKLWan]:
+        """The autoencoder on its device, in fp32 whatever is around it."""
+        with self.late_vae.in_use() as vae, torch.autocast(self.device.type, enabled=False):
+            yield vae
+
+    def _load_vae(self) -> AutoencoderKLWan:
+        vae: AutoencoderKLWan = load_frozen(
+            AutoencoderKLWan, self.folder, "vae", torch_dtype=torch.float32
+        )
+        check_late_load(self.folder, "vae", vars(self).get("vae_parts"))
+        return vae
 
     @cached_property
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:

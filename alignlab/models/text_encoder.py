@@ -5,7 +5,8 @@ Shape letters: B batch, L text tokens, D width.
 
 import textwrap
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +19,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderMode
 
 from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
+from alignlab.models.late_model import LateModel
 from alignlab.models.model_files import load_pretrained, read_object
 from alignlab.models.pipeline_parts import TEXT_PARTS, check_late_load, encoder_parts, load_frozen
-from alignlab.progress import warn_once
+from alignlab.progress import tell_once, warn_once
 
 SHOWN = 60  # characters of a caption in a message
 TEXT_PACKAGES = ("ftfy", "tokenizers", "sentencepiece")  # between a text and its tokens
@@ -47,16 +49,17 @@ class TextEncoder:
         return encoder_parts(self.folder, TEXT_PARTS, self.dtype, self.device, *TEXT_PACKAGES)
 
     @cached_property
-    def model(self) -> UMT5EncoderModel:
-        """The encoder, loaded now.
+    def late_model(self) -> LateModel[UMT5EncoderModel]:
+        """The encoder, loaded when it is first used."""
+        return LateModel(self._load_model, self.device)
+
+    def load(self) -> None:
+        """Loads encoder and tokenizer, if they are not loaded yet.
 
         Raises:
-            UserError: its files cannot be used, or have changed since `parts` named them.
+            UserError: files cannot be used, or have changed since `parts` named them.
         """
-        loaded = load_frozen(UMT5EncoderModel, self.folder, "text_encoder", dtype=self.dtype)
-        check_late_load(self.folder, "text_encoder", vars(self).get("parts"))
-        model: UMT5EncoderModel = loaded.to(self.device)
-        return model
+        self.late_model.loaded(), self.tokenizer
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -93,9 +96,16 @@ class TextEncoder:
         This is WanPipeline's own encoding, one prompt at a time.
         """
         device = self.device
-        with torch.autocast(device.type, enabled=False):
+        with self._on_device() as model, torch.autocast(device.type, enabled=False):
+            pipeline = WanPipeline(  # not kept, so that the model can be freed
+                tokenizer=self.tokenizer,
+                text_encoder=model,
+                vae=None,
+                scheduler=None,
+                transformer=None,
+            )
             rows = [
-                self._pipeline.encode_prompt(
+                pipeline.encode_prompt(
                     [prompt],
                     do_classifier_free_guidance=False,
                     max_sequence_length=self.max_tokens,
@@ -116,15 +126,21 @@ class TextEncoder:
             return False
         return len(self.tokenizer(prompt, verbose=False).input_ids) > self.max_tokens
 
-    @cached_property
-    def _pipeline(self) -> WanPipeline:
-        return WanPipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.model,
-            vae=None,
-            scheduler=None,
-            transformer=None,
+    @contextmanager
+    def _on_device(self) -> Iterator[UMT5EncoderModel]:
+        with self.late_model.in_use() as model:
+            yield model
+
+    def _load_model(self) -> UMT5EncoderModel:
+        if self.late_model.num_loads:
+            tell_once(
+                "the text encoder is loaded again, for a text that is not in the dataset cache"
+            )
+        model: UMT5EncoderModel = load_frozen(
+            UMT5EncoderModel, self.folder, "text_encoder", dtype=self.dtype
         )
+        check_late_load(self.folder, "text_encoder", vars(self).get("parts"))
+        return model
 
 
 def cut_captions(encoder: TextEncoder, captions: Sequence[str]) -> tuple[str, ...]:

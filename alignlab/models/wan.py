@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.parts import LoraConfig, TextEncoderPlace
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
@@ -66,7 +66,7 @@ class Wan:
     @property
     def text_encoder(self) -> UMT5EncoderModel:
         """The text encoder's model, in the recipe's precision."""
-        return self.frozen.text.model
+        return self.frozen.text.late_model.loaded()
 
     @property
     def num_blocks(self) -> int:
@@ -114,6 +114,8 @@ def load_wan(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    text_encoder: TextEncoderPlace = "auto",
+    parks_vae: bool = False,
     frozen: FrozenParts | None = None,
     load_frozen: bool = True,
 ) -> Wan:
@@ -129,6 +131,7 @@ def load_wan(
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
         seed: of the adapter's initial weights.
+        text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
 
@@ -139,7 +142,7 @@ def load_wan(
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     folder = checked_pipeline(path)
     dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-    transformer = load_part(WanTransformer3DModel, folder, "transformer", torch_dtype=dtype)
+    transformer = _load_transformer(folder, dtype)
     check_backend(
         attention,
         device,
@@ -148,8 +151,8 @@ def load_wan(
         gradient_checkpointing=gradient_checkpointing,
         head_dim=transformer.config["attention_head_dim"],
     )
-    check_part(folder, "transformer", transformer)
-    own = frozen_parts(folder, precision=precision, device=device)
+    places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
+    own = frozen_parts(folder, precision=precision, device=device, **places)
     frozen = frozen if frozen is not None and frozen.is_same(own) else own
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
@@ -162,8 +165,21 @@ def load_wan(
     return Wan(transformer.to(device).train(), frozen)
 
 
+def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+    transformer: WanTransformer3DModel = load_part(
+        WanTransformer3DModel, folder, "transformer", torch_dtype=dtype
+    )
+    check_part(folder, "transformer", transformer)
+    return transformer
+
+
 def frozen_parts(
-    folder: Path, *, precision: Literal["fp32", "bf16"], device: torch.device | str
+    folder: Path,
+    *,
+    precision: Literal["fp32", "bf16"],
+    device: torch.device | str,
+    text_encoder: TextEncoderPlace = "auto",
+    parks_vae: bool = False,
 ) -> FrozenParts:
     """The frozen encoders of a pipeline folder; nothing is loaded yet.
 
@@ -171,9 +187,10 @@ def frozen_parts(
         folder: see `checked_pipeline`.
         precision: of the text encoder.
         device: where they run.
+        text_encoder, parks_vae: see `FrozenParts`.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return FrozenParts(folder, dtype, torch.device(device))
+    return FrozenParts(folder, dtype, torch.device(device), text_encoder, parks_vae)
 
 
 def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
@@ -193,13 +210,15 @@ def load_text_encoder(
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
+    load: bool = True,
 ) -> TextEncoder:
-    """Loads the text encoder of a diffusers Wan pipeline and nothing else of it.
+    """The text encoder of a diffusers Wan pipeline and nothing else of it.
 
     Args:
         path: pipeline folder, shipped asset or hub id.
         precision: of its weights.
         device: where it goes.
+        load: now; else when it is first used.
 
     Raises:
         UserError: the folder or the hub id cannot be used.
@@ -209,7 +228,8 @@ def load_text_encoder(
         if not (folder / part).is_dir():
             raise UserError(f"model.path: {folder} has no {part}/ folder")
     encoder = frozen_parts(folder, precision=precision, device=device).text
-    encoder.model, encoder.tokenizer  # noqa: B018
+    if load:
+        encoder.load()
     return encoder
 
 

@@ -62,7 +62,7 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
     inputs: list[Input] = []
     if isinstance(config, RunConfig):
         inputs += _model(config.model.path, MODEL_PARTS, fetch=fetch)
-        for alias in _teachers(config):
+        for alias in used_teachers(config):
             inputs += _teacher(alias, config.teachers[alias], fetch=fetch)
         inputs += _stage1(config)
         inputs += _init_from(config)
@@ -81,7 +81,7 @@ def model_inputs(config: RunConfig) -> list[Input]:
     return list(_model(config.model.path, MODEL_PARTS, fetch=False))
 
 
-def _teachers(config: RunConfig) -> list[str]:
+def used_teachers(config: RunConfig) -> list[str]:
     """Those that are loaded: for objectives, and to measure with."""
     used = {alias for objective in config.objectives.values() for alias in objective.teachers}
     return [alias for alias in config.teachers if alias in used | {config.measured_against}]

@@ -47,7 +47,7 @@ def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) ->
     named = stage1_folder_of(alias, config.objectives[alias])
     if named is None:
         return
-    info = _read_info(named)
+    info = read_info(named)
     differing = list(_differences(config, alias, info, grid, teacher))
     if differing:
         raise UserError(
@@ -109,7 +109,12 @@ def stage1_folder_of(alias: str, objective: ObjectiveConfig) -> NamedFolder | No
     return NamedFolder(f"objectives.{alias}.{row.setting}", folder, objective.name)
 
 
-def _read_info(named: NamedFolder) -> Stage1Info:
+def read_info(named: NamedFolder) -> Stage1Info:
+    """What a Stage 1 folder says of itself.
+
+    Raises:
+        UserError: there is no such folder, a file of it is damaged, or it is of another kind.
+    """
     folder = user_path(named.folder)
     if folder.is_dir():
         _check_files(named.key, folder)
@@ -132,7 +137,7 @@ def _check_files(key: str, folder: Path) -> None:
 
 def _digest_now(named: NamedFolder, objective: ObjectiveConfig) -> str:
     """The digest that a run with the folder's network would have."""
-    widths = dict.fromkeys(objective.teachers, _read_info(named).teacher_dim)
+    widths = dict.fromkeys(objective.teachers, read_info(named).teacher_dim)
     try:
         # the student's width does not matter to what is frozen
         return frozen_digest(build_objective(objective, student_dim=1, teacher_dims=widths))

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 from pydantic import Field, SerializeAsAny, model_validator
 
 from alignlab.config.data import SIZE_STEP, Settings
+from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.names import check_alias
-from alignlab.config.parts import AdamWConfig, TeacherConfig, TrainingConfig
+from alignlab.config.parts import AdamWConfig, TeacherConfig, TextEncoderPlace, TrainingConfig
 from alignlab.config.run import check_video_frames
 from alignlab.data.registry import DataConfig
 from alignlab.stage1.registry import STAGE1_TASKS
@@ -28,6 +29,10 @@ class TextModelConfig(Settings):
     """The Wan folder, asset or hub id of Stage 2; only its text encoder is loaded."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the text encoder; Stage 2's `model.precision`."""
+    text_encoder: TextEncoderPlace = Field(
+        default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
+    )
+    """Where it is; Stage 2's `model.text_encoder`."""
 
 
 class Stage1Config(TrainingConfig):

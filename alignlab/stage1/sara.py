@@ -114,21 +114,28 @@ class SaraTask(Stage1Task[SaraClip]):
                     "and `entities` to the data set's metadata (docs/data.md)"
                 )
 
+    @classmethod
+    def texts(
+        cls, settings: Stage1Settings, dataset: ClipDataset, index: int, *, measured: bool
+    ) -> tuple[str, ...]:
+        assert isinstance(settings, SaraStage1)
+        asked = _asked(dataset.entities(index), settings.background)
+        return (*asked, dataset.caption(index)) if measured else asked
+
     def encode(self, pixels: ClipPixels) -> SaraClip:
         """Teacher tokens, text embeddings and targets of one clip."""
         sample = pixels.sample
         assert sample.masks_ETHW is not None and sample.entities  # `check_data`
         features = self._models.features(pixels)
         union_1THW = sample.masks_ETHW.any(0, keepdim=True)
-        texts = [*sample.entities, ", ".join(sample.entities)]
+        texts = _asked(sample.entities, self._settings.background)
         masks = [sample.masks_ETHW, union_1THW]
         if self._settings.background is not None:
-            texts.append(self._settings.background)
             masks.append(~union_1THW)
         targets_KTP = pool_masks(torch.cat(masks), features.grid) > THRESHOLD
         return SaraClip(
             features.tokens_BTPD[0],
-            tuple(texts),
+            texts,
             self._models.embed(texts),
             targets_KTP.float(),
             len(sample.entities),
@@ -184,6 +191,12 @@ class SaraTask(Stage1Task[SaraClip]):
                 per_clip.setdefault(name, []).append(values)
         joined = {name: torch.cat(values) for name, values in per_clip.items()}
         return {name: float(values.mean()) for name, values in joined.items() if len(values)}
+
+
+def _asked(entities: Sequence[str], background: str | None) -> tuple[str, ...]:
+    """One text per forward: the entities, all of them, and the background if it is asked for."""
+    texts = (*entities, ", ".join(entities))
+    return texts if background is None else (*texts, background)
 
 
 def mask_iou(marked_BTP: Tensor, target_BTP: Tensor) -> Tensor:

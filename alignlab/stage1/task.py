@@ -49,10 +49,14 @@ class FrozenModels:
     device: torch.device
     values: EncodedValues
 
+    @property
+    def read(self) -> FeatureRead:
+        """What is read of the teacher."""
+        return FeatureRead(self.teacher, "video", self.grid)
+
     def features(self, pixels: ClipPixels) -> Features:
         """The teacher's tokens of a clip, a batch of one, on the CPU."""
-        read = FeatureRead(self.teacher, "video", self.grid)
-        tokens_TPD = kept_features(self.values, read, pixels).cpu()
+        tokens_TPD = kept_features(self.values, self.read, pixels).cpu()
         return Features(tokens_TPD[None], (len(tokens_TPD), *self.grid))
 
     def embed(self, texts: Sequence[str]) -> Tensor:
@@ -91,6 +95,20 @@ class Stage1Task(ABC, Generic[Clip]):
         Raises:
             UserError: a clip lacks it.
         """
+
+    @classmethod
+    def texts(
+        cls, settings: Stage1Settings, dataset: ClipDataset, index: int, *, measured: bool
+    ) -> tuple[str, ...]:
+        """Texts of a clip whose embeddings the task reads; nothing is decoded.
+
+        Args:
+            settings: of the recipe's `stage1`.
+            dataset: that has the clip.
+            index: of the clip.
+            measured: in an evaluation.
+        """
+        return ()
 
     @abstractmethod
     def encode(self, pixels: ClipPixels) -> Clip:

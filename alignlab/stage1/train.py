@@ -1,7 +1,7 @@
 """One Stage 1 training, in the loop of every training (`alignlab.train.Trainer`)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,6 @@ from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import load_text_encoder
 from alignlab.progress import warn_once
-from alignlab.randomness import generator
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.log_filters import quiet_libraries
@@ -31,14 +30,16 @@ from alignlab.runs.prolong import begin_leg
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
-from alignlab.stage1.task import FrozenModels, Stage1Task
+from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
 from alignlab.teachers import Teacher, teacher_from
 from alignlab.tracking import Tracker, ask
 from alignlab.train import Trainer
 from alignlab.training import checkpoint
+from alignlab.training.batches import drawn_clip, drawn_clips
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels
+from alignlab.training.kept_text import encode_ahead
 from alignlab.training.measure import logged_costs
 from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.setup import adamw
@@ -69,6 +70,7 @@ def train_stage1(config: Stage1Config) -> Path:
         locks.callback(trainer.models.values.flush)
         if opened.newest is not None:
             checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)
+        trainer.encode_texts()
         trainer.plan = begin_leg(opened.folder, config, trainer.state.step)
         trainer.fit(opened.folder, opened.newest)
     return opened.folder.stage1
@@ -110,7 +112,8 @@ class Stage1Trainer(Trainer):
         train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
         task_class = STAGE1_TASKS[config.stage1.kind]
         task_class.check_data(train_clips, val_clips)
-        self.models = load_frozen_models(config, ranks.device)
+        values = EncodedValues.of(config.data.cache, config.output)
+        self.models = load_frozen_models(config, ranks.device, values)
         self.notes = (*train_clips.notes, *val_clips.notes)
         if self.models.text is not None:
             captions = [c.caption(i) for c in (train_clips, val_clips) for i in range(len(c))]
@@ -119,16 +122,36 @@ class Stage1Trainer(Trainer):
             for note in cut:
                 warn_once(note)
         self.task = task_class(config.stage1, self.models, seed=config.seed)
-        self.clips = TaskClips(self.task, train_clips, ClipMemory())
-        self.val_clips = TaskClips(self.task, val_clips, ClipMemory())
+        self.clips = TaskClips(self.task, train_clips, ClipMemory(), config.stage1)
+        self.val_clips = TaskClips(self.task, val_clips, ClipMemory(), config.stage1)
         optimizer = adamw(list(self.task.network.parameters()), config.optim)
         super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
 
+    def encode_texts(self) -> None:
+        """Encodes what the steps that are left and the evaluation read; frees the text encoder.
+
+        Not with `model.text_encoder: keep`, nor where texts are not kept.
+
+        Raises:
+            UserError: an embedding is not finite, or the cache is required to have it.
+        """
+        config, text = self.config, self.models.text
+        if config.model is None or text is None or config.model.text_encoder == "keep":
+            return
+        steps, samples = range(self.state.step, config.steps), range(config.optim.batch_size)
+        drawn = drawn_clips(len(self.clips), config.seed, steps, samples)
+        measured = self._measured()
+        texts = self.clips.texts(drawn) | self.val_clips.texts(measured, measured=True)
+        encode_ahead(self.models.values, text, texts)
+
+    def _measured(self) -> range:
+        return range(min(self.config.stage1.val_clips, len(self.val_clips)))
+
     def micro_batches(self) -> MicroBatches[list[Any]]:
         """The clips of the step's batch, drawn as those of a Stage 2 run are."""
-        config, step = self.config, self.state.step
-        rngs = [generator(config.seed, "clip", step, i) for i in range(config.optim.batch_size)]
-        indices = [int(torch.randint(len(self.clips), (), generator=rng)) for rng in rngs]
+        config, step, count = self.config, self.state.step, len(self.clips)
+        samples = range(config.optim.batch_size)
+        indices = [drawn_clip(count, config.seed, step, sample) for sample in samples]
         return MicroBatches([lambda: [self.clips[index] for index in indices]])
 
     def losses(self, batch: Sequence[Any]) -> tuple[Tensor, SampleTerms]:
@@ -138,8 +161,7 @@ class Stage1Trainer(Trainer):
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
         """Measures the network, writes `stage1/`, and `result.json`."""
         network = self.task.network.eval()
-        measured = range(min(self.config.stage1.val_clips, len(self.val_clips)))
-        metrics = self.task.evaluate(self.val_clips[i] for i in measured)
+        metrics = self.task.evaluate(self.val_clips[i] for i in self._measured())
         if not all(math.isfinite(value) for value in metrics.values()):
             raise UserError(
                 f"the network is not finite after step {self.state.step}: lower optim.lr, "
@@ -163,17 +185,31 @@ class TaskClips(Generic[Clip]):
         task: encodes one clip at a time, so that a clip never depends on its neighbours.
         dataset: where samples come from.
         memory: encoded clips that are kept.
+        settings: the task's.
     """
 
     def __init__(
-        self, task: Stage1Task[Clip], dataset: ClipDataset, memory: ClipMemory[Clip]
+        self,
+        task: Stage1Task[Clip],
+        dataset: ClipDataset,
+        memory: ClipMemory[Clip],
+        settings: Stage1Settings,
     ) -> None:
         self._task = task
+        self._settings = settings
         self._dataset = dataset
         self._memory = memory
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def texts(self, indices: Iterable[int], *, measured: bool = False) -> dict[str, str]:
+        """What is embedded of clips, each text with the key of a clip that has it."""
+        return {
+            text: self._dataset.key(i)
+            for i in indices
+            for text in self._task.texts(self._settings, self._dataset, i, measured=measured)
+        }
 
     def __getitem__(self, index: int) -> Clip:
         clip = self._memory.get(index)
@@ -183,13 +219,20 @@ class TaskClips(Generic[Clip]):
         return clip
 
 
-def load_frozen_models(config: Stage1Config, device: torch.device) -> FrozenModels:
-    """Loads what the recipe's task reads."""
-    teacher, text = teacher_from(config.teacher, device=device), None
-    if config.model is not None:
-        model = config.model
-        text = load_text_encoder(model.path, precision=model.precision, device=device)
-    values = EncodedValues.of(config.data.cache, config.output)
+def load_frozen_models(
+    config: Stage1Config, device: torch.device, values: EncodedValues
+) -> FrozenModels:
+    """What the recipe's task reads; models whose values are kept are loaded when one is lacking."""
+    text = None
+    teacher = teacher_from(config.teacher, device=device, load=not values.keeps("teacher"))
+    model = config.model
+    if model is not None:
+        text = load_text_encoder(
+            model.path,
+            precision=model.precision,
+            device="cpu" if model.text_encoder == "cpu" else device,
+            load=not values.keeps("text"),
+        )
     return FrozenModels(teacher, config.grid, text, device, values)
 
 

@@ -62,7 +62,8 @@ def load_teacher(
         grid: see `Teacher`.
         device: where it runs.
         slice_size: frames per forward pass.
-        load: the model now; else when its features are first needed.
+        load: the model now, to stay on the device; else when its features are first needed, and on
+            the device only while it makes them.
 
     Raises:
         UserError: no such family, folder or feature, a model of another family, a broken
@@ -82,13 +83,10 @@ def load_teacher(
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
         warn_once(f"teachers ({family}): {warning}")
-    device = torch.device(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = _model_config(folder, row, model_type)
-    read = partial(_loaded, folder, family, config, dtype, device)
+    later = _later_model(folder, family, model_type, torch.device(device), is_parked=not load)
     try:
-        return Teacher(
-            LaterModel.of(read()) if load else LaterModel(config, dtype, device, read),
+        teacher = Teacher(
+            later,
             family,
             feature or row.feature,
             grid=grid,
@@ -96,16 +94,26 @@ def load_teacher(
             preprocessing=preprocessing,
             folder=folder,
         )
+        if load:
+            teacher.load()
     except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
         raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
+    return teacher
 
 
-def _loaded(
-    folder: Path, family: str, config: Any, dtype: torch.dtype, device: torch.device
-) -> Any:
+def _later_model(
+    folder: Path, family: str, model_type: str, device: torch.device, *, is_parked: bool
+) -> LaterModel:
+    config = _model_config(folder, teacher_rows()[family], model_type)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    read = partial(_loaded, folder, family, config, dtype)
+    return LaterModel(config, dtype, device, read, is_parked=is_parked)
+
+
+def _loaded(folder: Path, family: str, config: Any, dtype: torch.dtype) -> Any:
     """The model, of weights that were looked at."""
     row = teacher_rows()[family]
-    model = _load(folder, row, config, dtype).to(device).requires_grad_(False).eval()
+    model = _load(folder, row, config, dtype).requires_grad_(False).eval()
     named = model.named_parameters()
     read = ((name, weight) for name, weight in named if not re.search(row.unread, name))
     check_weights(f"teachers ({family}): {folder}", read)

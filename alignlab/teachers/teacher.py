@@ -20,6 +20,7 @@ from alignlab.dataset_cache.key import Part, digest_of
 from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features, Grid
+from alignlab.models.late_model import LateModel
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
 from alignlab.runs.file_digests import check_unchanged, folder_digest
@@ -41,12 +42,14 @@ class LaterModel:
         dtype: of its weights.
         device: where it runs.
         load: loads it.
+        is_parked: it is on the device only while it makes features.
     """
 
     config: Any
     dtype: torch.dtype
     device: torch.device
     load: Callable[[], Any]
+    is_parked: bool = False
 
     @classmethod
     def of(cls, model: Any) -> Self:
@@ -85,6 +88,7 @@ class Teacher:
     ) -> None:
         later = LaterModel.of(model) if isinstance(model, nn.Module) else model
         self._later, self._config = later, later.config
+        self._late_model = LateModel(self._load, later.device, is_parked=later.is_parked)
         self._folder = folder
         self._family = family
         self._row = teacher_rows()[family]
@@ -101,8 +105,11 @@ class Teacher:
         self.dim = self._feature.dim
         self.patch_size = self._feature.stride
 
-    @cached_property
+    @property
     def _model(self) -> Any:
+        return self._late_model.loaded()
+
+    def _load(self) -> Any:
         model = self._later.load()
         if self._folder is not None and "parts" in vars(self):
             check_unchanged(self._folder, TEACHER_FILES, self.parts["weights"])
@@ -136,6 +143,14 @@ class Teacher:
     def is_video(self) -> bool:
         """Whether it sees whole clips, and leaves their first frame out."""
         return self._row.video
+
+    def load(self) -> None:
+        """Loads the model, if it is not loaded yet.
+
+        Raises:
+            UserError: its files cannot be used, or have changed since `parts` named them.
+        """
+        self._late_model.loaded()
 
     def digest(self) -> str:
         """Names the weights that the features depend on, whatever folder they came from.
@@ -208,14 +223,15 @@ class Teacher:
         else:
             passes = frames_BTHWC.flatten(0, 1)[:, None].split(self._slice_size)
         grid = (frames, *grid_HW)
-        if self._fitted != grid:
-            self._fit_positions(grid)
-            self._fitted = grid
-        tokens_NLD = torch.cat([self._forward(clips, size) for clips in passes])
+        with self._late_model.in_use() as model:
+            if self._fitted != grid:
+                self._fit_positions(grid)
+                self._fitted = grid
+            tokens_NLD = torch.cat([self._forward(model, clips, size) for clips in passes])
         return Features(tokens_NLD.reshape(batch, frames, -1, self.dim), grid)
 
-    def _forward(self, clips_NTHWC: Tensor, size: tuple[int, int]) -> Tensor:
-        device = self._model.device
+    def _forward(self, model: Any, clips_NTHWC: Tensor, size: tuple[int, int]) -> Tensor:
+        device = model.device
         pixels = clips_NTHWC.to(device).flatten(0, 1).permute(0, 3, 1, 2).float() / 255.0
         is_resized = pixels.shape[2:] != size
         if is_resized:
@@ -225,11 +241,11 @@ class Teacher:
         if self._preprocessing.scale != 1:
             pixels = pixels * self._preprocessing.scale
         mean_C11, std_C11 = self._statistics
-        pixels = ((pixels - mean_C11) / std_C11).to(self._model.dtype)
+        pixels = ((pixels - mean_C11) / std_C11).to(model.dtype)
         if self.is_video:
             pixels = pixels.unflatten(0, clips_NTHWC.shape[:2])
         with torch.autocast(device.type, enabled=False):
-            out = self._model(
+            out = model(
                 **{self._row.input_name: pixels},
                 output_hidden_states=self._feature.hidden_states,
                 **self._row.options,

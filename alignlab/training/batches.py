@@ -5,7 +5,7 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -22,6 +22,9 @@ from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key
 from alignlab.training.flow_matching import draw_sigma
 from alignlab.training.kept_text import kept_text, not_finite
+
+ALL_DRAWN = 4
+"""Clips drawn per train clip, from which on all are taken: 1 in 55 of them is then never drawn."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,10 @@ class ClipEncoder:
 
         return kept_text(self._values, self._frozen.text, prompt, where)
 
+    def captions(self, indices: Iterable[int]) -> dict[str, str]:
+        """Captions of clips, each with the key of a clip that has it."""
+        return {self._dataset.caption(i): self._dataset.key(i) for i in indices}
+
     def lacks(self, index: int, reads: Sequence[FeatureRead]) -> bool:
         """Whether anything of a clip is not in the dataset cache; nothing is decoded.
 
@@ -187,6 +194,22 @@ class ClipEncoder:
         return values["latents_KCHW"], bool(values["shows"])
 
 
+def drawn_clip(count: int, seed: int, step: int, sample: int) -> int:
+    """Which of `count` clips a sample of a step is made of."""
+    return int(torch.randint(count, (), generator=generator(seed, "clip", step, sample)))
+
+
+def drawn_clips(count: int, seed: int, steps: range, samples: Sequence[int]) -> Iterable[int]:
+    """Which of `count` clips these samples of steps are made of, each once, as they are drawn.
+
+    All, where so much is drawn that hardly one is left out.
+    """
+    if len(steps) * len(samples) >= ALL_DRAWN * count:
+        return range(count)
+    draws = ((step, sample) for step in steps for sample in samples)
+    return dict.fromkeys(drawn_clip(count, seed, *draw) for draw in draws)
+
+
 def training_batch(
     clips: ClipEncoder,
     flow: FlowConfig,
@@ -212,8 +235,7 @@ def training_batch(
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
-        index = int(torch.randint(len(clips), (), generator=generator(seed, "clip", step, sample)))
-        encoded.append(clips[index])
+        encoded.append(clips[drawn_clip(len(clips), seed, step, sample)])
         rng = generator(seed, "noise", step, sample)
         noise.append(torch.randn(encoded[-1].latents_CTHW.shape, generator=rng))
         sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))

@@ -1,7 +1,9 @@
-"""Encodes what runs will read of their clips, before any of them begins."""
+"""Encodes what trainings will read of their clips, before any of them begins."""
 
+import json
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -12,38 +14,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from alignlab.config.parts import TeacherConfig
-from alignlab.config.paths import user_path
+from alignlab import interruption
 from alignlab.config.run import RunConfig
-from alignlab.data.registry import build_splits
 from alignlab.dataset_cache.disk_room import disk_room
-from alignlab.dataset_cache.encoded_values import EncodedValues
-from alignlab.dataset_cache.store import write_reason
-from alignlab.distributed.ranks import single_rank
+from alignlab.dataset_cache.encoded_values import cache_path
 from alignlab.errors import UserError
-from alignlab.losses import OBJECTIVES
-from alignlab.losses.objective import Grid
-from alignlab.models.model_files import read_object
-from alignlab.models.wan import checked_pipeline, frozen_parts
 from alignlab.progress import step_progress, tell
+from alignlab.recipe import validated
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.sampling import negative_text
-from alignlab.teachers import Teacher, teacher_from
-from alignlab.training.alignment import check_noise
-from alignlab.training.batches import ClipEncoder
-from alignlab.training.clip_memory import ClipMemory
-from alignlab.training.encoded import FeatureRead, TokenKind
+from alignlab.stage1.cache_builder import Stage1CacheBuilder
+from alignlab.stage1.config import Stage1Config
+from alignlab.training.cache_builder import CacheBuilder, Clip, RunCacheBuilder
 
 SAMPLED = 3  # clips that tell how long the rest takes
 AT_ONCE = 8  # clips that a worker is given
 GB = 10**9
 
-
-class Clip(NamedTuple):
-    """A clip that is to be encoded."""
-
-    split: str
-    place: int
+Training = RunConfig | Stage1Config
+Alike = list[Training]
+"""Recipes that encode alike, and read one cache."""
 
 
 @dataclass(frozen=True)
@@ -63,182 +52,192 @@ class Built:
     size: int
 
 
-def build_cache(runs: Sequence[RunConfig], *, workers: int = 1) -> list[Built]:
-    """Encodes all train clips of runs, and the val clips that they measure.
+class Sampled(NamedTuple):
+    """What the first clips make one expect.
+
+    Args:
+        clips: how many there are.
+        left: those that are not encoded yet.
+        encoded: how many are.
+        size: bytes of these.
+        seconds: that a clip takes.
+    """
+
+    clips: int
+    left: list[Clip]
+    encoded: int
+    size: int
+    seconds: float
+
+
+class Encoders(ABC):
+    """Who encodes the clips of trainings that encode alike.
+
+    Attributes:
+        workers: how many do at a time, for the estimate.
+    """
+
+    workers: int = 1
+
+    @abstractmethod
+    def sample(self, alike: Alike) -> Sampled:
+        """Encodes what is of no clip, and the first clips."""
+
+    @abstractmethod
+    def encode(self, alike: Alike, clips: Sequence[Clip]) -> Iterator[tuple[int, int]]:
+        """Encodes clips; gives the number and the bytes of those that have just been."""
+
+
+def build_cache(trainings: Sequence[Training], encoders: Encoders | None = None) -> list[Built]:
+    """Encodes all train clips of trainings, and the val clips that they measure.
 
     What is there is skipped, so that a build which was killed goes on. Before most of the work, it
     says how much space and time the first clips make one expect.
 
     Args:
-        runs: that will read it, such as the variants of a comparison; features are those of all
-            their teachers.
-        workers: processes that encode at a time, each with models of its own.
+        trainings: that will read it, such as the variants of a comparison, or one of Stage 1;
+            features are those of all their teachers.
+        encoders: who encodes; None: this process.
 
     Raises:
         UserError: a recipe keeps no cache, or a model or a clip cannot be used.
         OSError: the disk is too small or takes no more, or a worker was killed.
     """
-    alike: dict[str, list[RunConfig]] = {}
-    for run in runs:
-        if run.data.cache.mode == "off":
+    alike: dict[str, Alike] = {}
+    for training in trainings:
+        if training.data.cache.mode == "off":
             raise UserError("data.cache.mode: off: no run would read the cache; set it to write")
-        read: dict[str, Any] = {"model": {"path", "precision"}, "data": True, "output": True}
-        alike.setdefault(run.model_dump_json(include=read), []).append(run)
-    return [_build(group, workers) for group in alike.values()]
+        alike.setdefault(_what_is_read(training), []).append(training)
+    return [_build(group, encoders or Here()) for group in alike.values()]
 
 
-def _build(runs: Sequence[RunConfig], workers: int) -> Built:
-    builder = CacheBuilder(runs)
+def builder_of(alike: Alike) -> CacheBuilder:
+    """Loads nothing yet."""
+    stage1 = [training for training in alike if isinstance(training, Stage1Config)]
+    if stage1:
+        return Stage1CacheBuilder(stage1[0])
+    return RunCacheBuilder([training for training in alike if isinstance(training, RunConfig)])
+
+
+def sample(builder: CacheBuilder) -> Sampled:
+    """See `Encoders.sample`."""
     clips = builder.clips()
     missing = [clip for clip in clips if builder.lacks(clip)]
-    builder.encode_rest()
+    builder.make_rest()
     builder.flush()
     before, begin = builder.written(), time.monotonic()
-    sampled, rest = missing[:SAMPLED], missing[SAMPLED:]
+    sampled, left = missing[:SAMPLED], missing[SAMPLED:]
     for number, clip in enumerate(sampled):
         if number == 1:  # the first one loads the models
             begin = time.monotonic()
         builder.encode(clip)
     builder.flush()
-    size = builder.written() - before
-    if rest:
-        seconds = (time.monotonic() - begin) * len(rest) / (SAMPLED - 1) / workers
-        _tell_estimate(builder, len(rest), size * len(rest) / SAMPLED, seconds)
-        is_here = workers == 1
-        size += _encode_here(builder, rest) if is_here else _encode_there(runs, rest, workers)
-    return Built(builder.values.cache.path, len(clips), len(missing), size)
+    seconds = (time.monotonic() - begin) / (SAMPLED - 1)
+    return Sampled(len(clips), left, len(sampled), builder.written() - before, seconds)
 
 
-class CacheBuilder:
-    """Frozen models and data of runs that encode alike.
+def encode_part(builder: CacheBuilder, clips: Sequence[Clip]) -> tuple[int, int]:
+    """How many clips were encoded, and the bytes that were written of them."""
+    before = builder.written()
+    for clip in clips:
+        interruption.check()
+        builder.encode(clip)
+    builder.flush()
+    return len(clips), builder.written() - before
+
+
+def to_text(alike: Alike) -> list[str]:
+    """Recipes as JSON, for another process."""
+    return [training.model_dump_json() for training in alike]
+
+
+def from_text(texts: Sequence[str]) -> Alike:
+    """The recipes of `to_text`."""
+    return [_training(json.loads(text)) for text in texts]
+
+
+def parts_of(clips: Sequence[Clip]) -> list[Sequence[Clip]]:
+    """What a worker is given at once."""
+    return [clips[start : start + AT_ONCE] for start in range(0, len(clips), AT_ONCE)]
+
+
+class Here(Encoders):
+    """This process."""
+
+    def __init__(self) -> None:
+        self._builder: CacheBuilder | None = None  # with the models of the sample
+
+    def sample(self, alike: Alike) -> Sampled:
+        self._builder = None  # frees those of other recipes
+        self._builder = builder_of(alike)
+        return sample(self._builder)
+
+    def encode(self, alike: Alike, clips: Sequence[Clip]) -> Iterator[tuple[int, int]]:
+        assert self._builder is not None  # of `sample`
+        before = self._builder.written()
+        for clip in clips:
+            self._builder.encode(clip)
+            yield 1, 0
+        self._builder.flush()
+        yield 0, self._builder.written() - before
+
+
+class LocalProcesses(Encoders):
+    """Processes of this machine, which compute with as many threads: their number changes bits.
 
     Args:
-        runs: with the same model, precision, data and output.
+        workers: how many, each with models of its own.
     """
 
-    def __init__(self, runs: Sequence[RunConfig]) -> None:
-        self._runs = runs
-        first = runs[0]
-        data = first.data
-        cache = data.cache.model_copy(update={"mode": "write"})
-        self.values = EncodedValues.of(cache, first.output)
-        device = single_rank(first.model.precision).device
-        folder = checked_pipeline(first.model.path)
-        frozen = frozen_parts(folder, precision=first.model.precision, device=device)
-        settings = read_object(folder / "transformer" / "config.json", setting="model.path")
-        patch = settings.get("patch_size", (1, 2, 2))
-        self._grid: Grid = frozen.token_grid(patch, data.frames, *data.size)
-        splits = build_splits(data, memory=user_path(first.output))
-        self._splits = {
-            name: ClipEncoder(frozen, split, self.values, ClipMemory(0))
-            for name, split in zip(("train", "val"), splits, strict=True)
-        }
-        self._device = device
-        self._teachers: dict[str, Teacher] = {}
-        self._reads = {"train": self._aligned(), "val": self._measured()}
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
 
-    def clips(self) -> list[Clip]:
-        """Those that the runs read."""
-        measured = [
-            max(run.eval.clips, run.eval.sample_clips, run.eval.num_measured_clips)
-            for run in self._runs
-        ]
-        counts = {
-            "train": len(self._splits["train"]),
-            "val": min(max(measured), len(self._splits["val"])),
-        }
-        return [Clip(split, index) for split, count in counts.items() for index in range(count)]
+    def sample(self, alike: Alike) -> Sampled:
+        return sample(builder_of(alike))
 
-    def lacks(self, clip: Clip) -> bool:
-        """Whether something of a clip is not there."""
-        return self._splits[clip.split].lacks(clip.place, self._reads[clip.split])
-
-    def encode(self, clip: Clip) -> None:
-        """Makes what is not there.
-
-        Raises:
-            OSError: the disk takes no more.
-        """
-        encoded = self._splits[clip.split][clip.place]
-        for read in self._reads[clip.split]:
-            if read.kind == "video" or encoded.pixels.names:
-                encoded.features(read)
-        self._check_disk()
-
-    def encode_rest(self) -> None:
-        """Makes what is of no clip: prompts that stand for none, and features of noise."""
-        clips, data = self._splits["train"], self._runs[0].data
-        clips.text("", where="the empty prompt")
-        for run in self._runs:
-            clips.text(negative_text(run.eval.negative_prompt), where="eval.negative_prompt")
-        for run in self._runs:
-            used = {alias for o in run.objectives.values() for alias in o.teachers}
-            for alias in filter(None, {*used, run.measured_against}):
-                read = self._read(run.teachers[alias], "video")  # as a run looks at it first
-                check_noise(f"teachers.{alias}", read, data, self.values)
-
-    def flush(self) -> None:
-        """Returns when all that was made is on the disk.
-
-        Raises:
-            OSError: it does not take it.
-        """
-        self.values.flush()
-        self._check_disk()
-
-    def _check_disk(self) -> None:
-        cache = self.values.cache
-        if cache.write_error is not None:
-            raise OSError(
-                f"{cache.path}: the disk takes no more ({write_reason(cache.write_error)}): free "
-                "some space, or name another folder as data.cache.path, and build again; what is "
-                "there is skipped"
-            )
-
-    def written(self) -> int:
-        """Bytes of the values that this process has written."""
-        return sum(count.written_bytes for count in self.values.cache.counts.values())
-
-    def _aligned(self) -> list[FeatureRead]:
-        """What objectives read of train clips."""
-        reads: dict[FeatureRead, None] = {}
-        for run in self._runs:
-            for objective in run.objectives.values():
-                kind = OBJECTIVES[objective.name].tokens
-                for alias in objective.teachers:
-                    reads[self._read(run.teachers[alias], kind)] = None
-        return list(reads)
-
-    def _measured(self) -> list[FeatureRead]:
-        """What evaluations read of val clips."""
-        reads: dict[FeatureRead, None] = {}
-        for run in self._runs:
-            if run.measured_against is None:
-                continue
-            teacher = run.teachers[run.measured_against]
-            reads[self._read(teacher, "video")] = None
-            if not self._teacher(teacher).is_video:
-                reads[self._read(teacher, "reference")] = None
-        return list(reads)
-
-    def _read(self, teacher: TeacherConfig, kind: TokenKind) -> FeatureRead:
-        own_HW = teacher.grid if kind == "video" else None
-        return FeatureRead(self._teacher(teacher), kind, own_HW or self._grid[1:])
-
-    def _teacher(self, config: TeacherConfig) -> Teacher:
-        name = config.model_dump_json()
-        if name not in self._teachers:
-            self._teachers[name] = teacher_from(config, device=self._device, load=False)
-        return self._teachers[name]
+    def encode(self, alike: Alike, clips: Sequence[Clip]) -> Iterator[tuple[int, int]]:
+        parts = parts_of(clips)
+        with ProcessPoolExecutor(
+            min(self.workers, len(parts)),
+            mp_context=get_context("spawn"),
+            initializer=_begin_worker,
+            initargs=(to_text(alike), torch.get_num_threads()),
+        ) as pool:
+            try:
+                yield from pool.map(_encode_part, parts)
+            except BrokenProcessPool as error:
+                raise ChildProcessError(
+                    "a worker of the build ended before its work did, as one that the system kills "
+                    "for memory: use fewer --workers; what is there is skipped"
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
-def _tell_estimate(builder: CacheBuilder, clips: int, size: float, seconds: float) -> None:
+def _build(alike: Alike, encoders: Encoders) -> Built:
+    sampled = encoders.sample(alike)
+    encoded, size = sampled.encoded, sampled.size
+    path = cache_path(alike[0].data.cache, alike[0].output)
+    if sampled.left:
+        total = len(sampled.left)
+        expected = size * total / encoded
+        _tell_estimate(path, total, expected, sampled.seconds * total / encoders.workers)
+        done = 0
+        with step_progress("cache build", total=total) as advance:
+            for number, written in encoders.encode(alike, sampled.left):
+                done, size = done + number, size + written
+                advance(done, "")
+        encoded += done
+    return Built(path, sampled.clips, encoded, size)
+
+
+def _tell_estimate(path: Path, clips: int, size: float, seconds: float) -> None:
     """Says what the rest takes.
 
     Raises:
         OSError: the disk has less space.
     """
-    path = builder.values.cache.path
     free, kept = disk_room(path)
     if size > free - kept:
         raise OSError(
@@ -252,58 +251,31 @@ def _tell_estimate(builder: CacheBuilder, clips: int, size: float, seconds: floa
     )
 
 
-def _encode_here(builder: CacheBuilder, clips: Sequence[Clip]) -> int:
-    before = builder.written()
-    with step_progress("cache build", total=len(clips)) as advance:
-        for done, clip in enumerate(clips, start=1):
-            builder.encode(clip)
-            advance(done, clip.split)
-    builder.flush()
-    return builder.written() - before
-
-
-def _encode_there(runs: Sequence[RunConfig], clips: Sequence[Clip], workers: int) -> int:
-    """In processes of their own, which compute with as many threads: their number changes bits."""
-    parts = [clips[start : start + AT_ONCE] for start in range(0, len(clips), AT_ONCE)]
-    done = size = 0
-    with (
-        step_progress("cache build", total=len(clips)) as advance,
-        ProcessPoolExecutor(
-            min(workers, len(parts)),
-            mp_context=get_context("spawn"),
-            initializer=_begin_worker,
-            initargs=([run.model_dump_json() for run in runs], torch.get_num_threads()),
-        ) as pool,
-    ):
-        try:
-            for number, written in pool.map(_encode_part, parts):
-                done, size = done + number, size + written
-                advance(done, "")
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a worker of the build ended before its work did, as one that the system kills "
-                "for memory: use fewer --workers; what is there is skipped"
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return size
-
-
 _worker: list[CacheBuilder] = []  # of this process, if it is one
 
 
 @quiet_libraries()
-def _begin_worker(runs: Sequence[str], num_threads: int) -> None:
+def _begin_worker(alike: Sequence[str], num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    _worker.append(CacheBuilder([RunConfig.model_validate_json(run) for run in runs]))
+    _worker.append(builder_of(from_text(alike)))
 
 
 def _encode_part(clips: Sequence[Clip]) -> tuple[int, int]:
-    """How many clips were encoded, and the bytes that were written of them."""
     (builder,) = _worker
-    before = builder.written()
-    for clip in clips:
-        builder.encode(clip)
-    builder.flush()
-    return len(clips), builder.written() - before
+    return encode_part(builder, clips)
+
+
+def _training(settings: dict[str, Any]) -> Training:
+    if "stage1" in settings:
+        return validated(Stage1Config, settings, stored=True)
+    return validated(RunConfig, settings, stored=True)
+
+
+def _what_is_read(training: Training) -> str:
+    """Equal for trainings that encode alike."""
+    read: dict[str, Any] = {"data": True, "output": True}
+    if isinstance(training, Stage1Config):
+        read |= {"model": True, "teachers": True, "stage1": True}
+    else:
+        read |= {"model": {"path", "precision", "text_encoder"}}
+    return training.model_dump_json(include=read)

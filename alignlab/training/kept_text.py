@@ -13,6 +13,7 @@ from alignlab.dataset_cache.clip_keys import text_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.errors import shown
 from alignlab.models.text_encoder import TextEncoder
+from alignlab.progress import step_progress
 
 TEXT = "caption by text_encoder"
 
@@ -42,6 +43,37 @@ def kept_text(
         return not_finite(where or f"the text {shown(text)}", TEXT, encoder.folder)
 
     return _padded(values.get("text", lambda: text_key(text, encoder.parts), make, refusal))
+
+
+def encode_ahead(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str, str]) -> None:
+    """Encodes texts that are not in the dataset cache, and frees the encoder once all are there.
+
+    Where what is new is not kept, each is encoded when it is read, and nothing is done here.
+
+    Args:
+        values: where they are kept.
+        encoder: makes them.
+        texts: each with what has it, for messages.
+
+    Raises:
+        UserError: as `kept_text`, or the cache is required to have them.
+    """
+
+    def lacking() -> list[str]:
+        return [text for text in texts if values.lacks(text_key(text, encoder.parts))]
+
+    if not values.keeps("text"):
+        return
+    missing = lacking()
+    if missing and values.cache.mode == "read":
+        return
+    if missing:
+        with step_progress("texts", total=len(missing)) as advance:
+            for done, text in enumerate(missing, start=1):
+                kept_text(values, encoder, text, texts[text])
+                advance(done, "")
+    if not missing or not lacking():  # a disk that takes no more keeps none
+        encoder.late_model.free()
 
 
 def not_finite(where: str, what: str, folder: Path) -> str:

@@ -108,6 +108,8 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         precision=config.model.precision,
         device=ranks.device,
         seed=config.seed,
+        text_encoder=config.model.text_encoder,
+        parks_vae=caches.values.keeps("video"),
         frozen=caches.frozen,
         load_frozen=config.data.cache.mode == "off",
     )
@@ -283,7 +285,7 @@ def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
     new ones are put into `caches`.
     """
     key = config.model_dump_json(
-        include={"model": {"path", "precision"}, "data": True, "output": True}
+        include={"model": {"path", "precision", "text_encoder"}, "data": True, "output": True}
     )
     if key not in caches:
         caches[key] = new_caches(config)

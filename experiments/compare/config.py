@@ -17,6 +17,7 @@ from alignlab.experiments.compare.variants import baseline_notice, checked_varia
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.recipe import load_run, numbered_settings, refuse_other_command, to_yaml, validated
+from alignlab.stage1.config import Stage1Config
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
 OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
@@ -141,17 +142,27 @@ def load_base(recipe: str | Path, overrides: list[str] | None = None) -> RunConf
     return load_run(recipe, overrides)
 
 
-def load_runs(recipe: str | Path, overrides: list[str] | None = None) -> list[RunConfig]:
-    """The runs of a recipe, one for each way to train: itself, or the variants of a comparison.
+def load_trainings(
+    recipe: str | Path, overrides: list[str] | None = None
+) -> tuple[list[RunConfig | Stage1Config], LaunchConfig]:
+    """What a recipe trains, one config for each way to train, and what each needs of its machine.
 
-    Of a sweep it is what all trials share.
+    The run or the Stage 1 training itself, or the variants of a comparison; of a sweep it is what
+    all trials share.
 
     Raises:
-        UserError: as `load_run`, `load_compare` and `load_sweep`.
+        UserError: as `load_run`, `load_compare`, `load_sweep` and `load_stage1_run`.
     """
-    if "variants" in read_recipe(recipe, overrides or []):
-        return list(load_compare(recipe, overrides).runs.values())
-    return [load_base(recipe, overrides)]
+    mapping = read_recipe(recipe, overrides or [])
+    if "variants" in mapping:
+        comparison = load_compare(recipe, overrides)
+        return list(comparison.runs.values()), comparison.launch
+    if "space" in mapping:
+        sweep = load_sweep(recipe, overrides)
+        return [sweep.base], sweep.launch
+    if "stage1" in mapping:
+        return [validated(Stage1Config, mapping)], LaunchConfig()
+    return [load_run(recipe, overrides)], LaunchConfig()
 
 
 def dump_compare(config: CompareConfig) -> str:

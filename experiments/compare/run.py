@@ -46,6 +46,7 @@ from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
 from alignlab.experiments.launchers.local import of_run, shown, threads, train_one
 from alignlab.experiments.launchers.local_workers import LOOK_EVERY_S
+from alignlab.experiments.launchers.sources import check_folders, waits
 from alignlab.experiments.report.text import print_summary
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.checksums import (
@@ -139,12 +140,15 @@ def join(config: CompareConfig) -> None:
         UserError: as `compare`.
     """
     plan = prepare(config)
+    check_folders(_missing(plan))
     caches: dict[str, Caches] = {}
     with threads(config.launch.cpus):
         while missing := _missing(plan):
             has_trained = False
             for key, run in missing.items():
                 interruption.check()
+                if waits(key, plan.runs, missing):
+                    continue
                 try:
                     with interruption.telling(partial(of_run, key)):
                         train_one(run, caches, wait=False)

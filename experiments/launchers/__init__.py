@@ -10,6 +10,7 @@ from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import RunKey, launch_local
 from alignlab.experiments.launchers.local_workers import launch_workers
 from alignlab.experiments.launchers.ray_runs import launch_ray
+from alignlab.experiments.launchers.sources import check_folders
 
 __all__ = ["Launcher", "LauncherName", "RunKey", "make_launcher", "refuse_unread_address"]
 
@@ -49,8 +50,16 @@ def make_launcher(
         return partial(launch_ray, needs=needs, address=ray_address)
     refuse_unread_address(ray_address)
     if workers is not None and workers > 1:
-        return partial(launch_workers, needs=needs, workers=workers, command=command)
-    return partial(launch_local, needs=needs)
+        several = partial(launch_workers, needs=needs, workers=workers, command=command)
+        return partial(_launch_here, several)
+    return partial(_launch_here, partial(launch_local, needs=needs))
+
+
+def _launch_here(
+    launch: Launcher, runs: Mapping[RunKey, RunConfig], finished: Callable[[RunKey], None]
+) -> None:
+    check_folders(runs)  # nodes of a cluster may have others than this machine
+    launch(runs, finished)
 
 
 def refuse_unread_address(ray_address: str | None) -> None:

@@ -60,8 +60,13 @@ def train_run(order: Order) -> None:
         train_one(folder.config(), _caches, wait=True)
 
 
-def arrive(order: Order) -> Path:
+def arrive(order: Order, *, holds: str = RECIPE, setting: str = "output") -> Path:
     """Goes to the sender's working directory; gives the folder of the run or sweep.
+
+    Args:
+        order: of the sender.
+        holds: what the folder has in it.
+        setting: that names the folder, for the message.
 
     Raises:
         UserError: this node has other code, or does not see one of the two.
@@ -80,10 +85,10 @@ def arrive(order: Order) -> Path:
             "start the command in a folder that every node sees under the same path"
         ) from None
     folder = Path(order["folder"])
-    if not seen((folder / RECIPE).exists):
+    if not seen((folder / holds).exists):
         raise UserError(
             f"node {platform.node()} does not see {folder.resolve()}: "
-            "output must lie on a filesystem that all nodes share"
+            f"{setting} must lie on a filesystem that all nodes share"
         )
     return folder
 

@@ -56,11 +56,13 @@ class Ended(NamedTuple, Generic[Key]):
         key: which one.
         error: the line of the UserError that it ended with.
         loss: how its process was lost; None where the task ended by itself.
+        value: what it returned.
     """
 
     key: Key
     error: str | None
     loss: str | None
+    value: Any = None
 
 
 class Deaths(Generic[Key]):
@@ -92,9 +94,7 @@ class RayTasks(Generic[Key]):
         job: a function of a module, which the node imports.
     """
 
-    def __init__(
-        self, cluster: RayCluster, needs: LaunchConfig, job: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, cluster: RayCluster, needs: LaunchConfig, job: Callable[[Any], Any]) -> None:
         self._cluster = cluster
         self._ray = cluster.ray
         errors = cluster.ray.exceptions
@@ -134,7 +134,8 @@ class RayTasks(Generic[Key]):
         for ref in ready:
             key = self._running.pop(ref)
             try:
-                yield Ended(key, self._ray.get(ref), None)
+                error, value = self._ray.get(ref)
+                yield Ended(key, error, None, value)
             except self._lost as loss:
                 yield Ended(key, None, type(loss).__name__)
             except self._ray.exceptions.RayTaskError as failure:
@@ -202,10 +203,10 @@ def _room(node: Mapping[str, float], request: Mapping[str, float]) -> int:
     return min(int(node.get(name, 0) / amount) for name, amount in amounts.items())
 
 
-def _entry(module: str, function: str, gpus: float) -> Callable[[Order], str | None]:
+def _entry(module: str, function: str, gpus: float) -> Callable[[Order], tuple[str | None, Any]]:
     """The task. Ray sends it by value, so that a node without alignlab can say so."""
 
-    def carry_out(order: Order) -> str | None:
+    def carry_out(order: Order) -> tuple[str | None, Any]:
         import importlib
         import os
         import socket
@@ -217,12 +218,12 @@ def _entry(module: str, function: str, gpus: float) -> Callable[[Order], str | N
 
             job = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError) as error:
-            return f"node {socket.gethostname()}: {error}: install the same alignlab on every node"
+            node = socket.gethostname()
+            return f"node {node}: {error}: install the same alignlab on every node", None
         try:
-            job(order)
+            return None, job(order)
         except UserError as error:
-            return str(error)
-        return None
+            return str(error), None
 
     return carry_out
 

@@ -10,6 +10,7 @@ from alignlab.experiments.launchers.local import RunKey, shown
 from alignlab.experiments.launchers.node import LOG, order_for, seen, train_run
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths, RayTasks, connected
 from alignlab.experiments.launchers.run_progress import RunsProgress
+from alignlab.experiments.launchers.sources import waits
 from alignlab.runs.checkpoint_folders import newest_step
 
 log = logging.getLogger(__name__)
@@ -59,21 +60,29 @@ class _RayRuns:
         self._progress = RunsProgress(runs)
         self._folders = self._progress.folders
         self._deaths = Deaths[RunKey]()
+        self._waiting = list(runs)
 
     def watch(self, finished: Callable[[RunKey], None]) -> None:
         """Starts all runs and waits for them; whatever ends it, no task is left."""
         try:
-            for key in self._runs:
-                self._start(key)
+            self._start_ready()
             self._tasks.warn_without_room()
             with self._progress.shown() as advance:
                 while self._tasks.running:
                     for key in self._see_ended():
                         finished(key)
+                    self._start_ready()
                     advance()
                     self._tasks.warn_without_room()
         finally:
             self._tasks.cancel()
+
+    def _start_ready(self) -> None:
+        """Those that wait for no other run, or no longer."""
+        missing = self._progress.left()
+        for key in [key for key in self._waiting if not waits(key, self._runs, missing)]:
+            self._waiting.remove(key)
+            self._start(key)
 
     def _start(self, key: RunKey) -> None:
         self._tasks.start(key, order_for(self._folders[key].path, self._tasks.threads))
@@ -81,7 +90,7 @@ class _RayRuns:
     def _see_ended(self) -> list[RunKey]:
         """Runs that have finished since; one whose process died is started again."""
         finished = []
-        for key, error, loss in self._tasks.ended(LOOK_EVERY_S):
+        for key, error, loss, _ in self._tasks.ended(LOOK_EVERY_S):
             if error is not None:
                 raise UserError(f"{shown(key)}: {error}")
             if loss is not None:

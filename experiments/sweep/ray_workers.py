@@ -180,7 +180,7 @@ class RaySweep:
         )
 
     def _see_ended(self) -> None:
-        for worker, error, loss in self._tasks.ended(LOOK_EVERY_S):
+        for worker, error, loss, _ in self._tasks.ended(LOOK_EVERY_S):
             if error is not None:
                 raise UserError(f"worker {worker}: {error}")
             if loss is not None:

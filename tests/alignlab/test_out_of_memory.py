@@ -58,6 +58,7 @@ def line_of(*arguments: object) -> str:
         (AutoencoderKLWan, "encode", fails, "encoding a clip", "data.frames"),
         (AutoencoderKLWan, "to", fails, "loading the model", "model.train=lora"),
         (UMT5EncoderModel, "forward", fails, "encoding text", "model.precision=bf16"),
+        (UMT5EncoderModel, "to", fails, "loading the text encoder", "model.text_encoder=cpu"),
         (Dinov2Model, "forward", fails, "computing the teacher's features", "data.size"),
         (ADAM, "adam", fails, "making the optimizer's state", "model.train=lora"),
         (torch.autograd, "backward", fails, "training", "model.gradient_checkpointing=true"),
@@ -129,7 +130,7 @@ def test_all_ways_to_say_it(error: Exception, monkeypatch: pytest.MonkeyPatch) -
         (AutoencoderKLWan, "encode", "encode_image", "encoding a clip"),
         (AutoencoderKLWan, "decode", "decode", "decoding a generated clip"),
         (AutoencoderKLWan, "to", "decode", "loading the model"),
-        (UMT5EncoderModel, "to", "encode_text", "loading the model"),
+        (UMT5EncoderModel, "to", "encode_text", "loading the text encoder"),
         (UMT5EncoderModel, "forward", "encode_text", "encoding text"),
     ],
 )

@@ -76,6 +76,10 @@ class _Scene:
         )
         return f"{spoken}, over a {self.backdrop} {self.tone} background"
 
+    @property
+    def entities(self) -> tuple[str, ...]:
+        return tuple(t.subject.phrase for t in self.tracks)
+
 
 class ShapesDataset:
     """Clips of the shapes world (see `alignlab.config.data.ShapesConfig` for the settings).
@@ -106,7 +110,7 @@ class ShapesDataset:
             video_THWC=torch.from_numpy(video),
             caption=scene.caption,
             references=self._pictures(scene),
-            entities=tuple(t.subject.phrase for t in scene.tracks),
+            entities=scene.entities,
             masks_ETHW=torch.from_numpy(masks),
             flow_THWC=torch.from_numpy(flow),
         )
@@ -114,6 +118,10 @@ class ShapesDataset:
     def caption(self, index: int) -> str:
         """The caption of a clip; nothing is rendered."""
         return self._draw(index).caption
+
+    def entities(self, index: int) -> tuple[str, ...]:
+        """What the subjects of a clip are called; nothing is rendered."""
+        return self._draw(index).entities
 
     def key(self, index: int) -> str:
         """The key of a clip."""

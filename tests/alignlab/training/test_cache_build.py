@@ -14,8 +14,10 @@ from alignlab.errors import UserError
 from alignlab.recipe import dump
 from alignlab.train import train
 from alignlab.training import cache_build
-from alignlab.training.cache_build import build_cache
+from alignlab.training.cache_build import Here, LocalProcesses, build_cache
+from alignlab.training.cache_builder import CacheBuilder, Clip
 from command_line import alignlab
+from loaded_models import LoadedModels
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -39,7 +41,8 @@ def test_what_is_built_is_all_that_the_runs_of_a_comparison_read(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(cache_build, "AT_ONCE", 2)
-    (built,) = build_cache(variants(make_config), workers=workers)
+    encoders = LocalProcesses(workers) if workers > 1 else Here()
+    (built,) = build_cache(variants(make_config), encoders)
     assert (built.clips, built.encoded) == (8, 8) and built.size > 0
     for run in variants(make_config, "data.cache.mode=require"):
         train(run)
@@ -62,16 +65,16 @@ def test_what_is_there_is_skipped(make_config: MakeConfig) -> None:
 def test_a_build_that_stops_keeps_what_it_has(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode, taken = cache_build.CacheBuilder.encode, list[cache_build.Clip]()
+    encode, taken = CacheBuilder.encode, list[Clip]()
 
-    def stopping(builder: cache_build.CacheBuilder, clip: cache_build.Clip) -> None:
+    def stopping(builder: CacheBuilder, clip: Clip) -> None:
         if len(taken) == 5:
             raise KeyboardInterrupt
         taken.append(clip)
         encode(builder, clip)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cache_build.CacheBuilder, "encode", stopping)
+        patch.setattr(CacheBuilder, "encode", stopping)
         build_cache(variants(make_config)[:1])
     (rest,) = build_cache(variants(make_config)[:1])
     assert 3 <= rest.encoded <= 5  # the first three were on the disk before the rest began
@@ -99,7 +102,7 @@ def test_a_build_that_the_disk_does_not_take_fails(
         build_cache([config])
     cache_build._begin_worker([config.model_dump_json()], torch.get_num_threads())
     with pytest.raises(OSError, match=r"the disk takes no more") as caught:
-        cache_build._encode_part([cache_build.Clip("train", 0)])
+        cache_build._encode_part([Clip("train", 0)])
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
@@ -118,3 +121,10 @@ def test_a_cache_that_no_run_reads_is_not_built(make_config: MakeConfig, tmp_pat
     with pytest.raises(UserError, match=r"^data\.cache\.mode: off"):
         build_cache([make_config("data.cache.mode=off")])
     assert not (tmp_path / "cache").exists()
+
+
+def test_what_encodes_leaves_when_the_build_is_done(
+    make_config: MakeConfig, loaded_models: LoadedModels
+) -> None:
+    build_cache(variants(make_config)[:1])
+    assert len(loaded_models.counts) == 3 and loaded_models.alive() == set()

@@ -1,19 +1,15 @@
 """The dataset cache changes no bit of a run, and reads nothing that it does not need."""
 
-from collections import Counter
 from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import pytest
-from diffusers import AutoencoderKLWan
-from transformers import Dinov2Model, UMT5EncoderModel
 
 from alignlab.config.run import RunConfig
 from alignlab.dataset_cache.store import Counts
 from alignlab.errors import UserError
 from alignlab.train import train
 from alignlab.training.setup import new_caches
+from loaded_models import LoadedModels
 from run_contents import timeless_rows
 
 MakeConfig = Callable[..., RunConfig]
@@ -90,32 +86,11 @@ def test_what_a_required_cache_lacks_is_named(make_config: MakeConfig) -> None:
     assert "\n" not in str(info.value)
 
 
-@pytest.fixture
-def constructed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the frozen models that are constructed."""
-    counts = Counter[str]()
-    for model in (UMT5EncoderModel, AutoencoderKLWan, Dinov2Model):
-
-        @wraps(model.__init__)  # diffusers reads its signature
-        def construct(
-            self: object,
-            *args: object,
-            of: Any = (model.__name__, model.__init__),
-            **kwargs: object,
-        ) -> None:
-            name, made = of
-            counts[name] += 1
-            made(self, *args, **kwargs)
-
-        monkeypatch.setattr(model, "__init__", construct)
-    return counts
-
-
 def test_a_warm_run_loads_no_frozen_model_and_decodes_no_clip(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, constructed: Counter[str]
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, loaded_models: LoadedModels
 ) -> None:
     cold = trained(make_config(*BOTH, "name=cold"))
-    assert constructed == {"UMT5EncoderModel": 1, "AutoencoderKLWan": 1, "Dinov2Model": 1}
+    assert loaded_models.counts == {"UMT5EncoderModel": 1, "AutoencoderKLWan": 1, "Dinov2Model": 1}
 
     def never(*args: object, **settings: object) -> None:
         raise AssertionError
@@ -123,24 +98,24 @@ def test_a_warm_run_loads_no_frozen_model_and_decodes_no_clip(
     monkeypatch.setattr("alignlab.data.shapes.dataset.render", never)
     warm = trained(make_config(*BOTH, "name=warm", "data.cache.mode=require"))
     assert warm[:2] == cold[:2]
-    assert sum(constructed.values()) == 3  # as before
+    assert sum(loaded_models.counts.values()) == 3  # as before
 
 
 def test_runs_of_a_process_share_the_frozen_encoders(
-    make_config: MakeConfig, constructed: Counter[str]
+    make_config: MakeConfig, loaded_models: LoadedModels
 ) -> None:
     plain = make_config("name=one", "data.cache.mode=off", aligned=False)
     caches = new_caches(plain)
     train(plain, caches=caches)
     train(plain.model_copy(update={"name": "two"}), caches=caches)
-    assert constructed["UMT5EncoderModel"] == constructed["AutoencoderKLWan"] == 1
+    assert loaded_models.counts["UMT5EncoderModel"] == loaded_models.counts["AutoencoderKLWan"] == 1
 
 
 def test_a_generated_clip_loads_the_autoencoder_when_it_is_decoded(
-    make_config: MakeConfig, constructed: Counter[str]
+    make_config: MakeConfig, loaded_models: LoadedModels
 ) -> None:
     settings = ("eval.sample_clips=1", "eval.clips=2", "steps=1")
     trained(make_config(*settings, "name=cold"))
-    constructed.clear()
+    loaded_models.counts.clear()
     trained(make_config(*settings, "name=warm", "data.cache.mode=require"))
-    assert constructed == {"AutoencoderKLWan": 1, "Dinov2Model": 1}
+    assert loaded_models.counts == {"AutoencoderKLWan": 1, "Dinov2Model": 1}

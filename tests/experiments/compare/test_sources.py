@@ -1,16 +1,22 @@
 """Variants that start from another run's weights: what cannot be is seen before anything trains."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
-from alignlab.experiments.compare.run import prepare
+from alignlab.experiments.compare.run import join, prepare
+from alignlab.experiments.launchers import RunKey
+from alignlab.experiments.launchers.ray_cluster import Ended
+from alignlab.experiments.launchers.ray_runs import _RayRuns
+from alignlab.runs.file_lock import HeldError
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.run_folder import RunFolder
+from command_line import refused
 from small_recipes import comparison_recipe
 
 Make = Callable[..., CompareConfig]
@@ -108,3 +114,81 @@ def test_a_source_elsewhere_may_be_prolonged_and_is_told_from_one_that_changed(
     with pytest.raises(UserError, match=r"model\.init_from changed since this run began"):
         finish(source, 1)
         prepare(make("first"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ("model.path=/gone/wan", "model.path: /gone/wan: no such folder"),
+        (
+            "teachers.dino.path=/gone/dino",
+            "teachers (dinov2) path: /gone/dino: no such folder",
+        ),
+        (
+            "objectives.mo={name: moalign, teacher: dino, blocks: [1], head: /gone/head}",
+            "objectives.mo.head: /gone/head",
+        ),
+    ],
+)
+def test_a_folder_of_a_later_variant_that_is_gone_is_told_before_the_first_trains(
+    make: Make, recipe_file: Path, tmp_path: Path, changes: str, named: str
+) -> None:
+    recipe = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
+    allowed = "allow_differences=[teachers.dino.path]" if "dino.path" in changes else "seeds=[0]"
+    variant = f"variants.second.{changes}"
+    line = refused("compare", recipe, f"output={tmp_path}/runs", variant, allowed)
+    assert line.startswith(f"error: variant second: {named}")
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_run_that_another_process_still_trains_is_waited_for_by_what_starts_from_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = list[str]()
+
+    def train_one(run: RunConfig, caches: object, *, wait: bool) -> None:
+        _, variant, _ = run.name.split("/")
+        trained.append(variant)
+        if trained.count("none") == 1:
+            raise HeldError("another process trains it")
+        finish(RunFolder(Path(run.output) / run.name), run.steps)
+
+    monkeypatch.setattr("alignlab.experiments.compare.run.train_one", train_one)
+    monkeypatch.setattr("alignlab.experiments.compare.run.LOOK_EVERY_S", 0.0)
+    join(make("pair/none/seed-0"))
+    assert trained == ["none", "none", "second"]
+
+
+class EndingTasks:
+    """Stands for the tasks of a cluster: the one that was started last ends first."""
+
+    threads = 1
+
+    def __init__(self) -> None:
+        self.started: list[RunKey] = []
+        self.running: list[RunKey] = []
+        self.folders: dict[RunKey, RunFolder] = {}
+
+    def start(self, key: RunKey, order: object) -> None:
+        self.started.append(key)
+        self.running.append(key)
+
+    def ended(self, seconds: float) -> Iterator[Ended[RunKey]]:
+        key = self.running.pop()
+        finish(self.folders[key], 2)
+        yield Ended(key, None, None)
+
+    def warn_without_room(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        pass
+
+
+def test_on_ray_a_run_is_sent_when_what_it_starts_from_is_finished(make: Make) -> None:
+    plan = prepare(make("pair/none/seed-0", "seeds=[0, 1]"))
+    tasks, finished = EndingTasks(), list[RunKey]()
+    tasks.folders = plan.folders
+    _RayRuns(tasks, plan.runs).watch(finished.append)  # type: ignore[arg-type]
+    assert tasks.started == [("none", 0), ("none", 1), ("second", 0), ("second", 1)]
+    assert sorted(finished) == sorted(plan.runs)

@@ -1,0 +1,187 @@
+"""What is encoded for the dataset cache, clip by clip, with the frozen models that do it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from alignlab.config.data import CacheConfig
+from alignlab.config.parts import TeacherConfig
+from alignlab.config.paths import user_path
+from alignlab.config.run import RunConfig
+from alignlab.data.registry import build_splits
+from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.store import write_reason
+from alignlab.distributed.ranks import single_rank
+from alignlab.losses import OBJECTIVES
+from alignlab.losses.objective import Grid
+from alignlab.models.model_files import read_object
+from alignlab.models.wan import checked_pipeline, frozen_parts
+from alignlab.sampling import negative_text
+from alignlab.teachers import Teacher, teacher_from
+from alignlab.training.alignment import check_noise
+from alignlab.training.batches import ClipEncoder
+from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.encoded import FeatureRead, TokenKind
+
+
+class Clip(NamedTuple):
+    """A clip that is to be encoded."""
+
+    split: str
+    place: int
+
+
+class CacheBuilder(ABC):
+    """Frozen models and data of trainings that encode alike.
+
+    Args:
+        cache: as their recipes say it; it is written to in any case.
+        output: of these recipes.
+    """
+
+    def __init__(self, cache: CacheConfig, output: str) -> None:
+        self.values = EncodedValues.of(cache.model_copy(update={"mode": "write"}), output)
+
+    @abstractmethod
+    def counts(self) -> dict[str, int]:
+        """How many clips are read, from the first on, by split."""
+
+    @abstractmethod
+    def lacks(self, clip: Clip) -> bool:
+        """Whether something of a clip is not there."""
+
+    @abstractmethod
+    def make(self, clip: Clip) -> None:
+        """Makes what is not there."""
+
+    @abstractmethod
+    def make_rest(self) -> None:
+        """Makes what is of no clip."""
+
+    def clips(self) -> list[Clip]:
+        """Those that are read."""
+        return [Clip(split, i) for split, count in self.counts().items() for i in range(count)]
+
+    def encode(self, clip: Clip) -> None:
+        """Makes what is not there.
+
+        Raises:
+            OSError: the disk takes no more.
+        """
+        self.make(clip)
+        self._check_disk()
+
+    def flush(self) -> None:
+        """Returns when all that was made is on the disk.
+
+        Raises:
+            OSError: it does not take it.
+        """
+        self.values.flush()
+        self._check_disk()
+
+    def written(self) -> int:
+        """Bytes of the values that this process has written."""
+        return sum(count.written_bytes for count in self.values.cache.counts.values())
+
+    def _check_disk(self) -> None:
+        cache = self.values.cache
+        if cache.write_error is not None:
+            raise OSError(
+                f"{cache.path}: the disk takes no more ({write_reason(cache.write_error)}): free "
+                "some space, or name another folder as data.cache.path, and build again; what is "
+                "there is skipped"
+            )
+
+
+class RunCacheBuilder(CacheBuilder):
+    """What runs read: all train clips, and the val clips that they measure.
+
+    Args:
+        runs: with the same model, precision, place of the text encoder, data and output.
+    """
+
+    def __init__(self, runs: Sequence[RunConfig]) -> None:
+        self._runs = runs
+        first = runs[0]
+        data = first.data
+        super().__init__(data.cache, first.output)
+        device = single_rank(first.model.precision).device
+        folder = checked_pipeline(first.model.path)
+        frozen = frozen_parts(
+            folder,
+            precision=first.model.precision,
+            device=device,
+            text_encoder=first.model.text_encoder,
+        )
+        settings = read_object(folder / "transformer" / "config.json", setting="model.path")
+        patch = settings.get("patch_size", (1, 2, 2))
+        self._grid: Grid = frozen.token_grid(patch, data.frames, *data.size)
+        splits = build_splits(data, memory=user_path(first.output))
+        self._splits = {
+            name: ClipEncoder(frozen, split, self.values, ClipMemory(0))
+            for name, split in zip(("train", "val"), splits, strict=True)
+        }
+        self._device = device
+        self._teachers: dict[str, Teacher] = {}
+        self._reads = {"train": self._aligned(), "val": self._measured()}
+
+    def counts(self) -> dict[str, int]:
+        measured = max(run.eval.num_read_clips for run in self._runs)
+        return {
+            "train": len(self._splits["train"]),
+            "val": min(measured, len(self._splits["val"])),
+        }
+
+    def lacks(self, clip: Clip) -> bool:
+        return self._splits[clip.split].lacks(clip.place, self._reads[clip.split])
+
+    def make(self, clip: Clip) -> None:
+        encoded = self._splits[clip.split][clip.place]
+        for read in self._reads[clip.split]:
+            if read.kind == "video" or encoded.pixels.names:
+                encoded.features(read)
+
+    def make_rest(self) -> None:
+        """Prompts that stand for none, and features of noise."""
+        clips, data = self._splits["train"], self._runs[0].data
+        clips.text("", where="the empty prompt")
+        for run in self._runs:
+            clips.text(negative_text(run.eval.negative_prompt), where="eval.negative_prompt")
+        for run in self._runs:
+            used = {alias for o in run.objectives.values() for alias in o.teachers}
+            for alias in filter(None, {*used, run.measured_against}):
+                read = self._read(run.teachers[alias], "video")  # as a run looks at it first
+                check_noise(f"teachers.{alias}", read, data, self.values)
+
+    def _aligned(self) -> list[FeatureRead]:
+        """What objectives read of train clips."""
+        reads: dict[FeatureRead, None] = {}
+        for run in self._runs:
+            for objective in run.objectives.values():
+                kind = OBJECTIVES[objective.name].tokens
+                for alias in objective.teachers:
+                    reads[self._read(run.teachers[alias], kind)] = None
+        return list(reads)
+
+    def _measured(self) -> list[FeatureRead]:
+        """What evaluations read of val clips."""
+        reads: dict[FeatureRead, None] = {}
+        for run in self._runs:
+            if run.measured_against is None:
+                continue
+            teacher = run.teachers[run.measured_against]
+            reads[self._read(teacher, "video")] = None
+            if not self._teacher(teacher).is_video:
+                reads[self._read(teacher, "reference")] = None
+        return list(reads)
+
+    def _read(self, teacher: TeacherConfig, kind: TokenKind) -> FeatureRead:
+        own_HW = teacher.grid if kind == "video" else None
+        return FeatureRead(self._teacher(teacher), kind, own_HW or self._grid[1:])
+
+    def _teacher(self, config: TeacherConfig) -> Teacher:
+        name = config.model_dump_json()
+        if name not in self._teachers:
+            self._teachers[name] = teacher_from(config, device=self._device, load=False)
+        return self._teachers[name]
