@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 import ray_tools
-from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.ray_cache import MARK, OnRay
@@ -78,7 +77,8 @@ def test_a_part_whose_process_dies_is_encoded_by_another(
 
 
 def test_a_part_that_ends_every_process_ends_the_build(recipe_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"died {MOST_DEATHS} times on the same clips") as caught:
+    line = rf"died {MOST_DEATHS} times on the same clips"
+    with pytest.raises(ChildProcessError, match=line) as caught:
         with on_ray(LostTasks(MOST_DEATHS, left=5)) as encoders:
             build_cache([load_run(recipe_file, [f"output={tmp_path}"])], encoders)
     assert "\n" not in str(caught.value)
