@@ -29,7 +29,9 @@ NUMBERLESS: dict[str, Any] = {
     "tracking": True,
     "checkpoint": True,
     "data": {
-        "cache": {"mode": True, "path": True, "texts": True, "latents": True, "teachers": True}
+        "cache": {"mode": True, "path": True, "texts": True, "latents": True, "teachers": True},
+        "workers": True,
+        "prefetch": True,
     },
     "optim": {"resume_schedule": True},  # what it did is in the run's history.json
     "eval": {"every": True, "sample_every": True},
@@ -139,7 +141,8 @@ def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
     Settings that change no number are left out: name, output, tracking, checkpoint, `data.cache`
-    but its dtype, `optim.resume_schedule`, and how often a run is evaluated while it trains.
+    but its dtype, `data.workers`, `data.prefetch`, `optim.resume_schedule`, and how often a run is
+    evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
 

@@ -58,6 +58,7 @@ from alignlab.training.measure import PeakMemory, StepClock, logged_costs
 from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
+from alignlab.training.prefetch import Prefetch
 from alignlab.training.setup import (
     Caches,
     Run,
@@ -181,7 +182,7 @@ class Trainer(ABC):
 
         The host waits for the device only where a row is logged or a checkpoint is due. What is
         not finite is seen at every step, on the device, and raised there. No signal or clock
-        changes which steps have a row.
+        changes which steps have a row. The next batches may be made while a step runs.
 
         Raises:
             Interrupted: a signal came; there is a checkpoint of the last step.
@@ -192,14 +193,15 @@ class Trainer(ABC):
         with (
             step_progress(config.name, total=config.steps, done=state.step) as advance,
             interruption.deferred(),
+            Prefetch(self.micro_batches, state.step, config, device) as prefetch,
         ):
             self._stopping.saved(newest)
             while state.step < config.steps:
                 clock.step_begins()
-                batches: Batches = self.micro_batches().within(clock.making_data)
-                if self.is_diagnosis_due():
+                batches: Batches = prefetch.take(state.step).within(clock.making_data)
+                if self.is_diagnosis_due(state.step):
                     batches = list(batches)
-                    with clock.paused():
+                    with clock.paused(), prefetch.paused():
                         tracker.log(state.step + 1, self.diagnose(batches))
                 scalars = self.step(batches)
                 due = self._stopping.due()
@@ -227,7 +229,7 @@ class Trainer(ABC):
                 if self.is_evaluation_due():
                     nonfinite.check_state(state.step, state)
                     nonfinite.raise_if_broken(newest)
-                    with clock.paused(), memory.paused():
+                    with clock.paused(), memory.paused(), prefetch.paused():
                         with self._stopping.between_steps(partial(self.save, folder)):
                             self.evaluate_now()
                 advance(state.step, note)
@@ -285,8 +287,12 @@ class Trainer(ABC):
         return Tracker(folder, self.config, start=self.state.step, environment=environment)
 
     @abstractmethod
-    def micro_batches(self) -> MicroBatches[Any]:
-        """This rank's share of the next step's samples, on the device; made when they are taken."""
+    def micro_batches(self, step: int | None = None) -> MicroBatches[Any]:
+        """This rank's share of a step's samples, on the device; made when they are taken.
+
+        Args:
+            step: any, also one that is not yet due; None: the next one.
+        """
 
     @abstractmethod
     def losses(self, batch: Any) -> tuple[Tensor, SampleTerms]:
@@ -300,8 +306,8 @@ class Trainer(ABC):
         """What is in place while the training runs."""
         return nullcontext()
 
-    def is_diagnosis_due(self) -> bool:
-        """Whether `diagnose` is asked before the next step."""
+    def is_diagnosis_due(self, step: int) -> bool:
+        """Whether `diagnose` is asked before a step."""
         return False
 
     def diagnose(self, batches: Sequence[Any]) -> Mapping[str, float]:
@@ -356,20 +362,22 @@ class RunTrainer(Trainer):
         with_references = run.clips.share_with_references()
         self._aligned = AlignedSamples(run.config, with_references, run.ranks)
 
-    def micro_batches(self) -> MicroBatches[Batch]:
-        optim = self.config.optim
-        shares = self.ranks.micro_batches(optim.accumulate, optim.batch_size)
+    def micro_batches(self, step: int | None = None) -> MicroBatches[Batch]:
+        config, alignment, device = self.config, self.run.alignment, self.ranks.device
+        step = self.state.step if step is None else step
+        shares = self.ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
         # a diagnosis wants all of them at once: the device may not hold all their features
-        is_loaded = len(shares) == 1 or not self.is_diagnosis_due()
+        reads = alignment.reads(step) if len(shares) == 1 or not self.is_diagnosis_due(step) else ()
         make = partial(
-            training_batch,
-            *(self.run.clips, self.config.flow),
-            seed=self.config.seed,
-            step=self.state.step,
-            device=self.ranks.device,
-            reads=self.run.alignment.reads(self.state.step) if is_loaded else (),
+            training_batch, self.run.clips, config.flow, seed=config.seed, step=step, reads=reads
         )
-        return MicroBatches([partial(make, samples=samples) for samples in shares])
+        return MicroBatches(
+            [partial(make, samples=samples) for samples in shares],
+            move=partial(Batch.to, device=device),
+            completed=partial(
+                Batch.completed, reads=reads, needs=alignment.needs(step), device=device
+            ),
+        )
 
     def losses(self, batch: Batch) -> tuple[Tensor, SampleTerms]:
         """Flow loss plus alignment of one micro-batch, and every term by its log name.
@@ -453,8 +461,8 @@ class RunTrainer(Trainer):
         assert self._evaluations is not None
         self._evaluations.evaluate()
 
-    def is_diagnosis_due(self) -> bool:
-        return self._diagnosis is not None and self._diagnosis.is_due(self.state.step + 1)
+    def is_diagnosis_due(self, step: int) -> bool:
+        return self._diagnosis is not None and self._diagnosis.is_due(step + 1)
 
     def diagnose(self, batches: Sequence[Batch]) -> dict[str, float]:
         assert self._diagnosis is not None

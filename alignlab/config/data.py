@@ -102,6 +102,8 @@ Size = Annotated[tuple[int, int], AfterValidator(_whole_patches)]
 FrameRate = Annotated[int, Field(ge=1), at_most(1000, "no video has that many frames a second")]
 ClipCount = Annotated[int, Field(ge=1), at_most(10**9, "clips are counted one by one")]
 Limits = Annotated[tuple[int, int], AfterValidator(_low_to_high)]
+Workers = Annotated[int, Field(ge=0), at_most(256, "threads share one set of encoders")]
+Ahead = Annotated[int, Field(ge=1), at_most(1024, "each is kept in memory, with its features")]
 
 
 class CacheConfig(Settings):
@@ -148,6 +150,8 @@ class ClipsConfig(Settings):
         fps: int
         references: tuple[int, int]
         cache: CacheConfig
+        workers: int | None
+        prefetch: int | None
 
     subjects_by_colour: ClassVar[bool] = False
     """Whether a caption names each subject by a colour of the world of `shapes` that no other
@@ -165,6 +169,21 @@ class ClipsConfig(Settings):
                 "on disk what is encoded (data.cache.mode=off encodes at every step)"
             )
         return {key: value for key, value in values.items() if key != "cache_clips"}
+
+    @model_validator(mode="after")
+    def _prefetch_is_read(self) -> Self:
+        if self.prefetch is not None and not self.workers:
+            raise ValueError(
+                f"prefetch: nothing reads {self.prefetch} without threads that make batches ahead; "
+                "set data.workers to 1 or more, or remove it"
+            )
+        if self.prefetch is not None and self.prefetch < (self.workers or 0):
+            raise ValueError(
+                f"workers: {self.workers} threads, and prefetch: {self.prefetch} micro-batches at "
+                "a time give work to no more than that many; lower data.workers, or raise "
+                "data.prefetch"
+            )
+        return self
 
     @property
     def num_val_clips(self) -> int | None:
@@ -204,6 +223,12 @@ class ShapesConfig(ClipsConfig):
     """Size of the val split."""
     cache: CacheConfig = CacheConfig()
     """What encoders and teachers make of clips, kept on disk."""
+    workers: Workers | None = None
+    """Threads that make the next batches while a step runs; 0: each is made when it is needed. Left
+    out: 1 on a GPU of CUDA, else 0. Changes no number."""
+    prefetch: Ahead | None = None
+    """Micro-batches that `workers` make ahead of the one that is trained on. Left out: 2, or as
+    many as there are workers."""
     seed: int = Field(default=0, ge=0)
     """Seed of the world. It is not the run's seed: all seeds of a comparison share the data."""
 
@@ -240,6 +265,12 @@ class FolderConfig(ClipsConfig):
     """Read videos, references and masks through links that lead out of the folder."""
     cache: CacheConfig = CacheConfig()
     """What encoders and teachers make of clips, kept on disk."""
+    workers: Workers | None = None
+    """Threads that make the next batches while a step runs; 0: each is made when it is needed. Left
+    out: 1 on a GPU of CUDA, else 0. Changes no number."""
+    prefetch: Ahead | None = None
+    """Micro-batches that `workers` make ahead of the one that is trained on. Left out: 2, or as
+    many as there are workers."""
     on_bad_video: Literal["error", "skip"] = "error"
     """What to do with a row whose video, references or masks are missing, damaged or too few/short.
     All are decoded before training."""

@@ -1,7 +1,7 @@
 """Settings of the parts of a run: model, teachers, flow matching, optimizer, bookkeeping."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from alignlab.config.data import RunName, Settings, unknown_name
+from alignlab.config.data import ClipsConfig, RunName, Settings, unknown_name
 from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.limits import BATCH, SEEDS, SHIFT, STEPS, at_most
 from alignlab.errors import shown
@@ -341,6 +341,9 @@ class RunTrackingConfig(TrackingConfig):
 
 class TrainingConfig(Settings):
     """What every training has, whatever it trains: a run (`RunConfig`) and a Stage 1 network."""
+
+    if TYPE_CHECKING:  # both declare it, in its place among theirs
+        data: ClipsConfig
 
     name: RunName
     """Folder of the run under `output`."""

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 from torch import Tensor
 
@@ -73,6 +74,7 @@ class FolderDataset:
         self._keys = _unique_keys(self._rows)
         self._chosen: dict[int, tuple[int, ...]] = {}
         self._known_digests: dict[Path, str] = {}
+        self._hashing = Lock()
         self._stamps: dict[Path, tuple[int, int] | None] = {}
         if not self._rows:
             raise UserError(
@@ -256,15 +258,16 @@ class FolderDataset:
 
     def _digests(self) -> dict[Path, str]:
         """Of the videos and the reference images of the split."""
-        if not self._known_digests:
-            root = user_path(self.config.path)
-            paths = [path for row in self._rows for path in (row.video, *row.references)]
-            self._stamps = {path: _stamp(path) for path in paths}  # before they are hashed
-            names = {path.relative_to(root).as_posix(): path for path in paths}
-            digests = digest_files(root, names)
-            check_read(root, digests)
-            self._known_digests = {names[name]: digest for name, digest in digests.items()}
-        return self._known_digests
+        with self._hashing:  # threads that make batches all ask
+            if not self._known_digests:
+                root = user_path(self.config.path)
+                paths = [path for row in self._rows for path in (row.video, *row.references)]
+                self._stamps = {path: _stamp(path) for path in paths}  # before they are hashed
+                names = {path.relative_to(root).as_posix(): path for path in paths}
+                digests = digest_files(root, names)
+                check_read(root, digests)
+                self._known_digests = {names[name]: digest for name, digest in digests.items()}
+            return self._known_digests
 
     def _check_unchanged(self, path: Path) -> None:
         """Refuses a file that is not the one that `origin` has told of."""

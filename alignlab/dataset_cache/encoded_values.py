@@ -21,7 +21,8 @@ from alignlab.errors import UserError
 Tensors = dict[str, Tensor]
 
 ENCODING = RLock()
-"""Held while a frozen model works: the runs of a process share models, and threads make batches."""
+"""Held by a frozen model while it works or is loaded: the runs of a process share models, threads
+make batches, and the autoencoder keeps what it has seen of a clip until it is through."""
 
 
 class EncodedValues:
@@ -68,7 +69,7 @@ class EncodedValues:
         Args:
             kind: of it.
             key: names it; not asked for a kind that is not kept.
-            make: computes it, fp32; called by one thread at a time. What it raises is not kept.
+            make: computes it, fp32. What it raises is not kept.
             refusal: the message where something that was made is not finite.
 
         Raises:
@@ -77,16 +78,14 @@ class EncodedValues:
                 them says so.
         """
         if not self.keeps(kind):
-            with ENCODING:
-                made = make()
+            made = make()
             if kind != "teacher":  # on a GPU a look at each step would wait for it
                 _check_finite(made, refusal)
             return made
         named = key()
         found = self.cache.read(named)
         if found is None:
-            with ENCODING:
-                made = {name: tensor.detach().cpu() for name, tensor in make().items()}
+            made = {name: tensor.detach().cpu() for name, tensor in make().items()}
             _check_finite(made, refusal)
             is_exact = kind != "teacher" or self.cache.dtype == "fp32"
             found = self.cache.write(named, _narrowed(made) if is_exact else made)

@@ -165,7 +165,7 @@ def eval_batch(run: Run, clips: list[Encoded], numbers: list[int], sigma: list[f
     ]
     keep = [(True, True)] * len(numbers)
     empty = run.val_clips.empty_text_LD
-    return collate(batch_clips, noise, sigma, keep, empty, run.device)
+    return collate(batch_clips, noise, sigma, keep, empty).to(run.device)
 
 
 def denoise(run: Run, branch: ReferenceBranch, batch: Batch, *, capture: bool) -> Output:

@@ -7,6 +7,7 @@ before a library reads them, so that a damaged one is named.
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,20 @@ _LOAD_ERRORS = (
 )
 """What diffusers and transformers raise on settings and weights that fit nothing."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_thread = threading.local()
+
+
+class NotLoadedError(Exception):
+    """A model is needed, and this thread loads none."""
+
+
+def load_nothing_here() -> None:
+    """This thread loads no model from now on: `load_pretrained` raises `NotLoadedError` in it.
+
+    The libraries set the process's default dtype while they load: what another thread makes
+    meanwhile would have it.
+    """
+    _thread.loads_nothing = True
 
 
 def on_disk(source: str) -> Path | None:
@@ -114,7 +129,10 @@ def load_pretrained(
 
     Raises:
         UserError: a file is damaged, or what the files hold fits the class not.
+        NotLoadedError: this thread is to load nothing (`load_nothing_here`).
     """
+    if getattr(_thread, "loads_nothing", False):
+        raise NotLoadedError(str(folder))
     check_model_files(folder, setting=setting)
     read_object(folder / config_file, setting=setting)
     source = None if "state_dict" in options else folder

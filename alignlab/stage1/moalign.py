@@ -7,6 +7,7 @@ pixels, C the two directions (x, y), D width of the teacher.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Lock
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -16,11 +17,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignlab.errors import UserError
+from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Grid
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flow_l1
 from alignlab.randomness import derive_seed
 from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
 from alignlab.training.encoded import ClipPixels
+
+_DIS_THREADS = Lock()
+"""Held while OpenCV's number of threads, which is the process's, is another."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
 
     def loss(self, clips: Sequence[MoAlignClip]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean absolute error of the decoded flow, in token-grid units."""
-        flow_BTPC = torch.stack([clip.flow_TPC for clip in clips]).to(self._models.device)
+        flow_BTPC = to_device(torch.stack([clip.flow_TPC for clip in clips]), self._models.device)
         total = flow_l1(self._decoded(clips), flow_BTPC).mean()
         return total, {"loss/total": total.detach()}
 
@@ -110,7 +115,8 @@ class MoAlignTask(Stage1Task[MoAlignClip]):
 
     def _decoded(self, clips: Sequence[MoAlignClip]) -> Tensor:
         grid = clips[0].grid
-        features_BTPD = torch.stack([clip.features_TPD for clip in clips]).to(self._models.device)
+        features_BTPD = torch.stack([clip.features_TPD for clip in clips])
+        features_BTPD = to_device(features_BTPD, self._models.device)
         flow_BTPC: Tensor = self.network.flow(self.network.motion(features_BTPD, grid), grid)
         return flow_BTPC
 
@@ -167,11 +173,12 @@ def dis_flow(video_THWC: Tensor) -> Tensor:
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video_THWC.cpu().numpy()]
     # Any, because its stub knows no call without a first guess
     dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)  # DIS splits frames by threads, which changes its numbers
-    try:
-        flows = [np.array(dis.calc(before, after, None)) for before, after in pairwise(grey)]
-    finally:
-        cv2.setNumThreads(threads)
+    with _DIS_THREADS:
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)  # DIS splits frames by threads, which changes its numbers
+        try:
+            flows = [np.array(dis.calc(before, after, None)) for before, after in pairwise(grey)]
+        finally:
+            cv2.setNumThreads(threads)
     shape = (0, *video_THWC.shape[1:3], 2)
     return torch.from_numpy(np.stack(flows)) if flows else torch.zeros(shape)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alignlab.data.sample import ClipDataset
 from alignlab.errors import UserError
+from alignlab.kernels.host_copy import to_device
 from alignlab.losses.grids import pool_masks
 from alignlab.losses.sara import info_nce
 from alignlab.losses.stage1.saliency_aligner import (
@@ -149,9 +150,9 @@ class SaraTask(Stage1Task[SaraClip]):
         other, so only the first of them is in InfoNCE.
         """
         features_BTPD = torch.cat([c.features_TPD.expand(len(c.texts), -1, -1, -1) for c in clips])
-        texts_BLD = torch.cat([c.texts_KLD for c in clips]).to(self._models.device)
-        targets_BTP = torch.cat([c.targets_KTP for c in clips]).to(self._models.device)
-        output = self.network(features_BTPD.to(self._models.device), texts_BLD)
+        texts_BLD = to_device(torch.cat([c.texts_KLD for c in clips]), self._models.device)
+        targets_BTP = to_device(torch.cat([c.targets_KTP for c in clips]), self._models.device)
+        output = self.network(to_device(features_BTPD, self._models.device), texts_BLD)
         bce = saliency_bce(output.logits_BTP, targets_BTP).mean()
         visual_BE, text_BE = self.network.embed(output, texts_BLD)
         first = _first_of_each([text for clip in clips for text in clip.texts])

@@ -42,6 +42,7 @@ from alignlab.training.encoded import ClipPixels
 from alignlab.training.kept_text import encode_ahead
 from alignlab.training.measure import logged_costs
 from alignlab.training.micro_batches import MicroBatches
+from alignlab.training.prefetch import check_wanted
 from alignlab.training.setup import adamw
 from alignlab.training.step_terms import SampleTerms
 
@@ -147,9 +148,10 @@ class Stage1Trainer(Trainer):
     def _measured(self) -> range:
         return range(min(self.config.stage1.val_clips, len(self.val_clips)))
 
-    def micro_batches(self) -> MicroBatches[list[Any]]:
-        """The clips of the step's batch, drawn as those of a Stage 2 run are."""
-        config, step, count = self.config, self.state.step, len(self.clips)
+    def micro_batches(self, step: int | None = None) -> MicroBatches[list[Any]]:
+        """The clips of a step's batch, drawn as those of a Stage 2 run are."""
+        config, count = self.config, len(self.clips)
+        step = self.state.step if step is None else step
         samples = range(config.optim.batch_size)
         indices = [drawn_clip(count, config.seed, step, sample) for sample in samples]
         return MicroBatches([lambda: [self.clips[index] for index in indices]])
@@ -212,6 +214,7 @@ class TaskClips(Generic[Clip]):
         }
 
     def __getitem__(self, index: int) -> Clip:
+        check_wanted()
         clip = self._memory.get(index)
         if clip is None:
             clip = self._task.encode(ClipPixels(self._dataset, index))

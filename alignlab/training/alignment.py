@@ -20,7 +20,7 @@ from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
-from alignlab.losses.objective import Features, Grid, Objective, Terms
+from alignlab.losses.objective import Features, Grid, Need, Objective, Terms
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens, Kind
 from alignlab.models.weight_check import check_weights
@@ -206,6 +206,12 @@ class Alignment(nn.Module):
                 own_HW = teacher.grid if kind == "video" else None
                 found[FeatureRead(teacher, kind, own_HW or self._grid_HW)] = None
         return list(found)
+
+    def needs(self, step: int) -> frozenset[Need]:
+        """What else of the clips the objectives need at a step."""
+        factors = self.factors(step)
+        used = [o.needs for alias, o in self.objectives.items() if factors.get(alias, 1.0)]
+        return frozenset[Need]().union(*used)
 
     def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
         """Runs each teacher once and each objective on its tapped tokens.

@@ -5,9 +5,10 @@ two variants sees the same clips, noise levels, noise and dropped conditions.
 Shape letters: B batch, C channels, T, H, W of latents or pixels, K references, L text tokens.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Reference
 from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.kernels.host_copy import to_device
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key
 from alignlab.training.flow_matching import draw_sigma
 from alignlab.training.kept_text import kept_text, not_finite
+from alignlab.training.prefetch import check_wanted
 
 ALL_DRAWN = 4
 """Clips drawn per train clip, from which on all are taken: 1 in 55 of them is then never drawn."""
@@ -29,14 +32,14 @@ ALL_DRAWN = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs, on the training device.
+    """What one forward pass needs; made on the CPU, and moved to the training device.
 
     `references` holds one tensor per sample, with zero rows where the references were dropped or
     the clip has none; `names` are those of the references that are left. `caption_BLD` is the text
     before dropout. `referenced_B`, bool on the CPU, says which samples keep a reference that shows
     something. `clips` are what the samples were made of: what reads pixels asks them, and so
-    decodes nothing that nothing reads. `loaded` are features of teachers on the device, by sample:
-    None of references that were dropped. Others are asked of the clips.
+    decodes nothing that nothing reads. `loaded` are features of teachers, by sample: None of
+    references that were dropped. Others are asked of the clips.
     """
 
     latents_BCTHW: Tensor
@@ -52,8 +55,61 @@ class Batch:
 
     def features(self, read: FeatureRead) -> list[Tensor | None]:
         """Features of a teacher, on the device: by sample, None if its references are dropped."""
-        return self.loaded.get(read) or _features(
-            read, self.clips, self.references, self.sigma_B.device
+        if read in self.loaded:
+            return self.loaded[read]
+        move = partial(to_device, device=self.sigma_B.device)
+        return [_if_there(move, rows) for rows in self._made(read)]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device; to a GPU it is copied without waiting, in turn with its work."""
+        return self if device.type == "cpu" else self._changed(partial(to_device, device=device))
+
+    def completed(
+        self, reads: Sequence[FeatureRead], needs: AbstractSet[str], device: torch.device
+    ) -> "Batch":
+        """With all that a step reads of the clips, on the CPU.
+
+        Args:
+            reads: features of teachers; a teacher runs where they are not kept.
+            needs: of the objectives: `masks` has the videos decoded, `foreground` the references.
+            device: that it goes to; CUDA copies by itself what lies in pinned memory.
+        """
+        for clip, kept in zip(self.clips, self.references, strict=True):
+            check_wanted()
+            if "masks" in needs:
+                clip.pixels.sample  # noqa: B018
+            if "foreground" in needs and len(kept):
+                clip.pixels.references  # noqa: B018
+        self.load(reads)
+        return self._changed(Tensor.pin_memory) if device.type == "cuda" else self
+
+    def load(self, reads: Sequence[FeatureRead]) -> None:
+        """Has features of teachers in `loaded`, on the CPU."""
+        for read in reads:
+            if read not in self.loaded:
+                self.loaded[read] = [_if_there(Tensor.cpu, rows) for rows in self._made(read)]
+
+    def _made(self, read: FeatureRead) -> list[Tensor | None]:
+        """Features of a teacher, on the CPU or on its device."""
+        found = []
+        for clip, kept in zip(self.clips, self.references, strict=True):
+            check_wanted()
+            found.append(clip.features(read) if read.kind == "video" or len(kept) else None)
+        return found
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            latents_BCTHW=change(self.latents_BCTHW),
+            noise_BCTHW=change(self.noise_BCTHW),
+            sigma_B=change(self.sigma_B),
+            text_BLD=change(self.text_BLD),
+            caption_BLD=change(self.caption_BLD),
+            references=[change(latents_KCHW) for latents_KCHW in self.references],
+            loaded={
+                read: [_if_there(change, rows) for rows in features]
+                for read, features in self.loaded.items()
+            },
         )
 
     @cached_property
@@ -217,10 +273,9 @@ def training_batch(
     seed: int,
     step: int,
     samples: range,
-    device: torch.device,
     reads: Sequence[FeatureRead] = (),
 ) -> Batch:
-    """The samples `samples` of a step's global batch.
+    """The samples `samples` of a step's global batch, on the CPU.
 
     Args:
         clips: the training split.
@@ -229,31 +284,25 @@ def training_batch(
         step: optimizer step, from 0.
         samples: positions inside the step's batch; which rank or micro-batch handles
             a position does not change what is drawn for it.
-        device: where the batch goes.
-        reads: features of teachers that the step reads: put on the device with the batch, if they
-            are kept. Else a teacher runs when they are read.
+        reads: features of teachers that the step reads: loaded with the batch, if they are kept.
+            Else a teacher runs when they are read, or in `Batch.completed`.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
+        check_wanted()
         encoded.append(clips[drawn_clip(len(clips), seed, step, sample)])
         rng = generator(seed, "noise", step, sample)
         noise.append(torch.randn(encoded[-1].latents_CTHW.shape, generator=rng))
         sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))
         keep.append(_draw_kept(flow, generator(seed, "dropout", step, sample)))
-    batch = collate(encoded, noise, sigma, keep, clips.empty_text_LD, device)
+    batch = collate(encoded, noise, sigma, keep, clips.empty_text_LD)
     if clips.keeps_features:
-        for read in reads:
-            batch.loaded[read] = _features(read, encoded, batch.references, device)
+        batch.load(reads)
     return batch
 
 
-def _features(
-    read: FeatureRead, clips: Sequence[Encoded], references: Sequence[Tensor], device: torch.device
-) -> list[Tensor | None]:
-    return [
-        clip.features(read).to(device) if read.kind == "video" or len(kept) else None
-        for clip, kept in zip(clips, references, strict=True)
-    ]
+def _if_there(change: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else change(rows)
 
 
 def collate(
@@ -262,20 +311,17 @@ def collate(
     sigma: list[float],
     keep: list[tuple[bool, bool]],
     empty_text_LD: Tensor,
-    device: torch.device,
 ) -> Batch:
-    """Stacks encoded clips; `keep` says of each whether its text and its references stay."""
+    """Stacks encoded clips on the CPU; `keep` says of each whether text and references stay."""
     rows = list(zip(encoded, keep, strict=True))
     references = [e.references_KCHW if refs else e.references_KCHW[:0] for e, (_, refs) in rows]
     return Batch(
-        latents_BCTHW=torch.stack([e.latents_CTHW for e in encoded]).to(device),
-        noise_BCTHW=torch.stack(noise).to(device),
-        sigma_B=torch.tensor(sigma, dtype=torch.float32, device=device),
-        text_BLD=torch.stack([e.text_LD if text else empty_text_LD for e, (text, _) in rows]).to(
-            device
-        ),
-        caption_BLD=torch.stack([e.text_LD for e in encoded]).to(device),
-        references=[r.to(device) for r in references],
+        latents_BCTHW=torch.stack([e.latents_CTHW for e in encoded]),
+        noise_BCTHW=torch.stack(noise),
+        sigma_B=torch.tensor(sigma, dtype=torch.float32),
+        text_BLD=torch.stack([e.text_LD if text else empty_text_LD for e, (text, _) in rows]),
+        caption_BLD=torch.stack([e.text_LD for e in encoded]),
+        references=references,
         names=[list(e.pixels.names) if refs else [] for e, (_, refs) in rows],
         referenced_B=torch.tensor([refs and e.shows_reference for e, (_, refs) in rows]),
         clips=list(encoded),

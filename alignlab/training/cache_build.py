@@ -25,6 +25,7 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.stage1.cache_builder import Stage1CacheBuilder
 from alignlab.stage1.config import Stage1Config
 from alignlab.training.cache_builder import CacheBuilder, Clip, RunCacheBuilder
+from alignlab.training.setup import encoding_settings
 
 SAMPLED = 3  # clips that tell how long the rest takes
 AT_ONCE = 8  # clips that a worker is given
@@ -273,9 +274,7 @@ def _training(settings: dict[str, Any]) -> Training:
 
 def _what_is_read(training: Training) -> str:
     """Equal for trainings that encode alike."""
-    read: dict[str, Any] = {"data": True, "output": True}
-    if isinstance(training, Stage1Config):
-        read |= {"model": True, "teachers": True, "stage1": True}
-    else:
-        read |= {"model": {"path", "precision", "text_encoder"}}
-    return training.model_dump_json(include=read)
+    if isinstance(training, RunConfig):
+        return encoding_settings(training)
+    read = {"data", "output", "model", "teachers", "stage1"}
+    return training.model_dump_json(include=read, exclude={"data": {"workers", "prefetch"}})

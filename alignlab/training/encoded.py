@@ -38,17 +38,24 @@ class ClipPixels:
     index: int
     memory: ClipMemory[Any] | None = field(default=None, repr=False)
 
-    @cached_property
+    # not cached properties: those of Python 3.11 have one lock for the clips of all threads
+    @property
     def sample(self) -> Sample:
         """All of the clip."""
-        return self._kept(self.dataset[self.index])
+        if "sample" not in vars(self):
+            vars(self)["sample"] = self._kept(self.dataset[self.index])
+        sample: Sample = vars(self)["sample"]
+        return sample
 
-    @cached_property
+    @property
     def references(self) -> tuple[Reference, ...]:
         """Its references; the video is not decoded for them."""
         if "sample" in vars(self):
             return self.sample.references
-        return self._kept(self.dataset.references(self.index))
+        if "references" not in vars(self):
+            vars(self)["references"] = self._kept(self.dataset.references(self.index))
+        references: tuple[Reference, ...] = vars(self)["references"]
+        return references
 
     @cached_property
     def names(self) -> tuple[str, ...]:

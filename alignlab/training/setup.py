@@ -284,12 +284,17 @@ def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
     That is the same data through the same encoders in the same precision. Where there are none,
     new ones are put into `caches`.
     """
-    key = config.model_dump_json(
-        include={"model": {"path", "precision", "text_encoder"}, "data": True, "output": True}
-    )
+    key = encoding_settings(config)
     if key not in caches:
         caches[key] = new_caches(config)
     return caches[key]
+
+
+def encoding_settings(config: RunConfig) -> str:
+    """Settings that are equal where runs encode alike and keep it in one place."""
+    model = {"path", "precision", "text_encoder"}
+    include: dict[str, Any] = {"model": model, "data": True, "output": True}
+    return config.model_dump_json(include=include, exclude={"data": {"workers", "prefetch"}})
 
 
 def new_caches(config: RunConfig) -> Caches:

@@ -467,6 +467,8 @@ def test_registry_builds_what_the_recipe_names(root: Path) -> None:
             "fps",
             "references",
             "cache",
+            "workers",
+            "prefetch",
         } <= row.config.model_fields.keys()
         assert issubclass(row.config, ClipsConfig) and callable(pkgutil.resolve_name(row.dataset))
     assert isinstance(build_dataset(config(root), "train"), FolderDataset)

@@ -21,7 +21,7 @@ DRIVER = Path(__file__).parents[2] / "helpers" / "ranks_run.py"
 # Clips have no, one, two or three references, so that a process may have none in a round.
 RECIPE_CHANGES = {
     "steps: 2": "steps: 6",
-    "references: [2, 3]": "references: [0, 3]",
+    "references: [2, 3]": "references: [0, 3], workers: 1",
     "batch_size: 2}": "batch_size: 4, accumulate: 2, ema: 0.9}",
     "{clips: 2,": "{every: 2, clips: 2,",
     "mlflow: none, log_every: 1": "mlflow: sqlite, log_every: 1, diagnose_every: 3",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.distributed.ranks import single_rank
 from alignlab.losses.stage1.folder import load_stage1
@@ -20,6 +22,7 @@ from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, train_stage1
 from alignlab.tracking.mlflow_run import read_state
 from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.prefetch import THREAD_NAME
 from command_line import alignlab
 from run_contents import file_contents, timeless_contents, timeless_rows
 
@@ -189,6 +192,32 @@ def test_the_clips_of_a_step_depend_on_seed_and_step_alone(recipes: Recipes) -> 
         ]
         (batch,) = run.micro_batches()
         assert [c.caption for c in batch] == [dataset[i].caption for i in drawn]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_made_ahead_change_no_number_and_leave_the_training_nothing_to_decode(
+    recipes: Recipes, kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, trained = ShapesDataset.__getitem__, threading.current_thread()
+    decoded: list[str] = []
+
+    def read(dataset: ShapesDataset, index: int) -> Sample:
+        if threading.current_thread() is trained and dataset.split == "train":
+            decoded.append(dataset.key(index))
+        return decode(dataset, index)
+
+    def run(name: str, *settings: str) -> Path:
+        flow = ["stage1.flow=dis"] if kind == "moalign" else []
+        shared = [f"output={tmp_path}", "data.cache.mode=off", "data.train_clips=50", *flow]
+        return train_stage1(config_of(recipes, kind, f"name={name}", *shared, *settings))
+
+    plain = run("plain", "data.workers=0")
+    monkeypatch.setattr(ShapesDataset, "__getitem__", read)
+    ahead = run("ahead", "data.workers=2", "data.prefetch=2")
+    assert len(decoded) == 2  # the first step's
+    assert not [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
+    assert file_contents(ahead) == file_contents(plain)
+    assert timeless_rows(ahead.parent) == timeless_rows(plain.parent)
 
 
 def test_a_prolonged_training_is_the_long_one(recipes: Recipes, tmp_path: Path) -> None:

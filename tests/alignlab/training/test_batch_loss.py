@@ -53,7 +53,6 @@ def batch_with(run: Run, counts: list[int], rows: list[int]) -> Batch:
         sigma,
         [(True, True)] * len(rows),
         run.clips.empty_text_LD,
-        torch.device("cpu"),
     )
 
 

@@ -22,7 +22,6 @@ from alignlab.training.step_terms import SampleTerms
 from made_clips import uncached
 
 MakeConfig = Callable[..., RunConfig]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +57,7 @@ def keys_of(batch: Batch) -> list[str]:
 
 
 def batch_of(run: Run, step: int, *, seed: int = 0, samples: range = range(2)) -> Batch:
-    return training_batch(
-        run.clips, run.config.flow, seed=seed, step=step, samples=samples, device=CPU
-    )
+    return training_batch(run.clips, run.config.flow, seed=seed, step=step, samples=samples)
 
 
 def test_variants_of_a_seed_train_on_the_same_bits(make_config: MakeConfig) -> None:
@@ -124,7 +121,7 @@ def test_dropped_conditions_are_empty_text_and_no_references(run: Run) -> None:
         ("both", {"both_dropout": 1.0}),
     ):
         flow = FlowConfig.model_validate({**everything, **probability})
-        kept[case] = training_batch(run.clips, flow, seed=0, step=0, samples=range(8), device=CPU)
+        kept[case] = training_batch(run.clips, flow, seed=0, step=0, samples=range(8))
     full = kept["none"]
     assert sum(len(r) for r in full.references) > 0
     empty = run.clips.empty_text_LD
@@ -149,14 +146,13 @@ def test_conditions_are_dropped_as_often_as_asked(run: Run) -> None:
     counts = {(text, references): 0 for text in (True, False) for references in (True, False)}
     total = 0
     for step in range(40):
-        batch = training_batch(clips, flow, seed=0, step=step, samples=range(20), device=CPU)
+        batch = training_batch(clips, flow, seed=0, step=step, samples=range(20))
         full = training_batch(
             clips,
             FlowConfig(text_dropout=0, reference_dropout=0, both_dropout=0),
             seed=0,
             step=step,
             samples=range(20),
-            device=CPU,
         )
         for i in range(20):
             if len(full.references[i]):  # of a clip without any it cannot be seen
@@ -215,5 +211,5 @@ def test_micro_batches_that_a_diagnosis_reads_are_without_features(
 ) -> None:
     trainer = RunTrainer(build_run(make_config("optim.batch_size=4", "optim.accumulate=2")))
     assert all(batch.loaded for batch in trainer.micro_batches())
-    monkeypatch.setattr(trainer, "is_diagnosis_due", lambda: True)
+    monkeypatch.setattr(trainer, "is_diagnosis_due", lambda step: True)
     assert not any(batch.loaded for batch in trainer.micro_batches())

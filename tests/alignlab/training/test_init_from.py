@@ -84,7 +84,7 @@ def test_the_average_begins_at_the_weights_that_it_starts_from(
     seen: dict[str, torch.Tensor] = {}
 
     class Seen(RunTrainer):
-        def micro_batches(self) -> MicroBatches[Batch]:
+        def micro_batches(self, step: int | None = None) -> MicroBatches[Batch]:
             seen.update({k: v.clone() for k, v in (self.run.state.ema or {}).items()})
             raise Killed
 
