@@ -45,10 +45,11 @@ _TEXT = (
     "set model.precision=bf16, in which the text encoder takes half, or on a GPU "
     "model.text_encoder=cpu"
 )
+_ALONE = "set data.workers=0 where it is more, so that no encoder runs beside a step"
 _TRAINING = (
     "raise optim.accumulate (a micro-batch is optim.batch_size / optim.accumulate / ranks samples; "
     "where that is 1, it does not help), set model.gradient_checkpointing=true or "
-    f"model.train=lora, or {_FEWER_PIXELS}"
+    f"model.train=lora, {_ALONE}, or {_FEWER_PIXELS}"
 )
 _EVALUATION = f"lower eval.batch_size, or {_FEWER_PIXELS}"
 _FIX = f"{_TRAINING}; in an evaluation, {_EVALUATION}"
@@ -59,7 +60,12 @@ _PLACES = (
         "alignlab.models.text_encoder", ("_on_device", "load"), "loading the text encoder", _TEXT
     ),
     _Place("alignlab.models.text_encoder", (), "encoding text", _TEXT),
-    _Place("alignlab.models.frozen_parts", ("encode_video",), "encoding a clip", _FEWER_PIXELS),
+    _Place(
+        "alignlab.models.frozen_parts",
+        ("encode_video",),
+        "encoding a clip",
+        f"{_ALONE}, or {_FEWER_PIXELS}",
+    ),
     _Place("alignlab.models.frozen_parts", ("decode",), "decoding a generated clip", _FEWER_PIXELS),
     _Place("alignlab.models.frozen_parts", ("_on_device", "load"), "loading the model", _SMALLER),
     _Place("alignlab.models.pipeline_parts", (), "loading the model", _SMALLER),
@@ -68,7 +74,7 @@ _PLACES = (
         "alignlab.teachers",
         (),
         "computing the teacher's features",
-        f"set teachers.*.grid or a smaller teachers.*.path, or {_FEWER_PIXELS}",
+        f"set teachers.*.grid or a smaller teachers.*.path, {_ALONE}, or {_FEWER_PIXELS}",
     ),
     _Place(
         "alignlab.kernels",

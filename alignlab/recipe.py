@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from alignlab.config.data import unknown_name
-from alignlab.config.identity import has_hash, identity, settings_hash
+from alignlab.config.identity import as_default, has_hash, identity, settings_hash
 from alignlab.config.merging import flatten
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.recipe_file import read_recipe
@@ -194,7 +194,7 @@ def _shown_order(held: TrainingConfig, config: TrainingConfig) -> str:
 
 def numbered_settings(config: TrainingConfig) -> dict[str, Any]:
     """The settings that change a number by dotted name, without empty mappings."""
-    numbered = _without(config.model_dump(mode="json"), NUMBERLESS)
+    numbered = _without(as_default(config, config.model_dump(mode="json")), NUMBERLESS)
     return {key: value for key, value in flatten(numbered).items() if value != {}}
 
 

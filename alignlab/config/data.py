@@ -150,7 +150,7 @@ class ClipsConfig(Settings):
         fps: int
         references: tuple[int, int]
         cache: CacheConfig
-        workers: int | None
+        workers: int
         prefetch: int | None
 
     subjects_by_colour: ClassVar[bool] = False
@@ -177,7 +177,7 @@ class ClipsConfig(Settings):
                 f"prefetch: nothing reads {self.prefetch} without threads that make batches ahead; "
                 "set data.workers to 1 or more, or remove it"
             )
-        if self.prefetch is not None and self.prefetch < (self.workers or 0):
+        if self.prefetch is not None and self.prefetch < self.workers:
             raise ValueError(
                 f"workers: {self.workers} threads, and prefetch: {self.prefetch} micro-batches at "
                 "a time give work to no more than that many; lower data.workers, or raise "
@@ -223,9 +223,9 @@ class ShapesConfig(ClipsConfig):
     """Size of the val split."""
     cache: CacheConfig = CacheConfig()
     """What encoders and teachers make of clips, kept on disk."""
-    workers: Workers | None = None
-    """Threads that make the next batches while a step runs; 0: each is made when it is needed. Left
-    out: 1 on a GPU of CUDA, else 0. Changes no number."""
+    workers: Workers = 0
+    """Threads that make the next batches while a step runs; 0: each is made when it is needed.
+    Changes no number."""
     prefetch: Ahead | None = None
     """Micro-batches that `workers` make ahead of the one that is trained on. Left out: 2, or as
     many as there are workers."""
@@ -265,9 +265,9 @@ class FolderConfig(ClipsConfig):
     """Read videos, references and masks through links that lead out of the folder."""
     cache: CacheConfig = CacheConfig()
     """What encoders and teachers make of clips, kept on disk."""
-    workers: Workers | None = None
-    """Threads that make the next batches while a step runs; 0: each is made when it is needed. Left
-    out: 1 on a GPU of CUDA, else 0. Changes no number."""
+    workers: Workers = 0
+    """Threads that make the next batches while a step runs; 0: each is made when it is needed.
+    Changes no number."""
     prefetch: Ahead | None = None
     """Micro-batches that `workers` make ahead of the one that is trained on. Left out: 2, or as
     many as there are workers."""

@@ -79,11 +79,28 @@ def _before(field: FieldInfo) -> Any:
     return field.get_default(call_default_factory=True)
 
 
+def as_default(config: BaseModel, dumped: dict[str, Any]) -> dict[str, Any]:
+    """The dump of a config with the default in place of each value that gives its numbers."""
+    settled = dict(dumped)
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name in settled and _has_same_numbers(value, field):
+            settled[name] = field.get_default(call_default_factory=True)
+        elif name in settled and isinstance(value, BaseModel):
+            settled[name] = as_default(value, settled[name])
+    return settled
+
+
+def _has_same_numbers(value: Any, field: FieldInfo) -> bool:
+    """Whether a value is not the default and gives the same numbers."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and value in cast(list[Any], extra.get(SAME_NUMBERS, []))
+
+
 def _differs(value: Any, field: FieldInfo, exclude: Exclude) -> bool:
     """Whether a setting is given another value than its default, as far as it is not left out, and
     one that gives other numbers."""
-    extra = field.json_schema_extra
-    if isinstance(extra, dict) and value in cast(list[Any], extra.get(SAME_NUMBERS, [])):
+    if _has_same_numbers(value, field):
         return False
     return bool(_plain(value, exclude) != _plain(_before(field), exclude))
 

@@ -38,6 +38,9 @@ else:
 # other: with one other, they would pass for the features of the two frames.
 MIN_VIDEO_FRAMES = 9
 
+PROCESS_WIDE_ATTENTION = ("_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""Backends that diffusers runs in `torch.nn.attention.sdpa_kernel`, whose flags are no thread's."""
+
 
 class RunConfig(TrainingConfig):
     """One training run."""
@@ -87,6 +90,16 @@ class RunConfig(TrainingConfig):
         alias = self.eval.teacher
         if alias is not None and alias not in self.teachers:
             raise ValueError(f"eval.teacher: {unknown_name('teacher', alias, self.teachers)}")
+        return self
+
+    @model_validator(mode="after")
+    def _encoders_keep_their_attention(self) -> Self:
+        attention = self.model.attention
+        if self.data.workers and attention in PROCESS_WIDE_ATTENTION:
+            raise ValueError(
+                f"data.workers: model.attention={attention} chooses torch's attention kernel for "
+                "the whole process, and so for encoders in the threads; set data.workers=0"
+            )
         return self
 
     @property

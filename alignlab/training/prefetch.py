@@ -24,7 +24,6 @@ from alignlab.models.model_files import NotLoadedError, load_nothing_here
 from alignlab.training.micro_batches import MicroBatches
 
 THREAD_NAME = "alignlab-prefetch"
-GPU_WORKERS = 1
 AHEAD = 2
 
 Made = TypeVar("Made")
@@ -71,8 +70,6 @@ class Prefetch(Generic[Made]):
         device: torch.device,
     ) -> None:
         workers = config.data.workers
-        if workers is None:
-            workers = GPU_WORKERS if device.type == "cuda" else 0
         self._ahead = config.data.prefetch or max(AHEAD, workers)
         self._micro_batches = micro_batches
         self._makers = self._of_all(range(first, config.steps))

@@ -1,4 +1,4 @@
-"""`data.workers` and `data.prefetch`: no part of what a run is; what nothing reads is refused."""
+"""Settings of how batches are made: no part of what a run is; what nothing reads is refused."""
 
 from pathlib import Path
 
@@ -20,13 +20,15 @@ def test_how_batches_are_made_is_no_part_of_a_run() -> None:
     assert encoding_settings(ahead) == encoding_settings(plain)
     other = load_run("tiny", ["data.seed=1"])
     assert encoding_settings(other) != encoding_settings(plain)
+    elsewhere = load_run("tiny", ["model.text_encoder=cpu"])
+    assert encoding_settings(elsewhere) != encoding_settings(plain)
 
 
 def test_a_recipe_of_an_older_version_is_read(tmp_path: Path) -> None:
     written = tmp_path / "recipe.yaml"
     text = dump(load_run("tiny"))
-    assert text.count("  workers: null\n") == text.count("  prefetch: null\n") == 1
-    written.write_text(text.replace("  workers: null\n", "").replace("  prefetch: null\n", ""))
+    assert text.count("  workers: 0\n") == text.count("  prefetch: null\n") == 1
+    written.write_text(text.replace("  workers: 0\n", "").replace("  prefetch: null\n", ""))
     assert load_run(written, stored=True) == load_run("tiny")
 
 
@@ -34,7 +36,8 @@ def test_variants_may_make_their_batches_in_different_ways(
     recipe_file: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "fair.yaml"
-    variants = "\nbaseline: a\nseeds: [0]\nvariants:\n  a: {}\n  b: {data.workers: 1}\n"
+    variants = "\nbaseline: a\nseeds: [0]\nvariants:\n  a: {}\n"
+    variants += "  b: {data.workers: 1, model.text_encoder: keep}\n"
     path.write_text(recipe_file.read_text() + variants)
     check_fair(load_compare(path))
     assert differences(load_compare(path)) == {}
@@ -48,6 +51,12 @@ def test_a_number_of_batches_that_nothing_reads_is_refused(workers: tuple[str, .
     ):
         with pytest.raises(UserError, match=r"^data\.?.*prefetch: nothing reads 3 without threads"):
             load(["data.prefetch=3", *workers])
+
+
+def test_an_attention_backend_of_the_whole_process_and_threads_are_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.workers: model\.attention=_native_math chooses"):
+        load_run("tiny", ["model.attention=_native_math", "data.workers=1"])
+    load_run("tiny", ["model.attention=_native_math"])
 
 
 def test_threads_without_work_are_refused() -> None:

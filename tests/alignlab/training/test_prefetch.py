@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -313,12 +313,20 @@ def test_an_encoder_of_a_thread_leaves_the_cast_weights_of_a_step_alone(
         (found,) = torch.autograd.grad(first.square().sum() + second.square().sum(), weight)
         return found
 
+    is_within = threading.Event()
+
     def encode(number: int) -> None:
+        if number:  # the first is made here
+            is_within.wait()
         with torch.autocast("cpu", enabled=False):
             pass
+
+    def encoded(batches: Iterator[None]) -> None:
+        is_within.set()
+        next(batches)
 
     with prefetch(numbers(encode), make_config("steps=2", "data.workers=1")) as ahead:
         batches = iter(ahead.take(0))
         next(batches)
-        beside = gradient(lambda: next(batches))
+        beside = gradient(lambda: encoded(batches))
     assert torch.equal(beside, gradient(lambda: None))
