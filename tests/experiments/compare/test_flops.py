@@ -79,7 +79,7 @@ def test_all_else_is_what_torch_counts() -> None:
     def work() -> None:
         network(video).square().mean().backward()
         optimizer.step()
-        with torch.no_grad():  # where matmul and einsum are seen whole
+        with torch.inference_mode():  # where matmul and einsum are seen whole
             torch.einsum("bij,bjk->bik", network(video), torch.ones(2, 6, 4)) @ torch.ones(4, 2)
 
     counter = FlopCounterMode(display=False)
