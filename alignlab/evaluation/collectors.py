@@ -21,12 +21,13 @@ from alignlab.evaluation.metric_registry import (
     mean,
 )
 from alignlab.evaluation.named_subjects import AttributeProbes
-from alignlab.evaluation.token_metrics import ReferenceTokens, VideoTokens
+from alignlab.evaluation.token_metrics import ReferenceTokens, TeacherTokens, VideoTokens
 from alignlab.losses.grids import FOREGROUND, covered_share, match_grid, student_frames
 from alignlab.models.taps import BlockTokens
 from alignlab.teachers import Teacher
 from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
+from alignlab.training.clip_memory import MadeOnce
 from alignlab.training.encoded import Encoded
 
 VIDEO_TOKENS = 2048  # tokens that CKNNA compares: its cost grows with their square
@@ -62,8 +63,15 @@ class GenerationCollector:
         self._metrics = metrics
         self._values: dict[str, list[Any]] = {}
 
-    def add(self, video_THWC: Tensor, sample: Sample) -> None:
-        """Measures a uint8 clip that was generated for the conditions of `sample`."""
+    def add(self, video_THWC: Tensor, sample: Sample, of_sample: MadeOnce | None = None) -> None:
+        """Measures a uint8 clip.
+
+        Args:
+            video_THWC: its frames.
+            sample: whose conditions it was generated for.
+            of_sample: what metrics need of the sample, from clips that were generated for it and
+                measured with the same teacher; gets what it lacks. None: nothing is known.
+        """
         clip = GeneratedClip(
             video_THWC,
             sample,
@@ -71,6 +79,7 @@ class GenerationCollector:
             self._grid_HW,
             self._subjects_by_colour,
             self._probes,
+            MadeOnce() if of_sample is None else of_sample,
         )
         for name, metric in self._metrics.items():
             values = metric.measure(clip)
@@ -235,8 +244,14 @@ class VideoCollector:
 
     def tokens(self) -> Iterator[tuple[int, float, VideoTokens]]:
         """Block, noise level, and their tokens."""
+        teacher: dict[float, TeacherTokens] = {}
+        for sigma, parts in self._teacher.items():
+            tokens_NE = torch.cat(parts)
+            # noise is no part of what a teacher sees: with the same clips it is the same tokens
+            same = (t for t in teacher.values() if torch.equal(t.tokens_NE, tokens_NE))
+            teacher[sigma] = next(same, TeacherTokens(tokens_NE))
         for (block, sigma), student in self._student.items():
-            yield block, sigma, VideoTokens(torch.cat(student), torch.cat(self._teacher[sigma]))
+            yield block, sigma, VideoTokens(torch.cat(student), teacher[sigma])
 
 
 def with_means(by_block: dict[str, float]) -> dict[str, float]:

@@ -20,10 +20,12 @@ from alignlab.randomness import generator
 from alignlab.runs.atomic_files import whole_file, write_text
 from alignlab.sampling import guidance_of, latent_shape, negative_text, sample_latents
 from alignlab.teachers import Teacher
+from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run
 
 LISTING = "samples.json"  # beside the clips; written last
+OF_SAMPLES_BYTES = 2**28  # of what is kept of val clips for the clips of other runs
 NOISE_SEED = 0  # of the starting noise: the same for every run, whatever its recipe and seed
 
 
@@ -48,7 +50,7 @@ def generate(
     if not count:
         return {}
     listing = []
-    collector = _collector(run, teacher)
+    collector, of_samples = _collector(run, teacher), _of_samples(run, teacher)
     steps = config.sample_steps
     with step_progress("samples", total=count * steps) as advance:
         for i in range(count):
@@ -59,7 +61,7 @@ def generate(
                 files = _write_sample(samples, i, video_THWC, clip, run.config.data.fps)
                 listing.append(files)
             if i < num_measured:
-                collector.add(video_THWC, clip.sample)
+                _measure(run, collector, i, video_THWC, of_samples)
     if samples is not None and listing:
         write_text(samples / LISTING, json.dumps(listing, indent=1))
     real = real_clip_metrics(run, teacher, num_measured)
@@ -77,15 +79,39 @@ def real_clip_metrics(run: Run, teacher: Teacher | None, count: int) -> dict[str
 
     No trained weight moves them: they are computed once for all runs that share their caches.
     """
-    alias = None if teacher is None else run.config.measured_against
-    key = (run.config.teachers[alias].model_dump_json() if alias else None, count)
+    key = _teacher_key(run, teacher), count
     if key not in run.caches.real_metrics:
-        collector = _collector(run, teacher)
+        collector, of_samples = _collector(run, teacher), _of_samples(run, teacher)
         for i in range(count):
-            clip = run.val_clips[i]
-            collector.add(run.wan.decode(clip.latents_CTHW).cpu(), clip.sample)
+            video_THWC = run.wan.decode(run.val_clips[i].latents_CTHW).cpu()
+            _measure(run, collector, i, video_THWC, of_samples)
         run.caches.real_metrics[key] = collector.metrics()
     return run.caches.real_metrics[key]
+
+
+def _measure(
+    run: Run,
+    collector: GenerationCollector,
+    index: int,
+    video_THWC: Tensor,
+    of_samples: ClipMemory[MadeOnce],
+) -> None:
+    """Measures a clip that was generated for a val clip."""
+    of_sample = of_samples.get(index) or MadeOnce()
+    collector.add(video_THWC, run.val_clips[index].sample, of_sample)
+    of_samples.put(index, of_sample)  # with what it got
+
+
+def _of_samples(run: Run, teacher: Teacher | None) -> ClipMemory[MadeOnce]:
+    """What runs that share caches know of val clips and their references."""
+    known = run.caches.val_samples
+    return known.setdefault(_teacher_key(run, teacher), ClipMemory(OF_SAMPLES_BYTES))
+
+
+def _teacher_key(run: Run, teacher: Teacher | None) -> str | None:
+    """The settings of the teacher that a run is measured against."""
+    alias = None if teacher is None else run.config.measured_against
+    return None if alias is None else run.config.teachers[alias].model_dump_json()
 
 
 def generated_clip(

@@ -7,7 +7,7 @@ patches, D width, K references, E entities, H height, W width, C channels (RGB),
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -21,14 +21,15 @@ from alignlab.evaluation.named_subjects import AttributeProbes, Recognised
 from alignlab.losses.grids import covered_share
 from alignlab.metrics import (
     colourfulness,
-    copy_paste,
     frechet_distance,
     mean_lab,
     motion_amplitude,
     rms_contrast,
     temporal_flickering,
 )
+from alignlab.metrics.copy_paste import FrameSpectra, Template, best_match, subject_templates
 from alignlab.teachers import Teacher
+from alignlab.training.clip_memory import MadeOnce
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class GeneratedClip:
         grid_HW: its patches on a frame or reference.
         subjects_by_colour: as the data set's settings say (`ClipsConfig`).
         probes: fitted attribute probes; None leaves out what needs them.
+        of_sample: what depends on the sample, teacher and grid alone; other clips that are
+            generated for it share it.
     """
 
     video_THWC: Tensor
@@ -64,6 +67,7 @@ class GeneratedClip:
     grid_HW: tuple[int, int]
     subjects_by_colour: bool
     probes: AttributeProbes | None = None
+    of_sample: MadeOnce = field(default_factory=MadeOnce)
 
     @cached_property
     def subjects(self) -> Regions | None:
@@ -77,22 +81,44 @@ class GeneratedClip:
         """The teacher's features of the clip; a video teacher's T counts tubelets."""
         return None if self.teacher is None else self._encoded(self.teacher, self.video_THWC)
 
-    @cached_property
-    def real_features_TPD(self) -> Tensor | None:
-        """The teacher's features of the real clip."""
-        return None if self.teacher is None else self._encoded(self.teacher, self.sample.video_THWC)
+    @property
+    def real_features_TD(self) -> Tensor | None:
+        """The teacher's features of the real clip, mean over patches."""
+        teacher, video_THWC = self.teacher, self.sample.video_THWC
+        if teacher is None:
+            return None
+        return self.of_sample.get(
+            "real features", lambda: self._encoded(teacher, video_THWC).mean(1)
+        )
 
-    @cached_property
+    @property
     def reference_features_KD(self) -> Tensor | None:
         """Unit features of the references; None without any, and for a video teacher."""
-        references = self.sample.references
-        if self.teacher is None or self.teacher.is_video or not references:
+        teacher, references = self.teacher, self.sample.references
+        if teacher is None or teacher.is_video or not references:
             return None
-        return self._pooled(
-            self.teacher,
-            torch.stack([r.image_HWC for r in references]),
-            torch.stack([r.mask_HW for r in references]),
-        )
+
+        def make() -> Tensor:
+            images_KHWC = torch.stack([r.image_HWC for r in references])
+            return self._pooled(teacher, images_KHWC, torch.stack([r.mask_HW for r in references]))
+
+        return self.of_sample.get("reference features", make)
+
+    @property
+    def real_lab(self) -> Tensor:
+        """Mean CIELAB colour of the real clip, `(3,)`."""
+        return self.of_sample.get("real colour", lambda: mean_lab(self.sample.video_THWC))
+
+    def reference_templates(self, size_HW: tuple[int, int]) -> list[list[Template]]:
+        """By reference, what it is looked for by in frames of that size."""
+
+        def make() -> list[list[Template]]:
+            return [
+                subject_templates(reference.image_HWC, reference.mask_HW, size_HW)
+                for reference in self.sample.references
+            ]
+
+        return self.of_sample.get(f"templates for {size_HW}", make)
 
     @cached_property
     def appearances(self) -> list[Appearances]:
@@ -151,7 +177,7 @@ def colour(clip: GeneratedClip) -> list[float]:
 
 def lab_gap(clip: GeneratedClip) -> list[Tensor]:
     """Mean CIELAB colour less that of the real clip, `(3,)`."""
-    return [mean_lab(clip.video_THWC) - mean_lab(clip.sample.video_THWC)]
+    return [mean_lab(clip.video_THWC) - clip.real_lab]
 
 
 def norm_of_mean(gaps: Sequence[Tensor]) -> float:
@@ -171,10 +197,10 @@ def motion(clip: GeneratedClip) -> list[float]:
 
 def pasted(clip: GeneratedClip) -> list[float]:
     """Copy-paste share of each reference that has something to be recognised by."""
-    shares = [
-        copy_paste(clip.video_THWC, reference.image_HWC, reference.mask_HW)
-        for reference in clip.sample.references
-    ]
+    if not clip.sample.references:
+        return []
+    frames = FrameSpectra.of(clip.video_THWC)
+    shares = [best_match(frames, found) for found in clip.reference_templates(frames.size_HW)]
     return [share for share in shares if share is not None]
 
 
@@ -224,9 +250,9 @@ def confusion(clip: GeneratedClip) -> list[float]:
 
 def frame_features(clip: GeneratedClip) -> list[tuple[Tensor, Tensor]]:
     """Features of the frames of the clip and of the real one, `(T, D)` each."""
-    if clip.features_TPD is None or clip.real_features_TPD is None:
+    if clip.features_TPD is None or clip.real_features_TD is None:
         return []
-    return [(clip.features_TPD.mean(1), clip.real_features_TPD.mean(1))]
+    return [(clip.features_TPD.mean(1), clip.real_features_TD)]
 
 
 def frechet(features: Sequence[tuple[Tensor, Tensor]]) -> float | None:

@@ -201,7 +201,7 @@ def _video_cells(videos: VideoCollector, model: str, sigma: float) -> list[Cell]
     cells = []
     for block, _, tokens in videos.tokens():
         cells.append(Cell("cknna", model, block, sigma, agreement(tokens)))
-        whole = cka(tokens.student_ND, tokens.teacher_NE, unbiased=True)
+        whole = cka(tokens.student_ND, tokens.teacher.tokens_NE, unbiased=True)
         cells.append(Cell("cka", model, block, sigma, whole))
     return cells
 

@@ -6,11 +6,13 @@ measured. Shape letters: N tokens, D student width, E teacher width.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from alignlab.metrics import (
-    cknna,
+    Neighbours,
+    cknna_of,
     cross_subject_cosine,
     retrieval_chance,
     silhouette,
@@ -41,11 +43,23 @@ class ReferenceTokens:
 
 
 @dataclass(frozen=True)
+class TeacherTokens:
+    """A teacher's tokens, `(N, E)`, which those of several blocks are compared with."""
+
+    tokens_NE: Tensor
+
+    @cached_property
+    def neighbours(self) -> Neighbours:
+        """Looked for once, whatever number of blocks reads them."""
+        return Neighbours.of(self.tokens_NE, CKNNA_K, name="teacher_NE")
+
+
+@dataclass(frozen=True)
 class VideoTokens:
-    """Video tokens of a block at one noise level, `(N, D)`, and the teacher's, `(N, E)`."""
+    """Video tokens of a block at one noise level, `(N, D)`, and the teacher's of those places."""
 
     student_ND: Tensor
-    teacher_NE: Tensor
+    teacher: TeacherTokens
 
 
 def subject_silhouette(tokens: ReferenceTokens) -> float | None:
@@ -91,7 +105,8 @@ def retrieval_by_chance(tokens: ReferenceTokens) -> float | None:
 
 def agreement(tokens: VideoTokens) -> float:
     """CKNNA (k = 10) of the tokens with the teacher's."""
-    return cknna(tokens.student_ND, tokens.teacher_NE, k=CKNNA_K)
+    student = Neighbours.of(tokens.student_ND, CKNNA_K, name="student_ND")
+    return cknna_of(student, tokens.teacher.neighbours)
 
 
 def _fit_tokens(tokens: ReferenceTokens) -> Tensor | None:

@@ -1,7 +1,9 @@
 """Measures of features and of what they separate: tensors in, one float out, float64 inside."""
 
+from alignlab.metrics.cka import Neighbours as Neighbours
 from alignlab.metrics.cka import cka as cka
 from alignlab.metrics.cka import cknna as cknna
+from alignlab.metrics.cka import cknna_of as cknna_of
 from alignlab.metrics.colour import colourfulness as colourfulness
 from alignlab.metrics.colour import mean_lab as mean_lab
 from alignlab.metrics.colour import rms_contrast as rms_contrast

@@ -3,7 +3,9 @@
 Shape letters: T frames, H height, W width, C channels (RGB), h, w of the template, y, x its place.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -39,17 +41,62 @@ def copy_paste(video_THWC: Tensor, image_HWC: Tensor, mask_HW: Tensor) -> float 
     Returns:
         -1 .. 1, or None when the subject has no pixels or no structure to be recognised by.
     """
-    frames_TCHW = _shrunk(video_THWC)
-    size_HW = frames_TCHW.shape[2:]
-    best_T = np.full(len(frames_TCHW), -1.0)
-    is_measured = False
-    spectra = rfft2(frames_TCHW), rfft2((frames_TCHW**2).sum(1))
-    for size in SIZES:
-        template = _template(image_HWC, mask_HW, round(size * min(size_HW)))
-        if template is not None:
-            is_measured = True
-            best_T = np.maximum(best_T, _correlation(spectra, size_HW, *template).max(1))
-    return float(best_T.mean()) if is_measured else None
+    frames = FrameSpectra.of(video_THWC)
+    return best_match(frames, subject_templates(image_HWC, mask_HW, frames.size_HW))
+
+
+@dataclass(frozen=True)
+class FrameSpectra:
+    """Frames as every subject is looked for in them.
+
+    Args:
+        size_HW: of the shrunk frames.
+        colours: spectra of their channels.
+        energy: spectra of their squares, summed over channels.
+    """
+
+    size_HW: tuple[int, int]
+    colours: Array
+    energy: Array
+
+    @classmethod
+    def of(cls, video_THWC: Tensor) -> Self:
+        """Those of uint8 frames."""
+        frames_TCHW = _shrunk(video_THWC)
+        height, width = frames_TCHW.shape[2:]
+        return cls((height, width), rfft2(frames_TCHW), rfft2((frames_TCHW**2).sum(1)))
+
+
+Template = tuple[Tensor, Tensor]
+"""A subject of one size, `(C, h, w)` and its mask `(h, w)`, float64."""
+
+
+def subject_templates(
+    image_HWC: Tensor, mask_HW: Tensor, size_HW: tuple[int, int]
+) -> list[Template]:
+    """A reference's subject in the sizes that it is looked for in.
+
+    Args:
+        image_HWC: uint8 reference image.
+        mask_HW: bool, its subject.
+        size_HW: of the shrunk frames.
+
+    Returns:
+        None of them where it has no pixels or no structure to be recognised by.
+    """
+    made = (_template(image_HWC, mask_HW, round(size * min(size_HW))) for size in SIZES)
+    return [template for template in made if template is not None]
+
+
+def best_match(frames: FrameSpectra, templates: Sequence[Template]) -> float | None:
+    """`copy_paste` of a subject; None of one without templates."""
+    if not templates:
+        return None
+    best_T = np.full(len(frames.colours), -1.0)
+    for centred_Chw, mask_hw in templates:
+        found = _correlation(frames, centred_Chw.numpy(), mask_hw.numpy())
+        best_T = np.maximum(best_T, found.max(1))
+    return float(best_T.mean())
 
 
 def _shrunk(video_THWC: Tensor) -> Array:
@@ -63,7 +110,7 @@ def _shrunk(video_THWC: Tensor) -> Array:
     return frames_TCHW.numpy().astype(np.float64)
 
 
-def _template(image_HWC: Tensor, mask_HW: Tensor, longest: int) -> tuple[Array, Array] | None:
+def _template(image_HWC: Tensor, mask_HW: Tensor, longest: int) -> Template | None:
     """The subject `(C, h, w)`, each channel's mean off and zero outside the mask `(h, w)`."""
     rows, columns = mask_HW.any(1).nonzero()[:, 0], mask_HW.any(0).nonzero()[:, 0]
     if not len(rows):
@@ -80,14 +127,12 @@ def _template(image_HWC: Tensor, mask_HW: Tensor, longest: int) -> tuple[Array, 
     centred_Chw = (colour_Chw - mean_C[:, None, None]) * mask_hw
     if float(centred_Chw.square().sum()) <= FLAT**2 * float(mask_hw.sum()):
         return None
-    return centred_Chw.numpy(), mask_hw.numpy()
+    return centred_Chw, mask_hw
 
 
-def _correlation(
-    spectra: tuple[Array, Array], size_HW: tuple[int, ...], centred_Chw: Array, mask_hw: Array
-) -> Array:
+def _correlation(frames: FrameSpectra, centred_Chw: Array, mask_hw: Array) -> Array:
     """Correlation at every place where the template lies inside the frame, `(T, places)`."""
-    colours, energy = spectra
+    colours, energy, size_HW = frames.colours, frames.energy, frames.size_HW
     rows, columns = (size_HW[i] - mask_hw.shape[i] + 1 for i in range(2))
 
     def slid(product: Array) -> Array:

@@ -1,8 +1,8 @@
 """Encoded clips kept in memory, the least recently used ones dropped first."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,21 @@ ATTACHED_SHARE = 4
 """Features of one clip that take more than this fraction of the memory are not kept in it."""
 
 Clip = TypeVar("Clip")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class MadeOnce:
+    """Values that belong to one clip, by name; each is made when it is first asked for."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, make: Callable[[], Value]) -> Value:
+        """The value of that name, which `make` gives."""
+        if name not in self.values:
+            self.values[name] = make()
+        value: Value = self.values[name]
+        return value
 
 
 class ClipMemory(Generic[Clip]):

@@ -30,7 +30,7 @@ from alignlab.teachers import teacher_from
 from alignlab.training.alignment import Alignment, check_noise
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
-from alignlab.training.clip_memory import ClipMemory
+from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
 
@@ -73,6 +73,8 @@ class Caches:
         frozen: the encoders, as far as they are loaded.
         real_metrics: metrics of real clips by teacher and number of clips
             (`alignlab.evaluation.generation`).
+        val_samples: by teacher, what metrics of generated clips need of each val clip and its
+            references (`alignlab.evaluation.generation_metrics`).
     """
 
     values: EncodedValues
@@ -80,6 +82,7 @@ class Caches:
     val: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     frozen: FrozenParts | None = None
     real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
+    val_samples: dict[str | None, ClipMemory[MadeOnce]] = field(default_factory=dict)
 
 
 def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | None = None) -> Run:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from transformers import VJEPA2Config, VJEPA2Model
 
 from alignlab.config.data import FolderConfig, ShapesConfig
 from alignlab.config.run import RunConfig
-from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
@@ -118,9 +118,9 @@ def test_runs_that_share_caches_measure_the_real_clips_once(
     measured_now: list[bytes] = []
     add = GenerationCollector.add
 
-    def watched(collector: GenerationCollector, video_THWC: Tensor, sample: Sample) -> None:
+    def watched(collector: GenerationCollector, video_THWC: Tensor, *rest: Any) -> None:
         measured_now.append(video_THWC.numpy().tobytes())
-        add(collector, video_THWC, sample)
+        add(collector, video_THWC, *rest)
 
     monkeypatch.setattr(GenerationCollector, "add", watched)
 

@@ -10,7 +10,7 @@ from alignlab.config.data import ShapesConfig
 from alignlab.data.sample import Reference
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.metrics import copy_paste
-from alignlab.metrics.copy_paste import _correlation, _template
+from alignlab.metrics.copy_paste import FrameSpectra, _correlation, _template
 
 CLIPS = ShapesDataset(ShapesConfig(frames=5, size=(64, 64), references=(2, 3)), "val")
 
@@ -89,7 +89,8 @@ def test_a_match_is_the_correlation_written_out() -> None:
     assert centred is not None
     pixels = frame.permute(0, 3, 1, 2).double().numpy()
     spectra = np.fft.rfft2(pixels), np.fft.rfft2((pixels**2).sum(1))
-    found = _correlation(spectra, (64, 64), *centred)
+    subject, on_hw = (part.numpy() for part in centred)
+    found = _correlation(FrameSpectra((64, 64), *spectra), subject, on_hw)
     assert found.shape == (1, 14 * 9)
     assert float(found.max()) == pytest.approx(best, abs=1e-9)
     frame[0, 3:54, 4:60][on] = image[10:61, 2:58][on]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alignlab.metrics import cka, cknna, frechet_distance, iicr
+from alignlab.metrics.features import unit_rows
 
 COUNT_24 = torch.arange(1, 25, dtype=torch.float64).reshape(6, 4)
 S_64, T_64 = torch.sin(COUNT_24), torch.cos(COUNT_24 / 2)
@@ -92,6 +93,36 @@ def test_against_plain_loops(rows: int, k: int) -> None:
     assert cknna(left_ND, right_NE, k) == pytest.approx(
         cknna_by_loops(left_ND, right_NE, k), rel=1e-9
     )
+
+
+def dense_cknna(left_ND: Tensor, right_NE: Tensor, k: int) -> float:
+    """With whole matrices, as the released code has them."""
+
+    def kernel_and_mask(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
+        unit_ND = unit_rows(rows_ND.double())
+        kernel_NN = unit_ND @ unit_ND.T
+        nearest_Nk = kernel_NN.clone().fill_diagonal_(-torch.inf).topk(k, dim=1).indices
+        return kernel_NN, torch.zeros_like(kernel_NN).scatter_(1, nearest_Nk, 1.0)
+
+    def hsic(a_NN: Tensor, b_NN: Tensor) -> Tensor:
+        n = len(a_NN)
+        sums = a_NN.sum() * b_NN.sum() / ((n - 1) * (n - 2))
+        chained = a_NN.sum(0) @ b_NN.sum(1)
+        return ((a_NN * b_NN.T).sum() + sums - 2.0 * chained / (n - 2)) / (n * (n - 3))
+
+    (left_NN, left_mask_NN), (right_NN, right_mask_NN) = map(kernel_and_mask, (left_ND, right_NE))
+    both_NN = left_mask_NN * right_mask_NN
+    own = [hsic(m * x, m * x) for m, x in ((left_mask_NN, left_NN), (right_mask_NN, right_NN))]
+    root = (own[0] * own[1]).clamp_min(0.0).sqrt()
+    return float(hsic(both_NN * left_NN, both_NN * right_NN) / (root + 1e-6))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(5, 3), (37, 10), (400, 10)])
+def test_pairs_alone_give_the_bits_of_whole_matrices(rows: int, k: int) -> None:
+    shared_ND = features(rows, 6, 5)
+    left_ND = torch.cat([shared_ND, features(rows, 4, 6)], 1)
+    right_NE = torch.cat([features(rows, 5, 7), shared_ND], 1)
+    assert cknna(left_ND, right_NE, k) == dense_cknna(left_ND, right_NE, k) > 0.0
 
 
 @given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3))

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignlab.experiments.compare.flops import FORMULAS, count_flops
+from alignlab.experiments.compare.flops import FORMULAS, FlopCount, count_flops
 from alignlab.kernels import pull_push, relation
 
 
@@ -69,6 +69,23 @@ def test_attention_on_a_cpu_is_counted() -> None:
 
     forward = 2 * (2 * 2 * 4 * 16 * 16 * 8)
     assert count_flops(work).total == forward + forward * 5 // 2
+
+
+def test_all_else_is_what_torch_counts() -> None:
+    network = nn.Sequential(nn.Conv3d(3, 5, 2), nn.Flatten(2), nn.Linear(8, 6), nn.GELU())
+    optimizer = torch.optim.AdamW(network.parameters())
+    video = torch.randn(2, 3, 3, 3, 3)
+
+    def work() -> None:
+        network(video).square().mean().backward()
+        optimizer.step()
+        with torch.inference_mode():  # where matmul and einsum are seen whole
+            torch.einsum("bij,bjk->bik", network(video), torch.ones(2, 6, 4)) @ torch.ones(4, 2)
+
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work()
+    assert count_flops(work) == FlopCount(counter.get_total_flops(), frozenset())
 
 
 def test_what_has_no_formula_is_named() -> None:
