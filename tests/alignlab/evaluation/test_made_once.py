@@ -12,6 +12,7 @@ from alignlab.evaluation.evaluate import block_metrics, evaluated_model, teacher
 from alignlab.evaluation.generation import generate
 from alignlab.losses.objective import Features
 from alignlab.metrics import Neighbours
+from alignlab.metrics.copy_paste import subject_templates
 from alignlab.teachers import Teacher
 from alignlab.training.setup import Caches, build_run, new_caches
 
@@ -41,7 +42,7 @@ def test_runs_that_share_caches_look_at_references_and_real_clips_once(
 ) -> None:
     encoded: list[bytes] = []
     templates: list[bytes] = []
-    encode, cut = Teacher.encode, generation_metrics.subject_templates
+    encode, cut = Teacher.encode, subject_templates
 
     def encode_watched(teacher: Teacher, video_BTHWC: Tensor, grid: tuple[int, int]) -> Features:
         encoded.append(video_BTHWC[0].numpy().tobytes())
