@@ -134,7 +134,7 @@ class Stage1Trainer(Trainer):
         Not with `model.text_encoder: keep`, nor where texts are not kept.
 
         Raises:
-            UserError: an embedding is not finite, or the cache is required to have it.
+            UserError: an embedding is not finite.
         """
         config, text = self.config, self.models.text
         if config.model is None or text is None or config.model.text_encoder == "keep":

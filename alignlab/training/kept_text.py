@@ -56,7 +56,7 @@ def encode_ahead(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str
         texts: each with what has it, for messages.
 
     Raises:
-        UserError: as `kept_text`, or the cache is required to have them.
+        UserError: as `kept_text`.
     """
 
     def lacking() -> list[str]:
@@ -65,7 +65,7 @@ def encode_ahead(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str
     if not values.keeps("text"):
         return
     missing = lacking()
-    if missing and values.cache.mode == "read":
+    if missing and values.cache.mode != "write":
         return
     if missing:
         with step_progress("texts", total=len(missing)) as advance:

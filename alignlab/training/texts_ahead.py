@@ -15,7 +15,7 @@ def encode_training_texts(run: Run) -> None:
     kept.
 
     Raises:
-        UserError: an embedding is not finite, or the cache is required to have it.
+        UserError: an embedding is not finite.
     """
     texts = run.clips.captions(_drawn(run))
     if run.ranks.is_main:
