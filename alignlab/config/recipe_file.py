@@ -77,11 +77,23 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
     _check_aliases([key for change in shared for key in change], content)
     content = merge(content, *shared)
     try:
+        # a reference is all that OmegaConf would change: without one, its tree is not built again
+        if not _has_reference(content):
+            return content
         resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
     except _UNREADABLE as error:
         raise UserError(f"{path} {' '.join(overrides)}: {one_line(error)}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _has_reference(value: Any) -> bool:
+    """Whether a text in it has a `${...}`."""
+    if isinstance(value, dict):
+        return any(map(_has_reference, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_reference, value))
+    return isinstance(value, str) and "${" in value
 
 
 def _find(recipe: str | Path) -> Path:

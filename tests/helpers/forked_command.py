@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class ForkedCommand:
             # a shell that starts this in the background has it ignored
             signal.signal(signal.SIGINT, signal.default_int_handler)
             _write_to(self.errors)
+            warnings.resetwarnings()  # in a test they are errors
             prepare()
             sys.argv = ["alignlab", *self._arguments]
             importlib.import_module("alignlab.cli").main()

@@ -1,15 +1,9 @@
-"""Trains runs in processes that kill themselves with SIGKILL at a chosen moment.
-
-    python killed_run.py RECIPE FOLDER MOMENT...
-
-For each moment: output FOLDER/MOMENT, and beside it `MOMENT-killed`, as the kill left it; before
-them, FOLDER/uninterrupted. Each training is a process of its own, one after the other.
-"""
+"""Trains runs in processes that kill themselves with SIGKILL at a chosen moment."""
 
 import importlib
 import os
 import shutil
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,26 +53,32 @@ def prepare(moment: str) -> None:
         raise ValueError(moment)
 
 
-def train_until(recipe: str, moment: str, output: Path) -> None:
+def train_until(recipe: Path, moment: str, output: Path) -> None:
+    torch.set_num_threads(1)
     prepare(moment)
     train_module.train(load_run(recipe, [f"output={output}"]))
 
 
-def run(recipe: str, moment: str, output: Path) -> None:
+def run(recipe: Path, moment: str, output: Path) -> None:
     """Trains in a child process, which has to end as the moment says."""
     work = partial(train_until, recipe, moment, output)
     fork(f"{output.name}, {moment}", work, dies=moment != "never")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    recipe, folder, *moments = sys.argv[1:]
-    run(recipe, "never", Path(folder, "uninterrupted"))
+def run_all(recipe: Path, folder: Path, moments: Sequence[str]) -> None:
+    """Trains to the end once, and once for each moment: killed then, and resumed.
+
+    Each training is a forked process of its own, one after the other.
+
+    Args:
+        recipe: of the run.
+        folder: gets the output `uninterrupted`, and for each moment the output of that name and
+            `<moment>-killed`, as the kill left it.
+        moments: as `prepare` knows them.
+    """
+    run(recipe, "never", folder / "uninterrupted")
     for moment in moments:
-        output = Path(folder, moment)
+        output = folder / moment
         run(recipe, moment, output)
         shutil.copytree(output, output.with_name(f"{moment}-killed"))
         run(recipe, "never", output)
-
-
-main()

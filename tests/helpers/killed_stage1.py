@@ -1,14 +1,8 @@
-"""Trains Stage 1 networks in processes that kill themselves with SIGKILL, and resumes them.
-
-    python killed_stage1.py FOLDER KIND...
-
-For each kind, with the recipe FOLDER/KIND.yaml and for each moment: output FOLDER/KIND/MOMENT, and
-beside it `MOMENT-killed`, as the kill left it. Each training is a process of its own.
-"""
+"""Trains Stage 1 networks in processes that kill themselves with SIGKILL, and resumes them."""
 
 import importlib
 import shutil
-import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +34,7 @@ def prepare(moment: str) -> None:
 
 
 def train_until(recipe: Path, kind: Any, moment: str, output: Path) -> None:
+    torch.set_num_threads(1)
     prepare(moment)
     train.train_stage1(load_stage1_run(kind, recipe, [f"output={output}"]))
 
@@ -50,10 +45,18 @@ def run(recipe: Path, kind: Any, moment: str, output: Path) -> None:
     fork(f"{kind}, {moment}", work, dies=moment != "never")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    for kind in sys.argv[2:]:
+def run_all(folder: Path, kinds: Iterable[str]) -> None:
+    """Trains each kind to the end once, and once for each of `MOMENTS`: killed then, and resumed.
+
+    Each training is a forked process of its own, one after the other.
+
+    Args:
+        folder: has the recipe `<kind>.yaml` of each kind, and gets the outputs
+            `<kind>/uninterrupted`, `<kind>/<moment>`, and `<kind>/<moment>-killed`, as the kill
+            left it.
+        kinds: of Stage 1.
+    """
+    for kind in kinds:
         recipe = folder / f"{kind}.yaml"
         run(recipe, kind, "never", folder / kind / "uninterrupted")
         for moment in MOMENTS:
@@ -61,6 +64,3 @@ def main() -> None:
             run(recipe, kind, moment, output)
             shutil.copytree(output, output.with_name(f"{moment}-killed"))
             run(recipe, kind, "never", output)
-
-
-main()

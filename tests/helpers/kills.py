@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from processes import forked
+
 
 class Killed(BaseException):
     """Stands for a kill: nothing in the program handles it."""
@@ -47,11 +49,7 @@ def fork(job: str, work: Callable[[], object], *, dies: bool) -> None:
     global _died
     with tempfile.TemporaryDirectory() as folder:
         _died = Path(folder) / "died"
-        child = os.fork()
-        if child == 0:
-            work()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(forked(work), 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         if killed and not (dies and _died.exists()):
             sys.exit(f"{job}: killed by another process, or for want of memory")

@@ -4,6 +4,7 @@ The truth is the plain formula in float64 on the same, already rounded, inputs. 
 may err as much as the plain formula does when it is computed in the dtype of the inputs.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,22 @@ def value_and_gradient(
     return [value.detach().double(), gradient.double() * length]
 
 
+def rounded(name: str, dtype: torch.dtype) -> Case:
+    case = CASES[name]
+    return Case(case.student.to(dtype), case.teacher.to(dtype), case.ids)
+
+
+@functools.cache
+def computed_once(terms: Terms, name: str, dtype: torch.dtype, impl: str) -> list[Tensor]:
+    """What an implementation gives for a case, kept for the tests that compare with it."""
+    return value_and_gradient(terms, rounded(name, dtype), dtype, impl=impl)
+
+
+@functools.cache
+def truth_of(terms: Terms, name: str, dtype: torch.dtype) -> list[Tensor]:
+    return value_and_gradient(terms, rounded(name, dtype), torch.float64)
+
+
 def plainly(terms: Terms, monkeypatch: pytest.MonkeyPatch) -> Terms:
     """The plain formula with every product, norm and sum in the dtype of the inputs."""
     module = pull_push if terms is pull_and_push else relation_distance
@@ -107,10 +124,9 @@ def test_is_no_less_accurate_than_the_plain_formula(
 ) -> None:
     if impl == "triton" and dtype == torch.bfloat16 and interpreted():
         pytest.skip("Triton's interpreter computes bfloat16 products wrongly")
-    rounded = Case(CASES[name].student.to(dtype), CASES[name].teacher.to(dtype), CASES[name].ids)
-    truth = value_and_gradient(terms, rounded, torch.float64)
-    computed = value_and_gradient(terms, rounded, dtype, impl=impl)
-    careless = value_and_gradient(plainly(terms, monkeypatch), rounded, dtype)
+    truth = truth_of(terms, name, dtype)
+    computed = computed_once(terms, name, dtype, impl)
+    careless = value_and_gradient(plainly(terms, monkeypatch), rounded(name, dtype), dtype)
     for what, want, have, plain in zip(
         ("value", "gradient"), truth, computed, careless, strict=True
     ):
@@ -123,9 +139,8 @@ def test_is_no_less_accurate_than_the_plain_formula(
 @pytest.mark.parametrize("terms", [pull_and_push, relations])
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_two_runs_are_equal_bit_for_bit(terms: Terms, impl: str) -> None:
-    first, second = (
-        value_and_gradient(terms, CASES["257"], torch.float32, impl=impl) for _ in range(2)
-    )
+    first = computed_once(terms, "257", torch.float32, impl)
+    second = value_and_gradient(terms, rounded("257", torch.float32), torch.float32, impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -135,7 +150,7 @@ def test_fresh_memory_may_hold_anything(
     terms: Terms, impl: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every buffer starts as NaN (integers as their largest value) and is written before use."""
-    clean = value_and_gradient(terms, CASES["100"], torch.float32, impl=impl)
+    clean = computed_once(terms, "100", torch.float32, impl)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:

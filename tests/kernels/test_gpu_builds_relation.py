@@ -33,7 +33,8 @@ def build(name: str, architecture: int, dtype: torch.dtype) -> Any:
     by_name = TYPES | dict.fromkeys(INTEGERS, "i32")
     types = {x: by_name.get(x, VECTORS[dtype]) for x in arguments if x not in constants}
     module = "alignlab.kernels.relation_triton_kernels"
-    return gpu_builds.Build(module, name, tuple(types.items()), tuple(constants.items()), **launch)
+    settings = (tuple(types.items()), tuple(constants.items()))
+    return gpu_builds.Build(module, name, *settings, **launch, architectures=(architecture,))
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -5,7 +5,6 @@ import random
 import select
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,9 @@ from alignlab.dataset_cache import store
 from alignlab.dataset_cache.store import DatasetCache
 from alignlab.dataset_cache.survey import damaged_entries, survey
 from cache_entries import entry_key, entry_tensors, same_tensors
+from processes import forked
 
 MANY = 10_000
-
-
-def forked(work: Callable[[], None]) -> int:
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return child
 
 
 def write_and_confirm(path: Path, pipe: int, start: int) -> None:

@@ -1,8 +1,6 @@
 """`alignlab stage1`: it trains, logs what it measures, and resumes bitwise."""
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,10 @@ from alignlab.tracking.mlflow_run import read_state
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.prefetch import THREAD_NAME
 from command_line import alignlab
+from killed_stage1 import MOMENTS, run_all
 from run_contents import file_contents, timeless_contents, timeless_rows
 
-DRIVER = Path(__file__).parents[2] / "helpers" / "killed_stage1.py"
 KINDS = ["sara", "moalign"]
-MOMENTS = [
-    "between checkpoints",
-    "right after a checkpoint",
-    "while the result is written",
-]
 
 Recipes = dict[str, Path]
 
@@ -128,15 +121,12 @@ def test_training_lowers_the_losses(recipes: Recipes, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def resumed(recipes: Recipes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `killed_stage1.py` leaves."""
+    """What `killed_stage1.run_all` leaves."""
     folder = tmp_path_factory.mktemp("resume")
     for kind, recipe in recipes.items():
         text = recipe.read_text().replace("steps: 3", "steps: 7")
         (folder / f"{kind}.yaml").write_text(text)
-    done = subprocess.run(
-        [sys.executable, DRIVER, folder, *recipes], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    run_all(folder, recipes)
     return folder
 
 

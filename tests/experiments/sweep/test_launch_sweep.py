@@ -125,14 +125,18 @@ def test_the_local_worker_computes_with_the_recipes_threads(
     make: MakeSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
+    before = torch.get_num_threads()
 
     def trained(*arguments: object, **named: object) -> Path:
         seen.append(torch.get_num_threads())
-        return train(*arguments, **named)  # type: ignore[arg-type]
+        torch.set_num_threads(before)  # more of them than cores only wait for each other
+        try:
+            return train(*arguments, **named)  # type: ignore[arg-type]
+        finally:
+            torch.set_num_threads(seen[-1])
 
     monkeypatch.setattr(sweep_trial, "train", trained)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
-    before = torch.get_num_threads()
     sweep(make("trials=1", f"launch.cpus={before + 1}"))
     assert seen == [before + 1] and torch.get_num_threads() == before
 
