@@ -7,11 +7,12 @@ shards are put together on the way.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alignlab.dataset_cache.clip_keys import content_digest
 from alignlab.dataset_cache.shard import (
     DamagedShardError,
     GoneError,
@@ -66,6 +67,7 @@ def prune(
     *,
     older_than_days: float | None = None,
     max_bytes: float | None = None,
+    used: Collection[str] | None = None,
     dry_run: bool = False,
 ) -> Pruned:
     """Removes copies, damaged shards and what killed writers left, and what the arguments say.
@@ -74,6 +76,7 @@ def prune(
         path: of the cache.
         older_than_days: entries that were written earlier.
         max_bytes: entries from the oldest on, until the others are no more than that.
+        used: `content_digest` of entries that stay; all others go. None: none is asked.
         dry_run: removes nothing.
 
     Raises:
@@ -86,6 +89,10 @@ def prune(
         for where, row in _left(found, drop):
             if older_than_days is not None and time.time() - row.written > older_than_days * DAY_S:
                 drop[where] = "older"
+        if used is not None:
+            for (name, id), row in _left(found, drop):
+                if content_digest(row.kind, found.indexes[name].parts(id)) not in used:
+                    drop[name, id] = "unused"
         if max_bytes is not None:
             _drop_oldest(found, drop, max_bytes)
         return _remove(found, drop, dry_run=dry_run)
