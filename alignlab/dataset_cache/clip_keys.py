@@ -11,11 +11,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
-from alignlab.dataset_cache.key import CacheKey, Kind, Part
+from alignlab.dataset_cache.key import CacheKey, Kind, Part, digest_of
 
 VERSIONS: dict[Kind, int] = {"text": 1, "video": 1, "reference": 1, "teacher": 1}
 """Of the code between a clip and a value. Raise one when that code gives other numbers: entries of
 older code are then not read any more."""
+
+
+ENVIRONMENT = ("libraries", "device", "threads", "build")
+"""Parts of a model that say where it ran, and not what it made a value of."""
+
+DECODERS = ("decoders", "numpy")
+"""Parts of a clip's origin that say likewise which packages made its pixels."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ def teacher_key(
         grid_HW: of patches that it is asked for.
     """
     return _key("teacher", {**pixels, "grid": tuple(grid_HW)}, teacher)
+
+
+def content_digest(kind: str, parts: Mapping[str, object]) -> str:
+    """Names what a value is of: the same whatever machine and packages made it."""
+    left_out = {*DECODERS, *(f"model.{name}" for name in ENVIRONMENT)}
+    return digest_of(kind, {name: part for name, part in parts.items() if name not in left_out})
 
 
 @cache

@@ -7,11 +7,12 @@ shards are put together on the way.
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from alignlab.dataset_cache.clip_keys import content_digest
 from alignlab.dataset_cache.shard import (
     DamagedShardError,
     GoneError,
@@ -24,6 +25,7 @@ from alignlab.dataset_cache.shard_folder import new_name
 from alignlab.dataset_cache.shard_index import Entry, Row
 from alignlab.dataset_cache.store import SHARD_BYTES, SHARD_ENTRIES
 from alignlab.dataset_cache.survey import Survey, check_is_cache, survey
+from alignlab.errors import UserError
 from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import remove_folder
 from alignlab.runs.file_lock import file_lock
@@ -66,6 +68,7 @@ def prune(
     *,
     older_than_days: float | None = None,
     max_bytes: float | None = None,
+    used: Collection[str] | None = None,
     dry_run: bool = False,
 ) -> Pruned:
     """Removes copies, damaged shards and what killed writers left, and what the arguments say.
@@ -74,10 +77,12 @@ def prune(
         path: of the cache.
         older_than_days: entries that were written earlier.
         max_bytes: entries from the oldest on, until the others are no more than that.
+        used: `content_digest` of entries that stay; all others go. None: none is asked.
         dry_run: removes nothing.
 
     Raises:
-        UserError: there is no cache, another command prunes it, or a newer alignlab wrote it.
+        UserError: there is no cache, another command prunes it, a newer alignlab wrote it, or
+            nothing of it is used.
         OSError: the disk does not let it.
     """
     with _only_one(path):
@@ -86,6 +91,15 @@ def prune(
         for where, row in _left(found, drop):
             if older_than_days is not None and time.time() - row.written > older_than_days * DAY_S:
                 drop[where] = "older"
+        if used is not None:
+            unused = [
+                (name, id)
+                for (name, id), row in _left(found, drop)
+                if content_digest(row.kind, found.indexes[name].parts(id)) not in used
+            ]
+            if unused and len(unused) == len(list(_left(found, drop))):
+                raise UserError(f"{path}: the recipes named read nothing of it, which stays")
+            drop |= dict.fromkeys(unused, "unused")
         if max_bytes is not None:
             _drop_oldest(found, drop, max_bytes)
         return _remove(found, drop, dry_run=dry_run)

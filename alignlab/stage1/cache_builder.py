@@ -3,6 +3,7 @@
 from alignlab.config.paths import user_path
 from alignlab.data.registry import build_splits
 from alignlab.dataset_cache.clip_keys import text_key
+from alignlab.dataset_cache.key import CacheKey
 from alignlab.distributed.ranks import single_rank
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.registry import STAGE1_TASKS
@@ -33,11 +34,14 @@ class Stage1CacheBuilder(CacheBuilder):
         train, val = (len(split) for split in self._splits.values())
         return {"train": train, "val": min(val, self._config.stage1.val_clips)}
 
-    def lacks(self, clip: Clip) -> bool:
+    def keys(self, clip: Clip) -> list[CacheKey]:
         keys = [feature_key(self._models.read, self._pixels(clip))]
         if self._models.text is not None:
             keys += [text_key(text, self._models.text.parts) for text in self._texts(clip)]
-        return any(map(self.values.lacks, keys))
+        return keys
+
+    def rest_keys(self) -> list[CacheKey]:
+        return []
 
     def make(self, clip: Clip) -> None:
         pixels = self._pixels(clip)

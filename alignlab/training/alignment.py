@@ -304,10 +304,16 @@ def check_noise(where: str, read: FeatureRead, data: DataConfig, values: Encoded
         return _not_finite(where)
 
     def key() -> CacheKey:
-        noise: dict[str, Part] = {"of": "noise", "frames": frames, "size": tuple(data.size)}
-        return teacher_key(noise, read.teacher.parts, read.grid_HW)
+        return noise_key(read, data)
 
     check_features(where, values.get("teacher", key, make, refusal)["tokens_BTPD"])
+
+
+def noise_key(read: FeatureRead, data: DataConfig) -> CacheKey:
+    """Names a teacher's features of `noise_clips` in the dataset cache."""
+    frames = data.frames if read.teacher.is_video else 1
+    noise: dict[str, Part] = {"of": "noise", "frames": frames, "size": tuple(data.size)}
+    return teacher_key(noise, read.teacher.parts, read.grid_HW)
 
 
 def _not_finite(where: str) -> str:

@@ -17,6 +17,7 @@ from alignlab.config.parts import FlowConfig
 from alignlab.data.sample import ClipDataset, Reference
 from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.key import CacheKey
 from alignlab.kernels.host_copy import to_device
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
@@ -191,8 +192,8 @@ class ClipEncoder:
         """Captions of clips, each with the key of a clip that has it."""
         return {self._dataset.caption(i): self._dataset.key(i) for i in indices}
 
-    def lacks(self, index: int, reads: Sequence[FeatureRead]) -> bool:
-        """Whether anything of a clip is not in the dataset cache; nothing is decoded.
+    def cache_keys(self, index: int, reads: Sequence[FeatureRead]) -> list[CacheKey]:
+        """What is read of a clip, as the dataset cache names it; nothing is decoded.
 
         Args:
             index: of the clip.
@@ -206,7 +207,7 @@ class ClipEncoder:
         if pixels.names:
             keys.append(reference_key(pixels.origin, self._frozen.vae_parts))
         keys += [feature_key(r, pixels) for r in reads if r.kind == "video" or pixels.names]
-        return any(map(self._values.lacks, keys))
+        return keys
 
     @property
     def keeps_features(self) -> bool:

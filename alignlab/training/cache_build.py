@@ -104,12 +104,14 @@ def build_cache(trainings: Sequence[Training], encoders: Encoders | None = None)
         UserError: a recipe keeps no cache, or a model or a clip cannot be used.
         OSError: the disk is too small or takes no more, or a worker was killed.
     """
-    alike: dict[str, Alike] = {}
-    for training in trainings:
-        if training.data.cache.mode == "off":
-            raise UserError("data.cache.mode: off: no run would read the cache; set it to write")
-        alike.setdefault(_what_is_read(training), []).append(training)
-    return [_build(group, encoders or Here()) for group in alike.values()]
+    if any(training.data.cache.mode == "off" for training in trainings):
+        raise UserError("data.cache.mode: off: no run would read the cache; set it to write")
+    return [_build(alike, encoders or Here()) for alike in _groups(trainings)]
+
+
+def used_entries(trainings: Sequence[Training]) -> set[str]:
+    """What trainings read of a dataset cache (`CacheBuilder.used_entries`)."""
+    return set[str]().union(*(builder_of(alike).used_entries() for alike in _groups(trainings)))
 
 
 def builder_of(alike: Alike) -> CacheBuilder:
@@ -270,6 +272,13 @@ def _training(settings: dict[str, Any]) -> Training:
     if "stage1" in settings:
         return validated(Stage1Config, settings, stored=True)
     return validated(RunConfig, settings, stored=True)
+
+
+def _groups(trainings: Sequence[Training]) -> list[Alike]:
+    alike: dict[str, Alike] = {}
+    for training in trainings:
+        alike.setdefault(_what_is_read(training), []).append(training)
+    return list(alike.values())
 
 
 def _what_is_read(training: Training) -> str:

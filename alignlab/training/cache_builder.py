@@ -1,7 +1,7 @@
 """What is encoded for the dataset cache, clip by clip, with the frozen models that do it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from alignlab.config.data import CacheConfig
@@ -9,7 +9,9 @@ from alignlab.config.parts import TeacherConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_splits
+from alignlab.dataset_cache.clip_keys import content_digest, text_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
+from alignlab.dataset_cache.key import CacheKey
 from alignlab.dataset_cache.store import write_reason
 from alignlab.distributed.ranks import single_rank
 from alignlab.losses import OBJECTIVES
@@ -18,7 +20,7 @@ from alignlab.models.model_files import read_object
 from alignlab.models.wan import checked_pipeline, frozen_parts
 from alignlab.sampling import negative_text
 from alignlab.teachers import Teacher, teacher_from
-from alignlab.training.alignment import check_noise
+from alignlab.training.alignment import check_noise, noise_key
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import FeatureRead, TokenKind
@@ -47,8 +49,12 @@ class CacheBuilder(ABC):
         """How many clips are read, from the first on, by split."""
 
     @abstractmethod
-    def lacks(self, clip: Clip) -> bool:
-        """Whether something of a clip is not there."""
+    def keys(self, clip: Clip) -> list[CacheKey]:
+        """What is read of a clip."""
+
+    @abstractmethod
+    def rest_keys(self) -> list[CacheKey]:
+        """What is read of no clip."""
 
     @abstractmethod
     def make(self, clip: Clip) -> None:
@@ -61,6 +67,15 @@ class CacheBuilder(ABC):
     def clips(self) -> list[Clip]:
         """Those that are read."""
         return [Clip(split, i) for split, count in self.counts().items() for i in range(count)]
+
+    def lacks(self, clip: Clip) -> bool:
+        """Whether something of a clip is not there."""
+        return any(map(self.values.lacks, self.keys(clip)))
+
+    def used_entries(self) -> set[str]:
+        """What is read, by `content_digest`: on any device, and by whatever versions."""
+        keys = [*self.rest_keys(), *(key for clip in self.clips() for key in self.keys(clip))]
+        return {content_digest(key.kind, key.parts) for key in keys}
 
     def encode(self, clip: Clip) -> None:
         """Makes what is not there.
@@ -115,6 +130,7 @@ class RunCacheBuilder(CacheBuilder):
             text_encoder=first.model.text_encoder,
         )
         settings = read_object(folder / "transformer" / "config.json", setting="model.path")
+        self._frozen = frozen
         patch = settings.get("patch_size", (1, 2, 2))
         self._grid: Grid = frozen.token_grid(patch, data.frames, *data.size)
         splits = build_splits(data, memory=user_path(first.output))
@@ -133,8 +149,12 @@ class RunCacheBuilder(CacheBuilder):
             "val": min(measured, len(self._splits["val"])),
         }
 
-    def lacks(self, clip: Clip) -> bool:
-        return self._splits[clip.split].lacks(clip.place, self._reads[clip.split])
+    def keys(self, clip: Clip) -> list[CacheKey]:
+        return self._splits[clip.split].cache_keys(clip.place, self._reads[clip.split])
+
+    def rest_keys(self) -> list[CacheKey]:
+        texts = [text_key(text, self._frozen.text.parts) for text in self._prompts()]
+        return texts + [noise_key(read, self._runs[0].data) for _, read in self._noise_reads()]
 
     def make(self, clip: Clip) -> None:
         encoded = self._splits[clip.split][clip.place]
@@ -144,15 +164,22 @@ class RunCacheBuilder(CacheBuilder):
 
     def make_rest(self) -> None:
         """Prompts that stand for none, and features of noise."""
-        clips, data = self._splits["train"], self._runs[0].data
-        clips.text("", where="the empty prompt")
-        for run in self._runs:
-            clips.text(negative_text(run.eval.negative_prompt), where="eval.negative_prompt")
+        for prompt, where in self._prompts().items():
+            self._splits["train"].text(prompt, where=where)
+        for where, read in self._noise_reads():
+            check_noise(where, read, self._runs[0].data, self.values)
+
+    def _prompts(self) -> dict[str, str]:
+        """Texts of no clip, each with what has it."""
+        negative = {negative_text(run.eval.negative_prompt) for run in self._runs}
+        return {**dict.fromkeys(sorted(negative), "eval.negative_prompt"), "": "the empty prompt"}
+
+    def _noise_reads(self) -> Iterator[tuple[str, FeatureRead]]:
+        """Teachers that runs look at first, as they do."""
         for run in self._runs:
             used = {alias for o in run.objectives.values() for alias in o.teachers}
             for alias in filter(None, {*used, run.measured_against}):
-                read = self._read(run.teachers[alias], "video")  # as a run looks at it first
-                check_noise(f"teachers.{alias}", read, data, self.values)
+                yield f"teachers.{alias}", self._read(run.teachers[alias], "video")
 
     def _aligned(self) -> list[FeatureRead]:
         """What objectives read of train clips."""

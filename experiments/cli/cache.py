@@ -95,6 +95,14 @@ def prune(
         float | None,
         typer.Option(min=0, metavar="GB", help="Remove the oldest until the rest is no larger."),
     ] = None,
+    unused_by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--unused-by",
+            metavar="RECIPE",
+            help="Remove what a recipe does not read; repeat it for all that read this cache.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")
     ] = False,
@@ -107,6 +115,7 @@ def prune(
         path,
         older_than_days=older_than,
         max_bytes=None if max_size is None else max_size * GB,
+        used=_used_by(unused_by) if unused_by else None,
         dry_run=dry_run,
     )
     words = {
@@ -114,6 +123,7 @@ def prune(
         "damaged": "damaged",
         "older": f"written more than {older_than} days ago",
         "oldest": f"the oldest, above {max_size} GB",
+        "unused": f"read by none of {', '.join(unused_by or ())}",
     }
     for reason, number in sorted(result.reasons.items()):
         typer.echo(f"{number:,} entries: {words[reason]}")
@@ -129,6 +139,13 @@ def prune(
         f"{'would stay' if dry_run else 'stay'}: {result.kept:,} entries, "
         f"{_size(result.size_after)} of {_size(result.size_before)}"
     )
+
+
+def _used_by(recipes: list[str]) -> set[str]:
+    from alignlab.experiments.compare.config import load_trainings
+    from alignlab.training.cache_build import used_entries
+
+    return used_entries([t for recipe in recipes for t in load_trainings(recipe)[0]])
 
 
 def _tell_unreadable(shards: Path, reasons: dict[str, str]) -> None:

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from alignlab.config.run import RunConfig
+from alignlab.dataset_cache.survey import survey
 from alignlab.errors import UserError
+from alignlab.experiments.launchers.local import threads
 from alignlab.recipe import dump
 from alignlab.train import train
 from alignlab.training import cache_build
 from alignlab.training.cache_build import Here, LocalProcesses, build_cache
 from alignlab.training.cache_builder import CacheBuilder, Clip
-from command_line import alignlab
+from command_line import alignlab, refused
 from loaded_models import LoadedModels
 
 MakeConfig = Callable[..., RunConfig]
@@ -128,3 +130,27 @@ def test_what_encodes_leaves_when_the_build_is_done(
 ) -> None:
     build_cache(variants(make_config)[:1])
     assert len(loaded_models.counts) == 3 and loaded_models.alive() == set()
+
+
+def test_prune_removes_what_a_recipe_does_not_read(make_config: MakeConfig, tmp_path: Path) -> None:
+    both = variants(make_config)
+    recipes = [tmp_path / f"{run.name}.yaml" for run in both]
+    for recipe, run in zip(recipes, both, strict=True):
+        recipe.write_text(dump(run))
+    (built,) = build_cache(both)
+    count = len(list(survey(built.path).rows()))
+
+    def prune(*options: object) -> str:
+        return alignlab("cache", "prune", built.path, *options).stdout
+
+    with threads(torch.get_num_threads() + 1):  # as on another machine
+        assert "read by none" not in prune("--unused-by", recipes[0], "--unused-by", recipes[1])
+    told = f"7 entries: read by none of {recipes[0]}\n"  # features of six clips, and of noise
+    dry = prune("--unused-by", recipes[0], "--dry-run")
+    assert told in dry and f"would stay: {count - 7} entries" in dry
+    assert told in prune("--unused-by", recipes[0])
+    line = refused("cache", "prune", built.path, "--unused-by", "tiny")
+    assert "the recipes named read nothing of it, which stays" in line
+    train(variants(make_config, "data.cache.mode=require")[0])
+    (again,) = build_cache(both)
+    assert again.encoded == 6
