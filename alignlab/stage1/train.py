@@ -223,11 +223,27 @@ class TaskClips(Generic[Clip]):
 
 
 def load_frozen_models(
-    config: Stage1Config, device: torch.device, values: EncodedValues
+    config: Stage1Config,
+    device: torch.device,
+    values: EncodedValues,
+    *,
+    parks_teacher: bool = True,
 ) -> FrozenModels:
-    """What the recipe's task reads; models whose values are kept are loaded when one is lacking."""
+    """What the recipe's task reads; models whose values are kept are loaded when one is lacking.
+
+    Args:
+        config: the recipe.
+        device: where they run.
+        values: what is kept of them.
+        parks_teacher: one that is loaded later is on the device only while it makes features.
+    """
     text = None
-    teacher = teacher_from(config.teacher, device=device, load=not values.keeps("teacher"))
+    teacher = teacher_from(
+        config.teacher,
+        device=device,
+        load=not values.keeps("teacher"),
+        is_parked=parks_teacher,
+    )
     model = config.model
     if model is not None:
         text = load_text_encoder(
