@@ -18,10 +18,11 @@ from alignlab.data.video import write_mp4
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
+from alignlab.errors import UserError
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
-from alignlab.progress import Advance, step_progress
+from alignlab.progress import Advance, step_progress, warn_once
 from alignlab.randomness import generator
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
@@ -209,8 +210,14 @@ def _embedded(wan: Wan, config: RunConfig, texts: Sequence[str]) -> list[Tensor]
 
     The text encoder is freed, unless the recipe keeps it.
     """
-    mode = "off" if config.data.cache.mode == "off" else "read"
-    values = EncodedValues.of(config.data.cache.model_copy(update={"mode": mode}), config.output)
+    cache = config.data.cache
+    off = cache.model_copy(update={"mode": "off"})
+    read = off if cache.mode == "off" else cache.model_copy(update={"mode": "read"})
+    try:
+        values = EncodedValues.of(read, config.output)
+    except UserError as error:  # nothing else is read from there
+        warn_once(f"the prompts are encoded without the dataset cache: {error}")
+        values = EncodedValues.of(off, config.output)
     embedded = [kept_text(values, wan.text, text).to(wan.device) for text in texts]
     if config.model.text_encoder != "keep":
         wan.text.late_model.free()

@@ -36,7 +36,7 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.checkpoint_folders import step_path
+from alignlab.runs.checkpoint_folders import step_of, step_path
 from alignlab.runs.checksums import write_json
 from alignlab.runs.code_record import record_code
 from alignlab.runs.kept_checkpoints import drop_checkpoints
@@ -119,10 +119,12 @@ def train(
             check_teachers_and_eval(run)
             if source is not None:
                 start_from(run.state, run.wan, config, source)
+        check_ranks_agree(run)
+        first = run.state.step if newest is None else step_of(newest)
+        encode_training_texts(run, first)  # before there is an optimizer's state
         if newest is not None:
             checkpoint.restore(run.state, newest, notes=opened.notes)
-        check_ranks_agree(run)
-        encode_training_texts(run)  # before there is an optimizer's state
+            check_ranks_agree(run)  # in what each has read
         plan = ranks.on_main(begin_leg, opened.folder, config, run.state.step)
         RunTrainer(run, on_evaluation, plan=plan).fit(opened.folder, newest)
     return opened.folder.path

@@ -1,7 +1,9 @@
 """A frozen model that is in memory only where something uses it."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Generic, TypeVar
 
 import torch
@@ -36,6 +38,8 @@ class LateModel(Generic[Model]):
         self._is_parked = is_parked and device.type != "cpu"
         self._model: Model | None = None
         self._users = 0
+        self._counting = Lock()
+        self._is_moved = False  # to its device, from where it is parked
         self.num_loads = 0
 
     @property
@@ -58,24 +62,47 @@ class LateModel(Generic[Model]):
 
     @contextmanager
     def in_use(self) -> Iterator[Model]:
-        """The model on its device; within another use of it, it stays there.
+        """The model on its device; within another use of it, and while it is held, it stays there.
 
         Raises:
             UserError: its files cannot be used.
         """
-        with ENCODING:
+        with ENCODING, self.held():
             model = self.loaded()
-            if self._is_parked and not self._users:
+            if self._is_parked and not self._is_moved:
                 model.to(self._device)
+                self._is_moved = True
+            yield model
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Once it is used within this, the model stays on its device; nothing is loaded for it.
+
+        Threads may hold it at once; it is parked when the last one ends.
+        """
+        with self._counting:  # not for as long as another thread encodes
             self._users += 1
-            try:
-                yield model
-            finally:
+        try:
+            yield
+        finally:
+            with self._counting:
                 self._users -= 1
-                if self._is_parked and not self._users:
-                    model.to(CPU)
+            self._park()
 
     def free(self) -> None:
-        """Gives its memory back; it is loaded again when it is next used."""
+        """Gives its memory back, also to the device; it is loaded again when it is next used."""
         with ENCODING:
-            self._model = None
+            if self._model is None:
+                return
+            self._model, self._is_moved = None, False
+            gc.collect()  # modules may refer to each other in a circle
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _park(self) -> None:
+        if self._users or not self._is_moved:
+            return
+        with ENCODING:
+            if self._is_moved and not self._users and self._model is not None:
+                self._model.to(CPU)
+                self._is_moved = False

@@ -134,7 +134,8 @@ class TextEncoder:
     def _load_model(self) -> UMT5EncoderModel:
         if self.late_model.num_loads:
             tell_once(
-                "the text encoder is loaded again, for a text that is not in the dataset cache"
+                "the text encoder is loaded again, for texts that the dataset cache does not have "
+                "yet, such as those of the next run"
             )
         model: UMT5EncoderModel = load_frozen(
             UMT5EncoderModel, self.folder, "text_encoder", dtype=self.dtype

@@ -28,7 +28,8 @@ class Stage1CacheBuilder(CacheBuilder):
         train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
         self._task.check_data(train_clips, val_clips)
         self._splits = {"train": train_clips, "val": val_clips}
-        self._models = load_frozen_models(config, single_rank("fp32").device, self.values)
+        device = single_rank("fp32").device
+        self._models = load_frozen_models(config, device, self.values, parks_teacher=False)
 
     def counts(self) -> dict[str, int]:
         train, val = (len(split) for split in self._splits.values())

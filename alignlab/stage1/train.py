@@ -23,6 +23,7 @@ from alignlab.models.text_encoder import cut_captions
 from alignlab.models.wan import load_text_encoder
 from alignlab.progress import warn_once
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder
+from alignlab.runs.checkpoint_folders import step_of
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.open_folder import open_folder
@@ -69,9 +70,9 @@ def train_stage1(config: Stage1Config) -> Path:
         ask(config)
         trainer = Stage1Trainer(config, ranks)
         locks.callback(trainer.models.values.flush)
+        trainer.encode_texts(0 if opened.newest is None else step_of(opened.newest))
         if opened.newest is not None:
             checkpoint.restore(trainer.state, opened.newest, notes=opened.notes)
-        trainer.encode_texts()
         trainer.plan = begin_leg(opened.folder, config, trainer.state.step)
         trainer.fit(opened.folder, opened.newest)
     return opened.folder.stage1
@@ -128,10 +129,13 @@ class Stage1Trainer(Trainer):
         optimizer = adamw(list(self.task.network.parameters()), config.optim)
         super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
 
-    def encode_texts(self) -> None:
+    def encode_texts(self, first: int) -> None:
         """Encodes what the steps that are left and the evaluation read; frees the text encoder.
 
         Not with `model.text_encoder: keep`, nor where texts are not kept.
+
+        Args:
+            first: step that is left, from 0: the state may still be that of step 0.
 
         Raises:
             UserError: an embedding is not finite.
@@ -139,7 +143,7 @@ class Stage1Trainer(Trainer):
         config, text = self.config, self.models.text
         if config.model is None or text is None or config.model.text_encoder == "keep":
             return
-        steps, samples = range(self.state.step, config.steps), range(config.optim.batch_size)
+        steps, samples = range(first, config.steps), range(config.optim.batch_size)
         drawn = drawn_clips(len(self.clips), config.seed, steps, samples)
         measured = self._measured()
         texts = self.clips.texts(drawn) | self.val_clips.texts(measured, measured=True)
@@ -223,11 +227,27 @@ class TaskClips(Generic[Clip]):
 
 
 def load_frozen_models(
-    config: Stage1Config, device: torch.device, values: EncodedValues
+    config: Stage1Config,
+    device: torch.device,
+    values: EncodedValues,
+    *,
+    parks_teacher: bool = True,
 ) -> FrozenModels:
-    """What the recipe's task reads; models whose values are kept are loaded when one is lacking."""
+    """What the recipe's task reads; models whose values are kept are loaded when one is lacking.
+
+    Args:
+        config: the recipe.
+        device: where they run.
+        values: what is kept of them.
+        parks_teacher: one that is loaded later is on the device only while it makes features.
+    """
     text = None
-    teacher = teacher_from(config.teacher, device=device, load=not values.keeps("teacher"))
+    teacher = teacher_from(
+        config.teacher,
+        device=device,
+        load=not values.keeps("teacher"),
+        is_parked=parks_teacher,
+    )
     model = config.model
     if model is not None:
         text = load_text_encoder(

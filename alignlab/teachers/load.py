@@ -49,6 +49,7 @@ def load_teacher(
     device: torch.device | str = "cpu",
     slice_size: int = 16,
     load: bool = True,
+    is_parked: bool = True,
 ) -> Teacher:
     """Loads a teacher: bf16 on a GPU, fp32 on a CPU.
 
@@ -62,8 +63,8 @@ def load_teacher(
         grid: see `Teacher`.
         device: where it runs.
         slice_size: frames per forward pass.
-        load: the model now, to stay on the device; else when its features are first needed, and on
-            the device only while it makes them.
+        load: the model now, to stay on the device; else when its features are first needed.
+        is_parked: one that is loaded later is on the device only while it makes features.
 
     Raises:
         UserError: no such family, folder or feature, a model of another family, a broken
@@ -83,7 +84,9 @@ def load_teacher(
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
         warn_once(f"teachers ({family}): {warning}")
-    later = _later_model(folder, family, model_type, torch.device(device), is_parked=not load)
+    later = _later_model(
+        folder, family, model_type, torch.device(device), is_parked=is_parked and not load
+    )
     try:
         teacher = Teacher(
             later,

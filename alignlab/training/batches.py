@@ -160,8 +160,9 @@ class ClipEncoder:
         if kept is not None:
             return kept
         pixels = ClipPixels(self._dataset, index, self._memory)
-        latents_CTHW = self._latents(pixels)
-        references_KCHW, shows_reference = self._references(pixels, latents_CTHW)
+        with self._frozen.late_vae.held():
+            latents_CTHW = self._latents(pixels)
+            references_KCHW, shows_reference = self._references(pixels, latents_CTHW)
         encoded = Encoded(
             pixels,
             latents_CTHW,

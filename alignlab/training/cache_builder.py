@@ -210,5 +210,7 @@ class RunCacheBuilder(CacheBuilder):
     def _teacher(self, config: TeacherConfig) -> Teacher:
         name = config.model_dump_json()
         if name not in self._teachers:
-            self._teachers[name] = teacher_from(config, device=self._device, load=False)
+            self._teachers[name] = teacher_from(
+                config, device=self._device, load=False, is_parked=False
+            )
         return self._teachers[name]

@@ -46,9 +46,17 @@ def kept_text(
 
 
 def encode_ahead(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str, str]) -> None:
-    """Encodes texts that are not in the dataset cache, and frees the encoder once all are there.
+    """Has texts on the disk, as `encode_missing`, and frees the encoder once all are there."""
+    encode_missing(values, encoder, texts)
+    if values.keeps("text") and not _lacking(values, encoder, texts):
+        encoder.late_model.free()
 
-    Where what is new is not kept, each is encoded when it is read, and nothing is done here.
+
+def encode_missing(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str, str]) -> None:
+    """Encodes texts that are not in the dataset cache, and returns when they are on the disk.
+
+    Where what is new is not kept, each is encoded when it is read, and nothing is done here. A disk
+    that takes no more keeps none.
 
     Args:
         values: where they are kept.
@@ -58,22 +66,20 @@ def encode_ahead(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str
     Raises:
         UserError: as `kept_text`.
     """
+    missing = _lacking(values, encoder, texts)
+    if not missing or values.cache.mode != "write":
+        return
+    with step_progress("texts", total=len(missing)) as advance:
+        for done, text in enumerate(missing, start=1):
+            kept_text(values, encoder, text, texts[text])
+            advance(done, "")
+    values.flush()
 
-    def lacking() -> list[str]:
-        return [text for text in texts if values.lacks(text_key(text, encoder.parts))]
 
+def _lacking(values: EncodedValues, encoder: TextEncoder, texts: Mapping[str, str]) -> list[str]:
     if not values.keeps("text"):
-        return
-    missing = lacking()
-    if missing and values.cache.mode != "write":
-        return
-    if missing:
-        with step_progress("texts", total=len(missing)) as advance:
-            for done, text in enumerate(missing, start=1):
-                kept_text(values, encoder, text, texts[text])
-                advance(done, "")
-    if not missing or not lacking():  # a disk that takes no more keeps none
-        encoder.late_model.free()
+        return []
+    return [text for text in texts if values.lacks(text_key(text, encoder.parts))]
 
 
 def not_finite(where: str, what: str, folder: Path) -> str:

@@ -1,6 +1,7 @@
 """`alignlab cache build` on the nodes of a Ray cluster, which write into a cache that all share."""
 
 import logging
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 QUEUED = 2  # parts of the work by place of the cluster: a node has the next one when it is done
-MARK = ".ray-build"  # a file in the cache's folder while this lasts: nodes look for it
+MARK = ".ray-build-"  # a build's own file in the cache's folder while it lasts: nodes look for it
 SAMPLE = -1
 
 _builders: dict[tuple[str, ...], CacheBuilder] = {}  # a worker process gets several parts
@@ -42,10 +43,12 @@ class BuildOrder(Order):
     Args:
         alike: the recipes, as JSON.
         clips: split and place of each; None: what is of no clip, and the first clips.
+        mark: name of a file in the cache's folder that is there while the build lasts.
     """
 
     alike: list[str]
     clips: list[tuple[str, int]] | None
+    mark: str
 
 
 def encode_clips(order: BuildOrder) -> Any:
@@ -57,7 +60,8 @@ def encode_clips(order: BuildOrder) -> Any:
     Raises:
         UserError: this node has other code or does not see the cache, or a clip cannot be encoded.
     """
-    folder = arrive(order, holds=MARK, setting="the dataset cache (data.cache.path, or output)")
+    setting = "the dataset cache (data.cache.path, or output)"
+    folder = arrive(order, holds=order["mark"], setting=setting)
     with working(folder / LOG, order["threads"]):
         name = tuple(order["alike"])
         if name not in _builders:
@@ -84,7 +88,7 @@ class OnRay(Encoders):
         self._needs = needs
         self._address = address
         self._stack = ExitStack()
-        self._deaths = Deaths[int]()
+        self._mark = f"{MARK}{uuid.uuid4().hex}"  # other builds may write into the same cache
 
     def __enter__(self) -> Self:
         return self
@@ -111,8 +115,8 @@ class OnRay(Encoders):
     def sample(self, alike: Alike) -> Sampled:
         folder = _folder(alike)
         folder.mkdir(parents=True, exist_ok=True)
-        self._stack.callback((folder / MARK).unlink, missing_ok=True)
-        (folder / MARK).touch()
+        self._stack.callback((folder / self._mark).unlink, missing_ok=True)
+        (folder / self._mark).touch()
         (sampled,) = self._values(alike, {SAMPLE: None})
         self.workers = max(1, self._tasks.room())
         return Sampled(*sampled)
@@ -123,6 +127,7 @@ class OnRay(Encoders):
     def _values(self, alike: Alike, parts: dict[int, Sequence[Clip] | None]) -> Iterator[Any]:
         """What tasks give for parts of the work, as they end."""
         tasks, left = self._tasks, list(reversed(parts))
+        all_deaths = Deaths[int]()  # numbers of parts are those of this call
         while left or tasks.running:
             while left and len(tasks.running) < QUEUED * max(1, tasks.room()):
                 self._start(alike, (number := left.pop()), parts[number])
@@ -133,7 +138,7 @@ class OnRay(Encoders):
                 if loss is None:
                     yield value
                     continue
-                deaths = self._deaths.count(number, None)
+                deaths = all_deaths.count(number, None)
                 if deaths == MOST_DEATHS:
                     raise ChildProcessError(
                         f"a process of the build died {deaths} times on the same clips ({loss}): "
@@ -147,6 +152,7 @@ class OnRay(Encoders):
             **order_for(_folder(alike), self._tasks.threads),
             alike=to_text(alike),
             clips=None if clips is None else [(clip.split, clip.place) for clip in clips],
+            mark=self._mark,
         )
         self._tasks.start(number, order)
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MOST_DEATHS = 5  # of a task that gets no further
 NOTE_EVERY_S = 60.0
 CONNECT_S = 10.0
-STOP_S = 120.0  # a task that is told to end takes its step to the end and writes a checkpoint
+STOP_S = 120.0  # a task that is told to end finishes its step and checkpoint, or its clip
 OBJECT_STORE = 128 * 2**20  # nothing but short messages goes through it
 GIB = 2**30
 RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
@@ -145,7 +145,10 @@ class RayTasks(Generic[Key]):
         """Interrupts what still runs, and ends it where that does not help."""
         left = list(self._running)
         if left:
-            log.info("tasks end their steps and write checkpoints: %d", len(left))
+            log.info(
+                "tasks end, a training with a checkpoint, a build after the clip it is at: %d",
+                len(left),
+            )
         for force in (False, True):
             if not left:
                 return

@@ -1,24 +1,30 @@
 """Frozen models are in memory only while something uses them."""
 
 import errno
+import gc
 import logging
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from torch import nn
 
 from alignlab.config.run import RunConfig
+from alignlab.distributed.ranks import Ranks
 from alignlab.evaluation.evaluate_run import evaluate_run
-from alignlab.models.late_model import LateModel
+from alignlab.models.late_model import CPU, LateModel
 from alignlab.models.wan import checked_pipeline, frozen_parts
 from alignlab.recipe import has_recipe_hash, recipe_hash
 from alignlab.sampling import sample_to_file
 from alignlab.train import Trainer, train
+from alignlab.training import checkpoint
 from alignlab.training.setup import build_run, new_caches
+from alignlab.training.texts_ahead import encode_training_texts
 from loaded_models import TEACHER, TEXT, VAE, LoadedModels
 from run_contents import timeless_rows
 
@@ -86,7 +92,6 @@ def test_where_texts_are_not_kept_their_encoder_is_loaded_once_and_stays(
 ) -> None:
     if fails:
         monkeypatch.setattr("alignlab.dataset_cache.store.write_shard", full)
-        monkeypatch.setattr("alignlab.dataset_cache.store.SHARD_ENTRIES", 1)
     train(make_config(setting, aligned=False))
     assert len(in_steps) == 2 and all(TEXT.__name__ in alive for alive in in_steps)
     assert loaded_models.counts[TEXT.__name__] == 1
@@ -124,7 +129,10 @@ def test_a_text_that_comes_later_loads_its_encoder_again_and_says_so(
 
 
 def test_a_moved_run_is_sampled_and_evaluated_with_its_cache(
-    make_config: MakeConfig, tmp_path: Path, loaded_models: LoadedModels
+    make_config: MakeConfig,
+    tmp_path: Path,
+    loaded_models: LoadedModels,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = train(make_config(*GENERATES, f"output={tmp_path / 'here'}"))
     caption = "a text of no clip"
@@ -139,6 +147,56 @@ def test_a_moved_run_is_sampled_and_evaluated_with_its_cache(
     sample_to_file(moved, "", (), tmp_path / "empty.mp4")
     assert loaded_models.counts[TEXT.__name__] == 1, "both prompts are in the cache"
     assert not (tmp_path / "here").exists()
+    (tmp_path / "there" / "cache" / "recipe.yaml").touch()  # as of a run with that name
+    sample_to_file(moved, caption, (), tmp_path / "live.mp4", seed=3)
+    assert (tmp_path / "live.mp4").read_bytes() == before.read_bytes()
+    assert caplog.text.count("the prompts are encoded without the dataset cache: ") == 1
+
+
+def test_the_text_encoder_leaves_before_a_checkpoint_is_read(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    loaded_models: LoadedModels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(make_config("steps=1", aligned=False))
+    shutil.rmtree(tmp_path / "cache")
+    loaded_models.counts.clear()
+    restore, seen = checkpoint.restore, list[tuple[int, bool]]()
+
+    def looking(*args: Any, **settings: Any) -> None:
+        alive = TEXT.__name__ in loaded_models.alive()
+        seen.append((loaded_models.counts[TEXT.__name__], alive))
+        restore(*args, **settings)
+
+    monkeypatch.setattr(checkpoint, "restore", looking)
+    train(make_config("steps=2", aligned=False))
+    assert seen == [(1, False)]
+
+
+class OneOfTwo(Ranks):
+    """The second of two ranks; the other one has encoded nothing when it is met.
+
+    Args:
+        meet: called where it waits for the other.
+    """
+
+    def __init__(self, meet: Callable[[], None]) -> None:
+        super().__init__(CPU, "fp32")
+        self.rank, self.world_size, self._meet = 1, 2, meet
+
+    def barrier(self) -> None:
+        self._meet()
+
+
+def test_ranks_that_draw_the_same_clips_share_their_texts(make_config: MakeConfig) -> None:
+    run = build_run(make_config("data.train_clips=30", "steps=120", "optim.batch_size=2"))
+    count, when_met = run.caches.values.cache.counts["text"], list[int]()
+    run.ranks = OneOfTwo(lambda: when_met.append(count.written))
+    encode_training_texts(run, 0)
+    texts = run.clips.captions(range(30))
+    assert when_met == [len(texts) // 2]
+    assert count.written == len({*texts, ""}), "what the other one did not keep"
 
 
 def test_where_the_text_encoder_runs_is_part_of_what_a_run_is(make_config: MakeConfig) -> None:
@@ -184,6 +242,45 @@ def test_a_parked_model_is_on_its_device_only_while_it_is_used() -> None:
         with staying.in_use() as model:
             assert model.places == ["cuda"]
     assert staying.num_loads == 1
+
+
+def test_a_held_model_stays_on_its_device_from_its_first_use_on() -> None:
+    parked = LateModel(Moved, torch.device("cuda"), is_parked=True)
+    with parked.held():
+        assert not parked.is_loaded
+        for _ in range(3):
+            with parked.in_use() as model:
+                assert model.places == ["cuda"]
+    assert model.places == ["cuda", "cpu"]
+
+
+def test_what_is_freed_is_gone_although_it_refers_to_itself() -> None:
+    late = LateModel(Moved, CPU)
+    seen = weakref.ref(late.loaded())
+    vars(late.loaded())["itself"] = late.loaded()
+    gc.disable()
+    try:
+        late.free()
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_the_references_of_a_clip_move_the_autoencoder_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build_run(make_config("data.cache.mode=write"))
+    monkeypatch.setattr(run.wan.frozen.late_vae, "_is_parked", True)  # as on a GPU
+    assert run.wan.frozen.vae
+    to, places = AutoencoderKLWan.to, list[object]()
+
+    def moving(vae: Any, place: object) -> Any:
+        places.append(place)
+        return to(vae, place)
+
+    monkeypatch.setattr(AutoencoderKLWan, "to", moving)
+    assert len(run.clips[0].references_KCHW)
+    assert places == [CPU, CPU], "to its device and back"
 
 
 @pytest.mark.parametrize(

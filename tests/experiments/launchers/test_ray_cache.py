@@ -36,10 +36,12 @@ class LostTasks:
         self._starts: dict[int, int] = {}
         self.running: dict[int, Any] = {}
         self.encoded: list[tuple[str, int]] = []
+        self.marks: list[str] = []
 
     def start(self, number: int, order: Any) -> None:
         self._starts[number] = self._starts.get(number, 0) + 1
         self.running[number] = order["clips"]
+        self.marks.append(order["mark"])
 
     def ended(self, seconds: float) -> Iterator[Ended[int]]:
         number, clips = self.running.popitem()
@@ -51,11 +53,18 @@ class LostTasks:
             self.encoded += clips
             yield Ended(number, None, None, (len(clips), 10 * len(clips)))
 
+    def begin_anew(self) -> None:
+        self._starts.clear()
+
     def room(self) -> int:
         return 1
 
     def warn_without_room(self) -> None:
         pass
+
+
+def marks(output: Path) -> list[str]:
+    return [path.name for path in (output / "cache").glob(f"{MARK}*")]
 
 
 def on_ray(tasks: LostTasks) -> OnRay:
@@ -73,7 +82,7 @@ def test_a_part_whose_process_dies_is_encoded_by_another(
         (built,) = build_cache([load_run(recipe_file, [f"output={tmp_path}"])], encoders)
     assert (built.clips, built.encoded, built.size) == (9, 8, 80)
     assert sorted(tasks.encoded) == [("train", i) for i in range(5)]
-    assert not (tmp_path / "cache" / MARK).exists()
+    assert not marks(tmp_path)
 
 
 def test_a_part_that_ends_every_process_ends_the_build(recipe_file: Path, tmp_path: Path) -> None:
@@ -82,7 +91,27 @@ def test_a_part_that_ends_every_process_ends_the_build(recipe_file: Path, tmp_pa
         with on_ray(LostTasks(MOST_DEATHS, left=5)) as encoders:
             build_cache([load_run(recipe_file, [f"output={tmp_path}"])], encoders)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "cache" / MARK).exists()
+    assert not marks(tmp_path)
+
+
+def test_deaths_are_not_counted_across_what_is_encoded_apart(recipe_file: Path) -> None:
+    tasks, alike = LostTasks(MOST_DEATHS - 1, left=0), [load_run(recipe_file)]
+    with on_ray(tasks) as encoders:
+        for _ in range(2):
+            assert list(encoders.encode(alike, [Clip("train", 0)])) == [(1, 10)]
+            tasks.begin_anew()
+
+
+def test_builds_of_one_cache_do_not_end_each_other(recipe_file: Path, tmp_path: Path) -> None:
+    alike = [load_run(recipe_file, [f"output={tmp_path}"])]
+    longer, shorter = LostTasks(0, left=1), LostTasks(0, left=1)
+    with on_ray(longer) as encoders:
+        encoders.sample(alike)
+        with on_ray(shorter) as others:
+            others.sample(alike)
+            assert sorted(marks(tmp_path)) == sorted(longer.marks + shorter.marks)
+        assert marks(tmp_path) == longer.marks, "nodes still look for it"
+    assert not marks(tmp_path)
 
 
 def test_options_that_nothing_reads_are_refused(recipe_file: Path) -> None:
