@@ -27,7 +27,11 @@ if TYPE_CHECKING:  # it reads the table of families, so that the import is one w
 
 
 def teacher_from(
-    config: "TeacherConfig", *, device: torch.device | str, load: bool = True
+    config: "TeacherConfig",
+    *,
+    device: torch.device | str,
+    load: bool = True,
+    is_parked: bool = True,
 ) -> Teacher:
     """The teacher that a recipe's `teachers.<alias>` says; see `load_teacher`."""
     return load_teacher(
@@ -37,6 +41,7 @@ def teacher_from(
         grid=config.grid,
         device=device,
         load=load,
+        is_parked=is_parked,
     )
 
 

@@ -14,7 +14,7 @@ from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Ended
 from alignlab.recipe import load_run
 from alignlab.train import train
 from alignlab.training import cache_build
-from alignlab.training.cache_build import Sampled, build_cache
+from alignlab.training.cache_build import Alike, Sampled, build_cache
 from alignlab.training.cache_builder import Clip
 from command_line import refused
 
@@ -95,7 +95,8 @@ def test_a_part_that_ends_every_process_ends_the_build(recipe_file: Path, tmp_pa
 
 
 def test_deaths_are_not_counted_across_what_is_encoded_apart(recipe_file: Path) -> None:
-    tasks, alike = LostTasks(MOST_DEATHS - 1, left=0), [load_run(recipe_file)]
+    tasks = LostTasks(MOST_DEATHS - 1, left=0)
+    alike: Alike = [load_run(recipe_file)]
     with on_ray(tasks) as encoders:
         for _ in range(2):
             assert list(encoders.encode(alike, [Clip("train", 0)])) == [(1, 10)]
@@ -103,7 +104,7 @@ def test_deaths_are_not_counted_across_what_is_encoded_apart(recipe_file: Path) 
 
 
 def test_builds_of_one_cache_do_not_end_each_other(recipe_file: Path, tmp_path: Path) -> None:
-    alike = [load_run(recipe_file, [f"output={tmp_path}"])]
+    alike: Alike = [load_run(recipe_file, [f"output={tmp_path}"])]
     longer, shorter = LostTasks(0, left=1), LostTasks(0, left=1)
     with on_ray(longer) as encoders:
         encoders.sample(alike)
