@@ -10,7 +10,7 @@ Changes come in an order, and later ones win: `{objectives: {}, objectives.b: {.
 alone.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignlab.errors import UserError, shown
@@ -36,7 +36,7 @@ def merge(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, Any
         UserError: a key that no setting can have, a list edited by item, too many levels.
     """
     merged = _copied(base)
-    for path, value in _kinds_first([step for change in changes for step in _steps(change)]):
+    for path, value in _ordered(changes):
         _set(merged, path, value)
     return merged
 
@@ -50,12 +50,7 @@ def canonical(*changes: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: as `merge`.
     """
-    ordered: dict[str, Any] = {}
-    for path, value in _kinds_first([step for change in changes for step in _steps(change)]):
-        key = ".".join(path)
-        ordered.pop(key, None)  # the last of several comes in its own place
-        ordered[key] = value
-    return ordered
+    return {".".join(path): value for path, value in _ordered(changes)}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -87,6 +82,16 @@ def _steps(changes: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path,
             yield path, merge({}, value)
         else:
             yield from _steps(value, path)
+
+
+def _ordered(changes: Sequence[Mapping[str, Any]]) -> list[tuple[Path, Any]]:
+    """The changes one by one, in the order in which they are made; of several of a key the last."""
+    last: dict[Path, Any] = {}
+    for change in changes:
+        for path, value in _steps(change):
+            last.pop(path, None)  # it comes in its own place
+            last[path] = value
+    return _kinds_first(list(last.items()))
 
 
 def _kinds_first(steps: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:

@@ -94,6 +94,18 @@ CHANGES = st.lists(
 ).map(dict)
 
 
+def test_of_two_edits_of_a_name_the_later_wins() -> None:
+    changes: list[dict[str, Any]] = [{"o.name": "x"}, {"o.p": 1}, {"o.name": "y"}]
+    assert merge({}, *changes) == {"o": {"name": "y", "p": 1}}
+    assert canonical(*changes) == {"o.name": "y", "o.p": 1}
+
+
+def test_what_was_removed_twice_is_kept_in_one_form() -> None:
+    removed = {"a": {"b.x": 1}, "a.b": {}, "a.b.name": [1]}
+    kept = canonical(removed, {"a.b": {}})
+    assert list(canonical(kept)) == list(kept)
+
+
 @given(CHANGES, CHANGES, CHANGES)
 def test_canonical_changes_do_the_same_also_when_they_are_read_again(
     base: dict[str, Any], one: dict[str, Any], two: dict[str, Any]
