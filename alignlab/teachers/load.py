@@ -80,12 +80,7 @@ def load_teacher(
         raise UserError(f"teachers: {unknown_name('family', family, rows)}")
     row = rows[family]
     folder = teacher_folder(family, path or row.path)
-    model_type = str(_read_config(folder).get("model_type"))
-    if model_type not in row.classes:
-        raise UserError(
-            f"teachers: {folder} holds a {model_type} model, family {family} loads "
-            f"{', '.join(row.classes)}"
-        )
+    model_type = _model_type(folder, family)
     preprocessing, warning = read_preprocessing(folder, row)
     if warning is not None:
         warn_once(f"teachers ({family}): {warning}")
@@ -107,6 +102,15 @@ def load_teacher(
     except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
         raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
     return teacher
+
+
+def _model_type(folder: Path, family: str) -> str:
+    found, classes = str(_read_config(folder).get("model_type")), teacher_rows()[family].classes
+    if found not in classes:
+        raise UserError(
+            f"teachers: {folder} holds a {found} model, family {family} loads {', '.join(classes)}"
+        )
+    return found
 
 
 def _later_model(
