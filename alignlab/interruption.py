@@ -199,7 +199,8 @@ def settle() -> None:
 
 
 def _number(stop: KeyboardInterrupt) -> int:
-    return int(getattr(stop, "number", signal.SIGINT))
+    # a library may make a plain KeyboardInterrupt of ours, as Ray does of one within its own code
+    return int(getattr(stop, "number", _state.number or signal.SIGINT))
 
 
 def _on_signal(number: int, frame: object) -> None:

@@ -269,6 +269,19 @@ def test_every_command_ends_with_one_line(
     assert "Traceback" not in result.output
 
 
+def test_a_library_that_raises_anew_hides_no_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def within_library(*_: Any) -> None:
+        try:
+            send("SIGTERM")
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr("alignlab.doctor.print_diagnosis", within_library)
+    result = command("doctor")
+    assert result.exit_code == CODES["SIGTERM"]
+    assert result.stderr.endswith("interrupted (SIGTERM): run the same command again\n")
+
+
 def test_an_interrupted_comparison_names_the_runs_that_are_finished(
     recipe_file: Path,
     teacher_folder: Path,
