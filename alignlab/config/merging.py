@@ -107,6 +107,8 @@ def _kinds_first(steps: list[tuple[Path, Any]]) -> list[tuple[Path, Any]]:
                 other = ordered[at][0]
                 if other == path[: len(other)] and len(other) < len(path):
                     break
+                if other[-1] in KINDS and other[:-1] == path[:-1]:
+                    break  # kinds keep their order among themselves
                 if len(other) >= len(path) and other[: len(path) - 1] == path[:-1]:
                     place = at
         ordered.insert(place, (path, value))

@@ -100,6 +100,11 @@ def test_of_two_edits_of_a_name_the_later_wins() -> None:
     assert canonical(*changes) == {"o.name": "y", "o.p": 1}
 
 
+def test_two_kinds_of_one_mapping_keep_their_order() -> None:
+    kept = canonical({"o.name": "x"}, {"o.p": 1}, {"o.family": "y"})
+    assert list(kept) == list(canonical(kept)) == ["o.name", "o.family", "o.p"]
+
+
 def test_what_was_removed_twice_is_kept_in_one_form() -> None:
     removed = {"a": {"b.x": 1}, "a.b": {}, "a.b.name": [1]}
     kept = canonical(removed, {"a.b": {}})
