@@ -143,7 +143,7 @@ class FrozenParts:
         normalises with the autoencoder's `latents_mean` and `latents_std` as WanPipeline does.
         """
         pixels = video_THWC.to(self.device).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-        with self._on_device() as vae, torch.autocast(self.device.type, enabled=False):
+        with self._on_device() as vae:
             latents_BCTHW: Tensor = vae.encode(pixels).latent_dist.mode()
         mean, std = self._latent_statistics
         return ((latents_BCTHW - mean) / std)[0]
@@ -163,7 +163,7 @@ class FrozenParts:
             UserError: latents or pixels are not finite, which uint8 cannot show.
         """
         mean, std = self._latent_statistics
-        with self._on_device() as vae, torch.autocast(self.device.type, enabled=False):
+        with self._on_device() as vae:
             latents_BCTHW = latents_CTHW.to(self.device).float()[None] * std + mean
             pixels: Tensor = vae.decode(latents_BCTHW, return_dict=False)[0][0]
         if not pixels.isfinite().all():

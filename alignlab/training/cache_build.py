@@ -25,7 +25,7 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.stage1.cache_builder import Stage1CacheBuilder
 from alignlab.stage1.config import Stage1Config
 from alignlab.training.cache_builder import CacheBuilder, Clip, RunCacheBuilder
-from alignlab.training.setup import encoding_settings
+from alignlab.training.setup import MADE_AHEAD, encoding_settings
 
 SAMPLED = 3  # clips that tell how long the rest takes
 AT_ONCE = 8  # clips that a worker is given
@@ -286,4 +286,4 @@ def _what_is_read(training: Training) -> str:
     if isinstance(training, RunConfig):
         return encoding_settings(training)
     read = {"data", "output", "model", "teachers", "stage1"}
-    return training.model_dump_json(include=read, exclude={"data": {"workers", "prefetch"}})
+    return training.model_dump_json(include=read, exclude=MADE_AHEAD)

@@ -34,6 +34,9 @@ from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
 
+MADE_AHEAD: Any = {"data": {"workers", "prefetch"}}
+"""Settings, as pydantic excludes them, that change neither what is encoded nor where it is kept."""
+
 
 @dataclass
 class Run:
@@ -297,7 +300,7 @@ def encoding_settings(config: RunConfig) -> str:
     """Settings that are equal where runs encode alike and keep it in one place."""
     model = {"path", "precision", "text_encoder"}
     include: dict[str, Any] = {"model": model, "data": True, "output": True}
-    return config.model_dump_json(include=include, exclude={"data": {"workers", "prefetch"}})
+    return config.model_dump_json(include=include, exclude=MADE_AHEAD)
 
 
 def new_caches(config: RunConfig) -> Caches:
