@@ -1,4 +1,7 @@
-"""How much of a disk the cache may take: checkpoints, which nothing makes again, need the rest."""
+"""How much of a disk the cache may take: checkpoints, which nothing makes again, need the rest.
+
+Sizes are told in powers of 1000, as disks are sold; what is left free counts in GiB.
+"""
 
 import shutil
 from pathlib import Path
@@ -33,3 +36,12 @@ def disk_room(folder: Path) -> tuple[float, float]:
     if not disk.total:  # as filesystems of object stores say that have no limit
         return float("inf"), 0.0
     return disk.free, reserve(disk.total)
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them, three digits: `8.1 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:  # which `.3g` would write as 1e+03
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.4g} TB"

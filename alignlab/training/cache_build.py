@@ -16,7 +16,7 @@ import torch
 
 from alignlab import interruption
 from alignlab.config.run import RunConfig
-from alignlab.dataset_cache.disk_room import disk_room
+from alignlab.dataset_cache.disk_room import disk_room, size_text
 from alignlab.dataset_cache.encoded_values import cache_path
 from alignlab.errors import UserError
 from alignlab.progress import step_progress, tell
@@ -29,7 +29,6 @@ from alignlab.training.setup import MADE_AHEAD, encoding_settings
 
 SAMPLED = 3  # clips that tell how long the rest takes
 AT_ONCE = 8  # clips that a worker is given
-GB = 10**9
 
 Training = RunConfig | Stage1Config
 Alike = list[Training]
@@ -244,12 +243,12 @@ def _tell_estimate(path: Path, clips: int, size: float, seconds: float) -> None:
     free, kept = disk_room(path)
     if size > free - kept:
         raise OSError(
-            f"{path}: {clips} clips need about {size / GB:.1f} GB, and {free / GB:.1f} GB are "
-            f"free, of which {kept / GB:.1f} GB are left to checkpoints: name a larger disk as "
+            f"{path}: {clips} clips need about {size_text(size)}, and {size_text(free)} are free, "
+            f"of which {size_text(kept)} are left to checkpoints: name a larger disk as "
             "data.cache.path"
         )
     tell(
-        f"{path}: {clips} clips to encode, about {size / GB:.2f} GB and "
+        f"{path}: {clips} clips to encode, about {size_text(size)} and "
         f"{timedelta(seconds=round(seconds))}"
     )
 

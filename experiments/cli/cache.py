@@ -8,6 +8,7 @@ import typer
 
 from alignlab.cli_tables import print_table
 from alignlab.config.paths import user_path
+from alignlab.dataset_cache.disk_room import size_text
 
 if TYPE_CHECKING:
     from alignlab.dataset_cache.survey import Group
@@ -41,7 +42,7 @@ def status(path: Cache) -> None:
             ("written on", "entries", "size"), [(day, *_amount(group)) for day, group in by_day]
         )
     typer.echo(
-        f"{sum(1 for _ in found.rows()):,} entries, {_size(found.file_bytes)} in "
+        f"{sum(1 for _ in found.rows()):,} entries, {size_text(found.file_bytes)} in "
         f"{len(found.indexes):,} shards, {found.num_copies:,} copies"
     )
     for name, reason in found.damaged.items():
@@ -137,7 +138,7 @@ def prune(
     _tell_unreadable(path / SHARDS, result.unreadable)
     typer.echo(
         f"{'would stay' if dry_run else 'stay'}: {result.kept:,} entries, "
-        f"{_size(result.size_after)} of {_size(result.size_before)}"
+        f"{size_text(result.size_after)} of {size_text(result.size_before)}"
     )
 
 
@@ -154,7 +155,7 @@ def _tell_unreadable(shards: Path, reasons: dict[str, str]) -> None:
 
 
 def _amount(group: "Group") -> tuple[str, str]:
-    return f"{group.entries:,}", _size(group.size)
+    return f"{group.entries:,}", size_text(group.size)
 
 
 def _errors(group: "Group") -> tuple[str, str]:
@@ -165,11 +166,3 @@ def _errors(group: "Group") -> tuple[str, str]:
 
 def _moment(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.4g} TB"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignlab.dataset_cache import store
-from alignlab.dataset_cache.disk_room import GIB
+from alignlab.dataset_cache.disk_room import GIB, size_text
 from alignlab.dataset_cache.key import CacheKey
 from alignlab.dataset_cache.storage_dtypes import STORABLE
 from alignlab.dataset_cache.store import DatasetCache
@@ -330,3 +330,18 @@ def test_unknown_dtypes_are_refused_where_they_are_written(tmp_path: Path) -> No
     cache = DatasetCache(tmp_path, "write")
     with pytest.raises(TypeError, match="complex128"):
         cache.write(KEY, {"a": torch.zeros(2, dtype=torch.complex128)})
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1 kB"),
+        (8.1e6, "8.1 MB"),
+        (999_600, "1 MB"),
+        (2e15, "2,000 TB"),
+    ],
+)
+def test_sizes_are_told_in_three_digits(size: float, text: str) -> None:
+    assert size_text(size) == text

@@ -86,7 +86,9 @@ def test_a_full_disk_is_told_before_the_work(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_build, "disk_room", lambda path: (5e9 + 10, 5e9))
-    with pytest.raises(OSError, match=r"5 clips need about .* name a larger disk") as info:
+    with pytest.raises(
+        OSError, match=r"about [\d.]+ [kM]B, and 5 GB are free.*a larger disk"
+    ) as info:
         build_cache(variants(make_config)[:1])
     assert "\n" not in str(info.value)
 
