@@ -163,7 +163,15 @@ ROWS = [
     ContractCase(
         objective=IRepa,
         settings={"teacher": ("dino", "clip"), "blocks": (0, 2)},
-        changes={"blocks": (0,), "teacher": "dino", "gamma": 0.8},
+        changes={
+            "blocks": (0,),
+            "teacher": "dino",
+            "gamma": 0.8,
+            "projector": "mlp",
+            "projector_dim": 8,
+            "spatial_norm": False,
+        },
+        alongside={"projector_dim": {"projector": "mlp"}},
         formula=lambda s, t, ids: irepa_loss(frames(s), frames(t)),
         naive=naive_irepa,
     ),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alignlab.losses import build_objective
 from alignlab.losses.irepa import IRepa, IRepaConfig, irepa_loss
 from alignlab.losses.objective import Features, Tokens
-from alignlab.losses.projector import irepa_projector, project_frames
+from alignlab.losses.projector import irepa_projector, project_frames, repa_projector
 from alignlab.losses.repa import repa_loss
 from random_tensors import draw, golden_pair
 
@@ -146,3 +146,36 @@ def test_defaults_are_the_released_ones() -> None:
     assert (config.weight, config.blocks, config.gamma) == (1.0, (7,), 0.6)
     with pytest.raises(ValueError, match="less than or equal to 1"):
         IRepaConfig(teacher="dino", gamma=1.1)
+
+
+def test_each_part_can_be_left_out_by_itself() -> None:
+    student, target_BTPD = Tokens(draw(2, 24, 6), GRID), draw(2, 3, 8, 5, seed=1)
+    teacher = {"dino": Features(target_BTPD, GRID)}
+    convolution = build(spatial_norm=False)
+    projector = convolution.projectors["block_0_teacher_0"]
+    projected_BND = project_frames(projector, student.tokens_BND, GRID)
+    plain = repa_loss(projected_BND, target_BTPD.flatten(1, 2))
+    torch.testing.assert_close(convolution({0: student}, teacher).loss_B, plain)
+    zscored = build(projector="mlp", projector_dim=16, gamma=0.8)
+    projector = zscored.projectors["block_0_teacher_0"]
+    like_repa = repa_projector(6, 5, 16, torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, projector.parameters(), like_repa.parameters()))
+    projected_BTPD = like_repa(student.tokens_BND).view(target_BTPD.shape)
+    expected = irepa_loss(projected_BTPD, target_BTPD, gamma=0.8)
+    torch.testing.assert_close(zscored({0: student}, teacher).loss_B, expected)
+    assert next(build(projector="mlp").projectors.parameters()).shape == (2048, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"projector": "mlp", "spatial_norm": False}, "is REPA; set name: repa"),
+        ({"projector_dim": 8}, "nothing reads it with projector: conv"),
+        ({"spatial_norm": False, "gamma": 0.7}, "nothing reads it without spatial_norm"),
+    ],
+)
+def test_what_is_not_read_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        IRepaConfig(teacher="dino", **settings)
+    again = IRepaConfig(teacher="dino", spatial_norm=False)
+    assert IRepaConfig.model_validate(again.model_dump()) == again  # as a run's own recipe is read
