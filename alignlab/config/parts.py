@@ -23,6 +23,7 @@ Seed = Annotated[int, Field(ge=0), at_most(*SEEDS)]
 Steps = Annotated[int, Field(ge=1), at_most(*STEPS)]
 Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a grid")]
 
+Init = Literal["trained", "random"]
 TextEncoderPlace = Literal["auto", "keep", "cpu"]
 
 MLFLOW_PLACES = ("sqlite", "none", "databricks")
@@ -50,6 +51,10 @@ class ModelConfig(Settings):
 
     path: str
     """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
+    init: Init = "trained"
+    """`trained`: the transformer starts with the weights of `path`. `random`: with diffusers'
+    initial weights in the architecture of `path`, whose own weights are not read; they depend on
+    `seed` alone, so that the variants of a comparison start from equal ones."""
     init_from: str | None = None
     """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`), whose last weights
     this one starts from, with the projectors of objectives that fit, as RefAlign's second stage
@@ -84,6 +89,19 @@ class ModelConfig(Settings):
         if isinstance(values, dict) and values.get("train") == "lora" and not values.get("lora"):
             return {**values, "lora": {}}
         return values
+
+    @model_validator(mode="after")
+    def _random_weights_are_trained(self) -> Self:
+        if self.init == "random" and self.train == "lora":
+            raise ValueError(
+                "init: random: train: lora leaves the transformer as it is, and random weights "
+                "know nothing; set train: full, or remove init"
+            )
+        if self.init == "random" and self.init_from is not None:
+            raise ValueError(
+                "init: random: init_from replaces the initial weights; remove one of the two"
+            )
+        return self
 
     @field_validator("lora")
     @classmethod

@@ -114,6 +114,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         precision=config.model.precision,
         device=ranks.device,
         seed=config.seed,
+        init=config.model.init,
         text_encoder=config.model.text_encoder,
         parks_vae=caches.values.keeps("video"),
         frozen=caches.frozen,
