@@ -149,11 +149,8 @@ def load_wan(
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     folder = checked_pipeline(path)
-    if init == "random":
-        transformer = _random_transformer(folder, seed)
-    else:
-        dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-        transformer = _load_transformer(folder, dtype)
+    dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
+    transformer = _drawn(folder, seed) if init == "random" else _load_transformer(folder, dtype)
     check_backend(
         attention,
         device,
@@ -168,12 +165,23 @@ def load_wan(
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
+    _prepare(transformer, lora, seed, attention, gradient_checkpointing)
+    return Wan(transformer.to(device).train(), frozen)
+
+
+def _prepare(
+    transformer: WanTransformer3DModel,
+    lora: LoraConfig | None,
+    seed: int,
+    attention: str,
+    gradient_checkpointing: bool,
+) -> None:
+    """See `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.set_attention_backend(attention)
-    return Wan(transformer.to(device).train(), frozen)
 
 
 def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -184,7 +192,7 @@ def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel
     return transformer
 
 
-def _random_transformer(folder: Path, seed: int) -> WanTransformer3DModel:
+def _drawn(folder: Path, seed: int) -> WanTransformer3DModel:
     """The folder's architecture with diffusers' initial weights, fp32.
 
     They are drawn on the CPU from `seed` alone, whatever else is drawn and whatever device trains

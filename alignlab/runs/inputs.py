@@ -16,6 +16,7 @@ from alignlab.runs.file_digests import combined, digest_files, digest_folder
 from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
+from alignlab.teachers import TEACHERS
 from alignlab.teachers.load import teacher_folder
 from alignlab.teachers.teacher import TEACHER_FILES
 
@@ -123,6 +124,8 @@ def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Inp
     path = teacher.path
     folder = teacher_folder(teacher.family, path) if fetch else present_folder(path)
     if folder is not None:
+        if TEACHERS[teacher.family].reads == "latents":  # its encoders have to be the model's
+            folder = folder / "transformer"
         yield Input(f"teachers.{alias}", path, digest_folder(folder, TEACHER_FILES))
 
 
