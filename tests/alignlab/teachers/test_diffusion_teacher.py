@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
+from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.dataset_cache.clip_keys import content_digest
 from alignlab.dataset_cache.key import CacheKey
 from alignlab.dataset_cache.survey import survey
@@ -165,6 +166,10 @@ def test_each_input_of_a_feature_is_in_its_key(
     with monkeypatch.context() as patch:
         patch.setattr(diffusion, "NOISE_SEED", 1)
         others["noise"] = key()
+    with monkeypatch.context() as patch:
+        patch.setattr(ShapesDataset, "caption", lambda dataset, index: "another caption")
+        others["text"] = key()
+        assert key(teacher=", caption: false") == others["caption"]
     digests = {name: one.digest for name, one in others.items()}
     assert plain.digest not in digests.values(), digests
     assert len(set(digests.values())) == len(digests)
