@@ -122,7 +122,8 @@ def auto_states() -> list[tuple[str, str]]:
 def model_states() -> dict[str, str]:
     """Wan models, and the models of teachers that recipes name by family alone: where they are."""
     teachers = {teacher.path: f"teacher {family}" for family, teacher in TEACHERS.items()}
-    kinds = dict.fromkeys(WAN_MODELS, "Wan") | teachers
+    wan = dict.fromkeys(WAN_MODELS, "Wan")
+    kinds = wan | {path: kind for path, kind in teachers.items() if path not in wan}
     return {f"{path} ({kind})": _where(path) for path, kind in kinds.items()}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from alignlab.errors import UserError
+from alignlab.progress import tell
 from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.out_paths import out_folder
 from alignlab.runs.run_folder import RunFolder
@@ -20,6 +21,7 @@ ZEROS = (
     "(model.absent_references: zero): inference has to append them (losses/README.md, refalign); "
     "a plain WanPipeline does not"
 )
+RANDOM = "this model was trained from random weights (model.init: random), not from {path}"
 
 
 def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
@@ -27,7 +29,8 @@ def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
 
     Full fine-tuning gives a diffusers pipeline folder, `WanPipeline.from_pretrained(out)`. LoRA
     gives the adapter, `pipeline.load_lora_weights(out)`. Of a run with
-    `model.absent_references: zero` a warning says what inference has to add.
+    `model.absent_references: zero` a warning says what inference has to add; of one with
+    `model.init: random` a line says that nothing of `model.path`'s transformer is in it.
 
     Args:
         run_dir: its folder.
@@ -47,8 +50,11 @@ def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
 
 def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
     wan = load_trained(run_dir, choice)
-    if RunFolder.open(run_dir).config().model.absent_references == "zero":
+    config = RunFolder.open(run_dir).config()
+    if config.model.absent_references == "zero":
         log.warning(ZEROS)
+    if config.model.init == "random":
+        tell(RANDOM.format(path=config.model.path))
     with whole_folder(out) as folder:
         if getattr(wan.transformer, "peft_config", None):
             save_lora(wan.transformer, folder)
@@ -56,7 +62,7 @@ def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
         shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=_base_weights(wan.folder))
         wan.transformer.save_pretrained(folder / "transformer")
         index = json.loads((folder / "model_index.json").read_text())
-        index["_name_or_path"] = RunFolder.open(run_dir).config().name
+        index["_name_or_path"] = config.name
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -6,6 +6,8 @@ restore.
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,3 +25,14 @@ def generator(seed: int, purpose: str, *address: int) -> torch.Generator:
     Always on the CPU, so that the same bits come out whatever device then uses them.
     """
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *address))
+
+
+@contextmanager
+def global_draws(seed: int, purpose: str) -> Iterator[None]:
+    """What libraries draw on the CPU within this comes from `(seed, purpose)` alone.
+
+    For modules that draw their own initial weights. Afterwards the global state is as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, purpose))
+        yield

@@ -23,6 +23,7 @@ Seed = Annotated[int, Field(ge=0), at_most(*SEEDS)]
 Steps = Annotated[int, Field(ge=1), at_most(*STEPS)]
 Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a grid")]
 
+Init = Literal["trained", "random"]
 TextEncoderPlace = Literal["auto", "keep", "cpu"]
 
 MLFLOW_PLACES = ("sqlite", "none", "databricks")
@@ -50,6 +51,10 @@ class ModelConfig(Settings):
 
     path: str
     """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
+    init: Init = "trained"
+    """`trained`: the transformer starts with the weights of `path`. `random`: with diffusers'
+    initial weights in the architecture of `path`, whose own weights are not read; they depend on
+    `seed` alone, so that the variants of a comparison start from equal ones."""
     init_from: str | None = None
     """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`), whose last weights
     this one starts from, with the projectors of objectives that fit, as RefAlign's second stage
@@ -85,6 +90,19 @@ class ModelConfig(Settings):
             return {**values, "lora": {}}
         return values
 
+    @model_validator(mode="after")
+    def _random_weights_are_trained(self) -> Self:
+        if self.init == "random" and self.train == "lora":
+            raise ValueError(
+                "init: random: train: lora leaves the transformer as it is, and random weights "
+                "know nothing; set train: full, or remove init"
+            )
+        if self.init == "random" and self.init_from is not None:
+            raise ValueError(
+                "init: random: init_from replaces the initial weights; remove one of the two"
+            )
+        return self
+
     @field_validator("lora")
     @classmethod
     def _lora_is_read(cls, value: LoraConfig | None, info: ValidationInfo) -> LoraConfig | None:
@@ -107,6 +125,18 @@ class TeacherConfig(Settings):
     grid: tuple[Patches, Patches] | None = None
     """Height and width, in patches, of the features of video frames; objectives match the grids.
     Left out: the student's. VideoREPA's code has [10, 15] against 30x45 tokens."""
+    noise_level: float | None = Field(default=None, ge=0, lt=1)
+    """Of a `diffusion` teacher: share of noise in the latents that it sees, 0 is clean. Left out:
+    0.1."""
+    caption: bool | None = None
+    """Of a `diffusion` teacher: whether it reads the clip's caption, or the empty one. Left out:
+    true."""
+    centred: bool | None = None
+    """Of a `diffusion` teacher: its features minus their mean over all tokens of the first 64 train
+    clips, most of which is one direction that all tokens share. Left out: true."""
+    shuffle: bool = False
+    """A negative control: objectives get the features of another train clip, at other places.
+    Nothing is measured against shuffled features."""
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +147,8 @@ class TeacherConfig(Settings):
             return values
         row = TEACHERS[values["family"]]
         given = {key: value for key, value in values.items() if value is not None}
-        return {"path": row.path, "feature": row.feature, **given}
+        of_latents = LATENTS_DEFAULTS if row.reads == "latents" else {}
+        return {"path": row.path, "feature": row.feature, **of_latents, **given}
 
     @field_validator("family")
     @classmethod
@@ -133,6 +164,27 @@ class TeacherConfig(Settings):
         if feature is not None and family is not None:
             parse_feature(family, feature)
         return feature
+
+    @model_validator(mode="after")
+    def _settings_are_read(self) -> Self:
+        for name in _unread_by_family(self.family):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: nothing reads it with family: {self.family}; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_read_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        unread = _unread_by_family(self.family)
+        return {key: value for key, value in handler(self).items() if key not in unread}
+
+
+LATENTS_DEFAULTS = {"noise_level": 0.1, "caption": True, "centred": True}
+"""Of teachers that read latents; those that were measured with the shipped model."""
+
+
+def _unread_by_family(family: str) -> frozenset[str]:
+    # a diffusion transformer's features are on its own token grid
+    return frozenset({"grid"} if TEACHERS[family].reads == "latents" else LATENTS_DEFAULTS)
 
 
 class FlowConfig(Settings):
@@ -265,7 +317,8 @@ class EvalConfig(Settings):
     """Blocks whose tokens are measured. Left out: those that objectives align; in a comparison,
     those that any variant aligns."""
     teacher: str | None = None
-    """Alias of the teacher that tokens are measured against. Left out: the recipe's first."""
+    """Alias of the teacher that tokens are measured against. Left out: the recipe's first
+    that reads frames."""
     sample_clips: int = Field(default=2, ge=0)
     """Val clips for which a video is generated and kept; 0 keeps none."""
     generated_clips: int | None = Field(default=None, ge=0)

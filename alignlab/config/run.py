@@ -90,6 +90,11 @@ class RunConfig(TrainingConfig):
         alias = self.eval.teacher
         if alias is not None and alias not in self.teachers:
             raise ValueError(f"eval.teacher: {unknown_name('teacher', alias, self.teachers)}")
+        if alias is not None and TEACHERS[self.teachers[alias].family].reads == "latents":
+            raise ValueError(
+                f"eval.teacher: {alias} reads latents, and nothing is measured against it; name a "
+                "teacher that reads frames"
+            )
         return self
 
     @model_validator(mode="after")
@@ -104,11 +109,13 @@ class RunConfig(TrainingConfig):
 
     @property
     def measured_against(self) -> str | None:
-        """Alias of the teacher that tokens are measured against: `eval.teacher`, or else the first.
+        """Alias of the teacher that tokens are measured against: `eval.teacher`, or else the first
+        that reads frames.
 
-        None where the recipe has no teacher.
+        None where the recipe has none.
         """
-        return self.eval.teacher or next(iter(self.teachers), None)
+        encoders = (a for a, row in self.teachers.items() if TEACHERS[row.family].reads == "frames")
+        return self.eval.teacher or next(encoders, None)
 
     @model_validator(mode="after")
     def _enough_clips(self) -> Self:
@@ -164,7 +171,8 @@ def check_video_frames(teachers: Mapping[str, TeacherConfig], frames: int) -> No
     Raises:
         ValueError: one line.
     """
-    video = [alias for alias, teacher in teachers.items() if TEACHERS[teacher.family].video]
+    rows = {alias: TEACHERS[teacher.family] for alias, teacher in teachers.items()}
+    video = [alias for alias, row in rows.items() if row.video and row.reads == "frames"]
     if video and frames < MIN_VIDEO_FRAMES:
         raise ValueError(
             f"teachers.{min(video)}: a video teacher needs data.frames of {MIN_VIDEO_FRAMES} "

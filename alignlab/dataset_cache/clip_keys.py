@@ -18,7 +18,7 @@ VERSIONS: dict[Kind, int] = {"text": 1, "video": 1, "reference": 1, "teacher": 1
 older code are then not read any more."""
 
 
-ENVIRONMENT = ("libraries", "device", "threads", "build")
+ENVIRONMENT = ("libraries", "device", "threads", "build", "encoders")
 """Parts of a model that say where it ran, and not what it made a value of."""
 
 DECODERS = ("decoders", "numpy")

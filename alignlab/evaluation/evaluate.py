@@ -180,6 +180,8 @@ def denoise(run: Run, branch: ReferenceBranch, batch: Batch, *, capture: bool) -
 def teacher_of(run: Run, alias: str) -> Teacher:
     """A teacher of the recipe: the one that the run aligns with, or else loaded now."""
     if alias in run.alignment.teachers:
-        return run.alignment.teachers[alias]
+        teacher = run.alignment.teachers[alias]
+        assert isinstance(teacher, Teacher)  # `RunConfig`: nothing is measured against others
+        return teacher
     is_kept = run.caches.values.keeps("teacher")
     return teacher_from(run.config.teachers[alias], device=run.device, load=not is_kept)

@@ -22,7 +22,7 @@ from alignlab.runs.checkpoint_folders import step_of, step_path
 from alignlab.runs.input_record import tell_changes
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder, in_its_output
-from alignlab.teachers import Teacher
+from alignlab.teachers import TEACHERS, Teacher
 from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run, build_run
@@ -209,9 +209,11 @@ def _video_cells(videos: VideoCollector, model: str, sigma: float) -> list[Cell]
 def _teacher_alias(config: RunConfig, alias: str | None) -> str:
     alias = alias or config.measured_against
     if alias is None:
-        raise UserError("teachers: the run's recipe has none to compare the tokens with")
+        raise UserError("teachers: the run's recipe has no encoder to compare the tokens with")
     if alias not in config.teachers:
         raise UserError(f"--teacher: {unknown_name('teacher', alias, config.teachers)}")
+    if TEACHERS[config.teachers[alias].family].reads == "latents":
+        raise UserError(f"--teacher: {alias} reads latents; a probe takes one that reads frames")
     return alias
 
 

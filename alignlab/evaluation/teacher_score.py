@@ -19,9 +19,9 @@ from alignlab.losses.grids import FOREGROUND, covered_share
 from alignlab.losses.objective import Features, Grid
 from alignlab.metrics import iicr
 from alignlab.metrics.spatial import spatial_structure
-from alignlab.progress import step_progress
+from alignlab.progress import step_progress, tell
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.teachers import teacher_from
+from alignlab.teachers import TEACHERS, teacher_from
 
 NEIGHBOURS = (8, 10, 12, 15)  # of Align4Gen's published curve
 
@@ -55,7 +55,7 @@ class TeacherScore:
 def score_teachers(
     config: RunConfig, *, clips: int | None = None, size: tuple[int, int] | None = None
 ) -> list[TeacherScore]:
-    """Scores every teacher of a recipe on its first val clips.
+    """Scores every teacher of a recipe that reads frames on its first val clips.
 
     Args:
         config: `teachers` and `data` are read.
@@ -68,7 +68,15 @@ def score_teachers(
         UserError: the recipe has no teachers or one that cannot be used, or there are fewer than
             two clips.
     """
-    if not config.teachers:
+    encoders = {
+        alias: teacher
+        for alias, teacher in config.teachers.items()
+        if TEACHERS[teacher.family].reads == "frames"
+    }
+    left_out = [alias for alias in config.teachers if alias not in encoders]
+    if left_out:
+        tell(f"not scored, since they read latents: {', '.join(left_out)}")
+    if not encoders:
         raise UserError("teachers: the recipe has none to score")
     dataset = build_dataset(config.data, "val", memory=user_path(config.output))
     samples = [dataset[i] for i in range(min(clips or config.eval.clips, len(dataset)))]
@@ -76,9 +84,9 @@ def score_teachers(
         raise UserError("teachers are scored on two clips or more, and there is one")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores: list[TeacherScore] = []
-    total = len(config.teachers) * len(samples)
+    total = len(encoders) * len(samples)
     with step_progress("score", total=total) as advance:
-        for alias, teacher_config in config.teachers.items():
+        for alias, teacher_config in encoders.items():
             teacher = teacher_from(teacher_config, device=device)
             height, width = (side // teacher.patch_size for side in config.data.size)
             grid_HW = size or teacher.grid or (height, width)

@@ -9,7 +9,7 @@ from torch import nn
 from alignlab.config.data import unknown_name
 from alignlab.config.parts import LoraConfig
 from alignlab.errors import UserError
-from alignlab.randomness import derive_seed
+from alignlab.randomness import global_draws
 
 
 def add_lora(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int) -> None:
@@ -27,8 +27,7 @@ def add_lora(transformer: WanTransformer3DModel, lora: LoraConfig, *, seed: int)
             # blocks.0.attn1.to_out.0 -> to_out.0
             short = sorted({n.split(".", 3)[-1] for n in layers if n.startswith("blocks.0.")})
             raise UserError(f"model.lora.targets: {unknown_name('linear layer', target, short)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, "lora"))
+    with global_draws(seed, "lora"):
         transformer.add_adapter(
             peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets))
         )

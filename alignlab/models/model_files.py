@@ -145,6 +145,27 @@ def load_pretrained(
         ) from error
 
 
+def construct(model_class: Any, folder: Path, *, setting: str) -> Any:
+    """A diffusers model of a folder's config.json, with the weights that its class draws.
+
+    Args:
+        model_class: of diffusers.
+        folder: of the model or of one part of a pipeline; its weights are not read.
+        setting: the recipe key that it came from, for messages.
+
+    Raises:
+        UserError: the settings are damaged, or fit the class not.
+    """
+    settings = read_object(folder / "config.json", setting=setting)
+    try:
+        with _quiet_loading():
+            return model_class.from_config(settings)
+    except _LOAD_ERRORS as error:
+        raise UserError(
+            f"{setting}: cannot build {folder}: {first_line(error) or type(error).__name__}"
+        ) from error
+
+
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
     """Silences both libraries' tables and messages, of weights and of files that are missing."""

@@ -61,8 +61,17 @@ def check_late_load(folder: Path, part: str, known: Mapping[str, Part] | None) -
         check_unchanged(folder / part, part_endings(part), known[part])
 
 
-def load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
+def load_part(
+    model_class: Any, folder: Path, part: str, *, setting: str = "model.path", **dtype: Any
+) -> Any:
     """Loads one model and insists that no weight was left at its random initial value.
+
+    Args:
+        model_class: of diffusers or transformers.
+        folder: of the pipeline.
+        part: of it.
+        setting: the recipe key that it came from, for messages.
+        dtype: of the weights, as the class calls it.
 
     Raises:
         UserError: its files cannot be used.
@@ -70,7 +79,7 @@ def load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
     model, info = load_pretrained(
         model_class,
         folder / part,
-        setting="model.path",
+        setting=setting,
         use_safetensors=True,
         output_loading_info=True,
         **dtype,
@@ -78,21 +87,23 @@ def load_part(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"model.path: {folder / part} lacks {len(missing)} weights, e.g. {missing[0]}"
+            f"{setting}: {folder / part} lacks {len(missing)} weights, e.g. {missing[0]}"
         )
     return model
 
 
-def load_frozen(model_class: Any, folder: Path, part: str, **dtype: Any) -> Any:
+def load_frozen(
+    model_class: Any, folder: Path, part: str, *, setting: str = "model.path", **dtype: Any
+) -> Any:
     """`load_part` of one that is not trained; its weights are checked."""
-    model = load_part(model_class, folder, part, **dtype)
-    check_part(folder, part, model)
+    model = load_part(model_class, folder, part, setting=setting, **dtype)
+    check_part(folder, part, model, setting=setting)
     return model.requires_grad_(False).eval()
 
 
-def check_part(folder: Path, part: str, model: nn.Module) -> None:
+def check_part(folder: Path, part: str, model: nn.Module, *, setting: str = "model.path") -> None:
     """Refuses a part, or a half of the autoencoder, with weights not finite or all zero."""
-    where = f"model.path: {folder / part}"
+    where = f"{setting}: {folder / part}"
     check_weights(where, model.named_parameters())
     for half, child in model.named_children():
         if half in ("encoder", "decoder"):

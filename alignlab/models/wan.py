@@ -15,13 +15,18 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from alignlab.config.parts import LoraConfig, TextEncoderPlace
+from alignlab.config.parts import Init, LoraConfig, TextEncoderPlace
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.lora import add_lora
-from alignlab.models.model_files import check_model_files, local_folder, read_object
+from alignlab.models.model_files import (
+    check_model_files,
+    construct,
+    local_folder,
+    read_object,
+)
 from alignlab.models.pipeline_parts import (
     COMPONENTS,
     PART_FILES,
@@ -30,6 +35,7 @@ from alignlab.models.pipeline_parts import (
     load_part,
 )
 from alignlab.models.text_encoder import TextEncoder
+from alignlab.randomness import global_draws
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ def load_wan(
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     seed: int = 0,
+    init: Init = "trained",
     text_encoder: TextEncoderPlace = "auto",
     parks_vae: bool = False,
     frozen: FrozenParts | None = None,
@@ -130,7 +137,8 @@ def load_wan(
         gradient_checkpointing: recompute each block in the backward pass.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
-        seed: of the adapter's initial weights.
+        seed: of the adapter's initial weights, and of random ones.
+        init: `random` reads the transformer's config.json alone and draws its weights.
         text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
@@ -142,7 +150,7 @@ def load_wan(
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     folder = checked_pipeline(path)
     dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-    transformer = _load_transformer(folder, dtype)
+    transformer = _drawn(folder, seed) if init == "random" else _load_transformer(folder, dtype)
     check_backend(
         attention,
         device,
@@ -157,12 +165,23 @@ def load_wan(
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
+    _prepare(transformer, lora, seed, attention, gradient_checkpointing)
+    return Wan(transformer.to(device).train(), frozen)
+
+
+def _prepare(
+    transformer: WanTransformer3DModel,
+    lora: LoraConfig | None,
+    seed: int,
+    attention: str,
+    gradient_checkpointing: bool,
+) -> None:
+    """See `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     transformer.set_attention_backend(attention)
-    return Wan(transformer.to(device).train(), frozen)
 
 
 def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
@@ -170,6 +189,19 @@ def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel
         WanTransformer3DModel, folder, "transformer", torch_dtype=dtype
     )
     check_part(folder, "transformer", transformer)
+    return transformer
+
+
+def _drawn(folder: Path, seed: int) -> WanTransformer3DModel:
+    """The folder's architecture with diffusers' initial weights, fp32.
+
+    They are drawn on the CPU from `seed` alone, whatever else is drawn and whatever device trains
+    them: the variants of a comparison start from equal ones, and so do the ranks of a run.
+    """
+    with global_draws(seed, "transformer"):
+        transformer: WanTransformer3DModel = construct(
+            WanTransformer3DModel, folder / "transformer", setting="model.path"
+        )
     return transformer
 
 

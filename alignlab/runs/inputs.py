@@ -1,7 +1,8 @@
 """What a training reads besides its recipe: models, teachers, Stage 1 networks, clips."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.run import RunConfig
@@ -15,6 +16,7 @@ from alignlab.runs.file_digests import combined, digest_files, digest_folder
 from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
+from alignlab.teachers import TEACHERS
 from alignlab.teachers.load import teacher_folder
 from alignlab.teachers.teacher import TEACHER_FILES
 
@@ -61,7 +63,7 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
     """
     inputs: list[Input] = []
     if isinstance(config, RunConfig):
-        inputs += _model(config.model.path, MODEL_PARTS, fetch=fetch)
+        inputs += _run_model(config, fetch=fetch)
         for alias in used_teachers(config):
             inputs += _teacher(alias, config.teachers[alias], fetch=fetch)
         inputs += _stage1(config)
@@ -78,7 +80,7 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
 
 def model_inputs(config: RunConfig) -> list[Input]:
     """Of `read_inputs` those of the model, as far as they are on this machine."""
-    return list(_model(config.model.path, MODEL_PARTS, fetch=False))
+    return list(_run_model(config, fetch=False))
 
 
 def used_teachers(config: RunConfig) -> list[str]:
@@ -87,13 +89,34 @@ def used_teachers(config: RunConfig) -> list[str]:
     return [alias for alias in config.teachers if alias in used | {config.measured_against}]
 
 
-def _model(path: str, parts: tuple[str, ...], *, fetch: bool) -> Iterator[Input]:
+def _run_model(config: RunConfig, *, fetch: bool) -> Iterator[Input]:
+    # random weights take the transformer's settings alone
+    endings = {"transformer": ("json",)} if config.model.init == "random" else {}
+    return _model(config.model.path, MODEL_PARTS, fetch=fetch, endings=endings)
+
+
+def _model(
+    path: str,
+    parts: tuple[str, ...],
+    *,
+    fetch: bool,
+    endings: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> Iterator[Input]:
+    """The parts of a pipeline.
+
+    Args:
+        path: as the recipe names it.
+        parts: that are read.
+        fetch: see `read_inputs`.
+        endings: of the files of a part, where fewer are read than `part_endings` has.
+    """
     fetched = COMPONENTS if parts == MODEL_PARTS else TEXT_PARTS
     folder = pipeline_folder(path, fetched) if fetch else present_folder(path)
     if folder is None:
         return
     for part in parts:
-        yield Input(f"model/{part}", path, digest_folder(folder / part, part_endings(part)))
+        read = endings.get(part) or part_endings(part)
+        yield Input(f"model/{part}", path, digest_folder(folder / part, read))
 
 
 def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Input]:
@@ -101,6 +124,8 @@ def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Inp
     path = teacher.path
     folder = teacher_folder(teacher.family, path) if fetch else present_folder(path)
     if folder is not None:
+        if TEACHERS[teacher.family].reads == "latents":  # its encoders have to be the model's
+            folder = folder / "transformer"
         yield Input(f"teachers.{alias}", path, digest_folder(folder, TEACHER_FILES))
 
 

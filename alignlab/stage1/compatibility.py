@@ -16,7 +16,7 @@ from alignlab.progress import warn_once
 from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.run_folder import RunFolder
-from alignlab.teachers import Teacher
+from alignlab.teachers import DiffusionTeacher, Teacher
 
 
 class NamedFolder(NamedTuple):
@@ -27,7 +27,9 @@ class NamedFolder(NamedTuple):
     kind: Kind
 
 
-def check_stage1(config: RunConfig, alias: str, grid: Grid, teacher: Teacher) -> None:
+def check_stage1(
+    config: RunConfig, alias: str, grid: Grid, teacher: Teacher | DiffusionTeacher
+) -> None:
     """Refuses a Stage 1 network that was trained on other tokens than the objective will give it.
 
     An objective that names no Stage 1 folder passes.
@@ -146,7 +148,7 @@ def _digest_now(named: NamedFolder, objective: ObjectiveConfig) -> str:
 
 
 def _differences(
-    config: RunConfig, alias: str, info: Stage1Info, grid: Grid, teacher: Teacher
+    config: RunConfig, alias: str, info: Stage1Info, grid: Grid, teacher: Teacher | DiffusionTeacher
 ) -> Iterator[str]:
     here, there = config.teachers[config.objectives[alias].teachers[0]], info.teacher
     if here.family != there.family:

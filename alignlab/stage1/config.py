@@ -12,6 +12,7 @@ from alignlab.config.run import check_video_frames
 from alignlab.data.registry import DataConfig
 from alignlab.stage1.registry import STAGE1_TASKS
 from alignlab.stage1.task import Stage1Settings
+from alignlab.teachers import TEACHERS
 
 if TYPE_CHECKING:
     AnyStage1 = Stage1Settings
@@ -52,8 +53,15 @@ class Stage1Config(TrainingConfig):
     def _one_teacher(self) -> Self:
         if len(self.teachers) != 1:
             raise ValueError(f"teachers: Stage 1 reads one teacher, got {len(self.teachers)}")
-        for alias in self.teachers:
+        for alias, teacher in self.teachers.items():
             check_alias(alias)
+            if TEACHERS[teacher.family].reads == "latents":
+                raise ValueError(
+                    f"teachers.{alias}: Stage 1 reads features of frames, and {teacher.family} "
+                    "reads latents; name another family"
+                )
+            if teacher.shuffle:
+                raise ValueError(f"teachers.{alias}.shuffle: Stage 1 shuffles nothing; remove it")
         return self
 
     @model_validator(mode="after")

@@ -18,12 +18,17 @@ from alignlab.models.model_files import (
 from alignlab.models.weight_check import check_weights
 from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
+from alignlab.teachers.diffusion import DiffusionTeacher, diffusion_folder
 from alignlab.teachers.preprocessing import read_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import TEACHER_FILES, LaterModel, Teacher
 
-if TYPE_CHECKING:  # it reads the table of families, so that the import is one way
+if TYPE_CHECKING:
+    from alignlab.config.data import ClipsConfig
+
+    # it reads the table of families, so that the import is one way
     from alignlab.config.parts import TeacherConfig
+    from alignlab.models.frozen_parts import FrozenParts
 
 
 def teacher_from(
@@ -33,7 +38,7 @@ def teacher_from(
     load: bool = True,
     is_parked: bool = True,
 ) -> Teacher:
-    """The teacher that a recipe's `teachers.<alias>` says; see `load_teacher`."""
+    """The encoder that a recipe's `teachers.<alias>` says; see `load_teacher`."""
     return load_teacher(
         config.family,
         path=config.path,
@@ -42,6 +47,36 @@ def teacher_from(
         device=device,
         load=load,
         is_parked=is_parked,
+    )
+
+
+def teacher_of_clips(
+    config: "TeacherConfig",
+    clip: "ClipsConfig",
+    encoders: "FrozenParts | None",
+    *,
+    device: torch.device,
+    load: bool,
+    is_parked: bool = True,
+) -> Teacher | DiffusionTeacher:
+    """The teacher that a recipe's `teachers.<alias>` says, of either kind.
+
+    Args:
+        config: the teacher's.
+        clip: frames and size of the clips that it sees.
+        encoders: the student's, whose latents and texts a diffusion teacher reads.
+        device: where it runs.
+        load: see `load_teacher`.
+        is_parked: likewise.
+
+    Raises:
+        UserError: it cannot be used, or not with these clips and encoders.
+    """
+    if teacher_rows()[config.family].reads == "frames":
+        return teacher_from(config, device=device, load=load, is_parked=is_parked)
+    assert encoders is not None  # of every run
+    return DiffusionTeacher(
+        config, encoders=encoders, clip=clip, device=device, load=load, is_parked=is_parked
     )
 
 
@@ -79,6 +114,8 @@ def load_teacher(
     if family not in rows:
         raise UserError(f"teachers: {unknown_name('family', family, rows)}")
     row = rows[family]
+    if row.reads == "latents":
+        raise UserError(f"teachers: {family} reads latents of a run, and no frames by themselves")
     folder = teacher_folder(family, path or row.path)
     model_type = _model_type(folder, family)
     preprocessing, warning = read_preprocessing(folder, row)
@@ -138,6 +175,8 @@ def teacher_folder(family: str, path: str) -> Path:
     Raises:
         UserError: the folder or the hub id cannot be used.
     """
+    if teacher_rows()[family].reads == "latents":
+        return diffusion_folder(family, path)
     return local_folder(
         path,
         setting=f"teachers ({family}) path",

@@ -17,6 +17,7 @@ GROUP = "alignlab.teachers"
 Triple = tuple[float, float, float]
 Positions = Literal["model", "table", "rope"]
 Resize = Literal["bicubic", "bilinear"]
+Reads = Literal["frames", "latents"]
 
 FEATURES = ("pre_norm", "post_norm", "layer:k", "stage:k")
 
@@ -45,6 +46,9 @@ class TeacherRow:
         part: where the model that is run lies in a larger one: attributes of the larger config.
         part_prefix: what the names of its weights then begin with, a regular expression.
         unread: weights that the features do not depend on and that may be missing, likewise.
+        reads: `frames`: a vision encoder (`Teacher`). `latents`: a diffusion transformer
+            (`alignlab.teachers.diffusion`) of a pipeline folder, of which `classes` has the
+            diffusers class; nothing else of the row but `path`, `feature` and `video` is read.
     """
 
     classes: dict[str, str]
@@ -62,6 +66,7 @@ class TeacherRow:
     part: tuple[str, ...] = ()
     part_prefix: str = ""
     unread: str = r"mask_token$"
+    reads: Reads = "frames"
 
 
 _DINOV2 = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
@@ -121,6 +126,17 @@ BUILT_IN: dict[str, TeacherRow] = {
         unread=r"^predictor\.",
     ),
     "tiny-dino": TeacherRow(_DINOV2, path="assets/tiny-dino", feature="post_norm"),
+    # The positive control: what a trained diffusion transformer itself has learned. Block and model
+    # are those that were measured here; any Wan folder does.
+    "diffusion": TeacherRow(
+        {"WanTransformer3DModel": "WanTransformer3DModel"},
+        path="assets/tiny-wan",
+        feature="layer:4",
+        features=("layer:k",),
+        class_tokens=0,
+        video=True,
+        reads="latents",
+    ),
 }
 
 TEACHERS: dict[str, TeacherRow]
@@ -154,6 +170,7 @@ def _problem(thing: TeacherRow) -> str | None:
     for name, value, valid in (
         ("resize", thing.resize, get_args(Resize)),
         ("positions", thing.positions, get_args(Positions)),
+        ("reads", thing.reads, get_args(Reads)),
     ):
         if value not in valid:
             return f"has {name} {value!r}: choose from {', '.join(valid)}"

@@ -22,18 +22,20 @@ from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
 from alignlab.losses.objective import Features, Grid, Need, Objective, Terms
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
+from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.taps import BlockTokens, Kind
 from alignlab.models.weight_check import check_weights
 from alignlab.progress import tell_once
 from alignlab.randomness import derive_seed
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.stage1.compatibility import check_stage1
-from alignlab.teachers import Teacher, image_families, teacher_from
+from alignlab.teachers import DiffusionTeacher, Teacher, image_families, teacher_of_clips
 from alignlab.training.aligned_samples import trained_samples, trains
 from alignlab.training.batch_context import BatchContext
 from alignlab.training.batches import Batch
 from alignlab.training.encoded import FeatureRead, TokenKind
 from alignlab.training.nonfinite import FEATURES
+from alignlab.training.shuffle import check_shuffled
 from alignlab.training.step_terms import SampleTerms
 
 SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
@@ -72,13 +74,20 @@ class Alignment(nn.Module):
         student_dim: width of the transformer's hidden tokens.
         grid: (T, H, W) of the video tokens.
         device: where projectors and teachers go.
+        encoders: the run's, whose latents and texts diffusion teachers read; None: there are none.
 
     Raises:
         UserError: a teacher or a Stage 1 network cannot be used.
     """
 
     def __init__(
-        self, config: RunConfig, *, student_dim: int, grid: Grid, device: torch.device
+        self,
+        config: RunConfig,
+        *,
+        student_dim: int,
+        grid: Grid,
+        device: torch.device,
+        encoders: FrozenParts | None = None,
     ) -> None:
         super().__init__()
         self.plan = SchedulePlan.of(config)
@@ -86,11 +95,14 @@ class Alignment(nn.Module):
         self._grid_HW = grid[1:]
         is_cached = config.data.cache.mode != "off" and config.data.cache.teachers
         used = {name for o in config.objectives.values() for name in o.teachers}
-        self.teachers: dict[str, Teacher] = {
-            alias: teacher_from(teacher, device=device, load=not is_cached)
+        self.teachers: dict[str, Teacher | DiffusionTeacher] = {
+            alias: teacher_of_clips(
+                teacher, config.data, encoders, device=device, load=not is_cached
+            )
             for alias, teacher in config.teachers.items()
             if alias in used
         }
+        self.shuffled = {alias for alias in self.teachers if config.teachers[alias].shuffle}
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
         self.objectives: dict[str, Objective] = {}
         for alias, objective in config.objectives.items():
@@ -137,7 +149,7 @@ class Alignment(nn.Module):
 
         Raises:
             UserError: an objective needs entity masks, and a clip has none; or it reads reference
-                tokens, and no clip has a reference.
+                tokens, and no clip has a reference; or one clip alone has features to shuffle.
         """
         key = clips.without_masks()
         for alias, objective in self.objectives.items():
@@ -153,6 +165,8 @@ class Alignment(nn.Module):
                     f"objectives.{alias}: needs entity masks, and {key} has none; add `masks` and "
                     "`entities` to the data set's metadata (docs/data.md)"
                 )
+            for name in self.shuffled.intersection(objective.config.teachers):
+                check_shuffled(name, clips, references=objective.tokens == "reference")
 
     def check_teachers(self, config: RunConfig, grid: Grid, values: EncodedValues) -> None:
         """Refuses teachers whose features say nothing, by those of two different clips of noise.
@@ -204,7 +218,8 @@ class Alignment(nn.Module):
             for name in objective.config.teachers if factors.get(alias, 1.0) else ():
                 teacher, kind = self.teachers[name], objective.tokens
                 own_HW = teacher.grid if kind == "video" else None
-                found[FeatureRead(teacher, kind, own_HW or self._grid_HW)] = None
+                read = FeatureRead(teacher, kind, own_HW or self._grid_HW, name in self.shuffled)
+                found[read] = None
         return list(found)
 
     def needs(self, step: int) -> frozenset[Need]:
@@ -234,7 +249,9 @@ class Alignment(nn.Module):
             grid = taps[config.blocks[0]].of(kind).grid
             for name in config.teachers:
                 if (name, kind) not in features:
-                    features[name, kind] = teacher_features(self.teachers[name], batch, kind, grid)
+                    features[name, kind] = teacher_features(
+                        self.teachers[name], batch, kind, grid, is_shuffled=name in self.shuffled
+                    )
             student = {b: taps[b].of(kind) for b in config.blocks}
             if kind == "reference":
                 student = {
@@ -295,8 +312,11 @@ def check_noise(where: str, read: FeatureRead, data: DataConfig, values: Encoded
     frames = data.frames if read.teacher.is_video else 1
 
     def make() -> dict[str, Tensor]:
-        clips_BTHWC = noise_clips(frames, data.size)
-        tokens_BTPD = read.teacher.encode(clips_BTHWC, read.grid_HW).tokens_BTPD
+        if isinstance(read.teacher, DiffusionTeacher):
+            features = read.teacher.encode(*noise_latents(read.teacher))
+        else:
+            features = read.teacher.encode(noise_clips(frames, data.size), read.grid_HW)
+        tokens_BTPD = features.tokens_BTPD
         check_features(where, tokens_BTPD)
         return {"tokens_BTPD": tokens_BTPD}
 
@@ -328,6 +348,13 @@ def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:
         for low in (0, 128)
     )
     return torch.stack([dark, bright])
+
+
+def noise_latents(teacher: DiffusionTeacher) -> tuple[Tensor, Tensor]:
+    """Two latents of noise, (2, C, T, H, W), and texts of one token of zeros, (2, 1, D)."""
+    generator = torch.Generator().manual_seed(0)
+    latents_BCTHW = torch.randn(2, *teacher.latent_shape, generator=generator)
+    return latents_BCTHW, torch.zeros(2, 1, teacher.text_dim)
 
 
 def check_features(where: str, tokens_BTPD: Tensor) -> None:
@@ -365,18 +392,32 @@ def _depths(blocks: tuple[int, ...]) -> str:
     return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
 
 
-def teacher_features(teacher: Teacher, batch: Batch, kind: TokenKind, grid: Grid) -> Features:
+def teacher_features(
+    teacher: Teacher | DiffusionTeacher,
+    batch: Batch,
+    kind: TokenKind,
+    grid: Grid,
+    *,
+    is_shuffled: bool = False,
+) -> Features:
     """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
 
     The teacher's patch grid is the student's, unless it has its own for video; along time it sees
     every pixel frame. Each clip is encoded by itself (`Encoded.features`), or read from the dataset
     cache; references are padded with zeros to `(B, K, P, D)`.
 
+    Args:
+        teacher: of either kind.
+        batch: the clips.
+        kind: of tokens.
+        grid: (T, H, W) of the student's tokens.
+        is_shuffled: take other clips' features (`alignlab.training.shuffle`).
+
     Raises:
         UserError: reference images for a video teacher.
     """
     if kind == "video":
-        read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
+        read = FeatureRead(teacher, "video", teacher.grid or grid[1:], is_shuffled)
         tokens_BTPD = torch.stack([rows for rows in batch.features(read) if rows is not None])
         return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW))
     if teacher.is_video:
@@ -386,7 +427,8 @@ def teacher_features(teacher: Teacher, batch: Batch, kind: TokenKind, grid: Grid
         )
     shape = (len(batch.clips), grid[0], grid[1] * grid[2], teacher.dim)
     padded = torch.zeros(shape, device=batch.sigma_B.device)
-    for row, rows in enumerate(batch.features(FeatureRead(teacher, "reference", grid[1:]))):
+    read = FeatureRead(teacher, "reference", grid[1:], is_shuffled)
+    for row, rows in enumerate(batch.features(read)):
         if rows is not None:
             padded[row, : len(rows)] = rows
     return Features(padded, grid)

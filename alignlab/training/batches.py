@@ -21,6 +21,7 @@ from alignlab.dataset_cache.key import CacheKey
 from alignlab.kernels.host_copy import to_device
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
+from alignlab.training.centring import centre_clips, centre_key, kept_centre
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key
 from alignlab.training.flow_matching import draw_sigma
@@ -151,6 +152,7 @@ class ClipEncoder:
         self._dataset = dataset
         self._values = values
         self._memory = memory
+        self._centres: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -170,6 +172,7 @@ class ClipEncoder:
             references_KCHW,
             shows_reference,
             self._values,
+            clips=self,
         )
         self._memory.put(index, encoded)
         return encoded
@@ -209,6 +212,21 @@ class ClipEncoder:
             keys.append(reference_key(pixels.origin, self._frozen.vae_parts))
         keys += [feature_key(r, pixels) for r in reads if r.kind == "video" or pixels.names]
         return keys
+
+    def centre_of(self, read: FeatureRead) -> Tensor:
+        """Mean of a diffusion teacher's features over the first clips, (D,) on the CPU.
+
+        Made, or read from the dataset cache, when it is first asked for.
+        """
+        name = read.teacher.identity
+        if name not in self._centres:
+            clips = centre_clips(self._dataset)
+            self._centres[name] = kept_centre(self._values, read, clips, self.__getitem__)
+        return self._centres[name]
+
+    def centre_key(self, read: FeatureRead) -> CacheKey:
+        """Names it in the dataset cache."""
+        return centre_key(read, centre_clips(self._dataset))
 
     @property
     def keeps_features(self) -> bool:

@@ -19,7 +19,7 @@ from alignlab.losses.objective import Grid
 from alignlab.models.model_files import read_object
 from alignlab.models.wan import checked_pipeline, frozen_parts
 from alignlab.sampling import negative_text
-from alignlab.teachers import Teacher, teacher_from
+from alignlab.teachers import DiffusionTeacher, Teacher, teacher_of_clips
 from alignlab.training.alignment import check_noise, noise_key
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.clip_memory import ClipMemory
@@ -139,7 +139,7 @@ class RunCacheBuilder(CacheBuilder):
             for name, split in zip(("train", "val"), splits, strict=True)
         }
         self._device = device
-        self._teachers: dict[str, Teacher] = {}
+        self._teachers: dict[str, Teacher | DiffusionTeacher] = {}
         self._reads = {"train": self._aligned(), "val": self._measured()}
 
     def counts(self) -> dict[str, int]:
@@ -154,7 +154,8 @@ class RunCacheBuilder(CacheBuilder):
 
     def rest_keys(self) -> list[CacheKey]:
         texts = [text_key(text, self._frozen.text.parts) for text in self._prompts()]
-        return texts + [noise_key(read, self._runs[0].data) for _, read in self._noise_reads()]
+        noise = [noise_key(read, self._runs[0].data) for _, read in self._noise_reads()]
+        return texts + noise + [self._splits["train"].centre_key(r) for r in self._centred()]
 
     def make(self, clip: Clip) -> None:
         encoded = self._splits[clip.split][clip.place]
@@ -163,11 +164,21 @@ class RunCacheBuilder(CacheBuilder):
                 encoded.features(read)
 
     def make_rest(self) -> None:
-        """Prompts that stand for none, and features of noise."""
+        """Prompts that stand for none, features of noise, and what features are centred by."""
         for prompt, where in self._prompts().items():
             self._splits["train"].text(prompt, where=where)
         for where, read in self._noise_reads():
             check_noise(where, read, self._runs[0].data, self.values)
+        for read in self._centred():
+            self._splits["train"].centre_of(read)
+
+    def _centred(self) -> list[FeatureRead]:
+        """Diffusion teachers whose features are read centred."""
+        return [
+            read
+            for read in self._reads["train"]
+            if isinstance(read.teacher, DiffusionTeacher) and read.teacher.is_centred
+        ]
 
     def _prompts(self) -> dict[str, str]:
         """Texts of no clip, each with what has it."""
@@ -207,10 +218,15 @@ class RunCacheBuilder(CacheBuilder):
         own_HW = teacher.grid if kind == "video" else None
         return FeatureRead(self._teacher(teacher), kind, own_HW or self._grid[1:])
 
-    def _teacher(self, config: TeacherConfig) -> Teacher:
-        name = config.model_dump_json()
+    def _teacher(self, config: TeacherConfig) -> Teacher | DiffusionTeacher:
+        name = config.model_dump_json(exclude={"shuffle"})  # entries are as they are
         if name not in self._teachers:
-            self._teachers[name] = teacher_from(
-                config, device=self._device, load=False, is_parked=False
+            self._teachers[name] = teacher_of_clips(
+                config,
+                self._runs[0].data,
+                self._frozen,
+                device=self._device,
+                load=False,
+                is_parked=False,
             )
         return self._teachers[name]

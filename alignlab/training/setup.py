@@ -26,13 +26,14 @@ from alignlab.models.wan import Wan, load_wan
 from alignlab.progress import warn_once
 from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
-from alignlab.teachers import teacher_from
+from alignlab.teachers import DiffusionTeacher, teacher_from
 from alignlab.training.alignment import Alignment, check_noise
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
 from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
+from alignlab.training.shuffle import shuffle_note
 
 MADE_AHEAD: Any = {"data": {"workers", "prefetch"}}
 """Settings, as pydantic excludes them, that change neither what is encoded nor where it is kept."""
@@ -53,7 +54,7 @@ class Run:
     branch: ReferenceBranch
     caches: "Caches"
     notes: tuple[str, ...]
-    """Warnings about the data, which were logged; they are kept in `result.json`."""
+    """Warnings about data and teachers, which were logged; they are kept in `result.json`."""
 
     @property
     def device(self) -> torch.device:
@@ -105,30 +106,23 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
     caches = caches or new_caches(config)
-    wan = load_wan(
-        config.model.path,
-        train=config.model.train,
-        lora=config.model.lora,
-        attention=config.model.attention,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        precision=config.model.precision,
-        device=ranks.device,
-        seed=config.seed,
-        text_encoder=config.model.text_encoder,
-        parks_vae=caches.values.keeps("video"),
-        frozen=caches.frozen,
-        load_frozen=config.data.cache.mode == "off",
-    )
+    wan = _load_wan(config, caches, ranks.device)
     caches.frozen = wan.frozen
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
     _check_grid(config, grid, wan)
-    alignment = Alignment(config, student_dim=wan.student_dim, grid=grid, device=ranks.device)
+    alignment = Alignment(
+        config,
+        student_dim=wan.student_dim,
+        grid=grid,
+        device=ranks.device,
+        encoders=wan.frozen,
+    )
     alignment.check_data(dataset)
     alignment.check_world_size(ranks.world_size)
     captions = [clips.caption(i) for clips in (dataset, val_dataset) for i in range(len(clips))]
-    cut = cut_captions(wan.text, captions)
-    for note in cut:
+    told = (*cut_captions(wan.text, captions), *_teacher_notes(config, alignment))
+    for note in told:
         warn_once(note)
     branch = ReferenceBranch.of(
         wan.transformer, config.model, blocks=alignment.blocks, kinds=alignment.kinds
@@ -144,12 +138,41 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         FlowWeights(config.flow),
         branch,
         caches,
-        (*dataset.notes, *val_dataset.notes, *cut),
+        (*dataset.notes, *val_dataset.notes, *told),
+    )
+
+
+def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
+    return load_wan(
+        config.model.path,
+        train=config.model.train,
+        lora=config.model.lora,
+        attention=config.model.attention,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        precision=config.model.precision,
+        device=device,
+        seed=config.seed,
+        init=config.model.init,
+        text_encoder=config.model.text_encoder,
+        parks_vae=caches.values.keeps("video"),
+        frozen=caches.frozen,
+        load_frozen=config.data.cache.mode == "off",
     )
 
 
 def _check_data(config: RunConfig) -> None:
     build_splits(config.data, memory=user_path(config.output))
+
+
+def _teacher_notes(config: RunConfig, alignment: Alignment) -> list[str]:
+    """What has to be said of the teachers, whatever the numbers are."""
+    notes = [shuffle_note(alias) for alias in sorted(alignment.shuffled)]
+    if config.teachers and config.measured_against is None:
+        notes.append(
+            "no teacher of the recipe reads frames: tokens and generated clips are measured "
+            "against none; name one, such as teachers.dino={family: tiny-dino}"
+        )
+    return notes
 
 
 def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
@@ -207,7 +230,8 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunStat
 def check_teachers_and_eval(run: Run) -> None:
     """Looks, before the first step, at what would show only during or after the training.
 
-    The teachers that objectives read must tell two clips apart, and the one that is only measured
+    What diffusion teachers are centred by is made. Teachers that objectives read must tell two
+    clips apart, and the one that is only measured
     against must have sound weights: rank 0, which evaluates, alone reads it. Warns of an
     evaluation on fewer clips than asked for.
 
@@ -217,6 +241,11 @@ def check_teachers_and_eval(run: Run) -> None:
     config = run.config
     grid = run.wan.latent_grid(config.data.frames, *config.data.size)
     run.alignment.check_teachers(config, grid, run.caches.values)
+    for teacher in run.alignment.teachers.values():
+        if isinstance(teacher, DiffusionTeacher) and teacher.is_centred:
+            read = FeatureRead(teacher, "video", teacher.grid)
+            run.ranks.on_main(run.clips.centre_of, read)  # the others read it, if they share it
+            run.clips.centre_of(read)
     alias = config.measured_against
     if alias is not None and alias not in run.alignment.teachers:
         run.ranks.on_main(_check_measured_teacher, run, alias)

@@ -69,7 +69,13 @@ def measured_differently(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, J
     """Every setting in which runs are measured differently: dotted name -> run -> value."""
     measured = {name: run.measured_against for name, run in runs.items()}
     fixed = _fixed(runs.values())
-    differing = {k: v for k, v in differing_settings(runs).items() if is_within(k, fixed)}
+    # what is measured reads no teacher shuffled
+    controls = {f"teachers.{alias}.shuffle" for alias in measured.values()}
+    differing = {
+        k: v
+        for k, v in differing_settings(runs).items()
+        if is_within(k, fixed) and k not in controls
+    }
     if len(set(measured.values())) > 1:
         differing["eval.teacher"] = {**measured}
     shifts = {name: guidance_of(run).shift for name, run in runs.items() if _generates(run)}

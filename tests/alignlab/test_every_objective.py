@@ -221,6 +221,7 @@ def test_a_teacher_waits_for_nothing(make: Make, caches: Caches) -> None:
     run = build_run(make("teacher", "repa"), caches)
     frames_BTHWC = run.clips[0].sample.video_THWC[None]
     teacher = run.alignment.teachers["dino"]
+    assert isinstance(teacher, Teacher)
     with on_device(run):
         frames_BTHWC = frames_BTHWC.to("meta", non_blocking=True)
         teacher.encode(frames_BTHWC, (3, 3))  # what only the first pass does

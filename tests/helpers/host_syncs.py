@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import alignlab
+from alignlab.teachers import Teacher
 from alignlab.training.checkpoint import RunState
 from alignlab.training.setup import Run, adamw
 
@@ -169,6 +170,7 @@ def on_device(run: Run) -> Iterator[None]:
     run.wan.transformer.to(META)
     run.alignment.to(META)
     for teacher in run.alignment.teachers.values():
+        assert isinstance(teacher, Teacher)
         teacher._model.to(META)
     with (
         patch.object(run.ranks, "device", META),

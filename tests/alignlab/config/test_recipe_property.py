@@ -57,6 +57,7 @@ SOUND: dict[str, st.SearchStrategy[Any]] = {
 }
 # Settings that others may make unread: left out of most recipes.
 SELDOM = {"logit_mean", "logit_std", "shift", "accumulate", "lora", "saliency", "tau", "routing"}
+SELDOM |= {"noise_level", "caption", "centred"}
 ODD_TEXTS = [
     "",
     "x",
