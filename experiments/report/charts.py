@@ -128,6 +128,8 @@ def seed_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
             continue
         meaning, caption = group[0].quantity, _BETTER_SIDE[group[0].quantity.better]
         if group[0].target is not None:
+            if not any(row.target is not None and row.target.is_ever_reached for row in shown):
+                continue  # bounds only
             shown = [_in_percent(row) for row in shown]
             caption += ", in %"
             if any(row.target is not None and row.target.never for row in shown):

@@ -126,6 +126,11 @@ class StepsToTarget:
         return format_interval(change, low, high, sign=True, unit="%")
 
     @property
+    def is_ever_reached(self) -> bool:
+        """Whether any seed reaches the target."""
+        return len(self.never) < len(self.ratios)
+
+    @property
     def num_sooner(self) -> int:
         """With how many seeds it is surely there before the baseline."""
         return sum(ratio < 1.0 for seed, ratio in self.ratios.items() if seed not in self.never)
@@ -192,10 +197,10 @@ def steps_footnotes(comparison: Comparison, found: Mapping[str, StepsToTarget]) 
         )
     early = _early(comparison)
     if early:
-        listed = ", ".join(f"{share:.0%} of them with seed {s}" for s, share in early.items())
+        listed = ", ".join(f"{share:.0%} (seed {seed})" for seed, share in early.items())
         text += (
-            f" {base} itself was as low as at its end long before: after {listed}. Its curve is "
-            "flat, wiggly or rising there, and a ratio says little."
+            f" {base} itself was as low as at its end long before: after {listed} of its steps. Its "
+            "curve is flat, wiggly or rising there, and a ratio says little."
         )
     return [text]
 
@@ -230,7 +235,7 @@ def crossing(curve: Curve, target: float) -> float | None:
     """
     last_step, last_value = curve[-1]
     if last_value == target:
-        return float(last_step)
+        return max(float(last_step), 1.0)
     below = [math.isfinite(value) and value <= target for _, value in curve]
     if not below[-1]:
         return None
@@ -281,7 +286,7 @@ def _by_seed(comparison: Comparison, variant: str) -> StepsToTarget:
         step = crossing(curve, target)
         if step is None:
             never.append(seed)
-            step = float(curve[-1][0])
+            step = max(float(curve[-1][0]), 1.0)
         elif step <= curve[0][0]:
             at_first.append(seed)
         ratios[seed] = step / _curve(comparison, comparison.baseline, seed)[-1][0]

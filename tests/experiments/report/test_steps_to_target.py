@@ -163,7 +163,9 @@ def test_a_copy_of_the_baseline_takes_exactly_its_steps() -> None:
             in (verdict(found, summary_rows(found)).variants["copy"])
         )
     notes = footnotes(found, summary_rows(found))
-    assert any("none itself was as low as at its end long before: after 10%" in n for n in notes)
+    assert any(
+        "none itself was as low as at its end long before: after 10% (seed 0)" in n for n in notes
+    )
 
 
 def test_a_variant_with_fewer_steps_is_known_up_to_those() -> None:
@@ -256,6 +258,9 @@ def test_the_charts_show_the_target_and_who_never_reached_it() -> None:
     dots: Any = chart.figure
     assert dots["data"][0]["marker"]["symbol"] == ["circle"] * 3 + ["triangle-right"] * 2
     assert dots["data"][0]["x"][3:] == [0.0, 0.0] and "never reached" in chart.caption
+    never = made({"none": [1.0] * 5, "never": [2.0] * 5})
+    drawn = seed_charts(never, summary_rows(never))
+    assert [chart.title for chart in drawn] == ["validation flow loss"], "bounds are no dots"
     assert [c.title for c in level_charts(found)] == ["validation flow loss, t 0.3 to 0.4"]
 
 
