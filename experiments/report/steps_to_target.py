@@ -39,6 +39,7 @@ from alignlab.experiments.report.statistics import (
 
 TARGET = "val/flow"
 _EARLY = 0.8  # of the baseline's steps
+_FEW = 8  # evaluations
 _HOW_TO = (
     "Steps to target (how much sooner a variant is where the baseline ends) are not known: "
     "validation during training was off; eval.every=N turns it on, every N steps."
@@ -199,8 +200,14 @@ def steps_footnotes(comparison: Comparison, found: Mapping[str, StepsToTarget]) 
     if early:
         listed = ", ".join(f"{share:.0%} (seed {seed})" for seed, share in early.items())
         text += (
-            f" {base} itself was as low as at its end long before: after {listed} of its steps. Its "
-            "curve is flat, wiggly or rising there, and a ratio says little."
+            f" {base} itself was as low as at its end long before: after {listed} of its steps. "
+            "Its curve is flat, wiggly or rising there, and a ratio says little."
+        )
+    few = min(len(_curve(comparison, base, seed)) for seed in found[base].ratios)
+    if few < _FEW:
+        text += (
+            f" There are {few} evaluations: a line between two of a curve that bends makes a ratio "
+            f"too large. A smaller eval.every, for {_FEW} or more, tells it better."
         )
     return [text]
 

@@ -17,7 +17,6 @@ from alignlab.experiments.report.charts import level_charts, seed_charts, step_c
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.statistics import ALPHA
 from alignlab.experiments.report.steps_to_target import (
-    StepsToTarget,
     crossing,
     steps_footnotes,
     steps_to_target,
@@ -135,7 +134,7 @@ def test_a_seed_that_never_reaches_it_is_kept_and_told() -> None:
     assert row.value_text.endswith("(never in 2/5)") and (row.change, row.agreement) == ("", "3/5")
     words = verdict(found, summary_rows(found)).variants["mixed"]
     assert "2 of 5 seeds never reached it)" in words
-    (note,) = steps_footnotes(found, {"none": StepsToTarget({}), "mixed": steps})
+    (note,) = steps_footnotes(found, steps_to_target(found))
     assert "mixed with 2 of 5 seeds (3, 4)" in note
 
 
@@ -166,6 +165,18 @@ def test_a_copy_of_the_baseline_takes_exactly_its_steps() -> None:
     assert any(
         "none itself was as low as at its end long before: after 10% (seed 0)" in n for n in notes
     )
+
+
+def test_few_evaluations_are_told() -> None:
+    for every, is_told in ((250, False), (500, True)):
+        runs = (
+            run_of(variant, seed, falling(ratio, seed, every=every))
+            for variant, ratio in {"none": 1.0, "fast": 0.6}.items()
+            for seed in range(3)
+        )
+        found = make_comparison(runs)
+        notes = footnotes(found, summary_rows(found))
+        assert any("There are 4 evaluations" in note for note in notes) == is_told
 
 
 def test_a_variant_with_fewer_steps_is_known_up_to_those() -> None:
