@@ -25,14 +25,13 @@ def shown_by_step(comparison: Comparison) -> dict[str, Curves]:
     trained weight moves.
     """
     names = {name for run in comparison.results for name in run.measured if _is_shown(name)}
-    return {
-        name: {
-            (run.variant, run.seed): run.measured[name]
-            for run in comparison.results
-            if name in run.measured
-        }
-        for name in sorted(names, key=place_of)
-    }
+    return {name: curves_of(comparison, name) for name in sorted(names, key=place_of)}
+
+
+def curves_of(comparison: Comparison, name: str) -> Curves:
+    """The curves of one metric, of the runs that measured it while they trained."""
+    runs = [run for run in comparison.results if name in run.measured]
+    return {(run.variant, run.seed): run.measured[name] for run in runs}
 
 
 def steps_csv(comparison: Comparison) -> str:

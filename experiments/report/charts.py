@@ -4,6 +4,7 @@ The look is one for all pages (`COLOURS`, `layout`, `axis`). In the charts of a 
 means over seeds and bands run from the lowest to the highest seed.
 """
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from pydantic import JsonValue
 
 from alignlab.experiments.compare.result import Comparison, Curve
-from alignlab.experiments.report.by_step import shown_by_step
+from alignlab.experiments.report.by_step import curves_of, shown_by_step
 from alignlab.experiments.report.escaping import plot_text
 from alignlab.experiments.report.metric_table import block_of, quantity, split_name
 from alignlab.experiments.report.statistics import Paired, mean_and_std
+from alignlab.experiments.report.steps_to_target import TARGET, target_of
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
 Json = dict[str, JsonValue]
@@ -124,9 +126,16 @@ def seed_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
         shown = [row for row in group if not row.is_baseline and row.differences]
         if not (shown and group[0].headline and not group[0].quantity.cost):
             continue
-        meaning = group[0].quantity
+        meaning, caption = group[0].quantity, _BETTER_SIDE[group[0].quantity.better]
+        if group[0].target is not None:
+            if not any(row.target is not None and row.target.is_ever_reached for row in shown):
+                continue  # bounds only
+            shown = [_in_percent(row) for row in shown]
+            caption += ", in %"
+            if any(row.target is not None and row.target.never for row in shown):
+                caption += "; \N{BLACK RIGHT-POINTING SMALL TRIANGLE} never reached"
         figure = _dots(comparison, shown)
-        charts.append(Chart(meaning.label, _BETTER_SIDE[meaning.better], figure))
+        charts.append(Chart(meaning.label, caption, figure))
     return charts
 
 
@@ -153,13 +162,37 @@ def step_charts(comparison: Comparison) -> list[Chart]:
     for name, curves in shown_by_step(comparison).items():
         meaning = quantity(name)
         words = _BETTER_WORDS[meaning.better]
-        charts += _curve_chart(comparison, meaning.label, curves, words, markers=True)
-        if name == "val/flow":
+        if name == TARGET:
+            words += "; dotted: the baseline's last, the target"
+            target = _target(comparison)
+            charts += _curve_chart(
+                comparison, meaning.label, curves, words, markers=True, target=target
+            )
             paired = _minus_baseline(comparison, curves)
             title = f"{meaning.label}, minus baseline"
             words = "below zero is better"
             charts += _curve_chart(comparison, title, paired, words, zero=True, markers=True)
+        else:
+            charts += _curve_chart(comparison, meaning.label, curves, words, markers=True)
     return charts
+
+
+def level_charts(comparison: Comparison) -> list[Chart]:
+    """The validation loss by step in each bin of the timestep, of runs that were evaluated."""
+    charts = []
+    for index in range(_NUM_BINS):
+        name = f"{TARGET}/t{index}"
+        charts += _curve_chart(
+            comparison, quantity(name).label, curves_of(comparison, name), markers=True
+        )
+    return charts
+
+
+def _target(comparison: Comparison) -> float | None:
+    """Mean over seeds of the baseline's last validation loss."""
+    targets = [target_of(comparison, seed) for seed in comparison.seeds]
+    known = [value for value in targets if value is not None and _is_drawn(value)]
+    return mean_and_std(known)[0] if known else None
 
 
 def timestep_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
@@ -235,8 +268,12 @@ def _curve_chart(
     *,
     zero: bool = False,
     markers: bool = False,
+    target: float | None = None,
 ) -> list[Chart]:
-    """The chart of `curves` by variant and seed; no chart when they hold no finite number."""
+    """The chart of `curves` by variant and seed; no chart when they hold no finite number.
+
+    `target` is drawn as a dotted line across.
+    """
     steps = sorted({step for curve in curves.values() for step, _ in curve})
     size = max(1, math.ceil(len(steps) / _MAX_POINTS))
     places = {
@@ -256,7 +293,7 @@ def _curve_chart(
         return []
     captions = [caption] if caption else []
     captions += [f"means of {size} logged steps"] if size > 1 else []
-    figure = _lines(comparison, series, "step", markers=markers, zero=zero)
+    figure = _lines(comparison, series, "step", markers=markers, zero=zero, target=target)
     return [Chart(title, ", ".join(captions), figure)]
 
 
@@ -267,8 +304,9 @@ def _lines(
     *,
     markers: bool,
     zero: bool = False,
+    target: float | None = None,
 ) -> JsonValue:
-    """One line per variant with a band over seeds; `zero` draws the zero line.
+    """One line per variant with a band over seeds, the zero line if asked, and a dotted `target`.
 
     A line of few points has markers in any case: one point alone would not be seen.
     """
@@ -298,6 +336,9 @@ def _lines(
                 "hovertemplate": "%{y:.4g}",
             }
         )
+    if target is not None:
+        places = [place for points in series.values() for place in points]
+        traces.append(_across(min(places), max(places), target))
     return {"data": traces, "layout": _report_layout(axis_title, zero)}
 
 
@@ -317,6 +358,17 @@ def _band(style: Style, x: list[JsonValue], points: list[tuple[float, list[float
     }
 
 
+def _across(left: float, right: float, height: float) -> JsonValue:
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "x": [left, right],
+        "y": [height, height],
+        "line": {"color": BASELINE_COLOUR, "width": 1.4, "dash": "dot"},
+        "hoverinfo": "skip",
+    }
+
+
 def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
     """Paired differences of one metric, a row per variant: dots of seeds, mean and interval."""
     traces: list[JsonValue] = []
@@ -324,6 +376,8 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
         style = styles(comparison)[row.variant]
         name = plot_text(row.variant)
         finite = {s: v for s, v in row.differences.items() if _is_drawn(v)}
+        never = () if row.target is None else row.target.never
+        symbols: list[JsonValue] = ["triangle-right" if s in never else "circle" for s in finite]
         traces.append(
             {
                 "type": "scatter",
@@ -336,6 +390,7 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
                 "cliponaxis": False,
                 "marker": {
                     "size": 9,
+                    "symbol": symbols,
                     "color": _faint(style.colour),
                     "line": {"width": 1.5, "color": style.colour},
                 },
@@ -352,6 +407,22 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
         "yaxis": _report_axis("") | down,
     }
     return {"data": traces, "layout": _report_layout("", False) | changes}
+
+
+def _in_percent(row: SummaryRow) -> SummaryRow:
+    """Steps to target as changes in percent, whose statistics are of logarithms."""
+    target, paired = row.target, row.paired
+    assert target is not None
+    if paired is not None and target.mean is not None:
+        low, high = target.interval or (None, None)
+        paired = dataclasses.replace(
+            paired,
+            mean=100.0 * (target.mean - 1.0),
+            low=None if low is None else 100.0 * (low - 1.0),
+            high=None if high is None else 100.0 * (high - 1.0),
+        )
+    differences = {seed: 100.0 * change for seed, change in row.differences.items()}
+    return dataclasses.replace(row, differences=differences, paired=paired)
 
 
 def _is_drawn(value: float) -> bool:

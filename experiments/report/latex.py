@@ -57,7 +57,7 @@ def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines += [
         r"\bottomrule",
         r"\end{tabular}",
-        rf"\caption{{{_caption(comparison)}}}",
+        rf"\caption{{{_caption(comparison)}{_target_caption(comparison, groups)}}}",
         rf"\label{{tab:{label}}}",
         r"\end{table}",
     ]
@@ -87,6 +87,15 @@ def _value(row: SummaryRow) -> str:
 def _difference(row: SummaryRow) -> str:
     star = "$^{*}$" if row.change and row.ratio is None else ""  # of seeds alone
     return rf"{{\footnotesize {escape(row.diff_text)}{star}}}" if row.diff_text else ""
+
+
+def _target_caption(comparison: Comparison, groups: list[list[SummaryRow]]) -> str:
+    if all(group[0].target is None for group in groups):
+        return ""
+    return (
+        " Steps to target: geometric mean of the steps to the last validation flow loss of "
+        f"{escape(comparison.baseline)} over its own, and their change."
+    )
 
 
 def _caption(comparison: Comparison) -> str:

@@ -93,6 +93,10 @@ COST_QUANTITIES: dict[str, Quantity] = {
     "cost/gflop": Quantity("GFLOP per step", "lower", headline=True, cost=True),
     "cost/memory_mib": Quantity("peak memory, alone (MiB)", "lower", headline=True, cost=True),
 }
+# Of a variant against the baseline (`experiments/report/steps_to_target.py`): no run has it either.
+STEPS_TO_TARGET = "steps_to_target"
+_COMPARED = {STEPS_TO_TARGET: Quantity("steps to target", "lower", headline=True)}
+
 # What is then no longer shown in the summary table: it depends on the order of the runs.
 REPLACED_BY = {"time/step": "cost/step", "memory/peak_mib": "cost/memory_mib"}
 
@@ -112,7 +116,7 @@ def block_of(metric: str) -> int | None:
 def quantity(metric: str) -> Quantity:
     """Meaning of a metric; a name that the table does not know is its own label."""
     base, part = split_name(metric)
-    known = QUANTITIES.get(base) or COST_QUANTITIES.get(base) or Quantity(base)
+    known = (QUANTITIES | COST_QUANTITIES | _COMPARED).get(base) or Quantity(base)
     label = known.label + _part_label(metric)
     whole = part in ("", "mean")
     return replace(known, label=label, headline=known.headline and whole)

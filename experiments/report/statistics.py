@@ -50,7 +50,7 @@ _EXACT_PAIRS = 13  # up to which all signs can be flipped, with no more patterns
 _CUBABLE = 300  # powers of 2: cubes of such numbers, as BCa takes, and sums of them fit
 _ROUNDING = 16 * sys.float_info.epsilon
 
-Method = Literal["t", "bootstrap", "none"]
+Method = Literal["t", "bootstrap", "censored t", "none"]
 Array = npt.NDArray[np.float64]
 
 
@@ -64,7 +64,8 @@ class Paired:
         low, high: interval of the mean, which excludes 0 exactly where a change is claimed; None
             below `MIN_PAIRS`, or with equal differences other than zero, whose spread is not known.
         confidence: of the interval: 95%, or more where several variants are tested.
-        method: how interval and p-value were made: "t", "bootstrap" (and sign flip), "none".
+        method: how interval and p-value were made: "t", "bootstrap" (and sign flip), "censored t"
+            (of `censored`), "none".
         p_value: two-sided, of `method`; the sign flip's when all differences are equal.
         sign_flip_p: two-sided p-value of the sign-flip permutation test, exact up to 13 pairs.
         holm_p: `p_value` after Holm's correction over the variants of the metric.

@@ -21,6 +21,7 @@ from alignlab.experiments.report.formatting import (
 from alignlab.experiments.report.metric_table import (
     QUANTITIES,
     REPLACED_BY,
+    STEPS_TO_TARGET,
     Quantity,
     block_of,
     quantity,
@@ -32,6 +33,12 @@ from alignlab.experiments.report.statistics import (
     mean_and_std,
     paired_statistics,
     without_rounding,
+)
+from alignlab.experiments.report.steps_to_target import (
+    TARGET,
+    StepsToTarget,
+    steps_footnotes,
+    steps_to_target,
 )
 
 # Metrics of the finished runs, by variant and seed.
@@ -57,6 +64,8 @@ class SummaryRow:
         num_better: of `differences`, how many lie on the better side; None without a better side.
         ratio: over the baseline, of a cost that is measured once for all seeds and has no values
             per seed.
+        target: of the steps to target, whose `values` are ratios, `differences` those less 1, and
+            `paired` of their logarithms.
         diverged: seeds of the variant whose run did.
         is_claimable: neither the variant's runs nor the baseline's diverged.
     """
@@ -75,18 +84,26 @@ class SummaryRow:
     paired: Paired | None
     num_better: int | None
     ratio: Ratio | None = None
+    target: StepsToTarget | None = None
     diverged: tuple[int, ...] = ()
     is_claimable: bool = True
 
     @property
     def text(self) -> tuple[str, str]:
         """Mean and spread as shown; an em dash for no number, no spread with one seed."""
+        if self.target is not None:
+            return self.target.text, ""
         return (DASH, "") if self.mean is None else format_spread(self.mean, self.std)
 
     @property
     def value_text(self) -> str:
-        """Mean and spread in one text, with a dagger when seeds are missing or not finite."""
-        return joined(self.text) + ("†" if self.flag else "")
+        """Mean and spread in one text, with a dagger when seeds are missing or not finite.
+
+        Behind steps to target stands with how many seeds it was never reached.
+        """
+        text = joined(self.text) + ("†" if self.flag else "")
+        never = "" if self.target is None else self.target.never_text
+        return f"{text} ({never})" if never else text
 
     @property
     def diff_text(self) -> str:
@@ -95,6 +112,8 @@ class SummaryRow:
             return ""
         if self.ratio is not None:
             return ratio_text(self.ratio, sign=True)
+        if self.target is not None:
+            return self.target.change_text
         if self.paired is None:
             return DASH
         mean, low, high = self.paired.mean, self.paired.low, self.paired.high
@@ -178,6 +197,8 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
         headline = quantity(metric).headline and REPLACED_BY.get(metric) not in costs
         group = [_row(comparison, runs, metric, v, headline) for v in comparison.variants]
         groups.append(_with_statistics(group))
+        if metric == TARGET:
+            groups += _target_groups(comparison)
     place = next((i for i, g in enumerate(groups) if g[0].quantity.cost), len(groups))
     groups[place:place] = costs.values()
     return [row for group in groups for row in group]
@@ -217,6 +238,7 @@ def footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
             f"One seed ({comparison.seeds[0]}) only: no spread is known, and a difference may be "
             "that seed's alone."
         )
+    notes.extend(steps_footnotes(comparison, {r.variant: r.target for r in rows if r.target}))
     notes.extend(_cost_footnotes(comparison, rows))
     notes.extend(aligned_footnotes(comparison))
     if comparison.allowed:
@@ -289,6 +311,35 @@ def _row(
         differences=differences,
         paired=None,
         num_better=num_better,
+        diverged=tuple(diverged),
+        is_claimable=not (diverged or diverged_seeds(comparison, comparison.baseline)),
+    )
+
+
+def _target_groups(comparison: Comparison) -> list[list[SummaryRow]]:
+    """The rows of the steps to target; none where runs were not evaluated while they trained."""
+    found = steps_to_target(comparison)
+    return [[_target_row(comparison, v, steps) for v, steps in found.items()]] if found else []
+
+
+def _target_row(comparison: Comparison, variant: str, steps: StepsToTarget) -> SummaryRow:
+    is_baseline, meaning = variant == comparison.baseline, quantity(STEPS_TO_TARGET)
+    diverged = diverged_seeds(comparison, variant)
+    return SummaryRow(
+        metric=STEPS_TO_TARGET,
+        quantity=meaning,
+        headline=meaning.headline,
+        variant=variant,
+        is_baseline=is_baseline,
+        num_seeds=len(comparison.seeds),
+        num_runs=sum(run.variant == variant for run in comparison.results),
+        values=steps.ratios,
+        mean=steps.mean,
+        std=None,
+        differences={} if is_baseline else {s: ratio - 1.0 for s, ratio in steps.ratios.items()},
+        paired=steps.paired,
+        num_better=None if is_baseline else steps.num_sooner,
+        target=steps,
         diverged=tuple(diverged),
         is_claimable=not (diverged or diverged_seeds(comparison, comparison.baseline)),
     )

@@ -50,7 +50,8 @@ _PAIRED = {
     "hedges_g": "effect_size",
     "detectable": "detectable",
 }
-_RATIO = ("ratio", "ratio_low", "ratio_high")  # of what is measured once for all seeds
+# of what is measured once for all seeds, and of steps to target
+_RATIO = ("ratio", "ratio_low", "ratio_high")
 
 
 def print_summary(comparison: Comparison, console: Console) -> None:
@@ -127,19 +128,24 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
 
 
 def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
-    """Every metric of every variant in full precision, one line each; nothing for no number."""
+    """Every metric of every variant in full precision, one line each; nothing for no number.
+
+    The differences of steps to target are of the logarithms of the ratios that stand under the
+    seeds; those of the seeds in `never_reached` are only what the ratio is larger than.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in comparison.seeds]
     columns = ["metric", "better", "variant", "mean", "std", "num_seeds"]
-    writer.writerow([*columns, *_PAIRED, *_RATIO, "num_better", "change", *seeds])
+    writer.writerow([*columns, *_PAIRED, *_RATIO, "num_better", "change", "never_reached", *seeds])
     for row in rows:
         measured = [row.mean, row.std, len(row.values)]
         paired = [getattr(row.paired, name, None) for name in _PAIRED.values()]
         paired += _ratio_cells(row)
         values = [row.values.get(seed) for seed in comparison.seeds]
         start = [row.metric, row.quantity.better, row.variant]
-        cells = [*start, *measured, *paired, row.num_better, row.change, *values]
+        never = "" if row.target is None else " ".join(map(str, row.target.never))
+        cells = [*start, *measured, *paired, row.num_better, row.change, never, *values]
         writer.writerow(map(csv_cell, cells))
     return text.getvalue()
 
@@ -155,6 +161,8 @@ def title(row: SummaryRow) -> str:
 
 
 def _ratio_cells(row: SummaryRow) -> list[float | None]:
+    if row.target is not None and row.target.interval is not None:
+        return [row.target.mean, *row.target.interval]
     if row.ratio is None:
         return [None, None, None]
     low, high = (None, None) if row.ratio.low is None else row.ratio.interval

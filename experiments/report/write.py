@@ -15,6 +15,7 @@ from alignlab.experiments.report.charts import (
     block_charts,
     curve_charts,
     figures_of,
+    level_charts,
     seed_charts,
     step_charts,
     styles,
@@ -85,6 +86,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
     sections = {
         "seeds": seed_charts(comparison, rows),
         "steps": step_charts(comparison),
+        "levels": level_charts(comparison),
         "curves": curve_charts(comparison),
         "timesteps": timestep_charts(comparison, rows),
         "blocks": block_charts(comparison, rows),
@@ -97,6 +99,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         warnings=warnings_by_variant(comparison),
         reading=reading(comparison),
         min_pairs=MIN_PAIRS,
+        has_target=any(row.target is not None for row in rows),
         headline=headline(rows),
         groups=by_metric(rows),
         footnotes=footnotes(comparison, rows),

@@ -55,7 +55,7 @@ def test_every_whole_metric_is_drawn_against_the_step(comparison: Comparison) ->
         "subject identity (proxy)",
     ]
     flow = charts["validation flow loss"]
-    assert flow.caption == "lower is better"
+    assert flow.caption == "lower is better; dotted: the baseline's last, the target"
     drawn = lines(flow.figure)
     places, values, colour = drawn["none"]
     assert places == list(STEPS) and colour == BASELINE_COLOUR
