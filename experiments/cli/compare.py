@@ -1,5 +1,6 @@
 """`alignlab compare` and `alignlab demo`. Heavy imports happen inside them."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -8,6 +9,10 @@ from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.errors import UserError
 from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
 from alignlab.passwords import without_password
+
+DEMO_WORKERS = 2
+"""Its tensors are small: of two cores, one for each run is faster than both for one after another
+(docs/performance.md)."""
 
 
 def compare(
@@ -63,5 +68,10 @@ def compare(
 def demo(
     overrides: Overrides = None, workers: Workers = None, print_config: PrintConfig = False
 ) -> None:
-    """Run the shipped comparison `demo`: offline, on a CPU, in minutes."""
+    """Run the shipped comparison `demo`: offline, on a CPU, in minutes.
+
+    Two processes train its runs, unless `--workers` says otherwise.
+    """
+    if workers is None:
+        workers = min(DEMO_WORKERS, os.cpu_count() or 1)
     compare("demo", overrides, workers=workers, print_config=print_config)
