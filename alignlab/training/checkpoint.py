@@ -385,8 +385,7 @@ def named_state(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict
 def restore_state(
     optimizer: torch.optim.Optimizer, names: dict[Any, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Puts back what `named_state` gave. `step` counters stay on the CPU, where torch keeps them
-    unless the optimizer is fused.
+    """Puts back what `named_state` gave.
 
     Raises:
         KeyError: a tensor belongs to no parameter of this optimizer.
@@ -395,7 +394,5 @@ def restore_state(
     for key, value in tensors.items():
         name, state_name = key.rsplit(SEPARATOR, 1)
         parameter = by_name[name]
-        on_host = state_name == "step" and not optimizer.defaults.get("fused")
-        device = "cpu" if on_host else parameter.device
         # a copy: on a CPU the loaded tensor may be a view of the checkpoint's file
-        optimizer.state[parameter][state_name] = value.to(device, copy=True)
+        optimizer.state[parameter][state_name] = value.to(parameter.device, copy=True)

@@ -60,14 +60,10 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) ->
 def step_unless(optimizer: torch.optim.Optimizer, is_broken: Tensor) -> None:
     """Takes the optimizer's step, unless `is_broken`, a bool on the device; then nothing changes.
 
-    A fused optimizer asks the device, and the host does not wait. Others are for the CPU, where
-    there is nothing to wait for.
+    The fused kernel asks the device, and the host does not wait.
     """
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = is_broken.float()  # type: ignore[attr-defined]  # as GradScaler does
-        optimizer.step()
-    elif not is_broken:
-        optimizer.step()
+    optimizer.found_inf = is_broken.float()  # type: ignore[attr-defined]  # as GradScaler does
+    optimizer.step()
 
 
 def update_ema(state: RunState, decay: float | None) -> None:

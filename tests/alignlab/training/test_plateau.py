@@ -36,9 +36,9 @@ KEPT = ("flow.reference_dropout=0", "flow.both_dropout=0")
 def count_teacher_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     kinds: list[str] = []
 
-    def counted(*args: Any) -> Features:
+    def counted(*args: Any, **options: Any) -> Features:
         kinds.append(args[2])
-        return teacher_features(*args)
+        return teacher_features(*args, **options)
 
     monkeypatch.setattr("alignlab.training.alignment.teacher_features", counted)
     return kinds
