@@ -16,7 +16,15 @@ import pytest
 ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
 KERNELS = Path(__file__).parent / "kernels"
 # Begun first, so that no worker of `make test` is left with one of them while others are idle.
-LONGEST = ("test_readme.py", "test_ranks.py", "test_sweep_workers.py")
+LONGEST = (
+    "test_readme.py",
+    "test_ranks.py",
+    "test_sweep_workers.py",
+    "test_gpu_builds_pull_push.py",
+    "test_gpu_builds_relation.py",
+    "test_plugins.py",
+    "test_layout.py",
+)
 
 # Digests of files are remembered in no user's cache.
 CACHE = Path(tempfile.mkdtemp(prefix="alignlab-tests-"))
@@ -49,7 +57,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if ON_GPU:
         others = [item for item in items if not is_for_gpu(item)]
         config.hook.pytest_deselected(items=others)
