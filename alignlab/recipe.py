@@ -4,7 +4,9 @@ A mistake raises `alignlab.errors.UserError` with one line that names the dotted
 there and the nearest match.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,7 +131,13 @@ def _command_of(mapping: Mapping[str, Any]) -> tuple[str, str]:
 
 def dump(config: TrainingConfig) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
-    return to_yaml(config.model_dump(mode="json"))
+    return _json_to_yaml(json.dumps(config.model_dump(mode="json")))
+
+
+@lru_cache(maxsize=32)
+def _json_to_yaml(settings: str) -> str:
+    """What `to_yaml` makes of JSON: a run asks for its recipe several times, OmegaConf is slow."""
+    return to_yaml(json.loads(settings))
 
 
 def to_yaml(settings: Mapping[str, Any]) -> str:

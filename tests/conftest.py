@@ -5,18 +5,26 @@ and from the processes that they start. Those that are for a GPU are the tests m
 in `kernels/`, which otherwise run in Triton's interpreter.
 """
 
+import gc
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 ON_GPU = os.environ.get("ALIGNLAB_TEST_GPU") == "1"
 KERNELS = Path(__file__).parent / "kernels"
 # Begun first, so that no worker of `make test` is left with one of them while others are idle.
-LONGEST = ("test_readme.py", "test_ranks.py", "test_sweep_workers.py")
+LONGEST = (
+    "test_readme.py",
+    "test_ranks.py",
+    "test_sweep_workers.py",
+    "test_gpu_builds_pull_push.py",
+    "test_gpu_builds_relation.py",
+    "test_plugins.py",
+    "test_layout.py",
+)
 
 # Digests of files are remembered in no user's cache.
 CACHE = Path(tempfile.mkdtemp(prefix="alignlab-tests-"))
@@ -27,53 +35,41 @@ if not ON_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a device
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Below the environment variables, since these import Triton.
-from alignlab.progress import tell_once, warn_once  # noqa: E402
-from loaded_models import loaded_models  # noqa: E402
-from tiny_runs import (  # noqa: E402
-    full_run,
-    lora_run,
-    make_config,
-    recipe_file,
-    teacher_folder,
-    train_until,
-)
-from tiny_wan import wan_folder  # noqa: E402
 
-__all__ = [
-    "full_run",
-    "loaded_models",
-    "lora_run",
-    "make_config",
-    "recipe_file",
-    "teacher_folder",
-    "train_until",
-    "wan_folder",
-]
+def pytest_configure(config: pytest.Config) -> None:
+    if ON_GPU:
+        import torch  # below the environment variables, as all that imports Triton
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("ALIGNLAB_TEST_GPU=1, but torch finds no CUDA device")
+    if not only_deals_tests(config):
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_told_yet() -> None:
-    """Each test is a command of its own."""
-    warn_once.cache_clear()
-    tell_once.cache_clear()
-
-
-def pytest_configure() -> None:
-    if ON_GPU and not torch.cuda.is_available():
-        raise pytest.UsageError("ALIGNLAB_TEST_GPU=1, but torch finds no CUDA device")
+def only_deals_tests(config: pytest.Config) -> bool:
+    """Whether this process of pytest-xdist starts workers, and runs no test itself."""
+    return bool(getattr(config.option, "numprocesses", None)) and not hasattr(config, "workerinput")
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else Triton's binding tells at the end what was never collected
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if ON_GPU:
         others = [item for item in items if not is_for_gpu(item)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if is_for_gpu(item)]
+
+
+def pytest_collection_finish() -> None:
+    # Every training collects garbage once; what has been imported and collected until here never is
+    # any, and to search it takes half a second.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

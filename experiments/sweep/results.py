@@ -17,7 +17,6 @@ from alignlab.config.run import RunConfig
 from alignlab.environment import read_environment
 from alignlab.experiments.report.escaping import csv_cell, one_visible_line
 from alignlab.experiments.report.formatting import format_number
-from alignlab.experiments.sweep.page import write_page
 from alignlab.experiments.sweep.pruning import PRUNED_AT
 from alignlab.experiments.sweep.space import distributions, value_of
 from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, sweep_folder
@@ -49,6 +48,9 @@ def write_results(study: SweepStudy) -> Path:
 
 
 def _written(study: SweepStudy, folder: Path) -> Path:
+    # Here: charts take seconds to import, and a worker that joins writes none.
+    from alignlab.experiments.sweep.page import write_page
+
     forget_checksums(folder)
     write_text(folder / "trials.csv", trials_csv(study))
     best = best_trial(study)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1]
+MANY: dict[str, Any] = {"option": SimpleNamespace(numprocesses=2)}
 
 
 @pytest.fixture
@@ -33,6 +34,15 @@ def item(name: str, *markers: str) -> Any:
     )
 
 
+def configuration(**settings: Any) -> tuple[Any, list[str]]:
+    """That of pytest, and the plugins that it is told to load."""
+    plugins: list[str] = []
+    manager = SimpleNamespace(import_plugin=plugins.append)
+    return SimpleNamespace(
+        **{"option": SimpleNamespace(), "pluginmanager": manager} | settings
+    ), plugins
+
+
 def test_no_gpu_is_seen_by_a_test_or_by_what_it_starts() -> None:
     assert torch.cuda.device_count() == 0 and not torch.cuda.is_available()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
@@ -54,7 +64,24 @@ def test_asked_for_a_gpu_only_its_tests_are_run(on_gpu: ModuleType) -> None:
 def test_asked_for_a_gpu_that_is_not_there_nothing_is_run(
     on_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config, plugins = configuration()
     with pytest.raises(pytest.UsageError, match=r"^ALIGNLAB_TEST_GPU=1, but torch finds no CUDA"):
-        on_gpu.pytest_configure()
+        on_gpu.pytest_configure(config)
+    assert plugins == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    on_gpu.pytest_configure()
+    on_gpu.pytest_configure(config)
+    assert plugins == ["shared_fixtures"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, 1), (MANY | {"workerinput": {}}, 1), (MANY, 0)],
+    ids=["alone", "a worker", "deals tests"],
+)
+def test_who_only_deals_tests_to_workers_does_not_load_what_they_need(
+    on_gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config, plugins = configuration(**settings)
+    on_gpu.pytest_configure(config)
+    assert len(plugins) == expected

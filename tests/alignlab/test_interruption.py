@@ -27,6 +27,8 @@ from run_contents import file_contents, timeless_contents, timeless_metrics, tim
 from small_recipes import comparison_recipe
 from tiny_runs import MakeConfig
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 STEPS = 6
 SETTINGS = (f"steps={STEPS}", "checkpoint.every=4", "tracking.log_every=4")
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 138}

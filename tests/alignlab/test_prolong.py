@@ -18,6 +18,8 @@ from kills import Killed
 from run_contents import timeless_metrics, timeless_rows
 from tiny_runs import MakeConfig, TrainUntil
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 SMALL = ("eval.clips=1", "tracking.log_every=2", "checkpoint.every=2", "optim.batch_size=1")
 EMA, LORA = ("optim.ema=0.9",), ("model.train=lora", "model.lora.rank=2")
 RAMP = ("objectives.ra.schedule=linear",)

@@ -16,6 +16,8 @@ from killed_run import run_all
 from made_up_rows import GPU, made_up_row
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MOMENTS = [
     "before any checkpoint",
     "between checkpoints",

@@ -20,6 +20,8 @@ from alignlab.training.alignment import teacher_features
 from alignlab.training.optim import lr_scale
 from alignlab.training.setup import build_run
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 
 REPA = ("objectives.repa.name=repa", "objectives.repa.teacher=dino", "objectives.repa.blocks=[3]")

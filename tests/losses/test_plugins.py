@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -14,24 +16,52 @@ from alignlab.losses.registry import BUILT_IN, STAGE1, installed_objectives
 from alignlab.losses.stage1.folder import BUILT_IN as BUILT_IN_STAGE1
 from alignlab.losses.stage1.folder import INFO, installed_stage1, read_stage1_info, stage1_rows
 from alignlab.losses.testing.contract import CHECKS
+from alignlab.recipe import dump, load_run
 from alignlab.teachers.registry import BUILT_IN as BUILT_IN_TEACHERS
 from alignlab.teachers.registry import installed_teachers
 
 PACKAGE = Path(__file__).with_name("external")
 
 
+# A process that imports alignlab takes seconds: one answers all that is asked of an installation.
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from alignlab.cli import app
+done = [CliRunner().invoke(app, words) for words in json.loads(sys.argv[1])]
+print(json.dumps([(each.exit_code, each.stdout, each.stderr) for each in done]))
+"""
+PRINTED = ("train", "tiny", "--print-config")
+OBJECTIVE = "objectives: {ra: {name: unit_distance, teacher: dino, blocks: [1]}}\n"
+
+
+class Answer(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
 def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs a Python module where the packages of `folder` are installed."""
+    """Runs Python where the packages of `folder` are installed."""
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
     return subprocess.run(
-        [sys.executable, "-m", *command],
+        [sys.executable, *command],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def answers(folder: Path, *commands: Sequence[str]) -> list[Answer]:
+    """What `alignlab` says where the packages of `folder` are installed, to each command."""
+    done = run(folder, "-c", COMMANDS, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    return [Answer(*answer) for answer in json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +71,57 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__"))
     target = tmp_path_factory.mktemp("installed")
     flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
-    done = run(target, "pip", "install", "--disable-pip-version-check", *flags, source)
+    done = run(target, "-m", "pip", "install", "--disable-pip-version-check", *flags, source)
     assert done.returncode == 0, done.stderr
     return target
 
 
-def test_an_installed_objective_is_listed_after_the_built_in_ones(installed: Path) -> None:
-    done = run(installed, "alignlab.cli", "list", "objectives")
-    assert done.returncode == 0, done.stderr
-    names = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
+def test_what_is_installed_is_listed_and_recipes_can_name_it(
+    installed: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    text = dump(load_run("tiny", ["objectives={}"]))
+    recipe.write_text(text.replace("objectives: {}\n", OBJECTIVE))
+    objectives, teachers, teacher, objective, wrong_teacher, wrong_setting = answers(
+        installed,
+        ("list", "objectives"),
+        ("list", "teachers"),
+        (*PRINTED, "teachers.half={family: half-dino}"),
+        ("train", str(recipe), "--print-config"),
+        (*PRINTED, "teachers.half={family: half-dyno}"),
+        ("train", str(recipe), "objectives.ra.scala=2"),
+    )
+    assert objectives.code == 0, objectives.stderr
+    names = [line for line in objectives.stdout.splitlines() if not line.startswith(" ")]
     assert names == [*BUILT_IN, "gram", "unit_distance"]
-    assert "Squared distance of unit vectors." in done.stdout
+    assert "Squared distance of unit vectors." in objectives.stdout
 
-
-def test_it_passes_the_contract_of_its_own_test_suite(installed: Path, tmp_path: Path) -> None:
-    shutil.copy(PACKAGE / "contract_of_tiny_objective.py", tmp_path)
-    file = tmp_path / "contract_of_tiny_objective.py"
-    done = run(installed, "pytest", "-q", "-p", "no:cacheprovider", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(CHECKS)} passed" in done.stdout
-
-
-def test_an_installed_teacher_is_listed_and_used(installed: Path, tmp_path: Path) -> None:
-    listed = run(installed, "alignlab.cli", "list", "teachers")
-    assert listed.returncode == 0, listed.stderr
-    lines = [line for line in listed.stdout.splitlines() if "half-dino" in line]
+    assert teachers.code == 0, teachers.stderr
+    lines = [line for line in teachers.stdout.splitlines() if "half-dino" in line]
     assert len(lines) == 1 and "assets/tiny-dino" in lines[0] and "pre_norm" in lines[0]
-    recipe = ("tiny", "teachers.half={family: half-dino}")
-    printed = run(installed, "alignlab.cli", "train", *recipe, "--print-config")
-    assert printed.returncode == 0, printed.stderr
-    assert "family: half-dino" in printed.stdout and "feature: pre_norm" in printed.stdout
-    wrong = run(installed, "alignlab.cli", "train", "tiny", "teachers.half={family: half-dyno}")
-    assert wrong.returncode == 2
-    assert "unknown family 'half-dyno', did you mean 'half-dino'?" in wrong.stderr
+
+    assert teacher.code == 0, teacher.stderr
+    assert "family: half-dino" in teacher.stdout and "feature: pre_norm" in teacher.stdout
+    assert wrong_teacher.code == 2
+    assert "unknown family 'half-dyno', did you mean 'half-dino'?" in wrong_teacher.stderr
+
+    assert objective.code == 0, objective.stderr
+    assert "name: unit_distance" in objective.stdout and "scale: 1.0" in objective.stdout
+    assert wrong_setting.code == 2
+    line = "objectives.ra.scala: unknown key 'scala', did you mean 'scale'?"
+    assert line in wrong_setting.stderr
+
+
+def test_its_own_tests_pass(installed: Path, tmp_path: Path) -> None:
+    """The contract of its objectives, and its Stage 1 network."""
+    names = ("contract_of_tiny_objective.py", "stage1_of_tiny_objective.py")
+    files = [Path(shutil.copy(PACKAGE / name, tmp_path)) for name in names]
+    done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{2 * len(CHECKS) + 2} passed" in done.stdout
+
+
+def test_an_installed_teacher_is_used(installed: Path, tmp_path: Path) -> None:
     script = tmp_path / "use_teacher.py"
     script.write_text(
         """
@@ -91,36 +139,8 @@ ours, its = (
 assert ours.shape == its.shape and not torch.allclose(ours, its, atol=0.01)
 """
     )
-    paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=installed,
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run(installed, script)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_recipe_can_use_it(installed: Path, tmp_path: Path) -> None:
-    objective = "objectives.ra={name: unit_distance, teacher: dino, blocks: [1]"
-    printed = run(installed, "alignlab.cli", "train", "tiny", objective + "}", "--print-config")
-    assert printed.returncode == 0, printed.stderr
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(printed.stdout)
-    assert "name: unit_distance" in printed.stdout and "scale: 1.0" in printed.stdout
-    wrong = run(installed, "alignlab.cli", "train", recipe, "objectives.ra.scala=2")
-    assert wrong.returncode == 2
-    assert "objectives.ra.scala: unknown key 'scala', did you mean 'scale'?" in wrong.stderr
-
-
-def test_its_stage1_network_passes_the_packages_own_tests(installed: Path, tmp_path: Path) -> None:
-    shutil.copy(PACKAGE / "stage1_of_tiny_objective.py", tmp_path)
-    file = tmp_path / "stage1_of_tiny_objective.py"
-    done = run(installed, "pytest", "-q", "-p", "no:cacheprovider", file)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
 
 
 def test_a_stage1_folder_of_a_package_that_is_not_installed_is_refused(tmp_path: Path) -> None:
@@ -303,7 +323,7 @@ def test_two_packages_cannot_share_a_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
     register(tmp_path, "bad-package", bad="bad_objectives:function")
-    done = run(tmp_path, "alignlab.cli", "list", "objectives")
+    done = run(tmp_path, "-m", "alignlab.cli", "list", "objectives")
     assert done.returncode == 2
     assert done.stderr.startswith("error: package bad-package registers objective 'bad'")
     assert done.stderr.count("\n") == 1

@@ -23,6 +23,8 @@ from alignlab.training.measure import StepClock
 from alignlab.training.setup import Run, build_run
 from run_contents import timeless_rows
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
 

@@ -22,6 +22,8 @@ from alignlab.sampling import sample_latents
 from alignlab.train import train
 from alignlab.training.setup import build_run, check_teachers_and_eval
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 
 

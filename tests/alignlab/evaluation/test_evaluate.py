@@ -16,6 +16,8 @@ from alignlab.train import train
 from alignlab.training.flow_matching import flow_loss, interpolate
 from alignlab.training.setup import build_run
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 MEASURES = ("teacher_retrieval", "silhouette", "cross_cos", "cknna")
 

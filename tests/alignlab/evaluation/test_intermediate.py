@@ -19,6 +19,8 @@ from alignlab.training.setup import Run
 from kills import Killed
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
 Told = list[tuple[int, dict[str, float]]]

@@ -24,6 +24,8 @@ from damage import KINDS, a_list, cut, delete, empty, flip, garbage
 from kills import Killed
 from run_contents import file_contents, timeless_metrics, timeless_rows
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 Damage = Callable[[Path], None]
 SETTINGS = ("steps=5", "checkpoint.every=2", "checkpoint.keep=2", "eval.clips=1")
 

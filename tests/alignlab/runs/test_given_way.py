@@ -14,6 +14,8 @@ from alignlab.runs.open_folder import open_folder
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.train import train
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
 

@@ -33,6 +33,8 @@ from command_line import refused
 from run_contents import timeless_metrics
 from tiny_runs import TrainUntil
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 RECIPE = """
 name: run
 steps: 3

@@ -18,6 +18,8 @@ from kills import Killed
 from run_contents import file_contents, timeless_metrics
 from tiny_runs import MakeConfig
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 SMALL = ("eval.clips=1", "checkpoint.every=1", "optim.batch_size=1", "optim.ema=0.9")
 
 

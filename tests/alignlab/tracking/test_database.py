@@ -4,6 +4,7 @@ import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,22 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.engine import Engine
 
 from alignlab.config.paths import sqlite_url
+from alignlab.recipe import load_run
+from alignlab.runs.run_folder import RunFolder
+from alignlab.tracking import Tracker
 from alignlab.tracking import database as module
 from alignlab.tracking.database import make_whole
 from kills import die, fork
+from processes import forked
 
 PutDatabase = Callable[[Path], Path]
 
 BEFORE_TRACES = "acf3f17fdcc7"  # a revision of MLflow's tables, of its version 2.12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def copied_tables() -> None:
+    """Here MLflow makes every database, else only the first one of a session."""
 
 
 def change(database: Path, *statements: str) -> None:
@@ -168,3 +178,19 @@ def test_an_older_database_gets_todays_tables_and_keeps_what_is_written_meanwhil
         assert [name for (name,) in rows] == ["first", "second", "third"]
         assert tables.fetchall()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
+def test_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+
+    def start(name: str) -> None:
+        config = load_run("tiny", [f"output={tmp_path}", f"name={name}"])
+        with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
+            tracker.log(1, {"loss/total": 1.0})
+
+    # forked, so that everything is imported once and they meet at the database
+    children = [forked(partial(start, name)) for name in names]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiments = client.search_experiments(filter_string="name != 'Default'")
+    assert sorted(e.name for e in experiments) == sorted(names)

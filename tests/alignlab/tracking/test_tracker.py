@@ -1,10 +1,8 @@
 """Where the scalars of a run go: metrics.jsonl and MLflow."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
 from alignlab.config.run import RunConfig
-from alignlab.recipe import load_run, recipe_hash
+from alignlab.recipe import recipe_hash
 from alignlab.runs.metric_rows import read_rows
-from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking import Tracker
 from alignlab.tracking.mlflow_run import read_state
 from alignlab.train import train
 from kills import Killed
-from processes import forked
+
+pytestmark = pytest.mark.usefixtures("shared_clips")
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -126,19 +124,3 @@ def test_training_is_quiet(
         train(make_config("tracking.mlflow=sqlite"))
     assert capfd.readouterr().err == ""
     assert {record.name.split(".")[0] for record in caplog.records} == {"alignlab"}
-
-
-def test_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
-    names = ["one", "two", "three"]
-
-    def start(name: str) -> None:
-        config = load_run("tiny", [f"output={tmp_path}", f"name={name}"])
-        with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
-            tracker.log(1, {"loss/total": 1.0})
-
-    # forked, so that everything is imported once and they meet at the database
-    children = [forked(partial(start, name)) for name in names]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    experiments = client.search_experiments(filter_string="name != 'Default'")
-    assert sorted(e.name for e in experiments) == sorted(names)

@@ -3,6 +3,7 @@
 import errno
 import pickle
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from alignlab.experiments.launchers.local import threads
 from alignlab.recipe import dump
 from alignlab.train import train
 from alignlab.training import cache_build
-from alignlab.training.cache_build import Here, LocalProcesses, build_cache
+from alignlab.training.cache_build import Encoders, Here, LocalProcesses, build_cache
 from alignlab.training.cache_builder import CacheBuilder, Clip
 from command_line import alignlab, refused
 from loaded_models import LoadedModels
@@ -38,12 +39,24 @@ def variants(make: MakeConfig, *overrides: str) -> list[RunConfig]:
     return [first, make(*SETTINGS, *others, *overrides, "name=second")]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("encoders", "at_once", "start"),
+    [
+        (Here(), 2, "spawn"),
+        (LocalProcesses(2), 8, "spawn"),  # one process: each imports torch
+        (LocalProcesses(2), 2, "fork"),
+    ],
+    ids=["here", "a process", "two processes"],
+)
 def test_what_is_built_is_all_that_the_runs_of_a_comparison_read(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, workers: int
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    encoders: Encoders,
+    at_once: int,
+    start: str,
 ) -> None:
-    monkeypatch.setattr(cache_build, "AT_ONCE", 2)
-    encoders = LocalProcesses(workers) if workers > 1 else Here()
+    monkeypatch.setattr(cache_build, "AT_ONCE", at_once)
+    monkeypatch.setattr(cache_build, "get_context", lambda kind: get_context(start))
     (built,) = build_cache(variants(make_config), encoders)
     assert (built.clips, built.encoded) == (8, 8) and built.size > 0
     for run in variants(make_config, "data.cache.mode=require"):

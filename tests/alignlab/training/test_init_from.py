@@ -25,6 +25,8 @@ from kills import Killed
 from run_contents import file_contents
 from tiny_runs import MakeConfig, TrainUntil
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 REPA = "objectives.p={name: repa, teacher: dino, blocks: [1], projector_dim: 16}"
 LORA = ("model.train=lora", "model.lora.rank=4", "model.lora.alpha=8")
 SMALL = ("eval.clips=1", "optim.batch_size=1", "checkpoint.every=1")

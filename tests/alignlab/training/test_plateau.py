@@ -19,6 +19,8 @@ from alignlab.train import RunTrainer, train
 from alignlab.training.alignment import teacher_features
 from alignlab.training.setup import build_run
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]
 

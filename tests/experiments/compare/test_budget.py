@@ -17,6 +17,8 @@ from alignlab.experiments.launchers import local
 from alignlab.runs.metric_rows import read_rows
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 Make = Callable[..., CompareConfig]
 
 VARIANTS = """

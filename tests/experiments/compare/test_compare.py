@@ -23,6 +23,8 @@ from kills import Killed
 from run_contents import timeless
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeCompare = Callable[..., CompareConfig]
 
 VARIANTS = """
@@ -53,7 +55,8 @@ def report(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(recipe: Path, tmp_path: Path) -> MakeCompare:
-    return lambda *overrides: load_compare(recipe, [f"output={tmp_path}", *overrides])
+    """`make("seeds=[0]")`: the comparison in the test's folder, whose cost is not measured."""
+    return lambda *overrides: load_compare(recipe, [f"output={tmp_path}", "cost=null", *overrides])
 
 
 def stamps(folder: Path) -> dict[Path, int]:

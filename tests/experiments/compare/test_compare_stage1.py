@@ -12,6 +12,8 @@ from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 VARIANTS = """
 cost: null
 baseline: none

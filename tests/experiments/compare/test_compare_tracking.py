@@ -11,6 +11,8 @@ from alignlab.experiments.compare.run import compare
 from alignlab.experiments.send import send_folder
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 VARIANTS = """
 cost: null
 baseline: none

@@ -9,6 +9,8 @@ from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.compare.run import compare
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 VARIANTS = """
 cost: null
 baseline: none

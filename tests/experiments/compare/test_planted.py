@@ -12,9 +12,11 @@ from alignlab.experiments.report.summary import SummaryRow, summary_rows
 from alignlab.experiments.report.verdict import verdict
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 # `again` is the baseline under another name; `still` has a rate at which it hardly learns.
 VARIANTS = """
-cost: {rounds: 6}
+cost: null
 baseline: none
 seeds: [0, 1, 2, 3, 4]
 variants:

@@ -20,6 +20,8 @@ from kills import Killed
 from run_contents import file_contents, timeless
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeCompare = Callable[..., CompareConfig]
 
 SHARED = "checkpoint: {every: 1, keep: 1}\ncost: null\nbaseline: none\n"

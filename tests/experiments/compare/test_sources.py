@@ -19,6 +19,8 @@ from alignlab.runs.run_folder import RunFolder
 from command_line import refused
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 Make = Callable[..., CompareConfig]
 
 VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n  second: {}\n"

@@ -17,6 +17,8 @@ from alignlab.recipe import load_run
 from alignlab.runs.checksums import read_json, write_json
 from small_recipes import comparison_recipe, sweep_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 Make = Callable[..., CompareConfig]
 
 SPACE = """

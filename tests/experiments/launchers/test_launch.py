@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -32,25 +31,12 @@ from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.recipe import load_run
 from alignlab.runs import file_lock, run_folder
 from alignlab.runs.run_folder import RunFolder
+from processes import forked
 from small_recipes import comparison_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 VARIANTS = "cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {}\n"
-# The second, without alignlab, is ready sooner.
-HOLD = """
-import sys, time
-from pathlib import Path
-from alignlab.runs.run_folder import only_writer
-with only_writer(Path(sys.argv[1]), wait=True):
-    print("held", flush=True)
-    time.sleep(300)
-"""
-HOLD_BARE = """
-import sys, time
-from filelock import FileLock
-with FileLock(sys.argv[1] + "/.writer.lock"):
-    print("held", flush=True)
-    time.sleep(300)
-"""
 
 
 @pytest.fixture
@@ -68,17 +54,24 @@ def run(recipe_file: Path, tmp_path: Path) -> RunConfig:
 
 
 @contextmanager
-def other_writer(folder: Path, code: str) -> Iterator[int]:
+def other_writer(folder: Path) -> Iterator[int]:
     """A process that holds the lock of a run folder; gives its number."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
-    )
+    told, tell = os.pipe()
+
+    def hold() -> None:
+        with run_folder.only_writer(folder, wait=True):
+            os.write(tell, b"held")
+            time.sleep(300)
+
+    holder = forked(hold)
+    os.close(tell)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        yield holder.pid
+        assert os.read(told, 4) == b"held"
+        yield holder
     finally:
-        holder.kill()
-        holder.communicate()
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        os.close(told)
 
 
 def order_of(run: RunConfig) -> node.Order:
@@ -94,7 +87,7 @@ def test_a_run_folder_has_one_writer_until_that_process_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(file_lock, "NOTE_EVERY_S", 0.1)
-    with other_writer(tmp_path, HOLD) as pid:
+    with other_writer(tmp_path) as pid:
         with pytest.raises(UserError, match=rf"trained by another process \(.*process {pid}\)"):
             with run_folder.only_writer(tmp_path, wait=False):
                 pass
@@ -127,7 +120,7 @@ def test_a_filesystem_without_locks_is_refused(
 def test_a_comparison_refuses_a_run_that_another_process_trains(config: CompareConfig) -> None:
     folder = RunFolder.create(probed(config, "none", 0)).path
     with (
-        other_writer(folder, HOLD_BARE),
+        other_writer(folder),
         pytest.raises(UserError, match=r"pair/none/seed-0 is being trained"),
     ):
         compare(config)

@@ -28,6 +28,8 @@ from alignlab.runs.atomic_files import write_text
 from alignlab.train import train
 from small_recipes import sweep_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeSweep = Callable[..., SweepConfig]
 
 CPUS = num_cpus()

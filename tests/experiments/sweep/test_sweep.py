@@ -29,6 +29,8 @@ from alignlab.training.step_terms import StepScalars
 from run_contents import read_table, timeless, timeless_metrics
 from small_recipes import sweep_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeSweep = Callable[..., SweepConfig]
 
 SWEEP = """

@@ -27,6 +27,8 @@ from alignlab.train import train
 from run_contents import read_table
 from small_recipes import sweep_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 MakeSweep = Callable[..., SweepConfig]
 
 TWO = """

@@ -17,6 +17,8 @@ from alignlab.tracking.tracker import status_of
 from run_contents import read_table
 from small_recipes import sweep_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
 SWEEP = """
 space:
   optim.lr: {kind: categorical, choices: [5.0e-3, 1.0e-5]}
