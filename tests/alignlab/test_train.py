@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -245,8 +246,8 @@ def test_a_folder_of_another_recipe_is_refused(make_config: MakeConfig) -> None:
 def test_an_infinite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken_at_step_3(*args: object) -> Features:
-        features = teacher_features(*args)  # type: ignore[arg-type]
+    def broken_at_step_3(*args: Any, **options: Any) -> Features:
+        features = teacher_features(*args, **options)
         calls.append(1)
         return replace(features, tokens_BTPD=features.tokens_BTPD / (len(calls) != 3))
 

@@ -32,7 +32,7 @@ from mlflow_tables import copying
 train_module: Any = importlib.import_module("alignlab.train")
 alignment: Any = importlib.import_module("alignlab.training.alignment")
 ranks: Any = importlib.import_module("alignlab.distributed.ranks")
-take_step, teacher_from = train_module.Trainer.step, alignment.teacher_from
+take_step, teacher_of_clips = train_module.Trainer.step, alignment.teacher_of_clips
 LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]
 LORA += ["optim.grad_clip=null", "model.absent_references=zero"]
 OVERRIDES = {
@@ -97,7 +97,7 @@ STEPS = {
 
 
 def other_teacher(*args: Any, **settings: Any) -> Any:
-    teacher = teacher_from(*args, **settings)
+    teacher = teacher_of_clips(*args, **settings)
     teacher.digest()  # loads it: later, the load would find its files changed
     vars(teacher)["parts"] = {**teacher.parts, "weights": "of other files"}
     return teacher
@@ -112,7 +112,7 @@ def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
     os.dup2(said, 2)
     train_module.Trainer.step = STEPS.get(moment, take_step)
     if moment == "teacher" and rank:
-        alignment.teacher_from = other_teacher
+        alignment.teacher_of_clips = other_teacher
     ranks.BUCKET = 1000  # many of them, and tensors larger than one
     sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
     if moment not in ("whole", "killed", "again", "other"):
