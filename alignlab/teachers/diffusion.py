@@ -197,6 +197,7 @@ class DiffusionTeacher:
 
     def _loaded(self, class_name: str) -> Any:
         import diffusers
+        from diffusers.models.attention_dispatch import AttentionBackendName
 
         model = load_frozen(
             getattr(diffusers, class_name),
@@ -208,6 +209,11 @@ class DiffusionTeacher:
         if "parts" in vars(self):
             check_unchanged(self._folder / "transformer", PART_FILES, self.parts["weights"])
         model.blocks = model.blocks[: self._block + 1]  # those after it take memory and time
+        for block in model.blocks:
+            # Else diffusers takes the backend that was last set in this process, the student's:
+            # other numbers for the same key. Its own setter would set the student's in turn.
+            for attention in (block.attn1, block.attn2):
+                attention.processor._attention_backend = AttentionBackendName.NATIVE
         return model
 
 

@@ -1,6 +1,5 @@
 """`alignlab compare` and `alignlab demo`. Heavy imports happen inside them."""
 
-import os
 from typing import Annotated
 
 import typer
@@ -70,8 +69,11 @@ def demo(
 ) -> None:
     """Run the shipped comparison `demo`: offline, on a CPU, in minutes.
 
-    Two processes train its runs, unless `--workers` says otherwise.
+    Two processes train its runs, unless `--workers` says otherwise or the machine has too little.
     """
-    if workers is None:
-        workers = min(DEMO_WORKERS, os.cpu_count() or 1)
+    if workers is None and not print_config:
+        from alignlab.experiments.compare.config import load_compare
+        from alignlab.experiments.launchers.local import workers_that_fit
+
+        workers = workers_that_fit(load_compare("demo", overrides).launch, DEMO_WORKERS)
     compare("demo", overrides, workers=workers, print_config=print_config)

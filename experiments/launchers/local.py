@@ -96,6 +96,17 @@ def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
             )
 
 
+def workers_that_fit(needs: LaunchConfig, most: int) -> int:
+    """How many runs this machine can train at a time: up to `most`, and no more than its CPUs."""
+    for runs in range(min(most, num_cpus()), 1, -1):
+        try:
+            check_machine(needs, runs=runs)
+        except UserError:
+            continue
+        return runs
+    return 1
+
+
 def num_cpus() -> int:
     """CPUs that this process may use; all of them where the system cannot say (macOS)."""
     if hasattr(os, "sched_getaffinity"):

@@ -18,7 +18,7 @@ from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import USER_ERROR, UserError
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.local import RunKey, check_machine
+from alignlab.experiments.launchers.local import RunKey, check_machine, num_cpus
 from alignlab.experiments.launchers.run_progress import RunsProgress
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def all_died(folder: Path) -> ChildProcessError:
 def _start(index: int, count: int, command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | device_of(index - 1, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if "OMP_NUM_THREADS" not in environment:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+        environment["OMP_NUM_THREADS"] = str(max(1, num_cpus() // count))
     with (folder / f"worker-{index}.log").open("ab") as out:
         return subprocess.Popen(
             [sys.executable, "-m", "alignlab", *command],

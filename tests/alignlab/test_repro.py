@@ -27,8 +27,6 @@ from command_line import alignlab, refused
 from run_contents import timeless_metrics
 from tiny_runs import MakeConfig
 
-pytestmark = pytest.mark.usefixtures("shared_clips")
-
 SMALL = ("eval.clips=1", "checkpoint.every=1", "optim.batch_size=1")
 
 

@@ -27,6 +27,7 @@ from alignlab.training.encoded import ClipPixels, FeatureRead, clip_noise, featu
 from alignlab.training.setup import Run, build_run
 from command_line import refused
 from loaded_models import LoadedModels
+from random_tensors import draw
 from run_contents import file_contents, timeless_contents, timeless_rows
 from tiny_runs import MakeConfig, TrainUntil
 
@@ -112,6 +113,17 @@ def test_centred_features_have_no_mean_over_the_first_train_clips(
     mean_D = one[:4].flatten(0, 2).double().mean(0)
     torch.testing.assert_close(two, (one - mean_D).float(), rtol=1e-5, atol=1e-5)
     assert mean_D.abs().max() > 0.1
+
+
+def test_features_do_not_depend_on_the_attention_of_the_run(make: Make) -> None:
+    features = []
+    for backend in ("_native_math", "native"):  # diffusers keeps the last one for the process
+        run = build_run(make(f"model.attention={backend}", "data.cache.mode=off"))
+        teacher = run.alignment.teachers["dit"]
+        assert isinstance(teacher, DiffusionTeacher)
+        noisy_BCTHW = draw(1, *teacher.latent_shape)
+        features.append(teacher.encode(noisy_BCTHW, draw(1, 7, teacher.text_dim)).tokens_BTPD)
+    assert torch.equal(*features)
 
 
 def test_the_noise_belongs_to_the_clip(make: Make) -> None:

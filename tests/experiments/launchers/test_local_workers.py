@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from typer.testing import CliRunner
@@ -135,3 +135,24 @@ def test_a_second_signal_kills_the_workers() -> None:
     with pytest.raises(KeyboardInterrupt):
         local_workers._stop([worker])
     assert worker.returncode in (-signal.SIGKILL, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("needs", "cpus", "workers"),
+    [({}, 8, 2), ({}, 1, 1), ({"cpus": 4}, 8, 2), ({"cpus": 5}, 8, 1), ({"memory_gib": 1e6}, 8, 1)],
+)
+def test_the_demo_has_as_many_workers_as_the_machine_bears(
+    monkeypatch: pytest.MonkeyPatch, needs: dict[str, Any], cpus: int, workers: int
+) -> None:
+    asked: list[Any] = []
+
+    def make(name: str, launch: object, **options: Any) -> NoReturn:
+        asked.append(options["workers"])
+        raise UserError("nothing is trained here")
+
+    monkeypatch.setattr("alignlab.experiments.launchers.local.num_cpus", lambda: cpus)
+    monkeypatch.setattr("alignlab.experiments.launchers.make_launcher", make)
+    settings = [f"launch.{name}={value}" for name, value in needs.items()]
+    CliRunner().invoke(app, ["demo", *settings])
+    CliRunner().invoke(app, ["demo", *settings, "--workers", "3"])
+    assert asked == [workers, 3]
