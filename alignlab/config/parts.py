@@ -94,12 +94,12 @@ class ModelConfig(Settings):
     def _random_weights_are_trained(self) -> Self:
         if self.init == "random" and self.train == "lora":
             raise ValueError(
-                "init: random: train: lora leaves the transformer as it is, and random weights "
-                "know nothing; set train: full, or remove init"
+                "random weights need train: full, since a LoRA leaves them as they are; set it, or "
+                "remove init: random"
             )
         if self.init == "random" and self.init_from is not None:
             raise ValueError(
-                "init: random: init_from replaces the initial weights; remove one of the two"
+                "init_from would replace the weights that init: random draws; remove one of the two"
             )
         return self
 

@@ -32,6 +32,7 @@ def build(
     """Encode all that the trainings of a recipe read of their clips; what is there is skipped."""
     from contextlib import ExitStack
 
+    from alignlab.dataset_cache.disk_room import size_text
     from alignlab.experiments.compare.config import load_trainings
     from alignlab.experiments.launchers import refuse_unread_address
     from alignlab.experiments.launchers.local import threads
@@ -58,5 +59,5 @@ def build(
         for built in build_cache(trainings, encoders):
             typer.echo(
                 f"{built.path}: {built.clips:,} clips, {built.encoded:,} of them encoded now "
-                f"({built.size / 1e6:,.1f} MB)"
+                f"({size_text(built.size)})"
             )

@@ -57,7 +57,8 @@ class SummaryRow:
         num_seeds, num_runs: seeds of the recipe, and how many of them finished.
         values: number per seed, for the seeds that have one.
         mean, std: over seeds; the sample standard deviation (n - 1), None with fewer than two
-            seeds; both None when there is no number, NaN and None when one is not finite.
+            seeds; both None when there is no number, NaN and None when one is not finite. Of steps
+            to target, the geometric mean, None where it is only a bound, and no std.
         differences: variant minus baseline per seed, for the seeds that both have.
         paired: statistics of `differences`; None for the baseline, and when no seed is shared or a
             difference is not finite.
@@ -334,7 +335,7 @@ def _target_row(comparison: Comparison, variant: str, steps: StepsToTarget) -> S
         num_seeds=len(comparison.seeds),
         num_runs=sum(run.variant == variant for run in comparison.results),
         values=steps.ratios,
-        mean=steps.mean,
+        mean=None if steps.is_bound else steps.mean,
         std=None,
         differences={} if is_baseline else {s: ratio - 1.0 for s, ratio in steps.ratios.items()},
         paired=steps.paired,

@@ -130,18 +130,19 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
 def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """Every metric of every variant in full precision, one line each; nothing for no number.
 
-    The differences of steps to target are of the logarithms of the ratios that stand under the
-    seeds; those of the seeds in `never_reached` are only what the ratio is larger than.
+    `diff_scale` says what the `diff_` columns are of: differences, or natural logarithms of the
+    ratios that steps to target have under the seeds. What `never_reached_seeds` names has under its
+    seed only what the ratio is larger than, and a mean that is no more than that is left out.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     seeds = [f"seed_{seed}" for seed in comparison.seeds]
     columns = ["metric", "better", "variant", "mean", "std", "num_seeds"]
-    writer.writerow([*columns, *_PAIRED, *_RATIO, "num_better", "change", "never_reached", *seeds])
+    columns += ["diff_scale", *_PAIRED, *_RATIO, "num_better", "change", "never_reached_seeds"]
+    writer.writerow([*columns, *seeds])
     for row in rows:
         measured = [row.mean, row.std, len(row.values)]
-        paired = [getattr(row.paired, name, None) for name in _PAIRED.values()]
-        paired += _ratio_cells(row)
+        paired = [*_paired_cells(row), *_ratio_cells(row)]
         values = [row.values.get(seed) for seed in comparison.seeds]
         start = [row.metric, row.quantity.better, row.variant]
         never = "" if row.target is None else " ".join(map(str, row.target.never))
@@ -158,6 +159,16 @@ def headline(rows: list[SummaryRow]) -> list[list[SummaryRow]]:
 def title(row: SummaryRow) -> str:
     """Name of a metric with an arrow to its better side."""
     return f"{row.quantity.label} {ARROWS[row.quantity.better]}".rstrip()
+
+
+def _paired_cells(row: SummaryRow) -> list[str | float | None]:
+    """What the differences are of, and their statistics without a mean that is only a bound."""
+    if row.paired is None:
+        return [None] * (1 + len(_PAIRED))
+    cells = {column: getattr(row.paired, name) for column, name in _PAIRED.items()}
+    if row.target is not None and row.target.is_bound:
+        cells["diff_mean"] = None
+    return ["difference" if row.target is None else "log ratio", *cells.values()]
 
 
 def _ratio_cells(row: SummaryRow) -> list[float | None]:

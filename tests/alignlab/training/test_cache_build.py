@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import re
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -133,6 +134,18 @@ def test_a_small_disk_is_the_machines_fault(
     result = alignlab("cache", "build", recipe)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ") and "the disk takes no more" in result.stderr
+
+
+def test_the_command_tells_a_small_size_in_three_digits(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(make_config(*SETTINGS)))
+    result = alignlab("cache", "build", recipe)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r": 8 clips, 8 of them encoded now \([\d.]{3,4} kB\)\n$", result.stdout), (
+        result.stdout
+    )
 
 
 def test_a_cache_that_no_run_reads_is_not_built(make_config: MakeConfig, tmp_path: Path) -> None:

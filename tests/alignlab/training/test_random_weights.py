@@ -108,8 +108,16 @@ def test_it_resumes_exactly_and_is_exported(
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("model.train=lora", "init: random: train: lora leaves the transformer as it is"),
-        ("model.init_from=runs/first", "init: random: init_from replaces the initial weights"),
+        (
+            "model.train=lora",
+            "model: random weights need train: full, since a LoRA leaves them as they are; set it, "
+            "or remove init: random\n",
+        ),
+        (
+            "model.init_from=runs/first",
+            "model: init_from would replace the weights that init: random draws; remove one of the "
+            "two\n",
+        ),
     ],
 )
 def test_what_random_weights_do_not_go_with(

@@ -1,5 +1,6 @@
 """Steps to target: where curves cross it, seeds that never do, and what a report says of it."""
 
+import csv
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from alignlab.experiments.report.steps_to_target import (
     steps_to_target,
 )
 from alignlab.experiments.report.summary import SummaryRow, footnotes, summary_rows
-from alignlab.experiments.report.text import markdown
+from alignlab.experiments.report.text import markdown, table_csv
 from alignlab.experiments.report.verdict import verdict
 from alignlab.experiments.report.write import write_report
 from made_comparisons import make_comparison
@@ -251,12 +252,46 @@ def test_the_report_shows_it_in_every_form(tmp_path: Path) -> None:
         for line in read_table(tmp_path / "table.csv")
         if line["metric"] == "steps_to_target"
     }
-    assert lines["mixed"]["never_reached"] == "3 4" and lines["fast"]["never_reached"] == ""
+    never = {variant: line["never_reached_seeds"] for variant, line in lines.items()}
+    assert never == {"none": "", "fast": "", "mixed": "3 4"}
     assert float(lines["fast"]["ratio"]) == fast.mean
     assert float(lines["mixed"]["seed_3"]) == 1.0
     path = tmp_path / "comparison.json"
     found.save(path)
     assert rows_of(Comparison.load(path)) == rows_of(found)
+
+
+def test_the_table_gives_no_bound_as_a_mean() -> None:
+    # "slow" reaches it with two seeds of five: too few for an interval
+    slow = [0.9, 0.95, 1.4, 1.5, 1.6]
+    found = made({"none": [1.0] * 5, "fast": around(0.6, 5), "slow": slow, "never": [2.0] * 5})
+    lines = {
+        (line["metric"], line["variant"]): line
+        for line in csv.DictReader(table_csv(found, summary_rows(found)).splitlines())
+    }
+    for variant, seeds in {"slow": "2 3 4", "never": "0 1 2 3 4"}.items():
+        line = lines["steps_to_target", variant]
+        assert line["never_reached_seeds"] == seeds and line["change"] == ""
+        for column in ("mean", "std", "diff_mean", "diff_std", "diff_low", "diff_high", "ratio"):
+            assert line[column] == "", (variant, column)
+        assert line["seed_4"] == "1.0" and line["num_pairs"] == "5"
+    fast = lines["steps_to_target", "fast"]
+    assert float(fast["diff_mean"]) == pytest.approx(math.log(float(fast["mean"])))
+    scales = {key: line["diff_scale"] for key, line in lines.items()}
+    assert scales["steps_to_target", "fast"] == scales["steps_to_target", "never"] == "log ratio"
+    assert scales["val/flow", "fast"] == "difference" and scales["val/flow", "none"] == ""
+
+
+def test_the_table_of_one_seed_that_never_reaches_it_has_no_mean() -> None:
+    found = made({"none": [1.0], "never": [2.0], "late": [0.9]})
+    lines = {
+        line["variant"]: line
+        for line in csv.DictReader(table_csv(found, summary_rows(found)).splitlines())
+        if line["metric"] == "steps_to_target"
+    }
+    columns = ("mean", "diff_mean", "never_reached_seeds", "seed_0")
+    assert [lines["never"][column] for column in columns] == ["", "", "0", "1.0"]
+    assert float(lines["late"]["mean"]) == pytest.approx(0.9, rel=5e-3)
 
 
 def test_the_charts_show_the_target_and_who_never_reached_it() -> None:
