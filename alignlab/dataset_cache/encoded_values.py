@@ -87,7 +87,7 @@ class EncodedValues:
         if found is None:
             made = {name: tensor.detach().cpu() for name, tensor in make().items()}
             _check_finite(made, refusal)
-            is_exact = kind != "teacher" or self.cache.dtype == "fp32"
+            is_exact = kind != "teacher" or named.is_exact or self.cache.dtype == "fp32"
             found = self.cache.write(named, _narrowed(made) if is_exact else made)
         return {name: _widened(tensor) for name, tensor in found.items()}
 

@@ -25,6 +25,7 @@ class CacheKey:
         kind: what it is of.
         parts: flat and readable, so that an entry and a miss can be explained. Two keys are equal
             where kind and parts are: `1`, `1.0`, `True` and `"1"` differ.
+        is_exact: kept as it is, whatever dtype features of teachers are stored in.
 
     Raises:
         TypeError: a part is none of the types.
@@ -33,6 +34,7 @@ class CacheKey:
 
     kind: Kind
     parts: Mapping[str, Part]
+    is_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

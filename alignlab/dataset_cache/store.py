@@ -78,7 +78,8 @@ class DatasetCache:
         path: the cache's folder, made by the first entry that is written.
         mode: `off`: nothing is read or written. `read`: nothing is written. `write`: both.
             `require`: a miss is refused.
-        dtype: that teacher features are stored in; all else is stored as it is.
+        dtype: that teacher features are stored in; all else, and keys that are `is_exact`, are
+            stored as they are.
 
     Attributes:
         counts: by kind.
@@ -211,7 +212,7 @@ class DatasetCache:
         self.close()
 
     def _dtype_of(self, key: CacheKey) -> StorageDtype:
-        return self.dtype if key.kind == "teacher" else "fp32"
+        return self.dtype if key.kind == "teacher" and not key.is_exact else "fp32"
 
     def _is_known(self, key: CacheKey) -> bool:
         assert self._shards is not None

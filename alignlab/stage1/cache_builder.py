@@ -54,6 +54,9 @@ class Stage1CacheBuilder(CacheBuilder):
     def make_rest(self) -> None:
         """There is nothing."""
 
+    def make_last(self) -> None:
+        """There is nothing."""
+
     def _pixels(self, clip: Clip) -> ClipPixels:
         return ClipPixels(self._splits[clip.split], clip.place)
 

@@ -20,6 +20,7 @@ from alignlab.dataset_cache.clip_keys import ENVIRONMENT
 from alignlab.dataset_cache.key import Part, digest_of
 from alignlab.dataset_cache.model_parts import model_parts
 from alignlab.errors import UserError
+from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Features
 from alignlab.models.late_model import LateModel
 from alignlab.models.model_files import check_model_files, local_folder, read_object
@@ -63,6 +64,7 @@ class DiffusionTeacher:
 
     Args:
         config: a teacher of a family that reads latents.
+        alias: the recipe's name of it, for messages.
         encoders: the student's, whose latents and embeddings it is given.
         clip: frames and size of the clips.
         device: where it runs: bf16 on a GPU, fp32 on a CPU.
@@ -87,6 +89,7 @@ class DiffusionTeacher:
         self,
         config: "TeacherConfig",
         *,
+        alias: str,
         encoders: "FrozenParts",
         clip: "ClipsConfig",
         device: torch.device | str,
@@ -99,14 +102,14 @@ class DiffusionTeacher:
         self.noise_level, self.reads_caption = config.noise_level, config.caption
         self.is_centred = config.centred
         self.feature = config.feature or row.feature
-        self.name = f"teachers ({config.family})"
+        self.name = f"teachers.{alias}"
         self._encoders = encoders
         self._device = torch.device(device)
         self._dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         self._folder = diffusion_folder(config.family, config.path or row.path)
         _check_same_encoders(self.name, self._folder, encoders.folder)
         settings = _transformer_settings(self.name, self._folder, encoders)
-        self._block = _block(config.family, self.feature, int(settings["num_layers"]))
+        self._block = _block(self.name, config.family, self.feature, int(settings["num_layers"]))
         self.dim = int(settings["num_attention_heads"]) * int(settings["attention_head_dim"])
         _, self._patch_height, self._patch_width = settings["patch_size"]
         grid = encoders.token_grid(settings["patch_size"], clip.frames, *clip.size)
@@ -179,14 +182,14 @@ class DiffusionTeacher:
         if noisy_BCTHW.shape[1:] != self.latent_shape:
             raise ValueError(f"expected latents {self.latent_shape}, got {noisy_BCTHW.shape[1:]}")
         found: list[Tensor] = []
-        device, dtype = self._device, self._dtype
+        device, dtype, time = self._device, self._dtype, self.noise_level * 1000
         with self._late_model.in_use() as model, torch.autocast(device.type, enabled=False):
             hook = model.blocks[-1].register_forward_hook(lambda _, __, out: found.append(out))
             try:
                 model(
-                    hidden_states=noisy_BCTHW.to(device, dtype),
-                    timestep=torch.full((len(noisy_BCTHW),), self.noise_level * 1000).to(device),
-                    encoder_hidden_states=text_BLD.to(device, dtype),
+                    hidden_states=to_device(noisy_BCTHW, device).to(dtype),
+                    timestep=torch.full((len(noisy_BCTHW),), time, device=device),
+                    encoder_hidden_states=to_device(text_BLD, device).to(dtype),
                     return_dict=False,
                 )
             finally:
@@ -217,13 +220,13 @@ class DiffusionTeacher:
         return model
 
 
-def _block(family: str, feature: str, num_blocks: int) -> int:
+def _block(name: str, family: str, feature: str, num_blocks: int) -> int:
     try:
         _, number = parse_feature(family, feature)
     except ValueError as error:
-        raise UserError(f"teachers feature: {error}") from None
+        raise UserError(f"{name}.feature: {error}") from None
     if number >= num_blocks:
-        raise UserError(f"teachers feature: no {feature}; the model has 0 to {num_blocks - 1}")
+        raise UserError(f"{name}.feature: no {feature}; the model has 0 to {num_blocks - 1}")
     return number
 
 

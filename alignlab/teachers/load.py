@@ -55,6 +55,7 @@ def teacher_of_clips(
     clip: "ClipsConfig",
     encoders: "FrozenParts | None",
     *,
+    alias: str,
     device: torch.device,
     load: bool,
     is_parked: bool = True,
@@ -65,6 +66,7 @@ def teacher_of_clips(
         config: the teacher's.
         clip: frames and size of the clips that it sees.
         encoders: the student's, whose latents and texts a diffusion teacher reads.
+        alias: the recipe's name of it, for messages.
         device: where it runs.
         load: see `load_teacher`.
         is_parked: likewise.
@@ -76,7 +78,13 @@ def teacher_of_clips(
         return teacher_from(config, device=device, load=load, is_parked=is_parked)
     assert encoders is not None  # of every run
     return DiffusionTeacher(
-        config, encoders=encoders, clip=clip, device=device, load=load, is_parked=is_parked
+        config,
+        alias=alias,
+        encoders=encoders,
+        clip=clip,
+        device=device,
+        load=load,
+        is_parked=is_parked,
     )
 
 

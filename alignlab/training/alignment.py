@@ -97,7 +97,7 @@ class Alignment(nn.Module):
         used = {name for o in config.objectives.values() for name in o.teachers}
         self.teachers: dict[str, Teacher | DiffusionTeacher] = {
             alias: teacher_of_clips(
-                teacher, config.data, encoders, device=device, load=not is_cached
+                teacher, config.data, encoders, alias=alias, device=device, load=not is_cached
             )
             for alias, teacher in config.teachers.items()
             if alias in used

@@ -224,9 +224,13 @@ class ClipEncoder:
             self._centres[name] = kept_centre(self._values, read, clips, self.__getitem__)
         return self._centres[name]
 
+    def keep_centre(self, read: FeatureRead, centre_D: Tensor) -> None:
+        """Has `centre_of` give what another rank made."""
+        self._centres[read.teacher.identity] = centre_D
+
     def centre_key(self, read: FeatureRead) -> CacheKey:
         """Names it in the dataset cache."""
-        return centre_key(read, centre_clips(self._dataset))
+        return centre_key(read, centre_clips(self._dataset), self._values.cache.dtype)
 
     @property
     def keeps_features(self) -> bool:

@@ -87,6 +87,10 @@ class Encoders(ABC):
     def encode(self, alike: Alike, clips: Sequence[Clip]) -> Iterator[tuple[int, int]]:
         """Encodes clips; gives the number and the bytes of those that have just been."""
 
+    @abstractmethod
+    def finish(self, alike: Alike) -> int:
+        """Makes what is of many clips, once all are encoded; gives the bytes that were written."""
+
 
 def build_cache(trainings: Sequence[Training], encoders: Encoders | None = None) -> list[Built]:
     """Encodes all train clips of trainings, and the val clips that they measure.
@@ -148,6 +152,14 @@ def encode_part(builder: CacheBuilder, clips: Sequence[Clip]) -> tuple[int, int]
     return len(clips), builder.written() - before
 
 
+def finish(builder: CacheBuilder) -> int:
+    """See `Encoders.finish`."""
+    before = builder.written()
+    builder.make_last()
+    builder.flush()
+    return builder.written() - before
+
+
 def to_text(alike: Alike) -> list[str]:
     """Recipes as JSON, for another process."""
     return [training.model_dump_json() for training in alike]
@@ -183,6 +195,10 @@ class Here(Encoders):
         self._builder.flush()
         yield 0, self._builder.written() - before
 
+    def finish(self, alike: Alike) -> int:
+        assert self._builder is not None  # of `sample`
+        return finish(self._builder)
+
 
 class LocalProcesses(Encoders):
     """Processes of this machine, which compute with as many threads: their number changes bits.
@@ -216,6 +232,9 @@ class LocalProcesses(Encoders):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def finish(self, alike: Alike) -> int:
+        return finish(builder_of(alike))
+
 
 def _build(alike: Alike, encoders: Encoders) -> Built:
     sampled = encoders.sample(alike)
@@ -231,6 +250,7 @@ def _build(alike: Alike, encoders: Encoders) -> Built:
                 done, size = done + number, size + written
                 advance(done, "")
         encoded += done
+    size += encoders.finish(alike)
     return Built(path, sampled.clips, encoded, size)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from alignlab.config.data import CacheConfig
-from alignlab.config.parts import TeacherConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_splits
@@ -23,7 +22,7 @@ from alignlab.teachers import DiffusionTeacher, Teacher, teacher_of_clips
 from alignlab.training.alignment import check_noise, noise_key
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.clip_memory import ClipMemory
-from alignlab.training.encoded import FeatureRead, TokenKind
+from alignlab.training.encoded import FeatureRead, TokenKind, kept_features
 
 
 class Clip(NamedTuple):
@@ -54,7 +53,7 @@ class CacheBuilder(ABC):
 
     @abstractmethod
     def rest_keys(self) -> list[CacheKey]:
-        """What is read of no clip."""
+        """What is read of no clip, or of many."""
 
     @abstractmethod
     def make(self, clip: Clip) -> None:
@@ -63,6 +62,10 @@ class CacheBuilder(ABC):
     @abstractmethod
     def make_rest(self) -> None:
         """Makes what is of no clip."""
+
+    @abstractmethod
+    def make_last(self) -> None:
+        """Makes what is of many clips, out of what is kept of each."""
 
     def clips(self) -> list[Clip]:
         """Those that are read."""
@@ -161,16 +164,22 @@ class RunCacheBuilder(CacheBuilder):
         encoded = self._splits[clip.split][clip.place]
         for read in self._reads[clip.split]:
             if read.kind == "video" or encoded.pixels.names:
-                encoded.features(read)
+                # not centred, which needs other clips as well
+                kept_features(self.values, read, encoded.pixels, lambda: encoded)
 
     def make_rest(self) -> None:
-        """Prompts that stand for none, features of noise, and what features are centred by."""
+        """Prompts that stand for none, and features of noise."""
         for prompt, where in self._prompts().items():
             self._splits["train"].text(prompt, where=where)
         for where, read in self._noise_reads():
             check_noise(where, read, self._runs[0].data, self.values)
+
+    def make_last(self) -> None:
+        """What features are centred by."""
+        clips = self._splits["train"]
         for read in self._centred():
-            self._splits["train"].centre_of(read)
+            if self.values.lacks(clips.centre_key(read)):
+                clips.centre_of(read)
 
     def _centred(self) -> list[FeatureRead]:
         """Diffusion teachers whose features are read centred."""
@@ -190,7 +199,7 @@ class RunCacheBuilder(CacheBuilder):
         for run in self._runs:
             used = {alias for o in run.objectives.values() for alias in o.teachers}
             for alias in filter(None, {*used, run.measured_against}):
-                yield f"teachers.{alias}", self._read(run.teachers[alias], "video")
+                yield f"teachers.{alias}", self._read(run, alias, "video")
 
     def _aligned(self) -> list[FeatureRead]:
         """What objectives read of train clips."""
@@ -199,32 +208,34 @@ class RunCacheBuilder(CacheBuilder):
             for objective in run.objectives.values():
                 kind = OBJECTIVES[objective.name].tokens
                 for alias in objective.teachers:
-                    reads[self._read(run.teachers[alias], kind)] = None
+                    reads[self._read(run, alias, kind)] = None
         return list(reads)
 
     def _measured(self) -> list[FeatureRead]:
         """What evaluations read of val clips."""
         reads: dict[FeatureRead, None] = {}
         for run in self._runs:
-            if run.measured_against is None:
+            alias = run.measured_against
+            if alias is None:
                 continue
-            teacher = run.teachers[run.measured_against]
-            reads[self._read(teacher, "video")] = None
-            if not self._teacher(teacher).is_video:
-                reads[self._read(teacher, "reference")] = None
+            reads[self._read(run, alias, "video")] = None
+            if not self._teacher(run, alias).is_video:
+                reads[self._read(run, alias, "reference")] = None
         return list(reads)
 
-    def _read(self, teacher: TeacherConfig, kind: TokenKind) -> FeatureRead:
-        own_HW = teacher.grid if kind == "video" else None
-        return FeatureRead(self._teacher(teacher), kind, own_HW or self._grid[1:])
+    def _read(self, run: RunConfig, alias: str, kind: TokenKind) -> FeatureRead:
+        own_HW = run.teachers[alias].grid if kind == "video" else None
+        return FeatureRead(self._teacher(run, alias), kind, own_HW or self._grid[1:])
 
-    def _teacher(self, config: TeacherConfig) -> Teacher | DiffusionTeacher:
+    def _teacher(self, run: RunConfig, alias: str) -> Teacher | DiffusionTeacher:
+        config = run.teachers[alias]
         name = config.model_dump_json(exclude={"shuffle"})  # entries are as they are
         if name not in self._teachers:
             self._teachers[name] = teacher_of_clips(
                 config,
                 self._runs[0].data,
                 self._frozen,
+                alias=alias,
                 device=self._device,
                 load=False,
                 is_parked=False,

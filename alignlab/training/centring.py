@@ -5,6 +5,7 @@ cosine tells tokens apart. Shape letters: T frames, P tokens per frame, D width.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from alignlab.data.sample import ClipDataset
 from alignlab.dataset_cache.clip_keys import DECODERS, content_digest, teacher_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
-from alignlab.dataset_cache.key import CacheKey, Part, digest_of
+from alignlab.dataset_cache.key import CacheKey, Part, StorageDtype, digest_of
+from alignlab.progress import step_progress
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_key, kept_features
 
 CENTRE_CLIPS = 64
@@ -33,6 +35,9 @@ def kept_centre(
 ) -> Tensor:
     """Mean of a teacher's features over clips and tokens, fp32 (D,) on the CPU; kept as an entry.
 
+    The entry is fp32 in any cache: what rounds a feature differs from token to token, what rounds
+    the mean would be taken from all of them.
+
     Args:
         values: where it and the features are kept.
         read: of which teacher.
@@ -42,26 +47,31 @@ def kept_centre(
 
     def make() -> dict[str, Tensor]:
         total_D, count = torch.zeros(read.teacher.dim, dtype=torch.float64), 0
-        for pixels in clips:
-            rows_TPD = kept_features(values, read, pixels, partial(encoded, pixels.index))
-            rows_ND = rows_TPD.flatten(0, 1).cpu()
-            total_D += rows_ND.double().sum(0)
-            count += len(rows_ND)
+        label = f"{read.teacher.name}: mean of its features"
+        with step_progress(label, total=len(clips)) as advance:
+            for number, pixels in enumerate(clips, start=1):
+                rows_TPD = kept_features(values, read, pixels, partial(encoded, pixels.index))
+                rows_ND = rows_TPD.flatten(0, 1).cpu()
+                total_D += rows_ND.double().sum(0)
+                count += len(rows_ND)
+                advance(number, "")
         return {"mean_D": (total_D / count).float()}
 
     def refusal() -> str:
         return f"{read.teacher.name}: the mean of its features is not finite: take other weights"
 
-    return values.get("teacher", partial(centre_key, read, clips), make, refusal)["mean_D"].cpu()
+    key = partial(centre_key, read, clips, values.cache.dtype)
+    return values.get("teacher", key, make, refusal)["mean_D"].cpu()
 
 
-def centre_key(read: FeatureRead, clips: Sequence[ClipPixels]) -> CacheKey:
-    """Names it by the clips and all that their features depend on."""
+def centre_key(read: FeatureRead, clips: Sequence[ClipPixels], dtype: StorageDtype) -> CacheKey:
+    """Names it by the clips, all that their features depend on, and what these are stored in."""
     keys = [feature_key(read, pixels) for pixels in clips]
     averaged = {str(i): content_digest(key.kind, key.parts) for i, key in enumerate(keys)}
     decoders: dict[str, Part] = {
         name: tuple(dict.fromkeys(part for key in keys if (part := key.parts.get(name))))
         for name in DECODERS
     }
-    named: dict[str, Part] = {"of": "mean", "clips": digest_of("clips", averaged), **decoders}
-    return teacher_key(named, read.teacher.parts, read.grid_HW)
+    clips_digest = digest_of("clips", averaged)
+    named: dict[str, Part] = {"of": "mean", "clips": clips_digest, "dtype": dtype, **decoders}
+    return replace(teacher_key(named, read.teacher.parts, read.grid_HW), is_exact=True)

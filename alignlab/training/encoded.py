@@ -16,6 +16,7 @@ from alignlab.data.sample import ClipDataset, Reference, Sample
 from alignlab.dataset_cache.clip_keys import ClipOrigin, content_digest, teacher_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.dataset_cache.key import CacheKey
+from alignlab.kernels.host_copy import to_device
 from alignlab.randomness import generator
 from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.teachers.diffusion import NOISE_SEED
@@ -195,7 +196,7 @@ class Encoded:
         rows = kept_features(self.values, read, source, partial(self._clip, source.index))
         if isinstance(read.teacher, DiffusionTeacher) and read.teacher.is_centred:
             assert self.clips is not None  # of every clip of a run
-            rows = rows - self.clips.centre_of(read).to(rows.device)
+            rows = rows - to_device(self.clips.centre_of(read), rows.device)
         if not read.is_shuffled:
             return rows
         if read.kind == "video":

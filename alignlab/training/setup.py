@@ -226,10 +226,9 @@ def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunStat
 def check_teachers_and_eval(run: Run) -> None:
     """Looks, before the first step, at what would show only during or after the training.
 
-    What diffusion teachers are centred by is made. Teachers that objectives read must tell two
-    clips apart, and the one that is only measured
-    against must have sound weights: rank 0, which evaluates, alone reads it. Warns of an
-    evaluation on fewer clips than asked for.
+    What diffusion teachers are centred by is made, by rank 0 for all. Teachers that objectives read
+    must tell two clips apart, and the one that is only measured against must have sound weights:
+    rank 0, which evaluates, alone reads it. Warns of an evaluation on fewer clips than asked for.
 
     Raises:
         UserError: a teacher is of no use.
@@ -240,8 +239,7 @@ def check_teachers_and_eval(run: Run) -> None:
     for teacher in run.alignment.teachers.values():
         if isinstance(teacher, DiffusionTeacher) and teacher.is_centred:
             read = FeatureRead(teacher, "video", teacher.grid)
-            run.ranks.on_main(run.clips.centre_of, read)  # the others read it, if they share it
-            run.clips.centre_of(read)
+            run.clips.keep_centre(read, run.ranks.on_main(run.clips.centre_of, read))
     alias = config.measured_against
     if alias is not None and alias not in run.alignment.teachers:
         run.ranks.on_main(_check_measured_teacher, run, alias)

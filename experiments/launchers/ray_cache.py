@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from alignlab.dataset_cache.encoded_values import cache_path
 from alignlab.errors import UserError
@@ -20,6 +20,7 @@ from alignlab.training.cache_build import (
     Sampled,
     builder_of,
     encode_part,
+    finish,
     from_text,
     parts_of,
     sample,
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 QUEUED = 2  # parts of the work by place of the cluster: a node has the next one when it is done
 MARK = ".ray-build-"  # a build's own file in the cache's folder while it lasts: nodes look for it
-SAMPLE = -1
+FIRST, LAST = -1, -2
+Part = Sequence[Clip] | Literal["first", "last"]
 
 _builders: dict[tuple[str, ...], CacheBuilder] = {}  # a worker process gets several parts
 
@@ -42,17 +44,18 @@ class BuildOrder(Order):
 
     Args:
         alike: the recipes, as JSON.
-        clips: split and place of each; None: what is of no clip, and the first clips.
+        clips: split and place of each; `first`: what is of no clip, and the first clips; `last`:
+            what is of many clips.
         mark: name of a file in the cache's folder that is there while the build lasts.
     """
 
     alike: list[str]
-    clips: list[tuple[str, int]] | None
+    clips: list[tuple[str, int]] | Literal["first", "last"]
     mark: str
 
 
 def encode_clips(order: BuildOrder) -> Any:
-    """On a node: encodes clips; gives what `sample` or `encode_part` does.
+    """On a node: encodes clips; gives what `sample`, `encode_part` or `finish` does.
 
     Log lines go to `worker.log` in the cache's folder. The models stay in the process for the next
     part.
@@ -68,8 +71,10 @@ def encode_clips(order: BuildOrder) -> Any:
             _builders.clear()  # frees the models of other recipes
             _builders[name] = builder_of(from_text(order["alike"]))
         builder = _builders[name]
-        if order["clips"] is None:
+        if order["clips"] == "first":
             return sample(builder)
+        if order["clips"] == "last":
+            return finish(builder)
         return encode_part(builder, [Clip(*clip) for clip in order["clips"]])
 
 
@@ -117,14 +122,18 @@ class OnRay(Encoders):
         folder.mkdir(parents=True, exist_ok=True)
         self._stack.callback((folder / self._mark).unlink, missing_ok=True)
         (folder / self._mark).touch()
-        (sampled,) = self._values(alike, {SAMPLE: None})
+        (sampled,) = self._values(alike, {FIRST: "first"})
         self.workers = max(1, self._tasks.room())
         return Sampled(*sampled)
 
     def encode(self, alike: Alike, clips: Sequence[Clip]) -> Iterator[tuple[int, int]]:
         yield from self._values(alike, dict(enumerate(parts_of(clips))))
 
-    def _values(self, alike: Alike, parts: dict[int, Sequence[Clip] | None]) -> Iterator[Any]:
+    def finish(self, alike: Alike) -> int:
+        (written,) = self._values(alike, {LAST: "last"})
+        return int(written)
+
+    def _values(self, alike: Alike, parts: dict[int, Part]) -> Iterator[Any]:
         """What tasks give for parts of the work, as they end."""
         tasks, left = self._tasks, list(reversed(parts))
         all_deaths = Deaths[int]()  # numbers of parts are those of this call
@@ -147,11 +156,11 @@ class OnRay(Encoders):
                 log.info("a process of the build died (%s); another takes its clips", loss)
                 left.append(number)
 
-    def _start(self, alike: Alike, number: int, clips: Sequence[Clip] | None) -> None:
+    def _start(self, alike: Alike, number: int, clips: Part) -> None:
         order = BuildOrder(
             **order_for(_folder(alike), self._tasks.threads),
             alike=to_text(alike),
-            clips=None if clips is None else [(clip.split, clip.place) for clip in clips],
+            clips=clips if isinstance(clips, str) else [(clip.split, clip.place) for clip in clips],
             mark=self._mark,
         )
         self._tasks.start(number, order)

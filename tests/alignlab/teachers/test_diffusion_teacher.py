@@ -1,7 +1,10 @@
 """Diffusion teachers: what they see and give, and what a run makes of it."""
 
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,29 @@ from alignlab.dataset_cache.key import CacheKey
 from alignlab.dataset_cache.survey import survey
 from alignlab.evaluation.teacher_score import score_teachers
 from alignlab.export import export
+from alignlab.losses.objective import Features
 from alignlab.models.wan import frozen_parts
 from alignlab.runs.inputs import read_inputs
 from alignlab.teachers import DiffusionTeacher, diffusion
 from alignlab.train import train
-from alignlab.training.cache_build import build_cache, used_entries
-from alignlab.training.encoded import ClipPixels, FeatureRead, clip_noise, feature_key
-from alignlab.training.setup import Run, build_run
+from alignlab.training import cache_build
+from alignlab.training.cache_build import (
+    Encoders,
+    Here,
+    LocalProcesses,
+    build_cache,
+    used_entries,
+)
+from alignlab.training.encoded import (
+    ClipPixels,
+    FeatureRead,
+    clip_noise,
+    feature_key,
+    kept_features,
+)
+from alignlab.training.setup import Run, build_run, check_teachers_and_eval
 from command_line import refused
+from host_syncs import HostSyncs
 from loaded_models import LoadedModels
 from random_tensors import draw
 from run_contents import file_contents, timeless_contents, timeless_rows
@@ -56,7 +74,12 @@ def teacher_of(config: RunConfig) -> DiffusionTeacher:
     """The teacher of a recipe; no model is loaded."""
     frozen = frozen_parts(Path(config.model.path), precision="fp32", device="cpu")
     return DiffusionTeacher(
-        config.teachers["dit"], encoders=frozen, clip=config.data, device="cpu", load=False
+        config.teachers["dit"],
+        alias="dit",
+        encoders=frozen,
+        clip=config.data,
+        device="cpu",
+        load=False,
     )
 
 
@@ -213,6 +236,85 @@ def test_a_run_is_the_same_with_the_cache_off_cold_and_warm(
     assert len(used_entries([make(RANDOM)])) == len(set(entries))
 
 
+@pytest.mark.parametrize("encoders", [Here(), LocalProcesses(2)], ids=["here", "a process"])
+def test_a_build_centres_last_and_tells_before_what_all_clips_take(
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    encoders: Encoders,
+) -> None:
+    monkeypatch.setattr(cache_build, "get_context", lambda kind: get_context("fork"))
+    encoded = count_encodings(monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="5 clips need about"):
+        patch.setattr(cache_build, "disk_room", lambda path: (5e9 + 10, 5e9))
+        build_cache([make("name=small", f"output={tmp_path / 'small'}")], encoders)
+    assert len(encoded) == 4  # of noise, and of the first clips
+    caplog.set_level("INFO")
+    encoded.clear()
+    (built,) = build_cache([make()], encoders)
+    assert (built.clips, built.encoded) == (8, 8)
+    assert len(encoded) == (7 if isinstance(encoders, Here) else 4)  # no clip twice
+    begins = [
+        next(i for i, line in enumerate(caplog.messages) if re.search(told, line))
+        for told in ("5 clips to encode, about [0-9.]+ [kM]B", "teachers.dit: mean of its .*: 6/6")
+    ]
+    assert begins == sorted(begins)
+    (again,) = build_cache([make()], encoders)
+    assert (again.encoded, again.size) == (0, 0)
+
+
+def count_encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an element for every pass of the teacher in this process."""
+    encode, found = DiffusionTeacher.encode, list[int]()
+
+    def counted(teacher: DiffusionTeacher, noisy_BCTHW: Tensor, text_BLD: Tensor) -> Features:
+        found.append(len(noisy_BCTHW))
+        return encode(teacher, noisy_BCTHW, text_BLD)
+
+    monkeypatch.setattr(DiffusionTeacher, "encode", counted)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_the_mean_is_kept_in_full_precision(make: Make, dtype: str) -> None:
+    settings = f"data.cache.dtype={dtype}"
+    build_cache([make(settings)])
+    run = build_run(make(settings, "data.cache.mode=require"))
+    (read,) = run.alignment.reads(0)
+    values = run.caches.values
+    kept = [kept_features(values, read, run.clips[i].pixels) for i in range(len(run.clips))]
+    mean_D = torch.stack(kept).flatten(0, 2).double().mean(0).float()
+    torch.testing.assert_close(run.clips.centre_of(read), mean_D, rtol=0, atol=0)
+    exact = build_run(make())  # of features that are not rounded
+    assert exact.clips.centre_key(read) != run.clips.centre_key(read)
+
+
+def test_ranks_take_the_mean_of_the_first(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build_run(make("data.cache.mode=off"))
+    (read,) = run.alignment.reads(0)
+    encoded, mean_D = count_encodings(monkeypatch), torch.arange(48.0)
+    monkeypatch.setattr(run.ranks, "on_main", lambda work, *of: mean_D)
+    check_teachers_and_eval(run)
+    assert torch.equal(run.clips.centre_of(read), mean_D)
+    assert encoded == [2]  # of noise
+
+
+def test_it_waits_for_no_gpu(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build_run(make("data.cache.mode=off"))
+    (read,) = run.alignment.reads(0)
+    teacher, clip = run.alignment.teachers["dit"], run.clips[0]
+    assert isinstance(teacher, DiffusionTeacher)
+    run.clips.centre_of(read)
+    teacher._late_model.loaded().to("meta")
+    monkeypatch.setattr(teacher, "_device", torch.device("meta"))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta
+    clip.features(read)  # what only the first pass does
+    with HostSyncs() as syncs:
+        assert clip.features(read).is_meta
+    assert syncs.names == []
+
+
 def test_it_resumes_exactly(make: Make, train_until: TrainUntil, tmp_path: Path) -> None:
     settings = (RANDOM, "steps=3", "eval.clips=1")
     whole = train(make(*settings, f"output={tmp_path / 'whole'}"))
@@ -254,7 +356,10 @@ def test_encoders_are_what_is_measured_against(make: Make, make_config: MakeConf
             "objectives.ra.teacher: dit takes whole clips, and references are images",
         ),
         (["teachers.dit.feature=pre_norm"], "'pre_norm' is not a feature of diffusion: layer:k"),
-        (["teachers.dit.feature=layer:4"], "no layer:4; the model has 0 to 3"),
+        (
+            ["teachers.dit.feature=layer:4"],
+            "teachers.dit.feature: no layer:4; the model has 0 to 3",
+        ),
         (["teachers.dit.noise_level=1"], "teachers.dit.noise_level"),
         (["teachers.dit.grid=[3,3]"], "grid: nothing reads it with family: diffusion"),
         (["teachers.dino.centred=true"], "centred: nothing reads it with family: dinov2"),

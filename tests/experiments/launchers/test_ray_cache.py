@@ -47,8 +47,10 @@ class LostTasks:
         number, clips = self.running.popitem()
         if self._starts[number] <= self._deaths:
             yield Ended(number, None, "NodeDiedError")
-        elif clips is None:
+        elif clips == "first":
             yield Ended(number, None, None, tuple(Sampled(9, self._left, 3, 30, 1.0)))
+        elif clips == "last":
+            yield Ended(number, None, None, 7 if self._left else 0)
         else:
             self.encoded += clips
             yield Ended(number, None, None, (len(clips), 10 * len(clips)))
@@ -80,7 +82,7 @@ def test_a_part_whose_process_dies_is_encoded_by_another(
     tasks = LostTasks(MOST_DEATHS - 1, left=5)
     with on_ray(tasks) as encoders:
         (built,) = build_cache([load_run(recipe_file, [f"output={tmp_path}"])], encoders)
-    assert (built.clips, built.encoded, built.size) == (9, 8, 80)
+    assert (built.clips, built.encoded, built.size) == (9, 8, 87)
     assert sorted(tasks.encoded) == [("train", i) for i in range(5)]
     assert not marks(tmp_path)
 
