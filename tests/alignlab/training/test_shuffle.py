@@ -66,7 +66,7 @@ def test_features_are_a_permutation_of_other_clips(
     assert {(read.teacher.name, read.kind) for read in reads} == {
         ("teachers (dinov2)", "reference"),
         ("teachers (dinov2)", "video"),
-        ("teachers (diffusion)", "video"),
+        ("teachers.dit", "video"),
     }
     for read in reads:
         _check_read(run, read)
