@@ -14,7 +14,6 @@ claimed change that is smaller than what one seed differed by.
 import csv
 import io
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from alignlab.experiments.compare.result import Comparison, RunResult
@@ -44,8 +43,9 @@ class FloorRow:
         quantity: its meaning.
         differences: second training minus first by seed; of steps to target, the ratio less 1.
         num_equal: seeds with which both have the same number.
-        paired: statistics of the differences, of steps to target of their logarithms; None where
-            one is not finite.
+        scale: largest magnitude of what was subtracted.
+        paired: statistics of the differences, of steps to target of the ratios' logarithms; None
+            outside the summary table, and where a difference is not finite.
         target: the steps to target of the second training.
         detectable: smallest true difference that could have been seen of any variant; see `Paired`.
         claimed: size of the claimed change of each variant that has one.
@@ -55,7 +55,8 @@ class FloorRow:
     quantity: Quantity
     differences: dict[int, float]
     num_equal: int
-    paired: Paired | None
+    scale: float = 1.0
+    paired: Paired | None = None
     target: StepsToTarget | None = None
     detectable: float | None = None
     claimed: dict[str, float] = field(default_factory=dict)
@@ -240,49 +241,46 @@ def noise_floor_csv(comparison: Comparison, floor: NoiseFloor) -> str:
     writer.writerow([*start, *paired, *end, *seeds])
     for row in floor.rows:
         sizes, is_target = row.claimed.values(), row.target is not None
+        statistics = row.paired or _statistics([row]).get(row.metric)
         never = " ".join(map(str, row.target.never)) if row.target is not None else ""
         cells = [row.metric, row.quantity.better, len(row.differences), row.num_equal, row.largest]
         cells += ["log ratio" if is_target else "difference"]
-        cells += [getattr(row.paired, name, None) for name in paired.values()]
+        found = {column: getattr(statistics, name, None) for column, name in paired.items()}
+        if row.target is not None and row.target.is_bound:
+            found["diff_mean"] = None
+        cells += found.values()
         cells += [row.detectable, min(sizes, default=None), max(sizes, default=None), never]
         cells += [row.differences.get(seed) for seed in comparison.seeds]
         writer.writerow(map(csv_cell, cells))
     return text.getvalue()
 
 
-def _metric_rows(pairs: dict[int, tuple[RunResult, RunResult]]) -> Iterator[FloorRow]:
-    """A row for each metric that is no cost, as it is measured by both trainings of any seed."""
+def _metric_rows(pairs: dict[int, tuple[RunResult, RunResult]]) -> list[FloorRow]:
+    """A row for each metric that is no cost, as both trainings of any seed measured it."""
     numbers: dict[str, dict[int, tuple[float, float]]] = {}
     for seed, (one, two) in pairs.items():
-        for metric in one.metrics.keys() & two.metrics.keys():
-            if not quantity(metric).cost:
+        for metric in one.metrics:
+            if metric in two.metrics and not quantity(metric).cost:
                 numbers.setdefault(metric, {})[seed] = one.metrics[metric], two.metrics[metric]
-    differences = {
-        metric: {seed: 0.0 if _same(a, b) else b - a for seed, (a, b) in by_seed.items()}
-        for metric, by_seed in numbers.items()
-    }
-    statistics = _statistics(numbers, differences)
-    for metric, by_seed in numbers.items():
-        num_equal = sum(_same(a, b) for a, b in by_seed.values())
-        found = statistics.get(metric)
-        yield FloorRow(metric, quantity(metric), differences[metric], num_equal, found)
+    rows = [_metric_row(metric, by_seed) for metric, by_seed in numbers.items()]
+    found = _statistics([row for row in rows if row.quantity.headline])
+    return [replace(row, paired=found.get(row.metric)) for row in rows]
 
 
-def _statistics(
-    numbers: dict[str, dict[int, tuple[float, float]]], differences: dict[str, dict[int, float]]
-) -> dict[str, Paired]:
-    """Those of the summary table's metrics corrected over all of them, of others by themselves."""
-    scales = {
-        metric: max(abs(value) for pair in by_seed.values() for value in pair)
-        for metric, by_seed in numbers.items()
-    }
-    values = {metric: list(by_seed.values()) for metric, by_seed in differences.items()}
-    families = [[metric for metric in values if quantity(metric).headline]]
-    families += [[metric] for metric in values if not quantity(metric).headline]
-    found: dict[str, Paired] = {}
-    for family in families:
-        found |= paired_statistics({metric: values[metric] for metric in family}, scales)
-    return found
+def _metric_row(metric: str, numbers: dict[int, tuple[float, float]]) -> FloorRow:
+    return FloorRow(
+        metric=metric,
+        quantity=quantity(metric),
+        differences={s: 0.0 if _same(one, two) else two - one for s, (one, two) in numbers.items()},
+        num_equal=sum(_same(one, two) for one, two in numbers.values()),
+        scale=max(abs(value) for pair in numbers.values() for value in pair),
+    )
+
+
+def _statistics(rows: list[FloorRow]) -> dict[str, Paired]:
+    """Statistics of metrics, corrected over all of these."""
+    differences = {row.metric: list(row.differences.values()) for row in rows}
+    return paired_statistics(differences, {row.metric: row.scale for row in rows})
 
 
 def _same(one: float, two: float) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
 from alignlab.experiments.compare import budget as budget_module
 from alignlab.experiments.compare.budget import with_budget
@@ -16,6 +17,7 @@ from alignlab.experiments.compare.result import Budget, Comparison, Cost, Ratio,
 from alignlab.experiments.compare.run import compare, prepare
 from alignlab.experiments.launchers import local
 from alignlab.experiments.verify import verify_folder
+from alignlab.runs.checksums import read_checksums
 from alignlab.train import train
 from command_line import alignlab, refused
 from run_contents import read_table, timeless
@@ -87,6 +89,9 @@ def test_equal_trainings_on_a_cpu_differ_by_nothing(make: MakeCompare) -> None:
         "aligned",
     }
     assert verify_folder(report.parent).damaged == {}
+    assert "noise_floor.csv" in (read_checksums(report.parent) or {})
+    with pytest.raises(ValueError, match="alignlab writes a file"):
+        refuse_written("noise_floor.csv")
     (report.parent / "none-again" / "seed-1" / "result.json").unlink()
     damaged = verify_folder(report.parent).damaged
     assert any("none-again/seed-1/result.json" in str(path) for path in damaged)

@@ -198,6 +198,7 @@ def test_the_steps_to_target_of_the_second_training(tmp_path: Path) -> None:
     assert told in floor_of(found).sentence
     write_report(found, tmp_path)
     lines = read_table(tmp_path / "noise_floor.csv")
+    assert lines[1]["diff_mean"] == "", "only a bound of it is known"
     assert [line["metric"] for line in lines] == ["val/flow", "steps_to_target"]
     assert lines[1]["diff_scale"] == "log ratio" and lines[1]["never_reached_seeds"] == "1"
 
