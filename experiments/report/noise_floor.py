@@ -142,19 +142,17 @@ class NoiseFloor:
         if self.missing:
             missing = f" With {_seeds(self.missing)} there are not both trainings."
         differing = [row for row in self.rows if not row.is_equal]
-        told = [row for row in self.shown if row.quantity.better != "none"]
         if not self.rows:
             return f"{twice}: nothing was measured in both trainings.{missing}"
         if not differing:
             return f"{twice} ends with the same numbers with {self._which()}.{missing}"
-        parts = [f"{r.largest_text} in {r.name}{_seen(r)}" for r in told if not r.is_equal]
+        parts = [f"{r.largest_text} in {r.name}{_seen(r)}" for r in self.shown if not r.is_equal]
         if not parts:
             return (
-                f"{twice} differs in {len(differing)} of {len(self.rows)} numbers with "
-                f"{self._which()}, in none of a better side in the summary table "
-                f"(noise_floor.csv).{missing}"
+                f"{twice} with {self._which()} differs in {len(differing)} of {len(self.rows)} "
+                f"numbers, none of them in the summary table (noise_floor.csv).{missing}"
             )
-        equal = [row.name for row in told if row.is_equal]
+        equal = [row.name for row in self.shown if row.is_equal]
         same = f"; not at all in {', '.join(equal)}" if equal else ""
         return f"{twice} with {self._which()} differs by up to {', '.join(parts)}{same}.{missing}"
 

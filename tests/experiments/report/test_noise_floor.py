@@ -163,6 +163,19 @@ def test_claims_that_are_smaller_than_the_noise_are_warned_of(tmp_path: Path) ->
     assert float(line["largest_claimed"]) == pytest.approx(0.3)
 
 
+def test_trainings_that_differ_where_the_summary_does_not_look() -> None:
+    def binned(run: RunResult) -> RunResult:
+        value = 0.1 if run.variant == "none" else 0.2
+        return dataclasses.replace(run, metrics=run.metrics | {"val/flow/t3": value})
+
+    found = made(BASE[:2])
+    both = {"results": tuple(map(binned, found.results)), "again": tuple(map(binned, found.again))}
+    assert floor_of(dataclasses.replace(found, **both)).sentence == (
+        "Noise floor: none trained twice with both seeds differs in 1 of 2 numbers, none of them "
+        "in the summary table (noise_floor.csv)."
+    )
+
+
 def test_missing_and_diverged_second_trainings_are_told(tmp_path: Path) -> None:
     whole = made(BASE[:3], a=plus(*WIGGLE[:3]))
     found = dataclasses.replace(whole, again=whole.again[:1])
