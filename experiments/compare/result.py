@@ -205,6 +205,7 @@ class Comparison:
         budget: of each variant; None for equal steps.
         tuning: of variants that come from a sweep: what was spent on it -> variant -> value, None
             for a variant without a sweep. Empty if no variant comes from one.
+        again: runs of the baseline's second training, which is no variant; empty without one.
     """
 
     __pydantic_config__ = _CONFIG
@@ -224,6 +225,7 @@ class Comparison:
     cost: Cost | None = None
     budget: Budget | None = None
     tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
+    again: tuple[RunResult, ...] = ()
 
     def __post_init__(self) -> None:
         for name in QUOTED:  # also those of a file that an older version wrote
@@ -238,6 +240,15 @@ class Comparison:
             if run in seen:
                 raise ValueError(f"run {run} is given twice")
             seen.add(run)
+        self._check_again()
+
+    def _check_again(self) -> None:
+        names = {result.variant for result in self.again}
+        if len(names) > 1 or not names.isdisjoint(self.variants):
+            raise ValueError(f"runs {sorted(names)} are no second training of {self.baseline!r}")
+        seeds = [result.seed for result in self.again]
+        if len(set(seeds)) < len(seeds) or not set(seeds) <= set(self.seeds):
+            raise ValueError(f"second training: {seeds} are no distinct seeds of {self.name!r}")
 
     def run(self, variant: str, seed: int) -> RunResult | None:
         """The run of `variant` with `seed`, or None when it did not finish."""

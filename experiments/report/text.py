@@ -23,6 +23,7 @@ from alignlab.experiments.report.escaping import (
 )
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
+from alignlab.experiments.report.noise_floor import HEADER, READING, NoiseFloor, noise_floor
 from alignlab.experiments.report.run_warnings import warning_sentences
 from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import (
@@ -77,6 +78,11 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     claims = verdict(comparison, rows)
     for sentence in (claims.lead, *claims.variants.values()):
         console.print(_printed(sentence, "bold" if sentence is claims.lead else ""))
+    floor = noise_floor(comparison, rows)
+    if floor is not None:
+        console.print(_printed(floor.sentence))
+        for text in floor.warnings:
+            console.print(_printed(f"Warning: {text}", "yellow"))
     warnings = warning_sentences(comparison)
     for text in warnings[:PRINTED_WARNINGS]:
         console.print(_printed(f"Warning: {text}", "yellow"))
@@ -102,7 +108,9 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines = [f"# {markdown_text(comparison.name)}", "", f"**{markdown_text(claims.lead)}**", ""]
     lines += [f"- {markdown_text(text)}" for text in claims.variants.values()]
     lines += ["", markdown_text(claims.reading), ""] if claims.reading else [""]
-    warnings = warning_sentences(comparison)
+    floor = noise_floor(comparison, rows)
+    lines += [] if floor is None else [markdown_text(floor.sentence), ""]
+    warnings = [*(() if floor is None else floor.warnings), *warning_sentences(comparison)]
     if warnings:
         lines += ["**Warnings**", "", *(f"- {markdown_text(text)}" for text in warnings), ""]
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
@@ -115,6 +123,7 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     notes = footnotes(comparison, rows)
     lines += ["", markdown_text(reading(comparison)), ""]
     lines += [f"- {markdown_text(note)}" for note in notes]
+    lines += [] if floor is None else _markdown_floor(floor)
     lines += _markdown_steps(comparison)
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
@@ -241,6 +250,13 @@ def setting_table(
         }
         for name, values in settings.items()
     }
+
+
+def _markdown_floor(floor: NoiseFloor) -> list[str]:
+    """How far the baseline's two trainings differ, by metric of the summary table."""
+    lines = ["", "## Noise floor", "", f"{READING} noise_floor.csv has every metric.", ""]
+    lines += [f"| {' | '.join(HEADER)} |", f"|---|{'---:|' * (len(HEADER) - 1)}"]
+    return lines + [f"| {' | '.join(map(markdown_text, texts))} |" for texts in floor.table]
 
 
 def _markdown_steps(comparison: Comparison) -> list[str]:

@@ -28,6 +28,7 @@ from alignlab.experiments.compare.result import (
 )
 from alignlab.experiments.report.by_step import steps_csv
 from alignlab.experiments.report.latex import table_tex
+from alignlab.experiments.report.noise_floor import noise_floor, noise_floor_csv
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown, print_summary, table_csv
 from alignlab.experiments.report.write import write_report
@@ -119,12 +120,17 @@ def comparisons(draw: st.DrawFn) -> Comparison:
                 continue
             kept = {m: v[place] for m, v in by_metric.items() if draw(st.integers(0, 9))}
             results.append(draw(runs(variant, seed, kept)))
+    baseline, again = draw(st.sampled_from(variants)), []
+    if f"{baseline}-again" not in variants:
+        for seed in draw(st.lists(st.sampled_from(seeds), unique=True)):
+            measured = {metric: draw(numbers) for metric in metrics}
+            again.append(draw(runs(f"{baseline}-again", seed, measured)))
     subset = st.lists(st.sampled_from(variants), unique=True)
     by_variant = st.dictionaries(st.sampled_from(variants), json_values)
     shown = st.dictionaries(texts, by_variant, max_size=2)
     return Comparison(
         name=draw(texts),
-        baseline=draw(st.sampled_from(variants)),
+        baseline=baseline,
         seeds=seeds,
         variants=tuple(variants),
         recipe=draw(texts),
@@ -138,6 +144,7 @@ def comparisons(draw: st.DrawFn) -> Comparison:
         cost=draw(st.none() | costs(draw(subset))),
         budget=draw(st.none() | budgets(draw(subset))),
         tuning=draw(shown),
+        again=tuple(again),
     )
 
 
@@ -209,14 +216,16 @@ def test_any_comparison_is_shown_and_kept(tmp_path: Path, comparison: Comparison
         table = table_csv(comparison, rows)
         steps = steps_csv(comparison)
         latex = table_tex(comparison, rows)
+        found = noise_floor(comparison, rows)
+        floor = "" if found is None else noise_floor_csv(comparison, found)
         terminal = io.StringIO()
         print_summary(comparison, Console(file=terminal, width=120))
-    for text in (report, table, steps, latex, terminal.getvalue()):
+    for text in (report, table, steps, floor, latex, terminal.getvalue()):
         text.encode()
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
     assert not re.search("<[a-z/!]", report.split("```")[0])
-    for cells in [*csv.reader(io.StringIO(table)), *csv.reader(io.StringIO(steps))]:
-        for cell in cells:
+    for lines in map(io.StringIO, (table, steps, floor)):
+        for cell in (cell for cells in csv.reader(lines) for cell in cells):
             if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
                 float(cell)
     path = tmp_path / "comparison.json"
