@@ -21,6 +21,7 @@ from alignlab.experiments.report.charts import (
     styles,
     timestep_charts,
 )
+from alignlab.experiments.report.findings import judge
 from alignlab.experiments.report.formatting import format_number, format_p
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.page import data_uri, render
@@ -95,6 +96,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         "report.html.j2",
         figures_of(sections),
         comparison=comparison,
+        finding=judge(comparison, rows),
         verdict=verdict(comparison, rows),
         warnings=warnings_by_variant(comparison),
         reading=reading(comparison),
