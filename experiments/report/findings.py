@@ -131,16 +131,25 @@ def _judge(expected: Expectation, row: SummaryRow | None) -> Judged:
     if row is None:
         return Judged(expected, "not measured", "no run has it", 0)
     num_seeds = len(row.differences)
-    if row.paired is None and row.ratio is None:
-        why = row.flag or "the baseline lacks it"
-        # a number that is not finite was measured, and says nothing
-        return Judged(expected, "not measured", why.removeprefix("not measured; "), num_seeds)
-    if not row.change:
-        return Judged(expected, "not seen", _why_not_seen(row), num_seeds)
-    p_text = f", p {row.p_text}" if row.p_text else ""
-    is_expected = _is_higher(row) == (expected.change == "higher")
-    outcome: Outcome = "reproduced" if is_expected else "opposite"
-    return Judged(expected, outcome, f"{row.diff_text}{p_text}", num_seeds)
+    if row.change:
+        p_text = f", p {row.p_text}" if row.p_text else ""
+        is_expected = _is_higher(row) == (expected.change == "higher")
+        outcome: Outcome = "reproduced" if is_expected else "opposite"
+        return Judged(expected, outcome, f"{row.diff_text}{p_text}", num_seeds)
+    why = _why_not_measured(row)
+    if why:
+        return Judged(expected, "not measured", why, num_seeds)
+    return Judged(expected, "not seen", _why_not_seen(row), num_seeds)
+
+
+def _why_not_measured(row: SummaryRow) -> str:
+    """Of a row that has no difference to judge, or one that is not finite; else empty."""
+    is_known = row.paired is not None or row.ratio is not None
+    if is_known or (row.target is not None and row.values):
+        return ""
+    if row.flag == "not measured":
+        return "no run of the variant has it"
+    return row.flag or "the baseline lacks it"
 
 
 def _is_higher(row: SummaryRow) -> bool:
@@ -154,21 +163,22 @@ def _why_not_seen(row: SummaryRow) -> str:
     """Of a row without a claimed change: its numbers, and what could have been seen."""
     if row.ratio is not None:
         return row.diff_text
-    paired = row.paired
-    assert paired is not None
     if not row.is_claimable:
         return f"{row.flag or 'the baseline diverged'}: nothing is claimed"
-    if paired.is_equal:
-        return f"exactly the baseline's with all {paired.num_pairs} seeds"
     if row.target is not None and row.target.interval is None:
         return f"cannot tell: {row.target.why_unknown}"
+    paired = row.paired
+    assert paired is not None
+    if paired.is_equal:
+        return f"exactly the baseline's with all {paired.num_pairs} seeds"
     if paired.num_pairs < MIN_PAIRS:
         count = f"{paired.num_pairs} seed{'s' if paired.num_pairs > 1 else ''}"
         return f"{row.diff_text} with {count}: it takes {MIN_PAIRS} to tell"
     if paired.low is None:
         return f"{row.diff_text} with every seed: no spread to judge it by"
-    never = "" if row.target is None else row.target.never_words
-    could = ""
-    if paired.detectable is not None:
-        could = f"could have seen {format_number(paired.detectable)}"
-    return ", ".join(part for part in (row.diff_text, never, could) if part)
+    more = ""
+    if row.target is not None:  # its statistics are of logarithms
+        more = row.target.never_words
+    elif paired.detectable is not None:
+        more = f"could have seen {format_number(paired.detectable)}"
+    return ", ".join(part for part in (row.diff_text, more) if part)
