@@ -13,6 +13,7 @@ from alignlab.config.parts import Seed
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.compare.finding import Finding, refuse_other_variants
 from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_changes, tuning_of
 from alignlab.experiments.compare.variants import baseline_notice, checked_variants, shown_variants
 from alignlab.experiments.launchers.config import LaunchConfig
@@ -21,7 +22,7 @@ from alignlab.recipe import load_run, numbered_settings, refuse_other_command, t
 from alignlab.stage1.config import Stage1Config
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
-OPTIONAL_COMPARE_KEYS = ("aa", "allow_differences", "budget", "cost", "launch")
+OPTIONAL_COMPARE_KEYS = ("aa", "allow_differences", "budget", "cost", "launch", "finding")
 
 
 class CostConfig(Settings):
@@ -60,6 +61,8 @@ class CompareConfig(Settings):
     """Each variant applied to `base`, with the first seed; see `run`."""
     tuned: dict[str, Tuning] = Field(default_factory=dict)
     """The sweeps of the variants that have a `from`."""
+    finding: Finding | None = None
+    """What a paper claims that this comparison checks, if it does. It is part of no run."""
 
     @field_validator("seeds")
     @classmethod
@@ -80,6 +83,12 @@ class CompareConfig(Settings):
     def _budget_is_measured(self) -> Self:
         if self.budget != "steps" and self.cost is None:
             raise ValueError(f"cost: budget: {self.budget} is set from it; remove cost: null")
+        return self
+
+    @model_validator(mode="after")
+    def _finding_is_of_the_variants(self) -> Self:
+        if self.finding is not None:
+            refuse_other_variants(self.finding, self.baseline, self.variants)
         return self
 
     @model_validator(mode="after")

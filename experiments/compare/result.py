@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 from alignlab.errors import UserError, first_line
+from alignlab.experiments.compare.finding import Finding, refuse_other_variants
 from alignlab.passwords import without_passwords
 from alignlab.runs.atomic_files import write_text
 
@@ -206,6 +207,7 @@ class Comparison:
         tuning: of variants that come from a sweep: what was spent on it -> variant -> value, None
             for a variant without a sweep. Empty if no variant comes from one.
         again: runs of the baseline's second training, which is no variant; empty without one.
+        finding: the published finding that the recipe checks; None if it checks none.
     """
 
     __pydantic_config__ = _CONFIG
@@ -226,12 +228,15 @@ class Comparison:
     budget: Budget | None = None
     tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
     again: tuple[RunResult, ...] = ()
+    finding: Finding | None = None
 
     def __post_init__(self) -> None:
         for name in QUOTED:  # also those of a file that an older version wrote
             object.__setattr__(self, name, without_passwords(getattr(self, name)))
         if self.baseline not in self.variants:
             raise ValueError(f"baseline {self.baseline!r} is not one of {list(self.variants)}")
+        if self.finding is not None:
+            refuse_other_variants(self.finding, self.baseline, self.variants)
         seen = set()
         for result in self.results:
             run = (result.variant, result.seed)
@@ -290,6 +295,8 @@ def _without_nan(content: Any) -> Any:
     match content:
         case float() if not math.isfinite(content):
             return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+        case BaseModel():
+            return content.model_dump(mode="json")
         case dict():
             return {key: _without_nan(value) for key, value in content.items()}
         case list() | tuple():

@@ -26,6 +26,7 @@ from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
+from alignlab.experiments.compare.measured import check_expectations
 from alignlab.experiments.compare.result import (
     Budget,
     Comparison,
@@ -200,12 +201,14 @@ def prepare(config: CompareConfig) -> Plan:
     """Makes the folders of all runs.
 
     Raises:
-        UserError: variants are measured differently, a folder holds a run of another recipe, an
-            objective never has anything to align, runs read other files than those that have
-            begun, or a run cannot start from what its `model.init_from` names.
+        UserError: variants are measured differently, a finding expects what is not measured, a
+            folder holds a run of another recipe, an objective never has anything to align, runs
+            read other files than those that have begun, or a run cannot start from what its
+            `model.init_from` names.
     """
     refuse_several_ranks()
     check_fair(config)
+    check_expectations(config, {v: probed(config, v, config.seeds[0]) for v in config.variants})
     # before folders are made and the budget measured; neither seed nor number of steps matters
     for run in config.runs.values():
         check_recipe(run)
@@ -296,6 +299,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         budget=plan.budget,
         tuning=tuning_facts(config),
         again=tuple(run for (name, _), run in results.items() if name not in config.variants),
+        finding=config.finding,
     )
 
 

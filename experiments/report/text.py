@@ -21,6 +21,7 @@ from alignlab.experiments.report.escaping import (
     markdown_text,
     one_visible_line,
 )
+from alignlab.experiments.report.findings import finding_lines, finding_markdown, judge
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.noise_floor import HEADER, READING, NoiseFloor, noise_floor
@@ -75,6 +76,8 @@ def print_summary(comparison: Comparison, console: Console) -> None:
             cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
             texts = [_printed(cell, style) for cell in cells[: len(table.columns)]]
             table.add_row(*texts, end_section=row is group[-1])
+    for line in finding_lines(judge(comparison, rows)):
+        console.print(_printed(line))
     claims = verdict(comparison, rows)
     for sentence in (claims.lead, *claims.variants.values()):
         console.print(_printed(sentence, "bold" if sentence is claims.lead else ""))
@@ -105,7 +108,9 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """The report without pictures, as Markdown."""
     names = [markdown_text(variant) for variant in comparison.variants]
     claims = verdict(comparison, rows)
-    lines = [f"# {markdown_text(comparison.name)}", "", f"**{markdown_text(claims.lead)}**", ""]
+    lines = [f"# {markdown_text(comparison.name)}", ""]
+    lines += finding_markdown(judge(comparison, rows))
+    lines += [f"**{markdown_text(claims.lead)}**", ""]
     lines += [f"- {markdown_text(text)}" for text in claims.variants.values()]
     lines += ["", markdown_text(claims.reading), ""] if claims.reading else [""]
     floor = noise_floor(comparison, rows)

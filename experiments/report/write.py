@@ -22,6 +22,7 @@ from alignlab.experiments.report.charts import (
     styles,
     timestep_charts,
 )
+from alignlab.experiments.report.findings import judge
 from alignlab.experiments.report.formatting import format_number, format_p
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.noise_floor import HEADER, READING, noise_floor, noise_floor_csv
@@ -102,6 +103,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         "report.html.j2",
         figures_of(sections),
         comparison=comparison,
+        finding=judge(comparison, rows),
         verdict=verdict(comparison, rows),
         noise_floor=noise_floor(comparison, rows),
         floor_header=HEADER,

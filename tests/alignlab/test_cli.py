@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "sweep",
     "demo",
+    "findings",
     "evaluate",
     "sample",
     "export",

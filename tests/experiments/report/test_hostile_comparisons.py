@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from alignlab.errors import printable
+from alignlab.experiments.compare.finding import Expectation, Finding
 from alignlab.experiments.compare.result import (
     Budget,
     Comparison,
@@ -128,6 +130,8 @@ def comparisons(draw: st.DrawFn) -> Comparison:
     subset = st.lists(st.sampled_from(variants), unique=True)
     by_variant = st.dictionaries(st.sampled_from(variants), json_values)
     shown = st.dictionaries(texts, by_variant, max_size=2)
+    baseline = draw(st.sampled_from(variants))
+    others = [v for v in variants if v != baseline and printable(v) == v]
     return Comparison(
         name=draw(texts),
         baseline=baseline,
@@ -145,7 +149,26 @@ def comparisons(draw: st.DrawFn) -> Comparison:
         budget=draw(st.none() | budgets(draw(subset))),
         tuning=draw(shown),
         again=tuple(again),
+        finding=draw(st.none() | findings(others, metrics)) if others else None,
     )
+
+
+def findings(variants: list[str], metrics: list[str]) -> st.SearchStrategy[Finding]:
+    plain = texts.filter(lambda text: printable(text) == text)
+    expectation = st.builds(
+        Expectation,
+        variant=st.sampled_from(variants),
+        metric=st.sampled_from([*filter(lambda m: printable(m) == m, metrics), "steps_to_target"]),
+        change=st.sampled_from(["lower", "higher"]),
+        words=plain,
+    )
+    expectations = st.lists(expectation, min_size=1, max_size=3, unique_by=_named).map(tuple)
+    sentence = plain.filter(bool)
+    return st.builds(Finding, claim=sentence, source=sentence, limits=sentence, expect=expectations)
+
+
+def _named(expected: Expectation) -> tuple[str, str]:
+    return expected.variant, expected.metric
 
 
 def runs(variant: str, seed: int, metrics: dict[str, float]) -> st.SearchStrategy[RunResult]:

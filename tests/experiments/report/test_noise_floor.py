@@ -204,7 +204,7 @@ def test_the_steps_to_target_of_the_second_training(tmp_path: Path) -> None:
         whole, results=tuple(map(measured, whole.results)), again=tuple(map(measured, whole.again))
     )
     row = row_of(found, "steps_to_target")
-    sooner = (5 + 5 * 0.6 / 0.66) / 10 - 1
+    sooner = 5 * 2 ** (0.6 / 0.66) / 10 - 1  # linear in the logarithm of the step
     assert row.differences == pytest.approx({0: sooner, 1: 0.0, 2: 0.0})
     assert row.num_equal == 1, "ending above the target is not to be equal"
     told = f"{100 * -sooner:.2g}%, never in 1/3 in steps to target"

@@ -41,7 +41,8 @@ WIGGLE = (0.0, 0.01, -0.02, 0.015, -0.005, 0.007, -0.012, 0.003)
         (((10, 0.5), (20, 0.4)), 0.4, 20.0),  # ends at the target
         (((10, 0.5), (20, 0.4)), 0.39, None),
         (((10, 0.5), (20, 0.3), (30, 0.5)), 0.4, None),  # was there, and ends above it
-        (((10, 0.5), (20, 0.3), (30, 0.5), (40, 0.3)), 0.4, (math.sqrt(200) + math.sqrt(1200)) / 2),  # first and last
+        # first and last
+        (((10, 0.5), (20, 0.3), (30, 0.5), (40, 0.3)), 0.4, (math.sqrt(200) + math.sqrt(1200)) / 2),
         (((10, 0.3), (20, 0.5), (30, 0.4)), 0.4, 30.0),  # a curve that ends at it, whatever before
         (((10, 0.3), (20, 0.2)), 0.4, 10.0),  # at its first evaluation
         (((0, 0.5), (20, 0.3)), 0.4, 10.0),  # step 0 has no logarithm
