@@ -294,6 +294,7 @@ def _target_row(comparison: Comparison) -> FloorRow | None:
         variants=(comparison.baseline, name),
         results=(*base, *comparison.again),
         again=(),
+        finding=None,  # of variants that are left out
     )
     steps = steps_to_target(pair).get(name)
     if steps is None or not steps.ratios:

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from alignlab.errors import UserError
+from alignlab.experiments.compare.finding import Expectation, Finding
 from alignlab.experiments.compare.result import Comparison, Curve, RunResult
 from alignlab.experiments.report.noise_floor import FloorRow, NoiseFloor, noise_floor
 from alignlab.experiments.report.summary import summary_rows
@@ -213,6 +214,10 @@ def test_the_steps_to_target_of_the_second_training(tmp_path: Path) -> None:
     lines = read_table(tmp_path / "noise_floor.csv")
     assert lines[1]["diff_mean"] == "", "only a bound of it is known"
     assert [line["metric"] for line in lines] == ["val/flow", "steps_to_target"]
+    expected = Expectation(variant="a", metric="val/flow", change="lower")
+    finding = Finding(claim="c", source="s", limits="l", expect=(expected,))
+    checking = dataclasses.replace(found, finding=finding)
+    assert row_of(checking, "steps_to_target") == row, "a finding is of other variants"
     assert lines[1]["diff_scale"] == "log ratio" and lines[1]["never_reached_seeds"] == "1"
 
 
