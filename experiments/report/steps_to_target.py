@@ -270,7 +270,8 @@ def _crossing_before(curve: Curve, place: int, target: float) -> float:
     above, below = Fraction(earlier) - Fraction(target), Fraction(earlier) - Fraction(value)
     if earlier_step <= 0:
         return float(earlier_step + (step - earlier_step) * above / below)
-    return min(earlier_step * (step / earlier_step) ** float(above / below), float(step))
+    found: float = earlier_step * (step / earlier_step) ** float(above / below)
+    return min(found, float(step))
 
 
 def target_of(comparison: Comparison, seed: int) -> float | None:
