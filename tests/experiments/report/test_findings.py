@@ -126,10 +126,10 @@ def test_steps_to_target_are_judged_by_their_ratio() -> None:
 
 
 def test_a_target_that_is_never_reached_is_not_seen() -> None:
+    curves: dict[str, Curve] = {"val/flow": ((50, 0.95), (100, 0.9))}
     late = [
-        RunResult("late", seed, 100, "run", {"val/flow": 0.9}, {}, measured=measured)
+        RunResult("late", seed, 100, "run", {"val/flow": 0.9}, {}, measured=curves)
         for seed in SEEDS
-        for measured in [{"val/flow": ((50, 0.95), (100, 0.9))}]
     ]
     found = one(with_runs(*late), "late", "steps_to_target", "lower")
     assert found.outcome == "not seen" and "5 of 5 seeds never reached it" in found.found

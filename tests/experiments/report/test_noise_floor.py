@@ -170,8 +170,8 @@ def test_trainings_that_differ_where_the_summary_does_not_look() -> None:
         return dataclasses.replace(run, metrics=run.metrics | {"val/flow/t3": value})
 
     found = made(BASE[:2])
-    both = {"results": tuple(map(binned, found.results)), "again": tuple(map(binned, found.again))}
-    assert floor_of(dataclasses.replace(found, **both)).sentence == (
+    first, second = tuple(map(binned, found.results)), tuple(map(binned, found.again))
+    assert floor_of(dataclasses.replace(found, results=first, again=second)).sentence == (
         "Noise floor: none trained twice with both seeds differs in 1 of 2 numbers, none of them "
         "in the summary table (noise_floor.csv)."
     )
