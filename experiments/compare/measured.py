@@ -58,7 +58,7 @@ def check_expectations(config: CompareConfig, runs: Mapping[str, RunConfig]) -> 
                     f"{setting}: {expected.metric} is not measured with cost: null; remove that"
                 )
             known = [*measured_names(run), *(() if run.eval.every is None else (STEPS_TO_TARGET,))]
-            known += () if config.cost is None else COST_QUANTITIES
+            known += [] if config.cost is None else [*COST_QUANTITIES]
             check_measured(setting, expected.metric, known, run)
 
 
