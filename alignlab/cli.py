@@ -19,6 +19,7 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
+from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
@@ -120,6 +121,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     stage1,
     compare,
     demo,
+    report,
     sweep,
     evaluate,
     sample,
