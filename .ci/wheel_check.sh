@@ -19,7 +19,8 @@ packages = {name for name in top if not name.endswith(".dist-info")}
 if packages != {"alignlab"}:
     sys.exit(f"error: the wheel must hold the package alignlab alone, it holds {sorted(packages)}")
 needed = ["alignlab/py.typed", "alignlab/assets/", "alignlab/losses/", "alignlab/kernels/",
-          "alignlab/experiments/recipes/tiny.yaml", "alignlab/experiments/recipes/demo.yaml"]
+          "alignlab/experiments/recipes/tiny.yaml", "alignlab/experiments/recipes/demo.yaml",
+          "alignlab/experiments/recipes/findings/push.yaml", "alignlab/experiments/results/"]
 missing = [path for path in needed if not any(name.startswith(path) for name in names)]
 if missing:
     sys.exit(f"error: the wheel lacks {', '.join(missing)}")

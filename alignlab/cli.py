@@ -18,6 +18,7 @@ from alignlab.distributed import launch_env
 from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
+from alignlab.experiments.cli.findings import findings
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.sweep import sweep
@@ -122,6 +123,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     compare,
     demo,
     report,
+    findings,
     sweep,
     evaluate,
     sample,

@@ -106,11 +106,11 @@ def _outputs(folder: Path) -> Findings:
 def _check_runs_are_there(folder: Path, found: Findings) -> None:
     """Of a comparison whose file is whole, as far as is known."""
     try:
-        results = Comparison.load(folder / COMPARISON).results
+        comparison = Comparison.load(folder / COMPARISON)
     except UserError as error:
         found.say(folder / COMPARISON, f"{error}; {SAME_COMMAND}")
         return
-    for result in results:
+    for result in (*comparison.results, *comparison.again):
         run = RunFolder(folder / result.run_dir)
         if run.result.exists():
             continue

@@ -21,6 +21,10 @@ def compare(
     join: Annotated[
         bool, typer.Option("--join", help="Train runs that no other process trains, and stop.")
     ] = False,
+    aa: Annotated[
+        bool,
+        typer.Option("--aa", help="Train the baseline twice: how far do equal trainings differ?"),
+    ] = False,
     launcher: LauncherName = "local",
     ray_address: RayAddress = None,
     list_runs: Annotated[
@@ -31,6 +35,7 @@ def compare(
     """Train every variant of a comparison over its seeds and write the report."""
     from alignlab.experiments.compare.config import dump_compare, load_compare, show_variants
 
+    overrides = [*(overrides or ()), *(["aa=true"] if aa else [])]  # also those of the workers
     config = load_compare(recipe, overrides)
     if print_config:
         typer.echo(without_password(dump_compare(config) + show_variants(config)), nl=False)
@@ -56,7 +61,7 @@ def compare(
         launcher,
         config.launch,
         workers=workers,
-        command=[recipe, *(overrides or ())],
+        command=[recipe, *overrides],
         ray_address=ray_address,
     )
     report = run.compare(config, launcher=run_launcher)

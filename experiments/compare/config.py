@@ -8,10 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.merging import canonical, merge
+from alignlab.config.names import check_name
 from alignlab.config.parts import Seed
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.compare.finding import Finding, refuse_other_variants
 from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_changes, tuning_of
 from alignlab.experiments.compare.variants import baseline_notice, checked_variants, shown_variants
 from alignlab.experiments.launchers.config import LaunchConfig
@@ -20,7 +22,7 @@ from alignlab.recipe import load_run, numbered_settings, refuse_other_command, t
 from alignlab.stage1.config import Stage1Config
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
-OPTIONAL_COMPARE_KEYS = ("allow_differences", "budget", "cost", "launch")
+OPTIONAL_COMPARE_KEYS = ("aa", "allow_differences", "budget", "cost", "launch", "finding")
 
 
 class CostConfig(Settings):
@@ -49,6 +51,9 @@ class CompareConfig(Settings):
     from the measured cost of its step, so that it gets what the baseline's `steps` cost."""
     cost: CostConfig | None = CostConfig()
     """How the cost of a step is measured; null: it is not. Two models are in memory at a time."""
+    aa: bool = False
+    """Whether the baseline is trained a second time with every seed, under the name `again`: the
+    report then says how far two equal trainings differ."""
     variants: dict[str, dict[str, Any]]
     """What each variant changes in `base`, by dotted key and in order (`config.merging.canonical`);
     `from` names the best.yaml of the sweep that tuned it."""
@@ -56,6 +61,8 @@ class CompareConfig(Settings):
     """Each variant applied to `base`, with the first seed; see `run`."""
     tuned: dict[str, Tuning] = Field(default_factory=dict)
     """The sweeps of the variants that have a `from`."""
+    finding: Finding | None = None
+    """What a paper claims that this comparison checks, if it does. It is part of no run."""
 
     @field_validator("seeds")
     @classmethod
@@ -78,6 +85,37 @@ class CompareConfig(Settings):
             raise ValueError(f"cost: budget: {self.budget} is set from it; remove cost: null")
         return self
 
+    @model_validator(mode="after")
+    def _finding_is_of_the_variants(self) -> Self:
+        if self.finding is not None:
+            refuse_other_variants(self.finding, self.baseline, self.variants)
+        return self
+
+    @model_validator(mode="after")
+    def _again_has_a_name(self) -> Self:
+        if self.aa:
+            check_name(self.again, "the name of the baseline's second training")
+            if self.again in self.variants:
+                raise ValueError(
+                    f"aa: the second training of the baseline is named {self.again}, and so is a "
+                    "variant: give the variant another name"
+                )
+        return self
+
+    @property
+    def again(self) -> str:
+        """What the baseline's second training is named, which is no variant."""
+        return f"{self.baseline}-again"
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What is trained with every seed, in this order: the variants, and with `aa` `again`."""
+        return (*self.variants, *([self.again] if self.aa else []))
+
+    def trained_as(self, name: str) -> str:
+        """The variant whose settings a run of that name has: itself, of `again` the baseline."""
+        return self.baseline if self.aa and name == self.again else name
+
     @property
     def name(self) -> str:
         """Folder of the comparison under `output`."""
@@ -89,9 +127,9 @@ class CompareConfig(Settings):
         return self.base.output
 
     def run(self, variant: str, seed: int) -> RunConfig:
-        """The run of one variant and seed, named `<name>/<variant>/seed-<seed>`."""
+        """The run of one variant, or of `again`, and seed: `<name>/<variant>/seed-<seed>`."""
         name = f"{self.name}/{variant}/seed-{seed}"
-        return self.runs[variant].model_copy(update={"name": name, "seed": seed})
+        return self.runs[self.trained_as(variant)].model_copy(update={"name": name, "seed": seed})
 
 
 def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> CompareConfig:
@@ -169,6 +207,8 @@ def dump_compare(config: CompareConfig) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
     resolved = config.base.model_dump(mode="json", exclude={"seed"})
     included = {*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS}
+    if not config.aa:
+        included.remove("aa")  # as older recipes were written
     return to_yaml(resolved | config.model_dump(mode="json", include=included))
 
 

@@ -24,6 +24,7 @@ from alignlab.experiments.compare.alike import (
     tell_unsure,
 )
 from alignlab.experiments.compare.config import differing_values
+from alignlab.experiments.compare.finding import Finding
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, Curve, RunResult
 from alignlab.experiments.compare.subset import moved, with_runs
 from alignlab.experiments.report.metric_table import block_of
@@ -58,8 +59,10 @@ def merged(
     for one, other in combinations(sources, 2):  # what two share need not be the first's
         refuse_others(one, other)
     tell_unsure(sources)
-    changes = _merged_recipe(sources, _baseline(sources, baseline))
-    changes |= _merged_runs(sources, target)
+    chosen = _baseline(sources, baseline)
+    changes = _merged_recipe(sources, chosen) | _merged_runs(sources, target)
+    if any(source.comparison.baseline != chosen for source in sources):
+        changes["again"] = ()  # runs of what was the baseline
     changes |= _merged_origin([source.comparison for source in sources])
     for field in dataclasses.fields(first):
         values = [getattr(source.comparison, field.name) for source in sources]
@@ -182,6 +185,10 @@ def _merged_recipe(sources: Sequence[Source], baseline: str) -> dict[str, Any]:
     }
     if allowed:
         recipe["allow_differences"] = list(allowed)
+    finding = _merged_finding(sources, baseline)
+    recipe["finding"] = None if finding is None else finding.model_dump(mode="json")
+    if any(source.recipe.get("aa") for source in sources):
+        recipe["aa"] = True
     return {
         "baseline": baseline,
         "recipe": to_yaml(recipe),
@@ -190,7 +197,19 @@ def _merged_recipe(sources: Sequence[Source], baseline: str) -> dict[str, Any]:
         "cost": _merged_cost(comparisons, baseline),
         "budget": _merged_budget(comparisons),
         "tuning": _merged_tuning(comparisons, variants),
+        "finding": finding,
     }
+
+
+def _merged_finding(sources: Sequence[Source], baseline: str) -> Finding | None:
+    """The finding that the comparisons check, if it is one and of this baseline."""
+    found = [s.comparison for s in sources if s.comparison.finding is not None]
+    if not found:
+        return None
+    if all((one.finding, one.baseline) == (found[0].finding, baseline) for one in found):
+        return found[0].finding
+    log.warning("comparisons check different findings, or of other baselines: the report has none")
+    return None
 
 
 def _merged_cost(comparisons: Sequence[Comparison], baseline: str) -> Cost | None:

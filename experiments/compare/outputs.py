@@ -23,6 +23,7 @@ OUTPUTS = (
     "table.csv",
     "table.tex",
     "steps.csv",
+    "noise_floor.csv",
     "progress.json",
 )
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
 import alignlab
 from alignlab.errors import UserError, first_line
+from alignlab.experiments.compare.finding import Finding, refuse_other_variants
 from alignlab.passwords import without_passwords
 from alignlab.runs.atomic_files import write_text
 
@@ -210,6 +211,8 @@ class Comparison:
         budget: of each variant; None for equal steps.
         tuning: of variants that come from a sweep: what was spent on it -> variant -> value, None
             for a variant without a sweep. Empty if no variant comes from one.
+        again: runs of the baseline's second training, which is no variant; empty without one.
+        finding: the published finding that the recipe checks; None if it checks none.
     """
 
     __pydantic_config__ = _CONFIG
@@ -229,12 +232,16 @@ class Comparison:
     cost: Cost | None = None
     budget: Budget | None = None
     tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
+    again: tuple[RunResult, ...] = ()
+    finding: Finding | None = None
 
     def __post_init__(self) -> None:
         for name in QUOTED:  # also those of a file that an older version wrote
             object.__setattr__(self, name, without_passwords(getattr(self, name)))
         if self.baseline not in self.variants:
             raise ValueError(f"baseline {self.baseline!r} is not one of {list(self.variants)}")
+        if self.finding is not None:
+            refuse_other_variants(self.finding, self.baseline, self.variants)
         seen = set()
         for result in self.results:
             run = (result.variant, result.seed)
@@ -243,6 +250,15 @@ class Comparison:
             if run in seen:
                 raise ValueError(f"run {run} is given twice")
             seen.add(run)
+        self._check_again()
+
+    def _check_again(self) -> None:
+        names = {result.variant for result in self.again}
+        if len(names) > 1 or not names.isdisjoint(self.variants):
+            raise ValueError(f"runs {sorted(names)} are no second training of {self.baseline!r}")
+        seeds = [result.seed for result in self.again]
+        if len(set(seeds)) < len(seeds) or not set(seeds) <= set(self.seeds):
+            raise ValueError(f"second training: {seeds} are no distinct seeds of {self.name!r}")
 
     def run(self, variant: str, seed: int) -> RunResult | None:
         """The run of `variant` with `seed`, or None when it did not finish."""
@@ -286,6 +302,8 @@ def _without_nan(content: Any) -> Any:
     match content:
         case float() if not math.isfinite(content):
             return "NaN" if math.isnan(content) else "Infinity" if content > 0 else "-Infinity"
+        case BaseModel():
+            return content.model_dump(mode="json")
         case dict():
             return {key: _without_nan(value) for key, value in content.items()}
         case list() | tuple():

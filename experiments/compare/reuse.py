@@ -14,6 +14,7 @@ from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.blocks import measure_blocks
+from alignlab.experiments.compare.config import CompareConfig
 from alignlab.experiments.launchers import RunKey
 from alignlab.recipe import NUMBERLESS, dump, holds_recipe
 from alignlab.runs.atomic_files import write_text
@@ -87,14 +88,16 @@ def measure_missing_blocks(
             measure_blocks(folders[key], _with_blocks(run, all_blocks), shared_caches(run, caches))
 
 
-def refuse_different_plans(runs: Runs, folders: Folders, *, same_steps: bool) -> None:
+def refuse_different_plans(config: CompareConfig, runs: Runs, folders: Folders) -> None:
     """Refuses runs whose schedules were planned otherwise, since only some were prolonged.
 
+    Where variants have their number of steps in common, runs with the same are held against each
+    other; with another budget, the seeds of a variant and of its second training.
+
     Args:
-        runs: of the comparison.
+        config: the comparison.
+        runs: all of it.
         folders: theirs.
-        same_steps: whether what variants have in common is their number of steps: those with the
-            same are held against each other. Else the seeds of a variant are.
 
     Raises:
         UserError: it names two of them.
@@ -106,7 +109,8 @@ def refuse_different_plans(runs: Runs, folders: Folders, *, same_steps: bool) ->
         legs = tuple(
             leg.model_copy(update={"begun": ""}) for leg in expected_plan(folders[key], run).legs
         )
-        other, others = first.setdefault(run.steps if same_steps else key[0], (key, legs))
+        group = run.steps if config.budget == "steps" else config.trained_as(key[0])
+        other, others = first.setdefault(group, (key, legs))
         if legs != others:
             one, two = folders[other].path, folders[key].path
             raise UserError(

@@ -25,6 +25,7 @@ from alignlab.experiments.compare.budget import decide_budget, with_budget
 from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
+from alignlab.experiments.compare.measured import check_expectations
 from alignlab.experiments.compare.outputs import only_one, write_outputs
 from alignlab.experiments.compare.result import (
     Budget,
@@ -142,7 +143,8 @@ class Plan:
         folder: of the comparison.
         config: with the steps that the budget gives each variant.
         budget: what was decided, if the budget is not in steps.
-        runs: every variant with every seed, as they are trained.
+        runs: every variant with every seed, as they are trained, and the baseline's second
+            training.
         folders: theirs; they exist.
         blocks: those of each run that the report is about.
     """
@@ -159,12 +161,14 @@ def prepare(config: CompareConfig) -> Plan:
     """Makes the folders of all runs.
 
     Raises:
-        UserError: variants are measured differently, a folder holds a run of another recipe, an
-            objective never has anything to align, runs read other files than those that have
-            begun, or a run cannot start from what its `model.init_from` names.
+        UserError: variants are measured differently, a finding expects what is not measured, a
+            folder holds a run of another recipe, an objective never has anything to align, runs
+            read other files than those that have begun, or a run cannot start from what its
+            `model.init_from` names.
     """
     refuse_several_ranks()
     check_fair(config)
+    check_expectations(config, {v: probed(config, v, config.seeds[0]) for v in config.variants})
     # before folders are made and the budget measured; neither seed nor number of steps matters
     for run in config.runs.values():
         check_recipe(run)
@@ -180,7 +184,7 @@ def prepare(config: CompareConfig) -> Plan:
     opened = {key: open_run(run) for key, run in planned.items()}
     runs = {key: run for key, (run, _) in opened.items()}
     folders = {key: run_folder for key, (_, run_folder) in opened.items()}
-    refuse_different_plans(runs, folders, same_steps=config.budget == "steps")
+    refuse_different_plans(config, runs, folders)
     _fix_inputs(config, runs, folders)
     blocks = {key: run.eval.blocks or () for key, run in planned.items()}
     return Plan(folder, config, budget, runs, folders, blocks)
@@ -189,9 +193,7 @@ def prepare(config: CompareConfig) -> Plan:
 def _planned(config: CompareConfig) -> dict[RunKey, RunConfig]:
     """Every run, in the order in which they are trained."""
     return {
-        (variant, seed): probed(config, variant, seed)
-        for seed in config.seeds
-        for variant in config.variants
+        (name, seed): probed(config, name, seed) for seed in config.seeds for name in config.trained
     }
 
 
@@ -205,10 +207,11 @@ def _fix_inputs(
     A run that begins later is held to the inputs of today: it will not train with others.
     """
     inputs: dict[str, list[Input]] = {}
-    for (variant, seed), run in runs.items():
+    for key, run in runs.items():
+        variant = config.trained_as(key[0])
         if variant not in inputs:  # the seed names no file
             inputs[variant] = read_inputs(run, fetch=False)
-        fix_inputs(folders[variant, seed], run, inputs[variant])
+        fix_inputs(folders[key], run, inputs[variant])
     for variant, tuning in config.tuned.items():
         sweep_folder = user_path(tuning.sweep).parent
         InputRecord(sweep_folder, config.output).refuse_changes(
@@ -234,10 +237,10 @@ def _records(
 def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     config, folder, folders = plan.config, plan.folder, plan.folders
     refuse_different_inputs(record for _, record in _records(plan.runs, folders))
-    results = tuple(
-        collect(run_folder, variant, seed, folder, plan.blocks[variant, seed])
-        for (variant, seed), run_folder in folders.items()
-    )
+    results = {
+        key: collect(run_folder, *key, folder, plan.blocks[key])
+        for key, run_folder in folders.items()
+    }
     environment = describe_environment() | trained_on(folders)
     return Comparison(
         name=config.name,
@@ -250,11 +253,13 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         duration_s=_seconds_so_far(folder),
         command=command_line("alignlab"),
         commit=environment["commit"],
-        results=results,
+        results=tuple(run for (name, _), run in results.items() if name in config.variants),
         allowed=config.allow_differences,
         cost=cost,
         budget=plan.budget,
         tuning=tuning_facts(config),
+        again=tuple(run for (name, _), run in results.items() if name not in config.variants),
+        finding=config.finding,
     )
 
 
@@ -290,7 +295,7 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
 
 
 def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
-    """The run of a variant, evaluated on every block that any variant aligns.
+    """The run of a variant, or of `again`, evaluated on every block that any variant aligns.
 
     Without this, `none` taps nothing and there would be nothing to compare the others with.
     """

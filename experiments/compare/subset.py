@@ -9,6 +9,7 @@ from typing import Any
 
 from alignlab.config.data import unknown_name
 from alignlab.errors import UserError
+from alignlab.experiments.compare.finding import Expectation
 from alignlab.experiments.compare.result import Budget, Comparison, Cost, RunResult
 from alignlab.experiments.report.metric_table import (
     COST_QUANTITIES,
@@ -124,7 +125,7 @@ def _with_baseline(comparison: Comparison, baseline: str) -> Comparison:
     # what else holds runs is of the former baseline
     others = {name: () for name in with_runs(comparison, lambda run: run) if name != "results"}
     changes: dict[str, Any] = {"baseline": baseline, "budget": budget, "cost": None} | others
-    return dataclasses.replace(comparison, **changes)
+    return dataclasses.replace(_without_finding(comparison), **changes)
 
 
 def _with_variants(comparison: Comparison, variants: Sequence[str]) -> Comparison:
@@ -132,6 +133,8 @@ def _with_variants(comparison: Comparison, variants: Sequence[str]) -> Compariso
         if variant not in comparison.variants:
             raise UserError(f"--variants: {unknown_name('variant', variant, comparison.variants)}")
     wanted = {comparison.baseline, *variants}
+    if any(expected.variant not in wanted for expected in _expected(comparison)):
+        comparison = _without_finding(comparison)
     kept = tuple(variant for variant in comparison.variants if variant in wanted)
     gone = set(comparison.variants) - wanted
     runs = with_runs(comparison, lambda run: None if run.variant in gone else run)
@@ -167,6 +170,10 @@ def _with_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
         if metric not in known:
             raise UserError(f"--metrics: {unknown_name('metric', metric, sorted(known))}")
     wanted = {*metrics, *([TARGET] if STEPS_TO_TARGET in metrics else [])}
+    shown = wanted | ({STEPS_TO_TARGET} if TARGET in wanted else set())
+    asked = [expected.metric for expected in _expected(comparison)]
+    if any(name not in shown and split_name(name)[0] not in shown for name in asked):
+        comparison = _without_finding(comparison)
 
     def kept(found: Mapping[str, Any]) -> dict[str, Any]:
         return {n: v for n, v in found.items() if n in wanted or split_name(n)[0] in wanted}
@@ -179,6 +186,18 @@ def _with_metrics(comparison: Comparison, metrics: Sequence[str]) -> Comparison:
     return dataclasses.replace(
         comparison, **(_fields(with_runs(comparison, change)) | {"cost": cost})
     )
+
+
+def _expected(comparison: Comparison) -> tuple[Expectation, ...]:
+    return () if comparison.finding is None else comparison.finding.expect
+
+
+def _without_finding(comparison: Comparison) -> Comparison:
+    """A part of a comparison does not judge all that a finding expects."""
+    if comparison.finding is None:
+        return comparison
+    log.warning("the published finding is of all that the recipe compares: the report is without")
+    return dataclasses.replace(comparison, finding=None)
 
 
 def _cost_of(cost: Cost | None, variants: Collection[str]) -> Cost | None:

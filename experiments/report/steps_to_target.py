@@ -1,9 +1,11 @@
 """Steps to target: in what share of the baseline's steps a variant gets as low as the baseline.
 
 The target of a seed is the baseline's validation flow loss after its last step. A variant reaches
-it if its own last loss is at or below it: at the step at which its curve, linear between
-evaluations, crosses the target. Where it crosses several times, the middle between its first and
-its last crossing counts. The ratio of a seed is that step over the baseline's steps.
+it if its own last loss is at or below it: at the step at which its curve crosses the target.
+Between evaluations the loss is linear in the logarithm of the step: it falls ever more slowly, so
+that a line over the step itself lies above it and crosses too late. Where it crosses several
+times, the middle between its first and its last crossing counts. The ratio of a seed is that step
+over the baseline's steps.
 
 This is right where nothing differs but noise. The variant then ends below the baseline in half of
 the cases, so that half of the ratios are below 1, however large the wiggles are; noise that puts
@@ -181,8 +183,9 @@ def steps_footnotes(comparison: Comparison, found: Mapping[str, StepsToTarget]) 
     base = comparison.baseline
     text = (
         f"Steps to target: where the validation flow loss gets to that of {base} after its last "
-        f"step with the same seed, over the steps of {base}; geometric mean over seeds. Linear "
-        "between evaluations; of several crossings, the middle between the first and the last."
+        f"step with the same seed, over the steps of {base}; geometric mean over seeds. Between "
+        "evaluations the loss is linear in the logarithm of the step; of several crossings, the "
+        "middle between the first and the last."
     )
     never = {v: steps.never for v, steps in found.items() if steps.never}
     if never:
@@ -237,8 +240,9 @@ def crossing(curve: Curve, target: float) -> float | None:
     Where it crosses the target several times, the middle between its first and its last crossing;
     a curve that ends exactly at the target, as the baseline's does, reaches it at its last step.
 
-    >>> crossing(((10, 0.5), (20, 0.4), (30, 0.5)), 0.42), crossing(((10, 0.5), (20, 0.4)), 0.42)
-    (None, 18.0)
+    >>> crossing(((10, 0.5), (20, 0.4), (30, 0.5)), 0.42)
+    >>> round(crossing(((10, 0.5), (40, 0.3)), 0.4), 6)
+    20.0
     """
     last_step, last_value = curve[-1]
     if last_value == target:
@@ -253,9 +257,10 @@ def crossing(curve: Curve, target: float) -> float | None:
 
 
 def _crossing_before(curve: Curve, place: int, target: float) -> float:
-    """Where the line to an evaluation below the target, from the one before it, crosses it.
+    """Where the curve, from the evaluation before one that is below the target, crosses it.
 
     Of the first evaluation, and after one that is not finite, it is the evaluation's own step.
+    From a step 0, which has no logarithm, the loss is linear in the step.
     """
     step, value = curve[place]
     if place == 0 or not math.isfinite(curve[place - 1][1]):
@@ -263,7 +268,9 @@ def _crossing_before(curve: Curve, place: int, target: float) -> float:
     earlier_step, earlier = curve[place - 1]
     # fractions: no difference of floats overflows or vanishes
     above, below = Fraction(earlier) - Fraction(target), Fraction(earlier) - Fraction(value)
-    return float(earlier_step + (step - earlier_step) * above / below)
+    if earlier_step <= 0:
+        return float(earlier_step + (step - earlier_step) * above / below)
+    return min(earlier_step * (step / earlier_step) ** float(above / below), float(step))
 
 
 def target_of(comparison: Comparison, seed: int) -> float | None:

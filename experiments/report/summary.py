@@ -115,12 +115,7 @@ class SummaryRow:
             return ratio_text(self.ratio, sign=True)
         if self.target is not None:
             return self.target.change_text
-        if self.paired is None:
-            return DASH
-        mean, low, high = self.paired.mean, self.paired.low, self.paired.high
-        if low is None or high is None or low == high:
-            return format_number(mean, sign=True)
-        return format_interval(mean, low, high, sign=True)
+        return DASH if self.paired is None else difference_text(self.paired)
 
     @property
     def agreement(self) -> str:
@@ -262,6 +257,13 @@ def footnotes(comparison: Comparison, rows: list[SummaryRow]) -> list[str]:
 def joined(texts: tuple[str, str]) -> str:
     """Mean and spread in one text: "0.412 ± 0.004"."""
     return " ± ".join(text for text in texts if text)
+
+
+def difference_text(paired: Paired) -> str:
+    """A mean difference and its interval, where it has one: "+0.12 [0.07, 0.16]"."""
+    if paired.low is None or paired.high is None or paired.low == paired.high:
+        return format_number(paired.mean, sign=True)
+    return format_interval(paired.mean, paired.low, paired.high, sign=True)
 
 
 def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:

@@ -22,8 +22,10 @@ from alignlab.experiments.report.escaping import (
     markdown_text,
     one_visible_line,
 )
+from alignlab.experiments.report.findings import finding_lines, finding_markdown, judge
 from alignlab.experiments.report.formatting import DASH, format_duration
 from alignlab.experiments.report.metric_table import ARROWS
+from alignlab.experiments.report.noise_floor import HEADER, READING, NoiseFloor, noise_floor
 from alignlab.experiments.report.run_warnings import warning_sentences
 from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import (
@@ -75,9 +77,16 @@ def print_summary(comparison: Comparison, console: Console) -> None:
             cells = [name, row.variant, row.value_text, row.diff_text, row.p_text, row.agreement]
             texts = [_printed(cell, style) for cell in cells[: len(table.columns)]]
             table.add_row(*texts, end_section=row is group[-1])
+    for line in finding_lines(judge(comparison, rows)):
+        console.print(_printed(line))
     claims = verdict(comparison, rows)
     for sentence in (claims.lead, *claims.variants.values()):
         console.print(_printed(sentence, "bold" if sentence is claims.lead else ""))
+    floor = noise_floor(comparison, rows)
+    if floor is not None:
+        console.print(_printed(floor.sentence))
+        for text in floor.warnings:
+            console.print(_printed(f"Warning: {text}", "yellow"))
     warnings = warning_sentences(comparison)
     for text in warnings[:PRINTED_WARNINGS]:
         console.print(_printed(f"Warning: {text}", "yellow"))
@@ -100,10 +109,14 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """The report without pictures, as Markdown."""
     names = [markdown_text(variant) for variant in comparison.variants]
     claims = verdict(comparison, rows)
-    lines = [f"# {markdown_text(comparison.name)}", "", f"**{markdown_text(claims.lead)}**", ""]
+    lines = [f"# {markdown_text(comparison.name)}", ""]
+    lines += finding_markdown(judge(comparison, rows))
+    lines += [f"**{markdown_text(claims.lead)}**", ""]
     lines += [f"- {markdown_text(text)}" for text in claims.variants.values()]
     lines += ["", markdown_text(claims.reading), ""] if claims.reading else [""]
-    warnings = warning_sentences(comparison)
+    floor = noise_floor(comparison, rows)
+    lines += [] if floor is None else [markdown_text(floor.sentence), ""]
+    warnings = [*(() if floor is None else floor.warnings), *warning_sentences(comparison)]
     if warnings:
         lines += ["**Warnings**", "", *(f"- {markdown_text(text)}" for text in warnings), ""]
     lines += ["| metric |" + "".join(f" {name} |" for name in names)]
@@ -116,6 +129,7 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     notes = footnotes(comparison, rows)
     lines += ["", markdown_text(reading(comparison)), ""]
     lines += [f"- {markdown_text(note)}" for note in notes]
+    lines += [] if floor is None else _markdown_floor(floor)
     lines += _markdown_steps(comparison)
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
@@ -253,6 +267,13 @@ def setting_table(
         }
         for name, values in settings.items()
     }
+
+
+def _markdown_floor(floor: NoiseFloor) -> list[str]:
+    """How far the baseline's two trainings differ, by metric of the summary table."""
+    lines = ["", "## Noise floor", "", f"{READING} noise_floor.csv has every metric.", ""]
+    lines += [f"| {' | '.join(HEADER)} |", f"|---|{'---:|' * (len(HEADER) - 1)}"]
+    return lines + [f"| {' | '.join(map(markdown_text, texts))} |" for texts in floor.table]
 
 
 def _markdown_steps(comparison: Comparison) -> list[str]:

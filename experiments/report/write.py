@@ -1,6 +1,7 @@
 """Writes the report of a comparison: report.html, report.md, table.csv and table.tex.
 
-Of runs that were evaluated while they trained there is steps.csv as well.
+Of runs that were evaluated while they trained there is steps.csv as well, and noise_floor.csv where
+the baseline was trained twice.
 
 report.html is one file that needs no network: script, style, charts and clips are inside it, and a
 content security policy forbids the browser to fetch anything.
@@ -21,8 +22,10 @@ from alignlab.experiments.report.charts import (
     styles,
     timestep_charts,
 )
+from alignlab.experiments.report.findings import judge
 from alignlab.experiments.report.formatting import format_number, format_p
 from alignlab.experiments.report.latex import table_tex
+from alignlab.experiments.report.noise_floor import HEADER, READING, noise_floor, noise_floor_csv
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.experiments.report.run_warnings import warnings_by_variant
 from alignlab.experiments.report.statistics import MIN_PAIRS
@@ -58,7 +61,7 @@ class Prompt:
 
 
 def write_report(comparison: Comparison, folder: Path) -> Path:
-    """Write report.html, report.md, table.csv, table.tex and steps.csv; return the first's path.
+    """Write report.html, report.md and the tables as files; return the first's path.
 
     Args:
         comparison: the results; their `run_dir` is relative to `folder`.
@@ -77,6 +80,11 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         texts[steps] = steps_csv(comparison)
     else:
         steps.unlink(missing_ok=True)  # of an earlier report
+    floor, floor_csv = noise_floor(comparison, rows), folder / "noise_floor.csv"
+    if floor is not None:
+        texts[floor_csv] = noise_floor_csv(comparison, floor)
+    else:
+        floor_csv.unlink(missing_ok=True)
     for file, text in texts.items():  # each is whole, also where two commands write it
         write_text(file, text, shared=True)
     return path
@@ -95,7 +103,11 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         "report.html.j2",
         figures_of(sections),
         comparison=comparison,
+        finding=judge(comparison, rows),
         verdict=verdict(comparison, rows),
+        noise_floor=noise_floor(comparison, rows),
+        floor_header=HEADER,
+        floor_reading=READING,
         warnings=warnings_by_variant(comparison),
         reading=reading(comparison),
         min_pairs=MIN_PAIRS,

@@ -2,12 +2,10 @@
 
 from typing import Literal
 
-from alignlab.config.data import unknown_name
-from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.evaluation.measured_names import measured_names, needs_met
-from alignlab.evaluation.metric_registry import METRICS
-from alignlab.experiments.report.metric_table import quantity, split_name
+from alignlab.evaluation.measured_names import measured_names
+from alignlab.experiments.compare.measured import check_measured
+from alignlab.experiments.report.metric_table import quantity
 from alignlab.experiments.sweep.config import MetricConfig, SweepConfig
 from alignlab.experiments.sweep.space import tapped_blocks
 
@@ -24,10 +22,10 @@ def check_metrics(config: SweepConfig) -> None:
     blocks = config.base.eval.blocks
     names = measured_names(config.base, tapped_blocks(config) if blocks is None else blocks)
     for metric in config.metric:
-        _check_measured("metric", metric.name, names, config.base)
+        check_measured("metric", metric.name, names, config.base)
     directions(config)
     for name in config.constraints:
-        _check_measured(f"constraints.{name}", name, names, config.base)
+        check_measured(f"constraints.{name}", name, names, config.base)
         if quantity(name).better == "higher":
             raise UserError(
                 f"constraints.{name}: a constraint is the largest value that a metric may have, "
@@ -60,29 +58,3 @@ def _direction(metric: MetricConfig) -> Direction:
             "search for the worst trial; remove direction"
         )
     return right
-
-
-def _check_measured(setting: str, name: str, names: list[str], base: RunConfig) -> None:
-    if name.startswith("gen_real/") and name in names:
-        raise UserError(f"{setting}: {name} is of the real clips, no trial changes it")
-    if name in names:
-        return
-    asked, _ = split_name(name)
-    of_blocks = [known for known in names if split_name(known)[0] == asked]
-    whole = [known for known in names if split_name(known)[1] in ("", "mean")]
-    why = _why_not_measured(asked, base)
-    raise UserError(f"{setting}: {why}{unknown_name('metric', name, of_blocks or whole)}")
-
-
-def _why_not_measured(asked: str, base: RunConfig) -> str:
-    """Of a metric that other recipes measure, what this one lacks."""
-    metric = METRICS.get(asked)
-    if metric is None:
-        return ""
-    if asked.startswith("gen/") and not base.eval.num_measured_clips:
-        return "no generated clip is measured (eval.generated_clips); "
-    met = needs_met(base)
-    lacks = [need for need in metric.needs if need not in met]
-    if not asked.startswith(("gen/", "val/")) and "any teacher" not in met:
-        lacks = ["any teacher"]
-    return f"{asked} needs {', '.join(lacks)}; " if lacks else ""

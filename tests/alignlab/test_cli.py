@@ -27,6 +27,7 @@ COMMANDS = [
     "report",
     "sweep",
     "demo",
+    "findings",
     "evaluate",
     "sample",
     "export",

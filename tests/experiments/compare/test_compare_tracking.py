@@ -17,6 +17,7 @@ VARIANTS = """
 cost: null
 baseline: none
 seeds: [0]
+aa: true
 variants:
   none: {}
   aligned:
@@ -28,7 +29,7 @@ FILES = {"comparison.json", "report.html", "report.md", "table.csv"}
 def by_name(client: MlflowClient) -> dict[str, Run]:
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     runs = {run.info.run_name: run for run in client.search_runs(experiments)}
-    assert len(runs) == len(client.search_runs(experiments)) == 3
+    assert len(runs) == len(client.search_runs(experiments)) == 4
     return runs
 
 
@@ -58,7 +59,7 @@ def test_the_runs_of_a_comparison_are_under_one(
         parent = runs["pair"].info
         assert {run.info.status for run in runs.values()} == {"FINISHED"}
         assert {file.path for file in client.list_artifacts(parent.run_id)} == FILES
-        for variant in ("none", "aligned"):
+        for variant in ("none", "aligned", "none-again"):
             tags = runs[f"pair/{variant}/seed-0"].data.tags
             assert tags["mlflow.parentRunId"] == parent.run_id
             assert tags["alignlab.variant"] == variant

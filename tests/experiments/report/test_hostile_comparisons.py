@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from alignlab.errors import printable
+from alignlab.experiments.compare.finding import Expectation, Finding
 from alignlab.experiments.compare.result import (
     Budget,
     Comparison,
@@ -28,6 +30,7 @@ from alignlab.experiments.compare.result import (
 )
 from alignlab.experiments.report.by_step import steps_csv
 from alignlab.experiments.report.latex import table_tex
+from alignlab.experiments.report.noise_floor import noise_floor, noise_floor_csv
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown, print_summary, table_csv
 from alignlab.experiments.report.write import write_report
@@ -119,12 +122,19 @@ def comparisons(draw: st.DrawFn) -> Comparison:
                 continue
             kept = {m: v[place] for m, v in by_metric.items() if draw(st.integers(0, 9))}
             results.append(draw(runs(variant, seed, kept)))
+    baseline, again = draw(st.sampled_from(variants)), []
+    if f"{baseline}-again" not in variants:
+        for seed in draw(st.lists(st.sampled_from(seeds), unique=True)):
+            measured = {metric: draw(numbers) for metric in metrics}
+            again.append(draw(runs(f"{baseline}-again", seed, measured)))
     subset = st.lists(st.sampled_from(variants), unique=True)
     by_variant = st.dictionaries(st.sampled_from(variants), json_values)
     shown = st.dictionaries(texts, by_variant, max_size=2)
+    baseline = draw(st.sampled_from(variants))
+    others = [v for v in variants if v != baseline and printable(v) == v]
     return Comparison(
         name=draw(texts),
-        baseline=draw(st.sampled_from(variants)),
+        baseline=baseline,
         seeds=seeds,
         variants=tuple(variants),
         recipe=draw(texts),
@@ -138,7 +148,27 @@ def comparisons(draw: st.DrawFn) -> Comparison:
         cost=draw(st.none() | costs(draw(subset))),
         budget=draw(st.none() | budgets(draw(subset))),
         tuning=draw(shown),
+        again=tuple(again),
+        finding=draw(st.none() | findings(others, metrics)) if others else None,
     )
+
+
+def findings(variants: list[str], metrics: list[str]) -> st.SearchStrategy[Finding]:
+    plain = texts.filter(lambda text: printable(text) == text)
+    expectation = st.builds(
+        Expectation,
+        variant=st.sampled_from(variants),
+        metric=st.sampled_from([*filter(lambda m: printable(m) == m, metrics), "steps_to_target"]),
+        change=st.sampled_from(["lower", "higher"]),
+        words=plain,
+    )
+    expectations = st.lists(expectation, min_size=1, max_size=3, unique_by=_named).map(tuple)
+    sentence = plain.filter(bool)
+    return st.builds(Finding, claim=sentence, source=sentence, limits=sentence, expect=expectations)
+
+
+def _named(expected: Expectation) -> tuple[str, str]:
+    return expected.variant, expected.metric
 
 
 def runs(variant: str, seed: int, metrics: dict[str, float]) -> st.SearchStrategy[RunResult]:
@@ -209,14 +239,16 @@ def test_any_comparison_is_shown_and_kept(tmp_path: Path, comparison: Comparison
         table = table_csv(comparison, rows)
         steps = steps_csv(comparison)
         latex = table_tex(comparison, rows)
+        found = noise_floor(comparison, rows)
+        floor = "" if found is None else noise_floor_csv(comparison, found)
         terminal = io.StringIO()
         print_summary(comparison, Console(file=terminal, width=120))
-    for text in (report, table, steps, latex, terminal.getvalue()):
+    for text in (report, table, steps, floor, latex, terminal.getvalue()):
         text.encode()
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", text)
     assert not re.search("<[a-z/!]", report.split("```")[0])
-    for cells in [*csv.reader(io.StringIO(table)), *csv.reader(io.StringIO(steps))]:
-        for cell in cells:
+    for lines in map(io.StringIO, (table, steps, floor)):
+        for cell in (cell for cells in csv.reader(lines) for cell in cells):
             if cell.startswith(("=", "+", "-", "@", "\t", "\r")):
                 float(cell)
     path = tmp_path / "comparison.json"

@@ -37,20 +37,21 @@ WIGGLE = (0.0, 0.01, -0.02, 0.015, -0.005, 0.007, -0.012, 0.003)
 @pytest.mark.parametrize(
     ("curve", "target", "step"),
     [
-        (((10, 0.5), (20, 0.4)), 0.45, 15.0),  # linear between evaluations
+        (((10, 0.5), (20, 0.4)), 0.45, math.sqrt(200)),  # linear in the logarithm of the step
         (((10, 0.5), (20, 0.4)), 0.4, 20.0),  # ends at the target
         (((10, 0.5), (20, 0.4)), 0.39, None),
         (((10, 0.5), (20, 0.3), (30, 0.5)), 0.4, None),  # was there, and ends above it
-        (((10, 0.5), (20, 0.3), (30, 0.5), (40, 0.3)), 0.4, (15 + 35) / 2),  # first and last
+        # first and last
+        (((10, 0.5), (20, 0.3), (30, 0.5), (40, 0.3)), 0.4, (math.sqrt(200) + math.sqrt(1200)) / 2),
         (((10, 0.3), (20, 0.5), (30, 0.4)), 0.4, 30.0),  # a curve that ends at it, whatever before
         (((10, 0.3), (20, 0.2)), 0.4, 10.0),  # at its first evaluation
-        (((0, 0.5), (20, 0.3)), 0.4, 10.0),  # step 0 is an evaluation
+        (((0, 0.5), (20, 0.3)), 0.4, 10.0),  # step 0 has no logarithm
         (((0, 0.3), (20, 0.2)), 0.4, 1.0),  # no training takes less than a step
         (((10, NAN), (20, 0.3), (30, 0.3)), 0.4, 20.0),  # no line from a number that is none
         (((10, INF), (20, 0.3), (30, 0.3)), 0.4, 20.0),
         (((10, 0.3), (20, NAN)), 0.4, None),
-        (((10, 1.7e308), (20, -1.7e308)), 0.0, 15.0),
-        (((10, 5e-324), (20, -5e-324)), 0.0, 15.0),
+        (((10, 1.7e308), (20, -1.7e308)), 0.0, math.sqrt(200)),
+        (((10, 5e-324), (20, -5e-324)), 0.0, math.sqrt(200)),
     ],
 )
 def test_where_a_curve_reaches_a_target(curve: Curve, target: float, step: float | None) -> None:
@@ -98,6 +99,14 @@ def made(ratios: Mapping[str, Sequence[float]], **fields: Any) -> Comparison:
         ),
         **fields,
     )
+
+
+@pytest.mark.parametrize("ratio", [0.7, 0.85])
+def test_four_evaluations_put_a_steady_curve_where_it_is(ratio: float) -> None:
+    runs = [run_of(name, 0, falling(r, 0, every=500)) for name, r in (("none", 1.0), ("b", ratio))]
+    comparison = make_comparison(runs)
+    found = steps_to_target(comparison)["b"].ratios[0]
+    assert found == pytest.approx(ratio, rel=0.01)  # a line over the step itself: 2% too late
 
 
 def around(ratio: float, num_seeds: int) -> list[float]:

@@ -149,7 +149,7 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
         (["metric={name: val/flow, direction: maximize}"], "maximize would search for the worst"),
         (
             ["metric={name: gen_real/flicker, direction: maximize}", "eval.generated_clips=1"],
-            "gen_real/flicker is of the real clips, no trial changes it",
+            "gen_real/flicker is of the real clips, no training changes it",
         ),
         (["constraints={val/flwo: 1}"], "constraints.val/flwo: unknown metric 'val/flwo', did you"),
         (["constraints={silhouette/mean: 1}"], "constraints.silhouette/mean: a constraint is the"),
