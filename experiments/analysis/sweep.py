@@ -46,7 +46,9 @@ def load_sweep(path: str | os.PathLike[str]) -> "SweepData":
         raise UserError(f"{folder}: no sweep there (its folder has a recipe.yaml)")
     config = load_recipe(recipe, stored=True)
     # the folder may lie elsewhere now
-    moved = {"base": config.base.model_copy(update={"output": str(output_of(folder, config.name))})}
+    moved: dict[str, Any] = {
+        "base": config.base.model_copy(update={"output": str(output_of(folder, config.name))})
+    }
     if config.storage is None:
         moved["storage"] = sqlite_url((folder / "study.db").resolve())
     config = config.model_copy(update=moved)

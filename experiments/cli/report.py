@@ -12,9 +12,7 @@ from alignlab.errors import UserError
 
 Folders = Annotated[
     list[Path],
-    typer.Argument(
-        parser=user_path, metavar="FOLDER...", help="Of comparisons that have finished."
-    ),
+    typer.Argument(parser=user_path, metavar="FOLDER", help="Of comparisons that have finished."),
 ]
 
 
@@ -39,7 +37,7 @@ def report(
     ] = None,
     metric: Annotated[str | None, typer.Option(help="Of --power (default: val/flow).")] = None,
 ) -> None:
-    """Write the report of comparisons again, or several as one, or plan further seeds."""
+    """Write the report of comparisons again, of a part or of several as one, or plan seeds."""
     from alignlab.experiments.compare.rebuild import Choice, rebuild
 
     choice = Choice(

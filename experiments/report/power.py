@@ -154,9 +154,15 @@ def _needed(row: SummaryRow, difference: float, num_tests: int) -> SeedsNeeded:
     degrees = paired.num_pairs - 1
     ends = (stats.chi2.isf(tail, degrees) for tail in (ALPHA / 2, 1 - ALPHA / 2))
     low, high = (paired.std * math.sqrt(degrees / float(end)) for end in ends)
-    needed = [pairs_needed(std, difference, num_tests) for std in (paired.std, low, high)]
-    now = detectable_difference(paired.std, paired.num_pairs, num_tests)
-    return SeedsNeeded(row.variant, paired.num_pairs, paired.std, now, *needed)
+    return SeedsNeeded(
+        row.variant,
+        paired.num_pairs,
+        paired.std,
+        detectable=detectable_difference(paired.std, paired.num_pairs, num_tests),
+        needed=pairs_needed(paired.std, difference, num_tests),
+        low=pairs_needed(low, difference, num_tests),
+        high=pairs_needed(high, difference, num_tests),
+    )
 
 
 def _why_unknown(row: SummaryRow, paired: Paired | None) -> str:

@@ -1,15 +1,18 @@
 """A comparison as frames, sentences and a plot: the numbers of its files, in types that fit."""
 
-import io
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from alignlab.errors import UserError
 from alignlab.experiments import load_comparison
@@ -65,6 +68,16 @@ def _agg() -> Iterator[None]:
     yield
     plt.close("all")
     plt.switch_backend(before)
+
+
+def points(line: Line2D) -> tuple[list[float], list[float]]:
+    """Where a line goes: across, and down."""
+    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
+
+
+def drawn(ax: Axes) -> None:
+    """Sees that the figure can be drawn."""
+    ax.figure.canvas.draw()
 
 
 def test_the_frame_has_each_final_number_of_the_table(trained: ComparisonData) -> None:
@@ -153,24 +166,16 @@ def test_seeds_needed_as_a_frame(made: ComparisonData) -> None:
 @pytest.mark.usefixtures("_agg")
 def test_the_forest_shows_intervals_claims_and_what_was_not_seen(made: ComparisonData) -> None:
     axes = made.plot_forest()
-    figure = axes[0].figure
-    figure.savefig(io.BytesIO())
+    drawn(axes[0])
     titles = [ax.get_title() for ax in axes]
     assert len(axes) == 3 and titles[0].startswith("validation flow loss")
     flow = made.differences()
     flow = flow[flow["metric"] == "val/flow"].set_index("variant")
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["refalign", "repa"]
-    lines = [
-        line
-        for line in axes[0].lines
-        if line.get_ydata()[0] in (0, 1)
-        and len(line.get_xdata()) == 2
-        and line.get_ydata()[0] == line.get_ydata()[1]
-    ]
-    for place, (line, variant) in enumerate(zip(lines, ["refalign", "repa"], strict=True)):
+    across = [(x, y) for x, y in map(points, axes[0].lines) if len(x) == 2 and y[0] == y[1]]
+    for place, (line, variant) in enumerate(zip(across, ["refalign", "repa"], strict=True)):
         row = flow.loc[variant]
-        assert list(line.get_xdata()) == [row["diff_low"], row["diff_high"]]
-        assert list(line.get_ydata()) == [place, place]
+        assert line == ([row["diff_low"], row["diff_high"]], [place, place])
         shade = axes[0].collections[place].get_paths()[0].get_extents()
         assert (shade.x0, shade.x1) == pytest.approx((-row["detectable"], row["detectable"]))
 
@@ -180,11 +185,11 @@ def test_only_what_is_claimed_is_filled_in_the_forest(made: ComparisonData) -> N
     table = made.differences().set_index(["metric", "variant"])
     for metric in ("val/flow", "cross_cos/mean", "val/flow/t0"):
         (ax,) = made.plot_forest(metrics=[metric])
-        points = [line for line in ax.lines if line.get_marker() == "o"]
-        for point, variant in zip(points, ("refalign", "repa"), strict=True):
+        means = [line for line in ax.lines if line.get_marker() == "o"]
+        for point, variant in zip(means, ("refalign", "repa"), strict=True):
             is_filled = point.get_markerfacecolor() != "white"
             assert is_filled == table.loc[(metric, variant)]["claimed"]
-            assert list(point.get_xdata()) == [table.loc[(metric, variant)]["diff_mean"]]
+            assert points(point)[0] == [table.loc[(metric, variant)]["diff_mean"]]
 
 
 @pytest.mark.usefixtures("_agg")
@@ -205,15 +210,12 @@ def test_any_name_of_a_variant_is_drawn() -> None:
         *(run_of("none", seed) for seed in range(3)),
         *(run_of("repa", seed) for seed in range(3)),
     ]
-    odd = [run if run.variant == "none" else type(run)(r"$\frac{", *_rest(run)) for run in runs]
+    names = {"none": "none", "repa": r"$\frac{"}
+    odd = [dataclasses.replace(run, variant=names[run.variant]) for run in runs]
     data = ComparisonData(make_comparison(odd), Path())
     (ax, *_) = data.plot_forest()
-    ax.figure.savefig(io.BytesIO())
+    drawn(ax)
     assert [label.get_text() for label in ax.get_yticklabels()] == [r"$\frac{"]
-
-
-def _rest(run: object) -> tuple[object, ...]:
-    return tuple(vars(run).values())[1:]
 
 
 @pytest.mark.usefixtures("_agg")

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,7 +94,7 @@ def changed(comparison: Comparison, **changes: object) -> Comparison:
     return dataclasses.replace(comparison, results=tuple(runs))
 
 
-def of_seed_3(*overrides: str, **fields: object) -> Comparison:
+def of_seed_3(*overrides: str, **fields: Any) -> Comparison:
     return recipe_comparison(seeds=(3,), overrides=overrides, **fields)
 
 

@@ -96,8 +96,7 @@ def test_second_trainings_and_findings_are_merged(tmp_path: Path) -> None:
 def test_what_is_of_another_baseline_or_finding_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    steps = ("budget", None)
-    one, two = (dataclasses.replace(with_extras(s), **dict([steps])) for s in ((0, 1), (2, 3)))
+    one, two = (dataclasses.replace(with_extras(s), budget=None) for s in ((0, 1), (2, 3)))
     found = merge_of(one, two, baseline="refalign")
     assert found.again == () and found.finding is None
     other = FINDING.model_copy(update={"claim": "it does not"})
