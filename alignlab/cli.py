@@ -20,6 +20,7 @@ from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.findings import findings
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
+from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
@@ -121,6 +122,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     stage1,
     compare,
     demo,
+    report,
     findings,
     sweep,
     evaluate,

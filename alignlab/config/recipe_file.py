@@ -19,7 +19,7 @@ from alignlab.errors import UserError, one_line
 
 # Besides its own errors, YAML lets through what Python raises on odd numbers, dates and tags
 # (`!!int x`), and both libraries recurse into what is nested too deep.
-_UNREADABLE = (
+UNREADABLE = (
     YAMLError,
     OmegaConfBaseException,
     ValueError,
@@ -81,7 +81,7 @@ def read_recipe(recipe: str | Path, overrides: list[str]) -> dict[str, Any]:
         if not _has_reference(content):
             return content
         resolved = OmegaConf.to_container(OmegaConf.create(content), resolve=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} {' '.join(overrides)}: {one_line(error)}") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
@@ -123,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     """What a recipe file holds, variants and all else in one form."""
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
-    except (*_UNREADABLE, OSError) as error:
+    except (*UNREADABLE, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
@@ -159,7 +159,7 @@ def _parsed(override: str) -> tuple[str, Any]:
         )
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise UserError(f"{override}: {one_line(error)}") from None
     assert isinstance(value, dict)
     return key, value["value"]

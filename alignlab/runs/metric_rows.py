@@ -116,7 +116,7 @@ def keep_rows(metrics: Path, start: int) -> None:
         row = _row(line)
         if isinstance(row, str):
             broken = broken or f"{metrics}, line {number} is damaged ({row}): {_LINE_FIX}"
-        elif row["step"] <= start and not _is_last(row):
+        elif row["step"] <= start and not is_last(row):
             if broken:
                 raise UserError(broken)
             kept.append(row)
@@ -132,7 +132,7 @@ def evaluations(rows: Iterable[Mapping[str, float]]) -> dict[int, dict[str, floa
     """Metrics of the evaluations before the last step, by step, among the rows of a run."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
-        if (has_validation(row) or has_generation(row)) and not _is_last(row):
+        if (has_validation(row) or has_generation(row)) and not is_last(row):
             metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
             found.setdefault(int(row["step"]), {}).update(metrics)
     return found
@@ -148,7 +148,7 @@ def has_generation(row: Mapping[str, float]) -> bool:
     return any(key.startswith("gen/") for key in row)
 
 
-def _is_last(row: Mapping[str, float]) -> bool:
+def is_last(row: Mapping[str, float]) -> bool:
     """Whether a row is the evaluation at the end of a training, which has its costs as well."""
     return any(key.startswith("params/") for key in row)
 

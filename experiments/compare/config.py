@@ -230,9 +230,16 @@ def differing_settings(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, Any
 
     The seed, and what `recipe_hash` leaves out, are no settings of a variant.
     """
-    flat = {variant: numbered_settings(run) for variant, run in runs.items()}
-    for settings in flat.values():
-        settings.pop("seed")
+    return differing_values({variant: settings_of(run) for variant, run in runs.items()})
+
+
+def settings_of(run: RunConfig) -> dict[str, Any]:
+    """The settings of a variant that change a number, by dotted key."""
+    return {key: value for key, value in numbered_settings(run).items() if key != "seed"}
+
+
+def differing_values(flat: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What differs between settings by dotted key: key -> variant -> value (None where not set)."""
     keys = sorted({key for settings in flat.values() for key in settings})
     by_key = {key: {variant: flat[variant].get(key) for variant in flat} for key in keys}
     return {

@@ -48,7 +48,9 @@ def check_fair(config: CompareConfig) -> None:
             what no sweep can search (`why_not_searched`), or the steps.
     """
     _check_searched(config)
-    unfair = measured_differently(config.runs) | _unequal_tuning(config)
+    unfair = measured_differently(config.runs) | unequal_tuning(
+        tuning_facts(config), config.baseline
+    )
     for name in config.allow_differences:
         if name not in unfair:
             raise UserError(
@@ -133,14 +135,21 @@ def _is_numberless(key: str) -> bool:
     return here is True
 
 
-def _unequal_tuning(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
-    facts = tuning_facts(config)
+def unequal_tuning(
+    facts: Mapping[str, Mapping[str, JsonValue]], baseline: str
+) -> dict[str, dict[str, JsonValue]]:
+    """In what variants were tuned differently: fact -> variant -> value.
+
+    Args:
+        facts: as `tuning_facts` gives them.
+        baseline: it may have no sweep where the sweeps searched nothing but objectives.
+    """
     if not facts:
         return {}
-    trials = {v: config.tuned[v].trials if v in config.tuned else 0 for v in config.variants}
-    searched = {key for tuning in config.tuned.values() for key in tuning.searched}
-    if trials[config.baseline] == 0 and all(key.startswith("objectives.") for key in searched):
-        del trials[config.baseline]
+    trials = {v: count or 0 for v, count in facts["tuning.trials"].items()}
+    searched = [key for keys in facts["tuning.searched"].values() for key in _keys(keys)]
+    if trials[baseline] == 0 and all(key.startswith("objectives.") for key in searched):
+        del trials[baseline]
     compared: dict[str, dict[str, JsonValue]] = {"tuning.trials": {**trials}}
     for name in ("tuning.steps", "tuning.seeds", "tuning.metric"):
         compared[name] = {v: value for v, value in facts[name].items() if value is not None}
@@ -149,6 +158,10 @@ def _unequal_tuning(config: CompareConfig) -> dict[str, dict[str, JsonValue]]:
         for name, values in compared.items()
         if any(value != next(iter(values.values())) for value in values.values())
     }
+
+
+def _keys(searched: JsonValue) -> list[str]:
+    return [str(key) for key in searched] if isinstance(searched, list) else []
 
 
 def _generates(run: RunConfig) -> bool:

@@ -1,7 +1,8 @@
 """The result of a comparison: plain data that every report is built from.
 
 `Comparison.save` and `Comparison.load` are an exact JSON round trip: a report can be rebuilt
-without training again. Numbers that are not finite are written "NaN", "Infinity", "-Infinity".
+without training again (docs/results.md). Numbers that are not finite are written "NaN",
+"Infinity", "-Infinity".
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, TypeAdapter, ValidationError
 
+import alignlab
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.compare.finding import Finding, refuse_other_variants
 from alignlab.passwords import without_passwords
@@ -22,6 +24,9 @@ from alignlab.runs.atomic_files import write_text
 _CONFIG = ConfigDict(extra="forbid")
 QUOTED = ("recipe", "command", "environment", "differing", "tuning")
 """Fields that quote the user, whose URLs lose their passwords."""
+SCHEMA = 2
+"""Of comparison.json: a field that is added, leaves or means something else makes a new number.
+Files of number 1 do not say it."""
 
 Curve = tuple[tuple[int, float], ...]
 
@@ -264,7 +269,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        content = _without_nan(dataclasses.asdict(self))
+        content = {"schema": SCHEMA} | _without_nan(dataclasses.asdict(self))
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         # no file holds half a surrogate pair, as names of files may have
         text = re.sub("[\ud800-\udfff]", lambda m: ascii(m[0])[1:-1], text)
@@ -275,11 +280,13 @@ class Comparison:
         """Read what `save` wrote.
 
         Raises:
-            UserError: no such file, or not the JSON of a comparison.
+            UserError: no such file, not the JSON of a comparison, or that of a newer version.
         """
         try:
             # not pydantic's reader, which refuses those escapes
-            return _ADAPTER.validate_python(json.loads(path.read_bytes()))
+            content = json.loads(path.read_bytes())
+            _refuse_newer(path, content)
+            return _ADAPTER.validate_python(content)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; a comparison writes it when it ends") from None
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -304,13 +311,30 @@ def _without_nan(content: Any) -> Any:
     return content
 
 
-def _without_headline(content: Any) -> Any:
-    """Older files hold metrics for the summary table, which nothing reads."""
-    if isinstance(content, dict):
-        return {key: value for key, value in content.items() if key != "headline"}
-    return content
+def _refuse_newer(path: Path, content: Any) -> None:
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if type(schema) is not int or schema <= SCHEMA:
+        return
+    environment = content.get("environment")
+    facts = environment if isinstance(environment, dict) else {}
+    version, commit = facts.get("alignlab", "a newer version"), content.get("commit")
+    writer = f"alignlab {version}{f' (commit {commit})' if commit else ''}"
+    raise UserError(
+        f"{path}: schema {schema}, and alignlab {alignlab.__version__} reads up to {SCHEMA}: get "
+        f"{writer}, which wrote it, or a later one"
+    )
 
 
-_ADAPTER: TypeAdapter[Comparison] = TypeAdapter(
-    Annotated[Comparison, BeforeValidator(_without_headline)]
-)
+def _fields_of(content: Any) -> Any:
+    """The fields of a file: without its schema, and without metrics for the summary table.
+
+    Older files hold these, and nothing reads them.
+    """
+    if not isinstance(content, dict):
+        return content
+    if type(content.get("schema", 1)) is not int:
+        raise ValueError("schema: expected a whole number")
+    return {key: value for key, value in content.items() if key not in ("schema", "headline")}
+
+
+_ADAPTER: TypeAdapter[Comparison] = TypeAdapter(Annotated[Comparison, BeforeValidator(_fields_of)])

@@ -7,7 +7,6 @@ functions of the seed (`alignlab.randomness`). A finished run is reused, a kille
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from alignlab.experiments.compare.config import CompareConfig, dump_compare
 from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
 from alignlab.experiments.compare.measured import check_expectations
+from alignlab.experiments.compare.outputs import only_one, write_outputs
 from alignlab.experiments.compare.result import (
     Budget,
     Comparison,
@@ -49,15 +49,8 @@ from alignlab.experiments.launchers.local import of_run, shown, threads, train_o
 from alignlab.experiments.launchers.local_workers import LOOK_EVERY_S
 from alignlab.experiments.launchers.sources import check_folders, waits
 from alignlab.experiments.report.text import print_summary
-from alignlab.experiments.report.write import write_report
-from alignlab.runs.checksums import (
-    DamagedError,
-    forget_checksums,
-    read_json,
-    write_checksums,
-    write_json,
-)
-from alignlab.runs.file_lock import HeldError, file_lock
+from alignlab.runs.checksums import DamagedError, forget_checksums, read_json, write_json
+from alignlab.runs.file_lock import HeldError
 from alignlab.runs.input_record import InputRecord, fix_inputs, refuse_different_inputs
 from alignlab.runs.inputs import Input, read_inputs
 from alignlab.runs.kept_checkpoints import drop_if_unread
@@ -70,16 +63,6 @@ from alignlab.training.setup import Caches
 
 log = logging.getLogger(__name__)
 
-OUTPUTS = (
-    "comparison.json",
-    "report.html",
-    "report.md",
-    "table.csv",
-    "table.tex",
-    "steps.csv",
-    "noise_floor.csv",
-    "progress.json",
-)
 CURVES = ("loss/", "sim/", "grad/", "diag/")
 
 
@@ -96,7 +79,7 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
     """
     plan = prepare(config)
     folder = plan.folder
-    with _only_one(folder):
+    with only_one(folder):
         forget_checksums(folder)
     with tracked(folder, plan.runs, plan.folders):
         _train_missing(plan, launcher or make_launcher("local", config.launch))
@@ -108,29 +91,6 @@ def compare(config: CompareConfig, *, launcher: Launcher | None = None) -> Path:
         report = write_outputs(comparison, folder)
     print_summary(comparison, Console())
     return report
-
-
-def write_outputs(comparison: Comparison, folder: Path) -> Path:
-    """Writes a comparison and its report, with their checksums, into its folder.
-
-    Processes that share the folder do so one after another: no checksum is of a file that another
-    one replaces.
-
-    Returns:
-        The report.
-    """
-    with _only_one(folder):
-        forget_checksums(folder)
-        comparison.save(folder / "comparison.json")
-        report = write_report(comparison, folder)
-        write_checksums(folder, [name for name in OUTPUTS if (folder / name).is_file()])
-    return report
-
-
-def _only_one(folder: Path) -> AbstractContextManager[None]:
-    """Waits until no other process writes what is the comparison's."""
-    lock = folder / ".report.lock"
-    return file_lock(lock, waiting=lambda: f"waiting for the process that writes {folder}")
 
 
 def join(config: CompareConfig) -> None:
@@ -321,7 +281,7 @@ def _train_missing(plan: Plan, launch: Launcher) -> None:
     def finished(key: RunKey) -> None:
         ended.append(shown(key))
         seconds = earlier + time.monotonic() - begin
-        with _only_one(plan.folder):
+        with only_one(plan.folder):
             forget_checksums(plan.folder)  # of a process that had less to wait for
             write_json(plan.folder / "progress.json", {"seconds": seconds}, shared=True)
 

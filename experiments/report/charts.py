@@ -130,7 +130,7 @@ def seed_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
         if group[0].target is not None:
             if not any(row.target is not None and row.target.is_ever_reached for row in shown):
                 continue  # bounds only
-            shown = [_in_percent(row) for row in shown]
+            shown = [in_percent(row) for row in shown]
             caption += ", in %"
             if any(row.target is not None and row.target.never for row in shown):
                 caption += "; \N{BLACK RIGHT-POINTING SMALL TRIANGLE} never reached"
@@ -409,7 +409,7 @@ def _dots(comparison: Comparison, shown: list[SummaryRow]) -> JsonValue:
     return {"data": traces, "layout": _report_layout("", False) | changes}
 
 
-def _in_percent(row: SummaryRow) -> SummaryRow:
+def in_percent(row: SummaryRow) -> SummaryRow:
     """Steps to target as changes in percent, whose statistics are of logarithms."""
     target, paired = row.target, row.paired
     assert target is not None

@@ -113,6 +113,12 @@ def block_of(metric: str) -> int | None:
     return int(match["block"]) if match and match["block"] else None
 
 
+def bin_of(metric: str) -> int | None:
+    """The bin of the timestep in a metric name, or None."""
+    match = _PART.search(metric)
+    return int(match["bin"]) if match and match["bin"] else None
+
+
 def quantity(metric: str) -> Quantity:
     """Meaning of a metric; a name that the table does not know is its own label."""
     base, part = split_name(metric)

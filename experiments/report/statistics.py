@@ -45,6 +45,7 @@ ALPHA = 0.05
 POWER = 0.8
 MIN_PAIRS = 3  # two pairs agree by luck too often, above all on counts
 BOOTSTRAP_PAIRS = 10
+MOST_PAIRS = 10_000
 _RESAMPLES = 9999  # scipy's default; odd plus one makes p-values and quantiles exact fractions
 _EXACT_PAIRS = 13  # up to which all signs can be flipped, with no more patterns than resamples
 _CUBABLE = 300  # powers of 2: cubes of such numbers, as BCa takes, and sums of them fit
@@ -196,6 +197,32 @@ def detectable_difference(std: float, num_pairs: int, num_tests: int = 1) -> flo
         num_tests: the two-sided level is 5% divided by this, Holm's first and hardest step.
     """
     return _noncentrality(num_pairs, ALPHA / num_tests) * std / math.sqrt(num_pairs)
+
+
+def pairs_needed(std: float, difference: float, num_tests: int = 1) -> int | None:
+    """Fewest pairs, at least `MIN_PAIRS`, of which `detectable_difference` is no larger.
+
+    Args:
+        std: standard deviation of the differences.
+        difference: true mean difference that is to be found with 80% power; above 0.
+        num_tests: as `detectable_difference` has it.
+
+    Returns:
+        None for more than `MOST_PAIRS`.
+    """
+
+    def suffices(num_pairs: int) -> bool:
+        return detectable_difference(std, num_pairs, num_tests) <= difference
+
+    too_few, enough = MIN_PAIRS - 1, MIN_PAIRS
+    while not suffices(enough):
+        too_few, enough = enough, 2 * enough
+        if too_few > MOST_PAIRS:
+            return None
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if suffices(middle) else (middle, enough)
+    return enough if enough <= MOST_PAIRS else None
 
 
 def interval(values_RN: Array, method: Method, level: float = ALPHA) -> tuple[Array, Array]:

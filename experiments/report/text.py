@@ -6,6 +6,7 @@ LaTeX is in `latex`.
 import csv
 import io
 import json
+from collections.abc import Iterator
 
 from pydantic import JsonValue
 from rich import box
@@ -150,19 +151,30 @@ def table_csv(comparison: Comparison, rows: list[SummaryRow]) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    seeds = [f"seed_{seed}" for seed in comparison.seeds]
+    writer.writerow(table_columns(comparison))
+    for cells in table_cells(comparison, rows):
+        writer.writerow(map(csv_cell, cells))
+    return text.getvalue()
+
+
+def table_columns(comparison: Comparison) -> list[str]:
+    """The header of table.csv."""
     columns = ["metric", "better", "variant", "mean", "std", "num_seeds"]
     columns += ["diff_scale", *_PAIRED, *_RATIO, "num_better", "change", "never_reached_seeds"]
-    writer.writerow([*columns, *seeds])
+    return [*columns, *(f"seed_{seed}" for seed in comparison.seeds)]
+
+
+def table_cells(
+    comparison: Comparison, rows: list[SummaryRow]
+) -> Iterator[list[str | float | None]]:
+    """The lines of table.csv, of unescaped cells; None where there is no number."""
     for row in rows:
         measured = [row.mean, row.std, len(row.values)]
         paired = [*_paired_cells(row), *_ratio_cells(row)]
         values = [row.values.get(seed) for seed in comparison.seeds]
         start = [row.metric, row.quantity.better, row.variant]
         never = "" if row.target is None else " ".join(map(str, row.target.never))
-        cells = [*start, *measured, *paired, row.num_better, row.change, never, *values]
-        writer.writerow(map(csv_cell, cells))
-    return text.getvalue()
+        yield [*start, *measured, *paired, row.num_better, row.change, never, *values]
 
 
 def headline(rows: list[SummaryRow]) -> list[list[SummaryRow]]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -120,34 +121,43 @@ def trials_csv(study: SweepStudy) -> str:
     `same_as` is the trial whose result was taken because it has the same settings; the folder is
     then that one's. `pruned_at`: optimizer steps over its seeds after which it was pruned.
     """
-    trials = study.trials()
-    names = sorted({name for t in trials for name in t.user_attrs.get(METRICS, {})})
-    optimized = [metric.name for metric in study.config.metric]
-    names = [*optimized, *(name for name in names if name not in optimized)]
-    keys = list(study.config.space)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["trial", "state", "feasible", *keys, *names, "same_as", "folder", "pruned_at", "error"]
-    )
-    for trial in trials:
-        values, metrics = trial_values(study, trial), trial.user_attrs.get(METRICS, {})
-        feasible = all(excess <= 0 for excess in trial.constraints.values())
-        writer.writerow(
-            csv_cell(cell)
-            for cell in (
-                trial.number,
-                trial.state.name.lower(),
-                feasible if trial.state == TrialState.COMPLETE else "",
-                *(values.get(key, "") for key in keys),
-                *(fmean(metrics[name]) if name in metrics else "" for name in names),
-                trial.user_attrs.get(SAME_AS, ""),
-                f"trial-{trained_as(study, trial):04d}",
-                trial.user_attrs.get(PRUNED_AT, ""),
-                trial.user_attrs.get(ERROR, ""),
-            )
-        )
+    names = measured_metrics(study)
+    writer.writerow(trial_columns(study, names))
+    for trial in study.trials():
+        writer.writerow(csv_cell("" if v is None else v) for v in trial_cells(study, trial, names))
     return text.getvalue()
+
+
+def trial_columns(study: SweepStudy, names: Sequence[str]) -> list[str]:
+    """The header of trials.csv; `names` are its metrics."""
+    keys = list(study.config.space)
+    return ["trial", "state", "feasible", *keys, *names, "same_as", "folder", "pruned_at", "error"]
+
+
+def measured_metrics(study: SweepStudy) -> list[str]:
+    """What any trial has measured, first what is optimised."""
+    names = sorted({name for t in study.trials() for name in t.user_attrs.get(METRICS, {})})
+    optimized = [metric.name for metric in study.config.metric]
+    return [*optimized, *(name for name in names if name not in optimized)]
+
+
+def trial_cells(study: SweepStudy, trial: FrozenTrial, names: Sequence[str]) -> list[Any]:
+    """A trial's line of trials.csv, of unescaped cells; None where there is nothing."""
+    values, metrics = trial_values(study, trial), trial.user_attrs.get(METRICS, {})
+    feasible = all(excess <= 0 for excess in trial.constraints.values())
+    return [
+        trial.number,
+        trial.state.name.lower(),
+        feasible if trial.state == TrialState.COMPLETE else None,
+        *(values.get(key) for key in study.config.space),
+        *(fmean(metrics[n]) if n in metrics else None for n in names),
+        trial.user_attrs.get(SAME_AS),
+        f"trial-{trained_as(study, trial):04d}",
+        trial.user_attrs.get(PRUNED_AT),
+        trial.user_attrs.get(ERROR),
+    ]
 
 
 def print_trials(study: SweepStudy, console: Console) -> None:

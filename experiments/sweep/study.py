@@ -311,10 +311,20 @@ def join_study(config: SweepConfig) -> SweepStudy:
         UserError: there is none, it is of another recipe, or the storage cannot be used.
     """
     make_output_folder(user_path(config.output), config.name)
-    missing = UserError(
-        f"no study {config.name!r} in {shown_url(config)}: "
-        "start the sweep without --join first, or name its storage"
-    )
+    return read_study(config, "start the sweep without --join first, or name its storage")
+
+
+def read_study(config: SweepConfig, fix: str) -> SweepStudy:
+    """Opens a study that is there, and writes nothing.
+
+    Args:
+        config: its recipe.
+        fix: what to do if there is none.
+
+    Raises:
+        UserError: as `join_study`.
+    """
+    missing = UserError(f"no study {config.name!r} in {shown_url(config)}: {fix}")
     path = storage_file(storage_url(config))
     if path is not None and not path.exists():
         raise missing  # to open it would make an empty one

@@ -24,6 +24,7 @@ COMMANDS = [
     "train",
     "stage1",
     "compare",
+    "report",
     "sweep",
     "demo",
     "findings",
@@ -64,7 +65,7 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys; from typer.testing import CliRunner; from alignlab.cli import app;"
         "asked = [command.split() for command in sys.argv[1:]];"
         "failed = [a for a in asked if CliRunner().invoke(app, [*a, '--help']).exit_code];"
-        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'mlflow', 'omegaconf',"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'mlflow', 'omegaconf', 'pandas',"
         " 'optuna', 'ray', 'scipy', 'sklearn', 'accelerate', 'plotly', 'matplotlib', 'jinja2'};"
         "found = failed or heavy & set(sys.modules); sys.exit(str(found) if found else 0)"
     )

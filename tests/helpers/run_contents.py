@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import pandas as pd
+
 from alignlab.runs.metric_rows import read_rows
 
 Value = TypeVar("Value")
@@ -44,6 +46,18 @@ def timeless_contents(folder: Path) -> dict[str, bytes]:
     return {
         name: held for name, held in file_contents(folder).items() if Path(name).name != "log.json"
     }
+
+
+def table_frame(path: Path) -> pd.DataFrame:
+    """A CSV file as a frame, its numbers as they were written and NaN where there is nothing."""
+
+    def cell(text: str) -> object:
+        try:
+            return float(text or "nan")
+        except ValueError:
+            return text
+
+    return pd.DataFrame([{k: cell(v) for k, v in row.items()} for row in read_table(path)])
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alignlab.experiments.compare import run as module
+from alignlab.experiments.compare import outputs as module
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.runs.checksums import damaged_files, read_checksums
 from made_comparisons import make_comparison

@@ -1,0 +1,1 @@
+"""Results of comparisons, sweeps and runs as data: pandas frames, sentences, a plot."""
