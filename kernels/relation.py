@@ -338,7 +338,7 @@ def relation_triton(
 
 OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, Routing, float, float], Relation]]
 OPERATION = Operation(
-    "relation_distance",
+    "relation",
     {"eager": relation_eager, "chunked": relation_chunked, "triton": relation_triton},
     eager_tokens=EAGER_TOKENS,
 )
