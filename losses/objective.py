@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,8 +18,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 from torch import Tensor, nn
 
+from alignlab.kernels.dispatch import Operation
 from alignlab.losses.gate import Gate, NoGate
 from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
@@ -138,6 +141,26 @@ def changed_default(default: Any, *, before: Any) -> Any:
         before: what an objective did when the field was not there.
     """
     return Field(default=default, json_schema_extra={BEFORE: before})
+
+
+def implementation_of(operation: Operation[Any]) -> AfterValidator:
+    """What stands beside `str` in the annotation of a setting `impl`: only names that there are.
+
+    The name of another package's implementation is kept as `name@package`, so that a recipe says
+    which package it needs.
+
+    Args:
+        operation: whose implementations may be named.
+    """
+
+    def full_name(impl: str) -> str:
+        try:
+            return operation.full_name(impl)
+        except KeyError:
+            expected = ", ".join(map(repr, operation.names()))
+            raise PydanticKnownError("literal_error", {"expected": expected}) from None
+
+    return AfterValidator(full_name)
 
 
 class ObjectiveConfig(BaseModel):
