@@ -153,7 +153,8 @@ def _relation(
     per_frame = tokens.student.shape[1] // frames
 
     def in_frames(x: Tensor) -> Tensor:
-        return x.unflatten(1, (frames, per_frame))
+        framed: Tensor = x.unflatten(1, (frames, per_frame))
+        return framed
 
     student, teacher = tokens.student.to(dtype), tokens.teacher.to(dtype)
     routing, margin, tau = settings

@@ -7,7 +7,7 @@ N = T*P tokens, D width.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,11 +21,13 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 from torch import Tensor, nn
 
-from alignlab.kernels.dispatch import Operation
 from alignlab.losses.gate import Gate, NoGate
 from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
+
+if TYPE_CHECKING:  # most objectives need no kernel
+    from alignlab.kernels.dispatch import Operation
 
 MAX_WEIGHT = 1e6
 
@@ -143,7 +145,7 @@ def changed_default(default: Any, *, before: Any) -> Any:
     return Field(default=default, json_schema_extra={BEFORE: before})
 
 
-def implementation_of(operation: Operation[Any]) -> AfterValidator:
+def implementation_of(operation: "Operation[Any]") -> AfterValidator:
     """What stands beside `str` in the annotation of a setting `impl`: only names that there are.
 
     The name of another package's implementation is kept as `name@package`, so that a recipe says

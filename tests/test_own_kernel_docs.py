@@ -12,8 +12,8 @@ import pytest
 
 DOC = Path(__file__).parents[1] / "docs" / "own-kernel.md"
 SHORTER = {
-    ("bench", "kernels"): "--seconds 0 --widths 64 --blocks 2 --device cpu",
-    ("train", "tiny"): "data.train_clips=4 data.frames=5 data.size=[48,48] optim.batch_size=2 "
+    "bench kernels": "--seconds 0 --widths 64 --blocks 2 --device cpu",
+    "train tiny": "data.train_clips=4 data.frames=5 data.size=[48,48] optim.batch_size=2 "
     "eval.clips=2 eval.sample_clips=0 eval.generated_clips=0",
 }
 FLAGS = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
@@ -47,7 +47,7 @@ def run(folder: Path, *words: str) -> str:
 def alignlab(folder: Path, commands: list[str]) -> str:
     """Runs lines of the docs, shortened; gives all that they print."""
     words = [shlex.split(command)[1:] for command in commands]
-    words = [[*line, *SHORTER.get(tuple(line[:2]), "").split()] for line in words]
+    words = [[*line, *SHORTER.get(" ".join(line[:2]), "").split()] for line in words]
     return run(folder, "-c", COMMANDS, json.dumps(words))
 
 

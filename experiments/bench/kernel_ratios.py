@@ -240,9 +240,17 @@ def _figure(row: Row) -> tuple[Figure, Spread]:
     spread = Spread(*(float(row[f"y_value_{quantile}"]) for quantile in (50, 20, 80)))
     if not all(0 < value < float("inf") for value in spread):
         raise ValueError("not a positive number")
-    what = (str(config[name]) for name in ("size", "width", "blocks", "dtype"))
-    names = row["kernel_name"], row["kernel_provider"]
-    return Figure(*names, *what, row["kernel_operation_mode"], row["metric_name"]), spread
+    figure = Figure(
+        op=row["kernel_name"],
+        impl=row["kernel_provider"],
+        size=str(config["size"]),
+        width=str(config["width"]),
+        blocks=str(config["blocks"]),
+        dtype=str(config["dtype"]),
+        mode=row["kernel_operation_mode"],
+        metric=row["metric_name"],
+    )
+    return figure, spread
 
 
 def _shown(row: Row) -> str:
