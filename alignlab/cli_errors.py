@@ -58,8 +58,14 @@ def _rank() -> str:
 
 def _user_errors() -> tuple[type[BaseException], ...]:
     """Exceptions whose message is for the user; only modules already loaded can have raised."""
-    plugins = sys.modules.get("alignlab.losses.plugins")
-    return (UserError,) if plugins is None else (UserError, plugins.PluginError)
+    errors: list[type[BaseException]] = [UserError]
+    for module, name in (
+        ("alignlab.losses.plugins", "PluginError"),
+        ("alignlab.kernels.plugins", "ImplementationError"),
+    ):
+        if module in sys.modules:
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)
 
 
 def _machine_errors() -> tuple[type[BaseException], ...]:

@@ -14,7 +14,7 @@ import alignlab
 from alignlab.environment import PACKAGES as ENVIRONMENT_PACKAGES
 from alignlab.environment import package_version, use_own_kernel_rows
 from alignlab.kernels import speed_table
-from alignlab.kernels.registry import OPERATIONS
+from alignlab.kernels.registry import OPERATIONS, installed_kernels
 from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
@@ -50,6 +50,11 @@ def print_diagnosis(console: Console | None = None) -> None:
         (f"{name}, impl={impl}", why or "works")
         for name, operation in OPERATIONS.items()
         for impl, why in operation.implementations().items()
+    ]
+    kernels += [
+        (f"{one.name} (package {one.package})", one.problem)
+        for one in installed_kernels()
+        if one.problem is not None
     ]
     console.print(_table("Kernels", ("kernel", "state"), [*kernels, *auto_states()]))
     console.print(_table("Models", ("model", "state"), list(model_states().items())))

@@ -12,6 +12,7 @@ import torch
 import alignlab
 from alignlab.checkout import git
 from alignlab.kernels import speed_table
+from alignlab.kernels.plugins import packages_with_kernels
 from alignlab.passwords import without_password
 from alignlab.runs.atomic_files import remove_folder
 from alignlab.runs.checksums import DamagedError, read_json
@@ -19,7 +20,7 @@ from alignlab.runs.file_digests import cache_folder
 
 log = logging.getLogger(__name__)
 
-CHANGE_BITS = ("device", "threads", "processes", "torch", "kernels")
+CHANGE_BITS = ("device", "threads", "processes", "torch", "kernels", "kernel_packages")
 THEN = ", then "
 UNKNOWN = "unknown"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "triton", "safetensors")
@@ -30,6 +31,7 @@ def describe_environment() -> dict[str, str]:
     """Facts that a number depends on, for `environment.json` and the report.
 
     `kernels` is there on a GPU only: what `impl: auto` goes by (`alignlab.kernels.speed_table`).
+    `kernel_packages` is there if other packages register kernels.
     """
     cuda = torch.cuda.is_available()
     facts = {
@@ -44,6 +46,9 @@ def describe_environment() -> dict[str, str]:
     if cuda:
         use_own_kernel_rows()
         facts["kernels"] = str(speed_table.table_of(facts["device"]))
+    packages = [f"{name} {package_version(name)}" for name in packages_with_kernels()]
+    if packages:
+        facts["kernel_packages"] = ", ".join(packages)
     return facts | {name: package_version(name) or "not installed" for name in PACKAGES}
 
 

@@ -1,7 +1,8 @@
 """How every operation here chooses among its implementations, and says what it chose.
 
 An operation is a table of functions with one signature, `eager` first: the plain formula, which
-the others are tested and timed against.
+the others are tested and timed against. Other packages add implementations (`plugins.py`), and a
+program may give a function of its own in place of a name.
 """
 
 import logging
@@ -11,15 +12,17 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from operator import index
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from alignlab.kernels import speed_table
+from alignlab.kernels.plugins import ImplementationError, Installed, is_installed, same_package
 
-Impl = Literal["auto", "eager", "chunked", "triton"]
-F = TypeVar("F", bound=Callable[..., object])
+Impl = str | Callable[..., Any]
+"""`auto`, the name of an implementation, or a function with the signature of the reference."""
+F = TypeVar("F", bound=Callable[..., Any])
 
 _log = logging.getLogger(__name__)
 
@@ -33,40 +36,141 @@ class Operation(Generic[F]):
     the same bits on every machine.
 
     Args:
-        name: as in messages.
+        name: in tables and messages.
         table: implementation by name.
         eager_tokens: up to so many tokens "auto" takes `eager` on a CPU, whose few large calls then
             cost less than the tiles of `chunked`; beyond, `chunked`.
+        terms: names of what an implementation gives.
+        token_dims: the last so many dimensions of the student hold one value's tokens.
     """
 
     name: str
     table: Mapping[str, F]
     eager_tokens: int
+    terms: tuple[str, ...] = ()
+    token_dims: int = 2
     _logged: set[str] = field(default_factory=set, compare=False)
+    _foreign: dict[str, Callable[..., Any]] = field(default_factory=dict, compare=False)
 
     def implementations(self) -> dict[str, str | None]:
         """Lists every implementation, with the reason it cannot run here or None if it can."""
-        return {name: triton_missing() if name == "triton" else None for name in self.table}
+        built_in = {name: triton_missing() if name == "triton" else None for name in self.table}
+        return built_in | {one.name: one.missing() for one in self._installed() if one.kernel}
 
-    def choose(self, impl: str, student: Tensor, teacher: Tensor, tokens: int) -> F:
+    def names(self) -> list[str]:
+        """What `impl` may be."""
+        return ["auto", *self.table, *(one.name for one in self._installed() if one.kernel)]
+
+    def full_name(self, impl: str) -> str:
+        """The name by which a recipe keeps an implementation: with the package that it needs.
+
+        Args:
+            impl: as a user gives it, with `@package` or without.
+
+        Raises:
+            ImplementationError: it cannot be used; it says which package is missing or at fault.
+            KeyError: there is no such name.
+        """
+        if impl == "auto" or impl in self.table:
+            return impl
+        return self._find(impl).full_name
+
+    def choose(self, impl: Impl, student: Tensor, teacher: Tensor, tokens: int) -> F:
         """Gives the implementation that `impl` asks for.
 
         Args:
-            impl: "auto" or a name of the table.
+            impl: "auto", a name, or a function.
             student: as the operation gets it, (..., C).
             teacher: likewise.
             tokens: how many tokens of a sample are compared with each other.
 
         Raises:
-            ValueError: there is no such implementation, or it cannot run here.
+            ImplementationError: there is no such implementation, or it cannot run here.
         """
+        if not isinstance(impl, str):
+            return self._checked(f"impl={getattr(impl, '__name__', impl)}", impl)
         name = self._auto(student, teacher, tokens) if impl == "auto" else impl
-        if name not in self.table:
-            choices = ", ".join(["auto", *self.table])
-            raise ValueError(f"{self.name} has no implementation {impl!r}; choose {choices}")
-        if name == "triton":
-            refuse_for_triton(self.name, student, teacher)
-        return self.table[name]
+        if name in self.table:
+            if name == "triton":
+                refuse_for_triton(self.name, student, teacher)
+            return self.table[name]
+        _look_up(self.name, name)
+        return self._checked(f"impl={name!r}", self._foreign[name])
+
+    def find_foreign(self, impl: str) -> None:
+        """Looks up the function of another package's implementation.
+
+        Raises:
+            ImplementationError: there is none of that name, or it cannot run here.
+        """
+        try:
+            installed = self._find(impl)
+        except KeyError:
+            choices = ", ".join(self.names())
+            raise ImplementationError(
+                f"{self.name} has no implementation {impl!r}; choose {choices}"
+            ) from None
+        if (reason := installed.missing()) is not None:
+            raise ImplementationError(f"{self.name}: impl={impl!r} cannot run: {reason}")
+        assert installed.kernel is not None
+        self._foreign[impl] = installed.kernel.function
+
+    def _installed(self) -> list[Installed]:
+        """What other packages register for this operation, and what they register in vain."""
+        from alignlab.kernels.registry import installed_kernels  # which has this operation
+
+        kernels = installed_kernels()
+        return [one for one in kernels if one.kernel is None or one.kernel.op == self.name]
+
+    def _find(self, impl: str) -> Installed:
+        name, _, package = impl.partition("@")
+        found = [one for one in self._installed() if one.name == name]
+        if package:
+            found = [one for one in found if same_package(one.package, package)]
+        found.sort(key=lambda one: one.kernel is None)
+        if found:
+            if found[0].problem is not None:
+                raise ImplementationError(found[0].problem)
+            return found[0]
+        if not package:
+            raise KeyError(impl)
+        choices = ", ".join(self.names())
+        if is_installed(package):
+            why = f"package {package} registers no kernel {name!r} of {self.name}"
+        else:
+            why = f"{name!r} comes with the package {package}, which is not installed here"
+        raise ImplementationError(f"{why}; there is {choices}")
+
+    def _checked(self, what: str, function: Callable[..., Any]) -> F:
+        """The function, whose results are looked at: no foreign one may silently train nothing."""
+
+        def compute(student: Tensor, teacher: Tensor, *arguments: Any) -> Any:
+            terms = function(student, teacher, *arguments)
+            problem = self._problem(terms, student, teacher)
+            if problem is not None:
+                raise ImplementationError(f"{self.name}: {what} {problem}")
+            return terms
+
+        return compute  # type: ignore[return-value]
+
+    def _problem(self, terms: Any, student: Tensor, teacher: Tensor) -> str | None:
+        """What is wrong with the kind of a result, or None."""
+        wanted = f"({', '.join(self.terms)})"
+        if not isinstance(terms, tuple | list) or len(terms) != len(self.terms):
+            return f"gave a {type(terms).__name__}, not the tensors {wanted}"
+        shape = student.shape[: -self.token_dims]
+        double = torch.float64 in (student.dtype, teacher.dtype)
+        dtype = torch.float64 if double else torch.float32
+        for name, term in zip(self.terms, terms, strict=True):
+            if not isinstance(term, Tensor):
+                return f"gave a {type(term).__name__} for {name}, not the tensors {wanted}"
+            if term.shape != shape or term.dtype != dtype or term.device != student.device:
+                have = f"{tuple(term.shape)} in {term.dtype} on {term.device}"
+                return f"gave {name} {have}, not {tuple(shape)} in {dtype} on {student.device}"
+        trains = student.requires_grad and torch.is_grad_enabled()
+        if trains and not any(term.requires_grad for term in terms):
+            return f"gave {wanted} without a gradient, which the student requires"
+        return None
 
     def _auto(self, student: Tensor, teacher: Tensor, tokens: int) -> str:
         device, width, why = gpu_name(student.device), student.shape[-1], ""
@@ -97,6 +201,14 @@ def _constant(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@_constant
+def _look_up(operation: str, impl: str) -> None:
+    """Gives nothing: a function would be no constant."""
+    from alignlab.kernels.registry import OPERATIONS
+
+    OPERATIONS[operation].find_foreign(impl)
 
 
 @_constant
@@ -156,12 +268,12 @@ def refuse_for_triton(operation: str, *inputs: Tensor) -> None:
         inputs: the vectors that are compared, (..., C).
 
     Raises:
-        ValueError: this machine or the tensors' device cannot run Triton, a dtype is not one of the
-            kernels', or there are no channels.
+        ImplementationError: this machine or the tensors' device cannot run Triton, a dtype is not
+            one of the kernels', or there are no channels.
     """
     reason = _unfit_for_triton(*inputs)
     if reason is not None:
-        raise ValueError(f"{operation}: impl='triton' cannot run: {reason}")
+        raise ImplementationError(f"{operation}: impl='triton' cannot run: {reason}")
 
 
 def _unfit_for_triton(*inputs: Tensor) -> str | None:

@@ -57,6 +57,18 @@ def pull_push_eager(
     This is the reference that every other implementation is tested and timed against.
     """
     dtype = accumulation_dtype(student, teacher)
+    return pull_push_plain(student, teacher, subject_ids, pos_margin, neg_margin, dtype)
+
+
+def pull_push_plain(
+    student: Tensor,
+    teacher: Tensor,
+    subject_ids: Tensor,
+    pos_margin: float,
+    neg_margin: float,
+    dtype: torch.dtype,
+) -> PullPush:
+    """Computes the formula as it stands, every norm, product and sum in `dtype`."""
     subject_ids = subject_ids.expand(student.shape[:-1])
     valid = subject_ids >= 0
     # Padding is zeroed before anything is computed from it: garbage there, even NaN, then reaches
@@ -256,6 +268,7 @@ OPERATION = Operation(
     "pull_push",
     {"eager": pull_push_eager, "chunked": pull_push_chunked, "triton": pull_push_triton},
     eager_tokens=EAGER_TOKENS,
+    terms=PullPush._fields,
 )
 
 
@@ -285,7 +298,8 @@ def pull_push(
         pos_margin: same-token cosine distance that is free of charge (RefAlign code: 0).
         neg_margin: cosine distance that different subjects should keep (RefAlign code: 1).
         impl: "auto" picks an implementation for this device, dtype and shape; a name asks for
-            exactly that one.
+            exactly that one, which may be of another package (docs/own-kernel.md); a function with
+            the signature of `pull_push_eager` is called.
 
     Returns:
         `PullPush(pull, push)`, each of the leading shape. No valid token: both 0. No pair of
@@ -306,7 +320,7 @@ def pull_push(
     refuse_teacher_gradient("pull_push", teacher)
     compute = OPERATION.choose(impl, student, teacher, student.shape[-2])
     with torch.autocast(student.device.type, enabled=False):
-        return compute(student, teacher, subject_ids, pos_margin, neg_margin, host_ids)
+        return PullPush(*compute(student, teacher, subject_ids, pos_margin, neg_margin, host_ids))
 
 
 def _check(student: Tensor, teacher: Tensor, subject_ids: Tensor) -> None:

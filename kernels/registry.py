@@ -1,11 +1,20 @@
-"""The table of operations: what a list of all kernels asks."""
+"""The table of operations, and what other packages add to it: what a list of all kernels asks."""
 
+from functools import cache
 from typing import Any
 
 from alignlab.kernels import pull_push, relation
 from alignlab.kernels.dispatch import Operation
+from alignlab.kernels.plugins import Installed, load_kernels
 
 OPERATIONS: dict[str, Operation[Any]] = {
     "pull_push": pull_push.OPERATION,
     "relation": relation.OPERATION,
 }
+
+
+@cache
+def installed_kernels() -> tuple[Installed, ...]:
+    """Loads what other packages register, once; those that cannot be used have a problem."""
+    references = {name: operation.table["eager"] for name, operation in OPERATIONS.items()}
+    return tuple(load_kernels(references))

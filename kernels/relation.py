@@ -132,6 +132,19 @@ def relation_eager(
     This is the reference that every other implementation is tested and timed against.
     """
     dtype = accumulation_dtype(student_BTPD, teacher_BTPD)
+    return relation_plain(student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau, dtype)
+
+
+def relation_plain(
+    student_BTPD: Tensor,
+    teacher_BTPD: Tensor,
+    saliency_BTP: Tensor,
+    routing: Routing,
+    margin: float,
+    tau: float,
+    dtype: torch.dtype,
+) -> Relation:
+    """Computes the formula as it stands, every norm, product and sum in `dtype`."""
     frames, tokens = student_BTPD.shape[1:3]
     student_BND = unit(student_BTPD, dtype).flatten(1, 2)
     teacher_BND = unit(teacher_BTPD, dtype).flatten(1, 2)
@@ -338,9 +351,11 @@ def relation_triton(
 
 OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, Routing, float, float], Relation]]
 OPERATION = Operation(
-    "relation_distance",
+    "relation",
     {"eager": relation_eager, "chunked": relation_chunked, "triton": relation_triton},
     eager_tokens=EAGER_TOKENS,
+    terms=Relation._fields,
+    token_dims=3,
 )
 
 
@@ -371,7 +386,8 @@ def relation_distance(
         tau: frames after which the weight of a cross-frame pair has fallen to 1/e, > 0; `temporal`
             only. Infinity: no decay.
         impl: "auto" picks an implementation for this device, dtype and shape; a name asks for
-            exactly that one.
+            exactly that one, which may be of another package (docs/own-kernel.md); a function with
+            the signature of `relation_eager` is called.
 
     Returns:
         `Relation(spatial, temporal, joint)`, (B,) each.
@@ -387,7 +403,8 @@ def relation_distance(
     if saliency_BTP is None:
         saliency_BTP = torch.ones_like(student_BTPD[..., 0])
     with torch.autocast(student_BTPD.device.type, enabled=False):
-        return compute(student_BTPD, teacher_BTPD, saliency_BTP.detach(), routing, margin, tau)
+        terms = compute(student_BTPD, teacher_BTPD, saliency_BTP.detach(), routing, margin, tau)
+    return Relation(*terms)
 
 
 def _check(

@@ -6,13 +6,13 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from alignlab.kernels.relation import Impl, mean_relation, plain_relation
+from alignlab.kernels.relation import OPERATION, Impl, mean_relation, plain_relation
 from alignlab.losses.grids import student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -23,6 +23,7 @@ from alignlab.losses.objective import (
     Side,
     Terms,
     Tokens,
+    implementation_of,
 )
 from alignlab.losses.projector import REPA_HIDDEN, deep_projector, project
 from alignlab.losses.stage1.folder import load_for_teacher
@@ -74,7 +75,7 @@ class MoAlignConfig(ObjectiveConfig):
     head: str = Field(min_length=1)
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
-    impl: Impl = "auto"
+    impl: Annotated[str, implementation_of(OPERATION)] = "auto"
 
 
 @final

@@ -7,9 +7,10 @@ N = T*P tokens, D width.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,12 +18,16 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 from torch import Tensor, nn
 
 from alignlab.losses.gate import Gate, NoGate
 from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
+
+if TYPE_CHECKING:  # most objectives need no kernel
+    from alignlab.kernels.dispatch import Operation
 
 MAX_WEIGHT = 1e6
 
@@ -138,6 +143,26 @@ def changed_default(default: Any, *, before: Any) -> Any:
         before: what an objective did when the field was not there.
     """
     return Field(default=default, json_schema_extra={BEFORE: before})
+
+
+def implementation_of(operation: "Operation[Any]") -> AfterValidator:
+    """What stands beside `str` in the annotation of a setting `impl`: only names that there are.
+
+    The name of another package's implementation is kept as `name@package`, so that a recipe says
+    which package it needs.
+
+    Args:
+        operation: whose implementations may be named.
+    """
+
+    def full_name(impl: str) -> str:
+        try:
+            return operation.full_name(impl)
+        except KeyError:
+            expected = ", ".join(map(repr, operation.names()))
+            raise PydanticKnownError("literal_error", {"expected": expected}) from None
+
+    return AfterValidator(full_name)
 
 
 class ObjectiveConfig(BaseModel):

@@ -1,26 +1,15 @@
 """What other installed packages register under an entry point group; it knows none of the groups.
 
 `alignlab.losses.registry` reads objectives with it, `alignlab.losses.stage1.folder` Stage 1
-networks, which objectives in turn import: hence a file of its own.
+networks, which objectives in turn import: hence a file of its own. Kernels are read by
+`alignlab.kernels.plugins`, with the rule of their own that a broken one is no error.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import NamedTuple, TypeVar
 
-# What importing foreign code commonly ends in; the error line says whose code it is.
-BROKEN = (
-    ImportError,
-    AttributeError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-
+from alignlab.kernels.plugins import BROKEN, by_name, one_line, package_of
 
 Row = TypeVar("Row")
 
@@ -61,12 +50,12 @@ def registrations(group: str, what: str, taken: Iterable[str]) -> Iterator[Regis
         PluginError: a name is taken, or its value cannot be imported.
     """
     owners = dict.fromkeys(taken, "alignlab")
-    points = sorted(entry_points(group=group), key=_by_name)
+    points = sorted(entry_points(group=group), key=by_name)
     for point in points:
-        source = f"package {_package(point)} registers {what} {point.name!r}"
+        source = f"package {package_of(point)} registers {what} {point.name!r}"
         if point.name in owners:
             raise PluginError(f"{source}: {owners[point.name]} has that name already")
-        owners[point.name] = f"package {_package(point)}"
+        owners[point.name] = f"package {package_of(point)}"
         try:
             loaded = point.load()
         except BROKEN as error:
@@ -104,16 +93,3 @@ def installed_rows(
             raise registration.refusal(problem)
         rows[registration.name] = loaded
     return rows
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error in one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _by_name(point: EntryPoint) -> tuple[str, str]:
-    return point.name, _package(point)
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "of unknown name"

@@ -4,7 +4,7 @@ Shape letters: L blocks, B batch, K subjects, P tokens per reference, N = K*P to
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignlab.kernels.cosine import paired_cosine
 from alignlab.kernels.host_copy import to_device
-from alignlab.kernels.pull_push import Impl, pull_push
+from alignlab.kernels.pull_push import OPERATION, Impl, pull_push
 from alignlab.losses.grids import match_grid
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -23,6 +23,7 @@ from alignlab.losses.objective import (
     ObjectiveConfig,
     Terms,
     Tokens,
+    implementation_of,
 )
 from alignlab.losses.projector import project, refalign_projector
 
@@ -111,7 +112,7 @@ class RefAlignConfig(ObjectiveConfig):
     neg_margin: float = Field(default=1.0, ge=0.0, le=2.0)
     negatives: Negatives = "sample"
     foreground: float = Field(default=0.0, ge=0.0, le=1.0)
-    impl: Impl = "auto"
+    impl: Annotated[str, implementation_of(OPERATION)] = "auto"
 
 
 @final

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
-from alignlab.kernels.relation import Impl, Routing, mean_relation, relation_distance
+from alignlab.kernels.relation import OPERATION, Impl, Routing, mean_relation, relation_distance
 from alignlab.losses.grids import pool_masks, student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -24,6 +24,7 @@ from alignlab.losses.objective import (
     Side,
     Terms,
     Tokens,
+    implementation_of,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.stage1.folder import load_for_teacher
@@ -130,7 +131,7 @@ class SaraConfig(ObjectiveConfig):
     aligner: str | None = None
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
-    impl: Impl = "auto"
+    impl: Annotated[str, implementation_of(OPERATION)] = "auto"
 
     @model_validator(mode="after")
     def _aligner_is_there_where_it_is_read(self) -> Self:

@@ -4,13 +4,13 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width; H
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from alignlab.kernels.relation import Impl, Relation, mean_relation, plain_relation
+from alignlab.kernels.relation import OPERATION, Impl, Relation, mean_relation, plain_relation
 from alignlab.losses.grids import drops_first_frame, student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -23,6 +23,7 @@ from alignlab.losses.objective import (
     Terms,
     Tokens,
     changed_default,
+    implementation_of,
 )
 from alignlab.losses.projector import (
     REPA_HIDDEN,
@@ -106,7 +107,7 @@ class VideoRepaConfig(ObjectiveConfig):
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
     initial_weights: InitialWeights = changed_default("torch", before="xavier")
-    impl: Impl = "auto"
+    impl: Annotated[str, implementation_of(OPERATION)] = "auto"
 
 
 @final

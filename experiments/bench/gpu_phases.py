@@ -331,9 +331,8 @@ def attention(found: Findings) -> None:
 def share(found: Findings) -> None:
     """RefAlign's part of a step of Wan 1.3B, by implementation of its kernel."""
     from alignlab.experiments.bench.loss_share import SIZES, measure_share
-    from alignlab.kernels.pull_push import Impl
 
-    impls: list[Impl] = ["chunked", "triton" if found.device.type == "cuda" else "eager"]
+    impls: list[str] = ["chunked", "triton" if found.device.type == "cuda" else "eager"]
     size = SIZES["wan2.1-1.3b" if found.is_full else "smoke"]
     steps = 3 if found.left() > 80 else 1  # of each side, after two that are not counted
     for side in measure_share(size, impls, steps=steps, device=found.device):

@@ -1,6 +1,5 @@
 """Kernels in the GPU report: every implementation is checked, then timed at real sizes."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from alignlab.kernels.bench import check as checks
 from alignlab.kernels.bench.cases import OPS, Case, Op, select_cases
 from alignlab.kernels.bench.csv_file import Row, to_csv, to_row
 from alignlab.kernels.bench.run import Measurement, Provider, measure, missing
+from alignlab.kernels.plugins import errors_of_kernels
 
 PROVIDERS: tuple[Provider, ...] = ("floor", "eager", "chunked", "triton")
 Errors = tuple[type[Exception], ...]
@@ -22,7 +22,7 @@ def measure_kernels(found: Findings) -> None:
 
     A wrong implementation, and one that does not run, is a failure and has no speed.
     """
-    facts, rows, errors = facts_of(found.device), list[Row](), _kernel_errors()
+    facts, rows, errors = facts_of(found.device), list[Row](), errors_of_kernels()
     right: dict[tuple[Any, ...], list[Provider]] = {}
     cases, not_begun = _cases(found), 0
     for case in cases:
@@ -82,16 +82,6 @@ def _measured(
             found.say(f"left out: {what}: {reason}")
         return figures
     return []
-
-
-def _kernel_errors() -> Errors:
-    """What a kernel raises that does not compile, does not fit the device, or fails on it."""
-    errors: list[type[Exception]] = [RuntimeError, ValueError]
-    if find_spec("triton") is not None:
-        from triton.errors import TritonError
-
-        errors.append(TritonError)
-    return tuple(errors)
 
 
 def _first_line(error: Exception) -> str:

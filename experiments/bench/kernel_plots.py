@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ _STYLES: dict[str, dict[str, Any]] = {
     "chunked": {"color": "#0072b2", "linestyle": "-", "marker": "D"},
     "triton": {"color": "#009e73", "linestyle": "-", "marker": "v"},
 }
+# Of what is not alignlab's, in the order of their names.
+_OTHERS = ("#56b4e9", "#e69f00", "#8a6d00", "#8c63c4", "#000000")
 _TITLES = (
     "forward, ms",
     "forward + backward, ms",
@@ -76,6 +78,16 @@ def roofline_share(rows: list[Row], mode: str) -> Lines:
 
 def _rate(row: Row) -> float:
     return float(_config(row)["flops"]) / float(row["y_value_50"])
+
+
+def styles_of(providers: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each of the providers is drawn, alignlab's own ones first."""
+    present = set(providers)
+    styles = {name: style for name, style in _STYLES.items() if name in present}
+    for index, name in enumerate(sorted(present - set(_STYLES))):
+        colour = _OTHERS[index % len(_OTHERS)]
+        styles[name] = {"color": colour, "linestyle": "-.", "marker": "P"}
+    return styles
 
 
 def _config(row: Row) -> dict[str, Any]:
@@ -132,6 +144,7 @@ def _figure(title: str, panels: Mapping[str, list[Row]]) -> Figure:
     """A row for each of the panels, a column for each quantity."""
     figure = Figure(figsize=(13, 2.6 * len(panels) + 1.2), layout="constrained")
     grid = figure.subplots(len(panels), len(_TITLES), squeeze=False)
+    styles = styles_of(row["kernel_provider"] for shown in panels.values() for row in shown)
     for axes, (name, shown) in zip(grid, panels.items(), strict=True):
         columns = (
             _lines(shown, "speed", "forward"),
@@ -140,26 +153,23 @@ def _figure(title: str, panels: Mapping[str, list[Row]]) -> Figure:
             roofline_share(shown, "full"),
         )
         for place, quantity, lines in zip(axes, _TITLES, columns, strict=True):
-            _panel(place, f"{quantity} ({name})", lines)
+            _panel(place, f"{quantity} ({name})", lines, styles)
         axes[-1].set_yscale("linear")
         axes[-1].set_ylim(bottom=0)
-    drawn = {row["kernel_provider"] for shown in panels.values() for row in shown}
-    providers = [provider for provider in _STYLES if provider in drawn]
-    handles = [grid[0][0].plot([], [], label=p, **_STYLES[p])[0] for p in providers]
+    handles = [grid[0][0].plot([], [], label=p, **style)[0] for p, style in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(title)
     return figure
 
 
-def _panel(axes: Axes, title: str, lines: Lines) -> None:
+def _panel(axes: Axes, title: str, lines: Lines, styles: Mapping[str, dict[str, Any]]) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xscale("log")
     axes.set_yscale("log")
     tokens = sorted({point.tokens for points in lines.values() for point in points})
-    for provider in _STYLES:
+    for provider, style in styles.items():
         points = sorted(lines.get(provider, ()))
         x = [point.tokens for point in points]
-        style = _STYLES[provider]
         axes.plot(x, [point.middle for point in points], markersize=4, linewidth=1.6, **style)
         low, high = [point.low for point in points], [point.high for point in points]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)

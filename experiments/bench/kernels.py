@@ -6,7 +6,9 @@ The measuring itself is in `kernels/bench/`.
 import itertools
 import logging
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import alignlab
+from alignlab.config.data import unknown_name
 from alignlab.environment import (
     git_commit,
     own_kernel_rows,
@@ -37,11 +40,14 @@ from alignlab.kernels.bench.run import (
     LeftOut,
     Measurement,
     Provider,
+    is_function,
     measure,
     missing,
     num_steps,
     too_large,
 )
+from alignlab.kernels.plugins import ImplementationError, errors_of_kernels, raised
+from alignlab.kernels.registry import OPERATIONS, installed_kernels
 from alignlab.progress import Advance, step_progress
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.file_lock import file_lock
@@ -75,7 +81,8 @@ class KernelBench:
         sizes: (subjects, tokens) or (frames, tokens) in place of the table's, unless empty.
         widths: channels.
         blocks: blocks of `pull_push`.
-        providers: what to measure; empty: all that can run here.
+        providers: what to measure: names, or functions as `module:function` that can be imported
+            from the current folder; empty: all that can run here.
         seconds: time for each provider, case and mode.
         max_gflop: cases are left out whose matrix products, forward and backward, are more.
         max_gib: `eager` and `compile` are left out where their matrices are larger.
@@ -141,7 +148,11 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
         raise UserError("--device cuda: there is no CUDA device here")
     left_out: list[LeftOut] = []
     cases = _affordable(bench, left_out)
+    _check_named(bench)
+    if not bench.providers:
+        left_out += [LeftOut(k.name, k.problem) for k in installed_kernels() if k.problem]
     present = {op: _present(op, bench, left_out) for op in bench.ops}
+    cases = [case for case in cases if present[case.op]]
     # Once for each operation and width: what a kernel is compiled for.
     kinds = {(case.op, case.width): case for case in reversed(cases)}
     with step_progress("checks", total=sum(len(present[op]) for op, _ in kinds)) as advance:
@@ -217,7 +228,8 @@ def print_figures(figures: KernelFigures) -> None:
 def _table_rows(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
     spreads = {(m.case, m.provider, m.mode, m.metric): m.spread for m in measurements}
     rows = []
-    for case, provider in product(dict.fromkeys(case for case, *_ in spreads), PROVIDERS):
+    providers = dict.fromkeys([*PROVIDERS, *(provider for _, provider, *_ in spreads)])
+    for case, provider in product(dict.fromkeys(case for case, *_ in spreads), providers):
         if (case, provider, "full", "speed") not in spreads:
             continue
         speeds = [spreads[case, provider, mode, "speed"] for mode in MODES]
@@ -258,14 +270,44 @@ def _affordable(bench: KernelBench, left_out: list[LeftOut]) -> list[Case]:
     return affordable
 
 
+def _check_named(bench: KernelBench) -> None:
+    """Refuses names of implementations that there are nowhere, before anything is computed."""
+    installed = [one for one in installed_kernels() if one.kernel is not None]
+    for provider in bench.providers:
+        if provider in PROVIDERS:
+            continue
+        if is_function(provider):
+            if len(bench.ops) > 1:
+                choices = " or ".join(f"--op {op}" for op in bench.ops)
+                raise UserError(f"--impl {provider}: say which operation it computes: {choices}")
+            here = os.getcwd()
+            if here not in sys.path:  # as `python -m` has it
+                sys.path.insert(0, here)
+            continue
+        problems = [one.problem for one in installed_kernels() if one.name == provider]
+        if any(one.name == provider for one in installed):
+            continue
+        if any(problems):
+            raise UserError(next(filter(None, problems)))
+        names = dict.fromkeys([*PROVIDERS, *(one.name for one in installed)])
+        hint = unknown_name("implementation", provider, names)
+        raise UserError(f"--impl {provider}: {hint}, or a function as module:function")
+
+
 def _present(op: Op, bench: KernelBench, left_out: list[LeftOut]) -> list[Provider]:
     present: list[Provider] = []
-    for provider in bench.providers or PROVIDERS:
-        reason = missing(op, provider, bench.device)
+    states = OPERATIONS[op].implementations()
+    all_here = dict.fromkeys([*PROVIDERS, *states])
+    for provider in bench.providers or all_here:
+        try:
+            reason = missing(op, provider, bench.device)
+        except ImplementationError as error:
+            raise UserError(f"--impl {provider}: {error}") from None
         if reason is None:
             present.append(provider)
             continue
-        if bench.providers:
+        of_other_op = provider not in all_here and not is_function(provider)
+        if bench.providers and not (of_other_op and len(bench.ops) > 1):
             raise UserError(f"--impl {provider}: {op} cannot run it here: {reason}")
         left_out.append(LeftOut(f"{provider} of {op}", reason))
     return present
@@ -292,17 +334,37 @@ def _check_all(
     right: dict[tuple[Op, int], list[Provider]] = {kind: [] for kind in kinds}
     for (op, width), case in kinds.items():
         for provider in present[op]:
-            try:
-                check(case, provider, bench.device)
+            reason = _why_not(case, provider, bench)
+            if reason is None:
                 right[op, width].append(provider)
-            except WrongResult as error:
-                raise UserError(f"{error}; no speed is reported") from None
-            except ValueError as error:
-                if bench.providers:
-                    raise UserError(f"--impl {provider}: {error}") from None
-                left_out.append(LeftOut(f"{provider} of {op}, C={width}", str(error)))
+            else:
+                left_out.append(LeftOut(f"{provider} of {op}, C={width}", reason))
             advance_one(f"{provider} on {op}, C={width}")
     return right
+
+
+def _why_not(case: Case, provider: Provider, bench: KernelBench) -> str | None:
+    """Why a provider is not timed, or None if it computes the right thing.
+
+    Raises:
+        UserError: it was asked for by name, or it is alignlab's and wrong.
+    """
+    try:
+        check(case, provider, bench.device)
+        return None
+    except WrongResult as error:
+        if bench.providers or provider in PROVIDERS:
+            raise UserError(f"{error}; no speed is reported") from None
+        return str(error)
+    except ValueError as error:
+        reason = str(error)
+    except errors_of_kernels() as error:
+        if provider in PROVIDERS:
+            raise
+        reason = raised(error)
+    if bench.providers:
+        raise UserError(f"--impl {provider}: {reason}") from None
+    return reason
 
 
 def facts_of(device: torch.device) -> dict[str, str]:

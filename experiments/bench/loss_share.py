@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
+from alignlab.config.data import unknown_name
 from alignlab.environment import describe_environment
+from alignlab.errors import UserError
 from alignlab.experiments.bench.wan_step import SIZES as SIZES
 from alignlab.experiments.bench.wan_step import ModelSize, WanStep
 from alignlab.experiments.compare.measure import seconds_of
-from alignlab.kernels.pull_push import Impl
+from alignlab.kernels.pull_push import OPERATION
 from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import write_text
 
@@ -36,9 +38,24 @@ class Share:
     parameters: int
 
 
+def check_impls(names: Sequence[str]) -> list[str]:
+    """Refuses what is no implementation of `pull_push`; gives the names, each once.
+
+    Raises:
+        UserError: one line.
+    """
+    for name in names:
+        try:
+            OPERATION.full_name(name)
+        except KeyError:
+            hint = unknown_name("implementation", name, OPERATION.names())
+            raise UserError(f"--impl {name}: {hint}") from None
+    return list(dict.fromkeys(names))
+
+
 def measure_share(
     size: ModelSize,
-    impls: Sequence[Impl],
+    impls: Sequence[str],
     *,
     references: int = 3,
     steps: int = 10,

@@ -14,7 +14,6 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from alignlab.config.parts import LoraConfig
-from alignlab.kernels.pull_push import Impl
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Features
 from alignlab.losses.refalign import RefAlignConfig
@@ -105,7 +104,7 @@ class WanStep:
         """Width of the text embeddings that the transformer reads."""
         return int(self._model.config["text_dim"])
 
-    def refalign(self, impl: Impl) -> nn.Module:
+    def refalign(self, impl: str) -> nn.Module:
         """RefAlign with its projectors, which the optimizer trains as well."""
         size = self._size
         config = RefAlignConfig(teacher="teacher", blocks=tuple(range(size.blocks)), impl=impl)

@@ -8,14 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from alignlab.cli_options import Overrides, path_option
+from alignlab.config.paths import user_path
 
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
 # typer takes no list of Literal
 KernelOp = StrEnum("KernelOp", ["pull_push", "relation"])
-IMPLS: tuple[Literal["eager", "chunked", "triton"], ...] = ("eager", "chunked", "triton")
-KernelImpl = StrEnum("KernelImpl", ["eager", "chunked", "triton"])
-KernelProvider = StrEnum("KernelProvider", ["floor", "eager", "compile", "chunked", "triton"])
 
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")
@@ -24,8 +22,12 @@ KernelOps = Annotated[
     list[KernelOp] | None, typer.Option(help="Repeat it for more (default: all).")
 ]
 KernelProviders = Annotated[
-    list[KernelProvider] | None,
-    typer.Option(help="Repeat it for more (default: all that can run here)."),
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="floor, eager, compile, chunked, triton, an installed one (alignlab doctor), or a "
+        "function as module:function. Repeat it for more (default: all that can run here).",
+    ),
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
@@ -94,6 +96,7 @@ def kernels(
     from alignlab.kernels.bench.cases import OPS
     from alignlab.kernels.bench.run import PROVIDERS
 
+    named = impl or []
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = bench.KernelBench(
         device=torch.device(name),
@@ -105,7 +108,7 @@ def kernels(
         sizes=bench.parse_sizes(sizes) if sizes else (),
         widths=bench.parse_numbers("--widths", widths),
         blocks=bench.parse_numbers("--blocks", blocks),
-        providers=tuple(one for one in PROVIDERS if one in (impl or ())),
+        providers=tuple(dict.fromkeys([*(one for one in PROVIDERS if one in named), *named])),
     )
     from alignlab.runs.out_paths import out_folder
 
@@ -118,14 +121,55 @@ def kernels(
             typer.echo(f"installed for impl=auto: {bench.install_rows(figures.rows)}")
 
 
+@bench_app.command("compare")
+def compare(
+    old: Annotated[Path, typer.Argument(parser=user_path, metavar="OLD.csv")],
+    new: Annotated[Path, typer.Argument(parser=user_path, metavar="NEW.csv")],
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Exit with 1 if a ratio's interval, but for that of floor, lies above, such as "
+            "1.05.",
+        ),
+    ] = None,
+    out: Annotated[Path, path_option("Folder for the ratios and their plots.")] = Path(
+        "runs/kernels-compare"
+    ),
+) -> None:
+    """Compare two tables of `bench kernels`: new time and memory over old, with intervals."""
+    from alignlab.experiments.bench import kernel_ratios
+    from alignlab.experiments.bench.kernel_ratio_plots import draw_ratios
+    from alignlab.runs.out_paths import out_folder
+
+    with out_folder(out):
+        ratios = kernel_ratios.compare_tables(old, new)
+        kernel_ratios.print_ratios(ratios)
+        table = kernel_ratios.write_ratios(ratios, out)
+        for path in (table, *draw_ratios(ratios.ratios, fail_above, out)):
+            typer.echo(f"written: {path}")
+    failed = ratios.above(fail_above) if fail_above is not None else []
+    for one in failed:
+        typer.echo(
+            f"above {fail_above:g}: {one.figure}: {one.middle:.3f} ({one.low:.3f}-{one.high:.3f})",
+            err=True,
+        )
+    if failed:
+        raise typer.Exit(1)
+
+
 @bench_app.command("share")
 def share(
     size: Annotated[
         Literal["wan2.1-1.3b", "smoke"], typer.Option(help="Transformer with random weights.")
     ] = "wan2.1-1.3b",
     impl: Annotated[
-        list[KernelImpl] | None,
-        typer.Option(help="Repeat it for more (default: eager chunked; cuda: triton as well)."),
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="eager, chunked, triton or an installed one (alignlab doctor). Repeat it for more "
+            "(default: eager chunked; cuda: triton as well).",
+        ),
     ] = None,
     references: Annotated[int, typer.Option(min=1, help="Reference images.")] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 10,
@@ -135,13 +179,10 @@ def share(
     """Time the alignment loss's share of a training step, by implementation of its kernel."""
     import torch
 
-    from alignlab.experiments.bench.loss_share import SIZES, measure_share, write_share
-    from alignlab.kernels.pull_push import Impl
+    from alignlab.experiments.bench.loss_share import SIZES, check_impls, measure_share, write_share
 
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    impls: list[Impl] = [one for one in IMPLS if one != "triton" or name == "cuda"]
-    if impl:
-        impls = [one for one in IMPLS if one in impl]
+    impls = check_impls(impl or ["eager", "chunked", *(["triton"] if name == "cuda" else [])])
     with _figures(out):
         shares = measure_share(
             SIZES[size],

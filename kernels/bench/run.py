@@ -1,7 +1,8 @@
 """Speed and memory of the operations: what `alignlab bench kernels` measures of one case.
 
-A provider is an implementation, `compile` (torch.compile of `eager`) or `floor` (the bare matrix
-products). All run the operation with its default settings and sum its terms.
+A provider is the name of an implementation, a function as `module:function`, `compile`
+(torch.compile of `eager`) or `floor` (the bare matrix products). All run the operation with its
+default settings and sum its terms.
 """
 
 import itertools
@@ -17,14 +18,16 @@ from alignlab.kernels.bench.cases import Case, Inputs, Op, draw_inputs
 from alignlab.kernels.bench.floor import floor_step, minimum_flops
 from alignlab.kernels.bench.measure import Spread, Step, peak_extra_mib, time_steps
 from alignlab.kernels.dispatch import Impl
+from alignlab.kernels.plugins import errors_of_kernels, load_function, raised, signature_problem
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.registry import OPERATIONS
 from alignlab.kernels.relation import relation_distance
 
-Provider = Literal["floor", "eager", "compile", "chunked", "triton"]
+Provider = str
 Mode = Literal["forward", "full"]
 Metric = Literal["speed", "memory"]
-PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+PROVIDERS: tuple[Provider, ...] = ("floor", "eager", "compile", "chunked", "triton")
+"""Those of alignlab itself."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 UNITS: dict[Metric, str] = {"speed": "ms", "memory": "MiB"}
 
@@ -59,7 +62,11 @@ class LeftOut(NamedTuple):
 
 
 def missing(op: Op, provider: Provider, device: torch.device) -> str | None:
-    """Gives the reason why a provider cannot be measured on `device`, or None if it can."""
+    """Gives the reason why a provider cannot be measured on `device`, or None if it can.
+
+    Raises:
+        ImplementationError: it is a function that cannot be imported.
+    """
     if provider == "floor":
         return None
     if provider == "compile":
@@ -69,7 +76,16 @@ def missing(op: Op, provider: Provider, device: torch.device) -> str | None:
         return None
     if provider == "triton" and device.type == "cpu":
         return "a CPU has only Triton's interpreter, whose speed says nothing"
-    return OPERATIONS[op].implementations()[provider]
+    if is_function(provider):
+        problem = signature_problem(load_function(provider), OPERATIONS[op].table["eager"])
+        return None if problem is None else f"it {problem}"
+    states = OPERATIONS[op].implementations()
+    return states[provider] if provider in states else f"no package registers it for {op}"
+
+
+def is_function(provider: Provider) -> bool:
+    """Whether it is a function that is named as `module:function`."""
+    return ":" in provider
 
 
 def too_large(case: Case, provider: Provider, max_gib: float) -> str | None:
@@ -81,7 +97,9 @@ def too_large(case: Case, provider: Provider, max_gib: float) -> str | None:
 
 def loss_function(op: Op, provider: Provider) -> Loss:
     """Builds the sum of the terms that a provider computes from inputs."""
-    impl: Impl = "eager" if provider == "compile" or provider == "floor" else provider
+    impl: Impl = "eager" if provider in ("compile", "floor") else provider
+    if is_function(provider):
+        impl = load_function(provider)
 
     def pull_push_loss(x: Inputs) -> Tensor:
         assert x.subject_ids is not None
@@ -125,8 +143,9 @@ def measure(
         on_progress: called with what was just measured; `num_steps` says how often.
 
     Returns:
-        The figures, and the providers for which a CUDA device had too little memory. `floor` has no
-        memory figure: its buffers are made beforehand.
+        The figures, and the providers for which a CUDA device had too little memory, or which are
+        not alignlab's and fail at this size. `floor` has no memory figure: its buffers are made
+        beforehand.
     """
     sets = _input_sets(case, device)
     losses = {p: loss_function(case.op, p) for p in providers if p != "floor"}
@@ -139,6 +158,11 @@ def measure(
             del losses[provider]
             torch.cuda.empty_cache()  # what it held is in blocks that may fit no other provider
             left_out.append(LeftOut(f"{provider} on {case}", "the device has too little memory"))
+        except errors_of_kernels() as error:
+            if provider in PROVIDERS:
+                raise
+            del losses[provider]
+            left_out.append(LeftOut(f"{provider} on {case}", raised(error)))
         on_progress(f"{case}: memory of {provider}")
     for mode in MODES:
         steps: dict[Provider, Step] = {p: _step(loss, mode, sets) for p, loss in losses.items()}

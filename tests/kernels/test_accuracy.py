@@ -1,12 +1,7 @@
-"""One set of checks for every implementation of both operations, in every dtype it takes.
+"""Every implementation passes the checks that packages run on theirs; and the checks catch."""
 
-The truth is the plain formula in float64 on the same, already rounded, inputs. An implementation
-may err as much as the plain formula does when it is computed in the dtype of the inputs.
-"""
-
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,147 +9,131 @@ import torch
 from torch import Tensor
 
 from alignlab.kernels.dispatch import interpreted
-from alignlab.kernels.pull_push import pull_push
-from alignlab.kernels.relation import relation_distance
-from random_tensors import draw_double as draw
+from alignlab.kernels.plugins import load_function
+from alignlab.kernels.pull_push import PullPush, pull_push_eager
+from alignlab.kernels.relation import Relation, relation_eager
+from alignlab.kernels.testing import Check, KernelCase, cases, check_implementation
+from made_packages import kernel_package
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
-SIZES = [1, 63, 100, 257]
-
-
-@dataclass(frozen=True)
-class Case:
-    """Tokens (B, N, C) of both sides and the subject of each token."""
-
-    student: Tensor
-    teacher: Tensor
-    ids: Tensor
+ALL = cases("pull_push") + cases("relation")
 
 
-def subjects(tokens: int) -> Case:
-    """Two samples: three subjects of unequal sizes; shuffled subjects with padding."""
-    thirds = torch.arange(tokens) * 3 // tokens
-    thirds[: tokens // 5] = 0
-    shuffled = torch.randint(-1, 4, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    ids = torch.stack([thirds, shuffled])
-    return Case(draw(2, tokens, 40, seed=0), draw(2, tokens, 40, seed=1), ids)
-
-
-def edges() -> dict[str, Case]:
-    """What one does not meet every day."""
-    plain = subjects(63)
-    zeros, scale = plain.student.clone(), 10.0 ** torch.linspace(-4, 2, 63)[:, None].double()
-    zeros[:, ::5] = 0
-    lone = torch.tensor([0] * 62 + [1]).expand(2, -1)
-    return {
-        "one subject": Case(plain.student, plain.teacher, torch.zeros(2, 63, dtype=torch.int64)),
-        "all padding": Case(plain.student, plain.teacher, torch.full((2, 63), -1)),
-        "a subject with one token": Case(plain.student, plain.teacher, lone),
-        "zero vectors": Case(zeros, plain.teacher * (zeros[:, :, :1] != 0), plain.ids),
-        "huge and tiny norms": Case(plain.student * scale, plain.teacher / scale, plain.ids),
-    }
-
-
-CASES = {str(size): subjects(size) for size in SIZES} | edges()
-
-Terms = Callable[..., Tensor]
-
-
-def pull_and_push(student: Tensor, teacher: Tensor, ids: Tensor, impl: Any = "eager") -> Tensor:
-    return torch.stack(pull_push(student, teacher, ids, neg_margin=0.95, impl=impl))
-
-
-def relations(student: Tensor, teacher: Tensor, ids: Tensor, impl: Any = "eager") -> Tensor:
-    """Tokens as frames of nine where that divides, else as one frame."""
-    per_frame = 9 if student.shape[1] % 9 == 0 else student.shape[1]
-    saliency = (ids % 3 / 2).to(student.dtype)
-    student, teacher, saliency = (
-        x.unflatten(1, (-1, per_frame)) for x in (student, teacher, saliency)
-    )
-    terms = relation_distance(
-        student, teacher, saliency_BTP=saliency, routing="or", margin=0.05, tau=3.0, impl=impl
-    )
-    return torch.stack(terms)
-
-
-def value_and_gradient(
-    terms: Terms, case: Case, dtype: torch.dtype, **options: Any
-) -> list[Tensor]:
-    """Terms and the gradient of their sum with different signs and sizes, in float64."""
-    student = case.student.to(DEVICE, dtype).requires_grad_()
-    value = terms(student, case.teacher.to(DEVICE, dtype), case.ids.to(DEVICE), **options)
-    upstream = draw(*value.shape, seed=5).to(value)
-    (gradient,) = torch.autograd.grad((value * upstream).sum(), student)
-    # relative to the length of its vector: a tiny vector has a huge gradient
-    length = student.detach().double().norm(dim=-1, keepdim=True)
-    return [value.detach().double(), gradient.double() * length]
-
-
-def rounded(name: str, dtype: torch.dtype) -> Case:
-    case = CASES[name]
-    return Case(case.student.to(dtype), case.teacher.to(dtype), case.ids)
-
-
-@functools.cache
-def computed_once(terms: Terms, name: str, dtype: torch.dtype, impl: str) -> list[Tensor]:
-    """What an implementation gives for a case, kept for the tests that compare with it."""
-    return value_and_gradient(terms, rounded(name, dtype), dtype, impl=impl)
-
-
-@functools.cache
-def truth_of(terms: Terms, name: str, dtype: torch.dtype) -> list[Tensor]:
-    return value_and_gradient(terms, rounded(name, dtype), torch.float64)
-
-
-def plainly(terms: Terms, monkeypatch: pytest.MonkeyPatch) -> Terms:
-    """The plain formula with every product, norm and sum in the dtype of the inputs."""
-    module = pull_push if terms is pull_and_push else relation_distance
-    names = module.__globals__
-    monkeypatch.setitem(names, "accumulation_dtype", lambda x, *_: x.dtype)
-    return terms
-
-
-@pytest.mark.parametrize("terms", [pull_and_push, relations])
 @pytest.mark.parametrize("impl", ["eager", "chunked", "triton"])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("name", list(CASES))
-def test_is_no_less_accurate_than_the_plain_formula(
-    terms: Terms, impl: str, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if impl == "triton" and dtype == torch.bfloat16 and interpreted():
+@pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case.op}, {case}")
+def test_implementation(impl: str, case: KernelCase) -> None:
+    if impl == "triton" and case.dtype == torch.bfloat16 and interpreted():
         pytest.skip("Triton's interpreter computes bfloat16 products wrongly")
-    truth = truth_of(terms, name, dtype)
-    computed = computed_once(terms, name, dtype, impl)
-    careless = value_and_gradient(plainly(terms, monkeypatch), rounded(name, dtype), dtype)
-    for what, want, have, plain in zip(
-        ("value", "gradient"), truth, computed, careless, strict=True
-    ):
-        assert torch.isfinite(want).all()
-        error, allowed = (have - want).abs().max(), (plain - want).abs().max()
-        allowed = allowed.nan_to_num(0.0)  # float16 alone overflows in places: no excuse then
-        assert error <= allowed + TOLERANCE[dtype], f"{what}: {error:.2e}, plain {allowed:.2e}"
+    check_implementation(impl, case)
 
 
-@pytest.mark.parametrize("terms", [pull_and_push, relations])
-@pytest.mark.parametrize("impl", ["chunked", "triton"])
-def test_two_runs_are_equal_bit_for_bit(terms: Terms, impl: str) -> None:
-    first = computed_once(terms, "257", torch.float32, impl)
-    second = value_and_gradient(terms, rounded("257", torch.float32), torch.float32, impl=impl)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.fixture
+def tiny_kernel(tmp_path: Path) -> Iterator[Callable[[str], Any]]:
+    """A function of the package in `external`, by its name."""
+    with kernel_package(tmp_path):
+        yield lambda name: load_function(f"tiny_kernel:{name}")
 
 
-@pytest.mark.parametrize("terms", [pull_and_push, relations])
-@pytest.mark.parametrize("impl", ["chunked", "triton"])
-def test_fresh_memory_may_hold_anything(
-    terms: Terms, impl: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every buffer starts as NaN (integers as their largest value) and is written before use."""
-    clean = computed_once(terms, "100", torch.float32, impl)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        dirty = value_and_gradient(terms, CASES["100"], torch.float32, impl=impl)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+def failures(function: Any, op: str, *checks: Check) -> list[str]:
+    """What the checks say of a function in float32, by line."""
+    said = []
+    for case in cases(op, dtypes=("float32",), checks=checks):
+        try:
+            check_implementation(function, case)
+        except AssertionError as error:
+            said.append(str(error))
+    return said
+
+
+def test_the_function_of_a_package_passes_in_every_dtype(tiny_kernel: Callable[[str], Any]) -> None:
+    function = tiny_kernel("pull_push_by_product")
+    for case in cases("pull_push"):
+        check_implementation(function, case)
+
+
+def test_a_wrong_term_is_told_with_its_place(tiny_kernel: Callable[[str], Any]) -> None:
+    said = failures(tiny_kernel("too_much_push"), "pull_push", "accuracy")
+    assert len(said) > 5
+    line = next(line for line in said if "63 tokens" in line)
+    assert line.startswith("pull_push, accuracy, 63 tokens, float32: a term is off by ")
+    assert "most at push, sample " in line and " instead of " in line and "\n" not in line
+
+
+def test_a_wrong_gradient_is_told_with_its_place(tiny_kernel: Callable[[str], Any]) -> None:
+    said = failures(tiny_kernel("one_wrong_sample"), "relation", "accuracy")
+    line = next(line for line in said if "63 tokens" in line)
+    assert "the gradient is off by " in line
+    assert "most at sample 1, frame 6, token 8, channel " in line and ": 0 instead of " in line
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Values and gradient of `pull_push_eager` with something added, computed elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, add: Callable[[Tensor], Tensor], *rest: Any) -> Any:
+        with torch.enable_grad():
+            held = student.detach().requires_grad_()
+            terms = pull_push_eager(held, *rest)
+        ctx.held, ctx.terms = held, terms
+        return tuple(add(term.detach()) for term in terms)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        (gradient,) = torch.autograd.grad(ctx.terms, ctx.held, upstream)
+        return gradient, *[None] * 7
+
+
+def added(add: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def function(student: Tensor, *rest: Any) -> Any:
+        return _OwnGradient.apply(student, add, *rest)  # type: ignore[no-untyped-call]
+
+    return function
+
+
+def test_noise_new_memory_and_another_value_without_gradient_are_seen() -> None:
+    assert failures(added(lambda x: x), "pull_push") == []
+    noise = added(lambda x: x + 1e-7 * torch.rand_like(x))
+    (said,) = failures(noise, "pull_push", "repeat")
+    assert "a second run differs from the first: the terms by " in said
+    unwritten = added(lambda x: x + _filled(x))
+    (said,) = failures(unwritten, "pull_push", "fresh memory")
+    assert "what new memory holds (here NaN) reaches the result" in said
+
+    def only_trained(student: Tensor, *rest: Any) -> PullPush:
+        pull, push = pull_push_eager(student, *rest)
+        return PullPush(pull, push if torch.is_grad_enabled() else 2 * push)
+
+    (said,) = failures(only_trained, "pull_push", "no gradient")
+    assert "where no gradient is wanted; most at push, sample " in said
+
+
+def _filled(x: Tensor) -> Tensor:
+    """1 where new memory is filled with NaN, else 0: what a kernel adds that forgot to write."""
+    return torch.empty(1, dtype=x.dtype).isnan().to(x)
+
+
+def test_padding_and_empty_inputs_are_seen() -> None:
+    def masked_late(student: Tensor, teacher: Tensor, *rest: Any) -> PullPush:
+        terms = pull_push_eager(student, teacher, *rest)
+        return PullPush(*(term + 0.0 * student.sum((-2, -1)) for term in terms))
+
+    (said,) = failures(masked_late, "pull_push", "padding")
+    assert "padding" in said
+
+    def no_pairs(student: Tensor, *rest: Any) -> Relation:
+        nothing = float(student.numel() == 0)
+        return Relation(*(term + nothing for term in relation_eager(student, *rest)))
+
+    (said,) = failures(no_pairs, "relation", "nothing")
+    assert "the terms are not 0" in said
+
+
+def test_cases_can_be_chosen_and_unknown_ones_are_refused() -> None:
+    some = cases("relation", dtypes=("float16",), width=64, checks=("accuracy", "repeat"))
+    assert {case.check for case in some} == {"accuracy", "repeat"}
+    assert {(case.dtype, case.width) for case in some} == {(torch.float16, 64)}
+    names = [str(case) for case in ALL]
+    assert len(set(names[: len(cases("pull_push"))])) == len(cases("pull_push"))
+    with pytest.raises(ValueError, match="unknown operation 'softmax': choose pull_push, relation"):
+        cases("softmax")
+    with pytest.raises(ValueError, match="unknown dtype 'fp8': choose float32"):
+        cases("relation", dtypes=("fp8",))

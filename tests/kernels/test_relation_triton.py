@@ -1,15 +1,22 @@
 """The relation distance in Triton: against float64, in any memory, under torch.compile."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from alignlab.kernels import relation, relation_triton
+from alignlab.kernels import relation_triton
 from alignlab.kernels.dispatch import interpreted
-from alignlab.kernels.relation import Relation, pair_weight, relation_distance, relation_eager
+from alignlab.kernels.relation import (
+    Relation,
+    pair_weight,
+    relation_distance,
+    relation_eager,
+    relation_plain,
+)
 from alignlab.kernels.relation_triton_kernels import TILES, Tiles
 from random_tensors import draw_double
 
@@ -60,16 +67,13 @@ def both(function: Any, student: Tensor, dtype: torch.dtype, *arguments: Any) ->
     return [means.detach().double(), gradient.double() * length]
 
 
-def assert_no_worse_than_plain(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, student: Tensor, *arguments: Any
-) -> None:
+def assert_no_worse_than_plain(dtype: torch.dtype, student: Tensor, *arguments: Any) -> None:
     """Errors against float64 on the same rounded inputs, beside those of the plain formula with
     every product, norm and sum in the dtype of the inputs."""
     rounded = student.to(dtype), arguments[0].to(dtype), *arguments[1:]
     truth = both(relation_eager, rounded[0], torch.float64, *rounded[1:])
     computed = both(relation_triton.relation_triton, rounded[0], dtype, *rounded[1:])
-    monkeypatch.setattr(relation, "accumulation_dtype", lambda x, *_: x.dtype)
-    plain = both(relation_eager, rounded[0], dtype, *rounded[1:])
+    plain = both(partial(relation_plain, dtype=dtype), rounded[0], dtype, *rounded[1:])
     for want, have, careless, tolerance in zip(
         truth, computed, plain, TOLERANCES[dtype], strict=True
     ):
@@ -106,13 +110,11 @@ def test_is_no_less_accurate_than_the_plain_formula(
     # tokens are not contiguous, as after a resampling
     student = draw(2, 40, frames, tokens).movedim(1, 3)
     teacher, saliency = draw(2, frames, tokens, 70, seed=1), draw_saliency(2, frames, tokens)
-    assert_no_worse_than_plain(monkeypatch, dtype, student, teacher, saliency, routing, margin, tau)
+    assert_no_worse_than_plain(dtype, student, teacher, saliency, routing, margin, tau)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_zero_vectors_and_extreme_norms(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zero_vectors_and_extreme_norms(dtype: torch.dtype) -> None:
     """The gradient of a vector shorter than 1e-12 is that of a division by a constant."""
     student, teacher = draw(1, 3, 12, 16), draw(1, 3, 12, 16, seed=1)
     shortest = -4 if dtype == torch.float16 else -14
@@ -122,7 +124,7 @@ def test_zero_vectors_and_extreme_norms(
     # the gradient of a zero vector is beyond float16, unless no pair of it costs anything
     teacher[:, 1, :: 3 if dtype == torch.float16 else 5] = 0.0
     saliency = draw_saliency(1, 3, 12)
-    assert_no_worse_than_plain(monkeypatch, dtype, student, teacher, saliency, "or", 0.05, 2.0)
+    assert_no_worse_than_plain(dtype, student, teacher, saliency, "or", 0.05, 2.0)
 
 
 @pytest.mark.parametrize("tiles", [ONE_SQUARE, TWO_SQUARES], ids=["one_square", "two_squares"])

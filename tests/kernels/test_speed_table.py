@@ -14,6 +14,8 @@ from alignlab.kernels import dispatch, speed_table
 from alignlab.kernels.bench.csv_file import Row, to_csv
 from alignlab.kernels.pull_push import OPERATION, pull_push
 from alignlab.kernels.registry import OPERATIONS
+from alignlab.kernels.relation import OPERATION as RELATION
+from alignlab.kernels.relation import relation_distance
 from alignlab.kernels.speed_table import Size, SpeedTable, decide, read, table_of, use_rows
 from made_up_rows import GPU, made_up_row, write_rows
 
@@ -28,12 +30,15 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     monkeypatch.setattr(speed_table, "COMMITTED", tmp_path / "committed.csv")
     named = torch.compiler.assume_constant_result(lambda device: GPU)
     monkeypatch.setattr(dispatch, "gpu_name", named)
-    for clear in (table_of.cache_clear, dispatch._tell_once.cache_clear, OPERATION._logged.clear):
+    for clear in (table_of.cache_clear, dispatch._tell_once.cache_clear):
         clear()
+    for operation in (OPERATION, RELATION):
+        operation._logged.clear()
     yield
     use_rows(None)
     table_of.cache_clear()
-    OPERATION._logged.clear()
+    for operation in (OPERATION, RELATION):
+        operation._logged.clear()
 
 
 def compute(tokens: int = 90, **options: Any) -> Tensor:
@@ -69,6 +74,19 @@ def test_the_fastest_is_taken_and_said(
     ]
     assert torch.equal(results[0], compute(impl=fastest))
     assert not torch.equal(results[0], compute(impl="eager" if fastest != "eager" else "chunked"))
+
+
+def test_rows_of_the_relation_decide_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [made_up_row("chunked", 2.0, op="relation"), made_up_row("eager", 1.0, op="relation")]
+    use_rows(write_rows(tmp_path / "own.csv", *rows))
+    tokens = torch.randn(1, 3, 30, WIDTH).to(DEVICE)
+    said = lines_of(caplog, lambda: relation_distance(tokens, tokens))
+    assert said == [
+        f"relation: eager on {DEVICE}, torch.float32, N=90, C=16 (measured with N=90, C=16, 1 at "
+        "once)"
+    ]
 
 
 def test_a_difference_within_the_noise_changes_nothing() -> None:

@@ -19,6 +19,7 @@ from alignlab.losses.testing.contract import CHECKS
 from alignlab.recipe import dump, load_run
 from alignlab.teachers.registry import BUILT_IN as BUILT_IN_TEACHERS
 from alignlab.teachers.registry import installed_teachers
+from made_packages import write_package
 
 PACKAGE = Path(__file__).with_name("external")
 
@@ -206,13 +207,9 @@ no_width = Stage1Row(MotionHead, OtherConfig, "head")
 def register(
     folder: Path, package: str, *, group: str = "alignlab.objectives", **entries: str
 ) -> None:
-    """Writes what an installer would leave of a package that registers `entries` in a group."""
+    """Installs a package with the module above, which registers `entries` in a group."""
     (folder / "bad_objectives.py").write_text(BAD)
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = [f"{name} = {value}" for name, value in entries.items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]))
+    write_package(folder, package, group, **entries)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,236 @@
+"""Implementations of the operations that other installed packages register.
+
+An entry point of the group `alignlab.kernels` stands for a `Kernel`, or for a tuple of kernels of
+different operations; its name is what `impl` is set to. `dispatch.py` asks this file for a name
+that is none of its own, `alignlab doctor` for all. A registration that cannot be used is a line of
+text: it keeps nothing else from running.
+
+Below that is how foreign code is loaded, which `alignlab.losses.plugins` does as well. This file
+imports nothing of alignlab.
+"""
+
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+GROUP = "alignlab.kernels"
+RESERVED = ("auto", "eager", "chunked", "triton", "compile", "floor")
+"""Names of alignlab's own implementations, and of what its benchmark measures beside them."""
+NAME = r"[A-Za-z_][\w-]*"
+
+# What importing or calling foreign code commonly ends in; the error line says whose code it is.
+BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
+class ImplementationError(ValueError):
+    """An implementation does not exist, cannot run here, or gave what its operation does not."""
+
+
+def nothing_missing() -> None:
+    """What `missing` is of a kernel that runs everywhere."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation of an operation, as another package registers it.
+
+    Args:
+        op: the operation, `pull_push` or `relation`.
+        function: called as the operation's plain reference is, with all arguments by position;
+            that is `pull_push_eager` or `relation_eager` in the file of the operation.
+        missing: says in one line why it cannot run on this machine, or None if it can; asked at
+            every call, so it should be quick.
+    """
+
+    op: str
+    function: Callable[..., Any]
+    missing: Callable[[], str | None] = nothing_missing
+
+
+class Installed(NamedTuple):
+    """One kernel that a package registers.
+
+    Args:
+        name: what `impl` is set to.
+        package: that registers it.
+        kernel: None if it cannot be used.
+        problem: why it cannot be used, in one line that names the package.
+    """
+
+    name: str
+    package: str
+    kernel: Kernel | None
+    problem: str | None = None
+
+    @property
+    def full_name(self) -> str:
+        """The name with the package that it needs, as recipes keep it."""
+        return f"{self.name}@{self.package}"
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None if it can."""
+        if self.kernel is None:
+            return self.problem
+        try:
+            reason = self.kernel.missing()
+        except BROKEN as error:
+            return f"its missing() failed: {one_line(error)}"
+        return None if reason is None else one_line(reason)
+
+
+def load_kernels(references: Mapping[str, Callable[..., Any]]) -> list[Installed]:
+    """Loads what packages registered, in the order of names; what cannot be used has a problem.
+
+    Args:
+        references: plain reference by operation, whose arguments a kernel must take.
+    """
+    found: list[Installed] = []
+    owners = {(op, name): "alignlab" for op in references for name in RESERVED}
+    for point in sorted(entry_points(group=GROUP), key=by_name):
+        package = package_of(point)
+        source = f"package {package} registers kernel {point.name!r}"
+        kernels, problem = _loaded(point)
+        if problem is not None:
+            found.append(Installed(point.name, package, None, f"{source}: {problem}"))
+        for kernel in kernels:
+            problem = _problem(kernel, references)
+            owner = owners.get((kernel.op, point.name)) if problem is None else None
+            if owner is not None:
+                problem = f"{owner} has that name already"
+            elif problem is not None:
+                problem = f"{point.value} {problem}"
+            else:
+                owners[kernel.op, point.name] = f"package {package}"
+            text = None if problem is None else f"{source}: {problem}"
+            found.append(Installed(point.name, package, None if problem else kernel, text))
+    return found
+
+
+def packages_with_kernels() -> list[str]:
+    """The packages that register kernels, without loading any."""
+    return sorted({package_of(point) for point in entry_points(group=GROUP)})
+
+
+def _loaded(point: EntryPoint) -> tuple[tuple[Kernel, ...], str | None]:
+    """The kernels of an entry point, or why there are none."""
+    if point.name in RESERVED:
+        return (), "alignlab has that name already"
+    if not re.fullmatch(NAME, point.name):
+        return (), "a name is made of letters, digits, _ and -, and begins with a letter"
+    try:
+        loaded = point.load()
+    except BROKEN as error:
+        return (), f"cannot load {point.value}: {one_line(error)}"
+    kernels = loaded if isinstance(loaded, tuple) else (loaded,)
+    if not kernels or not all(isinstance(kernel, Kernel) for kernel in kernels):
+        return (), f"{point.value} is no {Kernel.__module__}.{Kernel.__name__}, nor a tuple of them"
+    return kernels, None
+
+
+def _problem(kernel: Kernel, references: Mapping[str, Callable[..., Any]]) -> str | None:
+    if kernel.op not in references:
+        return f"is of the operation {kernel.op!r}: choose {', '.join(references)}"
+    if not callable(kernel.missing):
+        return "has a missing that cannot be called"
+    return signature_problem(kernel.function, references[kernel.op])
+
+
+def signature_problem(function: object, reference: Callable[..., Any]) -> str | None:
+    """Why a function cannot be called as `reference` is, or None if it can, as far as one sees."""
+    if not callable(function):
+        return "is no function"
+    names = list(inspect.signature(reference).parameters)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some of those written in C say nothing
+        return None
+    try:
+        signature.bind(*names)
+    except TypeError:
+        takes = ", ".join(signature.parameters)
+        return f"takes ({takes}), and is called with ({', '.join(names)}) by position"
+    return None
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """Imports a function that is named as `package.module:function`.
+
+    Raises:
+        ImplementationError: it cannot be imported, or is none.
+    """
+    module, _, attribute = spec.partition(":")
+    try:
+        loaded: Any = import_module(module)
+        for name in attribute.split("."):
+            loaded = getattr(loaded, name)
+    except BROKEN as error:
+        raise ImplementationError(f"cannot load {spec}: {one_line(error)}") from error
+    if not callable(loaded):
+        raise ImplementationError(f"{spec} is no function")
+    function: Callable[..., Any] = loaded
+    return function
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution of that name is installed."""
+    try:
+        distribution(package)
+    except (PackageNotFoundError, ValueError):  # ValueError: no name at all
+        return False
+    return True
+
+
+def same_package(one: str, other: str) -> bool:
+    """Whether two names are those of one distribution: `my_kernels` and `My-Kernels` are."""
+    spellings = {re.sub(r"[-_.]+", "-", name).lower() for name in (one, other)}
+    return len(spellings) == 1
+
+
+def errors_of_kernels() -> tuple[type[Exception], ...]:
+    """What a kernel raises that does not compile, does not fit the device, or fails on it."""
+    if find_spec("triton") is None:
+        return BROKEN
+    from triton.errors import TritonError
+
+    return (*BROKEN, TritonError)
+
+
+def raised(error: Exception) -> str:
+    """An error of foreign code in one line: its kind, its message, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"it raised {type(error).__name__}: {one_line(error)[:300]}{where}"
+
+
+def one_line(error: object) -> str:
+    """The message of an error in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def by_name(point: EntryPoint) -> tuple[str, str]:
+    """The order in which entry points are loaded."""
+    return point.name, package_of(point)
+
+
+def package_of(point: EntryPoint) -> str:
+    """The distribution that registers an entry point."""
+    return point.dist.name if point.dist is not None else "of unknown name"
