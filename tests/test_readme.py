@@ -24,6 +24,9 @@ SHORTER = {
     ("compare", "demo", "budget=compute"): [
         *("steps=1", "seeds=[0]", "cost.rounds=6", *SHORT, *NO_CLIPS)
     ],
+    ("compare", "control"): [
+        *("steps=1", "seeds=[0]", "eval.every=null", *SMALL, "eval.clips=2"),
+    ],
     ("compare", "all_objectives"): ["steps=1", "seeds=[0]", "cost=null", *SHORT, *NO_CLIPS],
     ("compare", "tuned_refalign"): ["steps=1", "seeds=[1]", "cost=null", *SHORT],
     ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
@@ -58,6 +61,14 @@ def shorter(command: list[str]) -> list[str]:
     """What is added to a command, by its first words."""
     keys = [tuple(command[:count]) for count in (3, 2)]
     return next((SHORTER[key] for key in keys if key in SHORTER), [])
+
+
+def test_no_command_trains_at_full_length() -> None:
+    whole = {*PRINTED, *ELSEWHERE}
+    trainings = [c for c in commands() if c[0] in ("train", "compare", "sweep", "stage1", "demo")]
+    assert len(trainings) >= 8
+    long = [c for c in trainings if tuple(c[:2]) not in whole and not shorter(c)]
+    assert not [c for c in long if not {"--print-config", "--list-runs"} & set(c)]
 
 
 def test_the_python_example_runs() -> None:

@@ -207,8 +207,11 @@ def dump_compare(config: CompareConfig) -> str:
     """The resolved recipe as YAML; loading it again gives an equal config."""
     resolved = config.base.model_dump(mode="json", exclude={"seed"})
     included = {*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS}
+    # as older recipes were written
     if not config.aa:
-        included.remove("aa")  # as older recipes were written
+        included.remove("aa")
+    if config.finding is None:
+        included.remove("finding")
     return to_yaml(resolved | config.model_dump(mode="json", include=included))
 
 

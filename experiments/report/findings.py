@@ -5,6 +5,7 @@ interval after Holm's correction excludes 0 and nothing diverged (docs/statistic
 not seen, which is no proof that it is not there: what could have been seen is told.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow
 
 Outcome = Literal["reproduced", "opposite", "not seen", "not measured"]
-FindingOutcome = Literal["reproduced", "partly reproduced", "opposite", "not seen"]
+FindingOutcome = Literal["reproduced", "partly reproduced", "opposite", "not seen", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ class JudgedFinding:
 
     @property
     def outcome(self) -> FindingOutcome:
-        """Reproduced if all expectations are, opposite if the opposite of any was found."""
+        """Reproduced if all expectations are, opposite if the opposite of any was found.
+
+        Not measured if none of them was.
+        """
         outcomes = {judged.outcome for judged in self.expectations}
-        if outcomes == {"reproduced"}:
-            return "reproduced"
+        if outcomes in ({"reproduced"}, {"not measured"}):
+            return self.expectations[0].outcome
         if "opposite" in outcomes:
             return "opposite"
         return "partly reproduced" if "reproduced" in outcomes else "not seen"
@@ -101,6 +105,7 @@ def judge(comparison: Comparison, rows: list[SummaryRow]) -> JudgedFinding | Non
         return None
     by_name = {(row.variant, row.metric): row for row in rows}
     judged = (_judge(e, by_name.get((e.variant, e.metric))) for e in finding.expect)
+    judged = (_with_seeds(one, len(comparison.seeds)) for one in judged)
     return JudgedFinding(finding, comparison.baseline, tuple(judged))
 
 
@@ -140,6 +145,14 @@ def _judge(expected: Expectation, row: SummaryRow | None) -> Judged:
     if why:
         return Judged(expected, "not measured", why, num_seeds)
     return Judged(expected, "not seen", _why_not_seen(row), num_seeds)
+
+
+def _with_seeds(judged: Judged, num_seeds: int) -> Judged:
+    """Tells where seeds of the comparison are missing."""
+    if judged.outcome == "not measured" or judged.num_seeds == num_seeds:
+        return judged
+    found = f"{judged.found}, with {judged.num_seeds} of {num_seeds} seeds"
+    return dataclasses.replace(judged, found=found)
 
 
 def _why_not_measured(row: SummaryRow) -> str:

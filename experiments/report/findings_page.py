@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from alignlab.config.recipe_file import recipe_folder
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.report.escaping import markdown_text
 from alignlab.experiments.report.findings import JudgedFinding, judge
@@ -103,7 +103,10 @@ def findings_markdown(found: Sequence[FoundFinding], folder: Path, out: Path) ->
         lines += _section(one, out)
     left_out = folder / LEFT_OUT
     if left_out.is_file():
-        lines += ["", left_out.read_text(encoding="utf-8").rstrip()]
+        try:
+            lines += ["", left_out.read_text(encoding="utf-8").rstrip()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{left_out}: no text in UTF-8: {first_line(error)}") from None
     return "\n".join([*lines, ""])
 
 

@@ -5,10 +5,11 @@ bits; on a GPU, where sums are taken in any order, they do not, and what they di
 difference between variants too. Costs are left out: how equal models differ in time is measured
 with the cost of a step (`experiments/compare/cost.py`).
 
-Two things are told as warnings. A mean difference whose interval excludes 0: the two trainings were
-then not equal. The intervals of the summary table's metrics are at the level of Holm's correction
-over these metrics, so that of equal trainings at most 5% of comparisons are warned of. And a
-claimed change that is smaller than what one seed differed by.
+Warnings tell a second training that diverged; a mean difference whose interval excludes 0, since
+the two trainings were then not equal; and a claimed change that is smaller than what one seed
+differed by. The intervals of the summary table's metrics are at the level of Holm's correction over
+these metrics, so that of equal trainings at most 5% of comparisons are warned of. Steps to target
+are a test of their own, of numbers that the validation loss is warned of already: left out there.
 """
 
 import csv
@@ -27,8 +28,9 @@ from alignlab.experiments.report.summary import SummaryRow, by_metric, differenc
 READING = (
     "Second training minus first, with the same recipe and seed: the largest magnitude over seeds; "
     "their mean with its interval, at the level of Holm's correction over these metrics (95% or "
-    "more); with how many seeds both are exactly equal. Beside it, the smallest difference that "
-    "could have been seen of a variant, and the claimed ones."
+    "more), but for steps to target, which have a 95% interval and whose largest difference is a "
+    "lower bound where a seed never gets there; with how many seeds both are exactly equal. Beside "
+    "it, the smallest difference that could have been seen of a variant, and the claimed ones."
 )
 HEADER = ("metric", "largest", "mean [interval]", "equal with", "could see", "claimed")
 """Columns of `NoiseFloor.table`."""
@@ -146,7 +148,11 @@ class NoiseFloor:
             return f"{twice}: nothing was measured in both trainings.{missing}"
         if not differing:
             return f"{twice} ends with the same numbers with {self._which()}.{missing}"
-        parts = [f"{r.largest_text} in {r.name}{_seen(r)}" for r in self.shown if not r.is_equal]
+        unequal = [row for row in self.shown if not row.is_equal]
+        parts = [f"{r.largest_text} in {r.name}{_seen(r)}" for r in unequal if r.largest < math.inf]
+        parts += [
+            f"a number that is not finite in {r.name}" for r in unequal if r.largest == math.inf
+        ]
         if not parts:
             return (
                 f"{twice} with {self._which()} differs in {len(differing)} of {len(self.rows)} "
@@ -165,7 +171,8 @@ class NoiseFloor:
                 f"{self.baseline} trained a second time DIVERGED with {_seeds(self.diverged)} (its "
                 "validation loss ended far above its start)."
             )
-        differing = [row for row in self.shown if row.paired is not None and row.paired.is_claimed]
+        tested = [row for row in self.shown if row.target is None and row.paired is not None]
+        differing = [row for row in tested if row.paired is not None and row.paired.is_claimed]
         if differing and not self.diverged:
             listed = ", ".join(f"{row.name} {row.texts[2]}" for row in differing)
             found.append(
@@ -178,7 +185,7 @@ class NoiseFloor:
             f"{row.size(row.largest)})"
             for row in self.shown
             for variant, size in row.claimed.items()
-            if size < row.largest
+            if size < row.largest < math.inf and not self.diverged
         ]
         if small:
             found.append(

@@ -209,8 +209,8 @@ def steps_footnotes(comparison: Comparison, found: Mapping[str, StepsToTarget]) 
     few = min(len(_curve(comparison, base, seed)) for seed in found[base].ratios)
     if few < _FEW:
         text += (
-            f" There are {few} evaluations: a line between two of a curve that bends makes a ratio "
-            f"too large. A smaller eval.every, for {_FEW} or more, tells it better."
+            f" There are {few} evaluations: between so few a ratio is less exact. A smaller "
+            f"eval.every, for {_FEW} or more, tells it better."
         )
     return [text]
 

@@ -75,7 +75,7 @@ def main() -> None:
         axes.set_facecolor("white")
         axes.tick_params(length=3, color="#9ca3af")
     left.axhline(0, color=BASELINE_COLOUR, lw=1)
-    for place, (variant, colour) in enumerate(zip(others, COLOURS, strict=False)):
+    for place, (variant, colour) in enumerate(zip(others, COLOURS[: len(others)], strict=True)):
         draw_curves(left, comparison, variant, colour)
         draw_steps(right, comparison, variant, colour, -place)
     number = len(comparison.seeds)

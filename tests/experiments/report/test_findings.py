@@ -22,7 +22,7 @@ from alignlab.experiments.compare.result import (
     VariantCost,
 )
 from alignlab.experiments.report.findings import Judged, JudgedFinding, judge
-from alignlab.experiments.report.findings_page import LEFT_OUT
+from alignlab.experiments.report.findings_page import LEFT_OUT, findings_markdown, read_findings
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown, print_summary
 from alignlab.experiments.report.write import write_report
@@ -199,7 +199,20 @@ def test_the_verdict_of_a_finding(variants: tuple[str, ...], expected: str, lead
 def test_what_is_not_measured_keeps_a_finding_from_being_reproduced() -> None:
     found = judged(compared(), ("lower", "frechet", "lower"), ("lower", "gen/frechet", "lower"))
     assert found.outcome == "partly reproduced" and "1 not measured" in found.lead
-    assert judged(compared(), ("lower", "gen/frechet", "lower")).outcome == "not seen"
+    assert judged(compared(), ("lower", "gen/frechet", "lower")).outcome == "not measured"
+
+
+def test_seeds_that_a_variant_lacks_are_told() -> None:
+    whole = compared()
+    kept = [
+        run for run in whole.results if (run.variant, run.seed) not in {("lower", 3), ("same", 4)}
+    ]
+    made = replace(whole, results=tuple(kept))
+    reproduced = one(made, "lower", "frechet", "lower")
+    assert reproduced.outcome == "reproduced"
+    assert reproduced.found.endswith(", with 4 of 5 seeds")
+    assert one(made, "same", "frechet", "lower").found.endswith(", with 4 of 5 seeds")
+    assert "of 5 seeds" not in one(made, "higher", "frechet", "lower").found
 
 
 HOSTILE = "<script>alert(1)</script> | [x](javascript:alert(1)) **{{ 7*7 }}**"
@@ -228,7 +241,7 @@ def test_every_form_of_a_report_shows_the_finding_on_top_and_escapes_it(tmp_path
     print_summary(made, Console(width=400, file=terminal))
     printed = terminal.getvalue()
     assert printed.startswith(f"Finding: {HOSTILE}")
-    assert printed.index("Not seen here") < printed.index("Against none")
+    assert printed.index("Not measured here") < printed.index("Against none")
 
 
 def test_the_finding_is_kept_and_older_files_are_read(tmp_path: Path) -> None:
@@ -308,3 +321,13 @@ def test_results_that_an_installation_lacks_are_one_line(
     package = "alignlab.experiments.report.findings_page.recipe_folder"
     monkeypatch.setattr(package, lambda: tmp_path / "recipes")
     assert "results/findings: no such folder" in refused("findings")
+
+
+def test_a_page_whose_last_part_is_no_text_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "push"
+    folder.mkdir()
+    compared(finding=finding(("lower", "frechet", "lower"))).save(folder / "comparison.json")
+    (tmp_path / "left_out.md").write_bytes(b"## \xff")
+    found, _ = read_findings(tmp_path)
+    with pytest.raises(UserError, match=r"left_out\.md: no text in UTF-8"):
+        findings_markdown(found, tmp_path, tmp_path / "page.md")

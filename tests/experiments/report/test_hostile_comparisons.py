@@ -130,7 +130,6 @@ def comparisons(draw: st.DrawFn) -> Comparison:
     subset = st.lists(st.sampled_from(variants), unique=True)
     by_variant = st.dictionaries(st.sampled_from(variants), json_values)
     shown = st.dictionaries(texts, by_variant, max_size=2)
-    baseline = draw(st.sampled_from(variants))
     others = [v for v in variants if v != baseline and printable(v) == v]
     return Comparison(
         name=draw(texts),

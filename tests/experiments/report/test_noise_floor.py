@@ -193,6 +193,14 @@ def test_missing_and_diverged_second_trainings_are_told(tmp_path: Path) -> None:
     )
 
 
+def test_a_second_training_with_no_number_is_no_size_to_hold_claims_against() -> None:
+    whole = made(plus(0.0, 0.0, 0.0), a=plus(*(-0.1 + w for w in WIGGLE[:3])))
+    first = dataclasses.replace(whole.again[0], metrics={"val/flow": float("nan")})
+    found = floor_of(dataclasses.replace(whole, again=(first, *whole.again[1:])))
+    assert "differs by up to a number that is not finite in validation flow loss" in found.sentence
+    assert not found.warnings
+
+
 def test_the_steps_to_target_of_the_second_training(tmp_path: Path) -> None:
     def curve(last: float) -> dict[str, Curve]:
         return {"val/flow": ((5, 1.0), (10, last))}
