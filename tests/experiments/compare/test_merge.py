@@ -54,6 +54,7 @@ def test_merged_variants_are_the_comparison_made_at_once() -> None:
     variants = ("none", "refalign", "videorepa", "repa")
     whole = recipe_comparison(variants)
     assert found.variants == variants
+    assert what_counts(found).results == what_counts(whole).results
     assert summary_rows(found) == summary_rows(whole)
     assert found.differing == whole.differing
 
