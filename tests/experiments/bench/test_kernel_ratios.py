@@ -111,8 +111,10 @@ def test_of_several_devices_those_of_both_are_joined(tmp_path: Path) -> None:
     a, b, c = (f"Card {name}" for name in "ABC")
     rows = {card: _mine(ms, 0.01, gpu_name=card) for card, ms in ((a, 10.0), (b, 20.0), (c, 40.0))}
     old, new = tables(tmp_path, [*rows[a], *rows[b]], [*rows[c], *rows[b]])
-    (ratio,) = compare_tables(old, new).ratios
+    ratios = compare_tables(old, new)
+    (ratio,) = ratios.ratios
     assert ratio.middle == 1.0 and ratio.old.median == 20.0
+    assert ratios.only_old == ratios.only_new == ()
     assert "compared on Card B alone, which both tables have" in compare(old, new).stdout
     write_rows(new, *rows[c])
     line = refused("bench", "compare", old, new)
