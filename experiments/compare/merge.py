@@ -186,7 +186,9 @@ def _merged_recipe(sources: Sequence[Source], baseline: str) -> dict[str, Any]:
     if allowed:
         recipe["allow_differences"] = list(allowed)
     finding = _merged_finding(sources, baseline)
-    recipe["finding"] = None if finding is None else finding.model_dump(mode="json")
+    recipe.pop("finding", None)
+    if finding is not None:
+        recipe["finding"] = finding.model_dump(mode="json")
     if any(source.recipe.get("aa") for source in sources):
         recipe["aa"] = True
     return {

@@ -7,7 +7,6 @@ import pytest
 
 from alignlab.doctor import print_diagnosis
 from alignlab.errors import UserError
-from alignlab.kernels.plugins import ImplementationError
 from alignlab.recipe import dump, load_run, recipe_hash
 from alignlab.train import train
 from command_line import refused
@@ -79,7 +78,7 @@ def test_a_run_of_one_that_cannot_run_here_says_why(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     with kernel_package(tmp_path / "installed", mine="tiny_kernel:NEEDY"):
-        with pytest.raises(ImplementationError, match="impl='mine@tiny-kernels' cannot run: needs"):
+        with pytest.raises(UserError, match="objectives.ra: pull_push: impl='mine@tiny-kernels' can"):
             train(make_config("objectives.ra.impl=mine"))
 
 
