@@ -43,6 +43,7 @@ PRINTED = {("train", "wan21_1.3b_1gpu"), ("compare", "wan21_1.3b_compare")}
 ELSEWHERE = {
     ("data", "real-clips"),
     ("compare", "real_clips"),
+    ("compare", "findings/NAME"),  # tests/experiments/compare/test_finding_recipes.py
     ("bench", "kernels"),
     ("bench", "share"),
 }
