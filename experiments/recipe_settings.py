@@ -52,11 +52,10 @@ def recipe_settings() -> list[RecipeSetting]:
     """
     runs = list(_run_rows())
     settings = [RecipeSetting(_readers(row), row) for row in runs]
-    for kind, config, keys in (
-        ("comparison", CompareConfig, (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS)),
-        ("sweep", SweepConfig, SWEEP_KEYS),
-    ):
-        settings += [RecipeSetting((kind,), row) for row in _top_level(config, keys)]
+    compare_keys = (*COMPARE_KEYS, *OPTIONAL_COMPARE_KEYS)
+    comparison = _top_level(CompareConfig, compare_keys)
+    settings += [RecipeSetting(("comparison",), row) for row in comparison]
+    settings += [RecipeSetting(("sweep",), row) for row in _top_level(SweepConfig, SWEEP_KEYS)]
     return _joined([*settings, *(RecipeSetting(("stage1",), row) for row in _stage1_rows())])
 
 

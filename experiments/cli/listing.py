@@ -25,7 +25,7 @@ def list_objectives(as_json: AsJson = False) -> None:
     for name, objective in OBJECTIVES.items():
         fields = objective.Config.model_fields
         blocks = None if fields["blocks"].is_required() else list(fields["blocks"].default)
-        row = {"name": name, "about": _about(objective), "tokens": objective.tokens}
+        row: dict[str, Any] = {"name": name, "about": _about(objective), "tokens": objective.tokens}
         row |= {"weight": fields["weight"].default, "blocks": blocks, "paper": objective.paper}
         rows.append(row)
     if as_json:
