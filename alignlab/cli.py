@@ -1,10 +1,10 @@
 """The command line. Heavy imports happen inside the commands, so that `--help` answers at once."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,22 +12,20 @@ from alignlab import interruption
 from alignlab.cli_errors import Commands
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow, path_option
 from alignlab.cli_runs import evaluate, export, repro, sample
-from alignlab.cli_tables import print_table
+from alignlab.cli_tables import AsJson, print_json
 from alignlab.config.paths import user_path
 from alignlab.distributed import launch_env
 from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.findings import findings
+from alignlab.experiments.cli.listing import list_app
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
 from alignlab.passwords import without_password
-
-if TYPE_CHECKING:  # pydantic takes a while to import
-    from pydantic import BaseModel
 
 app = typer.Typer(
     cls=Commands,
@@ -36,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
 app.add_typer(list_app, name="list")
@@ -110,11 +107,14 @@ def stage1(
     echo_mlflow(folder.parent, config)
 
 
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Show versions and which devices, attention backends, kernels and models work here."""
-    from alignlab.doctor import print_diagnosis
+    from alignlab.doctor import diagnosis, print_diagnosis
 
-    print_diagnosis()
+    if as_json:
+        print_json(diagnosis())
+    else:
+        print_diagnosis()
 
 
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -137,67 +137,6 @@ COMMANDS: tuple[Callable[..., None], ...] = (
 """In the order of `alignlab --help`."""
 for command in COMMANDS:
     app.command()(command)
-
-
-@list_app.command("objectives")
-def list_objectives() -> None:
-    """Alignment losses and their defaults."""
-    from alignlab.losses import OBJECTIVES
-
-    for name, objective in OBJECTIVES.items():
-        fields = objective.Config.model_fields
-        facts = [f"{objective.tokens} tokens", f"weight {fields['weight'].default}"]
-        if not fields["blocks"].is_required():
-            facts.append(f"blocks {', '.join(map(str, fields['blocks'].default))}")
-        if objective.paper:
-            facts.append(f"arXiv {objective.paper}")
-        typer.secho(name, bold=True)
-        typer.echo(f"  {_about(objective)}\n  {'; '.join(facts)}")
-
-
-@list_app.command("teachers")
-def list_teachers() -> None:
-    """Families of vision models to align to."""
-    from alignlab.teachers import TEACHERS
-
-    rows = [(name, row.path, row.feature) for name, row in TEACHERS.items()]
-    print_table(("family", "path unless set", "feature unless set"), rows)
-
-
-@list_app.command("metrics")
-def list_metrics() -> None:
-    """What a run measures, and which way is better."""
-    from alignlab.evaluation.metric_registry import METRICS
-
-    rows = [(name, m.label, m.unit or "-", m.better) for name, m in METRICS.items()]
-    print_table(("metric", "what it is", "unit", "better"), rows)
-
-
-@list_app.command("recipes")
-def list_recipes() -> None:
-    """Recipes that come with alignlab."""
-    from alignlab.config.recipe_file import shipped_recipes
-
-    print_table(("recipe", "what it is"), list(shipped_recipes().items()))
-
-
-@list_app.command("data")
-def list_data() -> None:
-    """Data sets and their settings."""
-    from alignlab.data.registry import DATASETS
-
-    for name, dataset in DATASETS.items():
-        print_table((name, "default", "meaning"), list(_setting_rows("data", dataset.config)))
-
-
-def _setting_rows(under: str, config: "type[BaseModel]") -> Iterator[tuple[str, str, str]]:
-    """Name, default and meaning of every setting, those of a mapping one by one."""
-    for key, field in config.model_fields.items():
-        if hasattr(type(field.default), "model_fields"):
-            yield from _setting_rows(f"{under}.{key}", type(field.default))
-            continue
-        default = "required" if field.is_required() else str(field.default)
-        yield f"{under}.{key}", default, field.description or "which data set this is"
 
 
 data_app.command("preview")(preview)
@@ -245,10 +184,6 @@ def command_line() -> None:
     # diffusers. Whether it can train is said by `doctor` and by the check of `model.attention`.
     logging.getLogger("xformers").setLevel(logging.ERROR)
     app()
-
-
-def _about(thing: object) -> str:
-    return (thing.__doc__ or "").strip().split("\n", 1)[0]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -38,14 +39,24 @@ GIB = 2**30
 
 
 def print_diagnosis(console: Console | None = None) -> None:
-    """Print everything below as tables; a thing that does not work comes with its reason."""
+    """Print `diagnosis` as tables; a thing that does not work comes with its reason."""
     console = console or Console()
-    devices = device_lines()
-    console.print(_table("Versions", ("package", "version"), list(package_versions().items())))
-    console.print(_table("Devices", ("device", "what it is"), list(devices.items())))
-    for device in devices:
+    found = diagnosis()
+    console.print(_table("Versions", ("package", "version"), found["versions"]))
+    console.print(_table("Devices", ("device", "what it is"), found["devices"]))
+    for device, states in found["attention"].items():
         title = f"Attention backends on {device} (model.attention)"
-        console.print(_table(title, ("backend", "state"), attention_states(device)))
+        console.print(_table(title, ("backend", "state"), states))
+    console.print(_table("Kernels", ("kernel", "state"), found["kernels"]))
+    console.print(_table("Models", ("model", "state"), found["models"]))
+
+
+def diagnosis() -> dict[str, dict[str, Any]]:
+    """Everything below: `versions`, `devices`, `attention` (by device), `kernels`, `models`.
+
+    Each maps a thing's name to its state.
+    """
+    devices = device_lines()
     kernels = [
         (f"{name}, impl={impl}", why or "works")
         for name, operation in OPERATIONS.items()
@@ -56,8 +67,13 @@ def print_diagnosis(console: Console | None = None) -> None:
         for one in installed_kernels()
         if one.problem is not None
     ]
-    console.print(_table("Kernels", ("kernel", "state"), [*kernels, *auto_states()]))
-    console.print(_table("Models", ("model", "state"), list(model_states().items())))
+    return {
+        "versions": package_versions(),
+        "devices": devices,
+        "attention": {device: dict(attention_states(device)) for device in devices},
+        "kernels": dict([*kernels, *auto_states()]),
+        "models": model_states(),
+    }
 
 
 def package_versions() -> dict[str, str]:
@@ -143,10 +159,10 @@ def _where(path: str) -> str:
     return "not on this machine; downloaded from the hub on first use"
 
 
-def _table(title: str, header: tuple[str, str], rows: list[tuple[str, str]]) -> Table:
+def _table(title: str, header: tuple[str, str], rows: dict[str, str]) -> Table:
     table = Table(title=title, title_justify="left", show_lines=False)
     table.add_column(header[0], no_wrap=True)
     table.add_column(header[1], overflow="fold")
-    for name, state in rows:
+    for name, state in rows.items():
         table.add_row(Text(name), Text(state))  # plain: brackets are no markup
     return table

@@ -26,6 +26,9 @@ class PowerGate(BaseModel):
     it from a helper whose own description expects the noisy step first and the clean step last,
     but calls it with the two swapped. Whether that is meant or an argument-order slip is not
     known: in the documented order the same call gives (1-t)^3, which is `inverse_power`.
+
+    Args:
+        p: the exponent, above 0; RefAlign's code has 3.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +37,11 @@ class PowerGate(BaseModel):
 
 
 class InversePowerGate(BaseModel):
-    """`(1-t)^p`: most weight on clean input; with p=3 RefAlign's gate in the documented order."""
+    """`(1-t)^p`: most weight on clean input; with p=3 RefAlign's gate in the documented order.
+
+    Args:
+        p: the exponent, above 0.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["inverse_power"]
@@ -42,7 +49,12 @@ class InversePowerGate(BaseModel):
 
 
 class WindowGate(BaseModel):
-    """1 where `low <= t <= high`, 0 elsewhere."""
+    """1 where `low <= t <= high`, 0 elsewhere.
+
+    Args:
+        low: cleanest noise level that counts, 0 to 1.
+        high: noisiest noise level that counts, above `low`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["window"]

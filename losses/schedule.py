@@ -17,7 +17,13 @@ class Constant(BaseModel):
 
 class Ramp(BaseModel):
     """Factor 1 up to step `start`, `final` from step `end` on, and between them a line or half a
-    cosine wave. `end=None` means the end of the run."""
+    cosine wave.
+
+    Args:
+        start: last step at factor 1.
+        end: first step at `final`. Left out: the end of the run.
+        final: factor from `end` on.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["linear", "cosine"]
@@ -33,7 +39,11 @@ class Ramp(BaseModel):
 
 
 class StopAt(BaseModel):
-    """Factor 1 before `step`, 0 from `step` on (HASTE's hard stop, arXiv 2505.16792)."""
+    """Factor 1 before `step`, 0 from `step` on (HASTE's hard stop, arXiv 2505.16792).
+
+    Args:
+        step: the first one without the objective.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["stop_at"]

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from alignlab.config.data import unknown_name
 from alignlab.config.merging import ALIASED, KINDS, canonical, merge
+from alignlab.config.path_kinds import not_a_recipe
 from alignlab.config.paths import user_path
 from alignlab.errors import UserError, one_line
 
@@ -98,7 +99,8 @@ def _has_reference(value: Any) -> bool:
 
 def _find(recipe: str | Path) -> Path:
     path = user_path(str(recipe))
-    if path.is_file():
+    problem = not_a_recipe(path)
+    if path.is_file() and problem is None:
         return path
     shipped = shipped_recipes()
     name = str(recipe).removesuffix(".yaml")
@@ -106,6 +108,8 @@ def _find(recipe: str | Path) -> Path:
         if str(recipe) != name:  # a file was meant, and this run would be of other settings
             raise UserError(f"{recipe}: no such file; the shipped recipe of that name is {name!r}")
         return recipe_folder() / f"{name}.yaml"
+    if problem is not None:
+        raise UserError(problem)
     if name in _FORMER:
         raise UserError(f"{recipe}: that recipe is now {_FORMER[name]}")
     raise UserError(f"{recipe}: no such file; {unknown_name('shipped recipe', name, shipped)}")

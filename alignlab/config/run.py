@@ -47,6 +47,7 @@ class RunConfig(TrainingConfig):
 
     model: ModelConfig
     data: DataConfig
+    """The data set; `data.name` says which (`alignlab list data`)."""
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     """By alias (`alignlab.config.names`); an objective names its teacher by alias."""
     objectives: dict[str, SerializeAsAny[AnyObjective]] = Field(default_factory=dict)

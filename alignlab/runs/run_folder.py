@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config.parts import TrainingConfig
+from alignlab.config.path_kinds import not_a_run
 from alignlab.config.paths import user_path
-from alignlab.config.recipe_file import read_recipe
+from alignlab.config.recipe_file import read_recipe, shipped_recipes
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
@@ -135,7 +136,7 @@ class RunFolder:
         folder = cls(path)
         folder.check_recipe_file()
         if not folder.recipe.is_file():
-            raise UserError(f"{path}: no run there (a run folder has a recipe.yaml)")
+            raise UserError(_why_no_run(path))
         return folder
 
     def check_recipe_file(self) -> None:
@@ -362,6 +363,13 @@ class RunFolder:
         names += [f"samples/{name}" for name in files_below(self.samples)]
         names += [f"stage1/{name}" for name in (*files_below(self.stage1), CHECKSUMS)]
         return [name for name in names if (self.path / name).is_file()]
+
+
+def _why_no_run(path: Path) -> str:
+    """What was named in place of a run, as far as it can be told."""
+    if not path.exists() and str(path) in shipped_recipes():
+        return f"{path} is a recipe, not a run: `alignlab train {path}` makes the run"
+    return not_a_run(path) or f"{path}: no run there (a run folder has a recipe.yaml)"
 
 
 def _is_clip(clip: object) -> bool:

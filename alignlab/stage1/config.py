@@ -42,6 +42,7 @@ class Stage1Config(TrainingConfig):
     model: TextModelConfig | None = None
     """Whose text encoder embeds the phrases, for a task that reads text (`sara`)."""
     data: DataConfig
+    """The data set; `data.name` says which (`alignlab list data`)."""
     teachers: dict[str, TeacherConfig]
     """The one teacher whose tokens the network reads, by alias."""
     stage1: SerializeAsAny[AnyStage1]

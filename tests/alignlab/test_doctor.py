@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from alignlab.kernels import dispatch
 from alignlab.kernels.bench.cases import OPS
 from alignlab.kernels.registry import OPERATIONS
 from attention_tools import STOOD_IN, StrictAttention, replace_backend
+from command_line import alignlab
 
 
 def test_versions_are_those_installed() -> None:
@@ -84,3 +86,12 @@ def test_every_part_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert states["third, impl=eager"] == "works"
     assert states["flash"].startswith("missing package: ") and "flash-attn" in states["flash"]
     assert states["mine"] == "needs [this] and [/that]"
+
+
+def test_the_diagnosis_as_json_is_nothing_but_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "attention_states", lambda device: [("native", "trains")])
+    found = json.loads(alignlab("doctor", "--json").stdout)
+    assert list(found) == ["versions", "devices", "attention", "kernels", "models"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["attention"]["cpu"] == {"native": "trains"}
+    assert found["kernels"]["relation, impl=eager"] == "works"
