@@ -30,7 +30,7 @@ from alignlab.experiments.compare.config import (
 from alignlab.experiments.compare.fairness import unequal_tuning
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.report.metric_table import quantity
-from alignlab.recipe import first_difference, validated
+from alignlab.recipe import first_difference, load_run, validated
 from alignlab.runs.input_record import InputRecord
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ class Source:
             if not isinstance(content, dict) or not isinstance(content.get("variants"), dict):
                 raise UserError("it has no variants")
             recipe = {str(key): value for key, value in content.items()}
+            for variant in self.comparison.variants:
+                if variant not in recipe["variants"]:
+                    raise UserError(f"it has no variant {variant!r}")
             changes = {v: canonical(recipe["variants"][v]) for v in self.comparison.variants}
         except (*UNREADABLE, UserError) as error:
             raise self._unread(error) from None
@@ -75,13 +78,31 @@ class Source:
     def settings(self, variant: str) -> dict[str, Any]:
         """A variant's settings that change a number, by dotted key.
 
-        Of one that a sweep has tuned, those that are the same for all variants are the base's.
+        Raises:
+            UserError: a sweep has tuned it, and no run is there that says what it gave.
         """
-        own = {key: v for key, v in self.recipe["variants"][variant].items() if key != "from"}
-        settings = settings_of(self._run(own))
+        changes = self.recipe["variants"][variant]
+        if "from" in changes:
+            return self._tuned_settings(variant)
+        settings = settings_of(self._run(changes))
         for key, values in self.comparison.differing.items():
             settings[key] = values.get(variant)
         return {key: value for key, value in settings.items() if value is not None}
+
+    def _tuned_settings(self, variant: str) -> dict[str, Any]:
+        """From a run's own recipe: that of the comparison names the sweep alone."""
+        for run in self.comparison.results:
+            recipe = self.folder / run.run_dir / "recipe.yaml"
+            if run.variant == variant and recipe.is_file():
+                settings = settings_of(load_run(recipe, stored=True))
+                shared = settings_of(self.base)
+                for key in (BLOCKS, "steps"):  # which the comparison decides
+                    settings[key] = shared.get(key)
+                return {key: value for key, value in settings.items() if value is not None}
+        raise UserError(
+            f"{self.folder}: variant {variant} comes from a sweep, and its run folders, which say "
+            "what that gave, are not there: not merged"
+        )
 
     def record(self, run: RunResult) -> InputRecord:
         """What a run has read, if it is known."""
@@ -215,6 +236,7 @@ def _tell_evaluations(first: Source, other: Source) -> None:
 def _numbers(one: RunResult, other: RunResult) -> Iterator[tuple[str, float, float]]:
     """Numbers that both have of what a training decides, by name."""
     yield "steps", one.steps, other.steps
+    yield "diverged", one.diverged, other.diverged
     for name in one.metrics.keys() & other.metrics.keys():
         if not quantity(name).cost:
             yield name, one.metrics[name], other.metrics[name]

@@ -147,7 +147,7 @@ def unequal_tuning(
     if not facts:
         return {}
     trials = {v: count or 0 for v, count in facts["tuning.trials"].items()}
-    searched = [key for keys in facts["tuning.searched"].values() for key in _keys(keys)]
+    searched = [key for keys in facts.get("tuning.searched", {}).values() for key in _keys(keys)]
     if trials[baseline] == 0 and all(key.startswith("objectives.") for key in searched):
         del trials[baseline]
     compared: dict[str, dict[str, JsonValue]] = {"tuning.trials": {**trials}}

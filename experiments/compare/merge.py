@@ -48,7 +48,7 @@ def merged(
         comparisons: each with its folder; at least one.
         target: the folder of the result, to which the run folders are relative; None: nothing is
             written, and clips are left out.
-        baseline: of the result; None: the one that all have.
+        baseline: of the result, where they have different ones; `subset` gives one another.
 
     Raises:
         UserError: they were not measured alike, the same run has other numbers, or they have
@@ -59,7 +59,7 @@ def merged(
     for one, other in combinations(sources, 2):  # what two share need not be the first's
         refuse_others(one, other)
     tell_unsure(sources)
-    chosen = _baseline(sources, baseline)
+    chosen = _common_baseline(sources, baseline)
     changes = _merged_recipe(sources, chosen) | _merged_runs(sources, target)
     if any(source.comparison.baseline != chosen for source in sources):
         changes["again"] = ()  # runs of what was the baseline
@@ -68,6 +68,12 @@ def merged(
         values = [getattr(source.comparison, field.name) for source in sources]
         if field.name not in changes and any(value != values[0] for value in values):
             log.warning("%s: not the same in all comparisons, the first's is kept", field.name)
+    names = {run.variant for run in changes.get("again", first.again)}
+    if shared := names.intersection(changes["variants"]):
+        raise UserError(
+            f"{shared.pop()} is the second training of a baseline in one comparison and a variant "
+            "in another: not merged"
+        )
     found = dataclasses.replace(first, **changes)
     refuse_unequal_tuning(found)
     missing = len(found.variants) * len(found.seeds) - len(found.results)
@@ -76,12 +82,13 @@ def merged(
     return found
 
 
-def _baseline(sources: Sequence[Source], asked: str | None) -> str:
-    if asked is not None:
-        return asked
+def _common_baseline(sources: Sequence[Source], asked: str | None) -> str:
+    """The baseline that all have, so that costs, budgets and tuning are still against it."""
     first, *others = sources
     for other in others:
         if other.comparison.baseline != first.comparison.baseline:
+            if asked is not None:
+                return asked
             raise UserError(
                 f"{first.folder} has the baseline {first.comparison.baseline} and {other.folder} "
                 f"has {other.comparison.baseline}: say which by --baseline"
@@ -128,6 +135,10 @@ def _common_blocks(sources: Sequence[Source]) -> set[int] | None:
         folder: {block for block in blocks if block is not None}
         for folder, blocks in measured.items()
     }
+    if any(by_folder.values()) and not all(by_folder.values()):
+        without = ", ".join(str(folder) for folder, blocks in by_folder.items() if not blocks)
+        log.warning("%s: no block was measured: metrics of blocks are left out", without)
+        return set()
     first, *others = by_folder.values() or [set()]
     if all(blocks == first for blocks in others):
         return None

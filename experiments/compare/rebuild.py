@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignlab.errors import UserError
-from alignlab.experiments.compare.outputs import read_comparison, rewrite_outputs, write_outputs
+from alignlab.experiments.compare.outputs import (
+    COMPARISON,
+    read_comparison,
+    rewrite_outputs,
+    write_outputs,
+)
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.compare.subset import moved, subset
+from alignlab.experiments.compare.subset import clips_are_there, moved, subset
 from alignlab.runs.out_paths import check_out_folder, out_folder
 
 
@@ -44,8 +49,8 @@ def rebuild(
         What the report is about, and its path.
 
     Raises:
-        UserError: as `chosen`; `out` is missing, cannot be written, or is where a comparison
-            trained.
+        UserError: as `chosen`; `out` is missing, cannot be written, or holds a comparison that is
+            no such report; clips that a report has now are gone.
     """
     choice = choice or Choice()
     if out is None:
@@ -58,15 +63,47 @@ def rebuild(
                 f"--out: missing; with {choice.options[0]}, {paths[0]} would lose the rest of its "
                 "comparison"
             )
-        _, folder = read_comparison(paths[0])
-        check_out_folder(folder, "FOLDER")
-        return rewrite_outputs(folder)
+        return _in_place(paths[0])
     with out_folder(out):
-        if any(out.glob("*/seed-*/recipe.yaml")):
-            raise UserError(f"--out: {out} is where a comparison trained: choose another --out")
+        _refuse_others_folder(paths, out)
         comparison = chosen(paths, out, choice)
         out.mkdir(parents=True, exist_ok=True)
         return comparison, write_outputs(comparison, out)
+
+
+def _in_place(path: Path) -> tuple[Comparison, Path]:
+    """The report of a folder anew, with nothing that it has now left out."""
+    comparison, folder = read_comparison(path)
+    if path.is_file() and path.name != COMPARISON:
+        raise UserError(
+            f"--out: missing; {path} is not the {COMPARISON} of its folder, whose report would be "
+            "written"
+        )
+    check_out_folder(folder, "FOLDER")
+    lost = [run for run in comparison.results if not clips_are_there(run, folder)]
+    if lost and (folder / "report.html").is_file():
+        raise UserError(
+            f"{folder}: clips of {lost[0].variant} with seed {lost[0].seed} are not there, and its "
+            "report.html would lose them: give another folder as --out"
+        )
+    return rewrite_outputs(folder)
+
+
+def _refuse_others_folder(paths: Sequence[Path], out: Path) -> None:
+    """Refuses to write over a comparison: only an earlier report may be replaced.
+
+    The runs of a report lie in the folders of others.
+    """
+    if any(out.glob("*/seed-*/recipe.yaml")):
+        raise UserError(f"--out: {out} is where a comparison trained: choose another --out")
+    for path in paths:
+        _, folder = read_comparison(path)
+        if folder.resolve() == out.resolve():
+            raise UserError(f"--out: {out} is what is to be reported on: choose another --out")
+    if (out / COMPARISON).is_file():
+        there, _ = read_comparison(out)
+        if not all(run.run_dir.startswith("..") for run in there.results):
+            raise UserError(f"--out: {out} holds a comparison of its own: choose another --out")
 
 
 def chosen(paths: Sequence[Path], target: Path | None, choice: Choice) -> Comparison:

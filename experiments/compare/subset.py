@@ -83,7 +83,7 @@ def moved(comparison: Comparison, source: Path, target: Path | None) -> Comparis
             return dataclasses.replace(run, samples=())
         folder = (source / run.run_dir).resolve()
         samples = run.samples
-        if not all((folder / clip.video).is_file() for clip in samples):
+        if not clips_are_there(run, source):
             lost.append(f"{run.variant} with seed {run.seed}")
             samples = ()
         run_dir = os.path.relpath(folder, target.resolve())
@@ -96,6 +96,17 @@ def moved(comparison: Comparison, source: Path, target: Path | None) -> Comparis
             *(source, len(lost), _few(lost)),
         )
     return found
+
+
+def clips_are_there(run: RunResult, folder: Path) -> bool:
+    """Whether all files of a run's clips are where its comparison, in `folder`, has them."""
+    names = [
+        name
+        for clip in run.samples
+        for name in (clip.video, clip.real, *clip.references)
+        if name is not None
+    ]
+    return all((folder / run.run_dir / name).is_file() for name in names)
 
 
 def differing_only(settings: Mapping[str, Mapping[str, Any]], variants: Sequence[str]) -> Settings:

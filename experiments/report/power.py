@@ -168,6 +168,8 @@ def _needed(row: SummaryRow, difference: float, num_tests: int) -> SeedsNeeded:
 def _why_unknown(row: SummaryRow, paired: Paired | None) -> str:
     if row.diverged:
         return "diverged"
+    if not row.is_claimable:
+        return "the baseline diverged"
     if paired is None or paired.std is None:
         return "no spread is known"
     return "the same difference with every seed" if paired.std == 0.0 else ""

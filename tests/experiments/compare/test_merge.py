@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
@@ -20,7 +21,9 @@ from alignlab.experiments.compare.result import (
     RunResult,
     VariantCost,
 )
+from alignlab.experiments.compare.subset import subset
 from alignlab.experiments.report.summary import summary_rows
+from alignlab.recipe import dump
 from alignlab.runs.checksums import write_json
 from recipe_comparisons import recipe_comparison, written
 
@@ -116,6 +119,13 @@ def with_flow(value: float) -> Comparison:
     return dataclasses.replace(other, results=tuple(runs))
 
 
+def from_a_sweep() -> str:
+    """The recipe of a comparison whose refalign a sweep has tuned."""
+    recipe = yaml.safe_load(recipe_comparison().recipe)
+    recipe["variants"]["refalign"] = {"from": "runs/sweep/best.yaml"}
+    return yaml.safe_dump(recipe)
+
+
 OTHERS: dict[str, tuple[Callable[[], Comparison], str]] = {
     "shared": (
         lambda: of_seed_3("optim.lr=0.5"),
@@ -148,6 +158,18 @@ OTHERS: dict[str, tuple[Callable[[], Comparison], str]] = {
     "blocks": (
         lambda: recipe_comparison(("none", "repa"), blocks=(5,)),
         r"eval\.blocks: no block was measured in all comparisons .*folder-1: 5\)",
+    ),
+    "diverged": (
+        lambda: changed(recipe_comparison(seeds=(2, 3)), diverged=True),
+        r"none with seed 2 has other numbers \(diverged was False, is True\)",
+    ),
+    "no variant": (
+        lambda: of_seed_3(recipe="name: x\nvariants: {none: {}}\n"),
+        r"folder-1: its recipe cannot be read by this version.*it has no variant 'refalign'",
+    ),
+    "from a sweep": (
+        lambda: of_seed_3(recipe=from_a_sweep()),
+        r"folder-1: variant refalign comes from a sweep, and its run folders",
     ),
     "baseline": (
         lambda: of_seed_3("baseline=refalign"),
@@ -207,6 +229,53 @@ def test_only_blocks_that_all_have_measured_are_left(caplog: pytest.LogCaptureFi
         assert cosines.keys() == {"cross_cos/block1", "cross_cos/block3", "cross_cos/mean"}
         both = cosines["cross_cos/block1"] + cosines["cross_cos/block3"]
         assert cosines["cross_cos/mean"] == pytest.approx(both / 2)
+
+
+def test_what_a_sweep_gave_is_read_from_the_runs(tmp_path: Path) -> None:
+    comparisons = [recipe_comparison(seeds=(seed,), recipe=from_a_sweep()) for seed in (0, 1, 2)]
+    sources = [(written(one, tmp_path / str(i)), one) for i, one in enumerate(comparisons)]
+    for (folder, one), weight in zip(sources, (0.5, 0.5, 0.25), strict=True):
+        run = next(run for run in one.results if run.variant == "refalign")
+        change = f"variants.refalign.objectives.ra.weight={weight}"
+        config = load_compare("demo", [change]).run("refalign", run.seed)
+        (folder / run.run_dir).mkdir(parents=True)
+        (folder / run.run_dir / "recipe.yaml").write_text(dump(config))
+    found = merged(sources[:2], tmp_path / "out")
+    assert found.seeds == (0, 1)
+    assert found.differing["objectives.ra.weight"]["refalign"] == 0.5
+    with pytest.raises(UserError, match=r"variant refalign has other settings \(objectives.ra.wei"):
+        merged(sources, tmp_path / "out")
+
+
+def test_metrics_of_blocks_that_one_has_not_measured_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = merge_of(recipe_comparison(), recipe_comparison(seeds=(3,), blocks=()))
+    assert "folder-1: no block was measured: metrics of blocks are left out" in caplog.text
+    assert not [name for run in found.results for name in run.metrics if "cross_cos" in name]
+    assert len([run for run in found.results if "val/flow" in run.metrics]) == 8
+
+
+def test_a_second_training_is_no_variant_of_another() -> None:
+    again = dataclasses.replace(recipe_comparison().results[0], variant="repa")
+    with pytest.raises(UserError, match=r"^repa is the second training of a baseline in one"):
+        merge_of(recipe_comparison(again=(again,)), recipe_comparison(("none", "repa")))
+
+
+def test_another_baseline_has_its_own_budget_and_tuning() -> None:
+    def budget() -> Budget:
+        return Budget("compute", {"none": 1.0, "refalign": 1.25}, {"none": 80, "refalign": 64})
+
+    parts = [recipe_comparison(seeds=(seed,), budget=budget()) for seed in (0, 1)]
+    merged_whole = merge_of(*parts, baseline="refalign")
+    found = subset(merged_whole, baseline="refalign")
+    assert found.budget == subset(parts[0], baseline="refalign").budget
+    assert found.budget is not None and found.budget.ratios == {"none": 0.8, "refalign": 1.0}
+    both = [
+        dataclasses.replace(tuned(), seeds=(s,), results=tuned().results[2 * s : 2 * s + 2])
+        for s in (0, 1)
+    ]
+    assert subset(merge_of(*both, baseline="repa"), baseline="repa").baseline == "repa"
 
 
 def cost(**slower: float) -> Cost:

@@ -1,6 +1,7 @@
 """`alignlab report`: reports of finished comparisons, written again, of a part, or of several."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,46 @@ def test_how_many_seeds_are_needed_is_printed_and_nothing_written(
         ["repa", "5"],
     ]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_comparison_is_written_over(folder: Path, tmp_path: Path) -> None:
+    other = written(recipe_comparison(VARIANTS, (3, 4)), tmp_path / "other")
+    before = {one: (one / "comparison.json").read_bytes() for one in (folder, other)}
+    told = refused("report", folder, "--out", folder, "--variants", "repa")
+    assert told.startswith(f"error: --out: {folder} is what is to be reported on")
+    assert "is what is to be reported on" in refused("report", folder, other, "--out", other)
+    third = written(recipe_comparison(VARIANTS, (5,)), tmp_path / "third")
+    told = refused("report", folder, other, "--out", third)
+    assert told.startswith(f"error: --out: {third} holds a comparison of its own")
+    assert before == {one: (one / "comparison.json").read_bytes() for one in before}
+
+
+def test_a_report_in_place_loses_no_clips(folder: Path) -> None:
+    (folder / "repa" / "seed-1" / "samples" / "0.mp4").unlink()
+    before = (folder / "report.html").read_bytes()
+    told = refused("report", folder)
+    assert told.startswith(f"error: {folder}: clips of repa with seed 1 are not there")
+    assert (folder / "report.html").read_bytes() == before
+    (folder / "report.html").unlink()  # there is nothing to lose
+    report(folder)
+
+
+def test_a_copy_of_a_comparison_is_not_taken_for_its_folder(folder: Path) -> None:
+    copy = folder / "copy.json"
+    copy.write_bytes((folder / "comparison.json").read_bytes())
+    assert "copy.json is not the comparison.json" in refused("report", copy)
+
+
+def test_no_seeds_are_told_where_nothing_would_be_claimed(
+    whole: Comparison, tmp_path: Path
+) -> None:
+    runs = [
+        dataclasses.replace(run, diverged=(run.variant, run.seed) == ("none", 1))
+        for run in whole.results
+    ]
+    diverged = dataclasses.replace(whole, results=tuple(runs))
+    output = report(written(diverged, tmp_path / "diverged"), "--power", "0.01")
+    assert output.count("the baseline diverged") == 2
 
 
 REFUSED: dict[str, tuple[list[Any], str]] = {

@@ -97,7 +97,7 @@ def test_what_is_of_another_baseline_or_finding_is_left_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     one, two = (dataclasses.replace(with_extras(s), budget=None) for s in ((0, 1), (2, 3)))
-    found = merge_of(one, two, baseline="refalign")
+    found = subset(merge_of(one, two, baseline="refalign"), baseline="refalign")
     assert found.again == () and found.finding is None
     other = FINDING.model_copy(update={"claim": "it does not"})
     found = merge_of(one, dataclasses.replace(two, finding=other))
