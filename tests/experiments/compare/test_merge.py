@@ -123,7 +123,7 @@ def from_a_sweep() -> str:
     """The recipe of a comparison whose refalign a sweep has tuned."""
     recipe = yaml.safe_load(recipe_comparison().recipe)
     recipe["variants"]["refalign"] = {"from": "runs/sweep/best.yaml"}
-    return yaml.safe_dump(recipe)
+    return str(yaml.safe_dump(recipe))
 
 
 OTHERS: dict[str, tuple[Callable[[], Comparison], str]] = {
