@@ -142,7 +142,8 @@ def paths_of(application: typer.Typer) -> Iterator[tuple[str, Any]]:
 
 def test_every_option_of_the_command_line_that_is_a_path(home: Path) -> None:
     paths = list(paths_of(app))
-    assert {"run", "folder", "out", "reference", "path"} == {name for name, _ in paths}
+    names = {"run", "folder", "folders", "out", "reference", "path", "old", "new"}
+    assert names == {name for name, _ in paths}
     assert [name for name, described in paths if described.parser is not user_path] == []
     done = CliRunner().invoke(app, ["export", "~/no-run", "--out=~/x"])
     assert str(home / "no-run") in f"{done.exception}{done.output}"

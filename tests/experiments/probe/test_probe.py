@@ -133,7 +133,8 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     for arguments, message in (
-        ((str(tmp_path),), "no run there"),
+        ((str(tmp_path),), "is a folder with runs in it, not a run"),
+        ((str(tmp_path / "nowhere"),), "no run there"),
         ((str(tmp_path / "begun"),), "the run has no checkpoint yet"),
         ((str(run), "--teacher", "dinno"), "did you mean 'dino'?"),
         (
