@@ -65,8 +65,8 @@ def check(case: Case, provider: Provider, device: torch.device) -> None:
 
 def _check_foreign(case: Case, provider: Provider, device: torch.device) -> None:
     impl: Impl = load_function(provider) if is_function(provider) else provider
-    dtypes = (case.dtype_name,)
-    for one in cases(case.op, dtypes=dtypes, width=case.width, checks=("accuracy",)):
+    dtypes, checks = (case.dtype_name,), ("accuracy", "inputs stay")
+    for one in cases(case.op, dtypes=dtypes, width=case.width, checks=checks):
         try:
             check_implementation(impl, one, device)
         except AssertionError as error:
