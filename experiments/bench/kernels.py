@@ -46,7 +46,7 @@ from alignlab.kernels.bench.run import (
     num_steps,
     too_large,
 )
-from alignlab.kernels.plugins import ImplementationError, errors_of_kernels, raised
+from alignlab.kernels.plugins import FOREIGN, ImplementationError, raised
 from alignlab.kernels.registry import OPERATIONS, installed_kernels
 from alignlab.progress import Advance, step_progress
 from alignlab.runs.atomic_files import write_text
@@ -358,7 +358,7 @@ def _why_not(case: Case, provider: Provider, bench: KernelBench) -> str | None:
         return str(error)
     except ValueError as error:
         reason = str(error)
-    except errors_of_kernels() as error:
+    except FOREIGN as error:
         if provider in PROVIDERS:
             raise
         reason = raised(error)
