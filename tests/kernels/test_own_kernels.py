@@ -145,7 +145,9 @@ def test_two_packages_cannot_share_the_name_of_a_kernel(tmp_path: Path) -> None:
 def test_one_that_cannot_run_here_says_why(value: str, reason: str, tmp_path: Path) -> None:
     with kernel_package(tmp_path, mine=value):
         assert OPERATIONS["pull_push"].implementations()["mine"] == reason
-        with pytest.raises(ImplementationError, match=rf"impl='mine' cannot run: {re.escape(reason)}"):
+        with pytest.raises(
+            ImplementationError, match=rf"impl='mine' cannot run: {re.escape(reason)}"
+        ):
             compute("mine")
 
 
