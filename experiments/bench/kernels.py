@@ -9,8 +9,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -146,6 +146,8 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
     """
     if bench.device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
+    names = dict.fromkeys(_plain_name(provider, bench.ops) for provider in bench.providers)
+    bench = replace(bench, providers=tuple(names))
     left_out: list[LeftOut] = []
     cases = _affordable(bench, left_out)
     _check_named(bench)
@@ -268,6 +270,29 @@ def _affordable(bench: KernelBench, left_out: list[LeftOut]) -> list[Case]:
     if not affordable:
         raise UserError(f"no case is left: {left_out[0].what} is {left_out[0].reason}")
     return affordable
+
+
+def _plain_name(provider: Provider, ops: Sequence[Op]) -> Provider:
+    """The name without the package, `name@package` as recipes have it: so tables can be joined."""
+    if "@" not in provider or is_function(provider):
+        return provider
+    name, found, problems = provider.partition("@")[0], list[Op](), list[str]()
+    for op in ops:
+        try:
+            OPERATIONS[op].full_name(provider)
+            found.append(op)
+        except KeyError:
+            return provider  # and no name of anything
+        except ImplementationError as error:
+            problems.append(str(error))
+    if not found:
+        raise UserError(f"--impl {provider}: {problems[0]}")
+    for op in ops:
+        if op not in found and name in OPERATIONS[op].implementations():
+            raise UserError(
+                f"--impl {provider}: {name!r} of {op} is another package's; add --op {found[0]}"
+            )
+    return name
 
 
 def _check_named(bench: KernelBench) -> None:
