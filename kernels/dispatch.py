@@ -97,6 +97,15 @@ class Operation(Generic[F]):
         _look_up(self.name, name)
         return self._checked(f"impl={name!r}", self._foreign[name])
 
+    def check_runs(self, impl: str) -> None:
+        """Refuses another package's implementation that cannot run on this machine.
+
+        Raises:
+            ImplementationError: as `find_foreign`. What alignlab's own need is known at the call.
+        """
+        if impl != "auto" and impl not in self.table:
+            self.find_foreign(impl)
+
     def find_foreign(self, impl: str) -> None:
         """Looks up the function of another package's implementation.
 

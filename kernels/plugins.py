@@ -25,7 +25,12 @@ RESERVED = ("auto", "eager", "chunked", "triton", "compile", "floor")
 """Names of alignlab's own implementations, and of what its benchmark measures beside them."""
 NAME = r"[A-Za-z_][\w-]*"
 
-# What importing or calling foreign code commonly ends in; the error line says whose code it is.
+# Whatever loading or asking foreign code may end in. As broad as this nowhere else: a package may
+# run a compiler when it is imported, raise a class of its own or call sys.exit, and what is wrong
+# with a package that nobody asked for must not end a command. Nothing is lost: it becomes a line.
+FOREIGN = (Exception, SystemExit)
+
+# Kinds of errors whose message says enough without the kind.
 BROKEN = (
     ArithmeticError,
     AssertionError,
@@ -91,10 +96,14 @@ class Installed(NamedTuple):
         if self.kernel is None:
             return self.problem
         try:
-            reason = self.kernel.missing()
-        except BROKEN as error:
-            return f"its missing() failed: {one_line(error)}"
-        return None if reason is None else one_line(reason)
+            reason: object = self.kernel.missing()
+        except FOREIGN as error:
+            return f"its missing() failed: {told(error)}"
+        if reason is None:
+            return None
+        if not isinstance(reason, str) or not reason.strip():
+            return f"its missing() gave {one_line(repr(reason))}, not None or a line of text"
+        return one_line(reason)
 
 
 def load_kernels(references: Mapping[str, Callable[..., Any]]) -> list[Installed]:
@@ -138,8 +147,8 @@ def _loaded(point: EntryPoint) -> tuple[tuple[Kernel, ...], str | None]:
         return (), "a name is made of letters, digits, _ and -, and begins with a letter"
     try:
         loaded = point.load()
-    except BROKEN as error:
-        return (), f"cannot load {point.value}: {one_line(error)}"
+    except FOREIGN as error:
+        return (), f"cannot load {point.value}: {told(error)}"
     kernels = loaded if isinstance(loaded, tuple) else (loaded,)
     if not kernels or not all(isinstance(kernel, Kernel) for kernel in kernels):
         return (), f"{point.value} is no {Kernel.__module__}.{Kernel.__name__}, nor a tuple of them"
@@ -147,7 +156,7 @@ def _loaded(point: EntryPoint) -> tuple[tuple[Kernel, ...], str | None]:
 
 
 def _problem(kernel: Kernel, references: Mapping[str, Callable[..., Any]]) -> str | None:
-    if kernel.op not in references:
+    if not isinstance(kernel.op, str) or kernel.op not in references:
         return f"is of the operation {kernel.op!r}: choose {', '.join(references)}"
     if not callable(kernel.missing):
         return "has a missing that cannot be called"
@@ -182,8 +191,8 @@ def load_function(spec: str) -> Callable[..., Any]:
         loaded: Any = import_module(module)
         for name in attribute.split("."):
             loaded = getattr(loaded, name)
-    except BROKEN as error:
-        raise ImplementationError(f"cannot load {spec}: {one_line(error)}") from error
+    except FOREIGN as error:
+        raise ImplementationError(f"cannot load {spec}: {told(error)}") from error
     if not callable(loaded):
         raise ImplementationError(f"{spec} is no function")
     function: Callable[..., Any] = loaded
@@ -214,7 +223,13 @@ def errors_of_kernels() -> tuple[type[Exception], ...]:
     return (*BROKEN, TritonError)
 
 
-def raised(error: Exception) -> str:
+def told(error: BaseException) -> str:
+    """An error of foreign code in one line, with its kind unless it is a usual one."""
+    text, kind = one_line(error), type(error).__name__
+    return text if isinstance(error, BROKEN) or text == kind else f"{kind}: {text}"
+
+
+def raised(error: BaseException) -> str:
     """An error of foreign code in one line: its kind, its message, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

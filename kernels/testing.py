@@ -15,7 +15,9 @@ AssertionError: one line with the error, what is allowed, and where the error is
 Shape letters: B samples, L blocks, N tokens, C channels, T frames, P tokens per frame.
 """
 
+import copy
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +35,14 @@ from alignlab.kernels.registry import OPERATIONS
 from alignlab.kernels.relation import relation_eager, relation_plain
 from alignlab.kernels.testing_inputs import Inputs, draw, pull_push_inputs, relation_inputs
 
-Check = Literal["accuracy", "repeat", "fresh memory", "no gradient", "padding", "nothing"]
+Check = Literal[
+    "accuracy", "repeat", "inputs stay", "fresh memory", "no gradient", "padding", "nothing"
+]
 """What a case looks at:
 
 accuracy: terms and gradient against float64.
 repeat: two runs are equal bit for bit; leave it out for a kernel that adds up with atomics.
+inputs stay: the call and its gradient write into no argument.
 fresh memory: every buffer is written before it is read (new ones hold NaN).
 no gradient: the terms are the same where no gradient is wanted.
 padding: whatever stands there, NaN too, reaches neither term nor gradient (pull_push).
@@ -112,11 +117,13 @@ def cases(
     ]
     once: list[tuple[Check, str]] = [
         ("repeat", "257 tokens" if op == "pull_push" else "100 tokens"),  # several tiles
+        ("inputs stay", "100 tokens"),
         ("fresh memory", "100 tokens"),
         ("no gradient", "100 tokens"),
         *(("nothing", name) for name in _EMPTY),
     ]
     if op == "pull_push":
+        once.append(("inputs stay", "two blocks, strided"))  # which come with host_ids
         once.append(("padding", "100 tokens"))
     first = getattr(torch, dtypes[0])
     every += [KernelCase(op, check, name, first, width) for check, name in once]
@@ -153,6 +160,7 @@ def largest_error(have: Tensor, want: Tensor, axes: Sequence[Axis]) -> tuple[flo
     """
     if have.numel() == 0:
         return 0.0, "nowhere"
+    have, want = have.detach(), want.detach()
     error = (have - want).abs().nan_to_num(math.inf, posinf=math.inf)
     place = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
     there = ", ".join(
@@ -185,6 +193,21 @@ def _check_repeat(implementation: Impl, case: KernelCase, device: torch.device) 
     compute = _compute(implementation, case, inputs)
     first, second = (_outcome(case, compute, inputs, device) for _ in range(2))
     return _difference(case, inputs, first, second, "a second run differs from the first")
+
+
+def _check_inputs_stay(implementation: Impl, case: KernelCase, device: torch.device) -> str | None:
+    inputs = _inputs(case)
+    compute = _compute(implementation, case, inputs)
+    arguments = _placed(inputs, device, case.dtype)
+    before = copy.deepcopy(arguments)
+    student = arguments[0].requires_grad_()
+    torch.autograd.grad(torch.stack(list(compute(*arguments))).sum(), student)
+    names = inspect.signature(OPERATIONS[case.op].table["eager"]).parameters
+    for name, was, now in zip(names, before, arguments, strict=True):
+        if isinstance(was, Tensor) and not torch.equal(was, now.detach()):
+            changed = int((was != now).sum())
+            return f"it writes into its argument {name}: {changed} of {was.numel()} values changed"
+    return None
 
 
 def _check_fresh_memory(implementation: Impl, case: KernelCase, device: torch.device) -> str | None:
@@ -241,6 +264,7 @@ def _check_nothing(implementation: Impl, case: KernelCase, device: torch.device)
 _CHECKS: dict[Check, Callable[[Impl, KernelCase, torch.device], str | None]] = {
     "accuracy": _check_accuracy,
     "repeat": _check_repeat,
+    "inputs stay": _check_inputs_stay,
     "fresh memory": _check_fresh_memory,
     "no gradient": _check_no_gradient,
     "padding": _check_padding,
@@ -296,14 +320,15 @@ def _outcome(
     (gradient,) = torch.autograd.grad((terms * upstream).sum(), student)
     gradient = gradient.double()
     if scaled:
-        measured = student.detach() if lengths is None else lengths.to(device)
+        measured = (inputs.student if lengths is None else lengths).to(device)
         gradient = gradient * measured.double().norm(dim=-1, keepdim=True)
     return Outcome(terms.detach().double(), gradient)
 
 
 def _placed(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> list[Any]:
-    """The arguments of a call."""
-    student, teacher, marks, settings = inputs
+    """The arguments of a call: copies with the same strides, for inputs are kept between cases, and
+    `to` copies nothing that is in its place already."""
+    student, teacher, marks, settings = copy.deepcopy(inputs)
     return [student.to(device, dtype), teacher.to(device, dtype), marks.to(device), *settings]
 
 

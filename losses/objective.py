@@ -145,24 +145,51 @@ def changed_default(default: Any, *, before: Any) -> Any:
     return Field(default=default, json_schema_extra={BEFORE: before})
 
 
-def implementation_of(operation: "Operation[Any]") -> AfterValidator:
+@dataclass(frozen=True)
+class ImplementationOf(AfterValidator):
+    """What `implementation_of` gives: the check of a setting, and the operation it is about."""
+
+    operation: "Operation[Any]"
+
+
+def implementation_of(operation: "Operation[Any]") -> ImplementationOf:
     """What stands beside `str` in the annotation of a setting `impl`: only names that there are.
 
     The name of another package's implementation is kept as `name@package`, so that a recipe says
-    which package it needs.
+    which package it needs. In the recipe of a run that was trained such a name may be of a package
+    that is gone: reading, exporting and probing the run do without (`check_implementations`).
 
     Args:
         operation: whose implementations may be named.
     """
 
-    def full_name(impl: str) -> str:
+    def full_name(impl: str, info: ValidationInfo) -> str:
+        name, _, package = impl.partition("@")
+        if name and package and (info.context or {}).get("stored"):
+            return impl
         try:
             return operation.full_name(impl)
         except KeyError:
             expected = ", ".join(map(repr, operation.names()))
             raise PydanticKnownError("literal_error", {"expected": expected}) from None
 
-    return AfterValidator(full_name)
+    return ImplementationOf(full_name, operation)
+
+
+def check_implementations(config: "ObjectiveConfig") -> None:
+    """Refuses, before a training, implementations of other packages that cannot run here.
+
+    Args:
+        config: maybe of a stored recipe.
+
+    Raises:
+        ImplementationError: a package is missing or registers no such kernel, or the kernel cannot
+            run on this machine.
+    """
+    for name, settings in type(config).model_fields.items():
+        for one in settings.metadata:
+            if isinstance(one, ImplementationOf):
+                one.operation.check_runs(getattr(config, name))
 
 
 class ObjectiveConfig(BaseModel):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import NamedTuple, TypeVar
 
-from alignlab.kernels.plugins import BROKEN, by_name, one_line, package_of
+from alignlab.kernels.plugins import FOREIGN, by_name, package_of, told
 
 Row = TypeVar("Row")
 
@@ -58,9 +58,8 @@ def registrations(group: str, what: str, taken: Iterable[str]) -> Iterator[Regis
         owners[point.name] = f"package {package_of(point)}"
         try:
             loaded = point.load()
-        except BROKEN as error:
-            reason = one_line(error)
-            raise PluginError(f"{source}: cannot load {point.value}: {reason}") from error
+        except FOREIGN as error:
+            raise PluginError(f"{source}: cannot load {point.value}: {told(error)}") from error
         yield Registration(point.name, loaded, source, point.value)
 
 

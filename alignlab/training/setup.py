@@ -17,7 +17,9 @@ from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.evaluation.token_metrics import MIN_TOKENS
+from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses.grids import Grid
+from alignlab.losses.objective import check_implementations
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.pipeline_parts import COMPONENTS
 from alignlab.models.reference_branch import ReferenceBranch
@@ -229,11 +231,17 @@ def check_teachers_and_eval(run: Run) -> None:
     What diffusion teachers are centred by is made, by rank 0 for all. Teachers that objectives read
     must tell two clips apart, and the one that is only measured against must have sound weights:
     rank 0, which evaluates, alone reads it. Warns of an evaluation on fewer clips than asked for.
+    Kernels of other packages must be there, which probing and evaluating a run do without.
 
     Raises:
-        UserError: a teacher is of no use.
+        UserError: a teacher is of no use, or a kernel that an objective names cannot run here.
     """
     config = run.config
+    for name, objective in config.objectives.items():
+        try:
+            check_implementations(objective)
+        except ImplementationError as error:
+            raise UserError(f"objectives.{name}: {error}") from error
     grid = run.wan.latent_grid(config.data.frames, *config.data.size)
     run.alignment.check_teachers(config, grid, run.caches.values)
     for teacher in run.alignment.teachers.values():

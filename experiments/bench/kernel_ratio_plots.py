@@ -57,7 +57,8 @@ def _slug(text: str) -> str:
 
 
 def _figure(title: str, ratios: Sequence[Ratio], limit: float | None) -> Plot:
-    cases = list(dict.fromkeys(_case(one) for one in ratios))
+    several = len({one.device for one in ratios}) > 1
+    cases = list(dict.fromkeys(_case(one, several) for one in ratios))
     styles = styles_of(one.figure.impl for one in ratios)
     height = 1.8 + len(cases) * max(0.3, 0.16 * len(styles))
     plot = Plot(figsize=(13, height), layout="constrained")
@@ -71,7 +72,8 @@ def _figure(title: str, ratios: Sequence[Ratio], limit: float | None) -> Plot:
         for place, (impl, style) in enumerate(styles.items()):
             offset = _SPREAD * ((place + 0.5) / len(styles) - 0.5)
             points = [one for one in shown if one.figure.impl == impl]
-            _draw(axes, points, cases, offset, style)
+            y = [cases.index(_case(one, several)) + offset for one in points]
+            _draw(axes, points, y, style)
         _scale(axes)
     grid[0].set_yticks(range(len(cases)), cases, fontsize=8)
     grid[0].set_ylim(len(cases) - 0.5, -0.5)
@@ -83,10 +85,7 @@ def _figure(title: str, ratios: Sequence[Ratio], limit: float | None) -> Plot:
     return plot
 
 
-def _draw(
-    axes: Axes, points: Sequence[Ratio], cases: Sequence[str], offset: float, style: dict[str, str]
-) -> None:
-    y = [cases.index(_case(one)) + offset for one in points]
+def _draw(axes: Axes, points: Sequence[Ratio], y: Sequence[float], style: dict[str, str]) -> None:
     colour, marker = style["color"], style["marker"]
     axes.hlines(y, [one.low for one in points], [one.high for one in points], color=colour)
     middles = [one.middle for one in points]
@@ -110,10 +109,10 @@ def _scale(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _case(one: Ratio) -> str:
+def _case(one: Ratio, with_device: bool) -> str:
     """A case without operation and dtype, which the title has."""
     words = one.figure.case.split(" ")
-    return _text(" ".join(words[1:-1]))
+    return _text(" ".join([*words[1:-1], *([one.device] if with_device else [])]))
 
 
 def _text(text: str) -> str:

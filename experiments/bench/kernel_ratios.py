@@ -5,6 +5,10 @@ quantity. A ratio is the new median over the old one. Its interval goes from the
 over the old 80th to the new 80th over the old 20th: what two steps taken at random mostly lie
 within. It is no confidence interval of the medians, and wider than one. Of memory, which does not
 vary, interval and ratio are one number.
+
+The same code does not take the same time on another day. What both tables measured of the floor,
+the bare matrix products of a case, shows by how much: a limit is held against the ratio of times
+divided by that of the floor (`Ratio.judged`).
 """
 
 import csv
@@ -23,11 +27,17 @@ from alignlab.errors import UserError
 from alignlab.experiments.report.escaping import csv_cell, one_visible_line
 from alignlab.kernels import speed_table
 from alignlab.kernels.bench.csv_file import Row
+from alignlab.kernels.bench.measure import Spread
 from alignlab.runs.atomic_files import write_text
 
 FACTS = ("gpu_name", "commit", "alignlab_version", "torch_version", "triton_version")
 PASSES = {"forward": "forward", "full": "forward + backward"}
 CSV_NAME = "ratios.csv"
+FLOOR = "floor"
+OVER_THE_FLOOR = (
+    "over the floor's: divided by new / old of the floor in the same case and pass, low by its "
+    "high and high by its low; --fail-above judges this where it is known, else new / old"
+)
 
 
 class Figure(NamedTuple):
@@ -58,21 +68,36 @@ class Figure(NamedTuple):
         return f"{self.case}, {self.impl}, {self.quantity}"
 
 
-class Spread(NamedTuple):
-    """Median, 20th and 80th percentile."""
+class Interval(NamedTuple):
+    """A ratio, and what it mostly lies within."""
 
-    median: float
-    p20: float
-    p80: float
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.3f} ({self.low:.3f}-{self.high:.3f})"
 
 
 class Ratio(NamedTuple):
-    """How many times the old figure the new one is, with its interval."""
+    """How many times the old figure the new one is, with its interval.
+
+    Args:
+        figure: what was measured.
+        unit: of both spreads.
+        old: in the old table.
+        new: in the new one.
+        device: on which; empty if the tables are of two devices, and joined all the same.
+        floor: the ratio of the floor's time in the same case and pass on this device; None where a
+            table has none, and for memory and the floor itself.
+    """
 
     figure: Figure
     unit: str
     old: Spread
     new: Spread
+    device: str = ""
+    floor: Interval | None = None
 
     @property
     def middle(self) -> float:
@@ -86,6 +111,23 @@ class Ratio(NamedTuple):
     def high(self) -> float:
         return self.new.p80 / self.old.p20
 
+    @property
+    def own(self) -> Interval:
+        """The ratio with its interval."""
+        return Interval(self.middle, self.low, self.high)
+
+    @property
+    def judged(self) -> Interval:
+        """What a limit is held against: the ratio over that of the floor where it is known, its
+        interval as wide as both intervals allow."""
+        if self.floor is None:
+            return self.own
+        return Interval(
+            self.middle / self.floor.middle,
+            self.low / self.floor.high,
+            self.high / self.floor.low,
+        )
+
 
 @dataclass(frozen=True)
 class Ratios:
@@ -93,20 +135,31 @@ class Ratios:
 
     Args:
         ratios: in the order of the new table.
-        only_old: figures that the new table lacks.
-        only_new: figures that the old table lacks.
+        only_old: figures that the new table lacks, in words.
+        only_new: figures that the old table lacks, in words.
         notes: what to know of the tables, a line each.
     """
 
     ratios: tuple[Ratio, ...]
-    only_old: tuple[Figure, ...]
-    only_new: tuple[Figure, ...]
+    only_old: tuple[str, ...]
+    only_new: tuple[str, ...]
     notes: tuple[str, ...]
 
     def above(self, limit: float) -> list[Ratio]:
-        """Ratios whose whole interval lies above a limit; without the floor, which is no
-        implementation: what it shows is the machine."""
-        return [one for one in self.ratios if one.low > limit and one.figure.impl != "floor"]
+        """Ratios whose whole interval, over the floor's where it is known, lies above a limit.
+
+        The floor is not among them: it is no implementation, and what it shows is the machine.
+        """
+        return [one for one in self.ratios if one.judged.low > limit and one.figure.impl != FLOOR]
+
+    @property
+    def has_several_devices(self) -> bool:
+        """Whether a figure needs its device beside it."""
+        return len({one.device for one in self.ratios}) > 1
+
+    def named(self, one: Ratio) -> str:
+        """A figure in words, with its device where there are several."""
+        return _named(one.figure, one.device if self.has_several_devices else "")
 
 
 def compare_tables(old: Path, new: Path) -> Ratios:
@@ -122,7 +175,7 @@ def compare_tables(old: Path, new: Path) -> Ratios:
     rows = {path: _read(path) for path in (old, new)}
     devices = {path: _values(rows[path], "gpu_name") for path in rows}
     notes = []
-    if devices[old] != devices[new] and (len(devices[old]), len(devices[new])) != (1, 1):
+    if set(devices[old]) != set(devices[new]) and (len(devices[old]), len(devices[new])) != (1, 1):
         shared = [device for device in devices[old] if device in devices[new]]
         if not shared:
             several = old if len(devices[old]) > 1 else new
@@ -132,7 +185,7 @@ def compare_tables(old: Path, new: Path) -> Ratios:
             )
         notes.append(f"compared on {', '.join(shared)} alone, which both tables have")
         rows = {p: [row for row in rows[p] if row["gpu_name"] in shared] for p in rows}
-    together = devices[old] != devices[new] and not notes
+    together = set(devices[old]) != set(devices[new]) and not notes
     if together:
         notes.append(
             f"the devices differ, so ratios compare machines as well as code: {devices[old][0]} "
@@ -143,40 +196,73 @@ def compare_tables(old: Path, new: Path) -> Ratios:
         facts = ", ".join("/".join(_values(rows[path], fact)) for fact in FACTS)
         notes.append(f"{name}: {path}: {facts}")
     before, after = figures[old], figures[new]
-    ratios = tuple(
-        Ratio(key[0], unit, before[key][1], spread)
-        for key, (unit, spread) in after.items()
-        if key in before
+    ratios = _over_the_floor(
+        [
+            Ratio(key[0], unit, before[key][1], spread, device=key[1])
+            for key, (unit, spread) in after.items()
+            if key in before
+        ]
     )
     if not ratios:
         raise UserError(f"{old} and {new} have no figure in common")
     return Ratios(
         ratios,
-        tuple(dict.fromkeys(key[0] for key in before if key not in after)),
-        tuple(dict.fromkeys(key[0] for key in after if key not in before)),
+        _only(before, after),
+        _only(after, before),
         tuple(notes),
     )
+
+
+def _only(mine: "Figures", other: "Figures") -> tuple[str, ...]:
+    """What one table has and the other lacks, with the device where there are several."""
+    several = len({device for _, device in (*mine, *other)}) > 1
+    missing = [key for key in mine if key not in other]
+    return tuple(_named(figure, device if several else "") for figure, device in missing)
+
+
+def _named(figure: Figure, device: str) -> str:
+    return f"{figure}, {device}" if device else str(figure)
+
+
+def _over_the_floor(ratios: Sequence[Ratio]) -> tuple[Ratio, ...]:
+    """The ratios with that of the floor in the same case and pass, where both tables have it."""
+    floors = {(one.device, one.figure): one.own for one in ratios if one.figure.impl == FLOOR}
+    with_floor = []
+    for one in ratios:
+        is_compared = one.figure.metric == "speed" and one.figure.impl != FLOOR
+        figure = one.figure._replace(impl=FLOOR)
+        floor = floors.get((one.device, figure)) if is_compared else None
+        with_floor.append(one._replace(floor=floor))
+    return tuple(with_floor)
 
 
 def print_ratios(ratios: Ratios) -> None:
     """Prints the table, what only one table has, and what to know of both."""
     console = Console()
-    table = Table("case", "impl", "pass, quantity", "old", "new", "new / old (interval)")
-    for column in table.columns[3:]:
+    several = ratios.has_several_devices
+    has_floor = any(one.floor is not None for one in ratios.ratios)
+    names = ["case", "impl", "pass, quantity", "old", "new", "new / old (interval)"]
+    table = Table(*(["device"] if several else []), *names)
+    if has_floor:
+        table.add_column("over the floor's (interval)")
+    for column in table.columns[3 + several :]:
         column.justify = "right"
     for one in ratios.ratios:
         cells = (
+            *([one.device] if several else []),
             one.figure.case,
             one.figure.impl,
             one.figure.quantity,
             f"{one.old.median:.4g} {one.unit}",
             f"{one.new.median:.4g} {one.unit}",
-            f"{one.middle:.3f} ({one.low:.3f}-{one.high:.3f})",
+            str(one.own),
+            *([str(one.judged) if one.floor else ""] if has_floor else []),
         )
         table.add_row(*(Text(one_visible_line(cell)) for cell in cells))
     console.print(table)
     lines = [
         "interval: new 20th percentile / old 80th to new 80th / old 20th, of single steps",
+        *([OVER_THE_FLOOR] if has_floor else []),
         *ratios.notes,
         *(f"only in the old table: {figure}" for figure in ratios.only_old),
         *(f"only in the new table: {figure}" for figure in ratios.only_new),
@@ -190,11 +276,14 @@ def write_ratios(ratios: Ratios, out: Path) -> Path:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("old", "new", "ratio", "ratio_low", "ratio_high")
-    writer.writerow((*Figure._fields, "unit", *names))
+    over = ("over_floor", "over_floor_low", "over_floor_high")
+    writer.writerow((*Figure._fields, "unit", *names, *over, "device"))
     for one in ratios.ratios:
-        numbers = (one.old.median, one.new.median, one.middle, one.low, one.high)
+        numbers = (one.old.median, one.new.median, *one.own)
         cells = (*one.figure, one.unit)
-        writer.writerow((*map(csv_cell, cells), *(f"{number:.6g}" for number in numbers)))
+        shown = [f"{number:.6g}" for number in numbers]
+        shown += [f"{number:.6g}" for number in one.judged] if one.floor else [""] * len(over)
+        writer.writerow((*map(csv_cell, cells), *shown, csv_cell(one.device)))
     out.mkdir(parents=True, exist_ok=True)
     path = out / CSV_NAME
     write_text(path, text.getvalue())

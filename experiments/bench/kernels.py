@@ -9,8 +9,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -46,7 +46,7 @@ from alignlab.kernels.bench.run import (
     num_steps,
     too_large,
 )
-from alignlab.kernels.plugins import ImplementationError, errors_of_kernels, raised
+from alignlab.kernels.plugins import FOREIGN, ImplementationError, raised
 from alignlab.kernels.registry import OPERATIONS, installed_kernels
 from alignlab.progress import Advance, step_progress
 from alignlab.runs.atomic_files import write_text
@@ -146,6 +146,8 @@ def bench_kernels(bench: KernelBench, out: Path) -> KernelFigures:
     """
     if bench.device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: there is no CUDA device here")
+    names = dict.fromkeys(_plain_name(provider, bench.ops) for provider in bench.providers)
+    bench = replace(bench, providers=tuple(names))
     left_out: list[LeftOut] = []
     cases = _affordable(bench, left_out)
     _check_named(bench)
@@ -270,6 +272,29 @@ def _affordable(bench: KernelBench, left_out: list[LeftOut]) -> list[Case]:
     return affordable
 
 
+def _plain_name(provider: Provider, ops: Sequence[Op]) -> Provider:
+    """The name without the package, `name@package` as recipes have it: so tables can be joined."""
+    if "@" not in provider or is_function(provider):
+        return provider
+    name, found, problems = provider.partition("@")[0], list[Op](), list[str]()
+    for op in ops:
+        try:
+            OPERATIONS[op].full_name(provider)
+            found.append(op)
+        except KeyError:
+            return provider  # and no name of anything
+        except ImplementationError as error:
+            problems.append(str(error))
+    if not found:
+        raise UserError(f"--impl {provider}: {problems[0]}")
+    for op in ops:
+        if op not in found and name in OPERATIONS[op].implementations():
+            raise UserError(
+                f"--impl {provider}: {name!r} of {op} is another package's; add --op {found[0]}"
+            )
+    return name
+
+
 def _check_named(bench: KernelBench) -> None:
     """Refuses names of implementations that there are nowhere, before anything is computed."""
     installed = [one for one in installed_kernels() if one.kernel is not None]
@@ -358,7 +383,7 @@ def _why_not(case: Case, provider: Provider, bench: KernelBench) -> str | None:
         return str(error)
     except ValueError as error:
         reason = str(error)
-    except errors_of_kernels() as error:
+    except FOREIGN as error:
         if provider in PROVIDERS:
             raise
         reason = raised(error)

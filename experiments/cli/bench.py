@@ -129,8 +129,8 @@ def compare(
         float | None,
         typer.Option(
             min=0,
-            help="Exit with 1 if a ratio's interval, but for that of floor, lies above, such as "
-            "1.05.",
+            help="Exit with 1 if a ratio's interval, over that of floor if known, lies above, such "
+            "as 1.05.",
         ),
     ] = None,
     out: Annotated[Path, path_option("Folder for the ratios and their plots.")] = Path(
@@ -140,6 +140,7 @@ def compare(
     """Compare two tables of `bench kernels`: new time and memory over old, with intervals."""
     from alignlab.experiments.bench import kernel_ratios
     from alignlab.experiments.bench.kernel_ratio_plots import draw_ratios
+    from alignlab.experiments.report.escaping import one_visible_line
     from alignlab.runs.out_paths import out_folder
 
     with out_folder(out):
@@ -150,10 +151,9 @@ def compare(
             typer.echo(f"written: {path}")
     failed = ratios.above(fail_above) if fail_above is not None else []
     for one in failed:
-        typer.echo(
-            f"above {fail_above:g}: {one.figure}: {one.middle:.3f} ({one.low:.3f}-{one.high:.3f})",
-            err=True,
-        )
+        own = f", {one.own} before the floor's {one.floor} is divided out" if one.floor else ""
+        line = f"above {fail_above:g}: {ratios.named(one)}: {one.judged}{own}"
+        typer.echo(one_visible_line(line), err=True)
     if failed:
         raise typer.Exit(1)
 

@@ -14,12 +14,16 @@ from alignlab.kernels.bench.run import (
 from alignlab.kernels.cosine import unit
 from alignlab.kernels.dispatch import Impl
 from alignlab.kernels.plugins import load_function
-from alignlab.kernels.testing import cases, check_implementation, largest_error
+from alignlab.kernels.testing import Check, cases, check_implementation, largest_error
 
 # Relative. A gradient jumps where a hinge or a sign does, so that rounding alone moves it: one pair
 # of the checked sizes by up to 0.7 %.
 VALUE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 0.02
+
+
+CHECKS: tuple[Check, ...] = ("accuracy", "inputs stay")
+"""What an implementation of another package must pass before it is timed."""
 
 
 class WrongResult(Exception):
@@ -66,7 +70,7 @@ def check(case: Case, provider: Provider, device: torch.device) -> None:
 def _check_foreign(case: Case, provider: Provider, device: torch.device) -> None:
     impl: Impl = load_function(provider) if is_function(provider) else provider
     dtypes = (case.dtype_name,)
-    for one in cases(case.op, dtypes=dtypes, width=case.width, checks=("accuracy",)):
+    for one in cases(case.op, dtypes=dtypes, width=case.width, checks=CHECKS):
         try:
             check_implementation(impl, one, device)
         except AssertionError as error:

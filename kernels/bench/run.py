@@ -18,7 +18,7 @@ from alignlab.kernels.bench.cases import Case, Inputs, Op, draw_inputs
 from alignlab.kernels.bench.floor import floor_step, minimum_flops
 from alignlab.kernels.bench.measure import Spread, Step, peak_extra_mib, time_steps
 from alignlab.kernels.dispatch import Impl
-from alignlab.kernels.plugins import errors_of_kernels, load_function, raised, signature_problem
+from alignlab.kernels.plugins import FOREIGN, load_function, raised, signature_problem
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.registry import OPERATIONS
 from alignlab.kernels.relation import relation_distance
@@ -158,7 +158,7 @@ def measure(
             del losses[provider]
             torch.cuda.empty_cache()  # what it held is in blocks that may fit no other provider
             left_out.append(LeftOut(f"{provider} on {case}", "the device has too little memory"))
-        except errors_of_kernels() as error:
+        except FOREIGN as error:
             if provider in PROVIDERS:
                 raise
             del losses[provider]

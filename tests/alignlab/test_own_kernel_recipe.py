@@ -7,9 +7,10 @@ import pytest
 
 from alignlab.doctor import print_diagnosis
 from alignlab.errors import UserError
-from alignlab.recipe import dump, load_run, recipe_hash
+from alignlab.recipe import dump, load_run, load_training, recipe_hash
+from alignlab.runs.run_folder import RunFolder
 from alignlab.train import train
-from command_line import refused
+from command_line import alignlab, refused
 from made_packages import kernel_package
 from tiny_runs import MakeConfig
 
@@ -45,6 +46,26 @@ def test_a_recipe_keeps_the_package_that_it_needs(make_config: MakeConfig, tmp_p
         "objectives.ra.impl: 'mine' comes with the package tiny-kernels, which is not installed "
         "here; there is auto, eager, chunked, triton" in line
     )
+
+
+def test_a_run_with_it_is_read_and_exported_without_the_package(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with kernel_package(tmp_path / "installed", mine="tiny_kernel:BY_PRODUCT"):
+        run = train(make_config("objectives.ra.impl=mine"))
+    config = RunFolder.open(run).config()
+    assert config.objectives["ra"].model_dump()["impl"] == "mine@tiny-kernels"
+    assert load_training(run / "recipe.yaml") == config
+    done = alignlab("export", run, "--out", tmp_path / "exported")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "exported" / "transformer").is_dir()
+    probed = alignlab("probe", run)
+    assert probed.exit_code == 0, probed.output
+    with pytest.raises(UserError) as error:
+        train(config.model_copy(update={"name": "again"}))
+    told = "objectives.ra: 'mine' comes with the package tiny-kernels, which is not installed here"
+    assert str(error.value).startswith(told)
+    assert not (tmp_path / "again" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

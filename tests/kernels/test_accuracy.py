@@ -1,5 +1,6 @@
 """Every implementation passes the checks that packages run on theirs; and the checks catch."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from alignlab.kernels.dispatch import interpreted
 from alignlab.kernels.plugins import load_function
 from alignlab.kernels.pull_push import PullPush, pull_push_eager
 from alignlab.kernels.relation import Relation, relation_eager
-from alignlab.kernels.testing import Check, KernelCase, cases, check_implementation
+from alignlab.kernels.testing import Check, KernelCase, cases, check_implementation, largest_error
 from made_packages import kernel_package
 
 ALL = cases("pull_push") + cases("relation")
@@ -109,6 +110,29 @@ def test_noise_new_memory_and_another_value_without_gradient_are_seen() -> None:
 def _filled(x: Tensor) -> Tensor:
     """1 where new memory is filled with NaN, else 0: what a kernel adds that forgot to write."""
     return torch.empty(1, dtype=x.dtype).isnan().to(x)
+
+
+@pytest.mark.parametrize("spoilt", ["student", "teacher", "subject_ids"])
+def test_a_kernel_that_writes_into_its_inputs_is_seen_and_spoils_no_other_case(spoilt: str) -> None:
+    def overwrites(student: Tensor, teacher: Tensor, ids: Tensor, *rest: Any) -> PullPush:
+        terms = pull_push_eager(student.clone(), teacher.clone(), ids.clone(), *rest)
+        written = {"student": student, "teacher": teacher, "subject_ids": ids}[spoilt]
+        if 0 not in written.stride():  # torch writes into no expanded tensor
+            written.detach().add_(1)
+        return terms
+
+    said = failures(overwrites, "pull_push")
+    assert len(said) == 2 and all("pull_push, inputs stay, " in line for line in said)
+    assert f"it writes into its argument {spoilt}: " in said[0]
+    assert failures(pull_push_eager, "pull_push") == []
+    assert failures(relation_eager, "relation") == []
+
+
+def test_an_error_is_measured_without_a_warning_where_a_gradient_is_wanted() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        have = torch.ones(2, requires_grad=True)
+        assert largest_error(have, torch.zeros(2), ("sample",)) == (1.0, "sample 0: 1 instead of 0")
 
 
 def test_padding_and_empty_inputs_are_seen() -> None:

@@ -1,5 +1,6 @@
 """Implementations of other packages: found, called, looked at; and wrong ones told by name."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,44 @@ def test_a_bad_one_is_a_line_and_keeps_nothing_else_from_running(
             assert str(refusal.value) == problem
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "import subprocess\nsubprocess.run(['false'], check=True)",
+            "CalledProcessError: Command '['false']' returned non-zero exit status 1.",
+        ),
+        ("class Own(Exception): ...\nraise Own('no\\ncard')", "Own: no card"),
+        ("class Own(Exception): ...\nraise Own", "Own"),
+        ("import sys\nsys.exit('go away')", "SystemExit: go away"),
+        (
+            "from triton.runtime.errors import OutOfResources\n"
+            "raise OutOfResources(9, 1, 'shared memory')",
+            "OutOfResources: out of resource: shared memory",
+        ),
+    ],
+)
+def test_whatever_an_import_ends_in_is_a_line(code: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "failing_module.py").write_text(code)
+    with (
+        kernel_package(tmp_path, "good-package", mine="tiny_kernel:BY_PRODUCT"),
+        kernel_package(tmp_path, "bad-package", bad="failing_module:X"),
+    ):
+        (problem,) = [one.problem for one in installed_kernels() if one.problem is not None]
+        start = "package bad-package registers kernel 'bad': cannot load failing_module:X: "
+        assert problem.startswith(start + message) and "\n" not in problem
+        compute("mine")
+        with pytest.raises(ImplementationError, match="cannot load failing_module:f: "):
+            load_function("failing_module:f")
+
+
+def test_an_operation_of_the_wrong_type_is_a_line(tmp_path: Path) -> None:
+    with kernel_package(tmp_path, bad="tiny_kernel:LIST_OP"):
+        (problem,) = [one.problem for one in installed_kernels() if one.problem is not None]
+        assert "of the operation ['pull_push']: choose pull_push, relation" in problem
+        compute("auto")
+
+
 def test_two_packages_cannot_share_the_name_of_a_kernel(tmp_path: Path) -> None:
     with (
         kernel_package(tmp_path, "one", mine="tiny_kernel:BY_PRODUCT"),
@@ -98,12 +137,17 @@ def test_two_packages_cannot_share_the_name_of_a_kernel(tmp_path: Path) -> None:
     [
         ("tiny_kernel:NEEDY", "needs a card that nobody has"),
         ("tiny_kernel:UNSURE", "its missing() failed: no driver"),
+        ("tiny_kernel:ENDING", "its missing() failed: SystemExit: 3"),
+        ("tiny_kernel:FALSE", "its missing() gave False, not None or a line of text"),
+        ("tiny_kernel:SILENT", "its missing() gave '', not None or a line of text"),
     ],
 )
 def test_one_that_cannot_run_here_says_why(value: str, reason: str, tmp_path: Path) -> None:
     with kernel_package(tmp_path, mine=value):
         assert OPERATIONS["pull_push"].implementations()["mine"] == reason
-        with pytest.raises(ImplementationError, match=rf"impl='mine' cannot run: {reason[:9]}"):
+        with pytest.raises(
+            ImplementationError, match=rf"impl='mine' cannot run: {re.escape(reason)}"
+        ):
             compute("mine")
 
 

@@ -219,6 +219,7 @@ def register(
         ("bad", "no_such_module:X", "cannot load no_such_module:X: No module named"),
         ("bad", "bad_objectives:Nothing", "cannot load bad_objectives:Nothing: module"),
         ("bad", "broken_module:X", "cannot load broken_module:X: it does not work here"),
+        ("bad", "ending_module:X", "cannot load ending_module:X: SystemExit: no card"),
         ("bad", "bad_objectives:function", "is no class derived from alignlab.losses.objective"),
         ("bad", "bad_objectives:NotFinal", "is not final"),
         ("bad", "bad_objectives:NoTokens", "must say which tokens it taps"),
@@ -233,6 +234,7 @@ def test_a_bad_one_is_told_with_its_package(
 ) -> None:
     register(tmp_path, "bad-package", **{name: value})
     (tmp_path / "broken_module.py").write_text('raise RuntimeError("it does not\\nwork here")')
+    (tmp_path / "ending_module.py").write_text('raise SystemExit("no card")')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PluginError) as error:
         installed_objectives(BUILT_IN)

@@ -81,6 +81,71 @@ def test_memory_can_fail_and_the_floor_cannot(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "2.000" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("floor", "milliseconds", "code"),
+    [
+        (10.8, 10.8, 0),  # the machine is slower, the code as fast as it was
+        (10.0, 10.8, 1),
+        (9.0, 10.0, 1),  # the machine is faster, and the code does not show it
+        (None, 10.8, 1),
+    ],
+)
+def test_the_drift_of_the_floor_is_divided_out(
+    floor: float | None, milliseconds: float, code: int, tmp_path: Path
+) -> None:
+    rows = [_mine(ms, 0.002) for ms in (10.0, milliseconds)]
+    floors = [] if floor is None else [made_up_row("floor", ms, noise=0.002) for ms in (10, floor)]
+    pairs = [[*one, *floors[i : i + 1]] for i, one in enumerate(rows)]
+    old, new = tables(tmp_path, *pairs)
+    result = compare(old, new, "--fail-above", 1.05)
+    assert result.exit_code == code, result.output
+    with (tmp_path / "out" / "ratios.csv").open() as file:
+        mine = next(row for row in csv.DictReader(file) if row["impl"] == "chunked")
+    if floor is None:
+        assert mine["over_floor"] == "" and "over the floor's" not in result.stdout
+        return
+    want = milliseconds / floor
+    assert float(mine["over_floor"]) == pytest.approx(want, rel=1e-4)
+    spread = (1.002 / 0.998) ** 2
+    assert float(mine["over_floor_low"]) == pytest.approx(want / spread, rel=1e-4)
+    assert float(mine["over_floor_high"]) == pytest.approx(want * spread, rel=1e-4)
+    assert f"{milliseconds / 10:.3f} (" in result.stdout and f"{want:.3f} (" in result.stdout
+    if code:
+        told = f"chunked, forward + backward, time: {want:.3f} ("
+        assert told in result.stderr and f"), {milliseconds / 10:.3f} (" in result.stderr
+
+
+def test_memory_and_other_cases_are_not_held_against_the_floor(tmp_path: Path) -> None:
+    floor, row = made_up_row("floor", 10.0), made_up_row("chunked", 10.0, width=32)
+    slower = made_up_row("floor", 20.0)
+    old, new = tables(
+        tmp_path, [floor, memory(row, 50), row], [slower, memory(row, 60), *_mine(20, 0, width=32)]
+    )
+    said = compare(old, new, "--fail-above", 1.05).stderr
+    assert said.count("above 1.05: ") == 2 and "floor" not in said
+
+
+def test_each_row_of_several_devices_names_its_own(tmp_path: Path) -> None:
+    a, b = "Card A", "Card B"
+    rows = {card: _mine(ms, 0.01, gpu_name=card) for card, ms in ((a, 10.0), (b, 20.0))}
+    worse = _mine(40.0, 0.01, gpu_name=b)
+    only = _mine(1.0, 0.01, gpu_name=a, width=32)
+    floor = [made_up_row("floor", ms, gpu_name=a) for ms in (1.0, 2.0)]
+    old, new = tables(tmp_path, [*rows[a], *rows[b], floor[0]], [*worse, *rows[a], *only, floor[1]])
+    result = compare(old, new, "--fail-above", 1.05)
+    assert result.exit_code == 1 and "alone" not in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert ", time, Card B: 2.000 (" in line
+    assert "C=32 L=1 float32, chunked, forward + backward, time, Card A" in result.stdout
+    with (tmp_path / "out" / "ratios.csv").open() as file:
+        ratios = {(row["impl"], row["device"]): row["ratio"] for row in csv.DictReader(file)}
+    assert ratios == {("chunked", a): "1", ("chunked", b): "2", ("floor", a): "2"}
+    table = [line for line in result.stdout.splitlines() if "│" in line]
+    assert [sum(card in line for line in table) for card in (a, b)] == [2, 1]
+    plot = (tmp_path / "out" / "ratios_pull-push_float32.svg").read_text()
+    assert ">3x30 C=16 L=1 Card A</text>" in plot and ">3x30 C=16 L=1 Card B</text>" in plot
+
+
 def test_rows_that_only_one_table_has_are_told(tmp_path: Path) -> None:
     both = _mine(10.0, 0.01)
     old, new = tables(

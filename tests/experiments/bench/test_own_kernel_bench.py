@@ -62,6 +62,7 @@ def test_a_function_of_the_current_folder_is_measured_without_an_installation() 
             "my_kernel:too_much_push is wrong, C=16: pull_push, accuracy, 63 tokens, float32: a "
             "term is off by ",
         ),
+        ("overwrites_the_teacher", "inputs stay, 100 tokens, float32: it writes into its argument"),
         ("two_arguments", "pull_push cannot run it here: it takes (student, teacher), and is call"),
         ("three_terms", "--impl my_kernel:three_terms: pull_push: impl=three_terms gave a tuple"),
         ("raises", "it raised RuntimeError: no kernel image (my_kernel.py:"),
@@ -99,6 +100,25 @@ def test_an_installed_one_is_measured_by_its_name_on_its_operation(tmp_path: Pat
         assert "left out: mine of relation: no package registers it for relation" in result.stdout
         line = refused("bench", "kernels", *SMALL, "--op", "relation", "--impl", "mine")
         assert "--impl mine: relation cannot run it here: no package registers it" in line
+
+
+def test_it_may_be_named_as_a_recipe_names_it(tmp_path: Path) -> None:
+    with (
+        kernel_package(tmp_path / "one", mine="tiny_kernel:BY_PRODUCT"),
+        kernel_package(tmp_path / "two", "more-kernels", mine="tiny_kernel:RELATION"),
+    ):
+        result = bench("--op", "pull_push", "--impl", "mine@Tiny_Kernels", "--impl", "mine")
+        assert result.exit_code == 0, result.output
+        assert measured() == {"mine": {"pull_push"}}
+        small = ("bench", "kernels", *SMALL)
+        line = refused(*small, "--impl", "mine@tiny-kernels")
+        assert "'mine' of relation is another package's; add --op pull_push" in line
+        line = refused(*small, "--impl", "mine@quick-kernels")
+        assert (
+            "--impl mine@quick-kernels: 'mine' comes with the package quick-kernels, which" in line
+        )
+        line = refused(*small, "--impl", "fast@tiny-kernels")
+        assert "package tiny-kernels registers no kernel 'fast' of pull_push" in line
 
 
 def test_wrong_and_broken_ones_are_left_out_unless_they_are_named(tmp_path: Path) -> None:

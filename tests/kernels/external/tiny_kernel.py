@@ -52,6 +52,13 @@ def one_wrong_sample(*arguments: object) -> tuple[Tensor, ...]:
     return tuple(terms)
 
 
+def overwrites_the_teacher(student: Tensor, teacher: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    """Right, and what it is given is wrong afterwards."""
+    terms = pull_push_eager(student, teacher.clone(), *rest)  # type: ignore[arg-type]
+    teacher.zero_()
+    return tuple(terms)
+
+
 def two_arguments(student: Tensor, teacher: Tensor) -> None: ...
 
 
@@ -80,10 +87,19 @@ def broken_missing() -> str:
     raise OSError("no driver")
 
 
+def ends_the_program() -> str:
+    raise SystemExit(3)
+
+
 BY_PRODUCT = Kernel("pull_push", pull_push_by_product)
-BOTH = (BY_PRODUCT, Kernel("relation", relation_eager))
+RELATION = Kernel("relation", relation_eager)
+BOTH = (BY_PRODUCT, RELATION)
 NEEDY = Kernel("pull_push", pull_push_by_product, missing=needs_a_card)
+ENDING = Kernel("pull_push", pull_push_by_product, missing=ends_the_program)
+FALSE = Kernel("pull_push", pull_push_by_product, missing=lambda: False)  # type: ignore
+SILENT = Kernel("pull_push", pull_push_by_product, missing=lambda: "")
 UNSURE = Kernel("pull_push", pull_push_by_product, missing=broken_missing)
 WRONG = Kernel("pull_push", too_much_push)
 SHORT = Kernel("pull_push", two_arguments)
+LIST_OP = Kernel(["pull_push"], pull_push_by_product)  # type: ignore[arg-type]
 OTHER_OP = Kernel("attention", pull_push_by_product)
