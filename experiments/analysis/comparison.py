@@ -143,7 +143,8 @@ class ComparisonData:
 
         A point is the mean difference with its interval; it is filled where a change is claimed,
         hollow elsewhere. The shaded part of a line are the differences that so many seeds would
-        not have found (with 80% power). Steps to target are in percent of the baseline's steps.
+        not have found (with 80% power), which is not known of steps to target; these are in percent
+        of the baseline's steps.
 
         Args:
             ax: a matplotlib Axes for each metric, one alone for a single metric; None: a new

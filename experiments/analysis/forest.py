@@ -1,5 +1,6 @@
 """A forest plot of a comparison: what each variant changes, and what could not have been seen."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from alignlab.experiments.report.escaping import one_visible_line
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
+_COLUMNS = 3  # as wide as a page
 _HEIGHT, _WIDTH = 0.34, 4.2  # inches, of a variant and of a plot
 _BAND = 0.36  # half the height of what could not have been seen
 _SHADE, _ZERO = "#e3e6eb", "#7b828f"
@@ -50,9 +52,14 @@ def _axes(ax: Axes | Sequence[Axes] | None, num_plots: int, num_variants: int) -
     if ax is None:
         from matplotlib import pyplot as plt  # it chooses a backend
 
-        size = (_WIDTH * num_plots, 1.2 + _HEIGHT * num_variants)
-        _, made = plt.subplots(1, num_plots, squeeze=False, figsize=size, layout="constrained")
-        return list(made[0])
+        columns = min(num_plots, _COLUMNS)
+        rows = math.ceil(num_plots / columns)
+        size = (_WIDTH * columns, (1.2 + _HEIGHT * num_variants) * rows)
+        _, made = plt.subplots(rows, columns, squeeze=False, figsize=size, layout="constrained")
+        places = list(made.flat)
+        for place in places[num_plots:]:
+            place.remove()
+        return places[:num_plots]
     axes = [ax] if isinstance(ax, Axes) else list(ax)
     if len(axes) != num_plots:
         raise UserError(

@@ -181,6 +181,17 @@ def test_the_forest_shows_intervals_claims_and_what_was_not_seen(made: Compariso
 
 
 @pytest.mark.usefixtures("_agg")
+def test_a_forest_of_many_metrics_has_several_rows(made: ComparisonData) -> None:
+    names = [f"cross_cos/block{block}" for block in (0, 1)]
+    axes = made.plot_forest(metrics=["val/flow", "val/flow/t0", "val/flow/t7", *names])
+    places = [ax.get_subplotspec() for ax in axes]
+    assert [(p.rowspan.start, p.colspan.start) for p in places if p is not None] == [
+        *((0, 0), (0, 1), (0, 2)),
+        *((1, 0), (1, 1)),
+    ]
+    assert len(axes[0].figure.axes) == 5, "no empty plot is left"
+
+
 def test_only_what_is_claimed_is_filled_in_the_forest(made: ComparisonData) -> None:
     table = made.differences().set_index(["metric", "variant"])
     for metric in ("val/flow", "cross_cos/mean", "val/flow/t0"):
