@@ -148,7 +148,7 @@ def save_pdf(figures: Sequence[Figure], path: Path) -> None:
 
 def _place(figure: Figure, readout: Readout) -> JsonValue:
     x, y = readout.axes.transData.transform((readout.x or 0.0, readout.y or 0.0))
-    width, height = figure.bbox.width, figure.bbox.height
+    width, height = map(float, (figure.bbox.width, figure.bbox.height))
     return [
         None if readout.x is None else round(float(x) / width, 4),
         None if readout.y is None else round(1.0 - float(y) / height, 4),

@@ -3,10 +3,11 @@
 A chart is drawn in the colours of a white page. On a page, which may be dark, each is a variable of
 the style sheet (`page_colours`), so that one drawing serves both.
 
-The eight colours were searched for: of 8 hues, each with a contrast of 3:1 or more to its paper
-(#ffffff, #14171c), those whose two nearest are farthest apart (CIE76) to normal vision and to full
-protanopia, deuteranopia and tritanopia as Machado et al. (2009) simulate them. In grey and beyond
-eight, marker, dash and the label at a line's end tell what colour does not.
+The eight colours were found by a random search near eight hues: each has a contrast of 3:1 or more
+to its paper (#ffffff, #14171c), and the nearest two, the baseline's grey among them, are 20 or more
+apart (CIE76) to normal vision and to full protanopia, deuteranopia and tritanopia as Machado et al.
+(2009) simulate them. In grey, and beyond eight, marker, dash and the label at a line's end tell
+what colour does not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,11 @@ from matplotlib.path import Path
 PAPERS = ("#ffffff", "#14171c")
 INK, SOFT, GRID, RULE = "#374151", "#5f6876", "#e5e7eb", "#9ca3af"
 SHADE, PAPER = "#e3e6eb", "#ffffff"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b87d00", "#3397d1", "#8a6d00", "#8c63c4")
-DARK_COLOURS = COLOURS
+COLOURS = ("#3f77f3", "#cf821b", "#1ea55f", "#5b0543", "#625a05", "#3f1289", "#3e2312", "#5632f3")
+DARK_COLOURS = (
+    *("#73a3fa", "#eb550d", "#a2f9cf", "#ab465c"),
+    *("#faf96d", "#4056e1", "#cea570", "#a042a1"),
+)
 BASELINE_COLOUR, DARK_BASELINE = "#6b7280", "#9aa2af"
 MARKERS = ("o", "s", "D", "^", "X", "v", "P", "*")
 # On and off in widths of the line.
@@ -117,7 +121,14 @@ def page_colours() -> dict[str, tuple[str, str]]:
 
 def drawn_variables() -> Mapping[str, str]:
     """The variable that stands for each colour of a drawing, by colour."""
-    own = {INK: "--ink", SOFT: "--soft", GRID: "--line", RULE: "--rule", SHADE: "--shade", PAPER: "--paper"}
+    own = {
+        INK: "--ink",
+        SOFT: "--soft",
+        GRID: "--line",
+        RULE: "--rule",
+        SHADE: "--shade",
+        PAPER: "--paper",
+    }
     return own | {light: name for name, (light, _) in page_colours().items()}
 
 

@@ -35,7 +35,7 @@ class Point:
 
 
 def cost_charts(comparison: Comparison, rows: Sequence[SummaryRow]) -> list[Chart]:
-    """A chart for each metric of the forest plot that has a better side; none without step times."""
+    """A chart for each metric of the forest plot with a better side; none without step times."""
     costs = _step_costs(rows)
     charts = []
     for group in forest_groups(rows):
@@ -45,7 +45,9 @@ def cost_charts(comparison: Comparison, rows: Sequence[SummaryRow]) -> list[Char
     return charts
 
 
-def pareto_front(points: Sequence[tuple[float, float]], *, higher: bool) -> list[tuple[float, float]]:
+def pareto_front(
+    points: Sequence[tuple[float, float]], *, higher: bool
+) -> list[tuple[float, float]]:
     """The (cost, gain) than which no other is better in one and as good in the other, by cost.
 
     >>> pareto_front([(0, 0), (5, 2), (3, -1), (9, 2)], higher=True)
@@ -140,4 +142,6 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
             axes.invert_yaxis()  # better is up in each of them
     unit = ", in %" if first.target is not None else ""
     title = f"{first.quantity.label} {ARROWS[first.quantity.better]}".rstrip()
-    return Chart(title, f"difference to {comparison.baseline}{unit}; better is up", figure, tuple(readouts))
+    return Chart(
+        title, f"difference to {comparison.baseline}{unit}; better is up", figure, tuple(readouts)
+    )

@@ -170,4 +170,3 @@ def _caption(group: Sequence[SummaryRow]) -> str:
         if any(row.target is not None and row.target.never for row in group):
             parts.append("\N{BLACK RIGHT-POINTING SMALL TRIANGLE} never reached")
     return ", ".join(part for part in parts if part)
-

@@ -1,4 +1,4 @@
-"""All verdicts at once: variants by metrics, each better, worse, changed, not told apart or none."""
+"""All verdicts at once: variants by metrics, each better, worse, changed or not told apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,13 @@ from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
-SIGNS = {"better": "▲", "worse": "▼", "changed": "◆", "not told apart": "·", "no verdict": "–"}
+SIGNS = {
+    "better": "▲",
+    "worse": "▼",
+    "changed": "◆",
+    "not told apart": "·",
+    "no verdict": "\N{EN DASH}",
+}
 _ORDER = {"better": 2, "changed": 1, "not told apart": 0, "worse": -1}
 
 
@@ -16,8 +22,8 @@ class Cell:
     """One variant in one metric.
 
     Args:
-        kind: a key of `SIGNS`; "no verdict" where nothing can be said: not measured, too few seeds, or
-            a run diverged.
+        kind: a key of `SIGNS`; "no verdict" where nothing can be said: not measured, too few seeds,
+            no spread, or a run diverged.
         text: the difference as the tables have it.
     """
 

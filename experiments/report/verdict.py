@@ -133,7 +133,7 @@ def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow])
 
 
 def _short(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow]) -> str:
-    """ "refalign: raises subject retrieval by 0.12 [0.07, 0.16] (better); 4 more not told apart"."""
+    """ "refalign: raises subject retrieval by 0.12 [0.07, 0.16] (better); 4 more metrics ..."."""
     claims = [_claim(row, base[row.metric]) for row in rows if row.change]
     count = len(rows) - len(claims)
     metrics = f"{count} {'more ' if claims else ''}metric{'s' if count != 1 else ''}"

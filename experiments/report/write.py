@@ -3,8 +3,9 @@
 Of runs that were evaluated while they trained there is steps.csv as well, and noise_floor.csv where
 the baseline was trained twice.
 
-`figures/` has every chart as SVG and PDF. report.html is one file that needs no network: script, style, charts and clips are inside it, and a
-content security policy forbids the browser to fetch anything.
+`figures/` has every chart as SVG and PDF. report.html is one file that needs no network: style,
+script, charts and clips are inside it, and a content security policy forbids the browser to fetch
+anything.
 """
 
 import re
@@ -12,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignlab.experiments.charts.chart import Chart, save_pdf
 from alignlab.experiments.compare.result import Comparison, SampleClip
 from alignlab.experiments.report.by_step import steps_csv
-from alignlab.experiments.charts.chart import Chart, save_pdf
 from alignlab.experiments.report.charts import (
     block_charts,
     curve_charts,

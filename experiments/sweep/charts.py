@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
@@ -46,7 +46,9 @@ class Objective:
     values: Sequence[float]
 
     @classmethod
-    def of(cls, name: str, maximized: bool, trials: Sequence[FrozenTrial], index: int) -> "Objective":
+    def of(
+        cls, name: str, maximized: bool, trials: Sequence[FrozenTrial], index: int
+    ) -> "Objective":
         """The metric number `index` of the trials."""
         drawn = [trial for trial in trials if is_drawn(trial.values[index])]
         return cls(name, maximized, drawn, [float(trial.values[index]) for trial in drawn])
@@ -77,9 +79,10 @@ def importance_chart(name: str, importances: Mapping[str, float]) -> Chart:
         figure = new_figure(height=60.0 + 24.0 * len(importances))
         axes = figure.subplots()
         shares = list(importances.values())
-        axes.barh(range(len(shares)), shares, color=COLOURS[0], height=0.6)
+        axes.hlines(range(len(shares)), 0.0, shares, color=COLOURS[0], linewidth=12.0)
+        axes.set_xlim(left=0.0)
         axes.set_yticks(range(len(shares)), [_label(param) for param in importances])
-        axes.invert_yaxis()
+        axes.set_ylim(len(shares) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("share")
         readouts = tuple(
@@ -106,7 +109,7 @@ def slice_chart(objective: Objective, params: Sequence[str]) -> Chart:
             scale.draw(axes, "x")
             axes.set_xlabel(_label(param))
             readouts += _trial_readouts(axes, shown, x, shown.values)
-        _left(places).set_ylabel(one_visible_line(objective.name))
+        places[0].set_ylabel(one_visible_line(objective.name))
     words = "each setting by itself; darker: later trials"
     return Chart(f"{objective.name}: slice", words, figure, tuple(readouts))
 
@@ -175,7 +178,7 @@ def parallel_chart(objective: Objective, params: Sequence[str]) -> Chart:
 def pareto_chart(
     objectives: Sequence[Objective], trials: Sequence[FrozenTrial], best: Sequence[int]
 ) -> Chart:
-    """Trials by two metrics, a panel for each pair; those that none beats in every metric stand out.
+    """Trials by two metrics, a panel for each pair; those that none beats stand out.
 
     Args:
         objectives: the metrics, two or three.
@@ -196,7 +199,9 @@ def pareto_chart(
                     [x], [y], "D" if is_best else "o", markersize=7.0 if is_best else 5.0,
                     color=COLOURS[1] if is_best else BASELINE_COLOUR,
                 )  # fmt: skip
-                texts = (f"{objectives[i].name} {format_number(trial.values[i])}" for i in (across, up))
+                texts = (
+                    f"{objectives[i].name} {format_number(trial.values[i])}" for i in (across, up)
+                )
                 rows = tuple((-1, text) for text in texts)
                 readouts.append(Readout(axes, x, y, f"trial {trial.number}", rows))
             axes.set_xlabel(_with_side(objectives[across]))
@@ -291,8 +296,15 @@ class Scale:
             ticks: Callable[..., Any] = getattr(axes, f"set_{which}ticks")
             ticks(range(len(self.choices)), [shortened(str(choice)) for choice in self.choices])
             getattr(axes, f"set_{which}lim")(-0.5, len(self.choices) - 0.5)
-        elif self.log:
+            return
+        axis = axes.xaxis if which == "x" else axes.yaxis
+        is_whole = all(float(value).is_integer() for value in self.values)
+        axis.set_major_locator(MaxNLocator(5, integer=is_whole))
+        if self.log:
             getattr(axes, f"set_{which}scale")("log")
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -305,10 +317,6 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
         for axes in places[count:]:
             axes.remove()
     return figure, places[:count]
-
-
-def _left(places: Sequence[Axes]) -> Axes:
-    return places[0]
 
 
 def _having(objective: Objective, *params: str) -> Objective:

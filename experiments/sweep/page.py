@@ -172,4 +172,3 @@ def _verdict(study: SweepStudy, best: FrozenTrial | None) -> str:
         f"ones: {', '.join(parts)}{repeated(study)}. The best of many trials looks better than "
         "it is: train best.yaml with other seeds before believing it."
     )
-
