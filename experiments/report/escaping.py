@@ -5,7 +5,6 @@ all. Here it becomes text that no reader runs and no file refuses: each form esc
 writes it. HTML is escaped by the templates (`page.render`), LaTeX in `latex`.
 """
 
-import html
 import re
 import unicodedata
 
@@ -55,11 +54,6 @@ def markdown_code(text: str, language: str) -> list[str]:
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}{language}", visible(text).rstrip(), fence]
-
-
-def plot_text(text: str) -> str:
-    """Text for a chart: plotly.js reads a little HTML, and `%{...}` where it fills in numbers."""
-    return html.escape(one_visible_line(text), quote=False).replace("{", "&#123;")
 
 
 def csv_cell(value: object) -> object:
