@@ -115,7 +115,7 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
         base = by_variant[comparison.baseline]
         axes.plot([0.0], [0.0], "o", color=base.colour, markerfacecolor=PAPER, markersize=8.0)
         readouts = [Readout(axes, 0.0, 0.0, "", ((numbers[base.name], "the baseline"),))]
-        for point in points:
+        for number, point in enumerate(sorted(points, key=lambda one: one.cost)):
             style, gid = by_variant[point.variant], group_name(numbers[point.variant])
             for ends, across in ((point.cost_ends, True), (point.gain_ends, False)):
                 low, high = ends
@@ -129,8 +129,9 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
                 markerfacecolor=face, markeredgewidth=1.4, zorder=4,
             )[0].set_gid(gid)  # fmt: skip
             axes.annotate(
-                shortened(point.variant), (point.cost, point.gain), (6, 5), color=style.colour,
-                textcoords="offset points", fontsize=9.0,
+                shortened(point.variant), (point.cost, point.gain),
+                (6, 5 if number % 2 == 0 else -12),  # so that neighbours do not overlap
+                color=style.colour, textcoords="offset points", fontsize=9.0,
             ).set_gid(gid)  # fmt: skip
             text = f"{point.gain:+.3g} at {point.cost:+.1f}% step time"
             readouts.append(

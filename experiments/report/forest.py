@@ -131,7 +131,7 @@ def _draw_row(
         if is_drawn(value):
             (dot,) = axes.plot(
                 [value], [place + 0.24], ">" if seed in never else ".", color=style.colour,
-                markersize=4.0, alpha=0.55, markeredgewidth=0.0, zorder=2,
+                markersize=5.5, alpha=0.6, markeredgewidth=0.0, zorder=2,
             )  # fmt: skip
             dot.set_gid(gid)
     if paired is None or not is_drawn(paired.mean) or (target is not None and target.is_bound):
