@@ -4,7 +4,9 @@ The figure is written as SVG into a page, and as SVG and PDF beside it.
 """
 
 import io
+import logging
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from alignlab.runs.atomic_files import whole_file
 WIDTH, HEIGHT = 380.0, 230.0
 """Of a chart in points: what a column of a page is wide, at 96 pixels an inch a little wider."""
 
+log = logging.getLogger(__name__)
+_NO_GLYPH = r"Glyph \d+ .*missing from font"
 _PROLOGUE = re.compile(r"^.*?(?=<svg )", re.DOTALL)
 _UNREAD = re.compile(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", re.DOTALL)
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
@@ -80,7 +84,9 @@ class Chart:
 @contextmanager
 def look() -> Iterator[None]:
     """Everything that matplotlib draws and writes in here has the look of the charts."""
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(RC), warnings.catch_warnings():
+        # in an SVG a letter is a letter, whichever fonts are here
+        warnings.filterwarnings("ignore", message=_NO_GLYPH)
         yield
 
 
@@ -137,13 +143,21 @@ def placed_readouts(chart: Chart) -> list[JsonValue]:
 def save_pdf(figures: Sequence[Figure], path: Path) -> None:
     """Writes a PDF with a page for each figure, whole or not at all.
 
-    One file for all holds its fonts once, which takes most of the time of a file.
+    One file for all holds its fonts once, which takes most of the time of a file. Letters that the
+    font lacks are boxes in it, which the log says.
     """
     metadata = {"CreationDate": None}
-    with look(), whole_file(path) as partial, PdfPages(partial, metadata=metadata) as pages:
-        for figure in figures:
-            lay_out(figure)
-            FigureCanvasPdf(figure).print_pdf(pages)
+    with look(), whole_file(path) as partial, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with PdfPages(partial, metadata=metadata) as pages:
+            for figure in figures:
+                lay_out(figure)
+                FigureCanvasPdf(figure).print_pdf(pages)
+    for one in caught:
+        if not re.match(_NO_GLYPH, str(one.message)):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if any(re.match(_NO_GLYPH, str(one.message)) for one in caught):
+        log.warning("%s: letters that its font lacks are boxes; the SVG files have them", path)
 
 
 def _place(figure: Figure, readout: Readout) -> JsonValue:

@@ -13,6 +13,7 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 DARK = "--blink-settings=preferredColorScheme=0"
+FIRST_SCRIPT = '<script type="application/json" id="readouts">'
 # What is drawn inside a chart's axes: lines, marks and coloured cells, not ticks and frames.
 DRAWN = repr(
     'svg g[id*="-axes_"] > :is([class^="of-"], [id*="-line2d_"], [id*="Collection_"], '

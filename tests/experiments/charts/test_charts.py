@@ -1,6 +1,7 @@
 """One chart: as a file, inside a page, what it says at a place, and where names stand."""
 
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from itertools import pairwise
@@ -95,3 +96,17 @@ def test_names_at_the_end_of_lines_never_overlap(places: list[float], gap: float
 @pytest.mark.parametrize("count", [1, 17, 30])
 def test_a_chart_of_any_number_of_variants_is_drawn(count: int) -> None:
     assert "<svg" in chart_of([f"variant {place}" for place in range(count)], count=40).svg
+
+
+def test_letters_that_no_font_has_stay_text_and_are_told_of_in_a_pdf(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chart = chart_of(("none", "\N{HANGUL LETTER PIEUP-SIOS-TIKEUT}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "\N{HANGUL LETTER PIEUP-SIOS-TIKEUT}" in chart.svg
+        save_pdf([chart.figure], tmp_path / "charts.pdf")
+        assert "letters that its font lacks are boxes" in caplog.text
+        caplog.clear()
+        save_pdf([chart_of().figure], tmp_path / "charts.pdf")
+    assert not caplog.text
