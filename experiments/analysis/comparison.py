@@ -158,7 +158,7 @@ class ComparisonData:
         Raises:
             UserError: a metric without differences, or another number of Axes.
         """
-        from alignlab.experiments.analysis.forest import plot_forest
+        from alignlab.experiments.analysis.plots import plot_forest
 
         return plot_forest(self.comparison, self.rows, ax, metrics)
 

@@ -1,4 +1,4 @@
-"""Charts of a probe's page as plotly.js figures: plain data, drawn by the script inside the page.
+"""Charts of a probe's page: heat maps of blocks and noise levels and of cosines, and a t-SNE.
 
 Shape letters: N tokens, D width.
 """
@@ -7,22 +7,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from pydantic import JsonValue
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from alignlab.evaluation.feature_maps import tsne_points
 from alignlab.evaluation.probe import MODELS, SIGMAS, Cell
 from alignlab.evaluation.token_metrics import ReferenceTokens
-from alignlab.experiments.report.charts import COLOURS, Chart, Json, axis, layout
-from alignlab.experiments.report.escaping import plot_text
+from alignlab.experiments.charts.chart import WIDTH, Chart, Readout, group_name, look, new_figure
+from alignlab.experiments.charts.look import COLOURS, styles
 from alignlab.metrics.features import unit_rows
 
 FEW_SUBJECTS = len(COLOURS)
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
-_DIVERGING: list[JsonValue] = [
-    [0.0, "#b35806"], [0.25, "#f1a340"], [0.5, "#e9e9ec"], [0.75, "#79a8d8"], [1.0, "#0b5394"],
-]  # fmt: skip
+_DIVERGING = LinearSegmentedColormap.from_list(
+    "change", ["#b35806", "#f1a340", "#e9e9ec", "#79a8d8", "#0b5394"]
+)
+_ROW, _AROUND, _SQUARE = 24.0, 62.0, 330.0  # points, of a block, of axis and margins, of cosines
 
 
 @dataclass(frozen=True)
@@ -66,42 +69,56 @@ def map_tables(cells: Sequence[Cell], measures: Mapping[str, tuple[str, str]]) -
 
 def map_charts(table: MapTable, aligned: Sequence[int]) -> list[Chart]:
     """Before, after and their difference; before and after share one colour scale."""
-    names: list[JsonValue] = [f"{b} ●" if b in aligned else str(b) for b in table.blocks]
+    names = [f"{b} ●" if b in aligned else str(b) for b in table.blocks]
     every = [v for model in MODELS for row in table.values[model] for v in row if v is not None]
-    scale: Json = {"zmin": min(every), "zmax": max(every), "colorscale": "Viridis"}
+    ends = (min(every), max(every))
     places = range(len(table.blocks)), range(len(SIGMAS))
     change = [[table.change(row, column) for column in places[1]] for row in places[0]]
     largest = max((abs(v) for row in change for v in row if v is not None), default=0.0) or 1.0
-    diverging: Json = {"zmin": -largest, "zmax": largest, "colorscale": _DIVERGING}
     charts = [
-        Chart(f"{table.label}: {model}", "", _map(table.values[model], names, scale))
+        _map(f"{table.label}: {model}", table.values[model], names, ends, "viridis")
         for model in MODELS
     ]
-    return [*charts, Chart(f"{table.label}: change", "", _map(change, names, diverging, sign="+"))]
+    title = f"{table.label}: change"
+    return [*charts, _map(title, change, names, (-largest, largest), _DIVERGING, sign="+")]
 
 
 def _map(
-    values: list[list[float | None]], names: list[JsonValue], scale: Json, sign: str = ""
-) -> JsonValue:
-    rows: list[JsonValue] = [list(row) for row in values]
-    trace: Json = {
-        "type": "heatmap",
-        "z": rows,
-        "x": [f"{sigma:g}" for sigma in SIGMAS],
-        "y": names,
-        "texttemplate": f"%{{z:{sign}.2f}}",
-        "xgap": 1,
-        "ygap": 1,
-        "hovertemplate": f"block %{{y}}, noise level %{{x}}: %{{z:{sign}.4f}}<extra></extra>",
-        "colorbar": _bar(),
-        **scale,
-    }
-    height = 84 + 24 * len(names)
-    axes: Json = {
-        "xaxis": _axis("noise level (1 is pure noise)") | {"type": "category"},
-        "yaxis": _axis("block") | {"type": "category", "autorange": "reversed"},
-    }
-    return {"data": [trace], "layout": _layout(height) | axes}
+    title: str,
+    values: list[list[float | None]],
+    names: list[str],
+    ends: tuple[float, float],
+    colours: str | LinearSegmentedColormap,
+    sign: str = "",
+) -> Chart:
+    array = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
+    with look():
+        figure = new_figure(WIDTH, _AROUND + _ROW * len(names))
+        axes = figure.subplots()
+        image = axes.pcolormesh(
+            array, vmin=ends[0], vmax=ends[1], cmap=colours, edgecolors="white", linewidth=1.0
+        )
+        figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
+        readouts = []
+        for row, texts in enumerate(values):
+            for column, value in enumerate(texts):
+                if value is None:
+                    continue
+                x, y = column + 0.5, row + 0.5
+                shade = image.cmap(image.norm(value))
+                axes.text(
+                    x, y, _minus(f"{value:{sign}.2f}"), ha="center", va="center", fontsize=8.5,
+                    color="white" if _is_dark(shade) else "#111827",
+                )  # fmt: skip
+                where = f"block {names[row]}, noise level {SIGMAS[column]:g}"
+                readouts.append(Readout(axes, x, y, where, ((-1, _minus(f"{value:{sign}.4f}")),)))
+        axes.set_xticks([i + 0.5 for i in range(len(SIGMAS))], [f"{sigma:g}" for sigma in SIGMAS])
+        axes.set_yticks([i + 0.5 for i in range(len(names))], names)
+        axes.set_xlabel("noise level (1 is pure noise)")
+        axes.set_ylabel("block")
+        _bare(axes)
+        axes.invert_yaxis()
+    return Chart(title, "", figure, tuple(readouts))
 
 
 def similarity_charts(sets: Mapping[str, Tensor], subjects_N: Tensor) -> list[Chart]:
@@ -117,36 +134,50 @@ def similarity_charts(sets: Mapping[str, Tensor], subjects_N: Tensor) -> list[Ch
     }
     low = min(float(cosine_NN.min()) for cosine_NN in cosines.values())
     counts = torch.unique_consecutive(subjects_N, return_counts=True)[1]
-    ends = counts.cumsum(0)
-    middles: list[JsonValue] = [float(e - c / 2 - 0.5) for e, c in zip(ends, counts, strict=True)]
-    ticks: Json = {
-        "tickvals": middles,
-        "ticktext": [chr(ord("A") + i) for i in range(len(counts))],
-        "showgrid": False,
-    }
-    lines: list[JsonValue] = [
-        {"type": "line", "line": {"color": "#ffffff", "width": 1.5}, **place}
-        for end in ends[:-1].tolist()
-        for place in (
-            {"x0": end - 0.5, "x1": end - 0.5, "y0": -0.5, "y1": len(subjects_N) - 0.5},
-            {"y0": end - 0.5, "y1": end - 0.5, "x0": -0.5, "x1": len(subjects_N) - 0.5},
-        )
+    ends = counts.cumsum(0).tolist()
+    middles = [end - count / 2 for end, count in zip(ends, counts.tolist(), strict=True)]
+    letters = [chr(ord("A") + i) for i in range(len(counts))]
+    return [
+        _square(title, cosine_NN.numpy(), low, ends, middles, letters)
+        for title, cosine_NN in cosines.items()
     ]
-    charts = []
-    for title, cosine_NN in cosines.items():
-        rows: list[JsonValue] = [[round(v, 3) for v in row] for row in cosine_NN.tolist()]
-        trace: Json = {
-            "type": "heatmap", "z": rows, "zmin": low, "zmax": 1.0, "colorscale": "Viridis",
-            "colorbar": _bar(), "hovertemplate": "cosine %{z:.3f}<extra></extra>",
-        }  # fmt: skip
-        square: Json = {"autorange": "reversed", "scaleanchor": "x", "constrain": "domain"}
-        layout = _layout(340) | {
-            "xaxis": _axis("") | ticks | {"constrain": "domain"},
-            "yaxis": _axis("") | ticks | square,
-            "shapes": lines,
-        }
-        charts.append(Chart(title, "", {"data": [trace], "layout": layout}))
-    return charts
+
+
+def _square(
+    title: str,
+    cosine_NN: npt.NDArray[np.float64],
+    low: float,
+    ends: list[int],
+    middles: list[float],
+    letters: list[str],
+) -> Chart:
+    with look():
+        figure = new_figure(WIDTH, _SQUARE)
+        axes = figure.subplots()
+        count = len(cosine_NN)
+        # one picture: thousands of squares would make a page of megabytes
+        image = axes.imshow(
+            cosine_NN, vmin=low, vmax=1.0, cmap="viridis", interpolation="nearest",
+            extent=(0, count, count, 0),
+        )  # fmt: skip
+        figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
+        for end in ends[:-1]:
+            axes.axvline(end, color="white", linewidth=1.5)
+            axes.axhline(end, color="white", linewidth=1.5)
+        axes.set_xticks(middles, letters)
+        axes.set_yticks(middles, letters)
+        _bare(axes)
+    starts = [0, *ends[:-1]]
+    blocks = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    readouts = tuple(
+        Readout(
+            axes, middles[j], middles[i], f"{letters[i]} with {letters[j]}",
+            ((-1, f"mean cosine {_minus(f'{cosine_NN[rows, columns].mean():.3f}')}"),),
+        )
+        for i, rows in enumerate(blocks)
+        for j, columns in enumerate(blocks)
+    )  # fmt: skip
+    return Chart(title, "", figure, readouts)
 
 
 def shown_subjects(tokens: ReferenceTokens) -> list[int]:
@@ -157,40 +188,37 @@ def shown_subjects(tokens: ReferenceTokens) -> list[int]:
 def scatter_chart(
     title: str, features_ND: Tensor, subjects_N: Tensor, names: Mapping[int, str]
 ) -> Chart:
-    """A t-SNE of the tokens, a colour and a symbol for each subject."""
+    """A t-SNE of the tokens, a colour and a mark for each subject."""
     points_N2 = tsne_points(features_ND)
-    traces: list[JsonValue] = []
-    for place, (number, name) in enumerate(names.items()):
-        mine_M2 = points_N2[subjects_N == number]
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [round(v, 3) for v in mine_M2[:, 0].tolist()],
-                "y": [round(v, 3) for v in mine_M2[:, 1].tolist()],
-                "name": plot_text(name),
-                "legendgroup": name,
-                "hovertemplate": f"{plot_text(name)}<extra></extra>",
-                "marker": {"size": 6, "color": COLOURS[place], "symbol": _SYMBOLS[place]},
-            }
-        )
-    bare: Json = {"showticklabels": False, "showgrid": False, "showline": True, "mirror": True}
-    layout = _layout(340) | {
-        "xaxis": _axis("") | bare,
-        "yaxis": _axis("") | bare,
-        "hovermode": "closest",
-        "showlegend": False,
-    }
-    return Chart(title, "", {"data": traces, "layout": layout})
+    with look():
+        figure = new_figure(WIDTH, _SQUARE)
+        axes = figure.subplots()
+        readouts = []
+        by_name = styles(list(names.values()))
+        for place, (number, name) in enumerate(names.items()):
+            mine_M2, style = points_N2[subjects_N == number], by_name[name]
+            axes.plot(
+                mine_M2[:, 0].tolist(), mine_M2[:, 1].tolist(), style.marker, color=style.colour,
+                markersize=5.0, markeredgewidth=0.0, alpha=0.85,
+            )[0].set_gid(group_name(place))  # fmt: skip
+            middle = mine_M2.double().median(0).values.tolist() if len(mine_M2) else [0.0, 0.0]
+            readouts.append(Readout(axes, middle[0], middle[1], "", ((place, "middle"),)))
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return Chart(title, "", figure, tuple(readouts))
 
 
-def _axis(title: str) -> Json:
-    return axis(title, standoff=6)
+def _bare(axes: Axes) -> None:
+    axes.grid(visible=False)
+    axes.tick_params(length=0.0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
-def _layout(height: int) -> Json:
-    return layout(height, left=44, right=8, bottom=44)
+def _is_dark(colour: tuple[float, float, float, float]) -> bool:
+    red, green, blue, _ = colour
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
 
 
-def _bar() -> Json:
-    return {"thickness": 10, "outlinewidth": 0, "len": 1.0, "tickfont": {"size": 11}}
+def _minus(text: str) -> str:
+    return text.replace("-", "\N{MINUS SIGN}")

@@ -10,9 +10,10 @@ from pathlib import Path
 from alignlab.data.video import encode_mp4
 from alignlab.evaluation.feature_maps import FeatureClip
 from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, probe_run
+from alignlab.experiments.charts.chart import Chart
+from alignlab.experiments.charts.look import styles
 from alignlab.experiments.probe.figures import MapTable, map_charts, map_tables
 from alignlab.experiments.probe.tokens import Table, decimals, scatter_of, similarity_of
-from alignlab.experiments.report.charts import COLOURS, Chart, figures_of
 from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import format_number
 from alignlab.experiments.report.page import data_uri, render
@@ -104,15 +105,15 @@ def _html(result: RunProbe) -> str:
     sections |= {"similarity": similarity, "scatter": scatter}
     return render(
         "probe.html.j2",
-        figures_of(sections),
+        sections,
+        list(styles(names).values()),
         probe=result,
         lead=lead(result, tables),
         tables=tables,
         plain={table.measure: _plain(table) for table in tables},
-        sections=sections,
         subjects=subjects,
         similarity_table=similarity_table,
-        scatter_names=dict(zip(names, COLOURS, strict=False)),
+        scatter_names=names,
         scatter_table=scatter_table,
         clips=_clips(result),
         explained=_explained(result.features),

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alignlab.evaluation.probe import MODELS, RunProbe
 from alignlab.evaluation.token_metrics import ReferenceTokens
+from alignlab.experiments.charts.chart import Chart
 from alignlab.experiments.probe.figures import scatter_chart, shown_subjects, similarity_charts
-from alignlab.experiments.report.charts import Chart
 from alignlab.metrics import silhouette
 from alignlab.metrics.features import unit_rows
 

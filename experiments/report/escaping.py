@@ -5,12 +5,12 @@ all. Here it becomes text that no reader runs and no file refuses: each form esc
 writes it. HTML is escaped by the templates (`page.render`), LaTeX in `latex`.
 """
 
-import html
 import re
 import unicodedata
 
 # They turn the direction of what follows, so that a line reads as what it does not say.
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_BYTE_ORDER_MARK = "\ufeff"  # nobody sees it, and matplotlib cannot write it into a PDF
 _ACTING = ("Cc", "Cs", "Zl", "Zp")
 _ODD = re.compile("[^ -~]")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -22,10 +22,12 @@ def visible(text: str) -> str:
     r"""The text with what acts instead of being seen as escapes: `\x1b`, `\ud800`, `\u202e`.
 
     Those are control characters but for line breaks and tabs, halves of surrogate pairs, which no
-    file can hold, separators of lines and paragraphs, and marks of direction.
+    file can hold, separators of lines and paragraphs, marks of direction, and byte order marks.
 
     >>> visible("a\x1b[31m\ud83d b\n")
     'a\\x1b[31m\\ud83d b\n'
+    >>> visible("a\ufeffb")
+    'a\\ufeffb'
     """
     return _ODD.sub(_shown, text)
 
@@ -57,11 +59,6 @@ def markdown_code(text: str, language: str) -> list[str]:
     return [f"{fence}{language}", visible(text).rstrip(), fence]
 
 
-def plot_text(text: str) -> str:
-    """Text for a chart: plotly.js reads a little HTML, and `%{...}` where it fills in numbers."""
-    return html.escape(one_visible_line(text), quote=False).replace("{", "&#123;")
-
-
 def csv_cell(value: object) -> object:
     """A cell that no spreadsheet runs: text that would be a formula begins with an apostrophe.
 
@@ -78,6 +75,7 @@ def csv_cell(value: object) -> object:
 
 def _shown(match: re.Match[str]) -> str:
     char = match[0]
-    if char in "\n\t" or not (char in _TURNING or unicodedata.category(char) in _ACTING):
+    acts = char in _TURNING or char == _BYTE_ORDER_MARK or unicodedata.category(char) in _ACTING
+    if char in "\n\t" or not acts:
         return char
     return ascii(char)[1:-1]

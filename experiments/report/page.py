@@ -2,25 +2,32 @@
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import plotly.offline
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import JsonValue
 
+from alignlab.experiments.charts.chart import Chart, inline_svg, placed_readouts
+from alignlab.experiments.charts.look import Style, page_colours, swatch
 from alignlab.experiments.report.escaping import visible
 
 
-def render(template: str, figures: Mapping[str, JsonValue], **values: Any) -> str:
-    """A template of this folder as a page with plotly.js and its figures inside.
+def render(
+    template: str,
+    sections: Mapping[str, Sequence[Chart]],
+    styles: Sequence[Style],
+    **values: Any,
+) -> str:
+    """A template of this folder as a page with its charts inside.
 
     Args:
-        template: file name; it includes `page.css.j2` and `page.js.j2`, and writes out `plotly` and
-            `figures` in scripts.
-        figures: plotly figures by the name that a `.plot` element has in `data-figure`.
+        template: file name; it includes `page.css.j2` and `page.js.j2`, imports the macros of
+            `charts.html.j2`, and writes out `readouts` in a script.
+        sections: charts by the name of the section that shows them.
+        styles: of what the charts tell apart, in the order of their numbers.
         values: what the template reads.
     """
     environment = Environment(
@@ -31,24 +38,26 @@ def render(template: str, figures: Mapping[str, JsonValue], **values: Any) -> st
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
+    drawn: dict[str, Markup] = {}
+    readouts: dict[str, JsonValue] = {}
+    for section, charts in sections.items():
+        for index, chart in enumerate(charts):
+            name = f"{section}-{index}"
+            drawn[name] = Markup(inline_svg(chart.svg, name))
+            readouts[name] = placed_readouts(chart)
+    content: JsonValue = {
+        "names": [visible(style.name) for style in styles],
+        "colours": [style.variable for style in styles],
+        "charts": readouts,
+    }
+    environment.globals.update(drawn=drawn, sections=sections)
     return environment.get_template(template).render(
         # A caption or a variant could hold "</script>": no "<" survives.
-        figures=Markup(json.dumps(_visible(figures), allow_nan=False).replace("<", "\\u003c")),
-        plotly=Markup(plotly.offline.get_plotlyjs()),
+        readouts=Markup(json.dumps(content, allow_nan=False).replace("<", "\\u003c")),
+        colours=page_colours(),
+        swatches={style.name: Markup(swatch(style)) for style in styles},
         **values,
     )
-
-
-def _visible(content: Any) -> Any:
-    """Figures whose texts are those that the template writes, which finds traces by them."""
-    match content:
-        case str():
-            return visible(content)
-        case Mapping():
-            return {key: _visible(value) for key, value in content.items()}
-        case list() | tuple():
-            return [_visible(value) for value in content]
-    return content
 
 
 def data_uri(content: bytes, media_type: str) -> str:

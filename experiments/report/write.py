@@ -3,28 +3,33 @@
 Of runs that were evaluated while they trained there is steps.csv as well, and noise_floor.csv where
 the baseline was trained twice.
 
-report.html is one file that needs no network: script, style, charts and clips are inside it, and a
-content security policy forbids the browser to fetch anything.
+`figures/` has every chart as SVG and PDF. report.html is one file that needs no network: style,
+script, charts and clips are inside it, and a content security policy forbids the browser to fetch
+anything.
 """
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from alignlab.experiments.charts.chart import Chart, save_pdf
 from alignlab.experiments.compare.result import Comparison, SampleClip
 from alignlab.experiments.report.by_step import steps_csv
 from alignlab.experiments.report.charts import (
     block_charts,
     curve_charts,
-    figures_of,
     level_charts,
-    seed_charts,
     step_charts,
-    styles,
     timestep_charts,
+    variant_styles,
 )
+from alignlab.experiments.report.cost_charts import cost_charts
 from alignlab.experiments.report.findings import judge
+from alignlab.experiments.report.forest import forest_charts, forest_figure
 from alignlab.experiments.report.formatting import format_number, format_p
 from alignlab.experiments.report.latex import table_tex
+from alignlab.experiments.report.matrix import SIGNS, matrix_of
 from alignlab.experiments.report.noise_floor import HEADER, READING, noise_floor, noise_floor_csv
 from alignlab.experiments.report.page import data_uri, render
 from alignlab.experiments.report.run_warnings import warnings_by_variant
@@ -68,12 +73,13 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         folder: existing folder.
     """
     rows = summary_rows(comparison)
+    sections = _sections(comparison, rows)
     path = folder / "report.html"
     texts = {
         folder / "report.md": markdown(comparison, rows),
         folder / "table.csv": table_csv(comparison, rows),
         folder / "table.tex": table_tex(comparison, rows),
-        path: _html(comparison, rows, folder),
+        path: _html(comparison, rows, sections, folder),
     }
     steps = folder / "steps.csv"
     if any(run.measured for run in comparison.results):
@@ -85,24 +91,73 @@ def write_report(comparison: Comparison, folder: Path) -> Path:
         texts[floor_csv] = noise_floor_csv(comparison, floor)
     else:
         floor_csv.unlink(missing_ok=True)
+    write_figures(comparison, rows, sections, folder / "figures")
     for file, text in texts.items():  # each is whole, also where two commands write it
         write_text(file, text, shared=True)
     return path
 
 
-def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
-    sections = {
-        "seeds": seed_charts(comparison, rows),
+def write_figures(
+    comparison: Comparison,
+    rows: list[SummaryRow],
+    sections: Mapping[str, Sequence[Chart]],
+    folder: Path,
+) -> None:
+    """The charts as files for papers: SVG of each, and all of them as pages of charts.pdf.
+
+    A file's name begins with its page. forest.svg and forest.pdf have all panels of the forest plot
+    in one figure. Files of an earlier report go.
+    """
+    folder.mkdir(exist_ok=True)
+    written = set()
+    charts = [(section, chart) for section, many in sections.items() for chart in many]
+    whole = forest_figure(comparison, rows)
+    if whole is not None:
+        write_text(folder / "forest.svg", Chart("", "", whole).svg, shared=True)
+        save_pdf([whole], folder / "forest.pdf")
+        written |= {"forest.svg", "forest.pdf"}
+    for page, (section, chart) in enumerate(charts, start=1):
+        name = f"{page:02d}-{section}-{_slug(chart.title)}.svg"
+        write_text(folder / name, chart.svg, shared=True)
+        written.add(name)
+    if charts:
+        save_pdf([chart.figure for _, chart in charts], folder / "charts.pdf")
+        written.add("charts.pdf")
+    for file in folder.iterdir():
+        if file.suffix in (".svg", ".pdf") and file.name not in written:
+            file.unlink()
+
+
+def _slug(text: str) -> str:
+    """Letters, digits and hyphens of a title: a file's name on any system."""
+    return re.sub("[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+
+
+def _sections(comparison: Comparison, rows: list[SummaryRow]) -> dict[str, list[Chart]]:
+    return {
+        "forest": forest_charts(comparison, rows),
+        "cost": cost_charts(comparison, rows),
         "steps": step_charts(comparison),
         "levels": level_charts(comparison),
         "curves": curve_charts(comparison),
         "timesteps": timestep_charts(comparison, rows),
         "blocks": block_charts(comparison, rows),
     }
+
+
+def _html(
+    comparison: Comparison,
+    rows: list[SummaryRow],
+    sections: Mapping[str, Sequence[Chart]],
+    folder: Path,
+) -> str:
     return render(
         "report.html.j2",
-        figures_of(sections),
+        sections,
+        list(variant_styles(comparison).values()),
         comparison=comparison,
+        matrix=matrix_of(comparison, rows),
+        signs=SIGNS,
         finding=judge(comparison, rows),
         verdict=verdict(comparison, rows),
         noise_floor=noise_floor(comparison, rows),
@@ -118,9 +173,7 @@ def _html(comparison: Comparison, rows: list[SummaryRow], folder: Path) -> str:
         budget=_budget(comparison),
         settings=setting_table(comparison, comparison.differing),
         tuning=setting_table(comparison, comparison.tuning),
-        sections=sections,
         prompts=_prompts(comparison, folder),
-        styles=styles(comparison),
         facts=facts(comparison),
         environment={name: as_text(value) for name, value in comparison.environment.items()},
         title=title,

@@ -66,7 +66,7 @@ def test_help_loads_nothing_heavy() -> None:
         "asked = [command.split() for command in sys.argv[1:]];"
         "failed = [a for a in asked if CliRunner().invoke(app, [*a, '--help']).exit_code];"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'mlflow', 'omegaconf', 'pandas',"
-        " 'optuna', 'ray', 'scipy', 'sklearn', 'accelerate', 'plotly', 'matplotlib', 'jinja2'};"
+        " 'optuna', 'ray', 'scipy', 'sklearn', 'accelerate', 'matplotlib', 'jinja2'};"
         "found = failed or heavy & set(sys.modules); sys.exit(str(found) if found else 0)"
     )
     done = subprocess.run(

@@ -13,6 +13,12 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 DARK = "--blink-settings=preferredColorScheme=0"
+FIRST_SCRIPT = '<script type="application/json" id="readouts">'
+# What is drawn inside a chart's axes: lines, marks and coloured cells, not ticks and frames.
+DRAWN = repr(
+    'svg g[id*="-axes_"] > :is([class^="of-"], [id*="-line2d_"], [id*="Collection_"], '
+    '[id*="Mesh_"], image, g:has(> image))'
+)
 
 
 def with_script(page: Path, script: str, name: str = "looked.html") -> Path:

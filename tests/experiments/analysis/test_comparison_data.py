@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from alignlab.errors import UserError
 from alignlab.experiments import load_comparison
 from alignlab.experiments.analysis.comparison import ComparisonData
+from alignlab.experiments.charts.look import PAPER
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.rebuild import Choice, rebuild
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.report.verdict import verdict
+from drawn_charts import points
 from made_comparisons import make_comparison
 from recipe_comparisons import recipe_comparison, run_of, written
 from run_contents import table_frame, timeless
@@ -68,11 +68,6 @@ def _agg() -> Iterator[None]:
     yield
     plt.close("all")
     plt.switch_backend(before)
-
-
-def points(line: Line2D) -> tuple[list[float], list[float]]:
-    """Where a line goes: across, and down."""
-    return np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
 
 
 def drawn(ax: Axes) -> None:
@@ -196,9 +191,9 @@ def test_only_what_is_claimed_is_filled_in_the_forest(made: ComparisonData) -> N
     table = made.differences().set_index(["metric", "variant"])
     for metric in ("val/flow", "cross_cos/mean", "val/flow/t0"):
         (ax,) = made.plot_forest(metrics=[metric])
-        means = [line for line in ax.lines if line.get_marker() == "o"]
+        means = [line for line in ax.lines if line.get_marker() in ("o", "s")]
         for point, variant in zip(means, ("refalign", "repa"), strict=True):
-            is_filled = point.get_markerfacecolor() != "white"
+            is_filled = point.get_markerfacecolor() != PAPER
             assert is_filled == table.loc[(metric, variant)]["claimed"]
             assert points(point)[0] == [table.loc[(metric, variant)]["diff_mean"]]
 

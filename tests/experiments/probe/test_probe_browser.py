@@ -8,22 +8,22 @@ import pytest
 from alignlab.experiments.probe.page import probe
 from alignlab.recipe import load_run
 from alignlab.train import train
+from browser_tools import DRAWN
 
 # Runs after the page's own script; what it finds is read back from the dumped page.
 LOOK = """
-const drawn = (plot) => plot.querySelector(".scatterlayer path, .heatmaplayer image, .hm image");
 const found = {
   plots: plots.length,
-  empty: plots.filter((plot) => !drawn(plot)).map((plot) => plot.dataset.figure),
+  empty: plots.filter((plot) => !plot.querySelector(DRAWN)).map((plot) => plot.dataset.chart),
   unnamed: plots.filter((plot) => !plot.ariaLabel).length,
   tables: document.querySelectorAll("table.full").length,
   fetched: performance.getEntriesByType("resource").map((entry) => entry.name)
     .filter((name) => !name.startsWith("data:")),
   background: getComputedStyle(document.documentElement).backgroundColor,
-  ink: plots[0].layout.font.color,
+  ink: getComputedStyle(plots[0].querySelector("text")).fill,
   overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
 };
-"""
+""".replace("DRAWN", DRAWN)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_every_chart_is_drawn_and_has_numbers_beside_it(browser: ModuleType, pag
 def test_the_page_is_dark_and_narrow_where_asked(browser: ModuleType, page: Path) -> None:
     found, console = browser.opened(page, browser.DARK, "--window-size=500,900")
     assert console == ""
-    assert found["background"] == "rgb(20, 23, 28)" and found["ink"] == "#e4e7eb"
+    assert found["background"] == "rgb(20, 23, 28)" and found["ink"] == "rgb(228, 231, 235)"
     assert not found["overflow"], "wide tables scroll inside their boxes"
 
 

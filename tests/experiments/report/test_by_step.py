@@ -3,16 +3,18 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from alignlab.experiments.charts.chart import Chart
+from alignlab.experiments.charts.look import BASELINE_COLOUR
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.compare.run import collect
-from alignlab.experiments.report.charts import BASELINE_COLOUR, step_charts
+from alignlab.experiments.report.charts import step_charts
 from alignlab.experiments.report.write import write_report
 from alignlab.runs.metric_rows import append_row
 from alignlab.runs.run_folder import RunFolder
+from drawn_charts import drawn_bands, drawn_lines, points
 from made_comparisons import make_comparison
 from run_contents import read_table
 
@@ -39,11 +41,13 @@ def comparison() -> Comparison:
     return make_comparison(run_of(v, seed, level) for v, level in levels.items() for seed in (0, 1))
 
 
-def lines(figure: Any) -> dict[str, tuple[list[float], list[float], str]]:
+def lines(chart: Chart) -> dict[str, tuple[list[float], list[float], str]]:
     """Line of every variant: places, values, colour; all have markers."""
-    drawn = [trace for trace in figure["data"] if "name" in trace]
-    assert {trace["mode"] for trace in drawn} == {"lines+markers"}
-    return {t["name"]: (t["x"], t["y"], t["line"]["color"]) for t in drawn}
+    found = {}
+    for variant, (line,) in drawn_lines(chart, ("none", "fast")).items():
+        assert line.get_marker() not in ("", "None") and line.get_markevery() in (1, None)
+        found[variant] = (*points(line), str(line.get_color()))
+    return found
 
 
 def test_every_whole_metric_is_drawn_against_the_step(comparison: Comparison) -> None:
@@ -56,21 +60,20 @@ def test_every_whole_metric_is_drawn_against_the_step(comparison: Comparison) ->
     ]
     flow = charts["validation flow loss"]
     assert flow.caption == "lower is better; dotted: the baseline's last, the target"
-    drawn = lines(flow.figure)
+    drawn = lines(flow)
     places, values, colour = drawn["none"]
     assert places == list(STEPS) and colour == BASELINE_COLOUR
     assert values == pytest.approx([1 / step + 0.005 for step in STEPS])
-    band: Any = flow.figure
-    assert band["data"][0]["y"][0] == pytest.approx(1 / 4 + 0.01)  # the highest seed
-    paired = lines(charts["validation flow loss, minus baseline"].figure)
+    assert drawn_bands(flow, ("none", "fast"))["none"][1] == pytest.approx(1 / 4 + 0.01)
+    paired = lines(charts["validation flow loss, minus baseline"])
     assert list(paired) == ["fast"]
     assert paired["fast"][1] == pytest.approx([-0.5 / step for step in STEPS])
-    assert lines(charts["subject silhouette, block mean"].figure)["fast"][0] == [4, 12]
+    assert lines(charts["subject silhouette, block mean"])["fast"][0] == [4, 12]
 
 
 def test_the_report_holds_the_steps_in_every_form(comparison: Comparison, tmp_path: Path) -> None:
     text = write_report(comparison, tmp_path).read_text()
-    assert text.count('data-figure="steps-') == 4
+    assert text.count('data-chart="steps-') == 4
     markdown = (tmp_path / "report.md").read_text()
     assert "| metric | variant | 4 | 8 | 12 |" in markdown
     assert "| subject silhouette, block mean | fast | 0.1000 ± 0 | — | 0.7000 ± 0 |" in markdown

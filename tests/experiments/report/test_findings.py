@@ -26,6 +26,7 @@ from alignlab.experiments.report.findings_page import LEFT_OUT, findings_markdow
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown, print_summary
 from alignlab.experiments.report.write import write_report
+from browser_tools import FIRST_SCRIPT
 from command_line import alignlab, refused
 from made_comparisons import make_comparison
 
@@ -228,7 +229,7 @@ def hostile() -> Comparison:
 
 def test_every_form_of_a_report_shows_the_finding_on_top_and_escapes_it(tmp_path: Path) -> None:
     made = hostile()
-    page = write_report(made, tmp_path).read_text(encoding="utf-8").split("<script>")[0]
+    page = write_report(made, tmp_path).read_text(encoding="utf-8").split(FIRST_SCRIPT)[0]
     assert page.index("Finding:") < page.index('<p class="verdict">')
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "{{ 7*7 }}" in page

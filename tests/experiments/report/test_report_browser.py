@@ -9,6 +9,7 @@ from pydantic import JsonValue
 
 from alignlab.experiments.compare.result import Comparison, RunResult, SampleClip
 from alignlab.experiments.report.write import write_report
+from browser_tools import DRAWN
 from made_comparisons import make_comparison
 
 # Runs after the page's own script; what it finds is read back from the dumped page.
@@ -23,19 +24,39 @@ for (const button of [buttons[1], buttons[1], buttons[0]]) {
   button.click();
   orders.push([document.activeElement === button, button.closest("th").ariaSort, ...seen(table)]);
 }
+function reading() {
+  const key = (plot, name) => plot.dispatchEvent(new KeyboardEvent("keydown", { key: name }));
+  const plot = plots.find((one) => one.dataset.chart.startsWith("timesteps"));
+  const tip = document.querySelector(".tip");
+  const seen = [];
+  for (const name of ["ArrowRight", "ArrowRight", "ArrowLeft", "Escape"]) {
+    key(plot, name);
+    seen.push(tip.hidden ? "" : [...tip.children].map((line) => line.textContent).join("|"));
+  }
+  const box = plot.getBoundingClientRect();
+  const at = { clientX: box.right - 1, clientY: box.top + 20, bubbles: true };
+  plot.dispatchEvent(new PointerEvent("pointermove", at));
+  return [...seen, tip.textContent.slice(0, 12)];
+}
 document.querySelector(".legend button").click();
+const shown = (of) =>
+  [...document.querySelectorAll(of)].filter((part) => part.style.display !== "none").length;
+const words = (row) => row.innerText.split(/\\s+/);
 const found = {
   orders,
   sorted: table.querySelectorAll('th[aria-sort$="ending"]').length,
   plots: plots.length,
-  drawn: plots.filter((plot) => plot.querySelector(".main-svg .scatterlayer path")).length,
-  hidden: plots.flatMap((plot) => plot.data).filter((trace) => trace.visible === false).length,
+  empty: plots.filter((plot) => !plot.querySelector(DRAWN)).map((plot) => plot.dataset.chart),
+  hidden: shown(".of-0"),
+  left: shown(".of-1"),
   fetched: performance.getEntriesByType("resource").map((entry) => entry.name),
   background: getComputedStyle(document.documentElement).backgroundColor,
-  ink: plots[0].layout.font.color,
+  ink: getComputedStyle(plots[0].querySelector("text")).fill,
+  told: reading(),
+  matrix: [...document.querySelectorAll(".matrix tbody tr")].map(words),
   overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
 };
-"""
+""".replace("DRAWN", DRAWN)
 
 
 def comparison(flow: dict[str, float]) -> Comparison:
@@ -73,8 +94,14 @@ def page(browser: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_page_works(browser: ModuleType, page: Path) -> None:
     found, console = browser.opened(page, "--window-size=1400,1000")
     assert (console, found["fetched"]) == ("", [])
-    assert found["plots"] == found["drawn"] >= 6
-    assert found["hidden"] >= found["plots"] - 2, "the legend hides the baseline in every chart"
+    assert found["empty"] == [] and found["plots"] >= 6
+    assert found["hidden"] == 0 < found["left"], "the legend hides the baseline in every chart"
+    first, second = (
+        f"timestep t {t}|slow: {s}|fast: {f}"
+        for t, s, f in (("0.05000", "0.4500", "0.3500"), ("0.1500", "0.5500", "0.4500"))
+    )
+    assert found["told"] == [first, second, first, "", "timestep t 0"], "by keys, by the pointer"
+    assert [row[0] for row in found["matrix"]] == ["slow", "fast"]
     assert found["orders"] == [
         ["none", "slow", "fast"],
         [True, "ascending", "fast", "none", "slow"],
@@ -88,7 +115,7 @@ def test_the_page_works(browser: ModuleType, page: Path) -> None:
 def test_the_page_is_dark_and_narrow_where_asked(browser: ModuleType, page: Path) -> None:
     found, console = browser.opened(page, browser.DARK, "--window-size=500,900")
     assert console == ""
-    assert found["background"] == "rgb(20, 23, 28)" and found["ink"] == "#e4e7eb"
+    assert found["background"] == "rgb(20, 23, 28)" and found["ink"] == "rgb(228, 231, 235)"
     assert not found["overflow"], "wide tables scroll inside their boxes"
 
 
@@ -96,7 +123,6 @@ def test_the_page_is_dark_and_narrow_where_asked(browser: ModuleType, page: Path
 PRINT = """
 const state = () => ({
   open: [...document.querySelectorAll("details")].map((details) => details.open),
-  widths: [...new Set(plots.map((plot) => plot._fullLayout.width))],
 });
 const before = state();
 dispatchEvent(new Event("beforeprint"));
@@ -113,8 +139,7 @@ def test_what_is_closed_is_open_on_paper_and_closed_again_after(
     found, console = browser.opened(watched, "--window-size=1400,1000")
     assert console == ""
     assert found["after"] == found["before"]
-    assert found["during"]["widths"] == [300] != found["before"]["widths"]
-    assert found["before"]["open"].count(False) == 2
+    assert found["before"]["open"].count(False) == 3
     assert found["during"]["open"].count(False) == 1, "statistics of all metrics fill many pages"
 
 

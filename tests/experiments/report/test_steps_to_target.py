@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from alignlab.experiments.compare.result import Comparison, Curve, RunResult
 from alignlab.experiments.report.censored import CensoredSample
-from alignlab.experiments.report.charts import level_charts, seed_charts, step_charts
+from alignlab.experiments.report.charts import level_charts, step_charts
+from alignlab.experiments.report.forest import forest_charts
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.statistics import ALPHA
 from alignlab.experiments.report.steps_to_target import (
@@ -26,6 +27,7 @@ from alignlab.experiments.report.summary import SummaryRow, footnotes, summary_r
 from alignlab.experiments.report.text import markdown, table_csv
 from alignlab.experiments.report.verdict import verdict
 from alignlab.experiments.report.write import write_report
+from drawn_charts import drawn_lines, points
 from made_comparisons import make_comparison
 from noisy_curves import STEPS, Noise, logs_of_curves
 from run_contents import read_table
@@ -305,17 +307,20 @@ def test_the_table_of_one_seed_that_never_reaches_it_has_no_mean() -> None:
 
 def test_the_charts_show_the_target_and_who_never_reached_it() -> None:
     found = made({"none": [1.0] * 5, "mixed": [0.9, 0.95, 0.97, 1.2, 1.3]})
-    flow: Any = step_charts(found)[0].figure
+    flow = step_charts(found)[0]
     target = sum(falling(1.0, seed)[-1][1] for seed in range(5)) / 5
-    assert flow["data"][-1]["y"] == pytest.approx([target, target])
-    assert flow["data"][-1]["line"]["dash"] == "dot" and flow["data"][-1]["x"] == [50, 2000]
-    (chart,) = [c for c in seed_charts(found, summary_rows(found)) if c.title == "steps to target"]
-    dots: Any = chart.figure
-    assert dots["data"][0]["marker"]["symbol"] == ["circle"] * 3 + ["triangle-right"] * 2
-    assert dots["data"][0]["x"][3:] == [0.0, 0.0] and "never reached" in chart.caption
+    across = [line for line in flow.figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert [points(line)[1] for line in across] == [pytest.approx([target, target])]
+    rows = summary_rows(found)
+    (chart,) = [c for c in forest_charts(found, rows) if c.title.startswith("steps to target")]
+    marks = drawn_lines(chart, found.variants)["mixed"]
+    seeds = [line for line in marks if line.get_alpha() is not None]
+    assert [line.get_marker() for line in seeds] == ["."] * 3 + [">"] * 2
+    assert [points(line)[0] for line in seeds[3:]] == [[0.0], [0.0]]
+    assert "never reached" in chart.caption
     never = made({"none": [1.0] * 5, "never": [2.0] * 5})
-    drawn = seed_charts(never, summary_rows(never))
-    assert [chart.title for chart in drawn] == ["validation flow loss"], "bounds are no dots"
+    shown = forest_charts(never, summary_rows(never))
+    assert [chart.title for chart in shown] == ["validation flow loss ↓"], "bounds are no dots"
     assert [c.title for c in level_charts(found)] == ["validation flow loss, t 0.3 to 0.4"]
 
 

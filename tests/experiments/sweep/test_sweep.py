@@ -105,8 +105,8 @@ def test_the_recipes_own_settings_come_first_and_all_are_measured_alike(
 
 def test_the_page_stands_alone(finished: SweepConfig) -> None:
     text = (folder_of(finished) / "sweep.html").read_text()
-    for title in ("history", "importance", "slice", "parallel", "contour", "objectives.ra.blocks"):
-        assert f"<h2>val/flow: {title}</h2>" in text
+    for title in ("history", "importance", "slice", "parallel", "pairs", "objectives.ra.blocks"):
+        assert f"<b>val/flow: {title}</b>" in text
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", text)
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
     assert "the best of 3 finished ones" in text
@@ -234,7 +234,7 @@ def test_constraints_and_several_metrics(make: MakeSweep) -> None:
     sweep(config)
     study = join_study(config)
     page = (folder_of(config) / "sweep.html").read_text()
-    assert "<h2>Pareto front</h2>" in page and "<h2>time/step: history</h2>" in page
+    assert "<b>Pareto front</b>" in page and "<b>time/step: history</b>" in page
     assert all(len(trial.values) == 2 for trial in study.trials())
     flows = sorted(float(row["val/flow"]) for row in rows_of(config))
     bound = (flows[0] + flows[1]) / 2

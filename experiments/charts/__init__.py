@@ -1,0 +1,1 @@
+"""Charts for pages and papers: one look, drawn by matplotlib as SVG and PDF, no browser needed."""
