@@ -1,20 +1,23 @@
 """Comparisons and sweeps by a metric of another package: shown, judged, and of one version."""
 
 import csv
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.merge import merged
-from alignlab.experiments.compare.own_metrics import as_inputs, own_metrics_of
-from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.compare.own_metrics import OwnMetric, as_inputs, own_metrics_of
+from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.report.metric_table import quantity
+from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.metrics import check_metrics, directions
 from alignlab.experiments.sweep.study import sweep_folder
@@ -22,7 +25,9 @@ from alignlab.experiments.sweep.trial import refuse_other_inputs
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.run_folder import RunFolder
 from command_line import alignlab
+from made_comparisons import make_comparison
 from made_packages import metric_package, reports_forget
+from recipe_comparisons import run_of
 from small_recipes import comparison_recipe, sweep_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_clips")
@@ -83,6 +88,22 @@ def test_it_joins_tables_statistics_and_report(folder: Path) -> None:
     assert "| sharpness ↑ |" in text
     verdict = (folder / "report.html").read_text()
     assert "sharpness" in verdict
+
+
+@pytest.mark.parametrize(("better", "change"), [("higher", "better"), ("lower", "worse")])
+def test_a_difference_is_claimed_by_its_better_side(
+    better: Literal["higher", "lower"], change: str
+) -> None:
+    def run(variant: str, seed: int) -> RunResult:
+        value = 5.0 + seed / 10 + (variant == "refalign") * (1 + seed / 100)
+        found = run_of(variant, seed)
+        return dataclasses.replace(found, metrics=found.metrics | {"gen/sharp": value})
+
+    runs = [run(variant, seed) for seed in range(5) for variant in ("none", "refalign")]
+    own = {"sharp": OwnMetric("tiny-metrics", "1.0", "sharpness", better, headline=True)}
+    rows = summary_rows(make_comparison(runs, own_metrics=own))
+    (row,) = [one for one in rows if (one.variant, one.metric) == ("refalign", "gen/sharp")]
+    assert row.change == change and row.headline and row.quantity.label == "sharpness"
 
 
 def test_a_report_needs_no_package(folder: Path, tmp_path: Path) -> None:
