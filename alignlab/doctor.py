@@ -12,9 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 import alignlab
+from alignlab.data.registry import installed_datasets
 from alignlab.environment import PACKAGES as ENVIRONMENT_PACKAGES
 from alignlab.environment import package_version, use_own_kernel_rows
+from alignlab.evaluation.own_metrics import installed_metrics
 from alignlab.kernels import speed_table
+from alignlab.kernels.plugins import reason_of
 from alignlab.kernels.registry import OPERATIONS, installed_kernels
 from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
@@ -48,13 +51,19 @@ def print_diagnosis(console: Console | None = None) -> None:
         title = f"Attention backends on {device} (model.attention)"
         console.print(_table(title, ("backend", "state"), states))
     console.print(_table("Kernels", ("kernel", "state"), found["kernels"]))
+    if found["metrics"]:
+        title = "Metrics of other packages (eval.metrics)"
+        console.print(_table(title, ("metric", "state"), found["metrics"]))
+    if found["data"]:
+        title = "Data sets of other packages (data.name)"
+        console.print(_table(title, ("data set", "state"), found["data"]))
     console.print(_table("Models", ("model", "state"), found["models"]))
 
 
 def diagnosis() -> dict[str, dict[str, Any]]:
     """Everything below: `versions`, `devices`, `attention` (by device), `kernels`, `models`.
 
-    Each maps a thing's name to its state.
+    And `metrics` and `data` of other packages. Each maps a thing's name to its state.
     """
     devices = device_lines()
     kernels = [
@@ -72,6 +81,8 @@ def diagnosis() -> dict[str, dict[str, Any]]:
         "devices": devices,
         "attention": {device: dict(attention_states(device)) for device in devices},
         "kernels": dict([*kernels, *auto_states()]),
+        "metrics": metric_states(),
+        "data": data_states(),
         "models": model_states(),
     }
 
@@ -138,6 +149,23 @@ def auto_states() -> list[tuple[str, str]]:
         shown = str(table) if table.decisions else f"chunked, no kernel was measured on it{why}"
         states.append((f"impl=auto on cuda:{index}", shown))
     return states
+
+
+def metric_states() -> dict[str, str]:
+    """Metrics of generated clips that other packages register, and why one cannot be measured."""
+    states = {}
+    for one in installed_metrics():
+        why = one.problem if one.row is None else reason_of(one.row.missing)
+        states[f"{one.name} (package {one.package} {one.version})"] = why or "works"
+    return states
+
+
+def data_states() -> dict[str, str]:
+    """Data sets that other packages register, and why one cannot be used."""
+    return {
+        f"{one.name} (package {one.package} {one.version})": one.problem or "works"
+        for one in installed_datasets()
+    }
 
 
 def model_states() -> dict[str, str]:

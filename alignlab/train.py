@@ -496,4 +496,4 @@ class RunTrainer(Trainer):
             "diverged": bool(diverged),
             "notes": notes,
         }
-        folder.write_result(result)
+        folder.write_result(result | self.run.own_metrics())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from alignlab.kernels import speed_table
-from alignlab.kernels.plugins import ImplementationError, Installed, is_installed, same_package
+from alignlab.kernels.plugins import ImplementationError, Installed, find_named
 
 Impl = str | Callable[..., Any]
 """`auto`, the name of an implementation, or a function with the signature of the reference."""
@@ -132,23 +132,8 @@ class Operation(Generic[F]):
         return [one for one in kernels if one.kernel is None or one.kernel.op == self.name]
 
     def _find(self, impl: str) -> Installed:
-        name, _, package = impl.partition("@")
-        found = [one for one in self._installed() if one.name == name]
-        if package:
-            found = [one for one in found if same_package(one.package, package)]
-        found.sort(key=lambda one: one.kernel is None)
-        if found:
-            if found[0].problem is not None:
-                raise ImplementationError(found[0].problem)
-            return found[0]
-        if not package:
-            raise KeyError(impl)
-        choices = ", ".join(self.names())
-        if is_installed(package):
-            why = f"package {package} registers no kernel {name!r} of {self.name}"
-        else:
-            why = f"{name!r} comes with the package {package}, which is not installed here"
-        raise ImplementationError(f"{why}; there is {choices}")
+        what = f"kernel {{}} of {self.name}"
+        return find_named(impl, self._installed(), what, ", ".join(self.names()))
 
     def _checked(self, what: str, function: Callable[..., Any]) -> F:
         """The function, whose results are looked at: no foreign one may silently train nothing."""

@@ -12,18 +12,19 @@ imports nothing of alignlab.
 import inspect
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 GROUP = "alignlab.kernels"
 RESERVED = ("auto", "eager", "chunked", "triton", "compile", "floor")
 """Names of alignlab's own implementations, and of what its benchmark measures beside them."""
 NAME = r"[A-Za-z_][\w-]*"
+NAME_RULE = "a name is made of letters, digits, _ and -, and begins with a letter"
 
 # Whatever loading or asking foreign code may end in. As broad as this nowhere else: a package may
 # run a compiler when it is imported, raise a class of its own or call sys.exit, and what is wrong
@@ -93,17 +94,7 @@ class Installed(NamedTuple):
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None if it can."""
-        if self.kernel is None:
-            return self.problem
-        try:
-            reason: object = self.kernel.missing()
-        except FOREIGN as error:
-            return f"its missing() failed: {told(error)}"
-        if reason is None:
-            return None
-        if not isinstance(reason, str) or not reason.strip():
-            return f"its missing() gave {one_line(repr(reason))}, not None or a line of text"
-        return one_line(reason)
+        return self.problem if self.kernel is None else reason_of(self.kernel.missing)
 
 
 def load_kernels(references: Mapping[str, Callable[..., Any]]) -> list[Installed]:
@@ -144,11 +135,10 @@ def _loaded(point: EntryPoint) -> tuple[tuple[Kernel, ...], str | None]:
     if point.name in RESERVED:
         return (), "alignlab has that name already"
     if not re.fullmatch(NAME, point.name):
-        return (), "a name is made of letters, digits, _ and -, and begins with a letter"
-    try:
-        loaded = point.load()
-    except FOREIGN as error:
-        return (), f"cannot load {point.value}: {told(error)}"
+        return (), NAME_RULE
+    loaded, problem = load_point(point)
+    if problem is not None:
+        return (), problem
     kernels = loaded if isinstance(loaded, tuple) else (loaded,)
     if not kernels or not all(isinstance(kernel, Kernel) for kernel in kernels):
         return (), f"{point.value} is no {Kernel.__module__}.{Kernel.__name__}, nor a tuple of them"
@@ -197,6 +187,74 @@ def load_function(spec: str) -> Callable[..., Any]:
         raise ImplementationError(f"{spec} is no function")
     function: Callable[..., Any] = loaded
     return function
+
+
+def load_point(point: EntryPoint) -> tuple[Any, str | None]:
+    """What an entry point stands for, or None and why it cannot be loaded."""
+    try:
+        return point.load(), None
+    except FOREIGN as error:
+        return None, f"cannot load {point.value}: {told(error)}"
+
+
+def reason_of(missing: Callable[[], object]) -> str | None:
+    """Asks a registered `missing` why something cannot run here: one line, or None if it can."""
+    try:
+        reason = missing()
+    except FOREIGN as error:
+        return f"its missing() failed: {told(error)}"
+    if reason is None:
+        return None
+    if not isinstance(reason, str) or not reason.strip():
+        return f"its missing() gave {one_line(repr(reason))}, not None or a line of text"
+    return one_line(reason)
+
+
+class Named(Protocol):
+    """What a package registers, as `find_named` looks for it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def package(self) -> str: ...
+
+    @property
+    def problem(self) -> str | None: ...
+
+
+N = TypeVar("N", bound=Named)
+
+
+def find_named(asked: str, installed: Iterable[N], what: str, choices: str) -> N:
+    """The registration that a recipe names.
+
+    Args:
+        asked: its name, or `name@package`.
+        installed: what packages register; of several with the name one that can be used.
+        what: it, as in messages, with `{}` for its name.
+        choices: which there are, likewise.
+
+    Raises:
+        ImplementationError: it cannot be used; the line says which package is missing or at fault.
+        KeyError: there is none of that name, and no package is named.
+    """
+    name, _, package = asked.partition("@")
+    found = [one for one in installed if one.name == name]
+    if package:
+        found = [one for one in found if same_package(one.package, package)]
+    found.sort(key=lambda one: one.problem is not None)
+    if found:
+        if found[0].problem is not None:
+            raise ImplementationError(found[0].problem)
+        return found[0]
+    if not package:
+        raise KeyError(asked)
+    if is_installed(package):
+        why = f"package {package} registers no {what.format(repr(name))}"
+    else:
+        why = f"{name!r} comes with the package {package}, which is not installed here"
+    raise ImplementationError(f"{why}; there is {choices}")
 
 
 def is_installed(package: str) -> bool:

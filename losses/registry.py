@@ -6,14 +6,13 @@ packages add theirs by entry points.
 
 import functools
 from collections.abc import Mapping
-from typing import Literal, get_args, get_origin
 
 from alignlab.losses.align4gen import Align4Gen
 from alignlab.losses.crepa import Crepa
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.moalign import MoAlign
 from alignlab.losses.objective import Objective, ObjectiveConfig
-from alignlab.losses.plugins import registrations
+from alignlab.losses.plugins import lacks_name, registrations
 from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
@@ -78,11 +77,7 @@ def _problem(thing: object, name: str) -> str | None:
     config = getattr(thing, "Config", None)
     if not (isinstance(config, type) and issubclass(config, ObjectiveConfig)):
         return "has no Config derived from alignlab.losses.objective.ObjectiveConfig"
-    field = config.model_fields["name"]
-    is_literal = get_origin(field.annotation) is Literal and get_args(field.annotation) == (name,)
-    if not is_literal or field.default != name:
-        return f'has a Config without the line: name: Literal["{name}"] = "{name}"'
-    return None
+    return lacks_name(config, name)
 
 
 @functools.cache

@@ -157,6 +157,29 @@ class ClipsConfig(Settings):
     """Whether a caption names each subject by a colour of the world of `shapes` that no other
     subject of the clip has: `alignlab.data.shapes.detect` then finds it in any clip."""
 
+    clips_are_cached: ClassVar[bool] = True
+    """Whether clips can say what they are made from. Else the dataset cache keeps captions alone:
+    `cache.latents` and `cache.teachers` are false."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_captions_are_cached(cls, values: Any) -> Any:
+        """Turns off what would have no key."""
+        if cls.clips_are_cached or not isinstance(values, dict):
+            return values
+        given = values.get("cache", {})
+        if isinstance(given, CacheConfig):
+            given = given.model_dump(exclude_unset=True)
+        if not isinstance(given, dict):
+            return values  # is refused for what it is
+        why = "the clips of this data set do not say what they are made from; remove it"
+        for kind in ("latents", "teachers"):
+            if given.get(kind) not in (None, False):
+                raise ValueError(f"cache.{kind}: {why}")
+        if given.get("mode") == "require":
+            raise ValueError(f"cache.mode: require: {why}")
+        return {**values, "cache": {**given, "latents": False, "teachers": False}}
+
     @model_validator(mode="before")
     @classmethod
     def _no_clip_count(cls, values: Any, info: ValidationInfo) -> Any:

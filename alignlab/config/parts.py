@@ -324,6 +324,9 @@ class EvalConfig(Settings):
     generated_clips: int | None = Field(default=None, ge=0)
     """Val clips for which a video is generated and measured (docs/metrics.md). Left out: those of
     `sample_clips`."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of other packages, by which generated clips are measured as well
+    (docs/own-metric.md). A recipe keeps them as `name@package`."""
     sample_steps: int = Field(default=20, ge=1, le=10_000)
     """Denoising steps of a generated video. RefAlign uses 50."""
     sample_shift: Annotated[float, Field(ge=1e-3), at_most(*SHIFT)] | None = None
@@ -335,6 +338,26 @@ class EvalConfig(Settings):
     negative_prompt: str = ""
     """What stands for the caption where guidance leaves it out: nothing, a text, or `wan`, Wan's
     own negative prompt (RefAlign's code)."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_are_installed(
+        cls, metrics: tuple[str, ...], info: ValidationInfo
+    ) -> tuple[str, ...]:
+        if not metrics:
+            return metrics
+        from alignlab.evaluation.own_metrics import full_names  # measures, and needs settings
+
+        return full_names(metrics, stored=bool((info.context or {}).get("stored")))
+
+    @model_validator(mode="after")
+    def _metrics_have_clips(self) -> Self:
+        if self.metrics and not self.num_measured_clips:
+            raise ValueError(
+                f"metrics: no generated clip is measured by {', '.join(self.metrics)}: raise "
+                "generated_clips, or remove metrics"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sample_every_generates(self) -> Self:

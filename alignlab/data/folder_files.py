@@ -6,7 +6,7 @@ Imports no decoder: a run's inputs are looked at before anything is loaded.
 from alignlab.config.data import FolderConfig
 from alignlab.config.paths import user_path
 from alignlab.data.metadata import read_rows
-from alignlab.data.registry import DataFiles
+from alignlab.data.sample import DataFiles
 
 
 def folder_files(config: FolderConfig) -> DataFiles | None:

@@ -4,7 +4,8 @@ Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -50,6 +51,20 @@ class Sample:
     entities: tuple[str, ...] = ()
     masks_ETHW: Tensor | None = None
     flow_THWC: Tensor | None = None
+
+
+class DataFiles(NamedTuple):
+    """What a data set reads.
+
+    Args:
+        source: names it: equal where the same files are listed.
+        root: their folder.
+        files: by their names in there; a folder stands for all files in it.
+    """
+
+    source: str
+    root: Path
+    files: dict[str, Path]
 
 
 class ClipDataset(Protocol):

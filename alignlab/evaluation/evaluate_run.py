@@ -1,8 +1,9 @@
 """A checkpoint of a run, evaluated as the run itself is at its end."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from alignlab.config.identity import identity, settings_hash
 from alignlab.config.parts import EvalConfig
@@ -20,7 +21,7 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.out_paths import out_file
 from alignlab.runs.run_folder import RunFolder, in_its_output
 from alignlab.training.checkpoint import NEWEST, ModelChoice, restore_weights
-from alignlab.training.setup import Caches, build_run, warn_of_few_clips
+from alignlab.training.setup import Caches, build_run, try_own_metrics, warn_of_few_clips
 from alignlab.training.texts_ahead import encode_measured_texts
 
 SCHEDULE = ("every", "sample_every")  # settings of `eval` that say when a run evaluates itself
@@ -36,6 +37,7 @@ class RunEvaluation:
         eval: how it was measured.
         metrics: by name, as in `result.json`, without what training costs.
         notes: warnings, as in `result.json`.
+        own_metrics: what `result.json` says of metrics of other packages.
     """
 
     step: int
@@ -43,6 +45,7 @@ class RunEvaluation:
     eval: EvalConfig
     metrics: dict[str, float]
     notes: tuple[str, ...]
+    own_metrics: dict[str, Any] = field(default_factory=dict)
 
 
 @quiet_libraries()
@@ -81,6 +84,8 @@ def evaluate_run(
     tell_changes(folder, config)
     run = build_run(in_its_output(folder, config), caches)
     warn_of_few_clips(run)
+    if generation:
+        try_own_metrics(run)
     encode_measured_texts(run, generation=generation)
     with choice.reading(folder.checkpoints) as found:
         restore_weights(run.state, found)
@@ -89,7 +94,8 @@ def evaluate_run(
     metrics = measure(run, samples, generation=generation)
     notes = [*run.notes, *sample_warnings(metrics, num_measured_clips(run))]
     notes += nonfinite_warnings(metrics)
-    return RunEvaluation(run.state.step, is_average, config.eval, metrics, tuple(notes))
+    own = run.own_metrics() if generation else {}
+    return RunEvaluation(run.state.step, is_average, config.eval, metrics, tuple(notes), own)
 
 
 def evaluate_to_file(
@@ -141,6 +147,7 @@ def evaluate_to_file(
                 "metrics": result.metrics,
                 "notes": result.notes,
                 "environment": describe_environment(),
+                **result.own_metrics,
             }
             write_json(out, content)
     return result, out

@@ -4,6 +4,7 @@ Shape letters: T frames, H height, W width, C channels (RGB) or of latents.
 """
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from alignlab.data.video import write_mp4
 from alignlab.evaluation.collectors import GenerationCollector
+from alignlab.evaluation.metric_registry import GENERATION_METRICS
+from alignlab.evaluation.own_metrics import own_names, own_rows
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.progress import Advance, step_progress
@@ -23,6 +26,8 @@ from alignlab.teachers import Teacher
 from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run
+
+log = logging.getLogger(__name__)
 
 LISTING = "samples.json"  # beside the clips; written last
 OF_SAMPLES_BYTES = 2**28  # of what is kept of val clips for the clips of other runs
@@ -37,7 +42,8 @@ def generate(
 
     The first `eval.sample_clips` go to the folder `samples`, unless it is None: clip i as `i.mp4`
     beside `i-real.mp4` and `i-reference-k.png`; `samples.json` lists them with key and caption. The
-    first `eval.generated_clips` are measured (`metric_registry.GENERATION_METRICS`).
+    first `eval.generated_clips` are measured (`metric_registry.GENERATION_METRICS`, and what
+    `eval.metrics` names of other packages).
 
     Returns:
         `gen/<name>`, and as a measure of what is within reach `gen_real/<name>`
@@ -66,6 +72,9 @@ def generate(
         write_text(samples / LISTING, json.dumps(listing, indent=1))
     real = real_clip_metrics(run, teacher, num_measured)
     generated = {f"gen/{name}": value for name, value in collector.metrics().items()}
+    for name in own_names(config.metrics):
+        if f"gen/{name}" not in generated:
+            log.warning("gen/%s: no value of %d clips: it is left out", name, num_measured)
     return generated | {f"gen_real/{name}": value for name, value in real.items()}
 
 
@@ -79,7 +88,7 @@ def real_clip_metrics(run: Run, teacher: Teacher | None, count: int) -> dict[str
 
     No trained weight moves them: they are computed once for all runs that share their caches.
     """
-    key = _teacher_key(run, teacher), count
+    key = _teacher_key(run, teacher), count, run.config.eval.metrics
     if key not in run.caches.real_metrics:
         collector, of_samples = _collector(run, teacher), _of_samples(run, teacher)
         for i in range(count):
@@ -143,7 +152,13 @@ def generated_clip(
 def _collector(run: Run, teacher: Teacher | None) -> GenerationCollector:
     data = run.config.data
     grid = run.wan.latent_grid(data.frames, *data.size)
-    return GenerationCollector(teacher, grid[1:], subjects_by_colour=data.subjects_by_colour)
+    own = own_rows(run.config.eval.metrics, fps=data.fps, device=run.device)
+    return GenerationCollector(
+        teacher,
+        grid[1:],
+        subjects_by_colour=data.subjects_by_colour,
+        metrics={**GENERATION_METRICS, **own},
+    )
 
 
 def _advance_from(advance: Advance, start: int, done: int, note: str) -> None:

@@ -11,6 +11,7 @@ from alignlab.evaluation.metric_registry import (
     Metric,
     Need,
 )
+from alignlab.evaluation.own_metrics import own_names
 from alignlab.teachers import TEACHERS
 
 COSTS = ("time/step", "memory/peak_mib", "params/extra")
@@ -39,6 +40,7 @@ def measured_names(config: RunConfig, blocks: Sequence[int] | None = None) -> li
                 names += [name] if one else [f"{name}/{part}" for part in parts]
     if config.eval.num_measured_clips:
         kept = [name for name, metric in GENERATION_METRICS.items() if _is_measured(metric, met)]
+        kept += own_names(config.eval.metrics)
         names += [f"{prefix}/{name}" for prefix in ("gen", "gen_real") for name in kept]
     return [*names, *COSTS]
 

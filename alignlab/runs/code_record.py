@@ -30,7 +30,10 @@ VARIABLES = (
     "TRITON_INTERPRET",
 )
 """Environment variables that numbers depend on."""
-GROUPS = ("alignlab.objectives", "alignlab.stage1", "alignlab.teachers")
+GROUPS = (
+    *("alignlab.objectives", "alignlab.stage1", "alignlab.teachers"),
+    *("alignlab.kernels", "alignlab.metrics", "alignlab.data"),
+)
 DIFF = (  # what `git apply` takes, whatever the user's settings say of diffs
     *("--binary", "--unified=3", "--no-ext-diff", "--no-textconv", "--no-color"),
     *("--submodule=short", "--src-prefix=a/", "--dst-prefix=b/"),

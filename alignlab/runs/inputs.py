@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.run import RunConfig
-from alignlab.data.registry import DataConfig, dataset_files
+from alignlab.data.registry import DataConfig, dataset_files, dataset_rows
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
 from alignlab.models.model_files import on_disk, present_folder
@@ -50,7 +50,7 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
 
     Of a model these are all JSON and safetensors files of its parts and the whole tokenizer, of a
     data set its metadata and all files that the metadata names, also those that are left out as
-    unreadable.
+    unreadable; of another package's data set the files that it tells, and its version.
 
     Args:
         config: the recipe, of a run or a Stage 1 training.
@@ -160,6 +160,10 @@ def init_input(named: str, source: InitSource) -> Input:
 
 
 def _data(config: DataConfig) -> Iterator[Input]:
-    found = dataset_files(config)
-    if found is not None:
-        yield Input("data", found.source, digest_files(found.root, found.files))
+    """The files of the clips, and the package whose code makes clips of them."""
+    found, package = dataset_files(config), dataset_rows()[config.name].package
+    files = {} if found is None else digest_files(found.root, found.files)
+    if package:
+        files[f"package {package}"] = package
+    if files:
+        yield Input("data", config.name if found is None else found.source, files)

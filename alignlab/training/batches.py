@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
-from alignlab.data.sample import ClipDataset, Reference
+from alignlab.data.sample import ClipDataset, Reference, Sample
 from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.dataset_cache.key import CacheKey
@@ -176,6 +176,10 @@ class ClipEncoder:
         )
         self._memory.put(index, encoded)
         return encoded
+
+    def sample(self, index: int) -> Sample:
+        """A clip before the encoders, decoded anew."""
+        return self._dataset[index]
 
     @cached_property
     def empty_text_LD(self) -> Tensor:

@@ -16,6 +16,7 @@ from alignlab.data.registry import build_splits, dataset_files
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
+from alignlab.evaluation.own_metrics import described, try_metrics
 from alignlab.evaluation.token_metrics import MIN_TOKENS
 from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses.grids import Grid
@@ -39,6 +40,7 @@ from alignlab.training.shuffle import shuffle_note
 
 MADE_AHEAD: Any = {"data": {"workers", "prefetch"}}
 """Settings, as pydantic excludes them, that change neither what is encoded nor where it is kept."""
+TRIED_CLIPS = 2  # by metrics of other packages, before the first step
 
 
 @dataclass
@@ -67,6 +69,11 @@ class Run:
         """The run's mixed precision."""
         return self.ranks.autocast()
 
+    def own_metrics(self) -> dict[str, Any]:
+        """What a result says of metrics of other packages; empty where none is measured."""
+        named = described(self.config.eval.metrics)
+        return {"own_metrics": named} if named else {}
+
 
 @dataclass
 class Caches:
@@ -77,8 +84,8 @@ class Caches:
         train: clips of the train split.
         val: clips of the val split.
         frozen: the encoders, as far as they are loaded.
-        real_metrics: metrics of real clips by teacher and number of clips
-            (`alignlab.evaluation.generation`).
+        real_metrics: metrics of real clips by teacher, number of clips and metrics of other
+            packages (`alignlab.evaluation.generation`).
         val_samples: by teacher, what metrics of generated clips need of each val clip and its
             references (`alignlab.evaluation.generation_metrics`).
     """
@@ -87,7 +94,9 @@ class Caches:
     train: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     val: ClipMemory[Encoded] = field(default_factory=ClipMemory)
     frozen: FrozenParts | None = None
-    real_metrics: dict[tuple[str | None, int], dict[str, float]] = field(default_factory=dict)
+    real_metrics: dict[tuple[str | None, int, tuple[str, ...]], dict[str, float]] = field(
+        default_factory=dict
+    )
     val_samples: dict[str | None, ClipMemory[MadeOnce]] = field(default_factory=dict)
 
 
@@ -231,10 +240,12 @@ def check_teachers_and_eval(run: Run) -> None:
     What diffusion teachers are centred by is made, by rank 0 for all. Teachers that objectives read
     must tell two clips apart, and the one that is only measured against must have sound weights:
     rank 0, which evaluates, alone reads it. Warns of an evaluation on fewer clips than asked for.
-    Kernels of other packages must be there, which probing and evaluating a run do without.
+    Kernels of other packages must be there, which probing and evaluating a run do without; metrics
+    of other packages are tried on real clips.
 
     Raises:
-        UserError: a teacher is of no use, or a kernel that an objective names cannot run here.
+        UserError: a teacher is of no use, a kernel that an objective names cannot run here, or a
+            metric cannot be measured.
     """
     config = run.config
     for name, objective in config.objectives.items():
@@ -242,6 +253,7 @@ def check_teachers_and_eval(run: Run) -> None:
             check_implementations(objective)
         except ImplementationError as error:
             raise UserError(f"objectives.{name}: {error}") from error
+    run.ranks.on_main(try_own_metrics, run)
     grid = run.wan.latent_grid(config.data.frames, *config.data.size)
     run.alignment.check_teachers(config, grid, run.caches.values)
     for teacher in run.alignment.teachers.values():
@@ -273,6 +285,21 @@ def _check_measured_teacher(run: Run, alias: str) -> None:
         grid = run.wan.latent_grid(config.data.frames, *config.data.size)
         read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
         check_noise(f"teachers.{alias}", read, config.data, run.caches.values)
+
+
+@torch.no_grad()
+def try_own_metrics(run: Run) -> None:
+    """Measures a few real clips by metrics of other packages: what fails is told early.
+
+    Raises:
+        UserError: a package is missing, or a metric fails or gives no finite number.
+    """
+    config = run.config
+    if not config.eval.metrics:
+        return
+    count = min(TRIED_CLIPS, config.eval.num_measured_clips, len(run.val_clips))
+    samples = [run.val_clips.sample(i) for i in range(count)]
+    try_metrics(config.eval.metrics, samples, fps=config.data.fps, device=run.device)
 
 
 def check_ranks_agree(run: Run) -> None:

@@ -56,15 +56,27 @@ def list_teachers(as_json: AsJson = False) -> None:
 
 @list_app.command("metrics")
 def list_metrics(as_json: AsJson = False) -> None:
-    """What a run measures, and which way is better."""
+    """What a run measures, and which way is better; metrics of other packages as well."""
     from alignlab.evaluation.metric_registry import METRICS
+    from alignlab.evaluation.own_metrics import installed_metrics
 
+    keys = ("label", "unit", "better")
+    rows: list[dict[str, Any]] = [
+        {"name": name, **{key: getattr(metric, key) for key in keys}, "package": None}
+        for name, metric in METRICS.items()
+    ]
+    for one in installed_metrics():
+        if one.row is not None:
+            facts = {key: getattr(one.row, key) for key in keys}
+            rows.append({"name": f"gen/{one.name}", **facts, "package": one.package})
     if as_json:
-        keys = ("label", "unit", "better")
-        print_json([{"name": n, **{k: getattr(m, k) for k in keys}} for n, m in METRICS.items()])
+        print_json(rows)
         return
-    rows = [(name, m.label, m.unit or "-", m.better) for name, m in METRICS.items()]
-    print_table(("metric", "what it is", "unit", "better"), rows)
+    shown = []
+    for row in rows:
+        package = f" (package {row['package']}, with eval.metrics)" if row["package"] else ""
+        shown.append((row["name"], row["label"] + package, row["unit"] or "-", row["better"]))
+    print_table(("metric", "what it is", "unit", "better"), shown)
 
 
 @list_app.command("recipes")

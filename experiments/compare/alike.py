@@ -28,6 +28,7 @@ from alignlab.experiments.compare.config import (
     settings_of,
 )
 from alignlab.experiments.compare.fairness import unequal_tuning
+from alignlab.experiments.compare.own_metrics import refuse_other_versions
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.report.metric_table import quantity
 from alignlab.recipe import first_difference, load_run, validated
@@ -149,6 +150,7 @@ def refuse_others(first: Source, other: Source) -> None:
         if difference:
             raise UserError(f"{pair}: variant {variant} has other settings ({difference})")
     _refuse_other_inputs(first, other)
+    refuse_other_versions(here.own_metrics, there.own_metrics, pair, "not merged")
     _tell_evaluations(first, other)
 
 

@@ -7,6 +7,7 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.measured_names import measured_names, needs_met
 from alignlab.evaluation.metric_registry import METRICS
+from alignlab.evaluation.own_metrics import installed_metrics
 from alignlab.experiments.compare.config import CompareConfig
 from alignlab.experiments.report.metric_table import COST_QUANTITIES, STEPS_TO_TARGET, split_name
 
@@ -64,6 +65,9 @@ def check_expectations(config: CompareConfig, runs: Mapping[str, RunConfig]) -> 
 
 def _why_not_measured(asked: str, base: RunConfig) -> str:
     """Of a metric that other recipes measure, what this one lacks."""
+    own = asked.removeprefix("gen/")
+    if asked.startswith("gen/") and any(one.row for one in installed_metrics(own)):
+        return f"{asked} is measured with eval.metrics: [{own}]; "
     metric = METRICS.get(asked)
     if metric is None:
         return ""

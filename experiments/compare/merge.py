@@ -283,6 +283,7 @@ def _merged_origin(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "duration_s": sum(one.duration_s for one in comparisons),
         "command": "; ".join([*commands, command_line("alignlab")]),
         "commit": ", ".join(filter(None, _in_order([(one.commit for one in comparisons)]))),
+        "own_metrics": {name: m for one in comparisons for name, m in one.own_metrics.items()},
     }
 
 

@@ -18,13 +18,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, TypeAdap
 import alignlab
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.compare.finding import Finding, refuse_other_variants
+from alignlab.experiments.compare.own_metrics import OwnMetric, show_own_metrics
 from alignlab.passwords import without_passwords
 from alignlab.runs.atomic_files import write_text
 
 _CONFIG = ConfigDict(extra="forbid")
 QUOTED = ("recipe", "command", "environment", "differing", "tuning")
 """Fields that quote the user, whose URLs lose their passwords."""
-SCHEMA = 2
+SCHEMA = 3
 """Of comparison.json: a field that is added, leaves or means something else makes a new number.
 Files of number 1 do not say it."""
 
@@ -213,6 +214,7 @@ class Comparison:
             for a variant without a sweep. Empty if no variant comes from one.
         again: runs of the baseline's second training, which is no variant; empty without one.
         finding: the published finding that the recipe checks; None if it checks none.
+        own_metrics: of other packages, by their names behind `gen/`; empty without any.
     """
 
     __pydantic_config__ = _CONFIG
@@ -234,8 +236,10 @@ class Comparison:
     tuning: dict[str, dict[str, JsonValue]] = field(default_factory=dict)
     again: tuple[RunResult, ...] = ()
     finding: Finding | None = None
+    own_metrics: dict[str, OwnMetric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        show_own_metrics(self.own_metrics)
         for name in QUOTED:  # also those of a file that an older version wrote
             object.__setattr__(self, name, without_passwords(getattr(self, name)))
         if self.baseline not in self.variants:

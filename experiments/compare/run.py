@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from alignlab import interruption
+from alignlab.config.parts import EvalConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.distributed.launch_env import refuse_several_ranks
@@ -27,6 +28,7 @@ from alignlab.experiments.compare.cost import cost_of
 from alignlab.experiments.compare.fairness import check_fair, differences, tuning_facts
 from alignlab.experiments.compare.measured import check_expectations
 from alignlab.experiments.compare.outputs import only_one, write_outputs
+from alignlab.experiments.compare.own_metrics import measured_alike, packages_of
 from alignlab.experiments.compare.result import (
     Budget,
     Comparison,
@@ -161,10 +163,10 @@ def prepare(config: CompareConfig) -> Plan:
     """Makes the folders of all runs.
 
     Raises:
-        UserError: variants are measured differently, a finding expects what is not measured, a
-            folder holds a run of another recipe, an objective never has anything to align, runs
-            read other files than those that have begun, or a run cannot start from what its
-            `model.init_from` names.
+        UserError: variants are measured differently, or runs by other versions of a package's
+            metric; a finding expects what is not measured, a folder holds a run of another recipe,
+            an objective never has anything to align, runs read other files than those that have
+            begun, or a run cannot start from what its `model.init_from` names.
     """
     refuse_several_ranks()
     check_fair(config)
@@ -186,6 +188,7 @@ def prepare(config: CompareConfig) -> Plan:
     folders = {key: run_folder for key, (_, run_folder) in opened.items()}
     refuse_different_plans(config, runs, folders)
     _fix_inputs(config, runs, folders)
+    measured_alike(_evaluations(runs, folders))
     blocks = {key: run.eval.blocks or () for key, run in planned.items()}
     return Plan(folder, config, budget, runs, folders, blocks)
 
@@ -234,6 +237,12 @@ def _records(
     return [(folders[key], InputRecord(folders[key].path, run.output)) for key, run in runs.items()]
 
 
+def _evaluations(
+    runs: Mapping[RunKey, RunConfig], folders: Mapping[RunKey, RunFolder]
+) -> list[tuple[RunFolder, EvalConfig]]:
+    return [(folders[key], run.eval) for key, run in runs.items()]
+
+
 def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
     config, folder, folders = plan.config, plan.folder, plan.folders
     refuse_different_inputs(record for _, record in _records(plan.runs, folders))
@@ -241,7 +250,8 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         key: collect(run_folder, *key, folder, plan.blocks[key])
         for key, run_folder in folders.items()
     }
-    environment = describe_environment() | trained_on(folders)
+    own_metrics = measured_alike(_evaluations(plan.runs, folders))
+    environment = describe_environment() | trained_on(folders) | packages_of(own_metrics)
     return Comparison(
         name=config.name,
         baseline=config.baseline,
@@ -260,6 +270,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         tuning=tuning_facts(config),
         again=tuple(run for (name, _), run in results.items() if name not in config.variants),
         finding=config.finding,
+        own_metrics=own_metrics,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 from alignlab.errors import UserError
 from alignlab.evaluation.measured_names import measured_names
 from alignlab.experiments.compare.measured import check_measured
+from alignlab.experiments.compare.own_metrics import installed_own_metrics
 from alignlab.experiments.report.metric_table import quantity
 from alignlab.experiments.sweep.config import MetricConfig, SweepConfig
 from alignlab.experiments.sweep.space import tapped_blocks
@@ -19,6 +20,7 @@ def check_metrics(config: SweepConfig) -> None:
         UserError: a metric that no trial measures or changes, that has no better side and no
             direction, or a direction or constraint that points to its worse side.
     """
+    installed_own_metrics(config.base.eval)
     blocks = config.base.eval.blocks
     names = measured_names(config.base, tapped_blocks(config) if blocks is None else blocks)
     for metric in config.metric:

@@ -17,6 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
+from alignlab.experiments.compare.own_metrics import (
+    as_inputs,
+    installed_own_metrics,
+    own_metrics_of,
+)
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.pruning import (
@@ -247,15 +252,17 @@ def repeated(study: SweepStudy) -> str:
 def refuse_other_inputs(config: SweepConfig, run: RunConfig) -> InputRecord:
     """Refuses a run that would read other files than the finished runs of the sweep.
 
+    Or that would be measured by other versions of a package's metrics.
+
     Returns:
         What these have read.
 
     Raises:
-        UserError: it names the inputs and the files.
+        UserError: it names the inputs and the files, or a package that is not installed.
     """
     record = InputRecord(sweep_folder(config), config.output)
     record.refuse_changes(
-        read_inputs(run, fetch=False),
+        [*read_inputs(run, fetch=False), *as_inputs(installed_own_metrics(run.eval))],
         since="this sweep began",
         remedy="choose another name=...",
     )
@@ -270,7 +277,12 @@ def _record_inputs(config: SweepConfig, run_folder: Path) -> None:
         record.refuse_differences(
             of_run, remedy=f"remove {run_folder}, restore the files and resume the sweep"
         )
+        metrics = as_inputs(own_metrics_of(RunFolder(run_folder)) or {})
+        record.refuse_changes(
+            metrics, since="this sweep began", remedy=f"remove {run_folder} and resume the sweep"
+        )
         record.add(of_run.inputs.values())
+        record.keep(metrics, fixed=False)
 
 
 def shown_values(values: dict[str, Any]) -> str:

@@ -91,7 +91,10 @@ def test_every_part_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_diagnosis_as_json_is_nothing_but_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "attention_states", lambda device: [("native", "trains")])
     found = json.loads(alignlab("doctor", "--json").stdout)
-    assert list(found) == ["versions", "devices", "attention", "kernels", "models"]
+    assert list(found) == [
+        *("versions", "devices", "attention", "kernels"),
+        *("metrics", "data", "models"),
+    ]
     assert found["versions"]["torch"] == torch.__version__
     assert found["attention"]["cpu"] == {"native": "trains"}
     assert found["kernels"]["relation, impl=eager"] == "works"

@@ -1,13 +1,9 @@
 """Objectives, Stage 1 networks and teachers of other packages: a real one, installed; bad ones."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -19,50 +15,13 @@ from alignlab.losses.testing.contract import CHECKS
 from alignlab.recipe import dump, load_run
 from alignlab.teachers.registry import BUILT_IN as BUILT_IN_TEACHERS
 from alignlab.teachers.registry import installed_teachers
-from made_packages import write_package
+from made_packages import answers, pip_install, run_python, write_package
 
 PACKAGE = Path(__file__).with_name("external")
 
 
-# A process that imports alignlab takes seconds: one answers all that is asked of an installation.
-COMMANDS = """
-import json, sys
-from typer.testing import CliRunner
-from alignlab.cli import app
-done = [CliRunner().invoke(app, words) for words in json.loads(sys.argv[1])]
-print(json.dumps([(each.exit_code, each.stdout, each.stderr) for each in done]))
-"""
 PRINTED = ("train", "tiny", "--print-config")
 OBJECTIVE = "objectives: {ra: {name: unit_distance, teacher: dino, blocks: [1]}}\n"
-
-
-class Answer(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-def run(folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python where the packages of `folder` are installed."""
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def answers(folder: Path, *commands: Sequence[str]) -> list[Answer]:
-    """What `alignlab` says where the packages of `folder` are installed, to each command."""
-    done = run(folder, "-c", COMMANDS, json.dumps(commands))
-    assert done.returncode == 0, done.stderr
-    return [Answer(*answer) for answer in json.loads(done.stdout)]
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source") / "package"
     shutil.copytree(PACKAGE, source, ignore=shutil.ignore_patterns("__pycache__"))
     target = tmp_path_factory.mktemp("installed")
-    flags = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(target)]
-    done = run(target, "-m", "pip", "install", "--disable-pip-version-check", *flags, source)
-    assert done.returncode == 0, done.stderr
+    pip_install(source, target)
     return target
 
 
@@ -117,7 +74,7 @@ def test_its_own_tests_pass(installed: Path, tmp_path: Path) -> None:
     """The contract of its objectives, and its Stage 1 network."""
     names = ("contract_of_tiny_objective.py", "stage1_of_tiny_objective.py")
     files = [Path(shutil.copy(PACKAGE / name, tmp_path)) for name in names]
-    done = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
+    done = run_python(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{2 * len(CHECKS) + 2} passed" in done.stdout
 
@@ -140,7 +97,7 @@ ours, its = (
 assert ours.shape == its.shape and not torch.allclose(ours, its, atol=0.01)
 """
     )
-    done = run(installed, script)
+    done = run_python(installed, script)
     assert done.returncode == 0, done.stderr
 
 
@@ -322,7 +279,7 @@ def test_two_packages_cannot_share_a_name(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_command_line_tells_it_in_one_line(tmp_path: Path) -> None:
     register(tmp_path, "bad-package", bad="bad_objectives:function")
-    done = run(tmp_path, "-m", "alignlab.cli", "list", "objectives")
+    done = run_python(tmp_path, "-m", "alignlab.cli", "list", "objectives")
     assert done.returncode == 2
     assert done.stderr.startswith("error: package bad-package registers objective 'bad'")
     assert done.stderr.count("\n") == 1
