@@ -10,7 +10,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -32,6 +32,8 @@ class SettingRow:
         when: the tag of the class that has it (`name: folder`), empty for a setting that is always
             there.
         meaning: one paragraph, never empty for a class that documents its fields.
+        source: the config class that declares it, as a dotted path. Rows that differ in nothing
+            else are equal.
     """
 
     name: str
@@ -40,6 +42,7 @@ class SettingRow:
     required: bool
     when: str
     meaning: str
+    source: str = field(compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values with stable keys."""
@@ -79,20 +82,21 @@ def setting_rows(
         placeholders: dotted name of a mapping of configs -> what stands for its keys, such as
             `{"teachers": "ALIAS"}`. Other mappings are one setting each.
     """
-    for key, field in config.model_fields.items():
+    for key, setting in config.model_fields.items():
         name = f"{under}.{key}" if under else key
-        default = field.get_default(call_default_factory=True) if values is None else None
+        default = setting.get_default(call_default_factory=True) if values is None else None
         default = default if values is None else getattr(values, key)
-        required = values is None and field.is_required()
-        inner, many = _classes(field.annotation)
-        is_section = len(inner) == 1 and not many and not _allows_null(field.annotation)
+        required = values is None and setting.is_required()
+        inner, many = _classes(setting.annotation)
+        is_section = len(inner) == 1 and not many and not _allows_null(setting.annotation)
         yield SettingRow(
             name=name,
-            type="section" if is_section else type_in_words(field),
+            type="section" if is_section else type_in_words(setting),
             default=None if required or is_section else to_jsonable_python(default),
             required=required,
             when=when,
             meaning=meaning(config, key),
+            source=_declared_in(config, key),
         )
         if many:
             if not placeholders or name not in placeholders:
@@ -120,6 +124,12 @@ def meaning(config: type[BaseModel], key: str) -> str:
         return " ".join(filter(None, described))
     inner, many = _classes(field.annotation)
     return first_paragraph(inner[0]) if len(inner) == 1 and not many else ""
+
+
+def _declared_in(config: type[BaseModel], key: str) -> str:
+    """The class that a setting comes from, which may be one that the config derives from."""
+    one = next(one for one in config.__mro__ if key in inspect.get_annotations(one))
+    return f"{one.__module__}.{one.__qualname__}"
 
 
 def first_paragraph(thing: type) -> str:
