@@ -101,6 +101,16 @@ def test_a_docstring_keeps_its_code_and_no_character_becomes_markup() -> None:
     ]
 
 
+def test_what_stands_before_a_colon_is_no_type() -> None:
+    doc = ["Does it.", "", "Returns:", "    Both. Of nothing: 0."]
+    assert as_rst(doc)[2:] == ["Returns:", "    \\ ", "    Both. Of nothing: 0."]
+    assert as_rst(["All numbers: one a row."], is_value=True)[0] == "\\ "
+
+
+def test_options_in_help_are_code() -> None:
+    assert prose("Of --power, [0, 1]; `a --b c`") == r"Of `--power`, \[0, 1\]; `a --b c`"
+
+
 def test_a_page_that_asks_another_host_or_leads_nowhere_is_seen(tmp_path: Path) -> None:
     good = '<a href="https://example.org">x</a><a href="b.html#there">y</a><img src="p.png">'
     (tmp_path / "a.html").write_text(good)

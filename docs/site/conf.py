@@ -46,12 +46,11 @@ exclude_patterns = [path.name for path in ROOT.iterdir() if path.name not in SOU
 
 myst_enable_extensions = ["attrs_block", "attrs_inline", "deflist"]
 myst_heading_anchors = 5
-smartquotes = False  # options such as --out stand in prose, too
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 copybutton_exclude = ".linenos, .gp"
 
@@ -83,7 +82,7 @@ def convert_docstring(
     app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
 ) -> None:
     """Docstrings are Markdown."""
-    lines[:] = as_rst(lines)
+    lines[:] = as_rst(lines, is_value=what in ("attribute", "data", "property"))
 
 
 def lead_to_start(app: Sphinx, error: Exception | None) -> None:

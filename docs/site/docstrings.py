@@ -7,13 +7,30 @@ from collections.abc import Sequence
 _MARKUP = re.compile(r"(?<!`)`([^`]+)`(?!`)(\w?)|([*|\\]|(?<=\w)_(?!\w)|(?<!\w)_(?=\w))")
 
 
-def as_rst(lines: Sequence[str]) -> list[str]:
+_NOTHING = "\\ "  # an escaped space
+
+
+def as_rst(lines: Sequence[str], *, is_value: bool = False) -> list[str]:
     """Gives a docstring as reStructuredText that looks the same.
 
     Code in backticks stays code, an indented paragraph below a line that ends in a colon becomes a
     block of code, and no other character is markup. Sections (`Args:`, `Raises:`) stay as they are,
-    for napoleon.
+    for napoleon, which takes what stands before a colon in the first line of `Returns:`, or of the
+    docstring of an attribute, for a type: here types are in the signature, so that line is kept
+    apart.
+
+    Args:
+        lines: as autodoc has them, without common indentation.
+        is_value: it is of an attribute or a property.
     """
+    made = _converted(lines)
+    apart = [i + 1 for i, line in enumerate(made) if line.strip() == "Returns:" and made[i + 1 :]]
+    for i in reversed(apart):
+        made.insert(i, " " * _indent(made[i]) + _NOTHING)
+    return [_NOTHING, *made] if is_value else made
+
+
+def _converted(lines: Sequence[str]) -> list[str]:
     made: list[str] = []
     prose: list[str] = []
     block = 0  # how far the current block of code is indented; 0 outside of one

@@ -172,12 +172,13 @@ def metrics() -> str:
 
 
 def _metric_table(rows: dict[str, Metric]) -> Iterable[str]:
-    yield "| metric | what it is | better | unit | needs |"
-    yield "|---|---|---|---|---|"
+    yield "| metric | what it is | better | needs |"
+    yield "|---|---|---|---|"
     for name, metric in rows.items():
         label = f"**{prose(metric.label)}**" if metric.headline else prose(metric.label)
+        unit = f", in {metric.unit}" if metric.unit else ""
         better = "neither" if metric.better == "none" else metric.better
-        yield f"| {code(name)} | {label} | {better} | {metric.unit} | {', '.join(metric.needs)} |"
+        yield f"| {code(name)} | {label}{unit} | {better} | {', '.join(metric.needs)} |"
 
 
 GENERATED: dict[str, Callable[[], str]] = {

@@ -29,8 +29,11 @@ SHORTER = {
     ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
     ("stage1", "sara"): ["steps=2", *SMALL, "stage1.val_clips=2"],
     ("stage1", "moalign"): ["steps=2", *SMALL, "stage1.val_clips=2"],
-    ("train", "tiny", "steps=100"): ["steps=3", *SHORT],
-    ("compare", "mine.yaml"): ["steps=1", "seeds=[0]", "cost=null", "eval.every=null", *SHORT],
+    ("train", "tiny", "steps=100"): ["steps=3", *SMALL, "eval.clips=2", *NO_CLIPS],
+    ("compare", "mine.yaml"): [
+        *("steps=1", "seeds=[0]", "cost=null", "eval.every=null", *SMALL, "eval.clips=2"),
+        *NO_CLIPS,
+    ],
     ("sweep", "my_sweep.yaml"): ["steps=1", "trials=2", *SMALL, "eval.clips=2"],
     ("sample", "runs/tiny"): ["--steps", "1"],
     ("evaluate", "runs/tiny"): ["eval.clips=2", "eval.sample_steps=1"],
