@@ -12,7 +12,7 @@ from alignlab.evaluation.metric_registry import METRICS
 from alignlab.experiments.recipe_settings import recipe_settings
 from alignlab.losses.registry import BUILT_IN
 from check_site import problems
-from command_pages import leaves
+from command_pages import commands, leaves
 from docstrings import as_rst
 from markdown_text import prose
 
@@ -46,7 +46,7 @@ def test_a_setting_of_an_objective_says_where_its_default_came_from() -> None:
 
 
 def test_every_command_is_on_the_commands_page_with_its_options() -> None:
-    sections = re.split(r"(?m)^## ", site_pages.commands())
+    sections = re.split(r"(?m)^## ", commands())
     by_name = {section.partition("\n")[0].strip("`"): section for section in sections}
     found = list(leaves())
     assert len(found) > 30
