@@ -10,7 +10,7 @@ import json
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -32,8 +32,7 @@ class SettingRow:
         when: the tag of the class that has it (`name: folder`), empty for a setting that is always
             there.
         meaning: one paragraph, never empty for a class that documents its fields.
-        source: the config class that declares it, as a dotted path. Rows that differ in nothing
-            else are equal.
+        source: the config class that declares it, as a dotted path.
     """
 
     name: str
@@ -42,7 +41,7 @@ class SettingRow:
     required: bool
     when: str
     meaning: str
-    source: str = field(compare=False)
+    source: str
 
     def as_json(self) -> dict[str, Any]:
         """Plain values with stable keys."""
@@ -82,16 +81,16 @@ def setting_rows(
         placeholders: dotted name of a mapping of configs -> what stands for its keys, such as
             `{"teachers": "ALIAS"}`. Other mappings are one setting each.
     """
-    for key, setting in config.model_fields.items():
+    for key, field in config.model_fields.items():
         name = f"{under}.{key}" if under else key
-        default = setting.get_default(call_default_factory=True) if values is None else None
+        default = field.get_default(call_default_factory=True) if values is None else None
         default = default if values is None else getattr(values, key)
-        required = values is None and setting.is_required()
-        inner, many = _classes(setting.annotation)
-        is_section = len(inner) == 1 and not many and not _allows_null(setting.annotation)
+        required = values is None and field.is_required()
+        inner, many = _classes(field.annotation)
+        is_section = len(inner) == 1 and not many and not _allows_null(field.annotation)
         yield SettingRow(
             name=name,
-            type="section" if is_section else type_in_words(setting),
+            type="section" if is_section else type_in_words(field),
             default=None if required or is_section else to_jsonable_python(default),
             required=required,
             when=when,
