@@ -1,10 +1,11 @@
 # setup: .venv with the tested versions   demo: the comparison on a laptop CPU
 # test: the test suite, on the CPU   test-gpu: the tests that are for a GPU, on one
 # check: lint, format, types   wheel: dist/*.whl, checked in an empty venv
+# docs: the documentation site, into site/, warnings being errors
 # gpu-report: what is open on this machine's GPU, within 9 minutes, into runs/gpu-report
 
 .DEFAULT_GOAL := setup
-.PHONY: setup demo test test-gpu gpu-report check wheel clean
+.PHONY: setup demo test test-gpu gpu-report check docs wheel clean
 
 VENV := .venv
 STAMP := $(VENV)/.installed-alignlab
@@ -46,8 +47,14 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: setup
+	rm -rf site
+	$(VENV)/bin/python -P -m sphinx -q -W --keep-going -c docs/site -d build/doctrees . site
+	$(VENV)/bin/python -P docs/site/check_site.py site
+	@echo "site: $(CURDIR)/site/index.html"
+
 wheel: setup
 	VENV=$(VENV) .ci/wheel_check.sh
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -143,10 +143,13 @@ def _readers(row: SettingRow) -> tuple[Kind, ...]:
 
 
 def _joined(settings: Sequence[RecipeSetting]) -> list[RecipeSetting]:
-    """Equal settings of several kinds of recipe as one, at the first one's place."""
+    """Equal settings of several kinds of recipe as one, whichever class declares them, at the
+    first one's place."""
     joined: list[RecipeSetting] = []
     for setting in settings:
-        place = next((i for i, other in enumerate(joined) if other.row == setting.row), None)
+        row = setting.row
+        equal = (replace(other.row, source=row.source) == row for other in joined)
+        place = next((i for i, is_equal in enumerate(equal) if is_equal), None)
         if place is None:
             joined.append(setting)
         else:

@@ -32,6 +32,7 @@ class SettingRow:
         when: the tag of the class that has it (`name: folder`), empty for a setting that is always
             there.
         meaning: one paragraph, never empty for a class that documents its fields.
+        source: the config class that declares it, as a dotted path.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SettingRow:
     required: bool
     when: str
     meaning: str
+    source: str
 
     def as_json(self) -> dict[str, Any]:
         """Plain values with stable keys."""
@@ -93,6 +95,7 @@ def setting_rows(
             required=required,
             when=when,
             meaning=meaning(config, key),
+            source=_declared_in(config, key),
         )
         if many:
             if not placeholders or name not in placeholders:
@@ -120,6 +123,12 @@ def meaning(config: type[BaseModel], key: str) -> str:
         return " ".join(filter(None, described))
     inner, many = _classes(field.annotation)
     return first_paragraph(inner[0]) if len(inner) == 1 and not many else ""
+
+
+def _declared_in(config: type[BaseModel], key: str) -> str:
+    """The class that a setting comes from, which may be one that the config derives from."""
+    one = next(one for one in config.__mro__ if key in inspect.get_annotations(one))
+    return f"{one.__module__}.{one.__qualname__}"
 
 
 def first_paragraph(thing: type) -> str:

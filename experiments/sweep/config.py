@@ -190,7 +190,7 @@ class MetricConfig(Settings):
     """A number of the run's `result.json` that is optimised."""
 
     name: str
-    """Such as `val/flow`, `retrieval/mean`, `time/step`."""
+    """Such as `val/flow`, `teacher_retrieval/mean`, `time/step`."""
     direction: Literal["minimize", "maximize"] | None = None
     """Left out: the better side that the report knows for this metric."""
 

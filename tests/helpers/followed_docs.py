@@ -11,6 +11,11 @@ from made_packages import answers
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+def blocks(text: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page: (name, content), the name from a line such as `` `a.py`: ``."""
+    return re.findall(r"^(?:`([\w.-]+)`:\n\n)?```\w+\n(.*?)```", text, flags=re.M | re.S)
+
+
 class Page(NamedTuple):
     """What a page has a reader write and type.
 
@@ -28,7 +33,7 @@ class Page(NamedTuple):
 def read_page(name: str) -> Page:
     """Reads a page of `docs/`."""
     text = (DOCS / name).read_text()
-    found = re.findall(r"^(?:`([\w.]+)`:\n\n)?```\w+\n(.*?)```", text, flags=re.M | re.S)
+    found = blocks(text)
     commands = re.findall(r"^ {4}((?:python|alignlab|cp|pip) .+)$", text, flags=re.M)
     files = {name: block for name, block in found if name}
     return Page(files, [block for name, block in found if not name], commands)
@@ -42,8 +47,8 @@ def follow(folder: Path, commands: Sequence[str], shorter: Mapping[str, str]) ->
         commands: lines of a page.
         shorter: by the first two words behind `alignlab`, what is added to a line.
     """
-    words = [shlex.split(command)[1:] for command in commands]
-    words = [[*line, *shorter.get(" ".join(line[:2]), "").split()] for line in words]
+    words = [shlex.split(command, comments=True)[1:] for command in commands]
+    words = [[*line, *shlex.split(shorter.get(" ".join(line[:2]), ""))] for line in words]
     said = []
     for line, done in zip(words, answers(folder / "installed", *words, cwd=folder), strict=True):
         assert done.code == 0, (line, done.stdout, done.stderr)
