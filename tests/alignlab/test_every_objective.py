@@ -25,22 +25,12 @@ from alignlab.training.setup import Caches, build_run, new_caches
 from alignlab.training.step_terms import StepScalars
 from attention_tools import BF16InFp32Functions
 from host_syncs import HostSyncs, on_device
+from objective_settings import SETTINGS
 from run_contents import timeless_contents, timeless_rows
 from untrained_stage1 import write_untrained
 
 TrainUntil = Callable[[RunConfig, int], None]
 
-# Their own projectors are 2048 wide: too slow for a test. {stage1}: a folder with both networks.
-SETTINGS: dict[str, str] = {
-    "refalign": "blocks: [0, 2]",
-    "repa": "blocks: [3], projector_dim: 32",
-    "irepa": "blocks: [3]",
-    "align4gen": "blocks: [1], projector_dim: 32, teacher: [dino, shallow]",
-    "videorepa": "blocks: [3], projector_dim: 32",
-    "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
-    "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
-    "crepa": "blocks: [2], projector_dim: 32",
-}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
