@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import Field, SerializeAsAny, ValidationError
 from torch import nn
 
-from alignlab.config.data import Settings
+from alignlab.config.data import Settings, unknown_name
 from alignlab.config.names import check_alias
 from alignlab.config.parts import TeacherConfig
 from alignlab.config.run import AnyObjective, check_block
@@ -77,9 +77,9 @@ def attach(
     where = next(model.parameters()).device if device is None else torch.device(device)
     for alias, objective in settings.objectives.items():
         _check_objective(alias, objective, len(model.blocks), references, total_steps)  # type: ignore[arg-type]
+    _check_teachers_are_read(settings, loaded)
     for alias, teacher in settings.teachers.items():
         loaded[alias] = teacher_from(teacher, device=where)
-    _check_teachers_are_read(settings, loaded)
     alignment = Alignment(
         transformer,
         settings.objectives,
@@ -170,18 +170,23 @@ def _check_objective(
 
 
 def _check_teachers_are_read(settings: OwnLoopSettings, loaded: Mapping[str, Teacher]) -> None:
+    """Refuses teachers that nothing reads, or that have no features for what reads them."""
+    is_video = {alias: TEACHERS[row.family].video for alias, row in settings.teachers.items()}
+    is_video |= {alias: teacher.is_video for alias, teacher in loaded.items()}
     read = {name for objective in settings.objectives.values() for name in objective.teachers}
-    for alias in loaded:
-        if alias not in read:
-            raise UserError(f"teachers.{alias}: no objective reads it; remove it")
     for alias, objective in settings.objectives.items():
         for name in objective.teachers:
-            is_of_references = OBJECTIVES[objective.name].tokens == "reference"
-            if name in loaded and loaded[name].is_video and is_of_references:
+            if name not in is_video:
+                unknown = unknown_name("teacher", name, is_video)
+                raise UserError(f"objectives.{alias}.teacher: {unknown}")
+            if is_video[name] and OBJECTIVES[objective.name].tokens == "reference":
                 raise UserError(
                     f"objectives.{alias}.teacher: {name} takes whole clips, and references are "
                     f"images: name an image teacher ({image_families()})"
                 )
+    for alias in is_video:
+        if alias not in read:
+            raise UserError(f"teachers.{alias}: no objective reads it; remove it")
 
 
 def _check_stage1(

@@ -75,6 +75,7 @@ class Clips:
         if frames is not None:
             what = "uint8 (B, T, H, W, 3), 0 to 255"
             _check("frames_BTHWC", what, frames, [torch.uint8], (batch, None, None, None, 3))
+            _check_lengths(frames.shape[1], int(self.latent_shape[0]))
         if masks is not None:
             length = None if frames is None else frames.shape[1]
             what = f"bool (B, T, H, W) with T={length}" if length else "bool (B, T, H, W)"
@@ -126,7 +127,7 @@ class Clips:
                 _check(f"reference_masks[{row}]", what, masks, [torch.bool], shape_KHW)
             elif count and self.reference_masks is not None:
                 raise UserError(
-                    f"Clips.reference_masks[{row}]: None, and it has {count} references"
+                    f"Clips.reference_masks[{row}]: None, and the sample has {count} references"
                 )
 
 
@@ -136,6 +137,16 @@ def _check(
     is_fit = isinstance(value, Tensor) and value.dtype in dtypes and value.ndim == len(shape)
     if not is_fit or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
         raise _unlike(name, what, value)
+
+
+def _check_lengths(frames: int, latent_frames: int) -> None:
+    """Refuses pixel frames that are not the first one and as many for each later latent frame."""
+    later = max(1, latent_frames - 1)
+    if frames < latent_frames or (frames - 1) % later or (latent_frames == 1 and frames > 1):
+        raise UserError(
+            f"Clips.frames_BTHWC: {frames} frames are not those of {latent_frames} latent frames: "
+            f"give all that were encoded, {1 + 4 * (latent_frames - 1)} for Wan's autoencoder"
+        )
 
 
 def _unlike(name: str, what: str, value: Any) -> UserError:

@@ -43,7 +43,7 @@ CASES = {name: f"name: {name}, {settings}" for name, settings in SETTINGS.items(
 }
 REPA = {"name": "repa", "teacher": "dino", "blocks": [1], "projector_dim": 8}
 REFALIGN = {"name": "refalign", "teacher": "dino", "blocks": [0, 2]}
-STEPS = 4
+STEPS = 3
 # the run as an own loop does it: references are seen by the text, and never dropped
 ALIKE = [
     f"steps={STEPS}",
@@ -273,7 +273,7 @@ def trained(
                 part.load_state_dict(state[name])
         for step in steps:
             loss, aligned = own_step(transformer, alignment, batches[step], step)
-            assert ("ra" in aligned.terms) == (step < 2)  # the plateau is seen at the second step
+            assert ("ra" in aligned.terms) == (step < 2)  # then the plateau stops it
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -289,8 +289,7 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(
 ) -> None:
     batches = [batch_of(run, step) for step in range(STEPS)]
     whole = trained(wan_folder, dino, batches, tmp_path, stop=None)
-    for stop in (1, 3):
-        assert unequal(trained(wan_folder, dino, batches, tmp_path, stop=stop), whole) == []
+    assert unequal(trained(wan_folder, dino, batches, tmp_path, stop=1), whole) == []
     assert any(name.startswith("a.stop_ra") for name in whole)
 
 
@@ -325,11 +324,6 @@ def test_scalars_are_means_and_hold_no_graph(
 # Other transformers, and wrapped ones
 
 
-def _compiled(model: nn.Module) -> Any:
-    torch._dynamo.reset()
-    return torch.compile(model, backend="eager")
-
-
 def _with_peft(model: nn.Module) -> Any:
     lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
     return get_peft_model(model, lora)  # type: ignore[arg-type]
@@ -343,9 +337,8 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard, _compiled, _with_peft])
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard, _with_peft])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_wrapped_transformers_give_the_same(
     wan_folder: Path,
@@ -375,7 +368,24 @@ def test_wrapped_transformers_give_the_same(
     torch.testing.assert_close(losses[0][0], losses[1][0])
     for name, gradient in losses[0][1].items():
         torch.testing.assert_close(losses[1][1][name], gradient, rtol=1e-4, atol=1e-6)
-    torch._dynamo.reset()
+
+
+SMALL: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
+def small_clips() -> tuple[Tensor, Tensor, Clips]:
+    """Latents and texts for a `SMALL` transformer, and what they show."""
+    latents, text = torch.randn(1, 16, 2, 6, 6), torch.randn(1, 4, 8)
+    frames = torch.randint(0, 256, (1, 5, 48, 48, 3), dtype=torch.uint8)
+    return latents, text, Clips(torch.tensor([0.5]), latents.shape[2:], frames_BTHWC=frames)
 
 
 def test_projectors_may_be_wrapped_in_ddp(
@@ -410,22 +420,11 @@ def test_gradient_checkpointing_may_run_blocks_again(
 
 
 def test_image_to_video_and_vace_are_tapped_as_well(dino: dict[str, str]) -> None:
-    shape: dict[str, Any] = {
-        "num_attention_heads": 2,
-        "attention_head_dim": 12,
-        "text_dim": 8,
-        "freq_dim": 16,
-        "ffn_dim": 16,
-        "num_layers": 2,
-        "rope_max_seq_len": 32,
-    }
-    latents, text = torch.randn(1, 16, 2, 6, 6), torch.randn(1, 4, 8)
-    frames = torch.randint(0, 256, (1, 5, 48, 48, 3), dtype=torch.uint8)
-    clips = Clips(torch.tensor([0.5]), latents.shape[2:], frames_BTHWC=frames)
+    latents, text, clips = small_clips()
     i2v = WanTransformer3DModel(
-        in_channels=36, out_channels=16, image_dim=8, added_kv_proj_dim=24, **shape
+        in_channels=36, out_channels=16, image_dim=8, added_kv_proj_dim=24, **SMALL
     )
-    vace = WanVACETransformer3DModel(vace_layers=[0], vace_in_channels=96, **shape)
+    vace = WanVACETransformer3DModel(vace_layers=[0], vace_in_channels=96, **SMALL)
     inputs: list[tuple[nn.Module, dict[str, Any]]] = [
         (
             i2v,
