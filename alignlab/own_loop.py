@@ -4,12 +4,12 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from pydantic import Field, SerializeAsAny, ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.names import check_alias
@@ -19,7 +19,7 @@ from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses import OBJECTIVES
-from alignlab.losses.objective import Grid, ObjectiveConfig, check_implementations
+from alignlab.losses.objective import Features, Grid, ObjectiveConfig, check_implementations
 from alignlab.losses.schedule import Ramp
 from alignlab.models.taps import find_wan
 from alignlab.stage1.compatibility import check_stage1, check_stage1_grid, stage1_folder_of
@@ -29,6 +29,26 @@ from alignlab.training.alignment import Alignment
 from alignlab.training.own_clips import Clips as Clips
 from alignlab.training.own_clips import GivenClips, Place
 from alignlab.training.teacher_check import check_features, noise_clips
+
+
+class EncodesFrames(Protocol):
+    """What a teacher of one's own has; `alignlab.teachers.Teacher` is one."""
+
+    @property
+    def dim(self) -> int:
+        """Width of its features."""
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it sees whole clips and leaves their first frame out, as video encoders here
+        do; else it sees each frame by itself."""
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of its tokens of a frame; None: whatever it is asked for."""
+
+    def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int], /) -> Features:
+        """Tokens of uint8 frames, without a gradient, on a grid of (height, width)."""
 
 
 class OwnLoopSettings(Settings):
@@ -42,7 +62,7 @@ def attach(
     transformer: nn.Module,
     *,
     objectives: Mapping[str, ObjectiveConfig | Mapping[str, Any]],
-    teachers: Mapping[str, Teacher | TeacherConfig | Mapping[str, Any]],
+    teachers: Mapping[str, EncodesFrames | TeacherConfig | Mapping[str, Any]],
     references: Literal["after", "before"] | None = None,
     total_steps: int | None = None,
     seed: int = 0,
@@ -57,8 +77,8 @@ def attach(
         objectives: by an alias of your choice, settings as under `objectives` of a recipe
             (`{"name": "repa", "teacher": "dino", "blocks": [7]}`), or an objective's config.
         teachers: by alias, settings as under `teachers` of a recipe (`{"family": "dinov2"}`),
-            which are loaded here; or a loaded `alignlab.teachers.Teacher`; or any object with its
-            `dim`, `is_video`, `grid` and `encode`.
+            which are loaded here; or a loaded `alignlab.teachers.Teacher`; or any other object
+            that `EncodesFrames`.
         references: where reference frames lie in the transformer's sequence: after the video's
             frames, or before them. None: it holds the video alone.
         total_steps: of the training; schedules without an `end` of their own read it.
@@ -76,7 +96,7 @@ def attach(
     model = find_wan(transformer)
     where = next(model.parameters()).device if device is None else torch.device(device)
     for alias, objective in settings.objectives.items():
-        _check_objective(alias, objective, len(model.blocks), references, total_steps)  # type: ignore[arg-type]
+        _check_objective(alias, objective, len(model.blocks), references, total_steps)
     _check_teachers_are_read(settings, loaded)
     for alias, teacher in settings.teachers.items():
         loaded[alias] = teacher_from(teacher, device=where)

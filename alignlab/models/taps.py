@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from alignlab.errors import UserError
 from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Grid, Tokens
 
-WAN = (WanTransformer3DModel, WanVACETransformer3DModel)
+WanTransformer: TypeAlias = WanTransformer3DModel | WanVACETransformer3DModel
 """Transformers whose blocks can be tapped."""
 
 Kind = Literal["video", "reference"]
@@ -79,12 +79,10 @@ class Taps:
         UserError: an index is out of range.
     """
 
-    def __init__(self, transformer: nn.Module, blocks: Sequence[int]) -> None:
-        layers = transformer.blocks
-        assert isinstance(layers, nn.ModuleList)  # of every Wan transformer
+    def __init__(self, transformer: WanTransformer, blocks: Sequence[int]) -> None:
         for block in blocks:
-            check_block("blocks", block, len(layers))
-        self._modules = {block: layers[block] for block in sorted(set(blocks))}
+            check_block("blocks", block, len(transformer.blocks))
+        self._modules = {block: transformer.blocks[block] for block in sorted(set(blocks))}
         self._handles: list[RemovableHandle] = []
         self._record: dict[int, list[Tensor]] | None = None
 
@@ -125,7 +123,7 @@ class Taps:
         return catch
 
 
-def find_wan(transformer: nn.Module) -> nn.Module:
+def find_wan(transformer: nn.Module) -> WanTransformer:
     """The diffusers Wan transformer itself, inside whatever DDP, FSDP, torch.compile, PEFT or
     accelerate have wrapped around it.
 
@@ -135,14 +133,15 @@ def find_wan(transformer: nn.Module) -> nn.Module:
     given = type(transformer).__name__
     if not isinstance(transformer, nn.Module):
         raise UserError(f"transformer: {given} is no torch module; give it pipeline.transformer")
-    found = [module for module in transformer.modules() if isinstance(module, WAN)]
+    found = [module for module in transformer.modules() if isinstance(module, WanTransformer)]
     if len(found) != 1:
-        names = " or ".join(row.__name__ for row in WAN)
+        names = " or ".join(row.__name__ for row in get_args(WanTransformer))
         raise UserError(f"transformer: {given} holds {len(found)} models of {names}; give it one")
     patch = tuple(found[0].config["patch_size"])
     if patch[0] != 1:
         raise UserError(f"transformer: its patches {patch} span several latent frames")
-    return found[0]
+    model: WanTransformer = found[0]
+    return model
 
 
 def block_tokens(

@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignlab.config.run import MIN_VIDEO_FRAMES
 from alignlab.errors import UserError, shown
 from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Grid, Objective
-from alignlab.models.taps import BlockTokens, Kind, Taps, block_tokens
+from alignlab.models.taps import BlockTokens, Kind, Taps, WanTransformer, block_tokens
 from alignlab.teachers import DiffusionTeacher
 from alignlab.training.batches import is_blank
 from alignlab.training.encoded import FeatureRead
@@ -258,7 +258,7 @@ class RecordedTokens:
         references: where reference frames lie in its sequence; None: there are none.
     """
 
-    def __init__(self, model: nn.Module, taps: Taps, references: Place | None) -> None:
+    def __init__(self, model: WanTransformer, taps: Taps, references: Place | None) -> None:
         _, self._patch_height, self._patch_width = model.config["patch_size"]
         self._taps = taps
         self._place = references

@@ -41,8 +41,8 @@ CASES = {name: f"name: {name}, {settings}" for name, settings in SETTINGS.items(
     "refalign-foreground": "name: refalign, blocks: [1], foreground: 0.4, negatives: batch",
     "gated": "name: repa, blocks: [0], projector_dim: 8, weight: 2.0, gate: t^2, schedule: cosine",
 }
-REPA = {"name": "repa", "teacher": "dino", "blocks": [1], "projector_dim": 8}
-REFALIGN = {"name": "refalign", "teacher": "dino", "blocks": [0, 2]}
+REPA: dict[str, Any] = {"name": "repa", "teacher": "dino", "blocks": [1], "projector_dim": 8}
+REFALIGN: dict[str, Any] = {"name": "refalign", "teacher": "dino", "blocks": [0, 2]}
 STEPS = 3
 # the run as an own loop does it: references are seen by the text, and never dropped
 ALIKE = [
@@ -244,7 +244,7 @@ def test_detached_the_transformer_is_as_it_was(
 
 
 WATCHED = {"kind": "stop_at_plateau", "decay": 0.0, "patience": 1, "min_delta": 10.0}
-CHANGING = {
+CHANGING: dict[str, Any] = {
     "ra": REFALIGN | {"schedule": WATCHED},
     "repa": REPA | {"schedule": "linear", "gate": "t^2"},
 }
@@ -326,7 +326,7 @@ def test_scalars_are_means_and_hold_no_graph(
 
 def _with_peft(model: nn.Module) -> Any:
     lora = LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
-    return get_peft_model(model, lora)  # type: ignore[arg-type]
+    return get_peft_model(model, lora)
 
 
 @pytest.fixture

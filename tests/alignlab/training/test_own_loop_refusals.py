@@ -14,8 +14,8 @@ from alignlab.losses.objective import Features
 from alignlab.training.aligned_samples import STOP_AT_EXPECTED
 from alignlab.training.own_clips import Place
 
-REPA = {"name": "repa", "teacher": "mine", "blocks": [1], "projector_dim": 8}
-REFALIGN = {"name": "refalign", "teacher": "mine", "blocks": [0]}
+REPA: dict[str, Any] = {"name": "repa", "teacher": "mine", "blocks": [1], "projector_dim": 8}
+REFALIGN: dict[str, Any] = {"name": "refalign", "teacher": "mine", "blocks": [0]}
 FRAMES = torch.randint(0, 256, (2, 5, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
 IMAGES = FRAMES[0, :1]
 
@@ -291,7 +291,7 @@ def test_a_step_is_a_count(step: Any, attached: Attach, transformer: nn.Module) 
     with refused("step: .* is no number of optimizer steps"):
         alignment(clips(), step)
     with refused("clips: expected alignlab.Clips, got dict"):
-        alignment({}, 0)  # type: ignore[arg-type]
+        alignment({}, 0)
 
 
 def test_tokens_without_a_gradient_train_the_projector_alone(
