@@ -158,7 +158,8 @@ class Alignment(nn.Module):
                 number in common.
 
         Returns:
-            `.loss`, to be added to the flow loss, and what it is made of.
+            `.loss`, to be added to the flow loss, and what it is made of. Under `torch.no_grad`
+            it is a validation, which no plateau sees and no count of aligned samples.
 
         Raises:
             UserError: nothing was recorded, or `clips` do not go with it or lack what an objective
@@ -181,7 +182,7 @@ class Alignment(nn.Module):
         for alias in on if torch.is_grad_enabled() else ():
             self._refuse_no_gradient(alias, taps)
         aligned = self.losses(given, step, taps)
-        if self.training:
+        if torch.is_grad_enabled():  # else it is a validation
             self._seen.see(aligned)
             self._unwatched = step if self.watches else None
         return aligned
@@ -194,7 +195,15 @@ class Alignment(nn.Module):
         Args:
             step: the number that `forward` was given.
             aligned: what it gave for each micro-batch of the step, on this rank.
+
+        Raises:
+            UserError: it is another step than the last, or without what `forward` gave.
         """
+        if self._unwatched not in (None, step) or not aligned:
+            raise UserError(
+                f"step_done: {step} with {len(aligned)} results; give the step that alignment was "
+                "called with last, and what it gave for each of its micro-batches"
+            )
         terms = SampleTerms.joined([part.sample_terms() for part in aligned])
         self.watch(step, terms, _sum_over_ranks)
         self._unwatched = None

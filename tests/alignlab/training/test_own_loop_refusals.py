@@ -328,7 +328,13 @@ def test_a_plateau_that_is_shown_nothing(attached: Attach, transformer: nn.Modul
     run(alignment, transformer)
     with refused("step 0 was not shown to stop_at_plateau: call alignment.step_done"):
         alignment(clips(), 1)
+    for step, results in ((1, [aligned]), (0, [])):
+        with refused(f"step_done: {step} with {len(results)} results; give the step"):
+            alignment.step_done(step, *results)
     alignment.step_done(0, aligned)
+    with torch.no_grad():  # a validation is no step
+        run(alignment, transformer)
+        alignment(clips(), 1)
     run(alignment, transformer)
     alignment(clips(), 1)
 
@@ -341,20 +347,22 @@ def test_an_objective_that_aligns_nothing_ends_the_training(
     blank = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     alignment = attached(references="after", a=REFALIGN, b=REPA)
     nothing = clips(references=[None, blank])
-    with torch.no_grad():
-        for step in range(STOP_AT_EXPECTED // 2 - 1):
-            if step < 2:  # the first look at the transformer is enough
-                run(alignment, transformer, frames=3)
-                aligned = alignment(nothing, step)
-            else:
-                alignment._seen.see(aligned)
-        alignment.detach()
-        (text,) = said
-        assert text.startswith("objectives.a: none of 998 samples had anything to align")
-        alignment.attach()
+    for step in range(STOP_AT_EXPECTED // 2 - 1):
+        if step < 2:  # what the transformer gives then is enough
+            run(alignment, transformer, frames=3)
+            aligned = alignment(nothing, step)
+        else:
+            alignment._seen.see(aligned)
+    with torch.no_grad():  # a validation counts for nothing
         run(alignment, transformer, frames=3)
-        with refused(r"objectives\.a: none of 1,000 samples had anything to align"):
-            alignment(nothing, step)
+        alignment(nothing, step)
+    alignment.detach()
+    (text,) = said
+    assert text.startswith("objectives.a: none of 998 samples had anything to align")
+    alignment.attach()
+    run(alignment, transformer, frames=3)
+    with refused(r"objectives\.a: none of 1,000 samples had anything to align"):
+        alignment(nothing, step)
     some = attached(references="after", a=REFALIGN)
     run(some, transformer, frames=3)
     some(clips(references=[None, IMAGES]), 0)
