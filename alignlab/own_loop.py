@@ -23,7 +23,13 @@ from alignlab.losses.objective import Features, Grid, ObjectiveConfig, check_imp
 from alignlab.losses.schedule import Ramp
 from alignlab.models.taps import find_wan
 from alignlab.stage1.compatibility import check_stage1, check_stage1_grid, stage1_folder_of
-from alignlab.teachers import TEACHERS, Teacher, image_families, teacher_from
+from alignlab.teachers import (
+    TEACHERS,
+    DiffusionTeacher,
+    Teacher,
+    image_families,
+    teacher_from,
+)
 from alignlab.training.aligned_samples import check_starts, trains
 from alignlab.training.alignment import Alignment
 from alignlab.training.own_clips import Clips as Clips
@@ -127,6 +133,8 @@ def _validated(
     for alias, teacher in teachers.items():
         if isinstance(teacher, Mapping | TeacherConfig):
             written[alias] = teacher
+        elif isinstance(teacher, DiffusionTeacher):
+            raise _of_latents(alias, "a DiffusionTeacher")
         elif all(hasattr(teacher, name) for name in ("dim", "is_video", "grid", "encode")):
             # of anything else than a Teacher no more is read than these four
             loaded[alias] = cast(Teacher, teacher)
@@ -145,16 +153,19 @@ def _validated(
         raise UserError(f"objectives, teachers: {error}") from error
     for alias, config in settings.teachers.items():
         if TEACHERS[config.family].reads == "latents":
-            raise UserError(
-                f"teachers.{alias}: family {config.family} reads latents and texts of a run; only "
-                "`alignlab train` has them"
-            )
+            raise _of_latents(alias, f"family {config.family}")
         if config.shuffle:
             raise UserError(
                 f"teachers.{alias}.shuffle: takes features of other clips of a data set; only "
                 "`alignlab train` has one"
             )
     return settings, loaded
+
+
+def _of_latents(alias: str, what: str) -> UserError:
+    return UserError(
+        f"teachers.{alias}: {what} reads latents and texts of a run; only `alignlab train` has them"
+    )
 
 
 def _check_objective(
@@ -253,14 +264,28 @@ class _SoundTeachers:
                     check_stage1_grid(alias, objective.config, read.grid_HW)
                 frames = given.clips.frames_BTHWC
                 count = frames.shape[1] if frames is not None and read.teacher.is_video else 1
-                names = [
-                    n for n in objective.config.teachers if alignment.teachers[n] is read.teacher
-                ]
-                noise_BTHWC = noise_clips(count, size)
-                found = cast(Teacher, read.teacher).encode(noise_BTHWC, read.grid_HW)
-                check_features(f"teachers.{names[0]}", found.tokens_BTPD)
+                teacher = cast(Teacher, read.teacher)
+                name = next(n for n, row in alignment.teachers.items() if row is teacher)
+                with torch.no_grad():
+                    found: Any = teacher.encode(noise_clips(count, size), read.grid_HW)
+                _check_form(name, found, teacher.dim, read.grid_HW)
+                check_features(f"teachers.{name}", found.tokens_BTPD)
         self._left = left
         return not left
+
+
+def _check_form(name: str, found: object, dim: int, grid_HW: tuple[int, int]) -> None:
+    """Refuses what is not the features that a teacher was asked for."""
+    grid = f"{grid_HW[0]}x{grid_HW[1]}"
+    expected = f"teachers.{name}: encode must give alignlab.losses.objective.Features"
+    if not isinstance(found, Features):
+        raise UserError(f"{expected}, not {type(found).__name__}")
+    width = found.tokens_BTPD.shape[-1]
+    if (width, found.grid[1:]) != (dim, grid_HW):
+        raise UserError(
+            f"{expected} of width {dim} on the grid {grid} that it is asked for, not of width "
+            f"{width} on {found.grid[1]}x{found.grid[2]}"
+        )
 
 
 def _size(given: GivenClips, kind: str) -> tuple[int, int] | None:

@@ -245,7 +245,8 @@ class GivenClips:
 
     def _encoded(self, read: FeatureRead, frames_THWC: Tensor) -> Tensor:
         assert not isinstance(read.teacher, DiffusionTeacher)  # refused by `attach`
-        found = read.teacher.encode(frames_THWC[None], read.grid_HW)
+        with torch.no_grad():
+            found = read.teacher.encode(frames_THWC[None], read.grid_HW)
         return to_device(found.tokens_BTPD[0], self.sigma_B.device)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alignlab import Alignment, Clips, attach
 from alignlab.errors import UserError
 from alignlab.losses.objective import Features
+from alignlab.teachers import DiffusionTeacher
 from alignlab.training.aligned_samples import STOP_AT_EXPECTED
 from alignlab.training.own_clips import Place
 
@@ -143,6 +144,10 @@ def test_objectives_that_cannot_work(
         ({"mine": {"family": "dinov9"}}, r"teachers\.mine\.family: unknown .*did you mean"),
         ({"mine": {"family": "dinov2", "path": "no/where"}}, r"teachers \(dinov2\) path: no/where"),
         ({"mine": {"family": "diffusion"}}, r"teachers\.mine: family diffusion reads latents"),
+        (
+            {"mine": DiffusionTeacher.__new__(DiffusionTeacher)},
+            r"teachers\.mine: a DiffusionTeacher reads latents",
+        ),
         ({"mine": {"family": "tiny-dino", "shuffle": True}}, r"teachers\.mine\.shuffle: takes"),
         ({"mine": Colours(), "other": Colours()}, r"teachers\.other: no objective reads it"),
         ({}, r"objectives\.a\.teacher: unknown teacher 'mine'"),
@@ -317,6 +322,29 @@ def test_a_teacher_that_says_nothing(
     alignment = attached(teacher=Colours(scale), a=REPA)
     run(alignment, transformer)
     with refused(rf"teachers\.mine: .*{expected}"):
+        alignment(clips(), 0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "expected"),
+    [
+        ("encode", lambda frames, grid: frames, "Features, not Tensor"),
+        ("dim", 4, "Features of width 4 on the grid 2x2 .*, not of width 3 on 2x2"),
+        (
+            "encode",
+            lambda frames, grid: Features(torch.rand(len(frames), 1, 1, 3), (1, 1, 1)),
+            "Features of width 3 on the grid 2x2 .*, not of width 3 on 1x1",
+        ),
+    ],
+)
+def test_a_teacher_of_ones_own_that_gives_something_else(
+    attribute: str, value: Any, expected: str, attached: Attach, transformer: nn.Module
+) -> None:
+    teacher = Colours()
+    setattr(teacher, attribute, value)
+    alignment = attached(teacher=teacher, a=REPA)
+    run(alignment, transformer)
+    with refused(rf"teachers\.mine: encode must give alignlab\.losses\.objective\.{expected}"):
         alignment(clips(), 0)
 
 
