@@ -48,8 +48,7 @@ from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import stage1_digests
 from alignlab.tracking import SilentTracker, Tracker, ask
 from alignlab.training import checkpoint
-from alignlab.training.aligned_samples import PREFIX, AlignedSamples, check_recipe
-from alignlab.training.alignment import WATCHED, Aligned
+from alignlab.training.aligned_samples import AlignedSamples, check_recipe
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
@@ -66,7 +65,7 @@ from alignlab.training.setup import (
     check_ranks_agree,
     check_teachers_and_eval,
 )
-from alignlab.training.step_terms import SampleTerms, StepScalars
+from alignlab.training.step_terms import Aligned, SampleTerms, StepScalars
 from alignlab.training.stopping import Stopping
 from alignlab.training.texts_ahead import encode_training_texts
 
@@ -357,7 +356,7 @@ class RunTrainer(Trainer):
     ) -> None:
         super().__init__(run.config, run.ranks, run.state, plan)
         self.run = run
-        run.alignment.plan = self.plan
+        run.alignment.total_steps = self.plan.total_steps
         self._on_evaluation = on_evaluation
         self._evaluations: IntermediateEvaluations | None = None
         self._diagnosis: Diagnosis | None = None
@@ -382,26 +381,11 @@ class RunTrainer(Trainer):
         )
 
     def losses(self, batch: Batch) -> tuple[Tensor, SampleTerms]:
-        """Flow loss plus alignment of one micro-batch, and every term by its log name.
-
-        In similarities, and in what plateaus watch, those samples count that had something to
-        align; where none had, all ranks have the same names all the same.
-        """
+        """Flow loss plus alignment of one micro-batch, and every term by its log name."""
         flow_B, aligned = self.forward(batch)
         total_B = self.run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
-        terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach(), **aligned.features}
-        counting: dict[str, Tensor] = {}
-        for alias, objective_terms in aligned.terms.items():
-            loss_B, similarity_B = objective_terms.loss_B.detach(), objective_terms.similarity_B
-            terms[f"loss/{alias}"] = loss_B
-            terms[f"{PREFIX}{alias}"] = aligned.counted[alias]
-            terms |= {f"loss/{alias}/{part}": v for part, v in objective_terms.parts.items()}
-            of_aligned = {} if similarity_B is None else {f"sim/{alias}": similarity_B}
-            if alias in self.run.alignment.watches:
-                of_aligned[f"{WATCHED}{alias}"] = -loss_B if similarity_B is None else similarity_B
-            terms |= of_aligned
-            counting |= dict.fromkeys(of_aligned, aligned.samples[alias])
-        return total_B.mean(), SampleTerms(terms, counting)
+        terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
+        return total_B.mean(), aligned.sample_terms(terms)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Aligned]:
         """Flow loss of every sample, (B,) and not yet weighted, and what the objectives give."""
@@ -410,7 +394,7 @@ class RunTrainer(Trainer):
         with run.autocast():
             out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
             # projectors run as the transformer does; kernels and frozen networks leave autocast
-            aligned: Aligned = run.alignment(out.taps, batch, self.state.step)
+            aligned = run.alignment.losses(batch, self.state.step, out.taps)
         return flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW), aligned
 
     def after_step(self, terms: SampleTerms) -> dict[str, float]:
@@ -418,7 +402,7 @@ class RunTrainer(Trainer):
         update_ema(self.run.state, self.config.optim.ema)
         self._aligned.see(terms.values_of)
         factors = self.run.alignment.factors(self.state.step)
-        self.run.alignment.watch(self.state.step, terms, self.ranks)
+        self.run.alignment.watch(self.state.step, terms, self.ranks.total)
         return {f"schedule/{alias}": factor for alias, factor in factors.items()}
 
     def counts(self) -> dict[str, float]:

@@ -15,8 +15,8 @@ from alignlab.evaluation.run_warnings import RANK, RankWarnings
 from alignlab.metrics.rank import effective_rank
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.taps import BlockTokens
-from alignlab.training.alignment import Aligned
 from alignlab.training.setup import Run
+from alignlab.training.step_terms import Aligned
 
 log = logging.getLogger(__name__)
 

@@ -8,17 +8,21 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from alignlab.config.run import check_block
+from alignlab.errors import UserError
 from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Grid, Tokens
+
+WanTransformer: TypeAlias = WanTransformer3DModel | WanVACETransformer3DModel
+"""Transformers whose blocks can be tapped."""
 
 Kind = Literal["video", "reference"]
 KINDS: tuple[Kind, ...] = ("video", "reference")
@@ -68,19 +72,24 @@ class Taps:
     `torch._dynamo.config.recompile_limit`.
 
     Args:
-        transformer: the model itself, without DDP or compile wrappers.
+        transformer: the model itself (`find_wan`), without DDP or compile wrappers.
         blocks: 0-based block indices.
 
     Raises:
         UserError: an index is out of range.
     """
 
-    def __init__(self, transformer: WanTransformer3DModel, blocks: Sequence[int]) -> None:
+    def __init__(self, transformer: WanTransformer, blocks: Sequence[int]) -> None:
         for block in blocks:
             check_block("blocks", block, len(transformer.blocks))
         self._modules = {block: transformer.blocks[block] for block in sorted(set(blocks))}
         self._handles: list[RemovableHandle] = []
-        self._record: dict[int, Tensor] | None = None
+        self._record: dict[int, list[Tensor]] | None = None
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._handles)
 
     def __enter__(self) -> Self:
         for block, module in self._modules.items():
@@ -98,9 +107,9 @@ class Taps:
         self._handles.clear()
 
     @contextmanager
-    def recording(self) -> Iterator[dict[int, Tensor]]:
-        """Gives a dict that the forward passes inside fill: block index -> (B, N + M, D)."""
-        self._record = {}
+    def recording(self) -> Iterator[dict[int, list[Tensor]]]:
+        """Gives what the forward passes inside fill, by block: (B, N + M, D) of each, in order."""
+        self._record = {block: [] for block in self._modules}
         try:
             yield self._record
         finally:
@@ -109,9 +118,30 @@ class Taps:
     def _hook(self, block: int) -> Callable[[nn.Module, Any, Tensor], None]:
         def catch(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if self._record is not None:
-                self._record[block] = output
+                self._record[block].append(output)
 
         return catch
+
+
+def find_wan(transformer: nn.Module) -> WanTransformer:
+    """The diffusers Wan transformer itself, inside whatever DDP, FSDP, torch.compile, PEFT or
+    accelerate have wrapped around it.
+
+    Raises:
+        UserError: there is none, or there are several, or its patches span several latent frames.
+    """
+    given = type(transformer).__name__
+    if not isinstance(transformer, nn.Module):
+        raise UserError(f"transformer: {given} is no torch module; give it pipeline.transformer")
+    found = [module for module in transformer.modules() if isinstance(module, WanTransformer)]
+    if len(found) != 1:
+        names = " or ".join(row.__name__ for row in get_args(WanTransformer))
+        raise UserError(f"transformer: {given} holds {len(found)} models of {names}; give it one")
+    patch = tuple(found[0].config["patch_size"])
+    if patch[0] != 1:
+        raise UserError(f"transformer: its patches {patch} span several latent frames")
+    model: WanTransformer = found[0]
+    return model
 
 
 def block_tokens(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from alignlab.config.parts import TrainingConfig
+from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -28,40 +28,73 @@ class NamedFolder(NamedTuple):
 
 
 def check_stage1(
-    config: RunConfig, alias: str, grid: Grid, teacher: Teacher | DiffusionTeacher
+    alias: str,
+    objective: ObjectiveConfig,
+    settings: TeacherConfig,
+    teacher: Teacher | DiffusionTeacher,
+    *,
+    grid: Grid | None,
+    text: str | None,
 ) -> None:
     """Refuses a Stage 1 network that was trained on other tokens than the objective will give it.
 
     An objective that names no Stage 1 folder passes.
 
     Args:
-        config: the Stage 2 run.
         alias: of the objective.
-        grid: (T, H, W) of the run's video tokens, whose (H, W) a teacher without a grid of its own
-            is asked for.
-        teacher: the objective's.
+        objective: its settings.
+        settings: of its teacher.
+        teacher: loaded by these.
+        grid: (T, H, W) of the video tokens, whose (H, W) a teacher without a grid of its own is
+            asked for; None: not known yet (`check_stage1_grid`).
+        text: the model whose text encoder embeds captions; None: not known.
 
     Raises:
         UserError: the folder cannot be read, or its teacher (family, feature, weights or, where
             Stage 1 did not record a digest of them, path) or grid is not this run's. The line
             names both sides.
     """
-    named = stage1_folder_of(alias, config.objectives[alias])
+    named = stage1_folder_of(alias, objective)
     if named is None:
         return
     info = read_info(named)
-    differing = list(_differences(config, alias, info, grid, teacher))
+    differing = list(_differences(info, settings, teacher))
+    if grid is not None:
+        differing += _other_grid(info, settings.grid or grid[1:])
     if differing:
-        raise UserError(
-            f"{named.key}: {named.folder} was trained on other tokens than this run's: "
-            f"{'; '.join(differing)}; "
-            "train Stage 1 with this run's teacher and grid, or change the run"
-        )
-    if info.text is not None and not _same_model(info.text, config.model.path):
+        raise _other_tokens(named, differing)
+    if text is not None and info.text is not None and not _same_model(info.text, text):
         warn_once(
             f"{named.key}: {named.folder} was trained with the text encoder of {info.text}, this "
-            f"run has that of {config.model.path}: they must be the same"
+            f"run has that of {text}: they must be the same"
         )
+
+
+def check_stage1_grid(alias: str, objective: ObjectiveConfig, grid_HW: tuple[int, int]) -> None:
+    """Refuses a Stage 1 network that was trained on another grid; see `check_stage1`.
+
+    Args:
+        alias: of the objective.
+        objective: its settings.
+        grid_HW: of its teacher's tokens.
+
+    Raises:
+        UserError: the line names both sides.
+    """
+    named = stage1_folder_of(alias, objective)
+    if named is None:
+        return
+    differing = _other_grid(read_info(named), grid_HW)
+    if differing:
+        raise _other_tokens(named, differing)
+
+
+def _other_tokens(named: NamedFolder, differing: list[str]) -> UserError:
+    return UserError(
+        f"{named.key}: {named.folder} was trained on other tokens than this run's: "
+        f"{'; '.join(differing)}; "
+        "train Stage 1 with this run's teacher and grid, or change the run"
+    )
 
 
 def stage1_digests(config: RunConfig, objectives: Mapping[str, Objective]) -> dict[str, str]:
@@ -148,9 +181,9 @@ def _digest_now(named: NamedFolder, objective: ObjectiveConfig) -> str:
 
 
 def _differences(
-    config: RunConfig, alias: str, info: Stage1Info, grid: Grid, teacher: Teacher | DiffusionTeacher
+    info: Stage1Info, here: TeacherConfig, teacher: Teacher | DiffusionTeacher
 ) -> Iterator[str]:
-    here, there = config.teachers[config.objectives[alias].teachers[0]], info.teacher
+    there = info.teacher
     if here.family != there.family:
         yield f"teacher family {there.family} there, {here.family} here"
     if there.weights is None:
@@ -160,9 +193,12 @@ def _differences(
         yield f"teacher weights of {there.path} there, others of {here.path} here"
     if here.feature != there.feature:
         yield f"teacher feature {there.feature} there, {here.feature} here"
-    run_grid = here.grid or grid[1:]
-    if run_grid != info.grid:
-        yield f"grid {_by(info.grid)} there, {_by(run_grid)} here"
+
+
+def _other_grid(info: Stage1Info, grid_HW: tuple[int, int]) -> list[str]:
+    if grid_HW == info.grid:
+        return []
+    return [f"grid {_by(info.grid)} there, {_by(grid_HW)} here"]
 
 
 def _by(grid_HW: tuple[int, int]) -> str:

@@ -11,7 +11,7 @@ and else stops the run (`AlignedSamples`). With weight 0 an objective is measure
 nothing is asked of it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,10 @@ from alignlab.losses import OBJECTIVES
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.objective import ObjectiveConfig
 from alignlab.losses.schedule import StopAt
+from alignlab.progress import warn_once
 from alignlab.training.flow_matching import representative_levels
+from alignlab.training.step_terms import ALIGNED, Aligned
 
-PREFIX = "aligned/"
 # A run stops once recipe and data let an objective align so many samples, and it aligned none. If
 # one in 100 of those has something to align after all, that happens by chance in 4 of 100,000 runs
 # (exp(-10)); if one in 10 has, in none that anybody will see (exp(-100)).
@@ -61,16 +62,25 @@ def check_recipe(config: RunConfig) -> None:
                     "flow: reference_dropout + both_dropout is 1: no step keeps a reference, and "
                     f"{where} reads reference tokens; lower them or remove the objective"
                 )
-        if isinstance(objective.schedule, StopAt) and objective.schedule.step == 0:
-            raise UserError(
-                f"{where}.schedule: it stops at step 0, before the first step; give a later step "
-                "or remove the objective"
-            )
+        check_starts(alias, objective)
         if not _gate_share(config, objective):
             raise UserError(
                 f"{where}.gate: it is 0 at every noise level that flow.sampler="
                 f"{config.flow.sampler} draws; widen the gate or remove the objective"
             )
+
+
+def check_starts(alias: str, objective: ObjectiveConfig) -> None:
+    """Refuses a schedule by which an objective never trains a step.
+
+    Raises:
+        UserError: it names the setting.
+    """
+    if isinstance(objective.schedule, StopAt) and objective.schedule.step == 0:
+        raise UserError(
+            f"objectives.{alias}.schedule: it stops at step 0, before the first step; give a later "
+            "step or remove the objective"
+        )
 
 
 def possible_share(config: RunConfig, alias: str) -> float:
@@ -144,7 +154,7 @@ class AlignedSamples:
         """Goes on from the last of the run's rows so far, which are in order."""
         for row in logged:
             for alias in self._totals:
-                share, samples = row.get(f"{PREFIX}{alias}"), row.get(f"{PREFIX}{alias}/samples")
+                share, samples = row.get(f"{ALIGNED}{alias}"), row.get(f"{ALIGNED}{alias}/samples")
                 if share is not None and samples is not None:
                     self._totals[alias] = round(share * samples), int(samples)
 
@@ -161,7 +171,7 @@ class AlignedSamples:
         """Takes of a step's terms `aligned/<alias>`, bool (B,) of this rank, of the objectives
         that were on."""
         for alias in self._totals:
-            counted_B = terms.get(f"{PREFIX}{alias}")
+            counted_B = terms.get(f"{ALIGNED}{alias}")
             if counted_B is not None:
                 count = counted_B.sum()
                 self._lap[alias] = self._lap[alias] + count if alias in self._lap else count
@@ -179,8 +189,8 @@ class AlignedSamples:
                 continue
             if count.is_missed and count.samples * self._likely(alias) >= STOP_AT_EXPECTED:
                 raise self._nothing(alias, count)
-            row[f"{PREFIX}{alias}"] = count.share
-            row[f"{PREFIX}{alias}/samples"] = float(count.samples)
+            row[f"{ALIGNED}{alias}"] = count.share
+            row[f"{ALIGNED}{alias}/samples"] = float(count.samples)
         return row
 
     def check_end(self) -> None:
@@ -222,6 +232,52 @@ class AlignedSamples:
             f"objectives.{alias}: none of {count.samples:,} samples had anything to align, so it "
             f"trained nothing: {causes}; mend that and train under another name, or remove the "
             "objective"
+        )
+
+
+class AlignedInOwnLoop:
+    """Looks, in a training loop that is not alignlab's, whether each objective has ever aligned.
+
+    Which samples it should align is not known there: it may be few of them. The host waits for the
+    device once per objective, after `STOP_AT_EXPECTED` samples.
+
+    Args:
+        trained: aliases of the objectives that should train something.
+    """
+
+    def __init__(self, trained: Collection[str]) -> None:
+        self._aligned: dict[str, Tensor] = {}
+        self._samples = dict.fromkeys(trained, 0)
+        self._is_sure = dict.fromkeys(trained, False)
+
+    def see(self, aligned: Aligned) -> None:
+        """Takes what a step's objectives gave.
+
+        Raises:
+            UserError: an objective aligned none of very many samples.
+        """
+        for alias, counted_B in aligned.counted.items():
+            if alias not in self._samples or self._is_sure[alias]:
+                continue
+            count = counted_B.sum()
+            self._aligned[alias] = self._aligned[alias] + count if self._samples[alias] else count
+            self._samples[alias] += len(counted_B)
+            if self._samples[alias] >= STOP_AT_EXPECTED:
+                if not self._aligned[alias]:
+                    raise UserError(self._nothing(alias))
+                self._is_sure[alias] = True
+
+    def warn(self) -> None:
+        """Warns of objectives that have not aligned anything so far; waits for the device."""
+        for alias, samples in self._samples.items():
+            if samples and not self._is_sure[alias] and not self._aligned[alias]:
+                warn_once(self._nothing(alias))
+
+    def _nothing(self, alias: str) -> str:
+        return (
+            f"objectives.{alias}: none of {self._samples[alias]:,} samples had anything to align, "
+            "so it trained nothing: references are missing or blank, masks are empty, the gate is "
+            "0 at every noise level, its teacher gives zeros, or its margins leave a loss of 0"
         )
 
 

@@ -1,134 +1,237 @@
-"""All alignment objectives of a run: teachers run once, every term weighted per sample.
+"""The alignment objectives of a training, attached to its transformer.
 
+`alignlab.attach` makes an `Alignment` for any training loop (docs/own-loop.md), a run of alignlab
+makes its own from its recipe (`alignlab.training.run_alignment`). Both have their losses here:
+teachers run once a batch, every term is weighted per sample.
 Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from alignlab.config.run import RunConfig
-from alignlab.data.registry import DataConfig
-from alignlab.data.sample import ClipDataset
-from alignlab.dataset_cache.clip_keys import teacher_key
-from alignlab.dataset_cache.encoded_values import EncodedValues
-from alignlab.dataset_cache.key import CacheKey, Part
-from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
-from alignlab.losses.objective import Features, Grid, Need, Objective, Terms
+from alignlab.losses.objective import Features, Grid, Need, Objective, ObjectiveConfig, Terms
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
-from alignlab.models.frozen_parts import FrozenParts
-from alignlab.models.taps import BlockTokens, Kind
+from alignlab.models.taps import BlockTokens, Kind, Taps, find_wan
 from alignlab.models.weight_check import check_weights
 from alignlab.progress import tell_once
 from alignlab.randomness import derive_seed
-from alignlab.runs.prolong import SchedulePlan
-from alignlab.stage1.compatibility import check_stage1
-from alignlab.teachers import DiffusionTeacher, Teacher, image_families, teacher_of_clips
-from alignlab.training.aligned_samples import trained_samples, trains
-from alignlab.training.batch_context import BatchContext
-from alignlab.training.batches import Batch
+from alignlab.teachers import DiffusionTeacher, Teacher, image_families
+from alignlab.training.aligned_samples import AlignedInOwnLoop, trained_samples, trains
+from alignlab.training.batch_context import BatchContext, ClipContents
 from alignlab.training.encoded import FeatureRead, TokenKind
-from alignlab.training.nonfinite import FEATURES
-from alignlab.training.shuffle import check_shuffled
-from alignlab.training.step_terms import SampleTerms
-
-SAME_FEATURES = 1e-6  # of the largest value: rounding of fp32
-WATCHED = "watched/"
-"""Prefix of the log names of what plateau schedules watch."""
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """What the objectives add to a batch's loss.
-
-    Args:
-        loss_B: weighted, scheduled and gated sum over objectives.
-        terms: unweighted terms by alias, for the log; without those that the schedule turned off.
-        samples: by alias, which samples had something to align, bool (B,).
-        weighted: what each objective adds to `loss_B`, by alias.
-        counted: of `samples`, those in which the objective trains something
-            (`alignlab.training.aligned_samples`).
-        features: mean magnitude of the features of each teacher and kind of token, (B,), by log
-            name.
-    """
-
-    loss_B: Tensor
-    terms: dict[str, Terms]
-    samples: dict[str, Tensor]
-    weighted: dict[str, Tensor]
-    counted: dict[str, Tensor]
-    features: dict[str, Tensor]
+from alignlab.training.own_clips import Clips, GivenClips, Place, RecordedTokens
+from alignlab.training.step_terms import WATCHED, Aligned, SampleTerms, feature_magnitudes
 
 
 class Alignment(nn.Module):
-    """The objectives of a run (its trainable projectors) and the teachers they read.
+    """Objectives on a Wan transformer: their projectors, the teachers they read, the taps.
+
+    Its parameters are the projectors, to be trained with the transformer; those of a frozen Stage 1
+    network want no gradient. Its state dict is all that a training must keep of it. `attach` (or a
+    `with` block) puts hooks on the transformer, `detach` takes them away.
+
+    In a loop of one's own, run the transformer inside `recording` and call the object, `forward`,
+    once for each of those forward passes. A run of alignlab calls `losses` with the tokens that its
+    `ReferenceBranch` has cut out.
 
     Args:
-        config: the run; `objectives` and `teachers` are read.
-        student_dim: width of the transformer's hidden tokens.
-        grid: (T, H, W) of the video tokens.
-        device: where projectors and teachers go.
-        encoders: the run's, whose latents and texts diffusion teachers read; None: there are none.
+        transformer: a diffusers Wan transformer, as it is or wrapped.
+        objectives: validated settings by alias.
+        teachers: by alias; those that an objective names are kept.
+        seed: of the projectors' initial weights; the same for every rank.
+        total_steps: for how many steps schedules take the training, as of a step; None: unknown.
+        device: of the projectors.
+        grid: (T, H, W) of the video's tokens, if all batches have the same.
+        shuffled: teachers whose features come shuffled (`alignlab.training.shuffle`).
+        references: where the sequence of an own loop holds reference frames; None: nowhere.
+
+    Attributes:
+        objectives: by alias; each holds its `config`.
+        teachers: by alias.
+        taps: the hooks.
 
     Raises:
-        UserError: a teacher or a Stage 1 network cannot be used.
+        UserError: an objective cannot be built, or taps a block that there is not.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        transformer: nn.Module,
+        objectives: Mapping[str, ObjectiveConfig],
+        teachers: Mapping[str, Teacher | DiffusionTeacher],
         *,
-        student_dim: int,
-        grid: Grid,
+        seed: int,
+        total_steps: Callable[[int], int | None],
         device: torch.device,
-        encoders: FrozenParts | None = None,
+        grid: Grid | None = None,
+        shuffled: Collection[str] = (),
+        references: Place | None = None,
     ) -> None:
         super().__init__()
-        self.plan = SchedulePlan.of(config)
+        model = find_wan(transformer)
+        self.total_steps = total_steps
+        self._grid = grid
         self._logged: set[str] = set()
-        self._grid_HW = grid[1:]
-        is_cached = config.data.cache.mode != "off" and config.data.cache.teachers
-        used = {name for o in config.objectives.values() for name in o.teachers}
-        self.teachers: dict[str, Teacher | DiffusionTeacher] = {
-            alias: teacher_of_clips(
-                teacher, config.data, encoders, alias=alias, device=device, load=not is_cached
-            )
-            for alias, teacher in config.teachers.items()
-            if alias in used
-        }
-        self.shuffled = {alias for alias in self.teachers if config.teachers[alias].shuffle}
+        used = {name for config in objectives.values() for name in config.teachers}
+        self.teachers = {alias: row for alias, row in teachers.items() if alias in used}
+        self.shuffled = frozenset(shuffled).intersection(used)
+        width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
         self.objectives: dict[str, Objective] = {}
-        for alias, objective in config.objectives.items():
-            check_stage1(config, alias, grid, self.teachers[objective.teachers[0]])
-            try:
-                built = build_objective(
-                    objective,
-                    student_dim=student_dim,
-                    teacher_dims=dims,
-                    seed=derive_seed(config.seed, f"projector-{alias}"),
-                )
-            except ValueError as error:  # such as a Stage 1 folder with damaged weights
-                raise UserError(f"objectives.{alias}: {error}") from error
-            frozen = ((n, p) for n, p in built.named_parameters() if not p.requires_grad)
-            check_weights(f"objectives.{alias}: its Stage 1 network", frozen, fix="train it again")
-            self.objectives[alias] = built
+        for alias, config in objectives.items():
+            self.objectives[alias] = _built(alias, config, width, dims, seed)
             # prefixed, because an alias may be the name of an attribute
             self.add_module(f"objective_{alias}", self.objectives[alias])
         self.to(device)
         self.watches: dict[str, PlateauWatch] = {}
-        for alias, objective in config.objectives.items():
-            if isinstance(objective.schedule, StopAtPlateau):
+        for alias, config in objectives.items():
+            if isinstance(config.schedule, StopAtPlateau):
                 # Metal has no float64
                 where = "cpu" if device.type == "mps" else device
-                self.watches[alias] = PlateauWatch(objective.schedule).to(where)
+                self.watches[alias] = PlateauWatch(config.schedule).to(where)
                 self.add_module(f"stop_{alias}", self.watches[alias])
+        self.taps = Taps(model, self.blocks)
+        self._recorded = RecordedTokens(model, self.taps, references)
+        self._seen = AlignedInOwnLoop([a for a, c in objectives.items() if trains(c)])
+        self._unwatched: int | None = None
+        self._checks: list[Callable[[GivenClips, Grid], bool]] = []
+
+    # In a loop of one's own
+
+    def attach(self) -> Self:
+        """Puts the hooks on the transformer, where they are not there yet; gives itself."""
+        if not self.taps.is_attached:
+            self.taps.__enter__()
+        return self
+
+    def detach(self) -> None:
+        """Takes the hooks away: the transformer is as it was. Projectors and state stay.
+
+        Warns of an objective that has aligned nothing in all steps so far.
+        """
+        self.taps.__exit__(None, None, None)
+        self._recorded.forget()
+        self._seen.warn()
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the transformer's forward pass: the tapped blocks' tokens are kept for `forward`.
+
+        Several forward passes inside one `recording` hold the batch's samples one after the other,
+        such as samples with different numbers of references. A new `recording` forgets the last
+        one. Run no other forward pass inside, such as a validation or guidance.
+
+        Raises:
+            UserError: the object is detached.
+        """
+        with self._recorded.recording():
+            yield
+
+    def forward(self, clips: Clips, step: int) -> Aligned:
+        """The loss terms of the forward passes of the last `recording`.
+
+        Args:
+            clips: what the samples show, in the order in which they went through the transformer.
+            step: optimizer steps done, which schedules read. Micro-batches of a step have its
+                number in common.
+
+        Returns:
+            `.loss`, to be added to the flow loss, and what it is made of. Under `torch.no_grad`
+            it is a validation, which no plateau sees and no count of aligned samples.
+
+        Raises:
+            UserError: nothing was recorded, or `clips` do not go with it or lack what an objective
+                reads; or an objective cannot align anything.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise UserError(f"step: {step!r} is no number of optimizer steps, counted from 0")
+        if not isinstance(clips, Clips):
+            raise UserError(f"clips: expected alignlab.Clips, got {type(clips).__name__}")
+        if self._unwatched is not None and self._unwatched != step:
+            raise UserError(
+                f"step {self._unwatched} was not shown to stop_at_plateau: call "
+                "alignment.step_done(step, aligned, ...) after each optimizer step"
+            )
+        given, on = GivenClips(clips), self._active(step)
+        for alias in on:
+            given.check(alias, self.objectives[alias])
+        taps, grid = self._recorded.take(clips, {self.objectives[a].tokens for a in on}, self.kinds)
+        self._checks = [check for check in self._checks if not check(given, grid)]
+        for alias in on if torch.is_grad_enabled() else ():
+            self._refuse_no_gradient(alias, taps)
+        aligned = self.losses(given, step, taps)
+        if torch.is_grad_enabled():  # else it is a validation
+            self._seen.see(aligned)
+            self._unwatched = step if self.watches else None
+        return aligned
+
+    def step_done(self, step: int, *aligned: Aligned) -> None:
+        """Shows `stop_at_plateau` schedules what they watch; other schedules need no call.
+
+        Call it after each optimizer step, on all ranks of a process group.
+
+        Args:
+            step: the number that `forward` was given.
+            aligned: what it gave for each micro-batch of the step, on this rank.
+
+        Raises:
+            UserError: it is another step than the last, or without what `forward` gave.
+        """
+        if self._unwatched not in (None, step) or not aligned:
+            raise UserError(
+                f"step_done: {step} with {len(aligned)} results; give the step that alignment was "
+                "called with last, and what it gave for each of its micro-batches"
+            )
+        terms = SampleTerms.joined([part.sample_terms() for part in aligned])
+        self.watch(step, terms, _sum_over_ranks)
+        self._unwatched = None
+
+    def add_check(self, check: Callable[[GivenClips, Grid], bool]) -> None:
+        """Has a look at the first batches of an own loop, until it says that it has seen enough.
+
+        Args:
+            check: is given clips and the grid of the video's tokens; raises a UserError.
+        """
+        self._checks.append(check)
+
+    def _active(self, step: int) -> list[str]:
+        """Aliases of the objectives that a step computes."""
+        factors = self.factors(step)
+        return [alias for alias in self.objectives if factors.get(alias, 1.0) != 0]
+
+    def _refuse_no_gradient(self, alias: str, taps: Mapping[int, BlockTokens]) -> None:
+        config, kind = self.objectives[alias].config, self.objectives[alias].tokens
+        for block in config.blocks:
+            if trains(config) and not taps[block].of(kind).tokens_BND.requires_grad:
+                raise UserError(
+                    f"objectives.{alias}: the tokens of block {block} carry no gradient, so it "
+                    "would train its projector alone: run the transformer without no_grad, and "
+                    f"train weights in block {block} or before it"
+                )
+
+    # In every loop
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -143,46 +246,6 @@ class Alignment(nn.Module):
             for block in objective.config.blocks:
                 kinds.setdefault(block, set()).add(objective.tokens)
         return kinds
-
-    def check_data(self, clips: ClipDataset) -> None:
-        """Refuses training clips that lack what an objective needs.
-
-        Raises:
-            UserError: an objective needs entity masks, and a clip has none; or it reads reference
-                tokens, and no clip has a reference; or one clip alone has features to shuffle.
-        """
-        key = clips.without_masks()
-        for alias, objective in self.objectives.items():
-            reads_references = objective.tokens == "reference" and trains(objective.config)
-            if reads_references and not clips.share_with_references():
-                raise UserError(
-                    f"objectives.{alias}: aligns reference tokens, and no training clip has a "
-                    "reference; list images under `references` in the data set's metadata "
-                    "(docs/data.md), or remove the objective"
-                )
-            if key is not None and "masks" in objective.needs:
-                raise UserError(
-                    f"objectives.{alias}: needs entity masks, and {key} has none; add `masks` and "
-                    "`entities` to the data set's metadata (docs/data.md)"
-                )
-            for name in self.shuffled.intersection(objective.config.teachers):
-                check_shuffled(name, clips, references=objective.tokens == "reference")
-
-    def check_teachers(self, config: RunConfig, grid: Grid, values: EncodedValues) -> None:
-        """Refuses teachers whose features say nothing, by those of two different clips of noise.
-
-        Args:
-            config: the run.
-            grid: (T, H, W) of its video tokens.
-            values: where these features are kept as well: a teacher is not loaded to be checked.
-
-        Raises:
-            UserError: features are not finite, or those of the two clips are the same.
-        """
-        for alias, teacher in self.teachers.items():
-            where = f"teachers.{alias}: {config.teachers[alias].path}, feature {teacher.feature}"
-            read = FeatureRead(teacher, "video", teacher.grid or grid[1:])
-            check_noise(where, read, config.data, values)
 
     def check_world_size(self, world_size: int) -> None:
         """Refuses several ranks where an objective couples the samples of a batch.
@@ -204,7 +267,7 @@ class Alignment(nn.Module):
             alias: weight_at(
                 objective.config.schedule,
                 step,
-                self.plan.total_steps(step),
+                self.total_steps(step),
                 stopped=alias in self.watches and self.watches[alias].stopped,
             )
             for alias, objective in self.objectives.items()
@@ -212,35 +275,54 @@ class Alignment(nn.Module):
         }
 
     def reads(self, step: int) -> list[FeatureRead]:
-        """What `forward` reads of teachers at a step."""
-        factors, found = self.factors(step), dict[FeatureRead, None]()
-        for alias, objective in self.objectives.items():
-            for name in objective.config.teachers if factors.get(alias, 1.0) else ():
-                teacher, kind = self.teachers[name], objective.tokens
+        """What `losses` reads of teachers at a step, where all batches have the same grid."""
+        assert self._grid is not None  # of every run
+        return self.reads_on(self._grid, self._active(step))
+
+    def reads_on(self, grid: Grid, aliases: Collection[str]) -> list[FeatureRead]:
+        """What some objectives read of teachers.
+
+        Args:
+            grid: (T, H, W) of the video's tokens.
+            aliases: of the objectives.
+        """
+        found: list[FeatureRead] = []
+        for alias in aliases:
+            kind = self.objectives[alias].tokens
+            for name in self.objectives[alias].config.teachers:
+                teacher = self.teachers[name]
                 own_HW = teacher.grid if kind == "video" else None
-                read = FeatureRead(teacher, kind, own_HW or self._grid_HW, name in self.shuffled)
-                found[read] = None
-        return list(found)
+                read = FeatureRead(teacher, kind, own_HW or grid[1:], name in self.shuffled)
+                if read not in found:
+                    found.append(read)
+        return found
 
     def needs(self, step: int) -> frozenset[Need]:
         """What else of the clips the objectives need at a step."""
-        factors = self.factors(step)
-        used = [o.needs for alias, o in self.objectives.items() if factors.get(alias, 1.0)]
+        used = [self.objectives[alias].needs for alias in self._active(step)]
         return frozenset[Need]().union(*used)
 
-    def forward(self, taps: Mapping[int, BlockTokens], batch: Batch, step: int) -> Aligned:
+    def losses(self, clips: ClipContents, step: int, taps: Mapping[int, BlockTokens]) -> Aligned:
         """Runs each teacher once and each objective on its tapped tokens.
 
         An objective whose schedule gives 0 is left out, and so is a teacher that only it reads.
+
+        Args:
+            clips: what the samples show.
+            step: optimizer steps done.
+            taps: by block, the tokens that the objectives read.
+
+        Raises:
+            UserError: grids do not correspond, or a teacher or a kernel cannot be used.
         """
         features: dict[tuple[str, str], Features] = {}
-        loss_B = torch.zeros_like(batch.sigma_B)
+        loss_B = torch.zeros_like(clips.sigma_B)
         terms: dict[str, Terms] = {}
         samples: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         factors = self.factors(step)
-        known = BatchContext(batch, self._reference_grid(taps))
+        known = BatchContext(clips, self._reference_grid(taps))
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
             if factor == 0:
@@ -250,7 +332,7 @@ class Alignment(nn.Module):
             for name in config.teachers:
                 if (name, kind) not in features:
                     features[name, kind] = teacher_features(
-                        self.teachers[name], batch, kind, grid, is_shuffled=name in self.shuffled
+                        self.teachers[name], clips, kind, grid, is_shuffled=name in self.shuffled
                     )
             student = {b: taps[b].of(kind) for b in config.blocks}
             if kind == "reference":
@@ -264,7 +346,7 @@ class Alignment(nn.Module):
                 objective_terms = objective(student, teacher, known.of(objective))
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
-            gate_B = gate_weights(config.gate, batch.sigma_B)
+            gate_B = gate_weights(config.gate, clips.sigma_B)
             weighted[alias] = config.weight * factor * gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms
@@ -275,16 +357,23 @@ class Alignment(nn.Module):
             if kind == "reference":
                 shown_B = shown_B & known.shows_reference_B
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
-        return Aligned(loss_B, terms, samples, weighted, counted, feature_magnitudes(features))
+        magnitudes, watched = feature_magnitudes(features), frozenset(self.watches)
+        return Aligned(loss_B, terms, samples, weighted, counted, magnitudes, watched)
 
-    def watch(self, step: int, terms: SampleTerms, ranks: Ranks) -> None:
+    def watch(self, step: int, terms: SampleTerms, total: Callable[[Tensor], Tensor]) -> None:
         """Shows plateau schedules what they watch in a step: its mean over the samples of all ranks
-        that had something to align."""
+        that had something to align.
+
+        Args:
+            step: optimizer steps done before this one.
+            terms: of all its micro-batches on this rank.
+            total: adds up a tensor of all ranks.
+        """
         watches = {f"{WATCHED}{alias}": watch for alias, watch in self.watches.items()}
         names = [name for name in watches if name in terms]
         if not names:
             return
-        sums, counts = ranks.total(terms.sums(names))
+        sums, counts = total(terms.sums(names))
         means = sums / counts.clamp_min(1)
         for name, mean, count in zip(names, means, counts, strict=True):
             watches[name].see(step, mean, count > 0)
@@ -307,85 +396,28 @@ class Alignment(nn.Module):
         )
 
 
-def check_noise(where: str, read: FeatureRead, data: DataConfig, values: EncodedValues) -> None:
-    """`check_features` of a teacher's features of `noise_clips`, which are kept like any others."""
-    frames = data.frames if read.teacher.is_video else 1
-
-    def make() -> dict[str, Tensor]:
-        if isinstance(read.teacher, DiffusionTeacher):
-            features = read.teacher.encode(*noise_latents(read.teacher))
-        else:
-            features = read.teacher.encode(noise_clips(frames, data.size), read.grid_HW)
-        tokens_BTPD = features.tokens_BTPD
-        check_features(where, tokens_BTPD)
-        return {"tokens_BTPD": tokens_BTPD}
-
-    def refusal() -> str:
-        return _not_finite(where)
-
-    def key() -> CacheKey:
-        return noise_key(read, data)
-
-    check_features(where, values.get("teacher", key, make, refusal)["tokens_BTPD"])
-
-
-def noise_key(read: FeatureRead, data: DataConfig) -> CacheKey:
-    """Names a teacher's features of `noise_clips` in the dataset cache."""
-    frames = data.frames if read.teacher.is_video else 1
-    noise: dict[str, Part] = {"of": "noise", "frames": frames, "size": tuple(data.size)}
-    return teacher_key(noise, read.teacher.parts, read.grid_HW)
-
-
-def _not_finite(where: str) -> str:
-    return f"{where}: gives features that are not finite; take other weights"
-
-
-def noise_clips(frames: int, size_HW: tuple[int, int]) -> Tensor:
-    """A dark and a bright clip of noise, uint8 (2, T, H, W, 3)."""
-    generator = torch.Generator().manual_seed(0)
-    dark, bright = (
-        torch.randint(low, low + 128, (frames, *size_HW, 3), generator=generator, dtype=torch.uint8)
-        for low in (0, 128)
-    )
-    return torch.stack([dark, bright])
-
-
-def noise_latents(teacher: DiffusionTeacher) -> tuple[Tensor, Tensor]:
-    """Two latents of noise, (2, C, T, H, W), and texts of one token of zeros, (2, 1, D)."""
-    generator = torch.Generator().manual_seed(0)
-    latents_BCTHW = torch.randn(2, *teacher.latent_shape, generator=generator)
-    return latents_BCTHW, torch.zeros(2, 1, teacher.text_dim)
-
-
-def check_features(where: str, tokens_BTPD: Tensor) -> None:
-    """Refuses features of two clips that are not finite, or are the same.
-
-    Raises:
-        UserError: begins with `where`.
-    """
-    if not tokens_BTPD.isfinite().all():
-        raise UserError(_not_finite(where))
-    dark, bright = tokens_BTPD
-    if float((dark - bright).abs().max()) <= SAME_FEATURES * float(tokens_BTPD.abs().max()):
-        raise UserError(
-            f"{where}: gives the same features whatever it sees, so there is nothing to align "
-            "with; take other weights or another feature"
+def _built(
+    alias: str, config: ObjectiveConfig, width: int, dims: Mapping[str, int], seed: int
+) -> Objective:
+    try:
+        built = build_objective(
+            config,
+            student_dim=width,
+            teacher_dims=dims,
+            seed=derive_seed(seed, f"projector-{alias}"),
         )
+    except ValueError as error:  # such as a Stage 1 folder with damaged weights
+        raise UserError(f"objectives.{alias}: {error}") from error
+    frozen = ((n, p) for n, p in built.named_parameters() if not p.requires_grad)
+    check_weights(f"objectives.{alias}: its Stage 1 network", frozen, fix="train it again")
+    return built
 
 
-def feature_magnitudes(features: Mapping[tuple[str, str], Features]) -> dict[str, Tensor]:
-    """Mean magnitude of a sample's features, (B,): not finite if one of them is not.
-
-    Tokens of zeros are left out: they fill up samples with fewer references than others.
-    """
-    means = {}
-    for (alias, kind), found in features.items():
-        x_BTPD = found.tokens_BTPD
-        # a norm, which keeps no copy of the features in fp32
-        sums_BTP = torch.linalg.vector_norm(x_BTPD, ord=1, dim=-1, dtype=torch.float32)
-        count_B = (sums_BTP != 0).flatten(1).sum(1).clamp_min(1) * x_BTPD.shape[-1]
-        means[f"{FEATURES}{alias}/{kind}"] = sums_BTP.flatten(1).sum(1) / count_B
-    return means
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
 
 
 def _depths(blocks: tuple[int, ...]) -> str:
@@ -394,7 +426,7 @@ def _depths(blocks: tuple[int, ...]) -> str:
 
 def teacher_features(
     teacher: Teacher | DiffusionTeacher,
-    batch: Batch,
+    clips: ClipContents,
     kind: TokenKind,
     grid: Grid,
     *,
@@ -408,7 +440,7 @@ def teacher_features(
 
     Args:
         teacher: of either kind.
-        batch: the clips.
+        clips: of the batch.
         kind: of tokens.
         grid: (T, H, W) of the student's tokens.
         is_shuffled: take other clips' features (`alignlab.training.shuffle`).
@@ -418,17 +450,17 @@ def teacher_features(
     """
     if kind == "video":
         read = FeatureRead(teacher, "video", teacher.grid or grid[1:], is_shuffled)
-        tokens_BTPD = torch.stack([rows for rows in batch.features(read) if rows is not None])
+        tokens_BTPD = torch.stack([rows for rows in clips.features(read) if rows is not None])
         return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW))
     if teacher.is_video:
         raise UserError(
             "teachers: a video teacher takes whole clips, and references are images: give "
             f"objectives on reference tokens an image teacher ({image_families()})"
         )
-    shape = (len(batch.clips), grid[0], grid[1] * grid[2], teacher.dim)
-    padded = torch.zeros(shape, device=batch.sigma_B.device)
+    shape = (len(clips.sigma_B), grid[0], grid[1] * grid[2], teacher.dim)
+    padded = torch.zeros(shape, device=clips.sigma_B.device)
     read = FeatureRead(teacher, "reference", grid[1:], is_shuffled)
-    for row, rows in enumerate(batch.features(read)):
+    for row, rows in enumerate(clips.features(read)):
         if rows is not None:
             padded[row, : len(rows)] = rows
     return Features(padded, grid)

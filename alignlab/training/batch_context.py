@@ -5,6 +5,7 @@ T frames, H, W pixels.
 """
 
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +13,49 @@ from torch import Tensor
 from alignlab.kernels.host_copy import to_device
 from alignlab.losses.grids import covered_share
 from alignlab.losses.objective import Context, Grid, Objective
-from alignlab.training.batches import Batch
+from alignlab.training.encoded import FeatureRead
+
+
+class ClipContents(Protocol):
+    """What `alignlab.Alignment` reads of a batch besides the transformer's tokens."""
+
+    @property
+    def sigma_B(self) -> Tensor:
+        """Noise level of each sample, on the training device; 1 is pure noise."""
+
+    @property
+    def caption_BLD(self) -> Tensor | None:
+        """Embeddings of the full captions."""
+
+    @property
+    def names(self) -> list[list[str]]:
+        """Of each sample's references, as far as they were kept."""
+
+    @property
+    def referenced_B(self) -> Tensor:
+        """Which samples keep a reference that shows something, bool on the CPU."""
+
+    @property
+    def masks(self) -> list[Tensor | None]:
+        """Those of each clip's entities, bool (E, T, H, W) on the CPU."""
+
+    @property
+    def reference_masks(self) -> list[Tensor]:
+        """Where the subjects of each sample's references are, bool (K, H, W) on the CPU."""
+
+    def features(self, read: FeatureRead) -> list[Tensor | None]:
+        """A teacher's features by sample, on the device; None if its references are dropped."""
 
 
 class BatchContext:
     """Makes each thing once a batch, for the first objective that reads it.
 
     Args:
-        batch: names, numbers of references and masks are on the CPU.
+        batch: of a run, or of a loop of one's own.
         reference_grid: (K, H, W) of its reference tokens, or None if nothing reads them.
     """
 
-    def __init__(self, batch: Batch, reference_grid: Grid | None = None) -> None:
+    def __init__(self, batch: ClipContents, reference_grid: Grid | None = None) -> None:
         self._batch = batch
         self._reference_grid = reference_grid
         self._device = batch.sigma_B.device

@@ -19,10 +19,10 @@ from alignlab.models.model_files import read_object
 from alignlab.models.wan import checked_pipeline, frozen_parts
 from alignlab.sampling import negative_text
 from alignlab.teachers import DiffusionTeacher, Teacher, teacher_of_clips
-from alignlab.training.alignment import check_noise, noise_key
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import FeatureRead, TokenKind, kept_features
+from alignlab.training.teacher_check import check_noise, noise_key
 
 
 class Clip(NamedTuple):

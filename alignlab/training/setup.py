@@ -30,13 +30,15 @@ from alignlab.progress import warn_once
 from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import DiffusionTeacher, teacher_from
-from alignlab.training.alignment import Alignment, check_noise
+from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
 from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
+from alignlab.training.run_alignment import check_data, check_teachers, run_alignment
 from alignlab.training.shuffle import shuffle_note
+from alignlab.training.teacher_check import check_noise
 
 MADE_AHEAD: Any = {"data": {"workers", "prefetch"}}
 """Settings, as pydantic excludes them, that change neither what is encoded nor where it is kept."""
@@ -122,21 +124,15 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
     _check_grid(config, grid, wan)
-    alignment = Alignment(
-        config,
-        student_dim=wan.student_dim,
-        grid=grid,
-        device=ranks.device,
-        encoders=wan.frozen,
-    )
-    alignment.check_data(dataset)
+    alignment = run_alignment(config, wan, grid, ranks.device)
+    check_data(alignment, dataset)
     alignment.check_world_size(ranks.world_size)
     captions = [clips.caption(i) for clips in (dataset, val_dataset) for i in range(len(clips))]
     told = (*cut_captions(wan.text, captions), *_teacher_notes(config, alignment))
     for note in told:
         warn_once(note)
     branch = ReferenceBranch.of(
-        wan.transformer, config.model, blocks=alignment.blocks, kinds=alignment.kinds
+        wan.transformer, config.model, taps=alignment.taps, kinds=alignment.kinds
     )
     return Run(
         config,
@@ -255,7 +251,7 @@ def check_teachers_and_eval(run: Run) -> None:
             raise UserError(f"objectives.{name}: {error}") from error
     run.ranks.on_main(try_own_metrics, run)
     grid = run.wan.latent_grid(config.data.frames, *config.data.size)
-    run.alignment.check_teachers(config, grid, run.caches.values)
+    check_teachers(run.alignment, config, grid, run.caches.values)
     for teacher in run.alignment.teachers.values():
         if isinstance(teacher, DiffusionTeacher) and teacher.is_centred:
             read = FeatureRead(teacher, "video", teacher.grid)

@@ -5,12 +5,20 @@ before it are never made. Shape letters: B samples of a micro-batch, then of a s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from alignlab.distributed.ranks import Ranks
+from alignlab.losses.objective import Features, Terms
+from alignlab.training.nonfinite import FEATURES
+
+ALIGNED = "aligned/"
+"""Prefix of the log names of how many samples had something to align."""
+WATCHED = "watched/"
+"""Prefix of the log names of what plateau schedules watch."""
 
 
 class SampleTerms(Mapping[str, Tensor]):
@@ -76,6 +84,87 @@ class SampleTerms(Mapping[str, Tensor]):
             tuple(alike): torch.stack(list(alike.values())).isfinite().all(1)
             for alike in by_length.values()
         }
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """What the objectives add to a batch's loss, one value per sample.
+
+    Args:
+        loss_B: weighted, scheduled and gated sum over objectives; carries the gradient.
+        terms: unweighted terms by alias, for the log; without those that the schedule turned off.
+        samples: by alias, which samples had something to align, bool (B,).
+        weighted: what each objective adds to `loss_B`, by alias; carries the gradient.
+        counted: of `samples`, those in which the objective trains something
+            (`alignlab.training.aligned_samples`).
+        features: mean magnitude of the features of each teacher and kind of token, (B,), by log
+            name.
+        watched: aliases of those that a plateau may stop.
+    """
+
+    loss_B: Tensor
+    terms: dict[str, Terms]
+    samples: dict[str, Tensor]
+    weighted: dict[str, Tensor]
+    counted: dict[str, Tensor]
+    features: dict[str, Tensor]
+    watched: frozenset[str] = frozenset()
+
+    @property
+    def loss(self) -> Tensor:
+        """What is added to a flow loss that is a mean over the batch: the mean of `loss_B`."""
+        return self.loss_B.mean()
+
+    def sample_terms(self, first: Mapping[str, Tensor] | None = None) -> SampleTerms:
+        """Every term by its log name, detached, (B,) each.
+
+        In similarities, and in what plateaus watch, those samples count that had something to
+        align; where none had, the names are the same all the same.
+
+        Args:
+            first: terms of the step that come before these.
+        """
+        terms = {**(first or {}), **self.features}
+        counting: dict[str, Tensor] = {}
+        for alias, objective_terms in self.terms.items():
+            loss_B, similarity_B = objective_terms.loss_B.detach(), objective_terms.similarity_B
+            terms[f"loss/{alias}"] = loss_B
+            terms[f"{ALIGNED}{alias}"] = self.counted[alias]
+            terms |= {f"loss/{alias}/{part}": v for part, v in objective_terms.parts.items()}
+            of_aligned = {} if similarity_B is None else {f"sim/{alias}": similarity_B}
+            if alias in self.watched:
+                of_aligned[f"{WATCHED}{alias}"] = -loss_B if similarity_B is None else similarity_B
+            terms |= of_aligned
+            counting |= dict.fromkeys(of_aligned, self.samples[alias])
+        return SampleTerms(terms, counting)
+
+    def scalars(self) -> dict[str, Tensor]:
+        """Means for a log, detached, on the device: `loss/<alias>` (unweighted) and its parts,
+        `sim/<alias>`, `aligned/<alias>` (the share of samples) and `features/<teacher>/<kind>`.
+
+        NaN where no sample counts, such as the similarity of a batch without references.
+        """
+        terms = self.sample_terms()
+        names = [name for name in terms if not name.startswith(WATCHED)]
+        if not names:
+            return {}
+        sums, counts = terms.sums(names)
+        return dict(zip(names, sums / counts, strict=True))
+
+
+def feature_magnitudes(features: Mapping[tuple[str, str], Features]) -> dict[str, Tensor]:
+    """Mean magnitude of a sample's features, (B,): not finite if one of them is not.
+
+    Tokens of zeros are left out: they fill up samples with fewer references than others.
+    """
+    means = {}
+    for (alias, kind), found in features.items():
+        x_BTPD = found.tokens_BTPD
+        # a norm, which keeps no copy of the features in fp32
+        sums_BTP = torch.linalg.vector_norm(x_BTPD, ord=1, dim=-1, dtype=torch.float32)
+        count_B = (sums_BTP != 0).flatten(1).sum(1).clamp_min(1) * x_BTPD.shape[-1]
+        means[f"{FEATURES}{alias}/{kind}"] = sums_BTP.flatten(1).sum(1) / count_B
+    return means
 
 
 class StepScalars(Mapping[str, Tensor]):

@@ -25,22 +25,13 @@ from alignlab.training.setup import Caches, build_run, new_caches
 from alignlab.training.step_terms import StepScalars
 from attention_tools import BF16InFp32Functions
 from host_syncs import HostSyncs, on_device
+from objective_settings import SETTINGS
+from own_loops import clips_of, flow_of, predicted
 from run_contents import timeless_contents, timeless_rows
 from untrained_stage1 import write_untrained
 
 TrainUntil = Callable[[RunConfig, int], None]
 
-# Their own projectors are 2048 wide: too slow for a test. {stage1}: a folder with both networks.
-SETTINGS: dict[str, str] = {
-    "refalign": "blocks: [0, 2]",
-    "repa": "blocks: [3], projector_dim: 32",
-    "irepa": "blocks: [3]",
-    "align4gen": "blocks: [1], projector_dim: 32, teacher: [dino, shallow]",
-    "videorepa": "blocks: [3], projector_dim: 32",
-    "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
-    "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
-    "crepa": "blocks: [2], projector_dim: 32",
-}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -170,6 +161,32 @@ def test_between_log_rows_a_step_waits_for_nothing(
                 assert {f"loss/{alias}" for alias in changes} <= set(scalars)
                 float(scalars["loss/total"])
             assert syncs.names != []
+
+
+def test_a_step_of_a_loop_of_ones_own_waits_for_nothing(
+    make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward pass, losses, backward pass, plateau; teachers and pixels aside."""
+    monkeypatch.setattr(Teacher, "encode", unseen(Teacher.encode))
+    changes = {name: f"name: {name}" for name in BUILT_IN} | MORE
+    config = with_objectives(make("own-syncs", None, "data.references=[2,2]"), make, changes)
+    run = build_run(config, caches)
+    with on_device(run):
+        alignment = run.alignment.attach()
+        alignment._recorded._place = "after"
+        (batch,) = RunTrainer(run).micro_batches()
+        clips = clips_of(batch)
+        for step in range(2):
+            with HostSyncs() as syncs:
+                with alignment.recording():
+                    velocity = predicted(run.wan.transformer, batch)
+                aligned = alignment(clips, step)
+                (flow_of(velocity, batch).mean() + aligned.loss).backward()
+                alignment.step_done(step, aligned)
+        assert syncs.names == [] and len(aligned.terms) == len(changes)
+        with HostSyncs() as syncs:
+            float(aligned.scalars()["loss/repa"])
+        assert syncs.names != []
 
 
 @pytest.mark.gpu

@@ -75,7 +75,7 @@ PHASES: dict[str, dict[str, str]] = {
         "DatasetCache.flush": "dataset cache",
     },
     "alignlab.training.batches": {"training_batch": "training: batches"},
-    "alignlab.training.alignment": {"Alignment.forward": "training: objectives"},
+    "alignlab.training.alignment": {"Alignment.losses": "training: objectives"},
     "alignlab.training.optim": {
         "clip_gradients": "training: optimizer",
         "step_unless": "training: optimizer",

@@ -30,7 +30,7 @@ from alignlab.cli import main as command
 from mlflow_tables import copying
 
 train_module: Any = importlib.import_module("alignlab.train")
-alignment: Any = importlib.import_module("alignlab.training.alignment")
+alignment: Any = importlib.import_module("alignlab.training.run_alignment")
 ranks: Any = importlib.import_module("alignlab.distributed.ranks")
 take_step, teacher_of_clips = train_module.Trainer.step, alignment.teacher_of_clips
 LORA = ["model.train=lora", "model.lora.rank=4", "model.lora.alpha=8", "model.precision=bf16"]

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig as PeftLora
+from peft import get_peft_model
 from torch import Tensor
 
 from alignlab.config.parts import LoraConfig
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import Output, ReferenceBranch
-from alignlab.models.taps import Kind, Taps, block_tokens
+from alignlab.models.taps import Kind, Taps, block_tokens, find_wan
 from alignlab.models.wan import load_wan
 
 COUNTS = (2, 0, 3)
@@ -211,6 +213,24 @@ def test_taps_work_in_a_compiled_transformer(wan_folder: Path, whole_model: bool
         _loss(out).backward()
     assert model.blocks[0].ffn.net[2].weight.grad is not None
     torch._dynamo.reset()
+
+
+def test_the_transformer_is_found_in_what_is_wrapped_around_it(wan_folder: Path) -> None:
+    model = _load(wan_folder)
+    lora = PeftLora(r=2, target_modules=["to_q"])
+    compiled: Any = torch.compile(model, backend="eager")
+    for wrapped in (model, compiled, torch.nn.ModuleList([model]), get_peft_model(model, lora)):
+        assert find_wan(wrapped) is model
+    with pytest.raises(UserError, match=r"^transformer: ModuleList holds 2 models"):
+        find_wan(torch.nn.ModuleList([model, _load(wan_folder)]))
+    with pytest.raises(UserError, match=r"^transformer: its patches .* span several latent"):
+        find_wan(_over_frames())
+
+
+def _over_frames() -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(2, 2, 2), num_attention_heads=1, attention_head_dim=12, ffn_dim=8, num_layers=1
+    )
 
 
 def test_block_tokens_pads_each_sample_to_the_longest() -> None:

@@ -49,7 +49,8 @@ def altered(teacher: Path) -> Path:
 def check(config: RunConfig, kind: str) -> None:
     row, (height, width) = config.teachers["dino"], config.data.size
     teacher = load_teacher(row.family, path=row.path, feature=row.feature)
-    check_stage1(config, kind, (2, height // 16, width // 16), teacher)
+    grid, text = (2, height // 16, width // 16), config.model.path
+    check_stage1(kind, config.objectives[kind], row, teacher, grid=grid, text=text)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from alignlab.losses.objective import Features
-from alignlab.training.alignment import feature_magnitudes, noise_clips
 from alignlab.training.batch_context import shared_subjects
+from alignlab.training.step_terms import feature_magnitudes
+from alignlab.training.teacher_check import noise_clips
 
 
 def test_equal_names_share_an_id() -> None:

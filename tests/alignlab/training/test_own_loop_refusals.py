@@ -1,0 +1,407 @@
+"""What `alignlab.attach` and its object refuse, in one line that names the thing and the fix."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from alignlab import Alignment, Clips, attach
+from alignlab.errors import UserError
+from alignlab.losses.objective import Features
+from alignlab.teachers import DiffusionTeacher
+from alignlab.training.aligned_samples import STOP_AT_EXPECTED
+from alignlab.training.own_clips import Place
+
+REPA: dict[str, Any] = {"name": "repa", "teacher": "mine", "blocks": [1], "projector_dim": 8}
+REFALIGN: dict[str, Any] = {"name": "refalign", "teacher": "mine", "blocks": [0]}
+FRAMES = torch.randint(0, 256, (2, 5, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
+IMAGES = FRAMES[0, :1]
+
+
+class Colours:
+    """Mean colours of patches; `scale` 0 gives the same features whatever is seen."""
+
+    dim, grid = 3, None
+
+    def __init__(self, scale: float = 1.0, *, is_video: bool = False) -> None:
+        self.scale, self.is_video = scale, is_video
+
+    def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:
+        batch, frames = frames_BTHWC.shape[:2]
+        pixels = frames_BTHWC.flatten(0, 1).movedim(3, 1).float() / 255
+        tokens = nn.functional.adaptive_avg_pool2d(pixels, grid_HW).flatten(2).mT
+        tokens = tokens * self.scale + (self.scale == 0)
+        return Features(tokens.unflatten(0, (batch, frames)), (frames, *grid_HW))
+
+
+@pytest.fixture(scope="module")
+def transformer() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        num_attention_heads=1,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
+Attach = Callable[..., Alignment]
+
+
+@pytest.fixture
+def attached(transformer: WanTransformer3DModel) -> Iterator[Attach]:
+    """`attached(repa=REPA, references=...)` with the teacher `mine`."""
+    made: list[Alignment] = []
+
+    def attaching(
+        teacher: Any = None,
+        references: Place | None = None,
+        total_steps: int | None = None,
+        **objectives: Any,
+    ) -> Alignment:
+        teachers = {"mine": teacher or Colours()}
+        made.append(
+            attach(
+                transformer,
+                objectives=objectives,
+                teachers=teachers,
+                references=references,
+                total_steps=total_steps,
+            )
+        )
+        return made[-1]
+
+    yield attaching
+    for alignment in made:
+        alignment.taps.__exit__(None, None, None)
+
+
+def run(alignment: Alignment, model: nn.Module, *, frames: int = 2, batch: int = 2) -> None:
+    with alignment.recording():
+        model(torch.randn(batch, 4, frames, 4, 4), torch.full((batch,), 500.0), TEXT[:batch])
+
+
+TEXT = torch.ones(3, 2, 8)
+
+
+def clips(**fields: Any) -> Clips:
+    known: dict[str, Any] = {
+        "sigma_B": torch.full((2,), 0.5),
+        "latent_shape": (2, 4, 4),
+        "frames_BTHWC": FRAMES,
+    }
+    return Clips(**(known | fields))
+
+
+def refused(pattern: str) -> Any:
+    return pytest.raises(UserError, match=rf"^{pattern}[^\n]*$")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "expected"),
+    [
+        ({}, "objectives: none is given"),
+        ({"a": {**REPA, "name": "rapa"}}, r"objectives\.a\.name: unknown .* did you mean 'repa'"),
+        ({"a": {**REPA, "wieght": 1}}, r"objectives\.a\.wieght: unknown key .* 'weight'"),
+        ({"a b": REPA}, "objectives, teachers: 'a b' holds ' '"),
+        ({"a": {**REPA, "blocks": [2]}}, r"objectives\.a\.blocks: block 2 does not exist"),
+        (
+            {"a": {**REPA, "teacher": "dino"}},
+            r"objectives\.a\.teacher: unknown .*'dino', valid: mine",
+        ),
+        ({"a": REFALIGN}, r"objectives\.a: refalign aligns reference tokens: say where"),
+        ({"a": {**REPA, "schedule": "linear"}}, r"objectives\.a\.schedule: linear .*total_steps"),
+        (
+            {"a": {**REPA, "schedule": {"kind": "stop_at", "step": 0}}},
+            r"objectives\.a\.schedule: it stops at step 0",
+        ),
+        (
+            {"a": {"name": "moalign", "teacher": "mine", "blocks": [0], "head": "nowhere"}},
+            r"objectives\.a: .*nowhere",
+        ),
+    ],
+)
+def test_objectives_that_cannot_work(
+    objectives: dict[str, Any], expected: str, attached: Attach, transformer: nn.Module
+) -> None:
+    with refused(expected):
+        attached(**objectives)
+    assert not any(module._forward_hooks for module in transformer.modules())
+
+
+@pytest.mark.parametrize(
+    ("teachers", "expected"),
+    [
+        ({"mine": nn.Linear(2, 2)}, r"teachers\.mine: Linear is no teacher"),
+        ({"mine": {"family": "dinov9"}}, r"teachers\.mine\.family: unknown .*did you mean"),
+        ({"mine": {"family": "dinov2", "path": "no/where"}}, r"teachers \(dinov2\) path: no/where"),
+        ({"mine": {"family": "diffusion"}}, r"teachers\.mine: family diffusion reads latents"),
+        (
+            {"mine": DiffusionTeacher.__new__(DiffusionTeacher)},
+            r"teachers\.mine: a DiffusionTeacher reads latents",
+        ),
+        ({"mine": {"family": "tiny-dino", "shuffle": True}}, r"teachers\.mine\.shuffle: takes"),
+        ({"mine": Colours(), "other": Colours()}, r"teachers\.other: no objective reads it"),
+        ({}, r"objectives\.a\.teacher: unknown teacher 'mine'"),
+    ],
+)
+def test_teachers_that_cannot_work(
+    teachers: dict[str, Any], expected: str, transformer: nn.Module
+) -> None:
+    with refused(expected):
+        attach(transformer, objectives={"a": REPA}, teachers=teachers)
+
+
+def test_a_video_teacher_has_no_features_of_references(attached: Attach) -> None:
+    with refused(r"objectives\.a\.teacher: mine takes whole clips"):
+        attached(teacher=Colours(is_video=True), references="after", a=REFALIGN)
+
+
+def test_a_video_teacher_needs_more_frames(attached: Attach, transformer: nn.Module) -> None:
+    alignment = attached(teacher=Colours(is_video=True), a=REPA)
+    run(alignment, transformer)
+    with refused(r"Clips\.frames_BTHWC: a video teacher needs 9 frames or more, not 5"):
+        alignment(clips(), 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (nn.Linear(2, 2), "transformer: Linear holds 0 models of WanTransformer3DModel or"),
+        ("transformer", "transformer: str is no torch module"),
+    ],
+)
+def test_what_is_no_wan_transformer(given: Any, expected: str) -> None:
+    with refused(expected):
+        attach(given, objectives={"a": REPA}, teachers={"mine": Colours()})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"sigma_B": torch.tensor([0.2, 731.0])}, r"Clips\.sigma_B: 731 is no noise level"),
+        ({"sigma_B": torch.tensor([1, 0])}, r"Clips\.sigma_B: expected .*, got int64 \(2,\)"),
+        ({"latent_shape": (4, 4)}, r"Clips\.latent_shape: expected \(frames, height, width\)"),
+        ({"frames_BTHWC": FRAMES.float()}, r"Clips\.frames_BTHWC: expected uint8 .* got float32"),
+        (
+            {"frames_BTHWC": FRAMES.movedim(4, 1)},
+            r"Clips\.frames_BTHWC: .*, got uint8 \(2, 3, 5, 32, 32\)",
+        ),
+        ({"frames_BTHWC": FRAMES[:1]}, r"Clips\.frames_BTHWC: .*, got uint8 \(1, 5, 32, 32, 3\)"),
+        (
+            {"frames_BTHWC": FRAMES[:, :4], "latent_shape": (3, 4, 4)},
+            r"Clips\.frames_BTHWC: 4 frames are not those of 3 latent frames: .* 9 for Wan's",
+        ),
+        ({"latent_shape": (1, 4, 4)}, r"Clips\.frames_BTHWC: 5 frames are not those of 1 latent"),
+        ({"names": [["a"], []]}, r"Clips\.names: there are no references"),
+        ({"references": [IMAGES]}, r"Clips\.references: 1 samples, and sigma_B has 2"),
+        ({"references": [IMAGES[0], None]}, r"Clips\.references\[0\]: expected uint8 \(K, H, W, 3"),
+        (
+            {"references": [IMAGES, None], "names": [["a", "b"], []]},
+            r"Clips\.names\[0\]: 2 names, and the sample has 1 references",
+        ),
+        (
+            {"references": [IMAGES, None], "reference_masks": [None, None]},
+            r"Clips\.reference_masks\[0\]: None, and the sample has 1 references",
+        ),
+        ({"masks_BTHW": FRAMES[..., 0]}, r"Clips\.masks_BTHW: expected bool .* with T=5"),
+        ({"text_BLD": TEXT[0]}, r"Clips\.text_BLD: expected floating \(B, L, D\)"),
+    ],
+)
+def test_clips_that_are_no_clips(fields: dict[str, Any], expected: str) -> None:
+    with refused(expected):
+        clips(**fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "frames", "fields", "expected"),
+    [
+        (REPA, 2, {"frames_BTHWC": None}, r"objectives\.a: repa reads Clips\.frames_BTHWC"),
+        (REFALIGN, 3, {}, r"objectives\.a: refalign reads Clips\.references"),
+        (
+            REFALIGN | {"foreground": 0.5},
+            3,
+            {"references": [IMAGES, IMAGES]},
+            r"objectives\.a: refalign reads Clips\.reference_masks",
+        ),
+        (
+            {**REPA, "name": "sara", "saliency": "masks"},
+            2,
+            {},
+            r"objectives\.a: sara reads Clips\.masks_BTHW",
+        ),
+        (
+            REFALIGN,
+            3,
+            {"references": [FRAMES[0, :2], None]},
+            r"Clips\.references\[0\]: 2 pictures, .* has 1 latent frames",
+        ),
+        (REPA, 2, {"latent_shape": (5, 4, 4)}, r"Clips\.latent_shape: the video has 5x2x2 tokens"),
+        (REPA, 2, {"latent_shape": (2, 4, 5)}, r"Clips\.latent_shape: 4x5 does not divide"),
+    ],
+)
+def test_clips_that_do_not_go_with_the_forward_pass(
+    settings: dict[str, Any],
+    frames: int,
+    fields: dict[str, Any],
+    expected: str,
+    attached: Attach,
+    transformer: nn.Module,
+) -> None:
+    alignment = attached(references="after" if settings["name"] == "refalign" else None, a=settings)
+    run(alignment, transformer, frames=frames)
+    with refused(expected):
+        alignment(clips(**fields), 0)
+
+
+def test_reference_frames_that_nobody_spoke_of(attached: Attach, transformer: nn.Module) -> None:
+    alignment = attached(a=REPA)
+    run(alignment, transformer, frames=3)
+    with refused(r"Clips\.latent_shape: the video has 2x2x2 tokens, and .* sequence 12; .*after"):
+        alignment(clips(), 0)
+
+
+def test_a_forward_pass_that_was_not_recorded(attached: Attach, transformer: nn.Module) -> None:
+    alignment = attached(a=REPA)
+    with refused("no forward pass was recorded"):
+        alignment(clips(), 0)
+    with alignment.recording():
+        pass
+    with refused("no forward pass was recorded"):
+        alignment(clips(), 0)
+    run(alignment, transformer)
+    alignment(clips(), 0)
+    with refused("no forward pass was recorded"):
+        alignment(clips(), 0)  # twice of one
+    run(alignment, transformer, batch=3)
+    with refused(r"Clips\.sigma_B: 2 samples, and 3 went through the transformer"):
+        alignment(clips(), 0)
+    alignment.detach()
+    with refused("alignment is detached"):
+        run(alignment, transformer)
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, None, True])
+def test_a_step_is_a_count(step: Any, attached: Attach, transformer: nn.Module) -> None:
+    alignment = attached(a=REPA)
+    run(alignment, transformer)
+    with refused("step: .* is no number of optimizer steps"):
+        alignment(clips(), step)
+    with refused("clips: expected alignlab.Clips, got dict"):
+        alignment({}, 0)
+
+
+def test_tokens_without_a_gradient_train_the_projector_alone(
+    attached: Attach, transformer: WanTransformer3DModel
+) -> None:
+    alignment = attached(a=REPA)
+    with torch.no_grad():
+        run(alignment, transformer)
+    with refused(r"objectives\.a: the tokens of block 1 carry no gradient"):
+        alignment(clips(), 0)
+    with torch.no_grad():  # as in a validation
+        run(alignment, transformer)
+        alignment(clips(), 0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [(0.0, "gives the same features whatever it sees"), (float("nan"), "not finite")],
+)
+def test_a_teacher_that_says_nothing(
+    scale: float, expected: str, attached: Attach, transformer: nn.Module
+) -> None:
+    alignment = attached(teacher=Colours(scale), a=REPA)
+    run(alignment, transformer)
+    with refused(rf"teachers\.mine: .*{expected}"):
+        alignment(clips(), 0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "expected"),
+    [
+        ("encode", lambda frames, grid: frames, "Features, not Tensor"),
+        ("dim", 4, "Features of width 4 on the grid 2x2 .*, not of width 3 on 2x2"),
+        (
+            "encode",
+            lambda frames, grid: Features(torch.rand(len(frames), 1, 1, 3), (1, 1, 1)),
+            "Features of width 3 on the grid 2x2 .*, not of width 3 on 1x1",
+        ),
+    ],
+)
+def test_a_teacher_of_ones_own_that_gives_something_else(
+    attribute: str, value: Any, expected: str, attached: Attach, transformer: nn.Module
+) -> None:
+    teacher = Colours()
+    setattr(teacher, attribute, value)
+    alignment = attached(teacher=teacher, a=REPA)
+    run(alignment, transformer)
+    with refused(rf"teachers\.mine: encode must give alignlab\.losses\.objective\.{expected}"):
+        alignment(clips(), 0)
+
+
+def test_a_plateau_that_is_shown_nothing(attached: Attach, transformer: nn.Module) -> None:
+    alignment = attached(a=REPA | {"schedule": "stop_at_plateau"})
+    for _ in range(2):  # two micro-batches
+        run(alignment, transformer)
+        aligned = alignment(clips(), 0)
+    run(alignment, transformer)
+    with refused("step 0 was not shown to stop_at_plateau: call alignment.step_done"):
+        alignment(clips(), 1)
+    for step, results in ((1, [aligned]), (0, [])):
+        with refused(f"step_done: {step} with {len(results)} results; give the step"):
+            alignment.step_done(step, *results)
+    alignment.step_done(0, aligned)
+    with torch.no_grad():  # a validation is no step
+        run(alignment, transformer)
+        alignment(clips(), 1)
+    run(alignment, transformer)
+    alignment(clips(), 1)
+
+
+def test_an_objective_that_aligns_nothing_ends_the_training(
+    attached: Attach, transformer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("alignlab.training.aligned_samples.warn_once", said.append)
+    blank = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    alignment = attached(references="after", a=REFALIGN, b=REPA)
+    nothing = clips(references=[None, blank])
+    for step in range(STOP_AT_EXPECTED // 2 - 1):
+        if step < 2:  # what the transformer gives then is enough
+            run(alignment, transformer, frames=3)
+            aligned = alignment(nothing, step)
+        else:
+            alignment._seen.see(aligned)
+    with torch.no_grad():  # a validation counts for nothing
+        run(alignment, transformer, frames=3)
+        alignment(nothing, step)
+    alignment.detach()
+    (text,) = said
+    assert text.startswith("objectives.a: none of 998 samples had anything to align")
+    alignment.attach()
+    run(alignment, transformer, frames=3)
+    with refused(r"objectives\.a: none of 1,000 samples had anything to align"):
+        alignment(nothing, step)
+    some = attached(references="after", a=REFALIGN)
+    run(some, transformer, frames=3)
+    some(clips(references=[None, IMAGES]), 0)
+    some.detach()
+    assert len(said) == 1
+
+
+def test_several_ranks_do_not_share_a_batch_that_is_compared(
+    attached: Attach, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with refused(r"objectives\.a: it compares the samples of a batch, which 2 ranks"):
+        attached(references="after", a=REFALIGN | {"negatives": "batch"})

@@ -1,0 +1,13 @@
+"""Settings with which each objective runs on the tiny models of the tests."""
+
+# Their own projectors are 2048 wide: too slow for a test. {stage1}: a folder with both networks.
+SETTINGS: dict[str, str] = {
+    "refalign": "blocks: [0, 2]",
+    "repa": "blocks: [3], projector_dim: 32",
+    "irepa": "blocks: [3]",
+    "align4gen": "blocks: [1], projector_dim: 32, teacher: [dino, shallow]",
+    "videorepa": "blocks: [3], projector_dim: 32",
+    "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
+    "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
+    "crepa": "blocks: [2], projector_dim: 32",
+}
