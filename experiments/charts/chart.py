@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -77,7 +77,8 @@ class Chart:
         with look():
             lay_out(self.figure)
             # `savefig` would draw everything twice
-            FigureCanvasSVG(self.figure).print_svg(text, metadata={"Date": None})
+            canvas: Any = FigureCanvasSVG(self.figure)
+            canvas.print_svg(text, metadata={"Date": None})
         return text.getvalue()
 
 
@@ -152,7 +153,8 @@ def save_pdf(figures: Sequence[Figure], path: Path) -> None:
         with PdfPages(partial, metadata=metadata) as pages:
             for figure in figures:
                 lay_out(figure)
-                FigureCanvasPdf(figure).print_pdf(pages)
+                canvas: Any = FigureCanvasPdf(figure)
+                canvas.print_pdf(pages)
     for one in caught:
         if not re.match(_NO_GLYPH, str(one.message)):
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)

@@ -30,7 +30,7 @@ MARKERS = ("o", "s", "D", "^", "X", "v", "P", "*")
 # On and off in widths of the line.
 DASHES: tuple[tuple[float, ...], ...] = ((), (4.0, 1.6), (1.2, 1.4), (6.0, 1.6, 1.2, 1.6))
 
-RC: dict[str, Any] = {
+RC: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "alignlab",  # the same figure gives the same file
     "pdf.fonttype": 42,

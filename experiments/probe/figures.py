@@ -105,10 +105,10 @@ def _map(
                 if value is None:
                     continue
                 x, y = column + 0.5, row + 0.5
-                shade = image.cmap(image.norm(value))
+                red, green, blue, _ = image.to_rgba(np.array([value]))[0]
                 axes.text(
                     x, y, _minus(f"{value:{sign}.2f}"), ha="center", va="center", fontsize=8.5,
-                    color="white" if _is_dark(shade) else "#111827",
+                    color="white" if _is_dark(red, green, blue) else "#111827",
                 )  # fmt: skip
                 where = f"block {names[row]}, noise level {SIGMAS[column]:g}"
                 readouts.append(Readout(axes, x, y, where, ((-1, _minus(f"{value:{sign}.4f}")),)))
@@ -215,8 +215,7 @@ def _bare(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _is_dark(colour: tuple[float, float, float, float]) -> bool:
-    red, green, blue, _ = colour
+def _is_dark(red: float, green: float, blue: float) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
 
 

@@ -12,7 +12,7 @@ from alignlab.experiments.report.forest import forest_groups, in_percent
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
-_UNKNOWN = (None, None)
+Ends = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Point:
 
     variant: str
     cost: float
-    cost_ends: tuple[float | None, float | None]
+    cost_ends: Ends
     gain: float
-    gain_ends: tuple[float | None, float | None]
+    gain_ends: Ends
     is_claimed: bool
 
 
@@ -61,7 +61,7 @@ def pareto_front(
     return front
 
 
-def _step_costs(rows: Sequence[SummaryRow]) -> dict[str, tuple[float, tuple[float | None, ...]]]:
+def _step_costs(rows: Sequence[SummaryRow]) -> dict[str, tuple[float, Ends]]:
     """Change of the step time in percent and its interval, by variant.
 
     Of the interleaved steps where they were measured, else of the runs' own, in percent of the
@@ -71,26 +71,25 @@ def _step_costs(rows: Sequence[SummaryRow]) -> dict[str, tuple[float, tuple[floa
         if not (group[0].headline and group[0].quantity.slower):
             continue
         base = next((row.mean for row in group if row.is_baseline), None)
-        found: dict[str, tuple[float, tuple[float | None, ...]]] = {}
+        found: dict[str, tuple[float, Ends]] = {}
         for row in group:
             if row.is_baseline:
                 continue
             if row.ratio is not None and is_drawn(row.ratio.value):
-                ends = tuple(100.0 * (end - 1.0) for end in row.ratio.interval)
+                low, high = row.ratio.interval
+                ends: Ends = (100.0 * (low - 1.0), 100.0 * (high - 1.0))
                 found[row.variant] = (100.0 * (row.ratio.value - 1.0), ends)
             elif row.paired is not None and base:
-                paired = row.paired
-                share = 100.0 / base
-                low, high = paired.low, paired.high
-                ends = _UNKNOWN if low is None or high is None else (share * low, share * high)
+                paired, share = row.paired, 100.0 / base
+                ends = (None, None)
+                if paired.low is not None and paired.high is not None:
+                    ends = (share * paired.low, share * paired.high)
                 found[row.variant] = (share * paired.mean, ends)
         return found
     return {}
 
 
-def _point(
-    given: SummaryRow, costs: dict[str, tuple[float, tuple[float | None, ...]]]
-) -> Point | None:
+def _point(given: SummaryRow, costs: dict[str, tuple[float, Ends]]) -> Point | None:
     row = given if given.target is None else in_percent(given)
     is_bound = given.target is not None and given.target.is_bound
     if row.paired is None or is_bound or row.variant not in costs:

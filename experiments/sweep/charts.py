@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -149,13 +150,13 @@ def parallel_chart(objective: Objective, params: Sequence[str]) -> Chart:
         figure = new_figure(WIDTH * 2.0, HEIGHT)
         axes = figure.subplots()
         norm = _norm(objective.values)
-        colours = ScalarMappable(norm, _COLOUR_MAP)
+        colours = matplotlib.colormaps[_COLOUR_MAP]
         scales = [Scale.of(shown.trials, param) for param in params]
         ends = [(min(shown.values), max(shown.values)), *(scale.ends() for scale in scales)]
         for trial, value in zip(shown.trials, shown.values, strict=True):
             own = [value, *(s.axis(trial.params[p]) for s, p in zip(scales, params, strict=True))]
             heights = [_share(v, low, high) for v, (low, high) in zip(own, ends, strict=True)]
-            axes.plot(range(len(own)), heights, color=colours.to_rgba(value), linewidth=1.1)
+            axes.plot(range(len(own)), heights, color=colours(norm(value)), linewidth=1.1)
         texts = [
             (format_number(ends[0][0]), format_number(ends[0][1])),
             *(scale.end_texts() for scale in scales),

@@ -18,9 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from alignlab.experiments.charts.look import BASELINE_COLOUR, COLOURS
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.report.by_step import curves_of
-from alignlab.experiments.report.charts import BASELINE_COLOUR, COLOURS
 from alignlab.experiments.report.steps_to_target import TARGET, steps_to_target
 
 

@@ -115,7 +115,8 @@ def test_the_forest_fills_what_is_claimed_and_draws_every_seed(made: Comparison)
             assert points(mark)[0] == [row.paired.mean]
             assert (mark.get_markerfacecolor() != PAPER) == bool(row.change)
         assert chart.svg
-        heights = [place[1] for place in placed_readouts(chart) if isinstance(place, list)]
+        found: Any = placed_readouts(chart)
+        heights = [place[1] for place in found]
         assert heights == sorted(heights) and 0.0 < heights[0] < heights[-1] < 1.0, "top to bottom"
     whole = forest_figure(made, rows)
     assert whole is not None and len(whole.axes) == 2
