@@ -1,17 +1,20 @@
-"""What the README says is run: its Python example, and its commands in order, shortened."""
+"""What README and overview say is run: a Python example, and the commands in order, shortened."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from documented_commands import documented_commands, run_shortened, untested_length
-
-README = Path(__file__).parent.parent / "README.md"
+from documented_commands import (
+    documented_commands,
+    front_pages,
+    run_shortened,
+    untested_length,
+)
 
 
 def commands() -> list[list[str]]:
-    return documented_commands(README.read_text())
+    return documented_commands(front_pages())
 
 
 def test_no_command_trains_at_full_length() -> None:
@@ -20,7 +23,7 @@ def test_no_command_trains_at_full_length() -> None:
 
 
 def test_the_python_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+    (example,) = re.findall(r"```python\n(.*?)```", front_pages(), flags=re.S)
     names: dict[str, object] = {}
     exec(example, names)
     assert getattr(names["student"], "grad", None) is not None
@@ -35,4 +38,4 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_no_placeholder_is_left() -> None:
-    assert not re.findall(r"@[A-Z_]+@", README.read_text())
+    assert not re.findall(r"@[A-Z_]+@", front_pages())

@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -53,6 +54,14 @@ ELSEWHERE = {
     ("bench", "kernels"),
     ("bench", "share"),
 }
+
+
+def front_pages() -> str:
+    """README and overview, which are read in this order."""
+    root = Path(__file__).parents[2]
+    return "\n".join(
+        (root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/overview.md")
+    )
 
 
 def documented_commands(text: str) -> list[list[str]]:
