@@ -80,7 +80,7 @@ def print_summary(comparison: Comparison, console: Console) -> None:
     for line in finding_lines(judge(comparison, rows)):
         console.print(_printed(line))
     claims = verdict(comparison, rows)
-    for sentence in (claims.lead, *claims.variants.values()):
+    for sentence in (claims.lead, *claims.short.values()):
         console.print(_printed(sentence, "bold" if sentence is claims.lead else ""))
     floor = noise_floor(comparison, rows)
     if floor is not None:
@@ -112,8 +112,7 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines = [f"# {markdown_text(comparison.name)}", ""]
     lines += finding_markdown(judge(comparison, rows))
     lines += [f"**{markdown_text(claims.lead)}**", ""]
-    lines += [f"- {markdown_text(text)}" for text in claims.variants.values()]
-    lines += ["", markdown_text(claims.reading), ""] if claims.reading else [""]
+    lines += [*(f"- {markdown_text(text)}" for text in claims.short.values()), ""]
     floor = noise_floor(comparison, rows)
     lines += [] if floor is None else [markdown_text(floor.sentence), ""]
     warnings = [*(() if floor is None else floor.warnings), *warning_sentences(comparison)]
@@ -129,6 +128,10 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     notes = footnotes(comparison, rows)
     lines += ["", markdown_text(reading(comparison)), ""]
     lines += [f"- {markdown_text(note)}" for note in notes]
+    if claims.variants:
+        lines += ["", "## The verdict in full", ""]
+        lines += [f"- {markdown_text(text)}" for text in claims.variants.values()]
+        lines += ["", markdown_text(claims.reading)] if claims.reading else []
     lines += [] if floor is None else _markdown_floor(floor)
     lines += _markdown_steps(comparison)
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]

@@ -1,12 +1,14 @@
 """The first screen of a report: the matrix, short sentences, the forest plot, quality and cost."""
 
 import dataclasses
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from alignlab.experiments.charts.chart import placed_readouts
 from alignlab.experiments.charts.look import PAPER
@@ -15,6 +17,7 @@ from alignlab.experiments.report.cost_charts import cost_charts, pareto_front
 from alignlab.experiments.report.forest import forest_charts, forest_figure
 from alignlab.experiments.report.matrix import matrix_of
 from alignlab.experiments.report.summary import summary_rows
+from alignlab.experiments.report.text import markdown, print_summary
 from alignlab.experiments.report.verdict import verdict
 from drawn_charts import drawn_lines, points
 from made_comparisons import make_comparison
@@ -95,6 +98,17 @@ def test_a_short_sentence_has_the_claims_and_counts_the_rest(made: Comparison) -
         assert len(text) <= len(found.variants[variant])
     assert "lowers validation flow loss" in found.short["good"] and "20" in found.short["good"]
     assert found.short["bad"].endswith("; 2 more metrics not told apart from the baseline.")
+
+
+def test_terminal_and_markdown_begin_with_the_short_sentences(made: Comparison) -> None:
+    found, terminal = verdict(made, summary_rows(made)), io.StringIO()
+    print_summary(made, Console(width=400, file=terminal))
+    for text in found.short.values():
+        assert text in terminal.getvalue()
+    assert "could have seen" not in terminal.getvalue()
+    first, full = markdown(made, summary_rows(made)).split("## The verdict in full")
+    assert "could have seen" not in first and full.count("could have seen") >= 2
+    assert first.count("not told apart from the baseline") == 3
 
 
 def test_the_forest_fills_what_is_claimed_and_draws_every_seed(made: Comparison) -> None:
