@@ -22,12 +22,17 @@ DRAWN = repr(
 
 
 def with_script(page: Path, script: str, name: str = "looked.html") -> Path:
-    """A copy of the page that ends with a script; `found` is what the script leaves to `opened`."""
+    """A copy of the page that ends with a script.
+
+    `found` is what the script leaves to `opened`, or a promise of it.
+    """
     show = """
-    const result = document.createElement("pre");
-    result.id = "found";
-    result.textContent = JSON.stringify(found);
-    document.body.append(result);
+    Promise.resolve(found).then((found) => {
+      const result = document.createElement("pre");
+      result.id = "found";
+      result.textContent = JSON.stringify(found);
+      document.body.append(result);
+    });
     """
     copy = page.with_name(name)
     text = page.read_text("utf-8")

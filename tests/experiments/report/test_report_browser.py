@@ -5,8 +5,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from pydantic import JsonValue
 
+from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.result import Comparison, RunResult, SampleClip
 from alignlab.experiments.report.write import write_report
 from browser_tools import DRAWN
@@ -141,6 +143,46 @@ def test_what_is_closed_is_open_on_paper_and_closed_again_after(
     assert found["after"] == found["before"]
     assert found["before"]["open"].count(False) == 3
     assert found["during"]["open"].count(False) == 1, "statistics of all metrics fill many pages"
+
+
+PLAY = """
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+const times = () => clips().map((video) => Math.round(video.currentTime * 100) / 100);
+const found = (async () => {
+  await wait(400);
+  const label = play.textContent;
+  scrub.value = 0.5;
+  scrub.dispatchEvent(new Event("input"));
+  await wait(400);
+  const scrubbed = [play.textContent, ...new Set(times())];
+  document.querySelector(".minus").click();
+  await wait(400);
+  const over = [...document.querySelectorAll("video.over")];
+  const shown = over.map((video) => video.parentElement.firstChild.dataset.variant);
+  const same = over.every((video) => video.src === document.querySelector("[data-base]").src);
+  play.click();
+  const playing = play.textContent;
+  document.querySelector(".minus").click();
+  play.click();
+  const left = document.querySelectorAll("video.over").length;
+  return { label, scrubbed, shown, same, playing, left, clips: clips().length, end: seconds() };
+})();
+"""
+
+
+def test_clips_play_together_are_scrubbed_and_compared(browser: ModuleType, tmp_path: Path) -> None:
+    made = comparison({"none": 0.40, "slow": 0.45, "fast": 0.35})
+    frames = torch.linspace(0, 255, 8 * 64 * 64 * 3).reshape(8, 64, 64, 3).to(torch.uint8)
+    (tmp_path / "clip.mp4").write_bytes(encode_mp4(frames, 8.0))
+    clip = SampleClip("val-0", "a red circle", "clip.mp4", "clip.mp4")
+    results = tuple(dataclasses.replace(run, samples=(clip,)) for run in made.results)
+    page = write_report(dataclasses.replace(made, results=results), tmp_path)
+    found, console = browser.opened(browser.with_script(page, PLAY), "--window-size=1400,1000")
+    assert console == ""
+    assert found["label"] == "Pause" and found["clips"] == 4 and found["end"] == 1.0
+    assert found["scrubbed"] == ["Play", 0.5], "all clips at one place, and none runs on"
+    assert found["shown"] == ["slow", "fast"] and found["same"], "the baseline's over the others"
+    assert found["playing"] == "Pause" and found["left"] == 0
 
 
 def test_many_variants_fit_a_page_of_paper(browser: ModuleType, tmp_path: Path) -> None:
