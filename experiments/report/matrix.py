@@ -54,8 +54,9 @@ class Matrix:
     cells: dict[str, tuple[Cell, ...]]
 
     def count(self, variant: str, kind: str) -> int:
-        """In how many metrics a variant is of this kind."""
-        return sum(cell.kind == kind for cell in self.cells[variant])
+        """In how many metrics of quality, costs left out, a variant is of this kind."""
+        pairs = zip(self.metrics, self.cells[variant], strict=True)
+        return sum(cell.kind == kind for row, cell in pairs if not row.quantity.cost)
 
 
 def matrix_of(comparison: Comparison, rows: Sequence[SummaryRow]) -> Matrix | None:
