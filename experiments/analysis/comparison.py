@@ -117,7 +117,7 @@ class ComparisonData:
         return made[made["variant"] != self.baseline].reset_index(drop=True)
 
     def verdict(self) -> list[str]:
-        """The sentences with which the report begins."""
+        """The verdict in full: every claim, and what could have been seen."""
         return verdict(self.comparison, self.rows).sentences
 
     def seeds_needed(self, difference: float, metric: str = "val/flow") -> pd.DataFrame:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 _NO_GLYPH = r"Glyph \d+ .*missing from font"
 _PROLOGUE = re.compile(r"^.*?(?=<svg )", re.DOTALL)
 _UNREAD = re.compile(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", re.DOTALL)
+_TAG = re.compile("<[^>]*>")
 _COLOUR = re.compile(r"#[0-9a-f]{6}\b")
 _GROUP = re.compile(r'id="(of-\d+)"')
 _NAME = re.compile(r'(\bid="|href="#|url\(#)')
@@ -126,11 +127,15 @@ def inline_svg(svg: str, name: str) -> str:
         style has its `group_name` as class.
     """
     text = _UNREAD.sub("", _PROLOGUE.sub("", svg, count=1))
-    text = _GROUP.sub(r'class="\1"', text)
-    text = _NAME.sub(rf"\g<1>{name}-", text)
     text = _SIZE.sub(r"\1\2", text, count=1)
     variables = drawn_variables()
-    return _COLOUR.sub(lambda m: f"var({variables[m[0]]})" if m[0] in variables else m[0], text)
+
+    def on_page(match: re.Match[str]) -> str:
+        tag = _GROUP.sub(r'class="\1"', match[0])
+        tag = _NAME.sub(rf"\g<1>{name}-", tag)
+        return _COLOUR.sub(lambda m: f"var({variables[m[0]]})" if m[0] in variables else m[0], tag)
+
+    return _TAG.sub(on_page, text)  # what stands between tags is somebody's text
 
 
 def placed_readouts(chart: Chart) -> list[JsonValue]:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from alignlab.experiments.charts.chart import HEIGHT, WIDTH, Readout, group_name, look, new_figure
-from alignlab.experiments.charts.look import BASELINE_COLOUR, RULE, Style
+from alignlab.experiments.charts.look import BASELINE_COLOUR, Style
 from alignlab.experiments.report.escaping import one_visible_line
 from alignlab.experiments.report.formatting import format_number
 
@@ -19,7 +19,6 @@ _BAND_ALPHA = 0.14
 _NAME_SIZE = 9.0
 _NAME_GAP = 11.0  # points from one name to the next
 _LONGEST_NAME = 16
-_MOST_NAMED = 16  # more names than the height of a chart holds
 _INSIDE = 0.76  # of a figure's height that its axes take, about
 MOST_DRAWN = 1e290  # axes overflow before floats do
 
@@ -67,7 +66,8 @@ def line_figure(
         target: with a dotted line at this height.
     """
     with look():
-        figure = new_figure(layout=None)
+        height = max(HEIGHT, len(lines) * _NAME_GAP / _INSIDE)
+        figure = new_figure(height=height, layout=None)
         axes = figure.subplots()
         if zero:
             axes.axhline(0.0, color=BASELINE_COLOUR, linewidth=1.0, zorder=1)
@@ -83,9 +83,8 @@ def line_figure(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=is_whole))
         axes.margins(x=0.02)
-        if len(lines) <= _MOST_NAMED:
-            _write_names(axes, lines, numbers)
-        _set_margins(figure, axes, lines)
+        _write_names(axes, lines, numbers, height)
+        _set_margins(figure, axes, lines, height)
     return figure, _readouts(axes, lines, numbers, axis_title)
 
 
@@ -107,37 +106,39 @@ def _draw(axes: Axes, line: Line, gid: str, markers: bool, place: int, count: in
     drawn.set_gid(gid)
 
 
-def _set_margins(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
+def _set_margins(figure: Figure, axes: Axes, lines: Sequence[Line], height: float) -> None:
     """Room for ticks and names by the number of their letters: measuring takes longer than drawing.
 
     Digits of the font are 0.64 of its size wide, letters 0.6 on average.
     """
     ticks = [text.get_text() for text in axes.get_yticklabels()]
     left = 10.0 + 0.64 * 9.0 * max(map(len, ticks), default=0)
-    names = [shortened(line.style.name) for line in lines] if len(lines) <= _MOST_NAMED else []
+    names = [shortened(line.style.name) for line in lines]
     right = 12.0 + 0.62 * _NAME_SIZE * max(map(len, names), default=0)
     figure.subplots_adjust(
-        left=left / WIDTH, right=1.0 - right / WIDTH, bottom=36.0 / HEIGHT, top=1.0 - 14.0 / HEIGHT
+        left=left / WIDTH, right=1.0 - right / WIDTH, bottom=36.0 / height, top=1.0 - 14.0 / height
     )
 
 
-def _write_names(axes: Axes, lines: Sequence[Line], numbers: Mapping[str, int]) -> None:
+def _write_names(
+    axes: Axes, lines: Sequence[Line], numbers: Mapping[str, int], height: float
+) -> None:
     """Each name beside the end of its line, moved up or down where they would overlap."""
     low, high = axes.get_ylim()
     span = high - low
     if not (math.isfinite(span) and span > 0.0):
         return
     ends = [(line.y[-1] - low) / span for line in lines]
-    gap = _NAME_GAP / (HEIGHT * _INSIDE)
+    gap = _NAME_GAP / (height * _INSIDE)
     for line, end, at in zip(lines, ends, spread(ends, gap), strict=True):
-        gid, colour = group_name(numbers[line.style.name]), line.style.colour
+        gid = group_name(numbers[line.style.name])
         (tie,) = axes.plot(
-            [1.0, 1.025], [end, at], transform=axes.transAxes, color=RULE, linewidth=0.7,
-            clip_on=False,
+            [1.0, 1.025], [end, at], transform=axes.transAxes, color=line.style.colour,
+            linewidth=1.4, clip_on=False,
         )  # fmt: skip
         tie.set_gid(gid)
         name = axes.text(
-            1.035, at, shortened(line.style.name), transform=axes.transAxes, color=colour,
+            1.035, at, shortened(line.style.name), transform=axes.transAxes,
             fontsize=_NAME_SIZE, va="center",
         )  # fmt: skip
         name.set_gid(gid)

@@ -25,6 +25,7 @@ FEW_SUBJECTS = len(COLOURS)
 _DIVERGING = LinearSegmentedColormap.from_list(
     "change", ["#b35806", "#f1a340", "#e9e9ec", "#79a8d8", "#0b5394"]
 )
+_WHITE = "#fefefe"  # on a colour, also on a dark page, where "#ffffff" stands for its paper
 _ROW, _AROUND, _SQUARE = 24.0, 62.0, 330.0  # points, of a block, of axis and margins, of cosines
 
 
@@ -96,7 +97,7 @@ def _map(
         figure = new_figure(WIDTH, _AROUND + _ROW * len(names))
         axes = figure.subplots()
         image = axes.pcolormesh(
-            array, vmin=ends[0], vmax=ends[1], cmap=colours, edgecolors="white", linewidth=1.0
+            array, vmin=ends[0], vmax=ends[1], cmap=colours, edgecolors=_WHITE, linewidth=1.0
         )
         figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
         readouts = []
@@ -108,7 +109,7 @@ def _map(
                 red, green, blue, _ = image.to_rgba(np.array([value]))[0]
                 axes.text(
                     x, y, _minus(f"{value:{sign}.2f}"), ha="center", va="center", fontsize=8.5,
-                    color="white" if _is_dark(red, green, blue) else "#111827",
+                    color=_WHITE if _is_dark(red, green, blue) else "#111827",
                 )  # fmt: skip
                 where = f"block {names[row]}, noise level {SIGMAS[column]:g}"
                 readouts.append(Readout(axes, x, y, where, ((-1, _minus(f"{value:{sign}.4f}")),)))
@@ -162,8 +163,8 @@ def _square(
         )  # fmt: skip
         figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
         for end in ends[:-1]:
-            axes.axvline(end, color="white", linewidth=1.5)
-            axes.axhline(end, color="white", linewidth=1.5)
+            axes.axvline(end, color=_WHITE, linewidth=1.5)
+            axes.axhline(end, color=_WHITE, linewidth=1.5)
         axes.set_xticks(middles, letters)
         axes.set_yticks(middles, letters)
         _bare(axes)

@@ -30,6 +30,11 @@ def variant_styles(comparison: Comparison) -> dict[str, Style]:
     return styles(comparison.variants, comparison.baseline)
 
 
+def variant_numbers(comparison: Comparison) -> dict[str, int]:
+    """The number of each variant's style, as the page's legend and readouts have it."""
+    return {variant: place for place, variant in enumerate(comparison.variants)}
+
+
 def curve_charts(comparison: Comparison) -> list[Chart]:
     """Training curves, flow loss first, followed by its difference to the baseline."""
     names = {name for run in comparison.results for name in run.curves}
@@ -159,10 +164,10 @@ def _curve_chart(
 ) -> list[Chart]:
     """The chart of `curves` by variant and seed; no chart when they hold no finite number.
 
-    `target` is drawn as a dotted line across.
+    Without `markers` many steps are drawn as means of neighbours. `target` is a dotted line across.
     """
     steps = sorted({step for curve in curves.values() for step, _ in curve})
-    size = max(1, math.ceil(len(steps) / _MAX_POINTS))
+    size = 1 if markers else max(1, math.ceil(len(steps) / _MAX_POINTS))
     places = {
         step: statistics.fmean(steps[start : start + size])
         for start in range(0, len(steps), size)
@@ -202,9 +207,8 @@ def _chart(
         lines += [line] if line is not None else []
     if not lines:
         return []
-    numbers = {variant: place for place, variant in enumerate(comparison.variants)}
     figure, readouts = line_figure(
-        lines, numbers, axis_title, markers=markers, zero=zero, target=target
+        lines, variant_numbers(comparison), axis_title, markers=markers, zero=zero, target=target
     )
     return [Chart(title, caption, figure, readouts)]
 

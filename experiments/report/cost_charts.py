@@ -7,7 +7,7 @@ from alignlab.experiments.charts.chart import HEIGHT, Chart, Readout, group_name
 from alignlab.experiments.charts.lines import is_drawn, shortened
 from alignlab.experiments.charts.look import BASELINE_COLOUR, PAPER, RULE
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.report.charts import variant_styles
+from alignlab.experiments.report.charts import variant_numbers, variant_styles
 from alignlab.experiments.report.forest import forest_groups, in_percent
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
@@ -92,7 +92,7 @@ def _step_costs(rows: Sequence[SummaryRow]) -> dict[str, tuple[float, Ends]]:
 def _point(given: SummaryRow, costs: dict[str, tuple[float, Ends]]) -> Point | None:
     row = given if given.target is None else in_percent(given)
     is_bound = given.target is not None and given.target.is_bound
-    if row.paired is None or is_bound or row.variant not in costs:
+    if row.paired is None or is_bound or not row.is_claimable or row.variant not in costs:
         return None
     cost, (low, high) = costs[row.variant]
     if not (is_drawn(cost) and is_drawn(row.paired.mean)):
@@ -103,7 +103,7 @@ def _point(given: SummaryRow, costs: dict[str, tuple[float, Ends]]) -> Point | N
 
 def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -> Chart:
     by_variant = variant_styles(comparison)
-    numbers = {variant: place for place, variant in enumerate(comparison.variants)}
+    numbers = variant_numbers(comparison)
     higher = first.quantity.better == "higher"
     with look():
         figure = new_figure(height=HEIGHT)
@@ -130,7 +130,7 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
             axes.annotate(
                 shortened(point.variant), (point.cost, point.gain),
                 (6, 5 if number % 2 == 0 else -12),  # so that neighbours do not overlap
-                color=style.colour, textcoords="offset points", fontsize=9.0,
+                textcoords="offset points", fontsize=9.0,
             ).set_gid(gid)  # fmt: skip
             text = f"{point.gain:+.3g} at {point.cost:+.1f}% step time"
             readouts.append(

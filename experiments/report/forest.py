@@ -16,7 +16,9 @@ from alignlab.experiments.charts.chart import WIDTH, Chart, Readout, group_name,
 from alignlab.experiments.charts.lines import is_drawn, shortened
 from alignlab.experiments.charts.look import BASELINE_COLOUR, INK, PAPER, SHADE, SOFT, Style
 from alignlab.experiments.compare.result import Comparison
-from alignlab.experiments.report.charts import variant_styles
+from alignlab.experiments.report.charts import variant_numbers, variant_styles
+from alignlab.experiments.report.escaping import one_visible_line
+from alignlab.experiments.report.matrix import kind_of
 from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
@@ -77,7 +79,8 @@ def forest_figure(comparison: Comparison, rows: Sequence[SummaryRow]) -> Figure 
         places = list(figure.subplots(num_rows, columns, squeeze=False).flat)
         for axes, group in zip(places, groups, strict=False):
             draw_panel(axes, group, comparison)
-            axes.set_title(f"{group[0].quantity.label}, {_caption(group)}", loc="left")
+            words = f"{group[0].quantity.label}, {_caption(group)}"
+            axes.set_title(one_visible_line(words), loc="left")
         for axes in places[len(groups) :]:
             axes.remove()
     return figure
@@ -88,7 +91,7 @@ def draw_panel(
 ) -> tuple[Readout, ...]:
     """Draws one metric into `axes`: a line for each row of the group, top to bottom."""
     by_variant = variant_styles(comparison)
-    numbers = {variant: place for place, variant in enumerate(comparison.variants)}
+    numbers = variant_numbers(comparison)
     axes.axvline(0.0, color=BASELINE_COLOUR, linewidth=1.0, zorder=1)
     readouts = []
     for place, given in enumerate(group):
@@ -102,12 +105,12 @@ def draw_panel(
         lines = [given.diff_text]
         if row.paired is not None and row.paired.detectable is not None:
             lines.append(f"could see {row.paired.detectable:.3g}")
-        lines.append(given.change or "not told apart")
+        lines.append(kind_of(given))
         rows = tuple((numbers[row.variant] if not n else -1, t) for n, t in enumerate(lines))
         readouts.append(Readout(axes, None, float(place), "", rows))
     axes.set_yticks(range(len(group)), [shortened(row.variant) for row in group])
     for label, row in zip(axes.get_yticklabels(), group, strict=True):
-        label.set_color(by_variant[row.variant].colour)
+        label.set_gid(group_name(numbers[row.variant]))
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0.0)
     axes.grid(visible=False, axis="y")

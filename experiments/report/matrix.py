@@ -31,6 +31,11 @@ class Cell:
     text: str
 
     @property
+    def amount(self) -> str:
+        """The difference without its interval."""
+        return self.text.split(" [")[0]
+
+    @property
     def sign(self) -> str:
         """Says the same without colour."""
         return SIGNS[self.kind]
@@ -73,13 +78,29 @@ def matrix_of(comparison: Comparison, rows: Sequence[SummaryRow]) -> Matrix | No
 
 
 def _cell(row: SummaryRow) -> Cell:
-    return Cell(row.change or ("not told apart" if _is_known(row) else "no verdict"), row.diff_text)
+    return Cell(kind_of(row), row.diff_text)
 
 
-def _is_known(row: SummaryRow) -> bool:
-    if row.ratio is not None:
-        return row.ratio.low is not None or row.ratio.value == 1.0
-    if row.target is not None and not row.target.is_undetected:
-        return False
+def kind_of(row: SummaryRow) -> str:
+    """What is said of a row: a key of `SIGNS`.
+
+    A cost that differs by the same amount with every seed is counted, not estimated: it is better
+    or worse without a test.
+    """
+    if row.change:
+        return row.change
     paired = row.paired
-    return row.is_claimable and paired is not None and (paired.low is not None or paired.is_equal)
+    if row.ratio is not None:
+        is_known = row.ratio.low is not None or row.ratio.value == 1.0
+    elif row.target is not None:
+        is_known = row.target.is_undetected
+    elif paired is None or not row.is_claimable:
+        is_known = False
+    elif row.quantity.cost and paired.std == 0.0 and paired.num_pairs >= MIN_PAIRS:
+        if paired.mean != 0.0:
+            is_better = (paired.mean > 0.0) == (row.quantity.better == "higher")
+            return "better" if is_better else "worse"
+        is_known = True
+    else:
+        is_known = paired.low is not None or (paired.is_equal and paired.num_pairs >= MIN_PAIRS)
+    return "not told apart" if is_known else "no verdict"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from alignlab.experiments.compare.result import Comparison, Ratio
 from alignlab.experiments.report.formatting import format_interval, format_number
+from alignlab.experiments.report.matrix import kind_of
 from alignlab.experiments.report.run_warnings import diverged_seeds
 from alignlab.experiments.report.statistics import ALPHA, BOOTSTRAP_PAIRS, MIN_PAIRS
 from alignlab.experiments.report.steps_to_target import StepsToTarget
@@ -86,7 +87,7 @@ def _has_verdict(row: SummaryRow) -> bool:
 def _lead(
     comparison: Comparison, by_variant: dict[str, list[SummaryRow]], diverged: list[str]
 ) -> str:
-    against = f"Against {comparison.baseline}, over {len(comparison.seeds)} seeds"
+    against = f"Against the baseline {comparison.baseline}, over {len(comparison.seeds)} seeds"
     if comparison.budget is not None:
         against += f" at {comparison.budget.label}"
     parts = []
@@ -134,14 +135,22 @@ def _sentence(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow])
 
 def _short(variant: str, rows: list[SummaryRow], base: dict[str, SummaryRow]) -> str:
     """ "refalign: raises subject retrieval by 0.12 [0.07, 0.16] (better); 4 more metrics ..."."""
-    claims = [_claim(row, base[row.metric]) for row in rows if row.change]
-    count = len(rows) - len(claims)
-    metrics = f"{count} {'more ' if claims else ''}metric{'s' if count != 1 else ''}"
-    rest = [f"{metrics} not told apart from the baseline"] if count else []
-    return f"{variant}: {'; '.join([*claims, *rest])}."
+    parts = [_claim(row, base[row.metric], has_share=True) for row in rows if row.change]
+    unchanged = [row for row in rows if not row.change]
+    unknown = [row for row in unchanged if kind_of(row) == "no verdict"]
+    for words, group in (
+        ("not told apart from the baseline", [row for row in unchanged if row not in unknown]),
+        ("without a verdict", unknown),
+    ):
+        if len(group) == 1:
+            parts.append(f"{_name(group[0])} {words}")
+        elif group:
+            parts.append(f"{len(group)} {'more ' if parts else ''}metrics {words}")
+    return f"{variant}: {'; '.join(parts)}."
 
 
-def _claim(row: SummaryRow, base: SummaryRow) -> str:
+def _claim(row: SummaryRow, base: SummaryRow, *, has_share: bool = False) -> str:
+    """What is claimed of a row, if asked with its share of the baseline's number."""
     if row.ratio is not None:
         return _claim_time(row.ratio)
     if row.target is not None:
@@ -154,7 +163,11 @@ def _claim(row: SummaryRow, base: SummaryRow) -> str:
     size = format_interval(paired.mean * factor, low, high, unit=unit)
     if row.quantity.slower:
         return f"{size} {'slower' if paired.mean > 0 else 'faster'}"
-    return f"{'raises' if paired.mean > 0 else 'lowers'} {_name(row)} by {size} ({row.change})"
+    share = ""
+    if has_share and base.mean is not None and base.mean > 0.0:
+        share = f", {100.0 * abs(paired.mean) / base.mean:.2g}%"
+    verb = "raises" if paired.mean > 0 else "lowers"
+    return f"{verb} {_name(row)} by {size} ({row.change}{share})"
 
 
 def _claim_target(steps: StepsToTarget, baseline: str, change: str) -> str:

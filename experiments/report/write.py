@@ -106,7 +106,7 @@ def write_figures(
     """The charts as files for papers: SVG of each, and all of them as pages of charts.pdf.
 
     A file's name begins with its page. forest.svg and forest.pdf have all panels of the forest plot
-    in one figure. Files of an earlier report go.
+    in one figure. Those of an earlier report go, and nothing else of the folder.
     """
     folder.mkdir(exist_ok=True)
     written = set()
@@ -123,8 +123,10 @@ def write_figures(
     if charts:
         save_pdf([chart.figure for _, chart in charts], folder / "charts.pdf")
         written.add("charts.pdf")
+    sections_named = "|".join(sections)
+    own = re.compile(rf"\d\d+-(?:{sections_named})-[a-z0-9-]*\.svg|forest\.(?:svg|pdf)|charts\.pdf")
     for file in folder.iterdir():
-        if file.suffix in (".svg", ".pdf") and file.name not in written:
+        if own.fullmatch(file.name) and file.name not in written:
             file.unlink()
 
 

@@ -222,7 +222,7 @@ def block_chart(
         side = max(WIDTH, 70.0 + 24.0 * len(blocks))
         figure = new_figure(side, side * 0.85)
         axes = figure.subplots()
-        image = axes.pcolormesh(array, cmap=_COLOUR_MAP, edgecolors="white", linewidth=1.0)
+        image = axes.pcolormesh(array, cmap=_COLOUR_MAP, edgecolors="#fefefe", linewidth=1.0)
         figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
         middles = [place + 0.5 for place in range(len(blocks))]
         axes.set_xticks(middles, names)

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def sweep_charts(study: SweepStudy) -> list[Chart]:
 
 def _metric_charts(study: SweepStudy, index: int, objective: Objective) -> list[Chart]:
     drawn = [history_chart(objective)]
-    varied = _varied(study)
+    varied = _varied(objective.trials)
     if not varied:
         return drawn
     importances = _importances(study, index, varied)
@@ -108,7 +109,7 @@ def _metric_charts(study: SweepStudy, index: int, objective: Objective) -> list[
     drawn.append(parallel_chart(objective, varied))
     if len(varied) > 1:
         drawn.append(pair_chart(objective, list(importances)[:MOST_PAIRED]))
-    return drawn + _block_charts(study, index, objective.name)
+    return drawn + _block_charts(study, objective)
 
 
 def _importances(study: SweepStudy, index: int, varied: list[str]) -> dict[str, float]:
@@ -124,35 +125,35 @@ def _importances(study: SweepStudy, index: int, varied: list[str]) -> dict[str, 
         )
 
 
-def _varied(study: SweepStudy) -> list[str]:
-    """Params with more than one value among the finished trials."""
+def _varied(trials: Sequence[FrozenTrial]) -> list[str]:
+    """Params with more than one value among the trials."""
     values: dict[str, set[Any]] = {}
-    for trial in study.trials(TrialState.COMPLETE):
+    for trial in trials:
         for name, value in trial.params.items():
             values.setdefault(name, set()).add(value)
     return [name for name, seen in values.items() if len(seen) > 1]
 
 
-def _block_charts(study: SweepStudy, index: int, name: str) -> list[Chart]:
+def _block_charts(study: SweepStudy, objective: Objective) -> list[Chart]:
     drawn = []
     for key, parameter in study.config.space.items():
         if isinstance(parameter, BlocksSpace):
-            cells = _block_cells(study, key, parameter, index)
+            cells = _block_cells(objective, key, parameter)
             blocks = range(parameter.first, parameter.last + 1)
-            drawn.append(block_chart(f"{name}: {key}", blocks, cells))
+            drawn.append(block_chart(f"{objective.name}: {key}", blocks, cells))
     return drawn
 
 
 def _block_cells(
-    study: SweepStudy, key: str, parameter: BlocksSpace, index: int
+    objective: Objective, key: str, parameter: BlocksSpace
 ) -> dict[tuple[int, int], list[float]]:
     """The metric of the trials that chose both blocks, by pair."""
     cells: dict[tuple[int, int], list[float]] = {}
-    for trial in study.trials(TrialState.COMPLETE):
+    for trial, value in zip(objective.trials, objective.values, strict=True):
         if distributions(key, parameter).keys() <= trial.params.keys():
             blocks = value_of(key, parameter, trial.params)
             for pair in itertools.product(blocks, blocks):
-                cells.setdefault(pair, []).append(trial.values[index])
+                cells.setdefault(pair, []).append(value)
     return cells
 
 

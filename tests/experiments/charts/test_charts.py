@@ -54,6 +54,12 @@ def test_a_chart_in_a_page_shares_no_id_and_no_colour_with_another() -> None:
         assert f'class="of-{place}"' in one
 
 
+def test_a_name_that_looks_like_a_part_of_the_file_is_shown_as_it_is() -> None:
+    name = 'a#3f77f3 id="'
+    text = inline_svg(chart_of(("none", name)).svg, "curves-0")
+    assert ">a#3f77f3 id=&quot;<" in text or f">{name}<" in text
+
+
 def test_a_readout_lies_where_its_point_is_drawn() -> None:
     chart = chart_of(("none", "a"))
     svg = chart.svg

@@ -62,7 +62,7 @@ def test_a_planted_difference_is_claimed(found: Comparison) -> None:
     assert one.paired is not None and one.paired.low is not None
     assert one.change == "worse" and one.paired.low > 0.0
     words = verdict(found, summary_rows(found))
-    assert words.lead == "Against none, over 5 seeds: worse on something: still."
+    assert words.lead == "Against the baseline none, over 5 seeds: worse on something: still."
     assert words.variants["still"].startswith("still (5 seeds): raises validation flow loss by ")
     assert "] (worse)" in words.variants["still"]
 

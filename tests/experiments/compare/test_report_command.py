@@ -55,7 +55,7 @@ def test_all_files_are_made_again_from_the_numbers_alone(folder: Path) -> None:
     output = report(folder)
     assert {name: (folder / name).read_text() for name in TEXTS} == before
     assert f"report: {folder}/report.html" in output
-    assert "Against none, over 3 seeds" in output
+    assert "Against the baseline none, over 3 seeds" in output
     assert is_whole(folder)
 
 

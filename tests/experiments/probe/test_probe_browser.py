@@ -21,6 +21,7 @@ const found = {
     .filter((name) => !name.startsWith("data:")),
   background: getComputedStyle(document.documentElement).backgroundColor,
   ink: getComputedStyle(plots[0].querySelector("text")).fill,
+  light: plots[0].innerHTML.includes("fill: #fefefe"),
   overflow: document.documentElement.scrollWidth > document.documentElement.clientWidth,
 };
 """.replace("DRAWN", DRAWN)
@@ -49,6 +50,7 @@ def test_the_page_is_dark_and_narrow_where_asked(browser: ModuleType, page: Path
     assert console == ""
     assert found["background"] == "rgb(20, 23, 28)" and found["ink"] == "rgb(228, 231, 235)"
     assert not found["overflow"], "wide tables scroll inside their boxes"
+    assert found["light"], "numbers on dark cells stay light on a dark page"
 
 
 def test_the_page_prints_unshrunk(browser: ModuleType, page: Path) -> None:

@@ -36,7 +36,8 @@ def said(found: Comparison) -> Verdict:
 def test_a_variant_that_diverged_has_no_other_verdict() -> None:
     found = comparison({"wild": [1, 3]})
     words = said(found)
-    assert words.lead == "Against none, over 5 seeds: better on something: good; DIVERGED: wild."
+    against = "Against the baseline none, over 5 seeds: better on something: good"
+    assert words.lead == f"{against}; DIVERGED: wild."
     assert words.variants["wild"] == (
         "wild DIVERGED with seeds 1 and 3 (its validation loss ended far above its start): "
         "nothing is claimed of it."
@@ -65,7 +66,7 @@ def test_a_variant_that_diverged_counts_in_the_correction_of_the_others() -> Non
 
 def test_of_nothing_but_diverged_variants_no_change_is_denied() -> None:
     words = said(comparison({"good": [0], "wild": [0, 1, 2, 3, 4]}))
-    assert words.lead == "Against none, over 5 seeds: DIVERGED: good, wild."
+    assert words.lead == "Against the baseline none, over 5 seeds: DIVERGED: good, wild."
 
 
 def test_a_baseline_that_diverged_leaves_no_verdict() -> None:

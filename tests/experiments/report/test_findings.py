@@ -234,7 +234,7 @@ def test_every_form_of_a_report_shows_the_finding_on_top_and_escapes_it(tmp_path
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "{{ 7*7 }}" in page
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert report.index("**Finding:**") < report.index("Against none")
+    assert report.index("**Finding:**") < report.index("Against the baseline none")
     shown = report.split("```")[0]
     assert "<script" not in shown and shown.count("Limits: ") == 1
     assert r"\](javascript" in shown and not re.search(r"[^\\]\]\(javascript", shown)
@@ -242,7 +242,7 @@ def test_every_form_of_a_report_shows_the_finding_on_top_and_escapes_it(tmp_path
     print_summary(made, Console(width=400, file=terminal))
     printed = terminal.getvalue()
     assert printed.startswith(f"Finding: {HOSTILE}")
-    assert printed.index("Not measured here") < printed.index("Against none")
+    assert printed.index("Not measured here") < printed.index("Against the baseline none")
 
 
 def test_the_finding_is_kept_and_older_files_are_read(tmp_path: Path) -> None:

@@ -95,9 +95,18 @@ def test_a_short_sentence_has_the_claims_and_counts_the_rest(made: Comparison) -
     found = verdict(made, summary_rows(made))
     assert list(found.short) == ["good", "bad", "mixed"]
     for variant, text in found.short.items():
-        assert len(text) <= len(found.variants[variant])
+        assert "could have seen" not in text and text.startswith(f"{variant}: ")
     assert "lowers validation flow loss" in found.short["good"] and "20" in found.short["good"]
     assert found.short["bad"].endswith("; 2 more metrics not told apart from the baseline.")
+    assert "(better, 9.7%)" in found.short["good"], "of the baseline's loss"
+    bare = {k: v for k, v in made.results[5].metrics.items() if k == "time/step"}
+    lost = tuple(
+        dataclasses.replace(run, metrics=bare) if run.variant == "bad" else run
+        for run in made.results
+    )
+    few = dataclasses.replace(made, results=lost)
+    words = verdict(few, summary_rows(few)).short["bad"]
+    assert "step time" in words and words.endswith("2 more metrics without a verdict.")
 
 
 def test_terminal_and_markdown_begin_with_the_short_sentences(made: Comparison) -> None:
@@ -134,6 +143,14 @@ def test_the_forest_fills_what_is_claimed_and_draws_every_seed(made: Comparison)
         assert heights == sorted(heights) and 0.0 < heights[0] < heights[-1] < 1.0, "top to bottom"
     whole = forest_figure(made, rows)
     assert whole is not None and len(whole.axes) == 2
+
+
+def test_two_seeds_are_no_verdict_in_the_forest_either(made: Comparison) -> None:
+    two = dataclasses.replace(
+        made, seeds=(0, 1), results=tuple(run for run in made.results if run.seed < 2)
+    )
+    for chart in forest_charts(two, summary_rows(two)):
+        assert {readout.rows[-1][1] for readout in chart.readouts} == {"no verdict"}
 
 
 def test_quality_is_drawn_against_cost_with_better_up(made: Comparison) -> None:

@@ -155,7 +155,11 @@ def test_charts_are_inside_and_beside_the_page(comparison: Comparison, tmp_path:
     assert len(names) == 3 + len(page.readouts["charts"])
     assert names[0].startswith("01-forest-validation-flow-loss")
     few = dataclasses.replace(comparison, results=comparison.results[:1])
+    own = [tmp_path / "figures" / name for name in ("teaser.pdf", "01-mine.svg", ".hidden.pdf")]
+    for path in own:
+        path.write_text("mine")
     write_report(few, tmp_path)
+    assert all(path.is_file() for path in own), "what somebody else put there stays"
     left = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert "forest.svg" not in left, "what an earlier report drew is gone"
 

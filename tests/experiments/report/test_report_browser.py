@@ -194,6 +194,9 @@ def test_many_variants_fit_a_page_of_paper(browser: ModuleType, tmp_path: Path) 
         "variant-8": [0, 1, 2, 3, 4, 5],
     }
     wide = dataclasses.replace(made, results=results, differing={"objectives.ra.path": long})
-    found = browser.printed(write_report(wide, tmp_path))
+    page = write_report(wide, tmp_path)
+    narrow, _ = browser.opened(browser.with_script(page, PROBE), "--window-size=500,900")
+    assert not narrow["overflow"], "nothing but its tables is wider than a narrow window"
+    found = browser.printed(page)
     assert (found.size, found.scale) == ((842, 595), 0.75), "A4 landscape, and nothing shrunk"
     assert found.pages <= 9

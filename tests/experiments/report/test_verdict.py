@@ -57,7 +57,7 @@ def moved(num_seeds: int, flow: float, retrieval: float, time: float) -> list[di
 
 def test_the_sentence_of_a_variant() -> None:
     words = said({"none": base(5), "refalign": moved(5, 0.0, 0.12, 0.03)})
-    assert words.lead == "Against none, over 5 seeds: better on something: refalign."
+    assert words.lead == "Against the baseline none, over 5 seeds: better on something: refalign."
     assert re.fullmatch(
         r"refalign \(5 seeds\): raises subject retrieval by "
         r"0\.1\d+ \[0\.1\d+, 0\.1\d+\] \(better\); "
