@@ -6,9 +6,9 @@ what a command writes at `--out`.
 
 import re
 
-_IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache")
+_IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache", "figures")  # figures: of a variant too
 _KEPT = ("checkpoints", "samples", "stage1")
-_IN_RUNS = (*_KEPT, "export", "probe", "evaluations")
+_IN_RUNS = (*_KEPT, "export", "probe", "evaluations", "figures")
 _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
