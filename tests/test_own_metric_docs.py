@@ -63,4 +63,4 @@ def test_the_way_from_an_empty_folder_to_a_report(
     with (tmp_path / "runs/demo/table.csv").open() as file:
         rows = {(row["variant"], row["metric"]) for row in csv.DictReader(file)}
     assert {("none", "gen/jerk"), ("refalign", "gen/jerk"), ("refalign", "gen/likeness")} <= rows
-    assert "jerk ↓" in (tmp_path / "runs/demo/report.md").read_text()
+    assert "jerk (grey levels) ↓" in (tmp_path / "runs/demo/report.md").read_text()

@@ -14,9 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from alignlab.config.parts import EvalConfig
 from alignlab.errors import UserError
-from alignlab.evaluation.metric_registry import GENERATION_METRICS
 from alignlab.evaluation.own_metrics import described
-from alignlab.experiments.report.metric_table import QUANTITIES, Quantity
+from alignlab.experiments.report.metric_table import Quantity
 from alignlab.runs.checksums import DamagedError
 from alignlab.runs.inputs import Input
 from alignlab.runs.run_folder import RunFolder
@@ -50,14 +49,12 @@ _ADAPTER: TypeAdapter[OwnMetrics] = TypeAdapter(OwnMetrics)
 
 
 def installed_own_metrics(evaluation: EvalConfig) -> OwnMetrics:
-    """What would measure the runs of a recipe today; reports then know how it is shown.
+    """What would measure the runs of a recipe today.
 
     Raises:
         UserError: a package is not installed, or its metric cannot be measured here.
     """
-    found = _ADAPTER.validate_python(described(evaluation.metrics))
-    show_own_metrics(found)
-    return found
+    return _ADAPTER.validate_python(described(evaluation.metrics))
 
 
 def own_metrics_of(run: RunFolder) -> OwnMetrics | None:
@@ -133,13 +130,11 @@ def as_inputs(metrics: Mapping[str, OwnMetric]) -> list[Input]:
     ]
 
 
-def show_own_metrics(metrics: Mapping[str, OwnMetric]) -> None:
-    """Tells reports of labels and better sides: they know a metric by its name alone.
-
-    A file from elsewhere changes nothing of alignlab's own.
-    """
+def own_quantities(metrics: Mapping[str, OwnMetric]) -> dict[str, Quantity]:
+    """How reports show them, by full name: of generated clips, and of the real ones."""
+    found = {}
     for name, metric in metrics.items():
-        if name in GENERATION_METRICS:
-            continue
-        QUANTITIES[f"gen/{name}"] = Quantity(metric.label, metric.better, metric.headline)
-        QUANTITIES[f"gen_real/{name}"] = Quantity(f"{metric.label}, real clips")
+        label, unit = metric.label, metric.unit
+        found[f"gen/{name}"] = Quantity(label, metric.better, metric.headline, unit=unit)
+        found[f"gen_real/{name}"] = Quantity(f"{label}, real clips", unit=unit)
+    return found

@@ -18,7 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue, TypeAdap
 import alignlab
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.compare.finding import Finding, refuse_other_variants
-from alignlab.experiments.compare.own_metrics import OwnMetric, show_own_metrics
+from alignlab.experiments.compare.own_metrics import OwnMetric, own_quantities
+from alignlab.experiments.report.metric_table import Quantity, quantity
 from alignlab.passwords import without_passwords
 from alignlab.runs.atomic_files import write_text
 
@@ -239,7 +240,6 @@ class Comparison:
     own_metrics: dict[str, OwnMetric] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        show_own_metrics(self.own_metrics)
         for name in QUOTED:  # also those of a file that an older version wrote
             object.__setattr__(self, name, without_passwords(getattr(self, name)))
         if self.baseline not in self.variants:
@@ -270,6 +270,10 @@ class Comparison:
             if (result.variant, result.seed) == (variant, seed):
                 return result
         return None
+
+    def quantity(self, metric: str) -> Quantity:
+        """What a metric means here; one of another package as it was when it measured the runs."""
+        return quantity(metric, own_quantities(self.own_metrics))
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

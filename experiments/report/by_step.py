@@ -2,11 +2,12 @@
 
 import csv
 import io
+from functools import partial
 
 from alignlab.experiments.compare.result import Comparison, Curve
 from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import DASH, format_spread
-from alignlab.experiments.report.metric_table import quantity, split_name
+from alignlab.experiments.report.metric_table import split_name
 from alignlab.experiments.report.summary import joined, place_of, spread_of
 
 MOST_STEPS = 8  # columns of the Markdown table
@@ -25,7 +26,8 @@ def shown_by_step(comparison: Comparison) -> dict[str, Curves]:
     trained weight moves.
     """
     names = {name for run in comparison.results for name in run.measured if _is_shown(name)}
-    return {name: curves_of(comparison, name) for name in sorted(names, key=place_of)}
+    ordered = sorted(names, key=partial(place_of, comparison))
+    return {name: curves_of(comparison, name) for name in ordered}
 
 
 def curves_of(comparison: Comparison, name: str) -> Curves:
@@ -40,7 +42,7 @@ def steps_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("metric", "variant", "seed", "step", "value"))
     names = {name for run in comparison.results for name in run.measured}
-    for name in sorted(names, key=place_of):
+    for name in sorted(names, key=partial(place_of, comparison)):
         for run in comparison.results:
             for step, value in run.measured.get(name, ()):
                 writer.writerow(map(csv_cell, (name, run.variant, run.seed, step, value)))
@@ -49,7 +51,8 @@ def steps_csv(comparison: Comparison) -> str:
 
 def step_table(comparison: Comparison) -> tuple[list[int], list[tuple[str, str, list[str]]]]:
     """Steps, at most eight, and label, variant and numbers at these steps of headline metrics."""
-    shown = {name: c for name, c in shown_by_step(comparison).items() if quantity(name).headline}
+    curves_by_name = shown_by_step(comparison).items()
+    shown = {name: c for name, c in curves_by_name if comparison.quantity(name).headline}
     steps = sorted({step for curves in shown.values() for c in curves.values() for step, _ in c})
     steps = _thinned(steps)
     rows = []
@@ -57,7 +60,7 @@ def step_table(comparison: Comparison) -> tuple[list[int], list[tuple[str, str, 
         for variant in comparison.variants:
             own = [dict(curve) for (v, _), curve in curves.items() if v == variant]
             texts = [_text([by_step[s] for by_step in own if s in by_step]) for s in steps]
-            rows.append((quantity(name).label, variant, texts))
+            rows.append((comparison.quantity(name).label, variant, texts))
     return steps, rows
 
 

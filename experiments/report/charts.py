@@ -12,7 +12,7 @@ from alignlab.experiments.charts.lines import Line, is_drawn, line_figure
 from alignlab.experiments.charts.look import Style, styles
 from alignlab.experiments.compare.result import Comparison, Curve
 from alignlab.experiments.report.by_step import curves_of, shown_by_step
-from alignlab.experiments.report.metric_table import block_of, quantity, split_name
+from alignlab.experiments.report.metric_table import block_of, split_name
 from alignlab.experiments.report.statistics import mean_and_std
 from alignlab.experiments.report.steps_to_target import TARGET, target_of
 from alignlab.experiments.report.summary import SummaryRow
@@ -56,7 +56,7 @@ def step_charts(comparison: Comparison) -> list[Chart]:
     """What runs measured while they trained; the validation loss also minus the baseline's."""
     charts = []
     for name, curves in shown_by_step(comparison).items():
-        meaning = quantity(name)
+        meaning = comparison.quantity(name)
         words = BETTER_WORDS[meaning.better]
         if name == TARGET:
             words += "; dotted: the baseline's last, the target"
@@ -79,7 +79,10 @@ def level_charts(comparison: Comparison) -> list[Chart]:
     for index in range(_NUM_BINS):
         name = f"{TARGET}/t{index}"
         charts += _curve_chart(
-            comparison, quantity(name).label, curves_of(comparison, name), markers=True
+            comparison,
+            comparison.quantity(name).label,
+            curves_of(comparison, name),
+            markers=True,
         )
     return charts
 
@@ -111,7 +114,7 @@ def block_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
             places.setdefault(split_name(row.metric)[0], {})[row.metric] = float(block)
     charts = []
     for base, names in places.items():
-        meaning, (values, _) = quantity(base), _by_place(rows, names)
+        meaning, (values, _) = comparison.quantity(base), _by_place(rows, names)
         words, axis = BETTER_WORDS[meaning.better], "block (its output)"
         charts += _chart(comparison, meaning.label, words, values, axis, markers=True)
     return charts

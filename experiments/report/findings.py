@@ -14,7 +14,6 @@ from alignlab.experiments.compare.finding import Expectation, Finding
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.report.escaping import markdown_text
 from alignlab.experiments.report.formatting import format_number
-from alignlab.experiments.report.metric_table import quantity
 from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow
 
@@ -28,12 +27,14 @@ class Judged:
 
     Args:
         expected: from the recipe.
+        label: of its metric.
         outcome: see the module.
         found: the difference with its interval, or why there is none; in words.
         num_seeds: that variant and baseline share.
     """
 
     expected: Expectation
+    label: str
     outcome: Outcome
     found: str
     num_seeds: int
@@ -43,8 +44,7 @@ class Judged:
         """ "refalign: lower cross-subject cosine, block mean ("subjects apart")"."""
         expected = self.expected
         words = f' ("{expected.words}")' if expected.words else ""
-        label = quantity(expected.metric).label
-        return f"{expected.variant}: {expected.change} {label}{words}"
+        return f"{expected.variant}: {expected.change} {self.label}{words}"
 
     @property
     def sentence(self) -> str:
@@ -104,7 +104,10 @@ def judge(comparison: Comparison, rows: list[SummaryRow]) -> JudgedFinding | Non
     if finding is None:
         return None
     by_name = {(row.variant, row.metric): row for row in rows}
-    judged = (_judge(e, by_name.get((e.variant, e.metric))) for e in finding.expect)
+    judged = (
+        _judge(e, comparison.quantity(e.metric).label, by_name.get((e.variant, e.metric)))
+        for e in finding.expect
+    )
     judged = (_with_seeds(one, len(comparison.seeds)) for one in judged)
     return JudgedFinding(finding, comparison.baseline, tuple(judged))
 
@@ -132,19 +135,23 @@ def finding_markdown(judged: JudgedFinding | None) -> list[str]:
     return [*lines, "", f"Limits: {markdown_text(finding.limits)}", ""]
 
 
-def _judge(expected: Expectation, row: SummaryRow | None) -> Judged:
+def _judge(expected: Expectation, label: str, row: SummaryRow | None) -> Judged:
+    outcome, found = _outcome(expected, row)
+    return Judged(expected, label, outcome, found, 0 if row is None else len(row.differences))
+
+
+def _outcome(expected: Expectation, row: SummaryRow | None) -> tuple[Outcome, str]:
+    """What came out, and the numbers or why there are none."""
     if row is None:
-        return Judged(expected, "not measured", "no run has it", 0)
-    num_seeds = len(row.differences)
+        return "not measured", "no run has it"
     if row.change:
         p_text = f", p {row.p_text}" if row.p_text else ""
         is_expected = _is_higher(row) == (expected.change == "higher")
-        outcome: Outcome = "reproduced" if is_expected else "opposite"
-        return Judged(expected, outcome, f"{row.diff_text}{p_text}", num_seeds)
+        return "reproduced" if is_expected else "opposite", f"{row.diff_text}{p_text}"
     why = _why_not_measured(row)
     if why:
-        return Judged(expected, "not measured", why, num_seeds)
-    return Judged(expected, "not seen", _why_not_seen(row), num_seeds)
+        return "not measured", why
+    return "not seen", _why_not_seen(row)
 
 
 def _with_seeds(judged: Judged, num_seeds: int) -> Judged:

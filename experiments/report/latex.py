@@ -38,7 +38,7 @@ def table_tex(comparison: Comparison, rows: list[SummaryRow]) -> str:
     groups = headline(rows)
     label = "".join(c if c.isascii() and c.isalnum() else "-" for c in comparison.name)
     heads = [
-        f"{escape(g[0].quantity.label)} {_ARROWS[g[0].quantity.better]}".strip() for g in groups
+        f"{escape(g[0].quantity.heading)} {_ARROWS[g[0].quantity.better]}".strip() for g in groups
     ]
     lines = [
         r"% \usepackage{booktabs}",

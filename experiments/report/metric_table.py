@@ -7,7 +7,9 @@ A metric name is a base name and an optional part: `retrieval/block3` is `retrie
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from alignlab.evaluation.metric_registry import METRICS
 from alignlab.evaluation.metric_registry import Direction as Direction
@@ -27,6 +29,7 @@ class Quantity:
         headline: shown in the summary table.
         cost: shown with the costs, behind the qualities.
         slower: a time, which the verdict gives as a share of the baseline's.
+        unit: of its values, where the label does not say it.
     """
 
     label: str
@@ -34,6 +37,12 @@ class Quantity:
     headline: bool = False
     cost: bool = False
     slower: bool = False
+    unit: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Label and unit, for the head of a table."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
 
 
 # A report's order where it is not that of the table of metrics, whose other rows follow. Identity
@@ -97,6 +106,8 @@ COST_QUANTITIES: dict[str, Quantity] = {
 STEPS_TO_TARGET = "steps_to_target"
 _COMPARED = {STEPS_TO_TARGET: Quantity("steps to target", "lower", headline=True)}
 
+_NONE: Mapping[str, Quantity] = MappingProxyType({})
+
 # What is then no longer shown in the summary table: it depends on the order of the runs.
 REPLACED_BY = {"time/step": "cost/step", "memory/peak_mib": "cost/memory_mib"}
 
@@ -119,10 +130,17 @@ def bin_of(metric: str) -> int | None:
     return int(match["bin"]) if match and match["bin"] else None
 
 
-def quantity(metric: str) -> Quantity:
-    """Meaning of a metric; a name that the table does not know is its own label."""
+def quantity(metric: str, own: Mapping[str, Quantity] = _NONE) -> Quantity:
+    """Meaning of a metric; a name that is not known is its own label.
+
+    Args:
+        metric: flat name.
+        own: metrics of other packages, by base name. What one means is said by the comparison or
+            the recipe at hand, and by nothing else; alignlab's own keep their meaning.
+    """
     base, part = split_name(metric)
-    known = (QUANTITIES | COST_QUANTITIES | _COMPARED).get(base) or Quantity(base)
+    ours = QUANTITIES | COST_QUANTITIES | _COMPARED
+    known = ours.get(base) or own.get(base) or Quantity(base)
     label = known.label + _part_label(metric)
     whole = part in ("", "mean")
     return replace(known, label=label, headline=known.headline and whole)

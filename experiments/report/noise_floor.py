@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.report.escaping import csv_cell
 from alignlab.experiments.report.formatting import DASH
-from alignlab.experiments.report.metric_table import STEPS_TO_TARGET, Quantity, quantity
+from alignlab.experiments.report.metric_table import STEPS_TO_TARGET, Quantity
 from alignlab.experiments.report.statistics import Paired, paired_statistics
 from alignlab.experiments.report.steps_to_target import TARGET, StepsToTarget, steps_to_target
 from alignlab.experiments.report.summary import SummaryRow, by_metric, difference_text, place_of
@@ -212,7 +212,7 @@ def noise_floor(comparison: Comparison, rows: list[SummaryRow]) -> NoiseFloor | 
     again = {run.seed: run for run in comparison.again}
     base = {seed: comparison.run(comparison.baseline, seed) for seed in comparison.seeds}
     pairs = {s: (one, again[s]) for s, one in base.items() if one is not None and s in again}
-    found = {row.metric: row for row in _metric_rows(pairs)}
+    found = {row.metric: row for row in _metric_rows(comparison, pairs)}
     target = _target_row(comparison)
     if target is not None:
         found[target.metric] = target
@@ -224,7 +224,7 @@ def noise_floor(comparison: Comparison, rows: list[SummaryRow]) -> NoiseFloor | 
         diverged=tuple(seed for seed in comparison.seeds if seed in again and again[seed].diverged),
         rows=tuple(
             _beside(row, groups.get(row.metric, []))
-            for row in sorted(found.values(), key=lambda row: _place(row.metric))
+            for row in sorted(found.values(), key=lambda row: _place(comparison, row.metric))
         ),
     )
 
@@ -260,22 +260,26 @@ def noise_floor_csv(comparison: Comparison, floor: NoiseFloor) -> str:
     return text.getvalue()
 
 
-def _metric_rows(pairs: dict[int, tuple[RunResult, RunResult]]) -> list[FloorRow]:
+def _metric_rows(
+    comparison: Comparison, pairs: dict[int, tuple[RunResult, RunResult]]
+) -> list[FloorRow]:
     """A row for each metric that is no cost, as both trainings of any seed measured it."""
     numbers: dict[str, dict[int, tuple[float, float]]] = {}
     for seed, (one, two) in pairs.items():
         for metric in one.metrics:
-            if metric in two.metrics and not quantity(metric).cost:
+            if metric in two.metrics and not comparison.quantity(metric).cost:
                 numbers.setdefault(metric, {})[seed] = one.metrics[metric], two.metrics[metric]
-    rows = [_metric_row(metric, by_seed) for metric, by_seed in numbers.items()]
+    rows = [_metric_row(comparison.quantity(m), m, by_seed) for m, by_seed in numbers.items()]
     found = _statistics([row for row in rows if row.quantity.headline])
     return [replace(row, paired=found.get(row.metric)) for row in rows]
 
 
-def _metric_row(metric: str, numbers: dict[int, tuple[float, float]]) -> FloorRow:
+def _metric_row(
+    meaning: Quantity, metric: str, numbers: dict[int, tuple[float, float]]
+) -> FloorRow:
     return FloorRow(
         metric=metric,
-        quantity=quantity(metric),
+        quantity=meaning,
         differences={s: 0.0 if _same(one, two) else two - one for s, (one, two) in numbers.items()},
         num_equal=sum(_same(one, two) for one, two in numbers.values()),
         scale=max(abs(value) for pair in numbers.values() for value in pair),
@@ -308,7 +312,7 @@ def _target_row(comparison: Comparison) -> FloorRow | None:
         return None
     return FloorRow(
         metric=STEPS_TO_TARGET,
-        quantity=quantity(STEPS_TO_TARGET),
+        quantity=comparison.quantity(STEPS_TO_TARGET),
         differences={seed: ratio - 1.0 for seed, ratio in steps.ratios.items()},
         num_equal=sum(
             ratio == 1.0 and seed not in steps.never for seed, ratio in steps.ratios.items()
@@ -334,9 +338,11 @@ def _seen(row: FloorRow) -> str:
     return "" if row.detectable is None else f" (could have seen {row.size(row.detectable)})"
 
 
-def _place(metric: str) -> tuple[object, ...]:
+def _place(comparison: Comparison, metric: str) -> tuple[object, ...]:
     """The order of the summary table: steps to target behind their loss."""
-    return (*place_of(TARGET), 1) if metric == STEPS_TO_TARGET else (*place_of(metric), 0)
+    if metric == STEPS_TO_TARGET:
+        return *place_of(comparison, TARGET), 1
+    return *place_of(comparison, metric), 0
 
 
 def _seeds(seeds: tuple[int, ...]) -> str:

@@ -9,7 +9,9 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
+from alignlab.experiments.compare.own_metrics import own_quantities
 from alignlab.experiments.compare.result import Comparison, Ratio
 from alignlab.experiments.report.formatting import (
     DASH,
@@ -24,7 +26,6 @@ from alignlab.experiments.report.metric_table import (
     STEPS_TO_TARGET,
     Quantity,
     block_of,
-    quantity,
     split_name,
 )
 from alignlab.experiments.report.run_warnings import aligned_footnotes, diverged_seeds
@@ -189,8 +190,9 @@ def summary_rows(comparison: Comparison) -> list[SummaryRow]:
     runs = {(run.variant, run.seed): run.metrics for run in comparison.results}
     costs = _cost_groups(comparison)
     groups: list[list[SummaryRow]] = []
-    for metric in sorted({name for metrics in runs.values() for name in metrics}, key=place_of):
-        headline = quantity(metric).headline and REPLACED_BY.get(metric) not in costs
+    names = {name for metrics in runs.values() for name in metrics}
+    for metric in sorted(names, key=partial(place_of, comparison)):
+        headline = comparison.quantity(metric).headline and REPLACED_BY.get(metric) not in costs
         group = [_row(comparison, runs, metric, v, headline) for v in comparison.variants]
         groups.append(_with_statistics(group))
         if metric == TARGET:
@@ -277,11 +279,12 @@ def ratio_text(ratio: Ratio, *, sign: bool = False) -> str:
     return format_interval(change, low, high, sign=sign, unit="%")
 
 
-def place_of(metric: str) -> tuple[bool, bool, int, str, int, str]:
-    """Sort key of a metric: headline first, costs last, then the order of `QUANTITIES`."""
+def place_of(comparison: Comparison, metric: str) -> tuple[bool, bool, int, str, int, str]:
+    """Sort key of a metric: headline first, costs last, then the order of `QUANTITIES`, and behind
+    these of `comparison.own_metrics`."""
     base, part = split_name(metric)
-    meaning, block = quantity(metric), block_of(metric)
-    bases = list(QUANTITIES)
+    meaning, block = comparison.quantity(metric), block_of(metric)
+    bases = [*QUANTITIES, *own_quantities(comparison.own_metrics)]
     rank = bases.index(base) if base in bases else len(bases)
     return meaning.cost, not meaning.headline, rank, base, -1 if block is None else block, part
 
@@ -289,7 +292,7 @@ def place_of(metric: str) -> tuple[bool, bool, int, str, int, str]:
 def _row(
     comparison: Comparison, runs: RunMetrics, metric: str, variant: str, headline: bool
 ) -> SummaryRow:
-    meaning, is_baseline = quantity(metric), variant == comparison.baseline
+    meaning, is_baseline = comparison.quantity(metric), variant == comparison.baseline
     values = _by_seed(comparison, runs, metric, variant)
     base = _by_seed(comparison, runs, metric, comparison.baseline)
     shared = [] if is_baseline else [seed for seed in values if seed in base]
@@ -326,7 +329,8 @@ def _target_groups(comparison: Comparison) -> list[list[SummaryRow]]:
 
 
 def _target_row(comparison: Comparison, variant: str, steps: StepsToTarget) -> SummaryRow:
-    is_baseline, meaning = variant == comparison.baseline, quantity(STEPS_TO_TARGET)
+    is_baseline = variant == comparison.baseline
+    meaning = comparison.quantity(STEPS_TO_TARGET)
     diverged = diverged_seeds(comparison, variant)
     return SummaryRow(
         metric=STEPS_TO_TARGET,
@@ -425,8 +429,8 @@ def _cost_row(
     mean, ratio = (None, None) if measured is None else measured
     return SummaryRow(
         metric=metric,
-        quantity=quantity(metric),
-        headline=quantity(metric).headline,
+        quantity=comparison.quantity(metric),
+        headline=comparison.quantity(metric).headline,
         variant=variant,
         is_baseline=variant == comparison.baseline,
         num_seeds=len(comparison.seeds),

@@ -187,7 +187,7 @@ def headline(rows: list[SummaryRow]) -> list[list[SummaryRow]]:
 
 def title(row: SummaryRow) -> str:
     """Name of a metric with an arrow to its better side."""
-    return f"{row.quantity.label} {ARROWS[row.quantity.better]}".rstrip()
+    return f"{row.quantity.heading} {ARROWS[row.quantity.better]}".rstrip()
 
 
 def _paired_cells(row: SummaryRow) -> list[str | float | None]:

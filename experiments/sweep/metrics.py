@@ -1,12 +1,13 @@
 """Which metrics a sweep can optimise or bound, and which way is better."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 from alignlab.errors import UserError
 from alignlab.evaluation.measured_names import measured_names
 from alignlab.experiments.compare.measured import check_measured
-from alignlab.experiments.compare.own_metrics import installed_own_metrics
-from alignlab.experiments.report.metric_table import quantity
+from alignlab.experiments.compare.own_metrics import installed_own_metrics, own_quantities
+from alignlab.experiments.report.metric_table import Quantity, quantity
 from alignlab.experiments.sweep.config import MetricConfig, SweepConfig
 from alignlab.experiments.sweep.space import tapped_blocks
 
@@ -20,7 +21,7 @@ def check_metrics(config: SweepConfig) -> None:
         UserError: a metric that no trial measures or changes, that has no better side and no
             direction, or a direction or constraint that points to its worse side.
     """
-    installed_own_metrics(config.base.eval)
+    own = own_quantities(installed_own_metrics(config.base.eval))
     blocks = config.base.eval.blocks
     names = measured_names(config.base, tapped_blocks(config) if blocks is None else blocks)
     for metric in config.metric:
@@ -28,7 +29,7 @@ def check_metrics(config: SweepConfig) -> None:
     directions(config)
     for name in config.constraints:
         check_measured(f"constraints.{name}", name, names, config.base)
-        if quantity(name).better == "higher":
+        if quantity(name, own).better == "higher":
             raise UserError(
                 f"constraints.{name}: a constraint is the largest value that a metric may have, "
                 "and of this one more is better: it would leave out the best trials; remove it"
@@ -39,13 +40,15 @@ def directions(config: SweepConfig) -> list[Direction]:
     """`minimize` or `maximize` for each metric.
 
     Raises:
-        UserError: a metric with no better side, or a direction to its worse one.
+        UserError: a metric with no better side, or a direction to its worse one; or the recipe
+            names a metric of a package that is not installed.
     """
-    return [_direction(metric) for metric in config.metric]
+    own = own_quantities(installed_own_metrics(config.base.eval))
+    return [_direction(metric, own) for metric in config.metric]
 
 
-def _direction(metric: MetricConfig) -> Direction:
-    better = quantity(metric.name).better
+def _direction(metric: MetricConfig, own: Mapping[str, Quantity]) -> Direction:
+    better = quantity(metric.name, own).better
     if better == "none":
         if metric.direction is None:
             raise UserError(

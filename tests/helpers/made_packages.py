@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alignlab.evaluation.own_metrics import installed_metrics
-from alignlab.experiments.report.metric_table import QUANTITIES
 from alignlab.kernels.registry import installed_kernels
 
 TESTS = Path(__file__).parents[1]
@@ -74,28 +73,15 @@ def metric_package(
 ) -> Iterator[None]:
     """Installs a package with `tiny_metric.py` in `folder`, until the end of the block.
 
-    Reports do not know its metrics afterwards.
-
     Args:
         folder: to install into; more packages may be installed there.
         package: its name.
         version: of it.
         entries: metrics that it registers, such as `sharp="tiny_metric:SHARP"`.
     """
-    with reports_forget(), _installed(folder, TINY_METRIC, installed_metrics.cache_clear):
+    with _installed(folder, TINY_METRIC, installed_metrics.cache_clear):
         write_package(folder, package, "alignlab.metrics", version=version, **entries)
         yield
-
-
-@contextmanager
-def reports_forget() -> Iterator[None]:
-    """Reports know no metric of another package that they came to know within the block."""
-    known = dict(QUANTITIES)
-    try:
-        yield
-    finally:
-        QUANTITIES.clear()
-        QUANTITIES.update(known)
 
 
 @contextmanager

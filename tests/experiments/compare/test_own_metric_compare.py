@@ -11,13 +11,16 @@ from typing import Literal
 import pytest
 
 from alignlab.errors import UserError
+from alignlab.experiments.analysis.comparison import load_comparison
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.merge import merged
 from alignlab.experiments.compare.own_metrics import OwnMetric, as_inputs, own_metrics_of
 from alignlab.experiments.compare.result import Comparison, RunResult
 from alignlab.experiments.compare.run import compare
-from alignlab.experiments.report.metric_table import quantity
+from alignlab.experiments.report.charts import step_charts
+from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.summary import summary_rows
+from alignlab.experiments.report.text import markdown
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.metrics import check_metrics, directions
 from alignlab.experiments.sweep.study import sweep_folder
@@ -26,7 +29,7 @@ from alignlab.runs.input_record import InputRecord
 from alignlab.runs.run_folder import RunFolder
 from command_line import alignlab
 from made_comparisons import make_comparison
-from made_packages import metric_package, reports_forget
+from made_packages import metric_package
 from recipe_comparisons import run_of
 from small_recipes import comparison_recipe, sweep_recipe
 
@@ -62,12 +65,6 @@ def folder(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return compare(load(recipe, output)).parent
 
 
-@pytest.fixture(autouse=True)
-def _another_process() -> Iterator[None]:
-    with reports_forget():
-        yield
-
-
 @pytest.fixture
 def newer(tmp_path: Path) -> Iterator[None]:
     """Version 1.1 is installed."""
@@ -85,32 +82,67 @@ def test_it_joins_tables_statistics_and_report(folder: Path) -> None:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "gen/sharp"]
     assert [row["variant"] for row in rows] == ["none", "aligned"]
     text = (folder / "report.md").read_text()
-    assert "| sharpness ↑ |" in text
+    assert "| sharpness (grey levels) ↑ |" in text
     verdict = (folder / "report.html").read_text()
     assert "sharpness" in verdict
+
+
+def measured_with(sharp: OwnMetric | None) -> Comparison:
+    """Five seeds, in all of which refalign raises gen/sharp; None: nothing says what that is."""
+
+    def run(variant: str, seed: int) -> RunResult:
+        value = 5.0 + seed / 10 + (variant == "refalign") * (1 + seed / 100)
+        found = run_of(variant, seed)
+        measured = {"gen/sharp": ((1, value / 2), (2, value))}
+        return dataclasses.replace(
+            found, metrics=found.metrics | {"gen/sharp": value}, measured=measured
+        )
+
+    runs = [run(variant, seed) for seed in range(5) for variant in ("none", "refalign")]
+    return make_comparison(runs, own_metrics={"sharp": sharp} if sharp else {})
 
 
 @pytest.mark.parametrize(("better", "change"), [("higher", "better"), ("lower", "worse")])
 def test_a_difference_is_claimed_by_its_better_side(
     better: Literal["higher", "lower"], change: str
 ) -> None:
-    def run(variant: str, seed: int) -> RunResult:
-        value = 5.0 + seed / 10 + (variant == "refalign") * (1 + seed / 100)
-        found = run_of(variant, seed)
-        return dataclasses.replace(found, metrics=found.metrics | {"gen/sharp": value})
-
-    runs = [run(variant, seed) for seed in range(5) for variant in ("none", "refalign")]
-    own = {"sharp": OwnMetric("tiny-metrics", "1.0", "sharpness", better, headline=True)}
-    rows = summary_rows(make_comparison(runs, own_metrics=own))
+    rows = summary_rows(measured_with(OwnMetric("a", "1.0", "sharpness", better, headline=True)))
     (row,) = [one for one in rows if (one.variant, one.metric) == ("refalign", "gen/sharp")]
     assert row.change == change and row.headline and row.quantity.label == "sharpness"
 
 
+@pytest.mark.usefixtures("newer")
+def test_what_a_metric_means_is_said_by_its_own_comparison(tmp_path: Path, recipe: Path) -> None:
+    """Neither by a comparison that is loaded later, nor by what is installed."""
+    meanings = {
+        "one": OwnMetric("a", "1.0", "blur", "lower", headline=True, unit="px"),
+        "other": OwnMetric("b", "2.0", "edges", "higher"),
+        "unknown": None,
+    }
+    loaded = {}
+    for name, own in meanings.items():
+        path = tmp_path / name / "comparison.json"
+        path.parent.mkdir()
+        measured_with(own).save(path)
+        loaded[name] = load_comparison(path)
+    load(recipe, tmp_path)
+    one, other, unknown = loaded.values()
+    assert any("raises blur" in line and "(worse)" in line for line in one.verdict())
+    for data, label in ((one, "blur"), (other, "edges"), (unknown, "gen/sharp")):
+        assert {row.quantity.label for row in data.rows if row.metric == "gen/sharp"} == {label}
+        titles = {chart.title for chart in step_charts(data.comparison)}
+        assert {"blur", "edges", "gen/sharp"} & titles == {label}
+        assert len({row.metric for row in data.rows if row.headline} & {"gen/sharp"}) == (
+            data is one
+        )
+    assert "| blur (px) ↓ |" in markdown(one.comparison, list(one.rows))
+    assert "blur (px)" in table_tex(one.comparison, list(one.rows))
+
+
 def test_a_report_needs_no_package(folder: Path, tmp_path: Path) -> None:
-    assert quantity("gen/sharp").label == "gen/sharp"
     done = alignlab("report", folder, "--out", tmp_path / "again")
     assert done.exit_code == 0, done.output
-    assert "sharpness ↑" in (tmp_path / "again" / "report.md").read_text()
+    assert "sharpness (grey levels) ↑" in (tmp_path / "again" / "report.md").read_text()
     assert (tmp_path / "again" / "table.csv").read_text() == (folder / "table.csv").read_text()
 
 
@@ -148,8 +180,8 @@ def test_a_file_from_elsewhere_changes_no_metric_of_ours(folder: Path, tmp_path:
     content["own_metrics"] = {"copy_paste_proxy": own}
     path = tmp_path / "comparison.json"
     path.write_text(json.dumps(content))
-    Comparison.load(path)
-    assert quantity("gen/copy_paste_proxy").better == "lower"
+    ours = Comparison.load(path).quantity("gen/copy_paste_proxy")
+    assert ours.better == "lower" and ours.label != own["label"]
 
 
 def test_a_sweep_may_search_for_it(recipe_file: Path, folder: Path, tmp_path: Path) -> None:
