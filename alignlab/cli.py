@@ -22,6 +22,7 @@ from alignlab.experiments.cli.findings import findings
 from alignlab.experiments.cli.listing import list_app
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.report import report
+from alignlab.experiments.cli.runs import runs
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
@@ -125,6 +126,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     findings,
     sweep,
+    runs,
     evaluate,
     sample,
     export,

@@ -26,6 +26,7 @@ COMMANDS = [
     "compare",
     "report",
     "sweep",
+    "runs",
     "demo",
     "findings",
     "evaluate",
