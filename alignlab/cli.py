@@ -19,6 +19,7 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.findings import findings
+from alignlab.experiments.cli.init import init_app
 from alignlab.experiments.cli.listing import list_app
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.report import report
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
+app.add_typer(init_app, name="init")
 app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")

@@ -27,6 +27,7 @@ COMMANDS = [
     "report",
     "sweep",
     "runs",
+    "init",
     "demo",
     "findings",
     "evaluate",

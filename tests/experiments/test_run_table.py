@@ -202,8 +202,18 @@ def test_folders_that_hold_no_runs(tmp_path: Path) -> None:
     assert "no such folder" in refused("runs", tmp_path / "none")
     (tmp_path / "file").touch()
     assert "is a file, not a folder" in refused("runs", tmp_path / "file")
-    os.symlink(tmp_path, tmp_path / "loop")
     assert alignlab("runs", tmp_path).stdout == f"no runs below {tmp_path}\n"
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "disk/far", rows=3)
+    (tmp_path / "runs").mkdir()
+    os.symlink(tmp_path / "disk/far", tmp_path / "runs/near")
+    os.symlink(tmp_path / "runs", tmp_path / "runs/loop")
+    assert [row.name for row in runs_below(tmp_path / "runs")] == ["near"]
+    write_run(tmp_path / "runs/loops/run")
+    os.symlink(tmp_path / "runs", tmp_path / "runs/loops/up")
+    assert [row.name for row in runs_below(tmp_path / "runs")] == ["loops/run", "near"]
 
 
 def test_it_loads_no_torch(tmp_path: Path) -> None:
