@@ -33,7 +33,6 @@ app = typer.Typer(
     cls=Commands,
     help="Compare alignment losses for video diffusion transformers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
@@ -187,7 +186,7 @@ def command_line() -> None:
     # Where xformers cannot load its kernels it says so in six lines at every command that imports
     # diffusers. Whether it can train is said by `doctor` and by the check of `model.attention`.
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    app()
+    app(prog_name="alignlab")  # also as `python -m alignlab`: shells complete that name
 
 
 if __name__ == "__main__":
