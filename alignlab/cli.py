@@ -19,9 +19,11 @@ from alignlab.experiments.cli.bench import bench_app
 from alignlab.experiments.cli.cache_build import cache_app
 from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.findings import findings
+from alignlab.experiments.cli.init import init_app
 from alignlab.experiments.cli.listing import list_app
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.report import report
+from alignlab.experiments.cli.runs import runs
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
 from alignlab.experiments.cli.verify import verify
@@ -31,11 +33,11 @@ app = typer.Typer(
     cls=Commands,
     help="Compare alignment losses for video diffusion transformers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
+app.add_typer(init_app, name="init")
 app.add_typer(list_app, name="list")
 app.add_typer(data_app, name="data")
 app.add_typer(assets_app, name="assets")
@@ -125,6 +127,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     findings,
     sweep,
+    runs,
     evaluate,
     sample,
     export,
@@ -183,7 +186,7 @@ def command_line() -> None:
     # Where xformers cannot load its kernels it says so in six lines at every command that imports
     # diffusers. Whether it can train is said by `doctor` and by the check of `model.attention`.
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    app()
+    app(prog_name="alignlab")  # also as `python -m alignlab`: shells complete that name
 
 
 if __name__ == "__main__":

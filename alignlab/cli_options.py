@@ -6,8 +6,28 @@ from typing import Annotated, Any
 import typer
 
 from alignlab.config.paths import user_path
+from alignlab.errors import UserError
 
-Recipe = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped recipe.")]
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Shipped recipes by name and YAML files by path; with none of both, shells offer paths."""
+    from alignlab.config.recipe_file import shipped_recipes
+
+    names = [name for name in shipped_recipes() if name.startswith(incomplete)]
+    folder, slash, begin = incomplete.rpartition("/")
+    try:
+        files = sorted(path.name for path in user_path(f"{folder}{slash}" or ".").glob("*.y*ml"))
+    except (OSError, UserError):  # no folder that can be read
+        return names
+    return names + [f"{folder}{slash}{name}" for name in files if name.startswith(begin)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or the name of a shipped recipe.", autocompletion=complete_recipe
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings that replace the recipe's.", metavar="KEY=VALUE"),

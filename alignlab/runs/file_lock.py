@@ -5,7 +5,9 @@ A marker that is merely there would outlive a killed process.
 """
 
 import errno
+import fcntl
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from alignlab.errors import UserError
 log = logging.getLogger(__name__)
 
 NOTE_EVERY_S = 60.0
+WRITER = ".writer.lock"
+"""In the folder of a run; whoever trains it holds it."""
 
 
 class HeldError(UserError):
@@ -66,3 +70,27 @@ def file_lock(
         if remove:  # while it is held: whoever waits sees that the file is gone, and makes another
             path.unlink(missing_ok=True)
         lock.release()
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds the lock at this moment; None where the filesystem does not say.
+
+    Nothing is written. A shared lock is taken for an instant, and another process that asks in that
+    instant without waiting is refused.
+
+    Args:
+        path: of the file; one that is missing is not held.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(number)
+    return False

@@ -7,6 +7,7 @@ result its checksum: rows that were lost or changed since are seen.
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from alignlab.runs.atomic_files import named_errors, sync_file, write_text
 from alignlab.runs.checksums import DamagedError
 
 log = logging.getLogger(__name__)
+
+TAIL = 2**16  # bytes; the last row of a log is shorter
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,32 @@ def read_rows(metrics: Path) -> list[dict[str, float]]:
             raise UserError(f"{metrics}, line {number} is damaged ({row}): {_LINE_FIX}")
         rows.append(row)
     return rows
+
+
+def last_rows(metrics: Path, *, size: int = TAIL) -> list[dict[str, float]]:
+    """Whole rows among the last bytes of the file, so that a long log costs what a short one does.
+
+    Raises:
+        DamagedError: one of these lines is no row.
+    """
+    rows = []
+    for line in last_lines(metrics, size=size):
+        row = _row(line)
+        if isinstance(row, str):
+            raise DamagedError(metrics, row, _LINE_FIX)
+        rows.append(row)
+    return rows
+
+
+def last_lines(metrics: Path, *, size: int = TAIL) -> list[bytes]:
+    """Whole lines among the last bytes of the file; none where there is no file."""
+    if not metrics.is_file():
+        return []
+    with metrics.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - size))
+        lines = file.read().split(b"\n")[:-1]
+    return [line for line in (lines[1:] if end > size else lines) if line]
 
 
 def keep_rows(metrics: Path, start: int) -> None:

@@ -63,14 +63,14 @@ from alignlab.runs.checksums import (
     write_json,
 )
 from alignlab.runs.code_record import RECORD
-from alignlab.runs.file_lock import HeldError, file_lock
+from alignlab.runs.file_lock import WRITER, HeldError, file_lock
 from alignlab.runs.out_paths import make_output_folder
 
 log = logging.getLogger(__name__)
 
 FILES = "files"
 """Key of `result.json`: SHA-256 of the files that the run leaves, by name."""
-LOCK = ".writer.lock"
+LOCK = WRITER
 HOLDER = ".writer"
 START_FILES = (  # of a run before its first checkpoint
     *(LOCK, HOLDER, "recipe.yaml", "inputs.json", "environment.json", "metrics.jsonl"),

@@ -7,9 +7,10 @@ from typing import Literal
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.local import RunKey, launch_local
+from alignlab.experiments.launchers.local import launch_local
 from alignlab.experiments.launchers.local_workers import launch_workers
 from alignlab.experiments.launchers.ray_runs import launch_ray
+from alignlab.experiments.launchers.run_progress import RunKey
 from alignlab.experiments.launchers.sources import check_folders
 
 __all__ = ["Launcher", "LauncherName", "RunKey", "make_launcher", "refuse_unread_address"]

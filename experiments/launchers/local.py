@@ -1,8 +1,6 @@
 """Runs one after another in this process, which share their encoded clips."""
 
-import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,14 +12,12 @@ from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
+from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
+from alignlab.progress import tell
 from alignlab.train import train
 from alignlab.training.setup import Caches, shared_caches
 
-log = logging.getLogger(__name__)
-
 GIB = 2**30
-
-RunKey = tuple[str, int]  # variant, seed
 
 
 def launch_local(
@@ -33,15 +29,17 @@ def launch_local(
         UserError: this machine has less than a run needs, or a run cannot be trained.
     """
     check_machine(needs)
+    if not runs:
+        return
     caches: dict[str, Caches] = {}
-    begin = time.monotonic()
-    with threads(needs.cpus):
-        for done, (key, run) in enumerate(runs.items()):
+    with threads(needs.cpus), RunsProgress(runs).shown_here() as ended:
+        for number, (key, run) in enumerate(runs.items(), start=1):
             interruption.check()
-            _announce(done, len(runs), key, time.monotonic() - begin)
+            tell(f"run {number} of {len(runs)}: {shown(key)}")
             with interruption.telling(partial(of_run, key)):
                 train_one(run, caches, wait=False)
             finished(key)
+            ended(key)
 
 
 def train_one(run: RunConfig, caches: dict[str, Caches], *, wait: bool) -> None:
@@ -128,8 +126,3 @@ def threads(count: int | None) -> Iterator[None]:
 def of_run(key: RunKey) -> str:
     """A run in the line of an interruption."""
     return f"of {shown(key)}"
-
-
-def _announce(done: int, total: int, key: RunKey, seconds: float) -> None:
-    left = f", about {seconds / done * (total - done):.0f} s left" if done else ""
-    log.info("run %d of %d: %s%s", done + 1, total, shown(key), left)

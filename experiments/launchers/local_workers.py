@@ -18,8 +18,8 @@ from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import USER_ERROR, UserError
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.local import RunKey, check_machine, num_cpus
-from alignlab.experiments.launchers.run_progress import RunsProgress
+from alignlab.experiments.launchers.local import check_machine, num_cpus
+from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers.config import LaunchConfig
-from alignlab.experiments.launchers.local import RunKey, shown
+from alignlab.experiments.launchers.local import shown
 from alignlab.experiments.launchers.node import LOG, order_for, seen, train_run
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths, RayTasks, connected
-from alignlab.experiments.launchers.run_progress import RunsProgress
+from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
 from alignlab.experiments.launchers.sources import waits
 from alignlab.runs.checkpoint_folders import newest_step
 

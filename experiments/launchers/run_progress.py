@@ -1,17 +1,16 @@
-"""How far runs are that other processes train, by what their folders hold."""
+"""How far the runs of a launch are, in one line: those of other processes by their folders."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
-from alignlab.experiments.launchers.local import RunKey
 from alignlab.progress import step_progress
+from alignlab.runs.metric_rows import last_lines
 from alignlab.runs.run_folder import RunFolder
 
-TAIL = 2**16  # bytes; the last row of a log is shorter
+RunKey = tuple[str, int]  # variant, seed
 
 
 class RunsProgress:
@@ -39,12 +38,44 @@ class RunsProgress:
     @contextmanager
     def shown(self) -> Iterator[Callable[[], None]]:
         """Shows steps done of all runs together, at each call of what it gives."""
-        name = next(iter(self._runs.values())).name.split("/")[0]
-        total = sum(run.steps for run in self._runs.values())
-        with step_progress(name, total=total, done=self._steps()) as advance:
-            yield lambda: advance(
-                self._steps(), f"{len(self.finished)} of {len(self._runs)} runs finished"
-            )
+        with step_progress(self._name(), total=self._total(), done=self._steps()) as advance:
+            yield lambda: advance(self._steps(), self._count())
+
+    @contextmanager
+    def shown_here(self) -> Iterator[Callable[[RunKey], None]]:
+        """As `shown`, for runs of this process: whenever one of them shows its own steps.
+
+        Yields:
+            What is to be told which run has ended.
+        """
+        keys = {run.name: key for key, run in self._runs.items()}
+        steps = {key: steps_done(folder) for key, folder in self.folders.items()}
+
+        def part(label: str, done: int, note: str) -> tuple[int, str] | None:
+            if label not in keys:
+                return None  # an evaluation
+            key = keys[label]
+            steps[key] = min(done, self._runs[key].steps - 1)
+            return sum(steps.values()), f"{self._count()}, {note}" if note else self._count()
+
+        total, done = self._total(), sum(steps.values())
+        with step_progress(self._name(), total=total, done=done, part=part) as advance:
+
+            def ended(key: RunKey) -> None:
+                self.finished.add(key)
+                steps[key] = self._runs[key].steps
+                advance(sum(steps.values()), self._count())
+
+            yield ended
+
+    def _name(self) -> str:
+        return next(iter(self._runs.values())).name.rsplit("/", 2)[0]
+
+    def _total(self) -> int:
+        return sum(run.steps for run in self._runs.values())
+
+    def _count(self) -> str:
+        return f"{len(self.finished)} of {len(self._runs)} runs finished"
 
     def _steps(self) -> int:
         # a run whose last step is done is still evaluated
@@ -56,14 +87,8 @@ class RunsProgress:
 
 def steps_done(folder: RunFolder) -> int:
     """The step of the last whole row in `metrics.jsonl`; 0 without one."""
-    if not folder.metrics.is_file():
-        return 0
-    with folder.metrics.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAIL))
-        lines = file.read().split(b"\n")[:-1]
-    whole = lines[1:] if size > TAIL else lines
+    lines = last_lines(folder.metrics)
     try:
-        return int(json.loads(whole[-1])["step"]) if whole else 0
+        return int(json.loads(lines[-1])["step"]) if lines else 0
     except (ValueError, KeyError, TypeError):
         return 0  # of a damaged row the run itself speaks

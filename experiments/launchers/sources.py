@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.experiments.launchers.local import RunKey
+from alignlab.experiments.launchers.run_progress import RunKey
 from alignlab.models.wan import checked_pipeline
 from alignlab.runs.init_source import named_run
 from alignlab.runs.inputs import used_teachers

@@ -26,6 +26,8 @@ COMMANDS = [
     "compare",
     "report",
     "sweep",
+    "runs",
+    "init",
     "demo",
     "findings",
     "evaluate",
