@@ -8,6 +8,7 @@ more than a twentieth of a training's time, whatever it does.
 import errno
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -109,22 +110,36 @@ class Connection:
         self._rest(SHARE * (time.monotonic() - begin))
         return True
 
-    def upload(self, work: Callable[[Any, Iterable[Path]], object], files: Iterable[Path]) -> bool:
+    def upload(
+        self,
+        work: Callable[[Any, Iterable[Path]], object],
+        files: Iterable[Path],
+        *,
+        until: float = math.inf,
+    ) -> bool:
         """Adds files to a run; a place that takes none is told once, and not asked again.
 
         Args:
-            work: gets the client and the files.
+            work: gets the client and the files, one at a time.
             files: to add.
+            until: none is begun then or later, as `time.monotonic()` counts.
 
         Returns:
             Whether MLflow has all files that it takes.
         """
+        return all(
+            time.monotonic() < until and self.add(lambda client, file=file: work(client, (file,)))
+            for file in files
+        )
+
+    def add(self, work: Work) -> bool:
+        """As `upload`, of one file; it gets the client."""
         if self._takes_no_files:
             return True
 
         def add(client: Any) -> None:
             try:
-                work(client, files)
+                work(client)
             except _failures() as error:
                 if not _takes_no_files(error):
                     raise
