@@ -63,7 +63,7 @@ def _metadata(config: RunConfig) -> list[str]:
 def _summary(config: RunConfig) -> str:
     model = config.model
     start = "from random weights" if model.init == "random" else f"from {_text(model.path)}"
-    how = f"a LoRA of rank {model.lora.rank}" if model.train == "lora" else "all weights"
+    how = "all weights" if model.lora is None else f"a LoRA of rank {model.lora.rank}"
     loss = "flow matching alone"
     if config.objectives:
         names = ", ".join(sorted({str(o.name) for o in config.objectives.values()}))

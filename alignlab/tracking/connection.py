@@ -14,6 +14,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,8 +129,7 @@ class Connection:
             Whether MLflow has all files that it takes.
         """
         return all(
-            time.monotonic() < until and self.add(lambda client, file=file: work(client, (file,)))
-            for file in files
+            time.monotonic() < until and self.add(partial(_with_file, work, file)) for file in files
         )
 
     def add(self, work: Work) -> bool:
@@ -214,6 +214,10 @@ def connection(config: TrainingConfig) -> Connection | None:
     else:
         made = Connection(expanded_url(place))
     return _connections.setdefault(made.uri, made)
+
+
+def _with_file(work: Callable[[Any, Iterable[Path]], object], file: Path, client: Any) -> None:
+    work(client, (file,))
 
 
 def _probe(uri: str) -> None:

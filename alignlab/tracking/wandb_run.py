@@ -76,7 +76,7 @@ class WandbRun(OtherTracker):
             resume="allow" if self._is_online else None,
             config=mlflow_params(config) | {"alignlab.recipe_hash": recipe_hash(config)},
             dir=str(folder.path),
-            mode=mode,  # type: ignore[arg-type]  # W&B says what it takes
+            mode=mode,
             reinit="create_new",
             settings=_settings(config),
         )

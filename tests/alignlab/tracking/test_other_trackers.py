@@ -206,9 +206,7 @@ def test_wandb_is_offline_and_has_each_row_once_also_after_a_kill(
         train_until(config, 3)
     folder = tmp_path / "mine" / "none" / "seed-0"
     train(config)
-    assert in_wandb(folder) == [
-        (name, step, pytest.approx(value)) for name, step, value in written(folder)
-    ]
+    assert in_wandb(folder) == approximately(written(folder))
     (one,) = (folder / "wandb").glob("offline-run-*")
     for file in one.rglob("*"):
         assert not file.is_file() or b"secret-word" not in file.read_bytes()

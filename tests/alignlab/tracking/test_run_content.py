@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import DatasetInput, Run
 
 from alignlab.config.run import RunConfig
 from alignlab.data.video import write_mp4
@@ -30,6 +30,11 @@ def run_of(output: Path) -> tuple[MlflowClient, Run]:
     return client, run
 
 
+def data_sets(run: Run) -> list[DatasetInput]:
+    assert run.inputs is not None
+    return list(run.inputs.dataset_inputs)
+
+
 def test_mlflow_has_clips_data_set_digests_and_model_card(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -41,7 +46,7 @@ def test_mlflow_has_clips_data_set_digests_and_model_card(
     sent = Path(client.download_artifacts(run.info.run_id, "samples/1.mp4", str(tmp_path)))
     assert sent.read_bytes() == (folder / "samples" / "1.mp4").read_bytes()
 
-    (data,) = run.inputs.dataset_inputs
+    (data,) = data_sets(run)
     assert data.dataset.name == "shapes" and data.dataset.digest.startswith("v2-")
     assert {tag.value for tag in data.tags} == {"training"}
     record = read_json(folder / "inputs.json", fix="")
@@ -56,12 +61,12 @@ def test_mlflow_has_clips_data_set_digests_and_model_card(
 
     assert send_run(folder)  # everything again
     _, again = run_of(tmp_path)
-    assert len(again.inputs.dataset_inputs) == 1
+    assert len(data_sets(again)) == 1
 
 
 def test_other_data_have_another_digest(make_config: MakeConfig, tmp_path: Path) -> None:
     digests = []
-    overrides = ([], ["data.train_clips=5"], ["data.workers=1"])
+    overrides: tuple[list[str], ...] = ([], ["data.train_clips=5"], ["data.workers=1"])
     for number, override in enumerate(overrides):
         place = f"sqlite:///{tmp_path}/mlflow.db"
         config = make_config(f"tracking.mlflow={place}", f"name=e{number}", *override)
@@ -71,7 +76,7 @@ def test_other_data_have_another_digest(make_config: MakeConfig, tmp_path: Path)
         experiment = client.get_experiment_by_name(f"e{number}")
         assert experiment is not None
         (run,) = client.search_runs([experiment.experiment_id])
-        digests.append(run.inputs.dataset_inputs[0].dataset.digest)
+        digests.append(data_sets(run)[0].dataset.digest)
     assert digests[0] == digests[2] != digests[1]
 
 
