@@ -6,9 +6,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.model_card import FILE, model_card
 from alignlab.progress import tell
-from alignlab.runs.atomic_files import whole_folder
+from alignlab.runs.atomic_files import whole_folder, write_text
+from alignlab.runs.checkpoint_folders import step_of
 from alignlab.runs.out_paths import out_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
@@ -30,7 +33,8 @@ def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
     Full fine-tuning gives a diffusers pipeline folder, `WanPipeline.from_pretrained(out)`. LoRA
     gives the adapter, `pipeline.load_lora_weights(out)`. Of a run with
     `model.absent_references: zero` a warning says what inference has to add; of one with
-    `model.init: random` a line says that nothing of `model.path`'s transformer is in it.
+    `model.init: random` a line says that nothing of `model.path`'s transformer is in it. Beside
+    either is `model_card.md` (`alignlab.model_card`).
 
     Args:
         run_dir: its folder.
@@ -55,7 +59,9 @@ def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
         log.warning(ZEROS)
     if config.model.init == "random":
         tell(RANDOM.format(path=config.model.path))
+    card = model_card(RunFolder.open(run_dir), which=_shown(run_dir, choice, config))
     with whole_folder(out) as folder:
+        write_text(folder / FILE, card)
         if getattr(wan.transformer, "peft_config", None):
             save_lora(wan.transformer, folder)
             return
@@ -64,6 +70,13 @@ def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
         index = json.loads((folder / "model_index.json").read_text())
         index["_name_or_path"] = config.name
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shown(run_dir: Path, choice: ModelChoice, config: RunConfig) -> str:
+    """Which model is exported, in words."""
+    step = step_of(choice.find(RunFolder(run_dir).checkpoints))
+    is_average = choice.is_average(config.optim)
+    return f"the moving average of the weights at step {step}" if is_average else f"step {step}"
 
 
 def _base_weights(pipeline: Path) -> Callable[[str, list[str]], set[str]]:

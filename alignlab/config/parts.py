@@ -392,8 +392,21 @@ class TrackingConfig(Settings):
     mlflow: str = "sqlite"
     """`sqlite`: `<output>/mlflow.db`; `none`: no MLflow; anything else: an MLflow tracking URI.
     MLflow may be away: `metrics.jsonl` has all rows, and `alignlab track` sends what it lacks."""
+    also: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Further trackers, which get the same rows under the same names; each has a package that is
+    not installed with alignlab. W&B stays offline unless WANDB_MODE says otherwise."""
+    system_metrics: bool = False
+    """Load of CPU, memory, disk, network and GPUs as `system/...`: MLflow's own measurement, every
+    10 s (MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL), and W&B's."""
     log_every: int = Field(default=10, ge=1)
     """Steps between two log rows."""
+
+    @field_validator("also")
+    @classmethod
+    def _each_once(cls, also: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(also)) < len(also):
+            raise ValueError(f"{', '.join(also)}: name each tracker once")
+        return also
 
     @field_validator("mlflow")
     @classmethod

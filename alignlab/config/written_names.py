@@ -8,13 +8,13 @@ import re
 
 _IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache", "figures")  # figures: of a variant too
 _KEPT = ("checkpoints", "samples", "stage1")
-_IN_RUNS = (*_KEPT, "export", "probe", "evaluations", "figures")
+_IN_RUNS = (*_KEPT, "export", "probe", "evaluations", "tensorboard", "wandb", "figures")
 _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
     comparison.json report.html report.md table.csv table.tex steps.csv noise_floor.csv
     progress.json budget.json cost.json code.json checksums.json mlflow.json mlflow_tags.json
-    study.db trials.csv best.yaml sweep.html worker.log stage1.json
+    wandb.json study.db trials.csv best.yaml sweep.html worker.log stage1.json
     """.split()
 )
 _MORE_FILES = (
@@ -27,7 +27,7 @@ _OF_A_SEED = r".+/seed-\d+"  # as comparisons and sweeps name their runs
 def is_kept(name: str) -> bool:
     """Whether a run, comparison, sweep or Stage 1 network reads again what has this name in it.
 
-    Its `export`, `probe` and `evaluations` are for users alone.
+    Its `export`, `probe`, `evaluations`, `tensorboard` and `wandb` are for users alone.
     """
     if name in _FILES or name in _KEPT or name.startswith("."):
         return True

@@ -16,6 +16,8 @@ result.json        final metrics, digests of the Stage 1 networks that were used
                    that the run is finished
 mlflow.json        which run of MLflow is this one's, unless `tracking.mlflow` is `none`; its
                    parent and further tags are in mlflow_tags.json (`alignlab.tracking`)
+tensorboard/       with `tracking.also`: an event file;
+wandb/             what W&B writes, and in wandb.json which run of it is this one's
 .writer.lock       the lock of the process that writes here
 
 A launcher that takes a node for dead starts the run elsewhere, while the process on that node may
@@ -79,12 +81,14 @@ START_FILES = (  # of a run before its first checkpoint
         "mlflow.json",
         "mlflow_tags.json",
         ".mlflow.lock",
+        "wandb.json",
         "worker.log",
         prolong.HISTORY,
         RECORD,
         "code.diff",
     ),
 )
+START_FOLDERS = ("tensorboard", "wandb")  # likewise
 
 
 class RunFolder:
@@ -382,6 +386,8 @@ def _is_clip(clip: object) -> bool:
 def _is_of_a_start(path: Path) -> bool:
     """Whether a run folder's entry says nothing of a step that was kept, and is ours."""
     if path.is_dir():  # leftovers of a killed process; clips of evaluations while it trained
+        if path.name in START_FOLDERS:
+            return True
         begins = {"checkpoints": (".step-",), "samples": ("step-", ".step-")}.get(path.name, ())
         return bool(begins) and all(entry.name.startswith(begins) for entry in path.iterdir())
     is_leftover = path.name.startswith(".") and path.name.endswith(".tmp")

@@ -8,11 +8,13 @@ more than a twentieth of a training's time, whatever it does.
 import errno
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,22 +111,35 @@ class Connection:
         self._rest(SHARE * (time.monotonic() - begin))
         return True
 
-    def upload(self, work: Callable[[Any, Iterable[Path]], object], files: Iterable[Path]) -> bool:
+    def upload(
+        self,
+        work: Callable[[Any, Iterable[Path]], object],
+        files: Iterable[Path],
+        *,
+        until: float = math.inf,
+    ) -> bool:
         """Adds files to a run; a place that takes none is told once, and not asked again.
 
         Args:
-            work: gets the client and the files.
+            work: gets the client and the files, one at a time.
             files: to add.
+            until: none is begun then or later, as `time.monotonic()` counts.
 
         Returns:
             Whether MLflow has all files that it takes.
         """
+        return all(
+            time.monotonic() < until and self.add(partial(_with_file, work, file)) for file in files
+        )
+
+    def add(self, work: Work) -> bool:
+        """As `upload`, of one file; it gets the client."""
         if self._takes_no_files:
             return True
 
         def add(client: Any) -> None:
             try:
-                work(client, files)
+                work(client)
             except _failures() as error:
                 if not _takes_no_files(error):
                     raise
@@ -199,6 +214,10 @@ def connection(config: TrainingConfig) -> Connection | None:
     else:
         made = Connection(expanded_url(place))
     return _connections.setdefault(made.uri, made)
+
+
+def _with_file(work: Callable[[Any, Iterable[Path]], object], file: Path, client: Any) -> None:
+    work(client, (file,))
 
 
 def _probe(uri: str) -> None:

@@ -20,7 +20,9 @@ from alignlab.runs.checksums import DamagedError, read_json, without_checksum_li
 from alignlab.runs.file_lock import file_lock
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.connection import Connection
-from alignlab.tracking.names import mlflow_name, mlflow_tags
+from alignlab.tracking.names import mlflow_tags, tracked_name
+from alignlab.tracking.points import metric_names, points
+from alignlab.tracking.run_content import DatasetFacts
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,6 @@ PARENT = "mlflow.parentRunId"
 MAX_RUN_NAME = 250
 MOST_METRICS = 1000  # in a request
 TEXTS = (".yaml", ".csv")  # that quote settings and errors
-ABOUT_A_ROW = ("step", "time")
 
 
 class MlflowRun:
@@ -125,13 +126,13 @@ class MlflowRun:
         for row, marker in self._queue:
             step = int(row["step"])
             if step not in self._steps(client, marker):
-                points = [
-                    Metric(mlflow_name(name), row[name], round(row.get("time", 0.0) * 1000), step)
-                    for name in _names(row, last=marker)
+                metrics = [
+                    Metric(point.name, point.value, round(point.time_s * 1000), step)
+                    for point in points(row, last=marker)
                 ]
-                if batch and len(batch) + len(points) > MOST_METRICS:
+                if batch and len(batch) + len(metrics) > MOST_METRICS:
                     break
-                batch += points
+                batch += metrics
                 sent.append((marker, step))
             taken += 1
         if batch:
@@ -145,23 +146,45 @@ class MlflowRun:
         """Final values of a run without rows of its own; again with the same time: no second."""
         from mlflow.entities import Metric
 
-        points = [
-            Metric(mlflow_name(name), value, round(when_s * 1000), 0)
+        final = [
+            Metric(tracked_name(name), value, round(when_s * 1000), 0)
             for name, value in metrics.items()
         ]
-        client.log_batch(self._run_id, metrics=points)
+        client.log_batch(self._run_id, metrics=final)
 
     def upload(self, client: Any, files: Iterable[Path]) -> None:
-        """Adds files, those that are there, as artifacts; recipes without passwords in URLs."""
+        """Adds files, those that are there, as artifacts; recipes without passwords in URLs.
+
+        Those in a folder below the run's are in a folder of that name.
+        """
+        here = self._folder.resolve()
         for file in files:
             if not file.exists():
                 continue
+            name = file.name
+            if file.resolve().is_relative_to(here):
+                name = file.resolve().relative_to(here).as_posix()
             text = file.read_text("utf-8") if file.suffix in TEXTS else ""
             if without_password(text) == text:
-                client.log_artifact(self._run_id, str(file))
+                client.log_artifact(self._run_id, str(file), name.rpartition("/")[0] or None)
             else:
                 shown = without_password(without_checksum_line(text))
-                client.log_text(self._run_id, shown, file.name)
+                client.log_text(self._run_id, shown, name)
+
+    def upload_text(self, client: Any, name: str, text: str) -> None:
+        """Adds a file that lies nowhere on this machine."""
+        client.log_text(self._run_id, without_password(text), name)
+
+    def set_datasets(self, client: Any, datasets: Iterable[DatasetFacts]) -> None:
+        """Says what the run was trained on; again the same: no second."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        tags = [InputTag("mlflow.data.context", "training")]
+        inputs = []
+        for facts in datasets:
+            name, source = tracked_name(facts.name), without_password(facts.source)
+            inputs.append(DatasetInput(Dataset(name, facts.digest, "alignlab", source), tags))
+        client.log_inputs(self._run_id, datasets=inputs)
 
     def close(self, client: Any, status: str, *, complete: bool = True) -> None:
         """Ends it: `FINISHED`, `FAILED` or `KILLED`.
@@ -277,13 +300,13 @@ class MlflowRun:
         if marker not in self._known:
             history = []
             if not self._is_new:
-                history = client.get_metric_history(self._run_id, mlflow_name(marker))
+                history = client.get_metric_history(self._run_id, tracked_name(marker))
             self._known[marker] = {metric.step for metric in history}
         return self._known[marker]
 
     def _append(self, row: Mapping[str, float]) -> None:
         """Queues a row with its marker: the first name that no earlier row of its step has."""
-        names = _names(row)
+        names = metric_names(row)
         step, earlier = self._last_names
         if step != row["step"]:
             earlier = set()
@@ -291,12 +314,6 @@ class MlflowRun:
         self._last_names = (row["step"], earlier | set(names))
         if marker is not None:
             self._queue.append((dict(row), marker))
-
-
-def _names(row: Mapping[str, float], last: str | None = None) -> list[str]:
-    """Names of a row's scalars in order; one of them may be put last."""
-    names = [name for name in row if name not in ABOUT_A_ROW]
-    return names if last is None else [*(name for name in names if name != last), last]
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Names and values as MLflow takes them; what it refuses is written otherwise."""
+"""Names and values as MLflow takes them; what it refuses is written otherwise.
+
+Other trackers take more, and get the same: a metric has one name everywhere.
+"""
 
 import hashlib
 import posixpath
@@ -17,8 +20,8 @@ CUT = "..."
 REFUSED = re.compile(r"[^/\w.\- :]", re.ASCII)
 
 
-def mlflow_name(name: str) -> str:
-    """The name of a metric or a parameter in MLflow.
+def tracked_name(name: str) -> str:
+    """The name of a metric or a parameter in trackers.
 
     ASCII letters, digits, space and `_ - . : /` stay. Any other character becomes `_x` and its code
     point in hexadecimal digits, then `_`: `dino v2 (b)` is `dino v2 _x28_b_x29_`. So do dots and
@@ -42,14 +45,14 @@ def mlflow_params(config: TrainingConfig) -> dict[str, str]:
     """
     settings = flatten(config.model_dump(mode="json"))
     return {
-        mlflow_name(key): cut(without_password(str(value)), MAX_VALUE)
+        tracked_name(key): cut(without_password(str(value)), MAX_VALUE)
         for key, value in settings.items()
     }
 
 
 def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags as MLflow takes them, without passwords in URLs; one that is too long ends in `...`."""
-    return {mlflow_name(key): cut(without_password(value), MAX_TAG) for key, value in tags.items()}
+    return {tracked_name(key): cut(without_password(value), MAX_TAG) for key, value in tags.items()}
 
 
 def cut(text: str, length: int) -> str:

@@ -1,14 +1,17 @@
-"""The log of a training: `metrics.jsonl`, and MLflow, which follows it."""
+"""The log of a training: `metrics.jsonl`, and the trackers that follow it."""
 
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from alignlab.config.parts import TrainingConfig
-from alignlab.errors import EndedEarlyError
+from alignlab.config.run import RunConfig
+from alignlab.errors import EndedEarlyError, UserError
+from alignlab.model_card import FILE, model_card
 from alignlab.recipe import recipe_hash
 from alignlab.runs.metric_rows import append_row, keep_rows
 from alignlab.runs.run_folder import RunFolder
@@ -21,6 +24,9 @@ from alignlab.tracking.mlflow_run import (
     read_state,
 )
 from alignlab.tracking.names import mlflow_params
+from alignlab.tracking.other_trackers import OtherTrackers, check_packages
+from alignlab.tracking.run_content import datasets, digest_tags, run_files
+from alignlab.tracking.system_metrics import SystemMetrics
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +40,8 @@ class Tracker:
     Rows are written to `metrics.jsonl` first, and sent to MLflow from there: at once, or together
     where MLflow is slow, or when it answers again, at the latest at the end. What is missing then,
     `alignlab track` sends. A resumed run continues the same MLflow run, and rows that will be
-    written again are dropped from `metrics.jsonl`; MLflow gets no row twice.
+    written again are dropped from `metrics.jsonl`; MLflow gets no row twice. The trackers of
+    `tracking.also` follow the file likewise (`other_trackers.py`).
 
     Args:
         folder: the run folder.
@@ -56,11 +63,15 @@ class Tracker:
         way = connection(config)
         if way is not None:
             self._shipper = Shipper(way, folder, config, environment, anew=start == 0)
+            self._shipper.system_metrics = config.tracking.system_metrics
         keep_rows(folder.metrics, start)
+        self._others: OtherTrackers | None = None
+        self._begin_others = partial(OtherTrackers, folder, config, anew=start == 0)
 
     def __enter__(self) -> Self:
         if self._shipper is not None:
             self._shipper.ship(UNLESS_AWAY)
+        self._others = self._begin_others()
         return self
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -70,6 +81,8 @@ class Tracker:
         if self._shipper is not None:
             self._shipper.add(row)
             self._shipper.ship(PACED)
+        if self._others is not None:
+            self._others.log(row)
 
     def __exit__(
         self,
@@ -77,12 +90,11 @@ class Tracker:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._shipper is None:
-            return
-        if exc is None:
-            self._shipper.end("FINISHED", within_s=END_S)
-        else:
-            self._shipper.end(status_of(exc), within_s=INTERRUPTED_S)
+        status = "FINISHED" if exc is None else status_of(exc)
+        if self._others is not None:
+            self._others.end(status)
+        if self._shipper is not None:
+            self._shipper.end(status, within_s=END_S if exc is None else INTERRUPTED_S)
 
 
 class SilentTracker(Tracker):
@@ -90,6 +102,12 @@ class SilentTracker(Tracker):
 
     def __init__(self) -> None:
         self._shipper = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         pass
@@ -117,10 +135,15 @@ class Shipper:
         anew: bool = False,
         only_sender: bool = False,
     ) -> None:
+        self.system_metrics = False
+        """Whether MLflow measures the machine while the run is open."""
+        self._monitor: SystemMetrics | None = None
         self._way = way
         self._folder = folder
+        self._config = config
         tags = {f"alignlab.{key}": value for key, value in environment.items()}
         tags |= {RECIPE_HASH: recipe_hash(config), "alignlab.seed": str(config.seed)}
+        tags |= digest_tags(folder, config)
         self._run = MlflowRun(
             folder.path,
             way,
@@ -142,6 +165,8 @@ class Shipper:
 
         def work(client: Any) -> None:
             self._run.open(client)
+            if self.system_metrics and self._monitor is None:
+                self._monitor = SystemMetrics(self._run.run_id, self._way.uri)
             self._run.send(client)
 
         return self._attempt(work, when)
@@ -154,13 +179,15 @@ class Shipper:
             within_s: no further request is begun after that.
         """
         until = time.monotonic() + within_s
+        if self._monitor is not None:
+            self._monitor.end()
+            self._monitor, self.system_metrics = None, False
         went_well = self.ship(NOW)
         while went_well and self._run.unsent and time.monotonic() < until:
             went_well = self.ship(NOW)
         unsent = self._run.unsent
         if went_well:
-            files = (self._folder.recipe, self._folder.result)
-            has_files = self._way.upload(self._run.upload, files)
+            has_files = self._send_content(until)
             went_well = self._attempt(
                 lambda client: self._run.close(client, status, complete=has_files), NOW
             )
@@ -169,6 +196,25 @@ class Shipper:
         if not complete and not (self._folder.path / TAGS).exists():  # else its parent tells
             tell_unsent(self._way, self._folder.path)
         return complete
+
+    def _send_content(self, until: float) -> bool:
+        """Adds what a run has besides rows; whether MLflow has all of it that it takes."""
+        run, facts = self._run, datasets(self._folder, self._config)
+        files = run_files(self._folder)
+        done = self._way.upload(run.upload, files[:2], until=until)  # first what was there always
+        done = done and time.monotonic() < until
+        done = done and self._attempt(lambda client: run.set_datasets(client, facts), NOW)
+        done = done and self._way.upload(run.upload, files[2:], until=until)
+        if not done or not isinstance(self._config, RunConfig) or not self._folder.result.exists():
+            return done
+        try:
+            card = model_card(self._folder)
+        except UserError as error:  # a damaged file; what there is was sent
+            log.warning("no model card: %s", error)
+            return True
+        return time.monotonic() < until and self._way.add(
+            lambda client: run.upload_text(client, FILE, card)
+        )
 
     def _attempt(self, work: Work, when: When) -> bool:
         done = self._way.attempt(work, when=when)
@@ -197,7 +243,12 @@ def experiment_name(config: TrainingConfig) -> str:
 
 
 def ask(config: TrainingConfig) -> None:
-    """Tells before a model is built whether MLflow does not answer."""
+    """Tells before a model is built whether MLflow does not answer.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+    check_packages(config)
     way = connection(config)
     if way is not None:
         way.attempt(lambda client: experiment_id(client, experiment_name(config), way))

@@ -12,11 +12,16 @@ from alignlab.runs.log_filters import quiet_libraries
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking.connection import NOW, Connection, connection
 from alignlab.tracking.mlflow_run import PARENT, MlflowRun, read_state, write_tags
+from alignlab.tracking.other_trackers import check_packages
 from alignlab.tracking.send import send_each_unless_ended
 from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
 VARIANT = "alignlab.variant"
-FILES = ("comparison.json", "report.html", "report.md", "table.csv")
+FILES = (
+    *("comparison.json", "report.html", "report.md"),
+    *("table.csv", "table.tex", "steps.csv", "noise_floor.csv"),
+)
+FIGURES = "figures"
 
 
 @contextmanager
@@ -29,7 +34,13 @@ def tracked(
         folder: of the comparison.
         runs: by variant and seed.
         folders: theirs; they exist.
+
+    Raises:
+        UserError: a tracker's package is not installed, and there is a run to be trained.
     """
+    for key, run in runs.items():
+        if not folders[key].result.exists():
+            check_packages(run)
     parent = ParentRun(folder, next(iter(runs.values())))
     parent.begin({folders[key].path: {VARIANT: key[0]} for key in runs})
     try:
@@ -98,6 +109,7 @@ class ParentRun:
                 is_open = not way.is_away
             if is_open and status == "FINISHED":
                 files = [self._folder / name for name in FILES]
+                files += sorted((self._folder / FIGURES).glob("[!.]*"))
                 has_all = way.upload(run.upload, files) and has_all
             complete = is_open and way.attempt(
                 lambda client: run.close(client, status, complete=has_all), when=NOW

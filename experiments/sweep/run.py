@@ -28,6 +28,7 @@ from alignlab.runs.atomic_files import write_text
 from alignlab.runs.checksums import forget_checksums
 from alignlab.runs.input_record import InputRecord
 from alignlab.runs.out_paths import check_out_folder
+from alignlab.tracking.other_trackers import check_packages
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +44,11 @@ def sweep(config: SweepConfig, *, launcher: SweepLauncher | None = None) -> Path
         The page with the results; `best.yaml` and `trials.csv` lie beside it.
 
     Raises:
-        UserError: the recipe cannot run here, the storage cannot be used, or the trials so far
-            have read other files.
+        UserError: the recipe cannot run here, a tracker's package is not installed, the storage
+            cannot be used, or the trials so far have read other files.
     """
     check(config)
+    check_packages(config.base)
     check_out_folder(sweep_folder(config), "output")
     with (launcher or make_sweep_launcher("local"))(config) as run_trials:
         record = refuse_other_inputs(config, config.base)  # before anything is written

@@ -21,7 +21,7 @@ from alignlab.experiments.sweep.study import METRICS, SAME_AS, SweepStudy, shown
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.tracking.connection import NOW, UNLESS_AWAY, Connection, When, connection
 from alignlab.tracking.mlflow_run import ENDED, PARENT, MlflowRun, read_state, write_tags
-from alignlab.tracking.names import mlflow_name
+from alignlab.tracking.names import tracked_name
 from alignlab.tracking.send import send_each_unless_ended
 from alignlab.tracking.tracker import END_S, experiment_name, status_of, tell_unsent
 
@@ -155,7 +155,7 @@ class SweepTracker:
             experiment=experiment_name(self._sweep.config.base),
             name=f"{study.study_name}/{folder.name}",
             tags=tags,
-            params={mlflow_name(key): str(value) for key, value in values.items()},
+            params={tracked_name(key): str(value) for key, value in values.items()},
             known_id=attrs.get(MLFLOW_ID, ""),
         )
 

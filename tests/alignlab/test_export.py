@@ -133,7 +133,7 @@ def test_the_export_gives_the_trained_output_without_alignlab(
 def test_the_folder_is_laid_out_as_the_original(
     exported: dict[str, Path], wan_folder: Path
 ) -> None:
-    assert tree(exported["full"]) == tree(wan_folder)
+    assert tree(exported["full"]) == tree(wan_folder) | {"model_card.md"}
     weights = "transformer/diffusion_pytorch_model.safetensors"
     original, found = load_file(wan_folder / weights), load_file(exported["full"] / weights)
     assert found.keys() == original.keys()
@@ -144,7 +144,7 @@ def test_the_folder_is_laid_out_as_the_original(
 
 
 def test_a_lora_export_is_the_adapter_alone(exported: dict[str, Path], lora_run: Path) -> None:
-    assert tree(exported["lora"]) == {"pytorch_lora_weights.safetensors"}
+    assert tree(exported["lora"]) == {"pytorch_lora_weights.safetensors", "model_card.md"}
     names = load_file(exported["lora"] / "pytorch_lora_weights.safetensors").keys()
     assert all(name.startswith("transformer.blocks.") for name in names)
     adapted = [n for n, _ in trained(lora_run).named_parameters() if "lora_" in n]

@@ -37,7 +37,7 @@ from mlflow import MlflowClient
 
 from alignlab.runs.metric_rows import read_rows
 from alignlab.tracking.connection import Connection
-from alignlab.tracking.names import mlflow_name
+from alignlab.tracking.names import tracked_name
 
 RECIPE = """
 name: run
@@ -205,7 +205,7 @@ def wait_for_rows(metrics: Path) -> None:
 def compared(client: MlflowClient, metrics: Path) -> tuple[int, int]:
     """How many points of a run's log MLflow lacks, and how many it has too many."""
     written = Counter(
-        (mlflow_name(name), int(row["step"]))
+        (tracked_name(name), int(row["step"]))
         for row in read_rows(metrics)
         for name in row.keys() - {"step", "time"}
     )

@@ -29,7 +29,7 @@ from alignlab.tracking.mlflow_run import (
     read_tags,
     write_tags,
 )
-from alignlab.tracking.names import MAX_NAME, mlflow_name
+from alignlab.tracking.names import MAX_NAME, tracked_name
 from alignlab.tracking.send import send_run
 from alignlab.train import train
 from kills import Killed
@@ -300,9 +300,9 @@ def test_any_alias_is_a_name_for_mlflow(alias: str, output: Output) -> None:
         tracker.log(1, {f"loss/{alias}": 1.0, f"loss/{alias}x/pull": 2.0})
         tracker.log(1, {alias: 3.0})
     assert output.sent().total() == 3
-    assert len(mlflow_name(f"loss/{alias}")) <= MAX_NAME
-    assert mlflow_name("loss/dino v2 (b)") == "loss/dino v2 _x28_b_x29_"
-    assert mlflow_name("loss/ra/pull") == "loss/ra/pull"
+    assert len(tracked_name(f"loss/{alias}")) <= MAX_NAME
+    assert tracked_name("loss/dino v2 (b)") == "loss/dino v2 _x28_b_x29_"
+    assert tracked_name("loss/ra/pull") == "loss/ra/pull"
 
 
 def test_a_training_without_its_server_is_sent_later(
@@ -325,7 +325,7 @@ def test_a_training_without_its_server_is_sent_later(
     (run,) = output.runs()
     assert run.info.status == "FINISHED" and run.data.tags["alignlab.seed"] == "0"
     artifacts = {file.path for file in output.client.list_artifacts(run.info.run_id)}
-    assert artifacts == {"recipe.yaml", "result.json"}
+    assert artifacts == {"recipe.yaml", "result.json", "model_card.md"}
 
 
 def test_a_slow_server_gets_a_twentieth_of_the_time(

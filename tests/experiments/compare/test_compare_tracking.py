@@ -23,7 +23,10 @@ variants:
   aligned:
     objectives.ra: {name: refalign, teacher: dino, blocks: [0, 2], gate: t^3}
 """
-FILES = {"comparison.json", "report.html", "report.md", "table.csv"}
+FILES = {
+    *("comparison.json", "report.html", "report.md", "figures"),
+    *("table.csv", "table.tex", "noise_floor.csv"),
+}
 
 
 def by_name(client: MlflowClient) -> dict[str, Run]:
@@ -59,6 +62,9 @@ def test_the_runs_of_a_comparison_are_under_one(
         parent = runs["pair"].info
         assert {run.info.status for run in runs.values()} == {"FINISHED"}
         assert {file.path for file in client.list_artifacts(parent.run_id)} == FILES
+        figures = {file.path for file in client.list_artifacts(parent.run_id, "figures")}
+        assert figures == {f"figures/{file.name}" for file in (report.parent / "figures").iterdir()}
+        assert {"figures/charts.pdf", "figures/forest.svg"} <= figures
         for variant in ("none", "aligned", "none-again"):
             tags = runs[f"pair/{variant}/seed-0"].data.tags
             assert tags["mlflow.parentRunId"] == parent.run_id
