@@ -59,8 +59,8 @@ class RunRow:
     def as_json(self) -> dict[str, Any]:
         """Plain values; a loss that is not finite is None."""
         loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
-        fields = {"name": self.name, "kind": "run", "state": self.state, "step": self.step}
-        fields |= {"steps": self.steps, "loss": loss, "left_s": self.left_s}
+        fields: dict[str, Any] = {"name": self.name, "kind": "run", "state": self.state}
+        fields |= {"step": self.step, "steps": self.steps, "loss": loss, "left_s": self.left_s}
         return fields | {"problem": self.problem or None}
 
 

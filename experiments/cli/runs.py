@@ -51,7 +51,9 @@ def _group(group: "GroupRow", *, show_all: bool) -> list[tuple[str, ...]]:
 
     count = f"{group.num_ended} of {group.planned} runs"
     left = "" if group.left_s is None else shown_duration(group.left_s)
-    rows = [(f"{printable(group.name)} ({group.kind})", group.state, count, "", left)]
+    rows: list[tuple[str, ...]] = [
+        (f"{printable(group.name)} ({group.kind})", group.state, count, "", left)
+    ]
     for run in group.runs:
         if show_all or run.state not in RARELY_LOOKED_AT:
             rows.append(_run(run, "  "))

@@ -1,4 +1,4 @@
-"""Tab in a shell: the script of `--show-completion`, and that `--install-completion` installs it."""
+"""Shell completion, as the shells ask for it: commands, options, recipes, and no slow import."""
 
 import os
 import shutil

@@ -14,7 +14,7 @@ from alignlab.progress import TimeLeft, shown_duration, step_progress
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """`clock[0]` is the time, in seconds."""
     now = [1000.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("alignlab.progress.time.monotonic", lambda: now[0])
     return now
 
 
