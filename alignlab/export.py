@@ -61,15 +61,16 @@ def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
         tell(RANDOM.format(path=config.model.path))
     card = model_card(RunFolder.open(run_dir), which=_shown(run_dir, choice, config))
     with whole_folder(out) as folder:
-        write_text(folder / FILE, card)
         if getattr(wan.transformer, "peft_config", None):
             save_lora(wan.transformer, folder)
+            write_text(folder / FILE, card)
             return
         shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=_base_weights(wan.folder))
         wan.transformer.save_pretrained(folder / "transformer")
         index = json.loads((folder / "model_index.json").read_text())
         index["_name_or_path"] = config.name
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_text(folder / FILE, card)
 
 
 def _shown(run_dir: Path, choice: ModelChoice, config: RunConfig) -> str:

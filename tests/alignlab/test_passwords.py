@@ -104,7 +104,7 @@ class _Client:
     def __init__(self) -> None:
         self.texts: dict[str, str] = {}
 
-    def log_artifact(self, run_id: str, path: str) -> None:
+    def log_artifact(self, run_id: str, path: str, folder: str | None = None) -> None:
         self.texts[Path(path).name] = Path(path).read_text()
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
@@ -143,7 +143,7 @@ def test_a_report_has_no_password(tmp_path: Path) -> None:
     comparison = make_comparison([run], **fields)
     write_report(comparison, tmp_path)
     comparison.save(tmp_path / "comparison.json")
-    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
 
     assert {"report.html", "report.md", "table.csv", "table.tex", "comparison.json"} <= {*texts}
     assert [name for name, text in texts.items() if "s3cr" in text] == []
