@@ -92,7 +92,7 @@ def test_a_clip_is_made_once_each_time_it_is_asked_for(override: str, tiny_data:
     """Names that are those of the clip itself are not compared with it; others are."""
     made: list[int] = []
 
-    class Counted(tiny_data.Greys):  # type: ignore[misc]
+    class Counted(tiny_data.Greys):
         names, references = OwnClips.names, OwnClips.references
 
         def __getitem__(self, index: int) -> Sample:

@@ -15,7 +15,7 @@ from alignlab.experiments.analysis.comparison import load_comparison
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.merge import merged
 from alignlab.experiments.compare.own_metrics import OwnMetric, as_inputs, own_metrics_of
-from alignlab.experiments.compare.result import Comparison, RunResult
+from alignlab.experiments.compare.result import Comparison, Curve, RunResult
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.report.charts import step_charts
 from alignlab.experiments.report.latex import table_tex
@@ -93,7 +93,7 @@ def measured_with(sharp: OwnMetric | None) -> Comparison:
     def run(variant: str, seed: int) -> RunResult:
         value = 5.0 + seed / 10 + (variant == "refalign") * (1 + seed / 100)
         found = run_of(variant, seed)
-        measured = {"gen/sharp": ((1, value / 2), (2, value))}
+        measured: dict[str, Curve] = {"gen/sharp": ((1, value / 2), (2, value))}
         return dataclasses.replace(
             found, metrics=found.metrics | {"gen/sharp": value}, measured=measured
         )
