@@ -54,7 +54,19 @@ class EncodesFrames(Protocol):
         """(height, width) of its tokens of a frame; None: whatever it is asked for."""
 
     def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int], /) -> Features:
-        """Tokens of uint8 frames, without a gradient, on a grid of (height, width)."""
+        """Tokens of one clip, or of the references of one, on a grid of (height, width).
+
+        It is called without gradients, at first with noise in the place of the clip.
+
+        Args:
+            frames_BTHWC: uint8, 0 to 255, B is 1; on the device of those that `Clips` was given,
+                which need not be that of the teacher's weights.
+            grid_HW: `grid`, if that is not None, of a video; else that of the transformer's tokens.
+
+        Returns:
+            float32, bfloat16 or float16 (1, T', P, `dim`), on any device. T' is T; with `is_video`
+            it divides T - 1.
+        """
 
 
 class OwnLoopSettings(Settings):
@@ -243,6 +255,7 @@ def _check_stage1(
 class _SoundTeachers:
     """Looks once at every teacher: its grid suits Stage 1, and it tells two clips of noise apart.
 
+    The noise is where the clips are, and as long as they: teachers of others know no other frames.
     What the frames are like is known at the first step, and the references' maybe later.
     """
 
@@ -255,43 +268,24 @@ class _SoundTeachers:
         alignment, left = self._alignment, []
         for alias in self._left:
             objective = alignment.objectives[alias]
-            size = _size(given, objective.tokens)
-            if size is None:
+            shown = _shown(given, objective.tokens)
+            if shown is None:
                 left.append(alias)
                 continue
             for read in alignment.reads_on(grid, [alias]):
                 if read.kind == "video":
                     check_stage1_grid(alias, objective.config, read.grid_HW)
-                frames = given.clips.frames_BTHWC
-                count = frames.shape[1] if frames is not None and read.teacher.is_video else 1
-                teacher = cast(Teacher, read.teacher)
-                name = next(n for n, row in alignment.teachers.items() if row is teacher)
-                with torch.no_grad():
-                    found: Any = teacher.encode(noise_clips(count, size), read.grid_HW)
-                _check_form(name, found, teacher.dim, read.grid_HW)
-                check_features(f"teachers.{name}", found.tokens_BTPD)
+                frames, height, width, _ = shown.shape
+                noise_BTHWC = noise_clips(frames, (height, width)).to(shown.device)
+                tokens_BTPD = torch.stack([given.encoded(read, clip) for clip in noise_BTHWC])
+                check_features(f"teachers.{given.name_of(read)}", tokens_BTPD)
         self._left = left
         return not left
 
 
-def _check_form(name: str, found: object, dim: int, grid_HW: tuple[int, int]) -> None:
-    """Refuses what is not the features that a teacher was asked for."""
-    grid = f"{grid_HW[0]}x{grid_HW[1]}"
-    expected = f"teachers.{name}: encode must give alignlab.losses.objective.Features"
-    if not isinstance(found, Features):
-        raise UserError(f"{expected}, not {type(found).__name__}")
-    width = found.tokens_BTPD.shape[-1]
-    if (width, found.grid[1:]) != (dim, grid_HW):
-        raise UserError(
-            f"{expected} of width {dim} on the grid {grid} that it is asked for, not of width "
-            f"{width} on {found.grid[1]}x{found.grid[2]}"
-        )
-
-
-def _size(given: GivenClips, kind: str) -> tuple[int, int] | None:
-    """Height and width of the pictures of a kind, if there are any."""
+def _shown(given: GivenClips, kind: str) -> Tensor | None:
+    """The pictures of a kind of one sample, (T, H, W, 3) or (K, H, W, 3), if there are any."""
     if kind == "video":
         frames = given.clips.frames_BTHWC
-        return None if frames is None else (frames.shape[2], frames.shape[3])
-    shown = [images for images in given.references if len(images)]
-    return (shown[0].shape[1], shown[0].shape[2]) if shown else None
+        return None if frames is None else frames[0]
+    return next((images for images in given.references if len(images)), None)

@@ -136,6 +136,11 @@ class CheckedClips:
         self._config: OwnClipsConfig = clips.config
         self._package = package
         self._what = f"data {self._config.name} ({package}), split {clips.split}"
+        own = type(clips)
+        # else they are those of the clip, which would be made once more to be compared with itself
+        self._names_are_own = (
+            own.names is not OwnClips.names or own.references is not OwnClips.references
+        )
         self._count: int = self._called("its length", len, clips)
         if self._count < 1:
             raise UserError(f"{self._what}: has {self._count} clips, not one or more")
@@ -243,7 +248,8 @@ class CheckedClips:
         for name, tell in told.items():
             if (value := getattr(sample, name)) != tell(index):
                 return f"has {name} {value!r}, and {name}({index}) gives {tell(index)!r}"
-        if tuple(one.name for one in sample.references) != self.names(index):
+        names = tuple(one.name for one in sample.references)
+        if self._names_are_own and names != self.names(index):
             return f"has references of other names than names({index}) gives"
         if bool(sample.entities) != (sample.masks_ETHW is not None):
             return "has entities and no masks_ETHW, or masks of no entities"

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from alignlab.config.run import RunConfig
@@ -241,6 +242,9 @@ class AlignedInOwnLoop:
     Which samples it should align is not known there: it may be few of them. The host waits for the
     device once per objective, after `STOP_AT_EXPECTED` samples.
 
+    A rank knows its own samples alone. Where there are several it warns: one that raised would
+    leave the others waiting for it, and they need not come to their 1,000 samples in one step.
+
     Args:
         trained: aliases of the objectives that should train something.
     """
@@ -254,7 +258,7 @@ class AlignedInOwnLoop:
         """Takes what a step's objectives gave.
 
         Raises:
-            UserError: an objective aligned none of very many samples.
+            UserError: an objective aligned none of very many samples, and there are no other ranks.
         """
         for alias, counted_B in aligned.counted.items():
             if alias not in self._samples or self._is_sure[alias]:
@@ -264,7 +268,9 @@ class AlignedInOwnLoop:
             self._samples[alias] += len(counted_B)
             if self._samples[alias] >= STOP_AT_EXPECTED:
                 if not self._aligned[alias]:
-                    raise UserError(self._nothing(alias))
+                    if _world_size() == 1:
+                        raise UserError(self._nothing(alias))
+                    warn_once(self._nothing(alias))
                 self._is_sure[alias] = True
 
     def warn(self) -> None:
@@ -274,11 +280,17 @@ class AlignedInOwnLoop:
                 warn_once(self._nothing(alias))
 
     def _nothing(self, alias: str) -> str:
+        here = f" of rank {dist.get_rank()}" if _world_size() > 1 else ""
         return (
-            f"objectives.{alias}: none of {self._samples[alias]:,} samples had anything to align, "
-            "so it trained nothing: references are missing or blank, masks are empty, the gate is "
-            "0 at every noise level, its teacher gives zeros, or its margins leave a loss of 0"
+            f"objectives.{alias}: none of {self._samples[alias]:,} samples{here} had anything to "
+            "align, so it trained nothing: references are missing or blank, masks are empty, the "
+            "gate is 0 at every noise level, its teacher gives zeros, or its margins leave a loss "
+            "of 0"
         )
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def trained_samples(gate_B: Tensor, loss_B: Tensor, aligned_B: Tensor) -> Tensor:

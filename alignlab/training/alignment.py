@@ -104,7 +104,7 @@ class Alignment(nn.Module):
         self.taps = Taps(model, self.blocks)
         self._recorded = RecordedTokens(model, self.taps, references)
         self._seen = AlignedInOwnLoop([a for a, c in objectives.items() if trains(c)])
-        self._unwatched: int | None = None
+        self._last: int | None = None  # step of the last call that step_done was not told of
         self._checks: list[Callable[[GivenClips, Grid], bool]] = []
 
     # In a loop of one's own
@@ -165,16 +165,16 @@ class Alignment(nn.Module):
             UserError: nothing was recorded, or `clips` do not go with it or lack what an objective
                 reads; or an objective cannot align anything.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if not _is_count(step):
             raise UserError(f"step: {step!r} is no number of optimizer steps, counted from 0")
         if not isinstance(clips, Clips):
             raise UserError(f"clips: expected alignlab.Clips, got {type(clips).__name__}")
-        if self._unwatched is not None and self._unwatched != step:
+        if self.watches and self._last not in (None, step):
             raise UserError(
-                f"step {self._unwatched} was not shown to stop_at_plateau: call "
+                f"step {self._last} was not shown to stop_at_plateau: call "
                 "alignment.step_done(step, aligned, ...) after each optimizer step"
             )
-        given, on = GivenClips(clips), self._active(step)
+        given, on = GivenClips(clips, self.teachers), self._active(step)
         for alias in on:
             given.check(alias, self.objectives[alias])
         taps, grid = self._recorded.take(clips, {self.objectives[a].tokens for a in on}, self.kinds)
@@ -184,7 +184,7 @@ class Alignment(nn.Module):
         aligned = self.losses(given, step, taps)
         if torch.is_grad_enabled():  # else it is a validation
             self._seen.see(aligned)
-            self._unwatched = step if self.watches else None
+            self._last = step
         return aligned
 
     def step_done(self, step: int, *aligned: Aligned) -> None:
@@ -197,16 +197,17 @@ class Alignment(nn.Module):
             aligned: what it gave for each micro-batch of the step, on this rank.
 
         Raises:
-            UserError: it is another step than the last, or without what `forward` gave.
+            UserError: it is another step than the last or was shown already, or it is without what
+                `forward` gave.
         """
-        if self._unwatched not in (None, step) or not aligned:
+        if not _is_count(step) or step != self._last or not aligned:
             raise UserError(
-                f"step_done: {step} with {len(aligned)} results; give the step that alignment was "
-                "called with last, and what it gave for each of its micro-batches"
+                f"step_done: {step!r} with {len(aligned)} results; give the step that alignment "
+                "was called with last, once, and what it gave for each of its micro-batches"
             )
         terms = SampleTerms.joined([part.sample_terms() for part in aligned])
         self.watch(step, terms, _sum_over_ranks)
-        self._unwatched = None
+        self._last = None
 
     def add_check(self, check: Callable[[GivenClips, Grid], bool]) -> None:
         """Has a look at the first batches of an own loop, until it says that it has seen enough.
@@ -411,6 +412,10 @@ def _built(
     frozen = ((n, p) for n, p in built.named_parameters() if not p.requires_grad)
     check_weights(f"objectives.{alias}: its Stage 1 network", frozen, fix="train it again")
     return built
+
+
+def _is_count(step: object) -> bool:
+    return isinstance(step, int) and not isinstance(step, bool) and step >= 0
 
 
 def _sum_over_ranks(values: Tensor) -> Tensor:

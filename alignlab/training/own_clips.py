@@ -14,12 +14,14 @@ from torch import Tensor
 
 from alignlab.config.run import MIN_VIDEO_FRAMES
 from alignlab.errors import UserError, shown
+from alignlab.foreign_code import call_foreign
 from alignlab.kernels.host_copy import to_device
 from alignlab.losses.objective import Grid, Objective
 from alignlab.models.taps import BlockTokens, Kind, Taps, WanTransformer, block_tokens
-from alignlab.teachers import DiffusionTeacher
+from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.training.batches import is_blank
 from alignlab.training.encoded import FeatureRead
+from alignlab.training.teacher_check import checked_tokens
 
 Place = Literal["after", "before"]
 """Where reference frames lie in the transformer's sequence: after the video's frames or before."""
@@ -161,10 +163,16 @@ NEEDED = {"text": "text_BLD", "masks": "masks_BTHW", "foreground": "reference_ma
 
 
 class GivenClips:
-    """`Clips` as objectives read them (`alignlab.training.batch_context.ClipContents`)."""
+    """`Clips` as objectives read them (`alignlab.training.batch_context.ClipContents`).
 
-    def __init__(self, clips: Clips) -> None:
+    Args:
+        clips: from the loop.
+        teachers: by alias, for messages.
+    """
+
+    def __init__(self, clips: Clips, teachers: Mapping[str, Teacher | DiffusionTeacher]) -> None:
         self.clips = clips
+        self._teachers = teachers
 
     def check(self, alias: str, objective: Objective) -> None:
         """Refuses clips that lack what an objective reads.
@@ -232,22 +240,39 @@ class GivenClips:
         """Made of each clip by itself, as in a run: they do not depend on what else is there."""
         if read.kind == "reference":
             return [
-                self._encoded(read, images) if len(images) else None for images in self.references
+                self.encoded(read, images) if len(images) else None for images in self.references
             ]
         frames = self.clips.frames_BTHWC
         assert frames is not None  # `check`
-        if read.teacher.is_video and frames.shape[1] < MIN_VIDEO_FRAMES:
+        return [self.encoded(read, frames_THWC) for frames_THWC in frames]
+
+    def encoded(self, read: FeatureRead, frames_THWC: Tensor) -> Tensor:
+        """A teacher's tokens of one clip or of the references of one, (T, P, D).
+
+        Raises:
+            UserError: a teacher of one's own raised something, or gave something else than it was
+                asked for; or a video teacher gets too few frames.
+        """
+        teacher, count = read.teacher, len(frames_THWC)
+        assert not isinstance(teacher, DiffusionTeacher)  # refused by `attach`
+        if teacher.is_video and count < MIN_VIDEO_FRAMES:
             raise UserError(
                 f"Clips.frames_BTHWC: a video teacher needs {MIN_VIDEO_FRAMES} frames or more, not "
-                f"{frames.shape[1]}"
+                f"{count}"
             )
-        return [self._encoded(read, frames_THWC) for frames_THWC in frames]
-
-    def _encoded(self, read: FeatureRead, frames_THWC: Tensor) -> Tensor:
-        assert not isinstance(read.teacher, DiffusionTeacher)  # refused by `attach`
+        frames_BTHWC = frames_THWC[None]
         with torch.no_grad():
-            found = read.teacher.encode(frames_THWC[None], read.grid_HW)
-        return to_device(found.tokens_BTPD[0], self.sigma_B.device)
+            if isinstance(teacher, Teacher):
+                tokens_TPD = teacher.encode(frames_BTHWC, read.grid_HW).tokens_BTPD[0]
+            else:
+                what = f"teachers.{self.name_of(read)}: encode"
+                found = call_foreign(what, teacher.encode, frames_BTHWC, read.grid_HW)
+                tokens_TPD = checked_tokens(what, teacher, found, count, read.grid_HW)
+        return to_device(tokens_TPD, self.sigma_B.device)
+
+    def name_of(self, read: FeatureRead) -> str:
+        """Alias of a teacher that is read."""
+        return next(name for name, one in self._teachers.items() if one is read.teacher)
 
 
 class RecordedTokens:

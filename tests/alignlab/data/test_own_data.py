@@ -12,8 +12,9 @@ import torch
 
 from alignlab.config.data import CacheConfig
 from alignlab.data import registry
-from alignlab.data.own import CheckedClips, OwnClipsConfig
+from alignlab.data.own import CheckedClips, OwnClips, OwnClipsConfig
 from alignlab.data.registry import installed_datasets
+from alignlab.data.sample import Sample
 from alignlab.dataset_cache.clip_keys import video_key
 from alignlab.errors import UserError
 from made_packages import TESTS, answers, write_package
@@ -84,6 +85,33 @@ def test_what_is_no_clip_is_told(wrong: str, message: str, tiny_data: Any) -> No
     told = str(error.value)
     assert message in told and "\n" not in told
     assert told.startswith("data greys (p 1.0), split train: ")
+
+
+@pytest.mark.parametrize("override", ["neither", "names", "references"])
+def test_a_clip_is_made_once_each_time_it_is_asked_for(override: str, tiny_data: Any) -> None:
+    """Names that are those of the clip itself are not compared with it; others are."""
+    made: list[int] = []
+
+    class Counted(tiny_data.Greys):
+        names, references = OwnClips.names, OwnClips.references
+
+        def __getitem__(self, index: int) -> Sample:
+            made.append(index)
+            shown = tiny_data.Greys.references(self, index)
+            blank = torch.zeros(5, 48, 48, 3, dtype=torch.uint8)
+            return Sample(self.key(index), blank, self.caption(index), shown)
+
+    if override != "neither":
+        setattr(Counted, override, lambda self, index: ())
+    config = tiny_data.GreysConfig(frames=5, size=(48, 48))
+    if override != "neither":
+        with pytest.raises(UserError, match=r"has references of other names than names\(0\) gives"):
+            CheckedClips(Counted(config, "train"), "p 1.0")
+        return
+    found = CheckedClips(Counted(config, "train"), "p 1.0")
+    made.clear()
+    assert found[2].references[0].name == "grey-2" and made == [2]
+    assert found.names(2) == ("grey-2",)
 
 
 def test_equal_origins_have_equal_pixels(tiny_data: Any) -> None:

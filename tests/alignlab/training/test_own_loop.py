@@ -298,8 +298,7 @@ def test_micro_batches_of_a_step_are_watched_together(
 ) -> None:
     objectives = {"ra": REFALIGN | {"schedule": WATCHED | {"patience": 9}}}
     alignment = attached(objectives)
-    with torch.no_grad():
-        parts = [own_step(transformer, alignment, batch_of(run, i), 0)[1] for i in (0, 1)]
+    parts = [own_step(transformer, alignment, batch_of(run, i), 0)[1] for i in (0, 1)]
     alignment.step_done(0, *parts)
     seen = torch.cat([part.sample_terms()["sim/ra"] for part in parts]).mean()
     torch.testing.assert_close(alignment.watches["ra"].average.float(), seen)

@@ -14,6 +14,7 @@ from alignlab.losses.objective import Features
 from alignlab.teachers import DiffusionTeacher
 from alignlab.training.aligned_samples import STOP_AT_EXPECTED
 from alignlab.training.own_clips import Place
+from alignlab.training.step_terms import Aligned
 
 REPA: dict[str, Any] = {"name": "repa", "teacher": "mine", "blocks": [1], "projector_dim": 8}
 REFALIGN: dict[str, Any] = {"name": "refalign", "teacher": "mine", "blocks": [0]}
@@ -335,6 +336,26 @@ def test_a_teacher_that_says_nothing(
             lambda frames, grid: Features(torch.rand(len(frames), 1, 1, 3), (1, 1, 1)),
             "Features of width 3 on the grid 2x2 .*, not of width 3 on 1x1",
         ),
+        (
+            "encode",
+            lambda frames, grid: Colours().encode(frames[:, ::2], grid),
+            "Features of 1 clip with 5 frames, as many as it is given, not of 1 with 3",
+        ),
+        (
+            "encode",
+            lambda frames, grid: Colours().encode(frames.repeat(2, 1, 1, 1, 1), grid),
+            "Features of 1 clip .*, not of 2 with 5",
+        ),
+        (
+            "encode",
+            lambda frames, grid: cast_to(torch.float64, Colours().encode(frames, grid)),
+            "Features in one of float32, bfloat16, float16, not in float64",
+        ),
+        (
+            "encode",
+            lambda frames, grid: cast_to(torch.int64, Colours().encode(frames, grid)),
+            "Features in one of .*, not in int64",
+        ),
     ],
 )
 def test_a_teacher_of_ones_own_that_gives_something_else(
@@ -346,6 +367,85 @@ def test_a_teacher_of_ones_own_that_gives_something_else(
     run(alignment, transformer)
     with refused(rf"teachers\.mine: encode must give alignlab\.losses\.objective\.{expected}"):
         alignment(clips(), 0)
+
+
+def cast_to(dtype: torch.dtype, features: Features) -> Features:
+    return Features(features.tokens_BTPD.to(dtype), features.grid)
+
+
+def long_clips(**fields: Any) -> Clips:
+    """Nine frames."""
+    frames = torch.cat([FRAMES, FRAMES[:, 1:]], dim=1)
+    return clips(latent_shape=(3, 4, 4), frames_BTHWC=frames, **fields)
+
+
+def test_a_teacher_that_loses_frames_of_longer_clips_only(
+    attached: Attach, transformer: nn.Module
+) -> None:
+    teacher: Any = Colours()
+    teacher.encode = lambda frames, grid: Colours().encode(frames[:, :5], grid)
+    alignment = attached(teacher=teacher, a=REPA)
+    run(alignment, transformer)
+    alignment(clips(), 0)
+    run(alignment, transformer, frames=3)
+    with refused(r"teachers\.mine: encode must give .* 9 frames, .*, not of 1 with 5"):
+        alignment(long_clips(), 1)
+
+
+@pytest.mark.parametrize(("first", "is_right"), [(0, False), (1, True), (6, False), (7, True)])
+def test_a_video_teacher_shares_the_frames_after_the_first(
+    first: int, is_right: bool, attached: Attach, transformer: nn.Module
+) -> None:
+    teacher: Any = Colours(is_video=True)
+    teacher.encode = lambda frames, grid: Colours().encode(frames[:, first:], grid)
+    alignment = attached(teacher=teacher, a=REPA)
+    run(alignment, transformer, frames=3)
+    if is_right:
+        assert alignment(long_clips(), 0).loss.requires_grad
+        return
+    with refused(rf"teachers\.mine: encode must .* frames that share the 8 .* with {9 - first}"):
+        alignment(long_clips(), 0)
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_teacher_that_raises_is_a_line(
+    calls: int, attached: Attach, transformer: nn.Module
+) -> None:
+    """In the first look at it, or later."""
+    teacher: Any = Colours()
+    seen: list[Tensor] = []
+
+    def encode(frames: Tensor, grid: tuple[int, int]) -> Features:
+        seen.append(frames)
+        if len(seen) > calls:
+            raise KeyError("no weights\nfor these")
+        return Colours().encode(frames, grid)
+
+    teacher.encode = encode
+    alignment = attached(teacher=teacher, a=REPA)
+    run(alignment, transformer)
+    told = r"it raised KeyError: .*no weights.* \(test_own_loop_refusals\.py:"
+    with refused(rf"teachers\.mine: encode: {told}") as error:
+        alignment(clips(), 0)
+    assert isinstance(error.value.__cause__, KeyError)
+    assert len(seen) == calls + 1
+
+
+def test_a_teacher_is_looked_at_where_its_frames_are(
+    attached: Attach, transformer: nn.Module
+) -> None:
+    teacher: Any = Colours()
+    seen: list[str] = []
+
+    def encode(frames: Tensor, grid: tuple[int, int]) -> Features:
+        seen.append(frames.device.type)
+        return Features(torch.rand(1, frames.shape[1], grid[0] * grid[1], 3), (5, *grid))
+
+    teacher.encode = encode
+    alignment = attached(teacher=teacher, a=REPA)
+    run(alignment, transformer)
+    alignment(clips(frames_BTHWC=FRAMES.to("meta")), 0)  # stands for a GPU
+    assert seen == ["meta"] * 4
 
 
 def test_a_plateau_that_is_shown_nothing(attached: Attach, transformer: nn.Module) -> None:
@@ -365,6 +465,32 @@ def test_a_plateau_that_is_shown_nothing(attached: Attach, transformer: nn.Modul
         alignment(clips(), 1)
     run(alignment, transformer)
     alignment(clips(), 1)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"schedule": "stop_at_plateau"}])
+def test_a_step_is_shown_once_and_by_its_number(
+    schedule: dict[str, Any], attached: Attach, transformer: nn.Module
+) -> None:
+    alignment = attached(a=REPA | schedule)
+    run(alignment, transformer)
+    with torch.no_grad():
+        validated = alignment(clips(), 0)
+    run(alignment, transformer)
+    results: list[Aligned] = []
+
+    def refuses(*steps: Any) -> None:
+        state = {name: value.clone() for name, value in alignment.state_dict().items()}
+        for step in steps:
+            with refused(f"step_done: {step} with 1 results; give the step"):
+                alignment.step_done(step, *(results or [validated]))
+        for name, value in alignment.state_dict().items():
+            torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+
+    refuses(0)  # nothing but a validation
+    results.append(alignment(clips(), 1))
+    refuses(0, 2, True, 1.0, None)
+    alignment.step_done(1, *results)
+    refuses(1, 7, -3, True)
 
 
 def test_an_objective_that_aligns_nothing_ends_the_training(
@@ -396,6 +522,26 @@ def test_an_objective_that_aligns_nothing_ends_the_training(
     some(clips(references=[None, IMAGES]), 0)
     some.detach()
     assert len(said) == 1
+
+
+def test_one_of_several_ranks_warns_of_its_own_samples(
+    attached: Attach, transformer: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it raised, the others would wait for it in their next all-reduce."""
+    said: list[str] = []
+    monkeypatch.setattr("alignlab.training.aligned_samples.warn_once", said.append)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("alignlab.training.aligned_samples.STOP_AT_EXPECTED", 4)
+    alignment = attached(references="after", a=REFALIGN | {"negatives": "sample"})
+    for step in range(3):
+        run(alignment, transformer, frames=3)
+        alignment(clips(references=[None, torch.zeros_like(IMAGES)]), step)
+        assert len(said) == (step > 0)
+    alignment.detach()
+    (text,) = said
+    assert text.startswith("objectives.a: none of 4 samples of rank 1 had anything to align")
 
 
 def test_several_ranks_do_not_share_a_batch_that_is_compared(
