@@ -1,4 +1,4 @@
-"""Shell completion, as the shells ask for it: commands, options, recipes, and no slow import."""
+"""Tab in a shell: the script of `--show-completion`, and that `--install-completion` works."""
 
 import os
 import shutil

@@ -113,12 +113,25 @@ def _frames() -> Any:
     return torch.zeros(5, 16, 16, 3, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("is_asked", [False, True])
+@pytest.mark.parametrize("settings", [[], ["tracking.system_metrics=true"]])
+def test_nothing_measures_the_machine_unless_asked(
+    settings: list[str], make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monitor = "mlflow.system_metrics.system_metrics_monitor.SystemMetricsMonitor"
+    monkeypatch.setattr(f"{monitor}.start", lambda self: started.append("start"))
+    monkeypatch.setattr(f"{monitor}.finish", lambda self: started.append("finish"))
+    config = make_config("tracking.mlflow=sqlite", *settings)
+    with Tracker(RunFolder.create(config), config, start=0, environment={}) as tracker:
+        tracker.log(1, {"loss/total": 1.0})
+    assert started == ["start", "finish"] * len(settings)
+
+
 def test_the_machine_is_measured_if_asked(
-    is_asked: bool, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    config = make_config("tracking.mlflow=sqlite", f"tracking.system_metrics={is_asked}")
+    config = make_config("tracking.mlflow=sqlite", "tracking.system_metrics=true")
     steps: list[int] = []
     for start in (0, 1):  # trained, and resumed
         folder = RunFolder.create(config)
@@ -129,7 +142,7 @@ def test_the_machine_is_measured_if_asked(
                 found = client.get_metric_history(
                     run.info.run_id, "system/cpu_utilization_percentage"
                 )
-                if not is_asked or len(found) > len(steps) + 1:
+                if len(found) > len(steps) + 1:
                     break
                 time.sleep(0.05)
         client, run = run_of(tmp_path)
@@ -137,5 +150,5 @@ def test_the_machine_is_measured_if_asked(
         now = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
         assert now[: len(steps)] == steps
         steps = now
-    assert steps == list(range(len(steps))) and bool(steps) is is_asked
+    assert steps and steps == list(range(len(steps)))
     assert run.info.status == "FINISHED" and json.dumps(run.data.metrics["loss/total"]) == "1.0"

@@ -1,109 +1,28 @@
 """What `alignlab.attach` and its object refuse, in one line that names the thing and the fix."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import nn
 
-from alignlab import Alignment, Clips, attach
-from alignlab.errors import UserError
-from alignlab.losses.objective import Features
+from alignlab import attach
 from alignlab.teachers import DiffusionTeacher
 from alignlab.training.aligned_samples import STOP_AT_EXPECTED
-from alignlab.training.own_clips import Place
 from alignlab.training.step_terms import Aligned
-
-REPA: dict[str, Any] = {"name": "repa", "teacher": "mine", "blocks": [1], "projector_dim": 8}
-REFALIGN: dict[str, Any] = {"name": "refalign", "teacher": "mine", "blocks": [0]}
-FRAMES = torch.randint(0, 256, (2, 5, 32, 32, 3), generator=torch.Generator().manual_seed(0)).byte()
-IMAGES = FRAMES[0, :1]
-
-
-class Colours:
-    """Mean colours of patches; `scale` 0 gives the same features whatever is seen."""
-
-    dim, grid = 3, None
-
-    def __init__(self, scale: float = 1.0, *, is_video: bool = False) -> None:
-        self.scale, self.is_video = scale, is_video
-
-    def encode(self, frames_BTHWC: Tensor, grid_HW: tuple[int, int]) -> Features:
-        batch, frames = frames_BTHWC.shape[:2]
-        pixels = frames_BTHWC.flatten(0, 1).movedim(3, 1).float() / 255
-        tokens = nn.functional.adaptive_avg_pool2d(pixels, grid_HW).flatten(2).mT
-        tokens = tokens * self.scale + (self.scale == 0)
-        return Features(tokens.unflatten(0, (batch, frames)), (frames, *grid_HW))
-
-
-@pytest.fixture(scope="module")
-def transformer() -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        num_attention_heads=1,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=16,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-
-
-Attach = Callable[..., Alignment]
-
-
-@pytest.fixture
-def attached(transformer: WanTransformer3DModel) -> Iterator[Attach]:
-    """`attached(repa=REPA, references=...)` with the teacher `mine`."""
-    made: list[Alignment] = []
-
-    def attaching(
-        teacher: Any = None,
-        references: Place | None = None,
-        total_steps: int | None = None,
-        **objectives: Any,
-    ) -> Alignment:
-        teachers = {"mine": teacher or Colours()}
-        made.append(
-            attach(
-                transformer,
-                objectives=objectives,
-                teachers=teachers,
-                references=references,
-                total_steps=total_steps,
-            )
-        )
-        return made[-1]
-
-    yield attaching
-    for alignment in made:
-        alignment.taps.__exit__(None, None, None)
-
-
-def run(alignment: Alignment, model: nn.Module, *, frames: int = 2, batch: int = 2) -> None:
-    with alignment.recording():
-        model(torch.randn(batch, 4, frames, 4, 4), torch.full((batch,), 500.0), TEXT[:batch])
-
-
-TEXT = torch.ones(3, 2, 8)
-
-
-def clips(**fields: Any) -> Clips:
-    known: dict[str, Any] = {
-        "sigma_B": torch.full((2,), 0.5),
-        "latent_shape": (2, 4, 4),
-        "frames_BTHWC": FRAMES,
-    }
-    return Clips(**(known | fields))
-
-
-def refused(pattern: str) -> Any:
-    return pytest.raises(UserError, match=rf"^{pattern}[^\n]*$")
+from attached_objectives import (
+    FRAMES,
+    IMAGES,
+    REFALIGN,
+    REPA,
+    TEXT,
+    Attach,
+    Colours,
+    clips,
+    refused,
+    run,
+)
 
 
 @pytest.mark.parametrize(
@@ -311,141 +230,6 @@ def test_tokens_without_a_gradient_train_the_projector_alone(
     with torch.no_grad():  # as in a validation
         run(alignment, transformer)
         alignment(clips(), 0)
-
-
-@pytest.mark.parametrize(
-    ("scale", "expected"),
-    [(0.0, "gives the same features whatever it sees"), (float("nan"), "not finite")],
-)
-def test_a_teacher_that_says_nothing(
-    scale: float, expected: str, attached: Attach, transformer: nn.Module
-) -> None:
-    alignment = attached(teacher=Colours(scale), a=REPA)
-    run(alignment, transformer)
-    with refused(rf"teachers\.mine: .*{expected}"):
-        alignment(clips(), 0)
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "expected"),
-    [
-        ("encode", lambda frames, grid: frames, "Features, not Tensor"),
-        ("dim", 4, "Features of width 4 on the grid 2x2 .*, not of width 3 on 2x2"),
-        (
-            "encode",
-            lambda frames, grid: Features(torch.rand(len(frames), 1, 1, 3), (1, 1, 1)),
-            "Features of width 3 on the grid 2x2 .*, not of width 3 on 1x1",
-        ),
-        (
-            "encode",
-            lambda frames, grid: Colours().encode(frames[:, ::2], grid),
-            "Features of 1 clip with 5 frames, as many as it is given, not of 1 with 3",
-        ),
-        (
-            "encode",
-            lambda frames, grid: Colours().encode(frames.repeat(2, 1, 1, 1, 1), grid),
-            "Features of 1 clip .*, not of 2 with 5",
-        ),
-        (
-            "encode",
-            lambda frames, grid: cast_to(torch.float64, Colours().encode(frames, grid)),
-            "Features in one of float32, bfloat16, float16, not in float64",
-        ),
-        (
-            "encode",
-            lambda frames, grid: cast_to(torch.int64, Colours().encode(frames, grid)),
-            "Features in one of .*, not in int64",
-        ),
-    ],
-)
-def test_a_teacher_of_ones_own_that_gives_something_else(
-    attribute: str, value: Any, expected: str, attached: Attach, transformer: nn.Module
-) -> None:
-    teacher = Colours()
-    setattr(teacher, attribute, value)
-    alignment = attached(teacher=teacher, a=REPA)
-    run(alignment, transformer)
-    with refused(rf"teachers\.mine: encode must give alignlab\.losses\.objective\.{expected}"):
-        alignment(clips(), 0)
-
-
-def cast_to(dtype: torch.dtype, features: Features) -> Features:
-    return Features(features.tokens_BTPD.to(dtype), features.grid)
-
-
-def long_clips(**fields: Any) -> Clips:
-    """Nine frames."""
-    frames = torch.cat([FRAMES, FRAMES[:, 1:]], dim=1)
-    return clips(latent_shape=(3, 4, 4), frames_BTHWC=frames, **fields)
-
-
-def test_a_teacher_that_loses_frames_of_longer_clips_only(
-    attached: Attach, transformer: nn.Module
-) -> None:
-    teacher: Any = Colours()
-    teacher.encode = lambda frames, grid: Colours().encode(frames[:, :5], grid)
-    alignment = attached(teacher=teacher, a=REPA)
-    run(alignment, transformer)
-    alignment(clips(), 0)
-    run(alignment, transformer, frames=3)
-    with refused(r"teachers\.mine: encode must give .* 9 frames, .*, not of 1 with 5"):
-        alignment(long_clips(), 1)
-
-
-@pytest.mark.parametrize(("first", "is_right"), [(0, False), (1, True), (6, False), (7, True)])
-def test_a_video_teacher_shares_the_frames_after_the_first(
-    first: int, is_right: bool, attached: Attach, transformer: nn.Module
-) -> None:
-    teacher: Any = Colours(is_video=True)
-    teacher.encode = lambda frames, grid: Colours().encode(frames[:, first:], grid)
-    alignment = attached(teacher=teacher, a=REPA)
-    run(alignment, transformer, frames=3)
-    if is_right:
-        assert alignment(long_clips(), 0).loss.requires_grad
-        return
-    with refused(rf"teachers\.mine: encode must .* frames that share the 8 .* with {9 - first}"):
-        alignment(long_clips(), 0)
-
-
-@pytest.mark.parametrize("calls", [0, 2])
-def test_a_teacher_that_raises_is_a_line(
-    calls: int, attached: Attach, transformer: nn.Module
-) -> None:
-    """In the first look at it, or later."""
-    teacher: Any = Colours()
-    seen: list[Tensor] = []
-
-    def encode(frames: Tensor, grid: tuple[int, int]) -> Features:
-        seen.append(frames)
-        if len(seen) > calls:
-            raise KeyError("no weights\nfor these")
-        return Colours().encode(frames, grid)
-
-    teacher.encode = encode
-    alignment = attached(teacher=teacher, a=REPA)
-    run(alignment, transformer)
-    told = r"it raised KeyError: .*no weights.* \(test_own_loop_refusals\.py:"
-    with refused(rf"teachers\.mine: encode: {told}") as error:
-        alignment(clips(), 0)
-    assert isinstance(error.value.__cause__, KeyError)
-    assert len(seen) == calls + 1
-
-
-def test_a_teacher_is_looked_at_where_its_frames_are(
-    attached: Attach, transformer: nn.Module
-) -> None:
-    teacher: Any = Colours()
-    seen: list[str] = []
-
-    def encode(frames: Tensor, grid: tuple[int, int]) -> Features:
-        seen.append(frames.device.type)
-        return Features(torch.rand(1, frames.shape[1], grid[0] * grid[1], 3), (5, *grid))
-
-    teacher.encode = encode
-    alignment = attached(teacher=teacher, a=REPA)
-    run(alignment, transformer)
-    alignment(clips(frames_BTHWC=FRAMES.to("meta")), 0)  # stands for a GPU
-    assert seen == ["meta"] * 4
 
 
 def test_a_plateau_that_is_shown_nothing(attached: Attach, transformer: nn.Module) -> None:
