@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,15 @@ def whole() -> Comparison:
     return recipe_comparison(VARIANTS, (0, 1, 2))
 
 
+@pytest.fixture(scope="module")
+def made(whole: Comparison, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(whole, tmp_path_factory.mktemp("made") / "whole", clips=True)
+
+
 @pytest.fixture
-def folder(whole: Comparison, tmp_path: Path) -> Path:
-    return written(whole, tmp_path / "runs" / "whole", clips=True)
+def folder(made: Path, tmp_path: Path) -> Path:
+    """One that a test may change."""
+    return Path(shutil.copytree(made, tmp_path / "runs" / "whole"))
 
 
 def table(folder: Path) -> list[dict[str, str]]:
