@@ -1,10 +1,13 @@
 """`alignlab list`: what can be named in a recipe, as tables or as JSON."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignlab.cli_tables import AsJson, print_json, print_table
+
+if TYPE_CHECKING:
+    from alignlab.teachers.registry import TeacherRow
 
 list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 
@@ -43,15 +46,25 @@ def list_objectives(as_json: AsJson = False) -> None:
 
 @list_app.command("teachers")
 def list_teachers(as_json: AsJson = False) -> None:
-    """Families of vision models to align to."""
+    """Families of frozen models to align to: tokens of the model at `path`, and who uses it."""
     from alignlab.teachers import TEACHERS
 
     if as_json:
-        keys = ("path", "feature", "reads", "video")
+        keys = ("path", "feature", "reads", "video", "width", "patch", "native_size", "papers")
         print_json([{"name": n, **{k: getattr(r, k) for k in keys}} for n, r in TEACHERS.items()])
         return
-    rows = [(name, row.path, row.feature) for name, row in TEACHERS.items()]
-    print_table(("family", "path unless set", "feature unless set"), rows)
+    header = ("family", "path unless set", "feature", "width", "patch", "size", "takes", "used by")
+    print_table(header, [_teacher_cells(name, row) for name, row in TEACHERS.items()])
+    typer.echo(
+        "Of that model. Width: of a token. Patch: pixels of a frame per token and side. "
+        "Size: pixels of the images it was trained on; any size that makes the grid is taken."
+    )
+
+
+def _teacher_cells(name: str, row: "TeacherRow") -> tuple[str, ...]:
+    takes = "latents" if row.reads == "latents" else "clips" if row.video else "frames"
+    numbers = ("" if x is None else str(x) for x in (row.width, row.patch, row.native_size))
+    return (name, row.path, row.feature, *numbers, takes, ", ".join(row.papers))
 
 
 @list_app.command("metrics")
