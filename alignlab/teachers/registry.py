@@ -56,8 +56,8 @@ class TeacherRow:
         layout: `images`: the model takes images. `packed`: patches of all images in one row, as
             Qwen2.5-VL (`qwen2_5_vl.py`).
         refused: by `model_type`, why a model that users will try is not used, and which is.
-        width, patch, native_size: features' width, pixels of a frame per token and pixels of the
-            images that it was trained or last tuned on, of the model at `path`; for lists only.
+        width, patch, native_size: of the model at `path` the features' width, pixels of a frame per
+            token, and the image size that its config names; for lists only.
         papers: works on alignment of diffusion models that use it, for lists only.
     """
 
@@ -105,7 +105,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         width=768,
         patch=14,
         native_size=518,
-        papers=("REPA", "iREPA", "CREPA", "MoAlign", "Align4Gen"),
+        papers=("REPA", "HASTE", "CREPA", "Align4Gen"),
     ),
     # RefAlign's code: before the final norm, frames not resized.
     "dinov3": TeacherRow(
@@ -233,7 +233,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         width=1408,
         patch=16,
         native_size=384,
-        papers=("SARA", "VideoREPA (ablation)"),
+        papers=("SARA",),
     ),
     "tiny-dino": TeacherRow(
         _DINOV2,

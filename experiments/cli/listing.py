@@ -53,18 +53,22 @@ def list_teachers(as_json: AsJson = False) -> None:
         keys = ("path", "feature", "reads", "video", "width", "patch", "native_size", "papers")
         print_json([{"name": n, **{k: getattr(r, k) for k in keys}} for n, r in TEACHERS.items()])
         return
-    header = ("family", "path unless set", "feature", "width", "patch", "size", "takes", "used by")
-    print_table(header, [_teacher_cells(name, row) for name, row in TEACHERS.items()])
-    typer.echo(
-        "Of that model. Width: of a token. Patch: pixels of a frame per token and side. "
-        "Size: pixels of the images it was trained on; any size that makes the grid is taken."
-    )
+    for name, row in TEACHERS.items():
+        typer.secho(name, bold=True)
+        typer.echo(f"  {row.path}, {row.feature}, unless set\n  {'; '.join(_teacher_facts(row))}")
 
 
-def _teacher_cells(name: str, row: "TeacherRow") -> tuple[str, ...]:
+def _teacher_facts(row: "TeacherRow") -> list[str]:
+    """What it takes, tokens of the model at its path, and which works on alignment use it."""
     takes = "latents" if row.reads == "latents" else "clips" if row.video else "frames"
-    numbers = ("" if x is None else str(x) for x in (row.width, row.patch, row.native_size))
-    return (name, row.path, row.feature, *numbers, takes, ", ".join(row.papers))
+    facts = [f"takes {takes}"]
+    if row.width is not None:
+        facts.append(f"tokens {row.width} wide, of {row.patch}x{row.patch} pixels")
+    if row.native_size is not None:
+        facts.append(f"image size {row.native_size}")
+    if row.papers:
+        facts.append(f"used by {', '.join(row.papers)}")
+    return facts
 
 
 @list_app.command("metrics")
