@@ -4,7 +4,9 @@ Shape letters: T frames, P patches of a frame, D width, F frames of all clips, H
 """
 
 import re
+import time
 from dataclasses import dataclass
+from statistics import mean, median
 
 import torch
 from torch import Tensor
@@ -17,13 +19,32 @@ from alignlab.data.sample import Sample
 from alignlab.errors import UserError
 from alignlab.losses.grids import FOREGROUND, covered_share
 from alignlab.losses.objective import Features, Grid
-from alignlab.metrics import iicr
+from alignlab.metrics import frequency_bands, iicr, temporal_stability
 from alignlab.metrics.spatial import spatial_structure
 from alignlab.progress import step_progress, tell
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.teachers import TEACHERS, teacher_from
+from alignlab.training.measure import MIB, PeakMemory
 
 NEIGHBOURS = (8, 10, 12, 15)  # of Align4Gen's published curve
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """What one clip's features cost, with the model loaded.
+
+    Args:
+        seconds: median of the clips but the first, by the clock.
+        weights_mib: of the weights as they are loaded.
+        peak_mib: most memory allocated above that on a GPU; None on a CPU, where freed memory stays
+            with the process, so that the second teacher's growth would be nothing.
+        features_mib: of the features in fp32.
+    """
+
+    seconds: float
+    weights_mib: float
+    peak_mib: float | None
+    features_mib: float
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,11 @@ class TeacherScore:
             (`alignlab.metrics.spatial`); a frame without such pairs of tokens counts in none, and
             a measure that no frame has is left out: a small grid has no distant tokens, and `srss`
             needs entity masks.
+        frequency: mean share of spatial power by band (`alignlab.metrics.frequency`); none where no
+            frame has any.
+        stability: mean over clips of `temporal_stability`; None for clips of one frame.
+        cost: of a clip.
+        middle: tokens (P, D) of the middle frame of each clip, on the CPU.
     """
 
     alias: str
@@ -49,12 +75,16 @@ class TeacherScore:
     iicr: dict[int, float]
     chance: float
     spatial: dict[str, float]
+    frequency: tuple[float, ...]
+    stability: float | None
+    cost: TeacherCost
+    middle: tuple[Tensor, ...]
 
 
 @quiet_libraries()
 def score_teachers(
     config: RunConfig, *, clips: int | None = None, size: tuple[int, int] | None = None
-) -> list[TeacherScore]:
+) -> tuple[list[TeacherScore], list[Sample]]:
     """Scores every teacher of a recipe that reads frames on its first val clips.
 
     Args:
@@ -63,6 +93,9 @@ def score_teachers(
         size: patches (H, W) of every teacher, by resizing the frames; None takes the teacher's own
             `grid`, or else one patch per patch size of the frames as they are. Distances are
             counted in patches, so teachers with other grids are compared at other scales.
+
+    Returns:
+        a score for each, and the clips.
 
     Raises:
         UserError: the recipe has no teachers or one that cannot be used, or there are fewer than
@@ -90,12 +123,23 @@ def score_teachers(
             teacher = teacher_from(teacher_config, device=device)
             height, width = (side // teacher.patch_size for side in config.data.size)
             grid_HW = size or teacher.grid or (height, width)
-            features = []
+            features, seconds = [], []
+            teacher.load()
+            memory = PeakMemory(torch.device(device))
+            before = memory.peak_mib()
             for sample in samples:
+                begun = time.perf_counter()
                 features.append(_on_cpu(teacher.encode(sample.video_THWC[None], grid_HW)))
+                seconds.append(time.perf_counter() - begun)  # on the CPU they are there
                 advance(len(scores) * len(samples) + len(features), alias)
-            scores.append(_score(alias, teacher_config, features, samples))
-    return scores
+            cost = TeacherCost(
+                median(seconds[1:]),
+                teacher.weights_bytes() / MIB,
+                memory.peak_mib() - before if device == "cuda" else None,
+                _mib(features[:1]),
+            )
+            scores.append(_score(alias, teacher_config, features, samples, cost))
+    return scores, samples
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -114,12 +158,23 @@ def _on_cpu(features: Features) -> Features:
     return Features(features.tokens_BTPD.cpu(), features.grid)
 
 
+def _mib(features: list[Features]) -> float:
+    return sum(f.tokens_BTPD.numel() * f.tokens_BTPD.element_size() for f in features) / MIB
+
+
 def _score(
-    alias: str, config: TeacherConfig, features: list[Features], samples: list[Sample]
+    alias: str,
+    config: TeacherConfig,
+    features: list[Features],
+    samples: list[Sample],
+    cost: TeacherCost,
 ) -> TeacherScore:
     grid = features[0].grid
-    pooled_FD = torch.cat([f.tokens_BTPD[0].mean(1) for f in features])
+    clips = [f.tokens_BTPD[0] for f in features]
+    pooled_FD = torch.cat([clip_TPD.mean(1) for clip_TPD in clips])
     videos_F = torch.arange(len(features)).repeat_interleave(grid[0])
+    mean_D = pooled_FD.double().mean(0)
+    steady = [x for clip in clips if (x := temporal_stability(clip, mean_D)) is not None]
     return TeacherScore(
         alias,
         config,
@@ -127,7 +182,16 @@ def _score(
         {k: iicr(pooled_FD, videos_F, k) for k in NEIGHBOURS if k < len(pooled_FD)},
         (grid[0] - 1) / (len(pooled_FD) - 1),
         _spatial(features, samples),
+        _frequency(clips, grid),
+        mean(steady) if steady else None,
+        cost,
+        tuple(clip_TPD[len(clip_TPD) // 2] for clip_TPD in clips),
     )
+
+
+def _frequency(clips: list[Tensor], grid: Grid) -> tuple[float, ...]:
+    shares = [frequency_bands(frame_PD, grid[1:]) for clip in clips for frame_PD in clip]
+    return tuple(mean(band) for band in zip(*filter(None, shares), strict=True))
 
 
 def _spatial(features: list[Features], samples: list[Sample]) -> dict[str, float]:

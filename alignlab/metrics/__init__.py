@@ -9,6 +9,8 @@ from alignlab.metrics.colour import mean_lab as mean_lab
 from alignlab.metrics.colour import rms_contrast as rms_contrast
 from alignlab.metrics.copy_paste import copy_paste as copy_paste
 from alignlab.metrics.frechet import frechet_distance as frechet_distance
+from alignlab.metrics.frequency import frequency_bands as frequency_bands
+from alignlab.metrics.frequency import temporal_stability as temporal_stability
 from alignlab.metrics.iicr import iicr as iicr
 from alignlab.metrics.retrieval import retrieval_chance as retrieval_chance
 from alignlab.metrics.retrieval import subject_retrieval as subject_retrieval

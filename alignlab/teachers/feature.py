@@ -42,7 +42,8 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         config: of a transformers class of the family.
         family: row of `TEACHERS`.
         name: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
-            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, counted from 1).
+            (output of block k, counted from 0), `stage:k` (of a Hiera backbone, counted from 1) or
+            `merged` (after the layer that joins patches for a language model).
 
     Raises:
         UserError: the model has no such feature.
@@ -53,6 +54,8 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         raise UserError(f"teachers feature: {error}") from None
     if kind == "stage:k":
         return _hiera_stage(config, name, number)
+    if kind == "merged":
+        return _merged(config, name)
     if kind == "post_norm":
         # transformers builds VideoMAE without its norm if a classifier is to average the tokens
         if config.model_type == "videomae" and config.use_mean_pooling:
@@ -81,7 +84,17 @@ def _of_blocks(config: Any, name: str, block: int | None) -> Feature:
         return tokens_NLD
 
     patch = int(config.patch_size)
-    return Feature(name, int(config.hidden_size), patch, patch, block is not None, read)
+    # a tower that merges patches takes whole blocks of them
+    multiple = patch * int(getattr(config, "spatial_merge_size", 1))
+    return Feature(name, int(config.hidden_size), patch, multiple, block is not None, read)
+
+
+def _merged(config: Any, name: str) -> Feature:
+    """Tokens of blocks of patches, as a language model gets them."""
+    side = int(config.patch_size) * int(config.spatial_merge_size)
+    return Feature(
+        name, int(config.out_hidden_size), side, side, False, lambda out: out.pooler_output
+    )
 
 
 def _hiera_stage(config: Any, name: str, stage: int) -> Feature:

@@ -150,10 +150,13 @@ def load_teacher(
 
 
 def _model_type(folder: Path, family: str) -> str:
-    found, classes = str(_read_config(folder).get("model_type")), teacher_rows()[family].classes
-    if found not in classes:
+    found, row = str(_read_config(folder).get("model_type")), teacher_rows()[family]
+    if found in row.refused:
+        raise UserError(f"teachers: {folder} holds a {found} model, {row.refused[found]}")
+    if found not in row.classes:
         raise UserError(
-            f"teachers: {folder} holds a {found} model, family {family} loads {', '.join(classes)}"
+            f"teachers: {folder} holds a {found} model, family {family} loads "
+            f"{', '.join(row.classes)}"
         )
     return found
 
@@ -171,6 +174,10 @@ def _loaded(folder: Path, family: str, config: Any, dtype: torch.dtype) -> Any:
     """The model, of weights that were looked at."""
     row = teacher_rows()[family]
     model = _load(folder, row, config, dtype).requires_grad_(False).eval()
+    if row.layout == "packed":
+        from alignlab.teachers.qwen2_5_vl import QwenVisionTower
+
+        model = QwenVisionTower(model).eval()
     named = model.named_parameters()
     read = ((name, weight) for name, weight in named if not re.search(row.unread, name))
     check_weights(f"teachers ({family}): {folder}", read)

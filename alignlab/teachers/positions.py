@@ -3,7 +3,9 @@
 Shape letters: T tubelets, H height and W width in patches, D width.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ Fit = Callable[[Grid], None]
 
 def position_fitter(model: Any, kind: Positions) -> Fit:
     """Returns what has to be called with the grid of every clip before the model is."""
+    if kind == "offset":
+        return _dinov2_offset(model)
     if kind == "table":
         return _videomae_table(model)
     if kind == "rope":
@@ -35,6 +39,38 @@ def interpolate_table(table_THWD: Tensor, grid: Grid) -> Tensor:
         table = table.permute(1, 0, 2, 3)[None]
         table = F.interpolate(table, grid, mode="trilinear")[0].permute(1, 0, 2, 3)
     return table.permute(0, 2, 3, 1)
+
+
+OFFSET = 0.1
+"""Patches that DINOv2's code adds to a grid before it divides by the trained one."""
+
+
+def _dinov2_offset(model: Any) -> Fit:
+    """DINOv2 without registers: bicubic, by the factor (grid + 0.1) / trained grid.
+
+    Meta's code resamples at places that this factor gives, which the trained models' released
+    features are of at every size but 518; transformers resamples to the grid's size, which are
+    other places. With registers Meta's code does that as well, with antialiasing.
+    """
+    if model.config.model_type != "dinov2":
+        return lambda grid: None
+    embeddings = model.embeddings
+    trained = math.isqrt(embeddings.position_embeddings.shape[1] - 1)
+    own = type(embeddings).interpolate_pos_encoding
+
+    def fit(grid: Grid) -> None:
+        _, height, width = grid
+        if (height, width) == (trained, trained):
+            embeddings.interpolate_pos_encoding = partial(own, embeddings)
+            return
+        table_1LD = embeddings.position_embeddings
+        square = table_1LD[:, 1:].float().unflatten(1, (trained, trained)).permute(0, 3, 1, 2)
+        factors = ((height + OFFSET) / trained, (width + OFFSET) / trained)
+        resampled = F.interpolate(square, scale_factor=factors, mode="bicubic").flatten(2).mT
+        fitted = torch.cat((table_1LD[:, :1], resampled.to(table_1LD.dtype)), dim=1)
+        embeddings.interpolate_pos_encoding = lambda tokens, height, width: fitted
+
+    return fit
 
 
 def _videomae_table(model: Any) -> Fit:

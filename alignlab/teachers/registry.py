@@ -15,14 +15,18 @@ GROUP = "alignlab.teachers"
 """Entry point group under which other packages register teachers."""
 
 Triple = tuple[float, float, float]
-Positions = Literal["model", "table", "rope"]
+Positions = Literal["model", "offset", "table", "rope"]
 Resize = Literal["bicubic", "bilinear"]
 Reads = Literal["frames", "latents"]
+Layout = Literal["images", "packed"]
 
-FEATURES = ("pre_norm", "post_norm", "layer:k", "stage:k")
+FEATURES = ("pre_norm", "post_norm", "layer:k", "stage:k", "merged")
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
+HALF: Triple = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,12 @@ class TeacherRow:
         reads: `frames`: a vision encoder (`Teacher`). `latents`: a diffusion transformer
             (`alignlab.teachers.diffusion`) of a pipeline folder, of which `classes` has the
             diffusers class; nothing else of the row but `path`, `feature` and `video` is read.
+        layout: `images`: the model takes images. `packed`: patches of all images in one row, as
+            Qwen2.5-VL (`qwen2_5_vl.py`).
+        refused: by `model_type`, why a model that users will try is not used, and which is.
+        width, patch, native_size: of the model at `path` the features' width, pixels of a frame per
+            token, and the image size that its config names; for lists only.
+        papers: works on alignment of diffusion models that use it, for lists only.
     """
 
     classes: dict[str, str]
@@ -67,26 +77,114 @@ class TeacherRow:
     part_prefix: str = ""
     unread: str = r"mask_token$"
     reads: Reads = "frames"
+    layout: Layout = "images"
+    refused: dict[str, str] = field(default_factory=dict)
+    width: int | None = None
+    patch: int | None = None
+    native_size: int | None = None
+    papers: tuple[str, ...] = ()
 
 
 _DINOV2 = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+_QWEN = "Qwen2_5_VisionTransformerPretrainedModel"
 # The same image encoder lies in the image model, the video model, and by itself.
 _SAM2 = ("sam2", "sam2_video", "sam2_vision_model", "sam2_hiera_det_model")
 
-# Every family normalises with ImageNet's mean and deviation: transformers' image processors of
-# DINOv2, DINOv3, SAM 2 and V-JEPA 2 by default, the released VideoMAE checkpoints by their
-# preprocessor_config.json (their processor's own default is 0.5), and the code of REPA, RefAlign
-# and VideoREPA. A folder with a processor config of its own is normalised as that says; the filter
-# stays the row's. None crops here, and none resizes to its training size: frames get the size that
-# gives the requested number of patches.
+# Normalisation is that of transformers' image processor of the family by default, but of VideoMAE,
+# whose released checkpoints have ImageNet's in their preprocessor_config.json, and of Depth
+# Anything, likewise (their processors' own default is 0.5). A folder with a processor config of its
+# own is normalised as that says; the filter stays the row's. None crops here, and none resizes to
+# its training size: frames get the size that gives the requested number of patches.
 BUILT_IN: dict[str, TeacherRow] = {
     # REPA: after the final norm, bicubic.
-    "dinov2": TeacherRow(_DINOV2, path="facebook/dinov2-base", feature="post_norm"),
+    "dinov2": TeacherRow(
+        _DINOV2,
+        path="facebook/dinov2-base",
+        feature="post_norm",
+        positions="offset",
+        width=768,
+        patch=14,
+        native_size=518,
+        papers=("REPA", "HASTE", "CREPA", "Align4Gen"),
+    ),
     # RefAlign's code: before the final norm, frames not resized.
     "dinov3": TeacherRow(
         {"dinov3_vit": "DINOv3ViTModel"},
         path="facebook/dinov3-vitl16-pretrain-lvd1689m",
         feature="pre_norm",
+        width=1024,
+        patch=16,
+        native_size=224,
+        papers=("RefAlign",),
+    ),
+    # RefAlign's ablation has so400m, 1152 wide; which of its outputs was not found. Its own head
+    # pools the tokens after the final norm. Released SigLIP 2 folders resize bilinear.
+    "siglip2": TeacherRow(
+        {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"},
+        path="google/siglip2-so400m-patch14-384",
+        feature="post_norm",
+        mean=HALF,
+        std=HALF,
+        resize="bilinear",
+        class_tokens=0,
+        options={"interpolate_pos_encoding": True},
+        part=("vision_config",),
+        part_prefix=r"^vision_model\.",
+        unread=r"^head\.",
+        refused={
+            "siglip2": "of NaFlex, which packs patches of images of any shape: take a folder of "
+            "a fixed size, such as google/siglip2-so400m-patch14-384",
+        },
+        width=1152,
+        patch=14,
+        native_size=384,
+        papers=("RefAlign (ablation)",),
+    ),
+    # REPA's code: all tokens after the last block, without the norm of the pooled one.
+    "clip": TeacherRow(
+        {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"},
+        path="openai/clip-vit-large-patch14",
+        feature="pre_norm",
+        features=("pre_norm", "layer:k"),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        options={"interpolate_pos_encoding": True},
+        part=("vision_config",),
+        part_prefix=r"^vision_model\.",
+        unread=r"^post_layernorm\.",
+        width=1024,
+        patch=14,
+        native_size=224,
+        papers=("REPA (ablation)",),
+    ),
+    # RefAlign's ablation: 3584 wide, so after the merger of the 7B model. A token is of 28 pixels
+    # there, of 14 before the merger.
+    "qwen2_5_vl": TeacherRow(
+        dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision"), _QWEN),
+        path="Qwen/Qwen2.5-VL-7B-Instruct",
+        feature="merged",
+        features=("merged", "pre_norm", "layer:k"),
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        class_tokens=0,
+        part=("vision_config",),
+        part_prefix=r"^(model\.)?visual\.",
+        layout="packed",
+        width=3584,
+        patch=28,
+        papers=("RefAlign (ablation)",),
+    ),
+    # The DINOv2 encoder of Depth Anything V2, tuned to depth; its neck and head are not run.
+    "depth_anything": TeacherRow(
+        {"depth_anything": "Dinov2Model"},
+        path="depth-anything/Depth-Anything-V2-Large-hf",
+        feature="post_norm",
+        positions="offset",
+        part=("backbone_config",),
+        part_prefix=r"^backbone\.",
+        width=1024,
+        patch=14,
+        native_size=518,
     ),
     # Align4Gen: the third stage of the Hiera backbone, one patch per 16 pixels; its size and its
     # resolution were not found. Resized like SAM 2's images.
@@ -99,6 +197,10 @@ BUILT_IN: dict[str, TeacherRow] = {
         class_tokens=0,
         part=("vision_config", "backbone_config"),
         part_prefix=r"^(vision_encoder\.)?backbone\.",
+        width=576,
+        patch=16,
+        native_size=1024,
+        papers=("Align4Gen",),
     ),
     # VideoREPA's code: the last block of a VideoMAEv2-B without final norm, bicubic (there without
     # antialiasing). Original VideoMAE V2 folders load too; the one on the hub, which VideoREPA did
@@ -110,6 +212,10 @@ BUILT_IN: dict[str, TeacherRow] = {
         class_tokens=0,
         video=True,
         positions="table",
+        width=768,
+        patch=16,
+        native_size=224,
+        papers=("VideoREPA", "MoAlign"),
     ),
     # SARA: output features of V-JEPA 2.1 ViT-G; transformers has V-JEPA 2.0 alone, of which this is
     # the largest at the same resolution. Resized like V-JEPA 2's videos.
@@ -124,8 +230,20 @@ BUILT_IN: dict[str, TeacherRow] = {
         input_name="pixel_values_videos",
         options={"skip_predictor": True},
         unread=r"^predictor\.",
+        width=1408,
+        patch=16,
+        native_size=384,
+        papers=("SARA",),
     ),
-    "tiny-dino": TeacherRow(_DINOV2, path="assets/tiny-dino", feature="post_norm"),
+    "tiny-dino": TeacherRow(
+        _DINOV2,
+        path="assets/tiny-dino",
+        feature="post_norm",
+        positions="offset",
+        width=96,
+        patch=16,
+        native_size=64,
+    ),
     # The positive control: what a trained diffusion transformer itself has learned. Block and model
     # are those that were measured here; any Wan folder does.
     "diffusion": TeacherRow(
@@ -171,6 +289,7 @@ def _problem(thing: TeacherRow) -> str | None:
         ("resize", thing.resize, get_args(Resize)),
         ("positions", thing.positions, get_args(Positions)),
         ("reads", thing.reads, get_args(Reads)),
+        ("layout", thing.layout, get_args(Layout)),
     ):
         if value not in valid:
             return f"has {name} {value!r}: choose from {', '.join(valid)}"

@@ -152,6 +152,11 @@ class Teacher:
         """
         self._late_model.loaded()
 
+    def weights_bytes(self) -> int:
+        """Size of the loaded weights."""
+        weights = self._model.parameters()
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
     def digest(self) -> str:
         """Names the weights that the features depend on, whatever folder they came from.
 

@@ -1,10 +1,13 @@
 """`alignlab list`: what can be named in a recipe, as tables or as JSON."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignlab.cli_tables import AsJson, print_json, print_table
+
+if TYPE_CHECKING:
+    from alignlab.teachers.registry import TeacherRow
 
 list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 
@@ -43,15 +46,29 @@ def list_objectives(as_json: AsJson = False) -> None:
 
 @list_app.command("teachers")
 def list_teachers(as_json: AsJson = False) -> None:
-    """Families of vision models to align to."""
+    """Families of frozen models to align to: tokens of the model at `path`, and who uses it."""
     from alignlab.teachers import TEACHERS
 
     if as_json:
-        keys = ("path", "feature", "reads", "video")
+        keys = ("path", "feature", "reads", "video", "width", "patch", "native_size", "papers")
         print_json([{"name": n, **{k: getattr(r, k) for k in keys}} for n, r in TEACHERS.items()])
         return
-    rows = [(name, row.path, row.feature) for name, row in TEACHERS.items()]
-    print_table(("family", "path unless set", "feature unless set"), rows)
+    for name, row in TEACHERS.items():
+        typer.secho(name, bold=True)
+        typer.echo(f"  {row.path}, {row.feature}, unless set\n  {'; '.join(_teacher_facts(row))}")
+
+
+def _teacher_facts(row: "TeacherRow") -> list[str]:
+    """What it takes, tokens of the model at its path, and which works on alignment use it."""
+    takes = "latents" if row.reads == "latents" else "clips" if row.video else "frames"
+    facts = [f"takes {takes}"]
+    if row.width is not None:
+        facts.append(f"tokens {row.width} wide, of {row.patch}x{row.patch} pixels")
+    if row.native_size is not None:
+        facts.append(f"image size {row.native_size}")
+    if row.papers:
+        facts.append(f"used by {', '.join(row.papers)}")
+    return facts
 
 
 @list_app.command("metrics")

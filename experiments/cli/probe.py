@@ -50,18 +50,27 @@ def score(
     ] = None,
     out: Annotated[Path, path_option("CSV file to write.")] = Path("teachers.csv"),
 ) -> None:
-    """Score a recipe's teachers on its clips: steadiness over frames and spatial structure."""
+    """Compare a recipe's teachers on its clips: what they tell apart, how fine, at what cost.
+
+    Beside the CSV file a page is written, of the same name.
+    """
+    from alignlab.evaluation.teacher_pairs import similar_pairs
     from alignlab.evaluation.teacher_score import parse_size, score_teachers
     from alignlab.experiments.compare.config import load_base
+    from alignlab.experiments.probe.teacher_page import write_page
     from alignlab.experiments.probe.teacher_table import print_scores, write_scores
     from alignlab.runs.out_paths import out_file
 
-    with out_file(out, ".csv"):
+    page = out.with_suffix(".html")
+    with out_file(out, ".csv"), out_file(page, ".html"):
         size = None if grid is None else parse_size(grid)
-        scores = score_teachers(load_base(recipe, overrides), clips=clips, size=size)
+        config = load_base(recipe, overrides)
+        scores, samples = score_teachers(config, clips=clips, size=size)
         print_scores(scores)
-        write_scores(scores, out)
-    typer.echo(f"figures: {out}")
+        pairs = similar_pairs(scores)
+        write_scores(scores, pairs, out)
+        write_page(scores, samples, pairs, page, name=config.name)
+    typer.echo(f"figures: {out}\npage: {page}")
 
 
 def preview(

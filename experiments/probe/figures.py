@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from alignlab.evaluation.feature_maps import tsne_points
 from alignlab.evaluation.probe import MODELS, SIGMAS, Cell
 from alignlab.evaluation.token_metrics import ReferenceTokens
 from alignlab.experiments.charts.chart import WIDTH, Chart, Readout, group_name, look, new_figure
+from alignlab.experiments.charts.heat import WHITE, bare, heat_map, minus
 from alignlab.experiments.charts.look import COLOURS, styles
 from alignlab.metrics.features import unit_rows
 
@@ -25,8 +25,7 @@ FEW_SUBJECTS = len(COLOURS)
 _DIVERGING = LinearSegmentedColormap.from_list(
     "change", ["#b35806", "#f1a340", "#e9e9ec", "#79a8d8", "#0b5394"]
 )
-_WHITE = "#fefefe"  # on a colour, also on a dark page, where "#ffffff" stands for its paper
-_ROW, _AROUND, _SQUARE = 24.0, 62.0, 330.0  # points, of a block, of axis and margins, of cosines
+_SQUARE = 330.0  # points, a side of the cosines among tokens
 
 
 @dataclass(frozen=True)
@@ -87,39 +86,21 @@ def map_charts(table: MapTable, aligned: Sequence[int]) -> list[Chart]:
 def _map(
     title: str,
     values: list[list[float | None]],
-    names: list[str],
+    blocks: list[str],
     ends: tuple[float, float],
     colours: str | LinearSegmentedColormap,
     sign: str = "",
 ) -> Chart:
-    array = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
-    with look():
-        figure = new_figure(WIDTH, _AROUND + _ROW * len(names))
-        axes = figure.subplots()
-        image = axes.pcolormesh(
-            array, vmin=ends[0], vmax=ends[1], cmap=colours, edgecolors=_WHITE, linewidth=1.0
-        )
-        figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
-        readouts = []
-        for row, texts in enumerate(values):
-            for column, value in enumerate(texts):
-                if value is None:
-                    continue
-                x, y = column + 0.5, row + 0.5
-                red, green, blue, _ = image.to_rgba(np.array([value]))[0]
-                axes.text(
-                    x, y, _minus(f"{value:{sign}.2f}"), ha="center", va="center", fontsize=8.5,
-                    color=_WHITE if _is_dark(red, green, blue) else "#111827",
-                )  # fmt: skip
-                where = f"block {names[row]}, noise level {SIGMAS[column]:g}"
-                readouts.append(Readout(axes, x, y, where, ((-1, _minus(f"{value:{sign}.4f}")),)))
-        axes.set_xticks([i + 0.5 for i in range(len(SIGMAS))], [f"{sigma:g}" for sigma in SIGMAS])
-        axes.set_yticks([i + 0.5 for i in range(len(names))], names)
-        axes.set_xlabel("noise level (1 is pure noise)")
-        axes.set_ylabel("block")
-        _bare(axes)
-        axes.invert_yaxis()
-    return Chart(title, "", figure, tuple(readouts))
+    return heat_map(
+        title,
+        values,
+        (blocks, [f"{sigma:g}" for sigma in SIGMAS]),
+        axes_titles=("block", "noise level"),
+        ends=ends,
+        colours=colours,
+        sign=sign,
+        caption="noise level 1 is pure noise",
+    )
 
 
 def similarity_charts(sets: Mapping[str, Tensor], subjects_N: Tensor) -> list[Chart]:
@@ -163,17 +144,17 @@ def _square(
         )  # fmt: skip
         figure.colorbar(image, ax=axes, pad=0.02, aspect=30).outline.set_visible(False)
         for end in ends[:-1]:
-            axes.axvline(end, color=_WHITE, linewidth=1.5)
-            axes.axhline(end, color=_WHITE, linewidth=1.5)
+            axes.axvline(end, color=WHITE, linewidth=1.5)
+            axes.axhline(end, color=WHITE, linewidth=1.5)
         axes.set_xticks(middles, letters)
         axes.set_yticks(middles, letters)
-        _bare(axes)
+        bare(axes)
     starts = [0, *ends[:-1]]
     blocks = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
     readouts = tuple(
         Readout(
             axes, middles[j], middles[i], f"{letters[i]} with {letters[j]}",
-            ((-1, f"mean cosine {_minus(f'{cosine_NN[rows, columns].mean():.3f}')}"),),
+            ((-1, f"mean cosine {minus(f'{cosine_NN[rows, columns].mean():.3f}')}"),),
         )
         for i, rows in enumerate(blocks)
         for j, columns in enumerate(blocks)
@@ -207,18 +188,3 @@ def scatter_chart(
         axes.set_xticks([])
         axes.set_yticks([])
     return Chart(title, "", figure, tuple(readouts))
-
-
-def _bare(axes: Axes) -> None:
-    axes.grid(visible=False)
-    axes.tick_params(length=0.0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-
-
-def _is_dark(red: float, green: float, blue: float) -> bool:
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-
-
-def _minus(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")

@@ -1,6 +1,7 @@
 """The command line: what it prints, and the one line and exit code of a mistake."""
 
 import errno
+import json
 import os
 import sqlite3
 import subprocess
@@ -180,3 +181,14 @@ def test_lists(what: str, names: list[str]) -> None:
     assert result.exit_code == 0
     for name in names:
         assert name in result.stdout
+
+
+def test_a_list_of_teachers_says_what_they_take_and_who_uses_them() -> None:
+    of_qwen = alignlab("list", "teachers").stdout.split("qwen2_5_vl\n")[1].splitlines()[:2]
+    assert of_qwen == [
+        "  Qwen/Qwen2.5-VL-7B-Instruct, merged, unless set",
+        "  takes frames; tokens 3584 wide, of 28x28 pixels; used by RefAlign (ablation)",
+    ]
+    rows = {row["name"]: row for row in json.loads(alignlab("list", "teachers", "--json").stdout)}
+    assert (rows["tiny-dino"]["width"], rows["tiny-dino"]["patch"]) == (96, 16)
+    assert rows["vjepa2"]["video"] and rows["vjepa2"]["papers"] == ["SARA"]

@@ -22,6 +22,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from alignlab.errors import UserError
 from alignlab.teachers import TEACHERS, load_teacher
+from meta_dinov2 import with_meta_positions
 
 GRID = (2, 3)
 SMALL = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -88,7 +89,7 @@ def _by_hand(folder: str, frames_BTHWC: Tensor, **resize: Any) -> Any:
     images = [Image.fromarray(image.numpy()) for image in frames_BTHWC.flatten(0, 1)]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        model = transformers.AutoModel.from_pretrained(folder).eval()
+        model = with_meta_positions(transformers.AutoModel.from_pretrained(folder).eval())
         return model(pixel_values=pixels, output_hidden_states=True)
 
 
@@ -199,7 +200,8 @@ def test_families_default_to_the_papers_features(folders: dict[str, str]) -> Non
         )
         assert torch.equal(default, named)
     tiny, full = TEACHERS["tiny-dino"], TEACHERS["dinov2"]
-    assert dataclasses.replace(tiny, path=full.path) == full
+    of_lists = {key: getattr(full, key) for key in ("width", "native_size", "patch", "papers")}
+    assert dataclasses.replace(tiny, path=full.path, **of_lists) == full
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_line(

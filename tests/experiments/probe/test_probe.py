@@ -124,7 +124,7 @@ def test_a_video_teacher_sees_video_tokens_alone(
     assert found.features.teacher_THWC.shape == found.features.real_THWC.shape == (9, 48, 48, 3)
     page = write_probe(found, tmp_path).read_text()
     assert "features of clip" in page and "Reference tokens by subject" in page
-    scores = {score.alias: score for score in score_teachers(load_run(run / "recipe.yaml"))}
+    scores = {score.alias: score for score in score_teachers(load_run(run / "recipe.yaml"))[0]}
     assert scores["clip"].grid[0] == 4 and scores["dino"].grid[0] == 9
 
 

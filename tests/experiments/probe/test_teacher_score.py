@@ -113,12 +113,21 @@ def test_the_command_scores_every_teacher(recipe_file: Path, tmp_path: Path) -> 
         assert float(row["chance"]) == pytest.approx(4 / 14)
         assert row["iicr_15"] == "" and 0 <= float(row["iicr_8"]) <= 0.5
         assert all(row[name] for name in ("lds", "cds", "srss", "rmsc"))
+        power = [float(row[name]) for name in row if name.startswith("power_")]
+        assert len(power) == 4 and sum(power) == pytest.approx(1)
+        assert float(row["seconds_per_clip"]) > 0 and row["peak_MiB"] == ""
     assert rows[0]["lds"] != rows[1]["lds"]
+    assert rows[0]["cka_first"] == rows[1]["cka_dino"] and rows[0]["cka_dino"] == ""
+    page = out.with_suffix(".html").read_text()
+    assert str(out.with_suffix(".html")) in result.stdout
+    # a real frame and two teachers of each clip, and of the charts two curves and one of pairs
+    assert page.count('<img src="data:image/png') == 3 * 3 and page.count("<svg ") >= 3
+    assert "Least alike" not in page and "Tells clips apart best" in page
 
 
 def test_scores_are_the_measures_of_the_teachers_own_features(recipe_file: Path) -> None:
     config = load_run(recipe_file)
-    (found,) = score_teachers(config, clips=2)
+    (found,), _ = score_teachers(config, clips=2)
     assert found.grid == (5, 3, 3) and found.spatial.keys() == {"cds", "rmsc"}
     row = config.teachers["dino"]
     teacher = load_teacher(row.family, path=row.path, feature=row.feature)
