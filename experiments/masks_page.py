@@ -5,7 +5,6 @@ Shape letters: T frames, H height, W width, C channels (RGB), E entities.
 
 import csv
 import io
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +101,10 @@ def mask_sizes(made: MadeMasks) -> str:
     without = sum(clip.folder is None for clip in made.clips)
     frames, undecided = sum(r.frames for r in records), sum(r.undecided for r in records)
     new = sum(clip.is_new for clip in made.clips)
+    entities = sum(len(record.entities) for record in records)
     text = (
-        f"{len(records):,} clips with {sum(len(r.entities) for r in records):,} entities, {new:,} of "
-        f"them made now; {undecided:,} of {frames:,} frames have undecided pixels"
+        f"{len(records):,} clips with {entities:,} entities, {new:,} clips of them made now; "
+        f"{undecided:,} of {frames:,} frames have undecided pixels"
     )
     if own:
         text += f"; {own:,} clips have masks of their own"

@@ -82,7 +82,7 @@ class Row:
     split: Literal["train", "val"] | None = None
     group: str | None = None
     unread: tuple[str, ...] = ()
-    places: Places = Places()
+    places: Places = field(default_factory=Places)
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -253,8 +253,8 @@ def _row(folder: "_Folder", where: str, raw: Any, *, unmasked: bool) -> Row:
     entities = lists["entities"]
     if (masks is None) != (not entities) and not (unmasked and masks is None):
         raise UserError(
-            f"{where}: masks and entities go together; one of them is missing (`alignlab data masks` "
-            "makes masks of entities)"
+            f"{where}: masks and entities go together; one of them is missing (`alignlab data "
+            "masks` makes masks of entities)"
         )
     said = read_places(where, raw, entities)
     if said.first_mask is not None:

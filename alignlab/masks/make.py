@@ -186,9 +186,7 @@ class _Work:
         except NoPromptError as error:
             return ClipMasks(key, row, None, reason=str(error))
         if len(request.places.entities) > MOST_ENTITIES:
-            raise UserError(
-                f"{row.where}: has more than {MOST_ENTITIES} entities, which no label says"
-            )
+            raise UserError(f"{row.where}: has more entities than labels, {MOST_ENTITIES}")
         return request
 
     def _clip(self, key: str, row: Row, request: ClipRequest) -> ClipMasks:
@@ -200,7 +198,8 @@ class _Work:
         if target.exists() and not self._settings.replace:
             how = "was not made by this command" if record is None else _difference(record, wanted)
             raise UserError(
-                f"{target} is there, and {how}: choose another --name, or make it anew with --replace"
+                f"{target} is there, and {how}: choose another --name, or make it anew with "
+                "--replace"
             )
         try:
             record = self._made(target, row, request, wanted)

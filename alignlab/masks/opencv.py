@@ -143,6 +143,7 @@ def _first_mask(frame_HWC: Frame, prompt: Prompt) -> Mask:
     if prompt.box is None:
         labels_HW = np.full((height, width), cv2.GC_PR_BGD, np.uint8)
         _mark_points(labels_HW, prompt)
+        labels_HW[_like_points(frame_HWC, labels_HW)] = cv2.GC_PR_FGD
         return _pieces_at(_grab(frame_HWC, labels_HW, (0, 0, width, height)), prompt)
     left, top, right, bottom = _whole(prompt.box, width, height)
     window = _widened((left, top, right, bottom), width, height)
@@ -168,6 +169,16 @@ def _mark_points(labels_HW: NDArray[np.uint8], prompt: Prompt) -> None:
     for point in prompt.points:
         value = cv2.GC_FGD if point.is_inside else cv2.GC_BGD
         cv2.circle(labels_HW, (round(point.x), round(point.y)), radius, int(value), -1)
+
+
+def _like_points(frame_HWC: Frame, labels_HW: NDArray[np.uint8]) -> Mask:
+    """Unmarked pixels of the colours at the points, connected with them: GrabCut's first guess."""
+    at_HW = labels_HW == cv2.GC_FGD
+    lab_HWC = cv2.cvtColor(frame_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    near = _distances(lab_HWC.reshape(-1, 3), _palette(frame_HWC, at_HW)[::8]) < ALIKE
+    alike_HW = near.reshape(at_HW.shape) & (labels_HW != cv2.GC_BGD)
+    _, pieces_HW = cv2.connectedComponents(alike_HW.astype(np.uint8))
+    return np.isin(pieces_HW, np.unique(pieces_HW[at_HW & alike_HW])) & alike_HW & ~at_HW
 
 
 def _grab(

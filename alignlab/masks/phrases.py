@@ -5,6 +5,7 @@ the first word that cannot be in it. How often it is right is in docs/masks.md.
 """
 
 import re
+from itertools import zip_longest
 
 BEGINS = frozenset(
     """a an the this that these those another each every some several many both one two three four
@@ -25,9 +26,13 @@ NO_NOUNS = frozenset(
     just only left right here""".split()
 )
 DESCRIBING = frozenset(
-    """red orange yellow green blue purple violet pink brown black white gray grey silver golden gold
-    dark light bright pale big large small tiny little huge old new young tall short long wide
-    narrow round square plain""".split()
+    """red orange yellow green blue purple violet pink brown black white gray grey silver gold
+    golden cyan magenta teal turquoise beige navy maroon olive dark light bright pale big large
+    small tiny little huge old new young tall short long wide narrow plain""".split()
+)
+NOUNS_IN_ING = frozenset(
+    """ring king wing thing string spring swing building railing painting ceiling clothing wedding
+    drawing morning evening""".split()
 )
 NO_ENTITIES = frozenset(
     """background foreground camera scene view video clip shot frame moment front left right top
@@ -64,18 +69,27 @@ def noun_phrases(caption: str) -> tuple[str, ...]:
 def _phrase(words: list[str], *, is_singular: bool) -> list[str]:
     """The words up to the first that cannot be in the phrase they begin."""
     phrase: list[str] = []
-    for word in words:
+    for word, after in zip_longest(words, words[1:], fillvalue="and"):
         if word in BEGINS | PREPOSITIONS | NO_NOUNS:
             break
-        has_noun = any(not (w in DESCRIBING or w.endswith(("ed", "ing"))) for w in phrase)
-        if has_noun and word.endswith(("ing", "ed")):
+        has_noun = any(map(_is_noun, phrase))
+        is_last = after in BEGINS | PREPOSITIONS | NO_NOUNS
+        if has_noun and (word.endswith("ing") or (word.endswith("ed") and is_last)):
             break  # a participle or a verb
+        if phrase and _looks_like_a_verb(phrase[-1]) and _looks_like_a_verb(word):
+            break  # after a plural
         if has_noun and is_singular and _looks_like_a_verb(word):
             break
         phrase.append(word)
-    while phrase and (phrase[-1] in DESCRIBING or phrase[-1].endswith("ing")):
-        phrase.pop()  # no noun at its end
+    while phrase and not _is_noun(phrase[-1]):
+        phrase.pop()
     return phrase
+
+
+def _is_noun(word: str) -> bool:
+    if word in NOUNS_IN_ING:
+        return True
+    return word not in DESCRIBING and not word.endswith(("ed", "ing"))
 
 
 def _looks_like_a_verb(word: str) -> bool:

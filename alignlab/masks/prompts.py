@@ -121,7 +121,8 @@ def clip_request(
             places, origin = Places(noun_phrases(row.caption)), "caption"
         if not places.entities:
             raise NoPromptError("has no entities, and its caption names none")
-        return ClipRequest(Places(places.entities), (), None, origin)
+        # one search for equal phrases, which are one entity then
+        return ClipRequest(Places(tuple(dict.fromkeys(places.entities))), (), None, origin)
     if not places.say_where:
         raise NoPromptError("has no boxes, points or first_mask")
     first_mask = None if places.first_mask is None else root / places.first_mask

@@ -46,10 +46,10 @@ def masks(
     shown: Annotated[int, typer.Option(min=0, help="Clips on the page, least sure first.")] = 24,
 ) -> None:
     """Make entity masks for a folder of clips, and a page that shows them."""
+    from alignlab.config.data import FolderConfig
     from alignlab.errors import UserError
     from alignlab.experiments.data_preview import load_data
     from alignlab.experiments.masks_page import mask_sizes, write_masks_page
-    from alignlab.config.data import FolderConfig
     from alignlab.masks.make import MaskSettings, make_masks
     from alignlab.masks.prompts import read_prompts
     from alignlab.masks.registry import build_segmenter

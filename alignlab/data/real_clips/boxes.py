@@ -1,8 +1,8 @@
 """Where subjects are in the first frame of the real clips: drawn by hand, in pixels of the clip.
 
-Left, top, right, bottom, for what the captions name and the first frame shows. `alignlab data masks`
-makes masks of them; things that are thin and cut up, such as a bicycle behind a railing, are left
-out.
+Left, top, right, bottom, for what the captions name and the first frame shows; `alignlab data
+masks` makes masks of them. Things that are thin and cut up, such as a bicycle behind a railing, are
+left out.
 """
 
 Box = tuple[int, int, int, int]
