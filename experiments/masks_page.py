@@ -103,14 +103,18 @@ def mask_sizes(made: MadeMasks) -> str:
     new = sum(clip.is_new for clip in made.clips)
     entities = sum(len(record.entities) for record in records)
     text = (
-        f"{len(records):,} clips with {entities:,} entities, {new:,} clips of them made now; "
-        f"{undecided:,} of {frames:,} frames have undecided pixels"
+        f"{_counted(len(records), 'clip')} with {_counted(entities, 'entity', 'entities')}, {new:,} "
+        f"made now; {undecided:,} of {_counted(frames, 'frame')} with undecided pixels"
     )
     if own:
-        text += f"; {own:,} clips have masks of their own"
+        text += f"; {_counted(own, 'clip')} with masks of other origin"
     if without:
-        text += f"; {without:,} clips have none"
+        text += f"; {_counted(without, 'clip')} without masks"
     return text
+
+
+def _counted(number: int, one: str, more: str = "") -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
 def write_masks_page(made: MadeMasks, config: FolderConfig, out: Path, *, shown: int) -> Path:
