@@ -103,8 +103,8 @@ def mask_sizes(made: MadeMasks) -> str:
     new = sum(clip.is_new for clip in made.clips)
     entities = sum(len(record.entities) for record in records)
     text = (
-        f"{_counted(len(records), 'clip')} with {_counted(entities, 'entity', 'entities')}, {new:,} "
-        f"made now; {undecided:,} of {_counted(frames, 'frame')} with undecided pixels"
+        f"{_counted(len(records), 'clip')} with {_counted(entities, 'entity', 'entities')}, "
+        f"{new:,} made now; {undecided:,} of {_counted(frames, 'frame')} with undecided pixels"
     )
     if own:
         text += f"; {_counted(own, 'clip')} with masks of other origin"

@@ -235,6 +235,8 @@ class _Work:
         first, frames = clip_frames(row, self._config)
         before = next(frames)
         prompts = prompts_of(request, before)
+        if not (self._segmenter.reads_texts or any(prompt.has_place for prompt in prompts)):
+            raise NoPromptError("says of none of its entities where it is")
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(target) as partial:
             writer = LabelWriter(partial, first, self._settings.min_confidence)
@@ -265,7 +267,7 @@ def clip_frames(row: Row, config: FolderConfig) -> tuple[int, Iterator[Frame]]:
     """Index of a clip's first frame in its video, and all frames to its last, as they are stored.
 
     Raises:
-        ClipError: as `check_clip`.
+        ClipError: as `check_clip`, or the picture changes its size on the way.
     """
     facts = check_clip(
         row.video, frames=config.frames, fps=config.fps, start_s=row.start_s, seek=False
@@ -276,7 +278,11 @@ def clip_frames(row: Row, config: FolderConfig) -> tuple[int, Iterator[Frame]]:
         reformatter = VideoReformatter()
         for index, timed in enumerate(decoded_frames(row.video)):
             if first <= index <= last:
-                yield upright(timed, reformatter)[0].numpy()
+                frame_HWC = upright(timed, reformatter)[0].numpy()
+                if frame_HWC.shape[:2] != facts.source_size_HW:
+                    size = "x".join(map(str, frame_HWC.shape[:2]))
+                    raise ClipError(f"{row.video}: has frames of several sizes ({size})")
+                yield frame_HWC
             if index == last:
                 return
 

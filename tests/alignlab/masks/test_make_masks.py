@@ -212,6 +212,9 @@ def test_clips_that_nothing_is_asked_of_are_told_and_lose_their_entities(tmp_pat
     row = json.loads(made.metadata.read_text().splitlines()[1])
     assert "entities" not in row and "masks" not in row
     read_rows(tmp_path, made.metadata.name)
+    nowhere = data(tmp_path / "c", [dict(bare, boxes=[None])])
+    with pytest.raises(UserError, match="says of none of its entities where it is"):
+        make_masks(nowhere, Boxes(), MaskSettings())
     lonely = data(tmp_path / "b", [dict(bare)])
     with pytest.raises(UserError, match=r"no clip has masks now; .*no boxes"):
         make_masks(lonely, Boxes(), MaskSettings())
