@@ -83,7 +83,7 @@ class Row:
     group: str | None = None
     unread: tuple[str, ...] = ()
     places: Places = field(default_factory=Places)
-    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    raw: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
 def read_rows(

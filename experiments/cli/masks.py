@@ -2,12 +2,17 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from alignlab.cli_options import Overrides, Recipe, path_option
 from alignlab.config.paths import user_path
+
+if TYPE_CHECKING:
+    from alignlab.config.data import FolderConfig
+    from alignlab.masks.make import MaskSettings
+    from alignlab.masks.segmenter import Segmenter
 
 Backend = StrEnum("Backend", ["opencv", "sam2", "sam3"])  # typer takes no list of Literal
 
@@ -49,11 +54,9 @@ def masks(
     from alignlab.config.data import FolderConfig
     from alignlab.errors import UserError
     from alignlab.experiments.data_preview import load_data
-    from alignlab.experiments.masks_page import mask_sizes, write_masks_page
-    from alignlab.masks.make import MaskSettings, make_masks
+    from alignlab.masks.make import MaskSettings
     from alignlab.masks.prompts import read_prompts
     from alignlab.masks.registry import build_segmenter
-    from alignlab.runs.out_paths import check_out_folder
 
     data, _ = load_data(recipe, overrides)
     if not isinstance(data, FolderConfig):
@@ -72,7 +75,22 @@ def masks(
         min_confidence=min_confidence,
         replace=replace,
     )
-    page_folder = user_path(data.path) / name if out is None else out
+    _make(data, segmenter, settings, out, shown)
+
+
+def _make(
+    data: "FolderConfig",
+    segmenter: "Segmenter",
+    settings: "MaskSettings",
+    out: Path | None,
+    shown: int,
+) -> None:
+    """Makes the masks and the page, and says where they are."""
+    from alignlab.experiments.masks_page import mask_sizes, write_masks_page
+    from alignlab.masks.make import make_masks
+    from alignlab.runs.out_paths import check_out_folder
+
+    page_folder = user_path(data.path) / settings.name if out is None else out
     if out is not None:
         check_out_folder(out)
     made = make_masks(data, segmenter, settings)
