@@ -21,6 +21,7 @@ from alignlab.experiments.cli.compare import compare, demo
 from alignlab.experiments.cli.findings import findings
 from alignlab.experiments.cli.init import init_app
 from alignlab.experiments.cli.listing import list_app
+from alignlab.experiments.cli.masks import masks
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.runs import runs
@@ -35,7 +36,9 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at data sets.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Look at data sets, and make masks of their clips.", no_args_is_help=True
+)
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
 app.add_typer(init_app, name="init")
 app.add_typer(list_app, name="list")
@@ -143,6 +146,7 @@ for command in COMMANDS:
 
 
 data_app.command("preview")(preview)
+data_app.command("masks")(masks)
 
 
 @data_app.command("real-clips")

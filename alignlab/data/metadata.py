@@ -14,6 +14,7 @@ their items are separated by `|`):
     entities            phrases of the masked subjects, in label order
     split               `train` or `val`: in every row, or in none
     group               rows with equal groups are in the same split, default: those of a video
+    boxes, points, first_mask   where entities are, for `alignlab data masks` (`places.py`)
 
 Other columns are ignored, unless they look like a misspelling of one of these. Those that sound as
 if they held what one of these does are told.
@@ -26,14 +27,20 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from alignlab.data import places
+from alignlab.data.places import Places, read_places
 from alignlab.errors import UserError
 
 LISTS = ("references", "reference_names", "reference_phrases", "entities")
-COLUMNS = ("file_name", "caption", "text", "start", "masks", "split", "group", *LISTS)
+COLUMNS = (
+    *("file_name", "caption", "text", "start", "masks", "split", "group"),
+    *LISTS,
+    *places.COLUMNS,
+)
 # Words by which other data sets call what these columns hold.
 SYNONYMS = {
     **dict.fromkeys(("image", "images", "ref", "refs", "reference", "references"), "references"),
@@ -57,6 +64,9 @@ class Row:
         split: as the row says, if it does.
         group: likewise.
         unread: names of its other columns.
+        places: what it says of where its entities are; its phrases are there also where there are
+            no masks yet (`read_rows(unmasked=True)`).
+        raw: the row as it stands in the file, with `unmasked` alone.
     """
 
     where: str
@@ -72,15 +82,20 @@ class Row:
     split: Literal["train", "val"] | None = None
     group: str | None = None
     unread: tuple[str, ...] = ()
+    places: Places = field(default_factory=Places)
+    raw: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
-def read_rows(root: Path, metadata: str, *, follow_links: bool = False) -> list[Row]:
+def read_rows(
+    root: Path, metadata: str, *, follow_links: bool = False, unmasked: bool = False
+) -> list[Row]:
     """Read every row of `root/metadata` (.jsonl, .json with a list of objects, or .csv).
 
     Args:
         root: the folder.
         metadata: the file's path inside it.
         follow_links: allow links that lead out of the folder.
+        unmasked: allow `entities` without `masks`, for what makes the masks.
 
     Raises:
         UserError: the file is missing or malformed, or a row lacks what it needs; the message
@@ -94,7 +109,8 @@ def read_rows(root: Path, metadata: str, *, follow_links: bool = False) -> list[
     if not path.is_file():
         raise UserError(f"data.metadata: {path} does not exist; it lists the clips, one per row")
     try:
-        rows = [_row(folder, where, raw) for where, raw in readers[path.suffix](path)]
+        listed = readers[path.suffix](path)
+        rows = [_row(folder, where, raw, unmasked=unmasked) for where, raw in listed]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error})") from error
     if not rows:
@@ -215,7 +231,7 @@ def _is_row(path: Path, header: list[str], line: str) -> bool:
     return bool(name) and "\0" not in name and (path.parent / name).is_file()
 
 
-def _row(folder: "_Folder", where: str, raw: Any) -> Row:
+def _row(folder: "_Folder", where: str, raw: Any, *, unmasked: bool) -> Row:
     if not isinstance(raw, dict):
         raise UserError(f"{where}: must be an object with file_name and caption")
     for key in getattr(raw, "twice", ()):
@@ -234,8 +250,15 @@ def _row(folder: "_Folder", where: str, raw: Any) -> Row:
         if lists[key] and len(lists[key]) != len(references):
             raise UserError(f"{where}: {len(lists[key])} {key} for {len(references)} references")
     masks = _text(where, raw, "masks") if "masks" in raw else None
-    if (masks is None) != (not lists["entities"]):
-        raise UserError(f"{where}: masks and entities go together; one of them is missing")
+    entities = lists["entities"]
+    if (masks is None) != (not entities) and not (unmasked and masks is None):
+        raise UserError(
+            f"{where}: masks and entities go together; one of them is missing (`alignlab data "
+            "masks` makes masks of entities)"
+        )
+    said = read_places(where, raw, entities)
+    if said.first_mask is not None:
+        folder.inside(said.first_mask, where)
     return Row(
         where=where,
         file_name=file_name,
@@ -246,10 +269,12 @@ def _row(folder: "_Folder", where: str, raw: Any) -> Row:
         reference_names=lists["reference_names"] or references,
         reference_phrases=lists["reference_phrases"] or ("",) * len(references),
         masks=None if masks is None else folder.inside(masks, where),
-        entities=lists["entities"],
+        entities=() if masks is None else entities,
         split=_split(where, raw),
         group=_text(where, raw, "group") if "group" in raw else None,
         unread=tuple(str(key) for key in raw if key not in COLUMNS),
+        places=said,
+        raw=raw if unmasked else {},
     )
 
 

@@ -246,6 +246,10 @@ def test_a_signal_that_is_caught_stops_the_next_loop() -> None:
         ("alignlab.experiments.sweep.run.create_study", ("sweep", "sweep_refalign")),
         ("alignlab.doctor.print_diagnosis", ("doctor",)),
         ("alignlab.experiments.data_preview.build_dataset", ("data", "preview", "tiny")),
+        (
+            "alignlab.masks.make.read_rows",
+            ("data", "masks", "tiny", "data.name=folder", "data.path=."),
+        ),
         ("alignlab.experiments.bench.overhead.measure_overhead", ("bench", "overhead")),
         ("alignlab.experiments.bench.kernels.bench_kernels", ("bench", "kernels")),
         ("alignlab.experiments.bench.loss_share.measure_share", ("bench", "share")),

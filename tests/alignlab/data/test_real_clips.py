@@ -86,6 +86,7 @@ def test_folder_says_what_it_is(prepared: Path) -> None:
         "README.md",
         "clips",
         "metadata.jsonl",
+        "prompts.json",
         "references",
     ]
     readme = (prepared / "README.md").read_text("utf-8")
