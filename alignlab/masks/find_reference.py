@@ -66,7 +66,7 @@ def find_reference(frame_HWC: Frame, image_HWC: Frame, mask_HW: Mask | None) -> 
         score = float(scores[y, x])
         if best is None or score > best.score:
             place = (x, y, x + width, y + height)
-            best = Found(tuple(float(n) / to_work for n in place), score)  # type: ignore[arg-type]
+            best = Found(tuple(float(n) / to_work for n in place), score)
     return best
 
 

@@ -35,6 +35,8 @@ ALIKE = 20.0  # CIELAB distance up to which two colours are the same one
 RETURNS = (1.0, 0.1)
 """Pixels, and share of the speed, by which flow back and forth may miss the place of departure."""
 
+_NO_BOX = (0, 0, 0, 0)  # where the labels say all, GrabCut reads none
+
 Floats = NDArray[np.float32]
 
 
@@ -111,7 +113,7 @@ class _Tracker:
         for number, colours in enumerate(self._colours):
             if colours is None or not masks_EHW[number].any():
                 continue
-            others_HW = np.delete(masks_EHW, number, 0).any(0)
+            others_HW: Mask = np.asarray(np.delete(masks_EHW, number, 0).any(0))
             cut_HW = _cut(frame_HWC, carried_EHW[number], others_HW, colours)
             if iou(cut_HW, masks_EHW[number]) >= NEAR:
                 cut_EHW[number] = cut_HW
@@ -175,10 +177,15 @@ def _like_points(frame_HWC: Frame, labels_HW: NDArray[np.uint8]) -> Mask:
     """Unmarked pixels of the colours at the points, connected with them: GrabCut's first guess."""
     at_HW = labels_HW == cv2.GC_FGD
     lab_HWC = cv2.cvtColor(frame_HWC.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-    near = _distances(lab_HWC.reshape(-1, 3), _palette(frame_HWC, at_HW)[::8]) < ALIKE
+    near = (
+        _distances(lab_HWC.reshape(-1, 3).astype(np.float32), _palette(frame_HWC, at_HW)[::8])
+        < ALIKE
+    )
     alike_HW = near.reshape(at_HW.shape) & (labels_HW != cv2.GC_BGD)
     _, pieces_HW = cv2.connectedComponents(alike_HW.astype(np.uint8))
-    return np.isin(pieces_HW, np.unique(pieces_HW[at_HW & alike_HW])) & alike_HW & ~at_HW
+    connected_HW: Mask = np.isin(pieces_HW, np.unique(pieces_HW[at_HW & alike_HW]))
+    found_HW: Mask = connected_HW & alike_HW & ~at_HW
+    return found_HW
 
 
 def _grab(
@@ -193,7 +200,7 @@ def _grab(
         return cut_HW
     pixels = np.ascontiguousarray(frame_HWC[top:bottom, left:right])
     cv2.setRNGSeed(0)  # GrabCut begins with k-means
-    cv2.grabCut(pixels, labels, None, _empty(), _empty(), ROUNDS, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(pixels, labels, _NO_BOX, _empty(), _empty(), ROUNDS, cv2.GC_INIT_WITH_MASK)
     cut_HW[top:bottom, left:right] = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
     return cut_HW
 
@@ -222,7 +229,7 @@ def _learnt_colours(frame_HWC: Frame, mask_HW: Mask) -> _Colours | None:
     colours = _Colours(_empty(), _empty())
     pixels = np.ascontiguousarray(frame_HWC[top:bottom, left:right])
     cv2.setRNGSeed(0)
-    cv2.grabCut(pixels, labels, None, colours.around, colours.entity, 1, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(pixels, labels, _NO_BOX, colours.around, colours.entity, 1, cv2.GC_INIT_WITH_MASK)
     found_HW = _cut(frame_HWC, mask_HW.astype(np.float32), np.zeros_like(mask_HW), colours)
     return colours if iou(found_HW, mask_HW) >= SAME else None
 
@@ -244,7 +251,7 @@ def _cut(frame_HWC: Frame, carried_HW: Floats, others_HW: Mask, colours: _Colour
     labels = np.ascontiguousarray(labels_HW[top:bottom, left:right])
     pixels = np.ascontiguousarray(frame_HWC[top:bottom, left:right])
     around, entity = colours.around.copy(), colours.entity.copy()
-    cv2.grabCut(pixels, labels, None, around, entity, 1, cv2.GC_EVAL_FREEZE_MODEL)
+    cv2.grabCut(pixels, labels, _NO_BOX, around, entity, 1, cv2.GC_EVAL_FREEZE_MODEL)
     cut_HW = np.zeros((height, width), np.bool_)
     cut_HW[top:bottom, left:right] = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
     return cut_HW

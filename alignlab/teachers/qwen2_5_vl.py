@@ -81,14 +81,16 @@ class QwenVisionTower(nn.Module):
         of_blocks = torch.argsort(blocks).to(grid_N3.device)[:, None] * merge**2
         places = of_blocks + torch.arange(merge**2, device=grid_N3.device)
         places = places.view(count, height // merge, width // merge, merge, merge)
-        return places.transpose(2, 3).reshape(count, height * width)
+        in_rows: Tensor = places.transpose(2, 3).reshape(count, height * width)
+        return in_rows
 
 
 def patches(pixels_NCHW: Tensor, config: Any) -> Tensor:
     """Pixels of the patches of all images, as `Qwen2VLImageProcessor` sorts them."""
     patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
-    blocks = pixels_NCHW.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
+    blocks: Tensor = pixels_NCHW.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))
     # image, row of blocks, column of blocks, row and column in the block, channel, row and column
     sorted_pixels = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
     repeated = sorted_pixels[..., None, :, :].expand(*(-1,) * 6, frames, -1, -1)
-    return repeated.flatten(5).flatten(0, 4)
+    flat: Tensor = repeated.flatten(5).flatten(0, 4)
+    return flat

@@ -49,7 +49,7 @@ def write_page(
         name: of the recipe.
     """
     by_name = styles([score.alias for score in scores])
-    sections = {
+    sections: dict[str, list[Chart | None]] = {
         "curves": [_frequency(scores, by_name), _iicr(scores, by_name)],
         "pairs": [_pairs(list(by_name), pairs)] if pairs else [],
     }

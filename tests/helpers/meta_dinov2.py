@@ -17,12 +17,14 @@ def with_meta_positions(model: Any) -> Any:
     def resampled(tokens: Tensor, height: int, width: int) -> Tensor:
         rows, columns = height // patch, width // patch
         if (rows, columns) == (side, side):
-            return table_1LD
+            own: Tensor = table_1LD
+            return own
         places = table_1LD[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
         factor = ((rows + 0.1) / side, (columns + 0.1) / side)
         found = torch.nn.functional.interpolate(places, scale_factor=factor, mode="bicubic")
         assert found.shape[2:] == (rows, columns)
-        return torch.cat((table_1LD[:, :1], found.flatten(2).mT), dim=1)
+        fitted: Tensor = torch.cat((table_1LD[:, :1], found.flatten(2).mT), dim=1)
+        return fitted
 
     model.embeddings.interpolate_pos_encoding = resampled
     return model

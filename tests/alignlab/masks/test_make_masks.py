@@ -237,7 +237,10 @@ def test_a_box_beside_the_frame_is_named(tmp_path: Path) -> None:
 
 
 def test_a_segmenter_of_texts_takes_entities_or_the_captions_phrases(tmp_path: Path) -> None:
-    rows = [{"caption": "a red card on a table"}, {"caption": "x", "entities": ["a dog", "a dog"]}]
+    rows: list[dict[str, Any]] = [
+        {"caption": "a red card on a table"},
+        {"caption": "x", "entities": ["a dog", "a dog"]},
+    ]
     made = make_masks(data(tmp_path, rows), Words(), MaskSettings())
     entities = [clip.record.entities for clip in made.clips if clip.record]
     assert entities == [["red card", "table"], ["a dog"]]

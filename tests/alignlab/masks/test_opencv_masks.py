@@ -22,12 +22,12 @@ def scene(shift: int = 0, seed: int = 0) -> tuple[Frame, Mask]:
     """A red disc with a dark spot on green noise, and its mask."""
     rng = np.random.default_rng(seed)
     frame_HWC = rng.normal((70, 130, 60), 12, (96, 128, 3)).clip(0, 255).astype(np.uint8)
-    frame_HWC = cv2.GaussianBlur(frame_HWC, (5, 5), 0)
+    frame_HWC = np.asarray(cv2.GaussianBlur(frame_HWC, (5, 5), 0), np.uint8)
     cv2.circle(frame_HWC, (50 + shift, 48), 24, (210, 40, 40), -1)
     cv2.circle(frame_HWC, (44 + shift, 44), 6, (60, 20, 20), -1)
     mask_HW = np.zeros((96, 128), np.uint8)
     cv2.circle(mask_HW, (50 + shift, 48), 24, 1, -1)
-    return np.asarray(frame_HWC), mask_HW > 0
+    return np.asarray(frame_HWC, np.uint8), mask_HW > 0
 
 
 def iou(first_HW: NDArray[np.bool_], second_HW: NDArray[np.bool_]) -> float:
@@ -83,7 +83,7 @@ def test_a_part_of_an_entity_keeps_its_own_pixels() -> None:
     (masks,) = OpenCV().segment([frame_HWC], prompts)
     assert not (masks.masks_EHW[0] & masks.masks_EHW[1]).any()
     assert masks.masks_EHW[1, 44, 44] and masks.masks_EHW[0, 60, 55]
-    assert iou(masks.masks_EHW.any(0), disc_HW) > 0.9
+    assert iou(np.asarray(masks.masks_EHW.any(0)), disc_HW) > 0.9
 
 
 def test_numbers_do_not_depend_on_threads() -> None:

@@ -137,7 +137,8 @@ def _expected(family: str, tower: Any, pixels: Any, feature: str) -> Tensor:
         out = tower(pixel_values=pixels, output_hidden_states=True, **fit)
     prefix = 0 if family == "siglip2" else 1
     if feature == "post_norm" and family == "depth_anything":
-        return tower.layernorm(out.hidden_states[-1])[:, prefix:]
+        normed: Tensor = tower.layernorm(out.hidden_states[-1])
+        return normed[:, prefix:]
     tokens: Tensor = {
         "pre_norm": lambda: out.hidden_states[-1],
         "post_norm": lambda: out.last_hidden_state,

@@ -1,6 +1,7 @@
 """What the page of `alignlab teachers score` says, and which teachers it calls alike."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from alignlab.experiments.probe.teacher_page import lead
 from alignlab.metrics import cka
 
 
-def scored(alias: str, middle: Tensor, size: tuple[int, int], **changes: object) -> TeacherScore:
+def scored(alias: str, middle: Tensor, size: tuple[int, int], **changes: Any) -> TeacherScore:
     config = TeacherConfig(family="tiny-dino")
     score = TeacherScore(
         alias, config, (5, *size), {8: 0.5}, 0.1, {}, (0.4, 0.3, 0.2, 0.1), 0.9,
