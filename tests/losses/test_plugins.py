@@ -55,8 +55,11 @@ def test_what_is_installed_is_listed_and_recipes_can_name_it(
     assert "Squared distance of unit vectors." in objectives.stdout
 
     assert teachers.code == 0, teachers.stderr
-    lines = [line for line in teachers.stdout.splitlines() if "half-dino" in line]
-    assert len(lines) == 1 and "assets/tiny-dino" in lines[0] and "pre_norm" in lines[0]
+    _, rest = teachers.stdout.split("half-dino\n")
+    assert rest.splitlines()[:2] == [
+        "  assets/tiny-dino, pre_norm, unless set",
+        "  takes frames",
+    ]
 
     assert teacher.code == 0, teacher.stderr
     assert "family: half-dino" in teacher.stdout and "feature: pre_norm" in teacher.stdout

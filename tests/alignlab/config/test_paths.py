@@ -143,7 +143,7 @@ def paths_of(application: typer.Typer) -> Iterator[tuple[str, Any]]:
 def test_every_option_of_the_command_line_that_is_a_path(home: Path) -> None:
     paths = list(paths_of(app))
     names = {"run", "folder", "folders", "out", "reference", "path", "old", "new", "target"}
-    assert names == {name for name, _ in paths}
+    assert names | {"prompts"} == {name for name, _ in paths}
     assert [name for name, described in paths if described.parser is not user_path] == []
     done = CliRunner().invoke(app, ["export", "~/no-run", "--out=~/x"])
     assert str(home / "no-run") in f"{done.exception}{done.output}"
