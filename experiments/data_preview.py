@@ -84,7 +84,7 @@ def _write(config: DataConfig, out: Path, clips: int, memory: Path | None) -> Pa
     dataset = build_dataset(config, "train", memory=memory)
     samples = [dataset[index] for index in range(min(clips, len(dataset)))]
     out.mkdir(parents=True, exist_ok=True)
-    sheet = _stacked([_sheet_row(sample) for sample in samples])
+    sheet = stacked([_sheet_row(sample) for sample in samples])
     with whole_file(out / "sheet.png") as partial:
         sheet.save(partial)
     height, width = config.size
@@ -176,7 +176,8 @@ def _tile(image_HWC: Tensor) -> Image.Image:
     return image.resize((max(1, round(image.width * TILE_HEIGHT / image.height)), TILE_HEIGHT))
 
 
-def _stacked(rows: list[Image.Image]) -> Image.Image:
+def stacked(rows: list[Image.Image]) -> Image.Image:
+    """Pictures below each other on white."""
     width, height = max(row.width for row in rows), sum(row.height for row in rows)
     sheet = Image.new("RGB", (width, height), "white")
     top = 0

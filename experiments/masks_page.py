@@ -17,7 +17,13 @@ from alignlab.config.data import FolderConfig
 from alignlab.data.images import read_labels
 from alignlab.data.masks import VOID_LABEL
 from alignlab.data.video import encode_mp4
-from alignlab.experiments.data_preview import overlay_masks
+from alignlab.experiments.data_preview import (
+    MARGIN,
+    NUM_SHEET_FRAMES,
+    TILE_HEIGHT,
+    overlay_masks,
+    stacked,
+)
 from alignlab.experiments.report.escaping import csv_cell, visible
 from alignlab.experiments.report.page import data_uri
 from alignlab.masks.files import MaskRecord
@@ -27,10 +33,7 @@ from alignlab.runs.out_paths import out_folder
 
 TABLE_ROWS = 200
 SHOWN_SIDE = 320  # of a clip on the page
-NUM_SHEET_FRAMES = 5
 SHEET_CLIPS = 40
-TILE_HEIGHT = 128
-MARGIN = 6
 STRIPES = 6  # pixels
 
 _PAGE = jinja2.Environment(
@@ -150,7 +153,7 @@ def write_masks_page(made: MadeMasks, config: FolderConfig, out: Path, *, shown:
         write_text(out / "masks.csv", _csv(rows, reasons))
         if tiles:
             with whole_file(out / "sheet.png") as partial:
-                _stacked(tiles).save(partial)
+                stacked(tiles).save(partial)
         page = out / "index.html"
         least = sorted({record.request["min_confidence"] for _, record in clips})
         values = {
@@ -254,15 +257,6 @@ def _sheet_row(
         row.paste(image, (left, 17 + MARGIN))
         left += image.width + MARGIN
     return row
-
-
-def _stacked(rows: list[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    return sheet
 
 
 def _csv(rows: list[EntityRow], reasons: list[tuple[str, str]]) -> str:

@@ -62,7 +62,7 @@ def write_page(
         lead=lead(scores, pairs),
         names=list(by_name),
         table=Table("Scores", ("", *by_name), tuple(score_rows(scores))),
-        pictures=[_row(clip, scores, index) for index, clip in enumerate(clips[:SHOWN_CLIPS])],
+        pictures=_pictures(clips[:SHOWN_CLIPS], scores),
         device="a GPU" if torch.cuda.is_available() else "a CPU",
     )
     write_text(out, page)
@@ -149,13 +149,16 @@ def _pairs(names: list[str], pairs: Pairs) -> Chart:
     )
 
 
-def _row(clip: Sample, scores: Sequence[TeacherScore], index: int) -> tuple[str, list[str]]:
-    """A clip's caption, its middle frame, and how each teacher sees that, as data URIs."""
-    pictures = [_png(clip.video_THWC[len(clip.video_THWC) // 2])]
+def _pictures(
+    clips: Sequence[Sample], scores: Sequence[TeacherScore]
+) -> list[tuple[str, list[str]]]:
+    """Each clip's caption, its middle frame, and how each teacher sees that, as data URIs."""
+    columns = [[_png(clip.video_THWC[len(clip.video_THWC) // 2]) for clip in clips]]
     for score in scores:
-        colours_PC = _colours(score)[index]
-        pictures.append(_png(colours_PC.unflatten(0, score.grid[1:])))
-    return clip.caption, pictures
+        frames = _colours(score)[: len(clips)]
+        columns.append([_png(colours_PC.unflatten(0, score.grid[1:])) for colours_PC in frames])
+    rows = zip(*columns, strict=True)
+    return [(clip.caption, list(row)) for clip, row in zip(clips, rows, strict=True)]
 
 
 def _colours(score: TeacherScore) -> list[Tensor]:

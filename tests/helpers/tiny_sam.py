@@ -8,6 +8,7 @@ import torch
 
 SIDE = 64  # pixels of SAM 2's images here
 SAM3_SIDE = 56
+SAM3_GRID = SAM3_SIDE // 14
 WIDTH = 128  # both split pointers to objects, this wide, into memories of 64
 MEMORY = 64  # which is written into their attention
 
@@ -68,9 +69,26 @@ def write_sam3(folder: Path) -> Path:
     from transformers import Sam3VideoConfig, Sam3VideoModel
 
     torch.manual_seed(0)
-    size = SAM3_SIDE // 14
+    config = Sam3VideoConfig(
+        detector_config=_sam3_detector(),
+        tracker_config=_sam3_tracker(),
+        low_res_mask_size=4 * SAM3_GRID,
+        # random weights are sure of nothing
+        score_threshold_detection=0.2,
+        new_det_thresh=0.2,
+        hotstart_delay=0,
+    )
+    model = Sam3VideoModel(config).eval()
+    model.save_pretrained(folder)
+    _write_processor(folder, SAM3_SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    _write_tokenizer(folder)
+    return folder
+
+
+def _sam3_vision() -> dict[str, Any]:
+    size = SAM3_GRID
     sizes = [[4 * size, 4 * size], [2 * size, 2 * size], [size, size]]
-    vision = {
+    return {
         "model_type": "sam3_vision_model",
         "backbone_config": {
             "model_type": "sam3_vit_model",
@@ -86,15 +104,18 @@ def write_sam3(folder: Path) -> Path:
         "fpn_hidden_size": WIDTH,
         "backbone_feature_sizes": sizes,
     }
+
+
+def _sam3_detector() -> dict[str, Any]:
     small = {
         "hidden_size": WIDTH,
         "num_layers": 1,
         "num_attention_heads": 2,
         "intermediate_size": 32,
     }
-    detector = {
+    return {
         "model_type": "sam3",
-        "vision_config": vision,
+        "vision_config": _sam3_vision(),
         "text_config": {
             "model_type": "clip_text_model",
             "vocab_size": 64,
@@ -113,10 +134,13 @@ def write_sam3(folder: Path) -> Path:
         "detr_decoder_config": small | {"num_queries": 5},
         "mask_decoder_config": {"hidden_size": WIDTH, "num_attention_heads": 2},
     }
-    tracker = {
+
+
+def _sam3_tracker() -> dict[str, Any]:
+    return {
         "model_type": "sam3_tracker_video",
         "image_size": SAM3_SIDE,
-        "vision_config": vision,
+        "vision_config": _sam3_vision(),
         "prompt_encoder_config": {"hidden_size": WIDTH, "image_size": SAM3_SIDE, "patch_size": 14},
         "mask_decoder_config": {
             "hidden_size": WIDTH,
@@ -127,7 +151,7 @@ def write_sam3(folder: Path) -> Path:
         "memory_attention_hidden_size": WIDTH,
         "memory_attention_num_layers": 1,
         "memory_attention_feed_forward_hidden_size": 32,
-        "memory_attention_rope_feat_sizes": [size, size],
+        "memory_attention_rope_feat_sizes": [SAM3_GRID, SAM3_GRID],
         "memory_encoder_hidden_size": WIDTH,
         "memory_encoder_output_channels": MEMORY,
         "mask_downsampler_embed_dim": WIDTH,
@@ -135,20 +159,6 @@ def write_sam3(folder: Path) -> Path:
         "memory_fuser_embed_dim": WIDTH,
         "memory_fuser_intermediate_dim": 32,
     }
-    config = Sam3VideoConfig(
-        detector_config=detector,
-        tracker_config=tracker,
-        low_res_mask_size=4 * size,
-        # random weights are sure of nothing
-        score_threshold_detection=0.2,
-        new_det_thresh=0.2,
-        hotstart_delay=0,
-    )
-    model = Sam3VideoModel(config).eval()
-    model.save_pretrained(folder)
-    _write_processor(folder, SAM3_SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    _write_tokenizer(folder)
-    return folder
 
 
 def _write_processor(
