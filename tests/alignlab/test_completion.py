@@ -87,9 +87,11 @@ def test_a_recipe_is_a_shipped_one_or_a_file(
 
 
 TINY_DINO = (
+    "confirmed",
     "few_clips",
     "gradients",
     "label_free",
+    "latents",
     "learning_rate",
     "more_tokens",
     "objective",
