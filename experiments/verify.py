@@ -8,7 +8,13 @@ from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.sweep.storage_check import FIX as STUDY_FIX
 from alignlab.experiments.sweep.storage_check import study_problem
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
-from alignlab.runs.checksums import DamagedError, damaged_files, read_checksums, read_json
+from alignlab.runs.checksums import (
+    CHECKSUMS,
+    DamagedError,
+    damaged_files,
+    read_checksums,
+    read_json,
+)
 from alignlab.runs.run_folder import RunFolder
 from alignlab.runs.verify import Findings, looks_like_run, verify_run, verify_stage1
 
@@ -50,6 +56,12 @@ def _is_of_several(folder: Path) -> bool:
     return any((folder / name).exists() for name in KINDS if name != "inputs.json")
 
 
+def _is_copy(folder: Path) -> bool:
+    """Whether results lie there as they are passed on: without what a command keeps beside them."""
+    kept = (CHECKSUMS, STUDY, *SEALED)
+    return (folder / COMPARISON).is_file() and not any((folder / name).exists() for name in kept)
+
+
 def _pruned(run: Path) -> str:
     """Of a run of a sweep that has ended, why it is not finished, as far as the sweep says it."""
     table = run.parent.parent / TRIALS
@@ -88,7 +100,7 @@ def _outputs(folder: Path) -> Findings:
     except DamagedError as error:
         found.check(error.path, error.problem, error.fix)
         expected = {}
-    if expected is None:
+    if expected is None and not _is_copy(folder):
         found.unknown.append(
             f"{folder}: has no checksums: its command did not end, or is older than they are"
         )
@@ -110,7 +122,14 @@ def _check_runs_are_there(folder: Path, found: Findings) -> None:
     except UserError as error:
         found.say(folder / COMPARISON, f"{error}; {SAME_COMMAND}")
         return
-    for result in (*comparison.results, *comparison.again):
+    results = (*comparison.results, *comparison.again)
+    if _is_copy(folder) and not any((folder / result.run_dir).exists() for result in results):
+        found.files.add(folder / COMPARISON)
+        found.unknown.append(
+            f"{folder}: is a copy without the folders of its runs: {COMPARISON} alone was read"
+        )
+        return
+    for result in results:
         run = RunFolder(folder / result.run_dir)
         if run.result.exists():
             continue

@@ -134,6 +134,28 @@ def not_a_run(path: Path) -> str | None:
     return f"{path} is {what}, not a run: {fix}"
 
 
+def not_a_folder(path: Path) -> str | None:
+    """Of a path that was given as the folder of a run, a comparison or a sweep, or of several: what
+    it is, and what to do; None: not known.
+
+    Args:
+        path: a file, a folder without any of them, or nothing.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        if path.is_file() and path.suffix in (".yaml", ".yml"):
+            name = "name the folder that its command wrote: OUTPUT/NAME, as the recipe says them"
+            if path.name == "recipe.yaml":  # beside what was written
+                name = f"name {path.parent}"
+            return f"{path} is a recipe, not a folder: {name}"
+        return None if path.is_dir() or not path.exists() else f"{path} is a file, not a folder"
+    if path.is_file():
+        return f"{path} is {kind.what}, not its folder: name {kind.folder}"
+    if kind.what == "a checkpoint":
+        return f"{path} is a checkpoint, not the folder of its run: name {kind.folder.parents[1]}"
+    return None
+
+
 def _start_from(checkpoint: Path) -> str:
     return f"another run starts from it by model.init_from={checkpoint}"
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from alignlab.config.path_kinds import not_a_run
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -52,7 +53,9 @@ def init_source(config: RunConfig) -> InitSource | None:
     is_checkpoint = is_step_name(path.name)
     if not folder.recipe.is_file() or (is_checkpoint and not path.is_dir()):
         what = "checkpoint of a run" if is_checkpoint else "run folder (it has no recipe.yaml)"
-        raise UserError(f"{SETTING}: {named}: no {what}; name a run folder or a checkpoint")
+        known = None if is_checkpoint else not_a_run(path)
+        problem = known or f"{named}: no {what}; name a run folder or a checkpoint"
+        raise UserError(f"{SETTING}: {problem}")
     if folder.path.resolve() == (user_path(config.output) / config.name).resolve():
         raise UserError(f"{SETTING}: {named} is this run itself: choose another name")
     if is_checkpoint:

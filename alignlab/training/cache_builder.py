@@ -162,6 +162,8 @@ class RunCacheBuilder(CacheBuilder):
 
     def make(self, clip: Clip) -> None:
         encoded = self._splits[clip.split][clip.place]
+        if not self._keeps_features:
+            return
         for read in self._reads[clip.split]:
             if read.kind == "video" or encoded.pixels.names:
                 # not centred, which needs other clips as well
@@ -171,15 +173,20 @@ class RunCacheBuilder(CacheBuilder):
         """Prompts that stand for none, and features of noise."""
         for prompt, where in self._prompts().items():
             self._splits["train"].text(prompt, where=where)
-        for where, read in self._noise_reads():
+        for where, read in self._noise_reads() if self._keeps_features else ():
             check_noise(where, read, self._runs[0].data, self.values)
 
     def make_last(self) -> None:
         """What features are centred by."""
         clips = self._splits["train"]
-        for read in self._centred():
+        for read in self._centred() if self._keeps_features else ():
             if self.values.lacks(clips.centre_key(read)):
                 clips.centre_of(read)
+
+    @property
+    def _keeps_features(self) -> bool:
+        """Or the runs make them, and no teacher is loaded here."""
+        return self.values.keeps("teacher")
 
     def _centred(self) -> list[FeatureRead]:
         """Diffusion teachers whose features are read centred."""

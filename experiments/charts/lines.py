@@ -19,6 +19,7 @@ _BAND_ALPHA = 0.14
 _NAME_SIZE = 9.0
 _NAME_GAP = 11.0  # points from one name to the next
 _LONGEST_NAME = 16
+_BEGINNING = 3  # letters of a name that is told by what differs
 _INSIDE = 0.76  # of a figure's height that its axes take, about
 MOST_DRAWN = 1e290  # axes overflow before floats do
 
@@ -113,7 +114,7 @@ def _set_margins(figure: Figure, axes: Axes, lines: Sequence[Line], height: floa
     """
     ticks = [text.get_text() for text in axes.get_yticklabels()]
     left = 10.0 + 0.64 * 9.0 * max(map(len, ticks), default=0)
-    names = [shortened(line.style.name) for line in lines]
+    names = short_names([line.style.name for line in lines])
     right = 12.0 + 0.62 * _NAME_SIZE * max(map(len, names), default=0)
     figure.subplots_adjust(
         left=left / WIDTH, right=1.0 - right / WIDTH, bottom=36.0 / height, top=1.0 - 14.0 / height
@@ -130,7 +131,8 @@ def _write_names(
         return
     ends = [(line.y[-1] - low) / span for line in lines]
     gap = _NAME_GAP / (height * _INSIDE)
-    for line, end, at in zip(lines, ends, spread(ends, gap), strict=True):
+    names = short_names([line.style.name for line in lines])
+    for line, text, end, at in zip(lines, names, ends, spread(ends, gap), strict=True):
         gid = group_name(numbers[line.style.name])
         (tie,) = axes.plot(
             [1.0, 1.025], [end, at], transform=axes.transAxes, color=line.style.colour,
@@ -138,19 +140,51 @@ def _write_names(
         )  # fmt: skip
         tie.set_gid(gid)
         name = axes.text(
-            1.035, at, shortened(line.style.name), transform=axes.transAxes,
-            fontsize=_NAME_SIZE, va="center",
+            1.035, at, text, transform=axes.transAxes, fontsize=_NAME_SIZE, va="center",
         )  # fmt: skip
         name.set_gid(gid)
 
 
-def shortened(name: str) -> str:
-    """A name that fits beside a line; its middle is left out if it is long."""
-    text = one_visible_line(name)
+def short_names(names: Sequence[str]) -> list[str]:
+    """The names as they fit beside a line, told apart as they are.
+
+    Of a long one the middle is left out. Where that leaves the same of two, they keep their
+    beginning and what differs; the rest is left out.
+
+    >>> short_names(["layersync-detach-block-3", "layersync-whole-block-3", "none"])
+    ['lay…detach-bloc…', 'lay…whole-block…', 'none']
+    """
+    texts = [one_visible_line(name) for name in names]
+    whole = list(dict.fromkeys(texts))
+    shown = _told_apart(whole, {text: _without_middle(text) for text in whole})
+    return [shown[text] for text in texts]
+
+
+def _without_middle(text: str) -> str:
     if len(text) <= _LONGEST_NAME:
         return text
     half = _LONGEST_NAME // 2
     return f"{text[:half]}…{text[-(half - 1) :]}"
+
+
+def _told_apart(texts: Sequence[str], shown: Mapping[str, str]) -> dict[str, str]:
+    """The shown forms of these texts, changed where two have the same."""
+    told = dict(shown)
+    for form in {shown[text] for text in texts}:
+        alike = [text for text in texts if shown[text] == form]
+        if len(alike) > 1:
+            columns = enumerate(zip(*alike, strict=False))
+            ends = (place for place, letters in columns if len(set(letters)) > 1)
+            start = next(ends, min(map(len, alike)))  # the place where they differ first
+            told |= _told_apart(alike, {text: _from(text, start) for text in alike})
+    return told
+
+
+def _from(text: str, start: int) -> str:
+    """Its beginning, and what it has from a place on."""
+    kept = _LONGEST_NAME - _BEGINNING - 2  # of the two signs for what is left out
+    end = "…" if len(text) > start + kept else ""
+    return f"{text[:_BEGINNING]}…{text[start : start + kept]}{end}"
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from alignlab.config.path_kinds import not_a_folder
 from alignlab.config.paths import user_path
+from alignlab.errors import UserError
 
 PATIENCE_S = "30"  # for an answer: no training waits for this command
 
@@ -27,6 +29,9 @@ def track(
 ) -> None:
     """Send to MLflow what it lacks of a folder, and end there what is not being trained."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", PATIENCE_S)
+    problem = not_a_folder(folder)
+    if problem is not None:
+        raise UserError(problem)
     from alignlab.experiments.send import send_folder
 
     sent = send_folder(folder, to=to)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from alignlab.config.path_kinds import not_a_folder
 from alignlab.config.paths import user_path
 from alignlab.errors import UserError
 
@@ -20,8 +21,9 @@ Folder = Annotated[
 
 def verify(folder: Folder) -> None:
     """Check every file of a run, Stage 1 network, comparison or sweep; exit 1 if one is damaged."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+    problem = not_a_folder(folder)
+    if problem is not None or not folder.is_dir():
+        raise UserError(problem or f"{folder}: no such folder")
     from alignlab.experiments.verify import verify_folder
 
     found = verify_folder(folder)

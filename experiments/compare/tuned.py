@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignlab.config.data import Settings
+from alignlab.config.path_kinds import kind_of
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
@@ -49,6 +50,9 @@ def sweep_recipe(variant: str, source: Any) -> Path:
         raise UserError(f"{where}: expected the path of a sweep's best.yaml, got {source!r}")
     best = user_path(source)
     if not best.is_file():
+        kind = kind_of(best)
+        if kind is not None and (best / "best.yaml").is_file():
+            raise UserError(f"{where}: {source} is {kind.what}: name {best / 'best.yaml'}")
         raise UserError(f"{where}: {source}: no such file; a finished sweep writes best.yaml")
     for name in ("recipe.yaml", "trials.csv"):
         if not best.with_name(name).is_file():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignlab.experiments.charts.chart import HEIGHT, Chart, Readout, group_name, look, new_figure
-from alignlab.experiments.charts.lines import is_drawn, shortened
+from alignlab.experiments.charts.lines import is_drawn, short_names
 from alignlab.experiments.charts.look import BASELINE_COLOUR, PAPER, RULE
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.report.charts import variant_numbers, variant_styles
@@ -114,7 +114,9 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
         base = by_variant[comparison.baseline]
         axes.plot([0.0], [0.0], "o", color=base.colour, markerfacecolor=PAPER, markersize=8.0)
         readouts = [Readout(axes, 0.0, 0.0, "", ((numbers[base.name], "the baseline"),))]
-        for number, point in enumerate(sorted(points, key=lambda one: one.cost)):
+        names = short_names([point.variant for point in points])
+        named = sorted(zip(points, names, strict=True), key=lambda one: one[0].cost)
+        for number, (point, name) in enumerate(named):
             style, gid = by_variant[point.variant], group_name(numbers[point.variant])
             for ends, across in ((point.cost_ends, True), (point.gain_ends, False)):
                 low, high = ends
@@ -128,7 +130,7 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
                 markerfacecolor=face, markeredgewidth=1.4, zorder=4,
             )[0].set_gid(gid)  # fmt: skip
             axes.annotate(
-                shortened(point.variant), (point.cost, point.gain),
+                name, (point.cost, point.gain),
                 (6, 5 if number % 2 == 0 else -12),  # so that neighbours do not overlap
                 textcoords="offset points", fontsize=9.0,
             ).set_gid(gid)  # fmt: skip

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from alignlab.experiments.charts.chart import WIDTH, Chart, Readout, group_name, look, new_figure
-from alignlab.experiments.charts.lines import is_drawn, shortened
+from alignlab.experiments.charts.lines import is_drawn, short_names
 from alignlab.experiments.charts.look import BASELINE_COLOUR, INK, PAPER, SHADE, SOFT, Style
 from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.report.charts import variant_numbers, variant_styles
@@ -108,7 +108,7 @@ def draw_panel(
         lines.append(kind_of(given))
         rows = tuple((numbers[row.variant] if not n else -1, t) for n, t in enumerate(lines))
         readouts.append(Readout(axes, None, float(place), "", rows))
-    axes.set_yticks(range(len(group)), [shortened(row.variant) for row in group])
+    axes.set_yticks(range(len(group)), short_names([row.variant for row in group]))
     for label, row in zip(axes.get_yticklabels(), group, strict=True):
         label.set_gid(group_name(numbers[row.variant]))
     axes.set_ylim(len(group) - 0.5, -0.5)

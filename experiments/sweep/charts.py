@@ -21,7 +21,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
 from alignlab.experiments.charts.chart import HEIGHT, WIDTH, Chart, Readout, look, new_figure
-from alignlab.experiments.charts.lines import is_drawn, shortened
+from alignlab.experiments.charts.lines import is_drawn, short_names
 from alignlab.experiments.charts.look import BASELINE_COLOUR, COLOURS, RULE
 from alignlab.experiments.report.escaping import one_visible_line
 from alignlab.experiments.report.formatting import format_number
@@ -277,6 +277,11 @@ class Scale:
         """The same on a linear axis."""
         return math.log10(value) if self.log else self.place(value)
 
+    @property
+    def choice_names(self) -> list[str]:
+        """The choices as an axis has room for them; none of numbers."""
+        return short_names([str(choice) for choice in self.choices or ()])
+
     def ends(self) -> tuple[float, float]:
         """Lowest and highest place of the values on a linear axis."""
         places = [self.axis(value) for value in self.values]
@@ -286,7 +291,9 @@ class Scale:
         """Those values as text."""
         ordered = sorted(self.values, key=self.axis)
         low, high = (
-            format_number(float(v)) if self.choices is None else shortened(str(v))
+            format_number(float(v))
+            if self.choices is None
+            else self.choice_names[self.choices.index(v)]
             for v in (ordered[0], ordered[-1])
         )
         return low, high
@@ -295,7 +302,7 @@ class Scale:
         """Sets up one axis, "x" or "y"."""
         if self.choices is not None:
             ticks: Callable[..., Any] = getattr(axes, f"set_{which}ticks")
-            ticks(range(len(self.choices)), [shortened(str(choice)) for choice in self.choices])
+            ticks(range(len(self.choices)), self.choice_names)
             getattr(axes, f"set_{which}lim")(-0.5, len(self.choices) - 0.5)
             return
         axis = axes.xaxis if which == "x" else axes.yaxis

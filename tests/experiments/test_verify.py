@@ -63,6 +63,19 @@ def test_a_run_that_a_comparison_has_lost_is_named(comparison: Path) -> None:
     assert result.exit_code == 1 and line in result.stdout
 
 
+def test_results_that_were_passed_on_without_their_runs_are_whole(comparison: Path) -> None:
+    for name in ("none", "progress.json", "checksums.json"):
+        path = comparison / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    found = verify_folder(comparison)
+    assert found.damaged == {} and found.files == {comparison / "comparison.json"}
+    assert found.unknown == [
+        f"{comparison}: is a copy without the folders of its runs: comparison.json alone was read"
+    ]
+    garbage(comparison / "comparison.json")
+    assert verify_folder(comparison).damaged.keys() == {comparison / "comparison.json"}
+
+
 def test_a_sweep_and_its_study_are_verified(recipe_file: Path, tmp_path: Path) -> None:
     space = "space: {objectives.ra.weight: {kind: float, low: 0.1, high: 1.0}}\n"
     recipe = sweep_recipe(

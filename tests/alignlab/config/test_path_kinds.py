@@ -7,6 +7,8 @@ import pytest
 from alignlab.config.path_kinds import kind_of
 from alignlab.config.recipe_file import read_recipe
 from alignlab.errors import UserError
+from alignlab.recipe import load_run
+from alignlab.runs.init_source import init_source
 from alignlab.runs.run_folder import RunFolder
 from command_line import refused
 
@@ -115,3 +117,29 @@ def test_what_alignlab_did_not_write_is_of_no_kind(things: Path) -> None:
 def test_the_command_line_says_it_in_one_line(things: Path) -> None:
     assert "is the folder of a comparison, not a recipe" in refused("train", things / "cmp")
     assert "is the folder of a sweep, not a run" in refused("export", things / "swp")
+
+
+AS_A_FOLDER = {
+    "one/recipe.yaml": "a recipe, not a folder: name {0}/one",
+    "swp/best.yaml": "a recipe, not a folder: name the folder that its command wrote: OUTPUT/NAME, "
+    "as the recipe says them",
+    "one/metrics.jsonl": "the log of a run, not its folder: name {0}/one",
+    "cmp/report.html": "the report of a comparison, not its folder: name {0}/cmp",
+    "one/checkpoints/step-000500": "a checkpoint, not the folder of its run: name {0}/one",
+    "other/notes.txt": "a file, not a folder",
+}
+
+
+@pytest.mark.parametrize("command", ["verify", "track"])
+@pytest.mark.parametrize("name", AS_A_FOLDER)
+def test_what_is_no_folder_of_runs_says_what_it_is(things: Path, name: str, command: str) -> None:
+    path = things / name
+    assert refused(command, path) == f"error: {path} is {AS_A_FOLDER[name].format(things)}\n"
+
+
+def test_what_a_run_cannot_start_from_says_what_it_is(things: Path) -> None:
+    config = load_run("tiny", [f"model.init_from={things / 'cmp'}"])
+    with pytest.raises(UserError) as error:
+        init_source(config)
+    said = AS_A_RUN["cmp"].format(things)
+    assert str(error.value) == f"model.init_from: {things / 'cmp'} is {said}"

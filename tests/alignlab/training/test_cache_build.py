@@ -21,7 +21,7 @@ from alignlab.training import cache_build
 from alignlab.training.cache_build import Encoders, Here, LocalProcesses, build_cache
 from alignlab.training.cache_builder import CacheBuilder, Clip
 from command_line import alignlab, refused
-from loaded_models import LoadedModels
+from loaded_models import TEXT, VAE, LoadedModels
 
 MakeConfig = Callable[..., RunConfig]
 
@@ -159,6 +159,14 @@ def test_what_encodes_leaves_when_the_build_is_done(
 ) -> None:
     build_cache(variants(make_config)[:1])
     assert len(loaded_models.counts) == 3 and loaded_models.alive() == set()
+
+
+def test_features_that_are_not_kept_are_not_made(
+    make_config: MakeConfig, loaded_models: LoadedModels
+) -> None:
+    (built,) = build_cache([make_config(*SETTINGS, "data.cache.teachers=false")])
+    assert built.encoded == 8
+    assert set(loaded_models.counts) == {TEXT.__name__, VAE.__name__}
 
 
 def test_prune_removes_what_a_recipe_does_not_read(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from alignlab.experiments.charts.chart import Chart, inline_svg, placed_readouts, save_pdf
-from alignlab.experiments.charts.lines import Line, line_figure, shortened, spread
+from alignlab.experiments.charts.lines import Line, line_figure, short_names, spread
 from alignlab.experiments.charts.look import COLOURS, styles
 
 NAMES = ("none", "a $10^{x}$ <b>&", "c")
@@ -38,7 +38,7 @@ def test_a_chart_is_the_same_file_twice() -> None:
 def test_text_of_a_chart_is_text_and_shown_as_it_is() -> None:
     root = ET.fromstring(chart_of().svg)
     texts = ["".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert shortened(NAMES[1]) in texts and "step" in texts
+    assert short_names(NAMES)[1] in texts and "step" in texts
 
 
 def test_a_chart_in_a_page_shares_no_id_and_no_colour_with_another() -> None:
@@ -116,3 +116,21 @@ def test_letters_that_no_font_has_stay_text_and_are_told_of_in_a_pdf(
         caplog.clear()
         save_pdf([chart_of().figure], tmp_path / "charts.pdf")
     assert not caplog.text
+
+
+def test_long_names_are_told_apart() -> None:
+    names = [
+        "layersync-detach-block-3",
+        "layersync-whole-block-3",
+        "none",
+        "layersync-whole-block-3",
+    ]
+    shown = short_names(names)
+    assert shown == ["lay…detach-bloc…", "lay…whole-block…", "none", "lay…whole-block…"]
+
+
+@given(st.lists(st.text("ab-", max_size=60), unique=True, max_size=12))
+def test_no_two_names_are_shown_alike(names: list[str]) -> None:
+    shown = short_names(names)
+    assert len(set(shown)) == len(names)
+    assert all(len(text) <= 16 for text in shown)

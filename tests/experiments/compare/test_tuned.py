@@ -252,3 +252,12 @@ def test_a_sweep_on_other_files_is_refused(swept: Path, folder: Path, make: Make
         UserError, match=f"{folder}: model/vae changed since variant tuned was tuned"
     ):
         prepare(make())
+
+
+def test_the_folder_of_a_sweep_in_place_of_its_best_recipe_is_named(
+    make: Make, folder: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        make(f"from: {folder}")
+    said = f"{folder} is the folder of a run: name {folder}/best.yaml"
+    assert str(caught.value) == f"variants.tuned.from: {said}"
