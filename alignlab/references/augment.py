@@ -147,20 +147,20 @@ def _corners(settings: Augmentations, unit: Callable[[], float]) -> list[list[fl
 def _apply(crop_HWC: Picture, drawn: dict[str, Any]) -> Picture:
     height, width = crop_HWC.shape[:2]
     back = np.linalg.inv(_map(height, width, drawn))
-    place = (back / back[2, 2]).flatten()[:8]
+    place = (back / back[2, 2]).flatten()[:8].tolist()
     # the background is whitened first, so that nothing of it is mixed in
-    planes = (Image.fromarray(crop_HWC[..., :3]), Image.fromarray(crop_HWC[..., 3]))
-    colours, alpha = (
-        plane.transform(
+
+    def moved(plane: Image.Image, background: int | tuple[int, int, int]) -> Image.Image:
+        return plane.transform(
             (width, height),
             Image.Transform.PERSPECTIVE,
-            data=tuple(place),
+            data=place,
             resample=Image.Resampling.BILINEAR,
-            fillcolor=fill,
+            fillcolor=background,
         )
-        for plane, fill in zip(planes, ((255, 255, 255), 0), strict=True)
-    )
-    colours_HWC, mask_HW = np.array(colours), np.array(alpha) >= 128
+
+    colours_HWC = np.array(moved(Image.fromarray(crop_HWC[..., :3]), (255, 255, 255)))
+    mask_HW = np.array(moved(Image.fromarray(crop_HWC[..., 3]), 0)) >= 128
     if drawn["kernel"] > 1:  # the standard deviation is OpenCV's, which is torchvision's as well
         colours_HWC = cv2.GaussianBlur(colours_HWC, (drawn["kernel"],) * 2, 0).astype(np.uint8)
     lit_HWC = np.clip(colours_HWC / 255 + np.array(drawn["colour"]), 0, 1) * drawn["brightness"]

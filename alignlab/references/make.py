@@ -164,14 +164,20 @@ class _Work:
         self._chooser = PairChooser(config, settings, masked)
         paths = [path for c in masked for path in (c.row.video, c.row.masks) if path is not None]
         self._digests = digest_files(root, {str(path): path for path in paths})
+        self._clip_digests: dict[str, str] = {}
 
     def all_clips(self) -> list[ClipReferences]:
         """One per row, in order."""
         clips: list[ClipReferences] = []
+        references = dropped = 0
         with step_progress("references", total=len(self._clips)) as advance:
             for clip in self._clips:
                 clips.append(self._clip(clip))
-                advance(len(clips), _note(clips))
+                record = clips[-1].record
+                if record is not None:
+                    references += sum(map(len, record.versions))
+                    dropped += len(record.dropped)
+                advance(len(clips), f"{references:,} references, {dropped:,} subjects dropped")
                 interruption.check()
         return clips
 
@@ -182,15 +188,14 @@ class _Work:
         record = read_references_record(target)
         if record is not None and record.request == wanted:
             return ClipReferences(clip.key, clip.row, clip.split, target, record)
-        if target.exists() and not self._settings.replace:
-            how = (
-                "was not made by this command"
-                if record is None
-                else difference(record.request, wanted)
-            )
+        if record is None and target.exists():  # --replace is for what this command made
             raise UserError(
-                f"{target} is there, and {how}: choose another --name, or make it anew with "
-                "--replace"
+                f"{target} is there, and was not made by this command: choose another --name"
+            )
+        if record is not None and not self._settings.replace:
+            raise UserError(
+                f"{target} is there, and {difference(record.request, wanted)}: choose another "
+                "--name, or make it anew with --replace"
             )
         try:
             record = self._made(target, clip, wanted)
@@ -227,13 +232,16 @@ class _Work:
             "augment": None if augment is None else augment.model_dump(),
         }
         if self._settings.pairs != "regular":
-            others = {
-                other.key: combined({k: json.dumps(v) for k, v in self._made_from(other).items()})
-                for clips in self._chooser.others(clip).values()
-                for other in clips
-            }
-            wanted["others"] = combined(others)
+            others = [c for clips in self._chooser.others(clip).values() for c in clips]
+            wanted["others"] = combined({other.key: self._digest(other) for other in others})
         return dict(json.loads(json.dumps(wanted)))
+
+    def _digest(self, clip: MaskedClip) -> str:
+        """Of all that a clip is cut from; asked by each clip of the same subject."""
+        if clip.key not in self._clip_digests:
+            parts = {name: json.dumps(value) for name, value in self._made_from(clip).items()}
+            self._clip_digests[clip.key] = combined(parts)
+        return self._clip_digests[clip.key]
 
     def _made_from(self, clip: MaskedClip) -> dict[str, Any]:
         return {
@@ -271,7 +279,8 @@ class _Work:
         frame_HWC, pixel_aspect = frames[pick.source.row.video, pick.sight.frame]
         labels_HW = frame_labels(pick.source.row, pick.sight.frame, frame_HWC.shape[:2]).numpy()
         picture_HWC = _square_pixels(cut_out(frame_HWC, labels_HW, pick.sight), pixel_aspect)
-        is_cross, changes = pick.source is not clip, {}
+        is_cross = pick.source is not clip
+        changes: dict[str, Any] = {}
         augment = self._settings.augment
         if augment is not None and clip.split == "train" and not is_cross:
             purpose = f"reference augmentation {clip.key}"
@@ -370,10 +379,3 @@ def _rows_with_references(root: Path, clips: Sequence[ClipReferences]) -> Iterat
                 "reference_names": [reference.name for reference in made],
                 "reference_phrases": [reference.phrase for reference in made],
             }
-
-
-def _note(clips: Sequence[ClipReferences]) -> str:
-    records = [clip.record for clip in clips if clip.record is not None]
-    references = sum(len(made) for record in records for made in record.versions)
-    dropped = sum(len(record.dropped) for record in records)
-    return f"{references:,} references, {dropped:,} subjects dropped"

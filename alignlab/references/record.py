@@ -10,7 +10,7 @@ RECORD = "references.json"
 Reason = Literal["not seen", "too small", "in trained frames alone", "no other clip", "smaller"]
 """Why a subject has no reference: its mask is empty in all frames; its box is a smaller share of
 every frame than asked for; only frames that the clip is trained on show it, and they are not asked
-for; no other clip shows the same subject; others of the same clip are larger."""
+for; no other clip shows the same subject well enough; others of the same clip are larger."""
 
 
 class MadeReference(BaseModel):

@@ -16,15 +16,15 @@ from PIL import Image
 from alignlab.config.data import FolderConfig
 from alignlab.data.folder import FolderDataset
 from alignlab.data.images import read_image
-from alignlab.data.metadata import Row, read_rows
+from alignlab.data.metadata import read_rows
 from alignlab.data.video import write_mp4
 from alignlab.errors import UserError
-from alignlab.references import make
+from alignlab.masks.segmenter import Frame
 from alignlab.references.augment import Augmentations
 from alignlab.references.make import MadeReferences, make_references
 from alignlab.references.pairs import ReferenceSettings
 from alignlab.references.record import MadeReference
-from alignlab.references.sights import read_frames
+from alignlab.references.sights import Sight, cut_out, read_frames
 from kills import Killed
 
 SIDE, FRAMES, STORED = 32, 5, 8
@@ -115,7 +115,9 @@ def test_a_crop_is_the_frame_in_the_mask_and_white_around_it(two: FolderConfig) 
     assert mask_HW is not None and torch.equal(mask_HW, expected_HW)
     frame_HWC = torch.from_numpy(whole_frame(two, reference))[4:20, 2:18]
     assert torch.equal(image_HWC[expected_HW], frame_HWC[expected_HW])
-    assert (image_HWC[~expected_HW] == 255).all()
+    with Image.open(Path(two.path) / "crops/clips/0.mp4" / reference.file) as image:
+        stored_HWC = np.array(image)  # programs that know no transparency see white as well
+    assert (stored_HWC[~expected_HW.numpy()] == [255, 255, 255, 0]).all()
     assert reference.share == 0.25
 
 
@@ -279,15 +281,17 @@ def test_a_killed_command_goes_on_where_it_was(
 ) -> None:
     root = Path(two.path)
     whole = make_references(two, ReferenceSettings(name="whole"))
+    ((last,),) = made_of(whole, 1)
+    last_HWC = whole_frame(two, last)
     with monkeypatch.context() as patch:
-        original = make.frame_labels
+        cut = cut_out
 
-        def dying(row: Row, *arguments: Any) -> Any:
-            if row.file_name == "clips/1.mp4":
+        def dying(frame_HWC: Frame, labels_HW: Any, sight: Sight) -> Any:
+            if (frame_HWC == last_HWC).all():
                 raise Killed
-            return original(row, *arguments)
+            return cut(frame_HWC, labels_HW, sight)
 
-        patch.setattr(make, "frame_labels", dying)
+        patch.setattr("alignlab.references.make.cut_out", dying)
         with pytest.raises(Killed):
             make_references(two, ReferenceSettings())
     assert not (root / "metadata-crops.jsonl").exists()
@@ -327,6 +331,10 @@ def test_a_folder_of_something_else_is_left_alone(two: FolderConfig) -> None:
     with pytest.raises(UserError, match=r"--name: .*references is there, and was not made by this"):
         make_references(two, ReferenceSettings(name="references"))
     assert contents(mine) == {"index.html": b"mine"}
+    make_references(two, ReferenceSettings())
+    (Path(two.path) / "crops/clips/0.mp4/references.json").unlink()
+    with pytest.raises(UserError, match=r"0\.mp4 is there, and was not made by this command"):
+        make_references(two, ReferenceSettings(replace=True))
     with pytest.raises(UserError, match="--name: 'a/b' holds '/'"):
         make_references(two, ReferenceSettings(name="a/b"))
 
