@@ -148,7 +148,6 @@ def _apply(crop_HWC: Picture, drawn: dict[str, Any]) -> Picture:
     height, width = crop_HWC.shape[:2]
     back = np.linalg.inv(_map(height, width, drawn))
     place = (back / back[2, 2]).flatten()[:8].tolist()
-    # the background is whitened first, so that nothing of it is mixed in
 
     def moved(plane: Image.Image, background: int | tuple[int, int, int]) -> Image.Image:
         return plane.transform(

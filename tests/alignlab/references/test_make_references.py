@@ -252,7 +252,7 @@ def test_what_says_that_subjects_are_the_same(tmp_path: Path) -> None:
 def test_mixed_pairs_are_regular_where_no_other_clip_has_the_subject(tmp_path: Path) -> None:
     config = cross_clips(tmp_path, ["ann", "ann", "bob"])
     settings = ReferenceSettings(
-        pairs="mixed", cross_share=0.5, versions=12, augment=Augmentations()
+        pairs="mixed", cross_share=0.5, versions=8, augment=Augmentations()
     )
     made = make_references(config, settings)
     pairs = [[version[0].pair for version in made_of(made, n)] for n in range(3)]
