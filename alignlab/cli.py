@@ -23,6 +23,7 @@ from alignlab.experiments.cli.init import init_app
 from alignlab.experiments.cli.listing import list_app
 from alignlab.experiments.cli.masks import masks
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
+from alignlab.experiments.cli.references import references
 from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.runs import runs
 from alignlab.experiments.cli.sweep import sweep
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(
-    help="Look at data sets, and make masks of their clips.", no_args_is_help=True
+    help="Look at data sets, and make masks and references of their clips.", no_args_is_help=True
 )
 assets_app = typer.Typer(help="The tiny models shipped with alignlab.", no_args_is_help=True)
 app.add_typer(init_app, name="init")
@@ -147,6 +148,7 @@ for command in COMMANDS:
 
 data_app.command("preview")(preview)
 data_app.command("masks")(masks)
+data_app.command("references")(references)
 
 
 @data_app.command("real-clips")

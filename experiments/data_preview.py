@@ -20,6 +20,7 @@ from alignlab.data.registry import DataConfig, build_dataset
 from alignlab.data.sample import Sample
 from alignlab.data.video import encode_mp4
 from alignlab.experiments.compare.config import load_base
+from alignlab.experiments.report.escaping import visible
 from alignlab.experiments.report.page import data_uri
 from alignlab.recipe import validated
 from alignlab.runs.atomic_files import whole_file, write_text
@@ -29,6 +30,7 @@ from alignlab.stage1.config import Stage1Config
 TILE_HEIGHT = 128
 NUM_SHEET_FRAMES = 5
 MARGIN = 6
+NARROWEST = 300  # row of a sheet: a text has room
 FLOW_SATURATION = 0.05  # of the shorter side per frame: the speed drawn at full saturation
 
 _PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
@@ -135,7 +137,7 @@ def _page_entry(sample: Sample, fps: float) -> dict[str, object]:
         "references": [
             (
                 " — ".join(filter(None, (reference.name, reference.phrase))),
-                data_uri(_png(reference.image_HWC), "image/png"),
+                data_uri(png(reference.image_HWC), "image/png"),
             )
             for reference in sample.references
         ],
@@ -155,10 +157,15 @@ def _sheet_row(sample: Sample) -> Image.Image:
         tiles += [*flow_colors(sample.flow_THWC[last : last + 1])]
     tiles += [reference.image_HWC for reference in sample.references]
 
+    return tile_row(f"{sample.key}: {sample.caption}", tiles)
+
+
+def tile_row(text: str, tiles: list[Tensor]) -> Image.Image:
+    """Pictures `(H, W, 3)` of any sizes beside each other, at one height, below a text."""
     font = ImageFont.load_default(13)
     images = [_tile(tile) for tile in tiles]
-    width = sum(image.width + MARGIN for image in images) + MARGIN
-    lines = textwrap.wrap(f"{sample.key}: {sample.caption}", max(30, width // 7))
+    width = max(NARROWEST, sum(image.width + MARGIN for image in images) + MARGIN)
+    lines = textwrap.wrap(visible(text), width // 7)
     row = Image.new("RGB", (width, TILE_HEIGHT + 2 * MARGIN + 17 * len(lines)), "white")
     draw = ImageDraw.Draw(row)
     for number, line in enumerate(lines):
@@ -172,7 +179,7 @@ def _sheet_row(sample: Sample) -> Image.Image:
 
 
 def _tile(image_HWC: Tensor) -> Image.Image:
-    image = Image.fromarray(image_HWC.numpy())
+    image = Image.fromarray(np.ascontiguousarray(image_HWC.numpy()))
     return image.resize((max(1, round(image.width * TILE_HEIGHT / image.height)), TILE_HEIGHT))
 
 
@@ -191,7 +198,8 @@ def _colors(num: int) -> list[tuple[float, ...]]:
     return [tuple(255 * c for c in colorsys.hsv_to_rgb(k / num, 1.0, 1.0)) for k in range(num)]
 
 
-def _png(image_HWC: Tensor) -> bytes:
+def png(image_HWC: Tensor) -> bytes:
+    """A picture `(H, W, 3)`, uint8, as the bytes of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image_HWC.numpy())).save(buffer, "PNG")
     return buffer.getvalue()

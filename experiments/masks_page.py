@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jinja2
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from alignlab.config.data import FolderConfig
@@ -18,11 +18,10 @@ from alignlab.data.images import read_labels
 from alignlab.data.masks import VOID_LABEL
 from alignlab.data.video import encode_mp4
 from alignlab.experiments.data_preview import (
-    MARGIN,
     NUM_SHEET_FRAMES,
-    TILE_HEIGHT,
     overlay_masks,
     stacked,
+    tile_row,
 )
 from alignlab.experiments.report.escaping import csv_cell, visible
 from alignlab.experiments.report.page import data_uri
@@ -36,11 +35,12 @@ SHOWN_SIDE = 320  # of a clip on the page
 SHEET_CLIPS = 40
 STRIPES = 6  # pixels
 
-_PAGE = jinja2.Environment(
+ENVIRONMENT = jinja2.Environment(
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     finalize=lambda value: visible(value) if type(value) is str else value,
-).from_string("""\
+)
+HEAD = """\
 <!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <style>
@@ -54,6 +54,12 @@ td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; 
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .swatch { display: inline-block; width: .8em; height: .8em; border: 1px solid #888; }
 </style>
+"""
+"""Templates of pages about clips, and how each of them begins."""
+
+_PAGE = ENVIRONMENT.from_string(
+    HEAD
+    + """\
 <h1>{{ title }}</h1>
 <p>{{ summary }}</p>
 <p>An entity is in doubt in a frame where its confidence is below {{ least }}. All pixels of that
@@ -82,7 +88,8 @@ frame that no other entity has are then undecided (255), and striped here.</p>
 <figcaption>{{ name }}</figcaption></figure>
 {% endfor %}</article>
 {% endfor %}</html>
-""")
+"""
+)
 
 
 @dataclass(frozen=True)
@@ -106,17 +113,18 @@ def mask_sizes(made: MadeMasks) -> str:
     new = sum(clip.is_new for clip in made.clips)
     entities = sum(len(record.entities) for record in records)
     text = (
-        f"{_counted(len(records), 'clip')} with {_counted(entities, 'entity', 'entities')}, "
-        f"{new:,} made now; {undecided:,} of {_counted(frames, 'frame')} with undecided pixels"
+        f"{counted(len(records), 'clip')} with {counted(entities, 'entity', 'entities')}, "
+        f"{new:,} made now; {undecided:,} of {counted(frames, 'frame')} with undecided pixels"
     )
     if own:
-        text += f"; {_counted(own, 'clip')} with masks of other origin"
+        text += f"; {counted(own, 'clip')} with masks of other origin"
     if without:
-        text += f"; {_counted(without, 'clip')} without masks"
+        text += f"; {counted(without, 'clip')} without masks"
     return text
 
 
-def _counted(number: int, one: str, more: str = "") -> str:
+def counted(number: int, one: str, more: str = "") -> str:
+    """A number with its noun."""
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
@@ -241,22 +249,11 @@ def _sheet_row(
     chosen = torch.linspace(0, len(video_THWC) - 1, min(NUM_SHEET_FRAMES, len(video_THWC)))
     places = chosen.round().long()
     drawn_THWC = _drawn(video_THWC[places], labels_THW[places], len(record.entities))
-    images = [Image.fromarray(frame_HWC.numpy()) for frame_HWC in drawn_THWC]
-    scale = TILE_HEIGHT / images[0].height
-    images = [image.resize((max(1, round(image.width * scale)), TILE_HEIGHT)) for image in images]
-    width = sum(image.width + MARGIN for image in images) + MARGIN
-    row = Image.new("RGB", (max(width, 300), TILE_HEIGHT + 2 * MARGIN + 17), "white")
     lowest = ", ".join(
         f"{entity} {min(values):.2f}"
         for entity, values in zip(record.entities, record.confidence, strict=True)
     )
-    text = visible(f"{clip.key}: {lowest}").replace("\n", " ")
-    ImageDraw.Draw(row).text((MARGIN, 2), text, fill="black", font=ImageFont.load_default(13))
-    left = MARGIN
-    for image in images:
-        row.paste(image, (left, 17 + MARGIN))
-        left += image.width + MARGIN
-    return row
+    return tile_row(f"{clip.key}: {lowest}", list(drawn_THWC))
 
 
 def _csv(rows: list[EntityRow], reasons: list[tuple[str, str]]) -> str:

@@ -33,7 +33,7 @@ def clip_masks(row: Row, clip: DecodedClip, size_HW: tuple[int, int]) -> Tensor:
     labels = torch.arange(1, len(row.entities) + 1)[:, None, None]
     mask_by_frame: dict[int, Tensor] = {}
     for index in set(clip.frame_indices):
-        labels_HW = _frame_labels(row, index, clip.source_size_HW)
+        labels_HW = frame_labels(row, index, clip.source_size_HW)
         masks_EHW = (labels_HW == labels).to(torch.uint8) * 255
         mask_by_frame[index] = cover_crop(masks_EHW, size_HW, pixel_aspect=clip.pixel_aspect) >= 128
     return torch.stack([mask_by_frame[index] for index in clip.frame_indices], dim=1)
@@ -56,10 +56,15 @@ def check_masks(row: Row, frame_indices: Iterable[int], source_size_HW: tuple[in
             kind="bad masks",
         )
     for index in sorted(set(frame_indices)):
-        _frame_labels(row, index, source_size_HW)
+        frame_labels(row, index, source_size_HW)
 
 
-def _frame_labels(row: Row, index: int, source_size_HW: tuple[int, int]) -> Tensor:
+def frame_labels(row: Row, index: int, source_size_HW: tuple[int, int]) -> Tensor:
+    """The label image of a frame of a row's video, uint8 `(H, W)`.
+
+    Raises:
+        ClipError: as `clip_masks`.
+    """
     path = _folder(row) / _file_name(index)
     if not path.exists():
         raise ClipError(f"{path}: is missing, the labels of frame {index}", kind="bad masks")

@@ -1,7 +1,7 @@
 """Rows of a folder's metadata file: one clip each, checked and confined to the folder.
 
-Columns (`references`, `reference_names`, `reference_phrases` and `entities` are lists; in .csv,
-their items are separated by `|`):
+Columns (`references`, `reference_names`, `reference_phrases`, `entities` and `entity_names` are
+lists; in .csv, their items are separated by `|`):
 
     file_name           video, relative to the folder (every path is)
     caption             or `text`
@@ -12,6 +12,8 @@ their items are separated by `|`):
     masks               folder of label images `00000.png`, `00001.png`, ..., one per frame of the
                         video: 8-bit, 0 background, k the k-th entity, 255 undecided
     entities            phrases of the masked subjects, in label order
+    entity_names        identity of each entity, over all clips, for `alignlab data references`:
+                        equal names are the same subject
     split               `train` or `val`: in every row, or in none
     group               rows with equal groups are in the same split, default: those of a video
     boxes, points, first_mask   where entities are, for `alignlab data masks` (`places.py`)
@@ -35,7 +37,7 @@ from alignlab.data import places
 from alignlab.data.places import Places, read_places
 from alignlab.errors import UserError
 
-LISTS = ("references", "reference_names", "reference_phrases", "entities")
+LISTS = ("references", "reference_names", "reference_phrases", "entities", "entity_names")
 COLUMNS = (
     *("file_name", "caption", "text", "start", "masks", "split", "group"),
     *LISTS,
@@ -66,6 +68,7 @@ class Row:
         unread: names of its other columns.
         places: what it says of where its entities are; its phrases are there also where there are
             no masks yet (`read_rows(unmasked=True)`).
+        entity_names: identity of each of its entities; empty if the row does not say.
         raw: the row as it stands in the file, with `unmasked` alone.
     """
 
@@ -83,6 +86,7 @@ class Row:
     group: str | None = None
     unread: tuple[str, ...] = ()
     places: Places = field(default_factory=Places)
+    entity_names: tuple[str, ...] = ()
     raw: dict[str, Any] = field(default_factory=dict, hash=False, repr=False)
 
 
@@ -256,6 +260,10 @@ def _row(folder: "_Folder", where: str, raw: Any, *, unmasked: bool) -> Row:
             f"{where}: masks and entities go together; one of them is missing (`alignlab data "
             "masks` makes masks of entities)"
         )
+    if lists["entity_names"] and len(lists["entity_names"]) != len(entities):
+        raise UserError(
+            f"{where}: {len(lists['entity_names'])} entity_names for {len(entities)} entities"
+        )
     said = read_places(where, raw, entities)
     if said.first_mask is not None:
         folder.inside(said.first_mask, where)
@@ -274,6 +282,7 @@ def _row(folder: "_Folder", where: str, raw: Any, *, unmasked: bool) -> Row:
         group=_text(where, raw, "group") if "group" in raw else None,
         unread=tuple(str(key) for key in raw if key not in COLUMNS),
         places=said,
+        entity_names=lists["entity_names"],
         raw=raw if unmasked else {},
     )
 

@@ -6,12 +6,10 @@ again with the clip that it was at. The data set's metadata stays as it is; a co
 Array letters: H height, W width, C channels (RGB).
 """
 
-import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,15 @@ from av.video.reformatter import VideoReformatter
 
 from alignlab import interruption
 from alignlab.config.data import FolderConfig
-from alignlab.config.names import check_name
 from alignlab.config.paths import user_path
 from alignlab.data.decode import ClipError, decoded_frames, upright
+from alignlab.data.derived import (
+    check_metadata,
+    clip_keys,
+    derived_paths,
+    difference,
+    write_metadata,
+)
 from alignlab.data.metadata import Row, read_rows
 from alignlab.data.places import Places
 from alignlab.data.video import check_clip
@@ -36,13 +40,11 @@ from alignlab.masks.prompts import (
 )
 from alignlab.masks.segmenter import Frame, FrameMasks, Prompt, Segmenter
 from alignlab.progress import step_progress
-from alignlab.runs.atomic_files import whole_folder, write_text
+from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.file_digests import digest_files
 from alignlab.runs.file_lock import file_lock
 
 MIN_CONFIDENCE = 0.7
-WRITTEN = "made.json"
-"""In the folder of all masks: which metadata was written last."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,11 @@ def make_masks(config: FolderConfig, segmenter: Segmenter, settings: MaskSetting
     root = user_path(config.path)
     if not root.is_dir():
         raise UserError(f"data.path: there is no folder {root}")
-    folder, metadata = _outputs(root, config.metadata, settings.name)
+    folder, metadata = derived_paths(root, config.metadata, settings.name)
     rows = read_rows(root, config.metadata, follow_links=config.follow_links, unmasked=True)
-    keys = _keys(rows)
+    keys = clip_keys(rows)
     check_keys(settings.prompts or {}, keys)
-    _check_metadata(folder, metadata, replace=settings.replace)
+    check_metadata(folder, metadata, replace=settings.replace)
     folder.mkdir(exist_ok=True)
 
     def held() -> str:
@@ -137,7 +139,7 @@ def make_masks(config: FolderConfig, segmenter: Segmenter, settings: MaskSetting
                 f"{root / config.metadata}: no clip has masks now; the first one, {clips[0].key}, "
                 f"{clips[0].reason}: write where its entities are (docs/masks.md)"
             )
-        _write_metadata(root, folder, metadata, clips)
+        write_metadata(folder, metadata, _rows_with_masks(root, clips))
     return MadeMasks(tuple(clips), folder, metadata)
 
 
@@ -196,7 +198,11 @@ class _Work:
         if record is not None and record.request == wanted:
             return ClipMasks(key, row, target, record)
         if target.exists() and not self._settings.replace:
-            how = "was not made by this command" if record is None else _difference(record, wanted)
+            how = (
+                "was not made by this command"
+                if record is None
+                else difference(record.request, wanted)
+            )
             raise UserError(
                 f"{target} is there, and {how}: choose another --name, or make it anew with "
                 "--replace"
@@ -294,75 +300,19 @@ def _images(request: ClipRequest) -> list[Path]:
     return [*request.references, *first_mask]
 
 
-def _keys(rows: Sequence[Row]) -> list[str]:
-    """`file_name`, with `@start` for later clips of a video and `#n` for a repeated clip."""
-    seen: Counter[str] = Counter()
-    keys = []
-    for row in rows:
-        name = PurePosixPath(row.file_name).as_posix()
-        key = f"{name}@{row.start_s:g}" if row.start_s else name
-        seen[key] += 1
-        keys.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
-    return keys
-
-
-def _outputs(root: Path, metadata: str, name: str) -> tuple[Path, Path]:
-    """The folder of all masks, and the new metadata."""
-    try:
-        check_name(name)
-    except ValueError as error:
-        raise UserError(f"--name: {error}") from None
-    source = root / metadata
-    folder = root / name
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--name: {folder} is a file: choose another name")
-    return folder, source.with_name(f"{source.stem}-{name}.jsonl")
-
-
-def _check_metadata(folder: Path, metadata: Path, *, replace: bool) -> None:
-    """Refuses to write over metadata that another program or a user wrote."""
-    if replace or not metadata.exists():
-        return
-    try:
-        written = json.loads((folder / WRITTEN).read_text("utf-8"))
-    except (OSError, ValueError):
-        written = None
-    if written != {metadata.name: _digest(metadata.read_bytes())}:
-        raise UserError(
-            f"{metadata} is there, and is not as this command wrote it: choose another --name, or "
-            "write it anew with --replace"
-        )
-
-
-def _write_metadata(root: Path, folder: Path, metadata: Path, clips: Sequence[ClipMasks]) -> None:
+def _rows_with_masks(root: Path, clips: Sequence[ClipMasks]) -> Iterator[dict[str, Any]]:
     """The rows with their masks; those that have none are without entities as well."""
-    lines = []
     for clip in clips:
-        raw = {
-            key: value for key, value in clip.row.raw.items() if key not in ("masks", "entities")
-        }
+        row, columns = clip.row, ("masks", "entities", "entity_names")
+        raw = {key: value for key, value in row.raw.items() if key not in columns}
         if clip.folder is not None:
-            entities = clip.row.entities if clip.record is None else clip.record.entities
+            entities = row.entities if clip.record is None else tuple(clip.record.entities)
             masks = clip.folder.relative_to(root).as_posix()
             raw |= {"masks": masks, "entities": list(entities)}
-        lines.append(json.dumps(raw) + "\n")
-    text = "".join(lines)
-    # a kill in between leaves no metadata, and the same command writes it
-    if not metadata.exists() or metadata.read_text("utf-8") != text:
-        metadata.unlink(missing_ok=True)
-        write_text(folder / WRITTEN, json.dumps({metadata.name: _digest(text.encode())}))
-        write_text(metadata, text)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _difference(record: MaskRecord, wanted: Mapping[str, Any]) -> str:
-    keys = sorted(
-        key for key in {*record.request, *wanted} if record.request.get(key) != wanted.get(key)
-    )
-    return f"was made with other settings ({', '.join(keys)})"
+            # the row's names are those of its own entities
+            if row.entity_names and entities == row.places.entities:
+                raw |= {"entity_names": list(row.entity_names)}
+        yield raw
 
 
 def _note(clips: Sequence[ClipMasks]) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from alignlab.config.data import FolderConfig, ShapesConfig
@@ -44,6 +45,35 @@ def export_shapes(
         path=str(root), frames=shapes.frames, size=shapes.size, fps=shapes.fps, val_fraction=0.5
     )
     return config, truths
+
+
+def export_masked_shapes(root: Path, shapes: ShapesConfig, clips: int) -> FolderConfig:
+    """Writes clips with their true masks, and rows that say who is who across clips."""
+    dataset, rows = ShapesDataset(shapes, "train"), []
+    for index in range(clips):
+        sample = dataset[index]
+        assert sample.masks_ETHW is not None
+        write_mp4(root / "clips" / f"{index}.mp4", sample.video_THWC, shapes.fps)
+        numbers = torch.arange(1, len(sample.entities) + 1)[:, None, None, None]
+        labels_THW = (sample.masks_ETHW * numbers).amax(0).to(torch.uint8)
+        folder = root / "masks" / str(index)
+        folder.mkdir(parents=True)
+        for frame, labels_HW in enumerate(labels_THW):
+            Image.fromarray(labels_HW.numpy(), "L").save(folder / f"{frame:05d}.png")
+        names = {reference.phrase: reference.name for reference in sample.references}
+        rows.append(
+            {
+                "file_name": f"clips/{index}.mp4",
+                "caption": sample.caption,
+                "masks": f"masks/{index}",
+                "entities": list(sample.entities),
+                "entity_names": [names.get(e, f"{e} of {index}") for e in sample.entities],
+            }
+        )
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return FolderConfig(
+        path=str(root), frames=shapes.frames, size=shapes.size, fps=shapes.fps, val_fraction=0.5
+    )
 
 
 def overlap(first_HW: Tensor, second_HW: Tensor) -> float:

@@ -257,6 +257,17 @@ def test_a_file_of_prompts_takes_the_place_of_the_rows(two: FolderConfig, tmp_pa
         make_masks(two, Boxes(), MaskSettings(name="b", prompts=read_prompts(path)))
 
 
+def test_names_of_entities_stay_with_the_entities_that_have_them(tmp_path: Path) -> None:
+    named = dict(ROW, entity_names=["ann's card", "bob's card"])
+    config = data(tmp_path, [dict(named), dict(named)])
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"clips/1.mp4": {"entities": ["a dog"], "boxes": [None]}}))
+    path = make_masks(config, Words(), MaskSettings(prompts=read_prompts(prompts))).metadata
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["entity_names"] == ["ann's card", "bob's card"]
+    assert rows[1]["entities"] == ["a dog"] and "entity_names" not in rows[1]
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [

@@ -1,0 +1,1 @@
+"""References of real clips: entities cut out of their videos by their masks."""
