@@ -17,6 +17,7 @@ def spatial_structure(
     tokens_ND: Tensor,
     size_HW: tuple[int, int],
     foreground_N: Tensor | None = None,
+    background_N: Tensor | None = None,
     *,
     near: int = NEAR,
     far: int = FAR,
@@ -40,6 +41,7 @@ def spatial_structure(
         tokens_ND: of one frame.
         size_HW: their grid.
         foreground_N: 0 or 1, which tokens show a subject; only for `srss`.
+        background_N: 0 or 1, which tokens show none; default: all others.
         near: Manhattan distance.
         far: Manhattan distance.
         reach: Manhattan distance.
@@ -65,7 +67,11 @@ def spatial_structure(
         inside_N = label_rows("foreground_N", foreground_N.long(), len(unit_ND)) > 0
         inside_N = inside_N.to(unit_ND.device)
         own_NN = inside_N[:, None] & inside_N & close_NN
-        other_NN = inside_N[:, None] & ~inside_N & (distance_NN >= far)
+        outside_N = ~inside_N
+        if background_N is not None:
+            outside_N = label_rows("background_N", background_N.long(), len(unit_ND)) > 0
+            outside_N = outside_N.to(unit_ND.device)
+        other_NN = inside_N[:, None] & outside_N & (distance_NN >= far)
         measures["srss"] = _difference_by_row(cosine_NN, own_NN, other_NN)
     return {name: value for name, value in measures.items() if value is not None}
 
