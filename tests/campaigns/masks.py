@@ -1,23 +1,33 @@
-"""How good the masks of `alignlab data masks --backend opencv` are on clips whose masks are known.
+"""`alignlab data masks --backend opencv`: how good its masks are, and that kills change none.
 
     PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 python -P tests/campaigns/masks.py iou
         [--clips 40] [--seed 1]
     PYTHONPATH=. python -P tests/campaigns/masks.py phrases
+    PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 python -P tests/campaigns/masks.py kill
+        [--on shapes|DATA] [--clips 40] [--kills 10] [--seed 1]
 
 iou      `shapes` exported as a folder data set, 9 frames of 64x64 and 33 of 128x128, entities boxed
          in the first frame alone: intersection over union with the true masks of the LAST frame,
          beside that of the box, moved by the median optical flow in it; then by confidence
 phrases  what the rule for noun phrases finds in the committed captions: those of the 22 real clips
          against the phrases of their references, and of 200 captions of `shapes`
+kill     the command on exported `shapes`, or on DATA, what `alignlab data real-clips` wrote, is
+         killed with SIGKILL at random moments and given again. After every kill, what has its final
+         name has to be as the uninterrupted command left it; in the end there have to be the same
+         files with the same bytes. It works on a copy of DATA
 
-Exits 1 if the masks are not at least 0.1 better than the boxes.
+Exits 1 if the masks are not at least 0.1 better than the boxes, or a kill left anything else.
 """
 
 import argparse
+import importlib
 import json
+import random
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +120,94 @@ def phrases() -> bool:
     return True
 
 
+def kill(on: str, clips: int, kills: int, seed: int) -> bool:
+    from alignlab.config.data import ShapesConfig
+    from exported_shapes import export_shapes
+    from forked_command import ForkedCommand
+    from run_contents import file_contents
+
+    for module in ("alignlab.cli", "alignlab.experiments.masks_page", "alignlab.masks.opencv"):
+        importlib.import_module(module)  # a fork then begins at once
+    root = Path(tempfile.mkdtemp()) / "data"
+    given = ["data", "masks", "real_clips", f"data.path={root}", "--name", "made"]
+    if on == "shapes":
+        export_shapes(root, ShapesConfig(frames=9, size=(64, 64), seed=seed), clips)
+        given += ["data.frames=9", "data.size=[64,64]", "data.fps=8"]
+    else:
+        shutil.copytree(on, root)
+        given += ["--prompts", str(root / "prompts.json")]
+    before, errors, draw = file_contents(root), root.parent / "errors", random.Random(seed)
+
+    def made() -> dict[str, bytes]:
+        """All that the command has written, by name."""
+        found = file_contents(root)
+        assert {name: found.get(name) for name in before} == before, "it changed what was there"
+        return {name: content for name, content in found.items() if name not in before}
+
+    def finished(command: ForkedCommand) -> float:
+        ended = command.wait(3600)
+        if ended != 0:
+            sys.exit(f"ended with {ended}: {errors.read_text()[-500:]}")
+        return time.monotonic() - command.begun
+
+    command = ForkedCommand(given, errors)
+    command.start()
+    seconds = finished(command)
+    expected = made()
+    shutil.rmtree(root / "made")
+    (root / "metadata-made.jsonl").unlink()
+    killed, moments, starts, faults, most = 0, [], 0, [], 0
+    while killed < kills:
+        command = ForkedCommand(given, errors)
+        command.start()
+        starts += 1
+        moment = draw.uniform(0, 1.8 * seconds / kills)
+        ended = command.wait(moment)
+        if ended is not None:  # finished: once more from nothing
+            faults += [] if ended == 0 and made() == expected else [f"ended with {ended}"]
+            shutil.rmtree(root / "made")
+            (root / "metadata-made.jsonl").unlink(missing_ok=True)
+            continue
+        command.send(signal.SIGKILL)
+        if command.wait(60) == -signal.SIGKILL:
+            killed += 1
+            moments.append(round(moment, 2))
+        found = made()
+        whole = {n: c for n, c in found.items() if not any(p[0] == "." for p in Path(n).parts)}
+        most = max(most, len(found) - len(whole))
+        faults += [f"{n} differs" for n, c in whole.items() if expected.get(n) != c]
+    command = ForkedCommand(given, errors)
+    command.start()
+    last = finished(command)
+    found = made()
+    differing = [n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)]
+    faults += [f"{name} differs in the end" for name in sorted(differing)]
+    faults += ["a traceback was printed"] if "Traceback" in errors.read_text() else []
+    print(
+        f"{on}: {len(expected)} files in {seconds:.1f} s; {killed} kills in {starts} starts at "
+        f"{', '.join(map(str, moments))} s after the start, at most {most} temporary files left by "
+        f"one; then {last:.1f} s to the end; {len(faults)} differences"
+    )
+    for fault in faults[:20]:
+        print(f"  {fault}")
+    shutil.rmtree(root.parent)
+    return not faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["iou", "phrases"])
+    parser.add_argument("part", choices=["iou", "phrases", "kill"])
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--on", default="shapes")
+    parser.add_argument("--kills", type=int, default=10)
     options = parser.parse_args()
-    is_well = phrases() if options.part == "phrases" else iou(options.clips, options.seed)
+    if options.part == "phrases":
+        is_well = phrases()
+    elif options.part == "kill":
+        is_well = kill(options.on, options.clips, options.kills, options.seed)
+    else:
+        is_well = iou(options.clips, options.seed)
     sys.exit(0 if is_well else 1)
 
 
