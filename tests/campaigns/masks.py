@@ -29,8 +29,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from forked_command import ForkedCommand
 
 
 def iou(clips: int, seed: int) -> bool:
@@ -120,78 +124,106 @@ def phrases() -> bool:
     return True
 
 
-def kill(on: str, clips: int, kills: int, seed: int) -> bool:
-    from alignlab.config.data import ShapesConfig
-    from exported_shapes import export_shapes
-    from forked_command import ForkedCommand
-    from run_contents import file_contents
+class KilledCommand:
+    """The command on a folder of clips, killed and given again.
 
-    for module in ("alignlab.cli", "alignlab.experiments.masks_page", "alignlab.masks.opencv"):
-        importlib.import_module(module)  # a fork then begins at once
-    root = Path(tempfile.mkdtemp()) / "data"
-    given = ["data", "masks", "real_clips", f"data.path={root}", "--name", "made"]
-    if on == "shapes":
-        export_shapes(root, ShapesConfig(frames=9, size=(64, 64), seed=seed), clips)
-        given += ["data.frames=9", "data.size=[64,64]", "data.fps=8"]
-    else:
-        shutil.copytree(on, root)
-        given += ["--prompts", str(root / "prompts.json")]
-    before, errors, draw = file_contents(root), root.parent / "errors", random.Random(seed)
+    Args:
+        on: `shapes`, or a folder that `alignlab data real-clips` wrote, which is copied.
+        clips: of `shapes`.
+        seed: of `shapes` and of the moments.
+    """
 
-    def made() -> dict[str, bytes]:
-        """All that the command has written, by name."""
-        found = file_contents(root)
-        assert {name: found.get(name) for name in before} == before, "it changed what was there"
-        return {name: content for name, content in found.items() if name not in before}
+    def __init__(self, on: str, clips: int, seed: int) -> None:
+        from alignlab.config.data import ShapesConfig
+        from exported_shapes import export_shapes
+        from run_contents import file_contents
 
-    def finished(command: ForkedCommand) -> float:
+        for module in ("alignlab.cli", "alignlab.experiments.masks_page", "alignlab.masks.opencv"):
+            importlib.import_module(module)  # a fork then begins at once
+        self.contents, self.draw = file_contents, random.Random(seed)
+        self.root = Path(tempfile.mkdtemp()) / "data"
+        self.errors = self.root.parent / "errors"
+        self.given = ["data", "masks", "real_clips", f"data.path={self.root}", "--name", "made"]
+        if on == "shapes":
+            export_shapes(self.root, ShapesConfig(frames=9, size=(64, 64), seed=seed), clips)
+            self.given += ["data.frames=9", "data.size=[64,64]", "data.fps=8"]
+        else:
+            shutil.copytree(on, self.root)
+            self.given += ["--prompts", str(self.root / "prompts.json")]
+        self.before = file_contents(self.root)
+        self.faults: list[str] = []
+
+    def start(self) -> "ForkedCommand":
+        from forked_command import ForkedCommand
+
+        command = ForkedCommand(self.given, self.errors)
+        command.start()
+        return command
+
+    def whole(self) -> float:
+        """Gives the command and lets it end; its seconds."""
+        command = self.start()
         ended = command.wait(3600)
         if ended != 0:
-            sys.exit(f"ended with {ended}: {errors.read_text()[-500:]}")
+            sys.exit(f"ended with {ended}: {self.errors.read_text()[-500:]}")
         return time.monotonic() - command.begun
 
-    command = ForkedCommand(given, errors)
-    command.start()
-    seconds = finished(command)
-    expected = made()
-    shutil.rmtree(root / "made")
-    (root / "metadata-made.jsonl").unlink()
-    killed, moments, starts, faults, most = 0, [], 0, [], 0
-    while killed < kills:
-        command = ForkedCommand(given, errors)
-        command.start()
-        starts += 1
-        moment = draw.uniform(0, 1.8 * seconds / kills)
-        ended = command.wait(moment)
-        if ended is not None:  # finished: once more from nothing
-            faults += [] if ended == 0 and made() == expected else [f"ended with {ended}"]
-            shutil.rmtree(root / "made")
-            (root / "metadata-made.jsonl").unlink(missing_ok=True)
-            continue
+    def made(self) -> dict[str, bytes]:
+        """All that the command has written, by name."""
+        found = self.contents(self.root)
+        changed = [name for name in self.before if found.get(name) != self.before[name]]
+        self.faults += [f"{name}, which was there, is another" for name in changed]
+        return {name: content for name, content in found.items() if name not in self.before}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root / "made")
+        (self.root / "metadata-made.jsonl").unlink(missing_ok=True)
+
+    def kill(self, moment: float) -> bool:
+        """Kills the command at a moment; False if it has ended before."""
+        command = self.start()
+        if command.wait(moment) is not None:
+            return False
         command.send(signal.SIGKILL)
-        if command.wait(60) == -signal.SIGKILL:
-            killed += 1
+        return command.wait(60) == -signal.SIGKILL
+
+
+def is_temporary(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def kill(on: str, clips: int, kills: int, seed: int) -> bool:
+    trial = KilledCommand(on, clips, seed)
+    seconds = trial.whole()
+    expected = trial.made()
+    trial.remove()
+    moments: list[float] = []
+    starts = most = 0
+    while len(moments) < kills:
+        starts += 1
+        moment = trial.draw.uniform(0, 1.8 * seconds / kills)
+        is_killed, found = trial.kill(moment), trial.made()
+        if is_killed:
             moments.append(round(moment, 2))
-        found = made()
-        whole = {n: c for n, c in found.items() if not any(p[0] == "." for p in Path(n).parts)}
-        most = max(most, len(found) - len(whole))
-        faults += [f"{n} differs" for n, c in whole.items() if expected.get(n) != c]
-    command = ForkedCommand(given, errors)
-    command.start()
-    last = finished(command)
-    found = made()
+            most = max(most, sum(map(is_temporary, found)))
+            found = {name: held for name, held in found.items() if not is_temporary(name)}
+            trial.faults += [f"{n} differs" for n, held in found.items() if expected.get(n) != held]
+        else:  # it was at its end: once more from nothing
+            trial.faults += [] if found == expected else ["it ended with another folder"]
+            trial.remove()
+    last, found = trial.whole(), trial.made()
     differing = [n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)]
-    faults += [f"{name} differs in the end" for name in sorted(differing)]
-    faults += ["a traceback was printed"] if "Traceback" in errors.read_text() else []
+    trial.faults += [f"{name} differs in the end" for name in sorted(differing)]
+    trial.faults += ["a traceback was printed"] if "Traceback" in trial.errors.read_text() else []
     print(
-        f"{on}: {len(expected)} files in {seconds:.1f} s; {killed} kills in {starts} starts at "
+        f"{on}: {len(expected)} files in {seconds:.1f} s; {kills} kills in {starts} starts at "
         f"{', '.join(map(str, moments))} s after the start, at most {most} temporary files left by "
-        f"one; then {last:.1f} s to the end; {len(faults)} differences"
+        f"one; then {last:.1f} s to the end; {len(trial.faults)} differences"
     )
-    for fault in faults[:20]:
+    for fault in trial.faults[:20]:
         print(f"  {fault}")
-    shutil.rmtree(root.parent)
-    return not faults
+    shutil.rmtree(trial.root.parent)
+    return not trial.faults
 
 
 def main() -> None:

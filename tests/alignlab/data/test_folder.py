@@ -5,7 +5,6 @@ import logging
 import pkgutil
 import re
 from collections.abc import Callable, Iterable
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -217,26 +216,6 @@ def test_masks_follow_the_frames_of_the_clip(root: Path) -> None:
     (root / "masks" / "00270.png").unlink()
     with pytest.raises(UserError, match=r"00270\.png"):
         both_splits(root)
-
-
-def test_smaller_pixels_that_undecided_ones_keep_from_a_half_are_undecided(root: Path) -> None:
-    (root / "masks").mkdir()
-    for index in range(24):
-        labels = Image.new("L", (48, 32), 0)
-        labels.paste(1, (0, 0, 48, 8))
-        if index == 0:  # of each pixel of the smaller clip three quarters at left, one at right
-            for row, column in product(range(10, 26, 2), range(0, 48, 2)):
-                labels.paste(255, (column, row, column + 1, row + 1))
-                if column < 24:
-                    labels.paste(255, (column, row + 1, column + 2, row + 2))
-        labels.save(root / "masks" / f"{index:05d}.png")
-    write_jsonl(root, [{**rows()[0], "masks": "masks", "entities": ["sky"]}, *rows()[1:]])
-    sample = both_splits(root, size=(16, 16))[rows()[0]["file_name"]]
-    assert sample.masks_ETHW is not None and sample.undecided_THW is not None
-    assert not (sample.masks_ETHW.any(0) & sample.undecided_THW).any()
-    assert not sample.undecided_THW[1:].any()
-    assert sample.undecided_THW[0, 7:11, :7].all()
-    assert not sample.undecided_THW[0, :, 9:].any() and not sample.undecided_THW[0, 15:].any()
 
 
 def test_bad_clips_are_fatal_or_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
