@@ -66,6 +66,7 @@ def test_masks_and_their_page(root: Path, caplog: pytest.LogCaptureFixture) -> N
     ]
     again = alignlab(*command)
     assert "2 clips with 2 entities, 0 made now" in again.stdout
+    assert (root / "masks/index.html").read_text("utf-8") == page
 
 
 def test_a_recipe_without_a_folder_and_options_that_exclude_each_other_are_refused(
