@@ -1,7 +1,9 @@
 """Masks of a folder of clips: what is written, what is left alone, kills, and what is refused."""
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,24 @@ ROW: dict[str, Any] = {
 }
 
 
+@cache
+def clip(number: int) -> bytes:
+    """A video of one grey."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        video_THWC = torch.full((4 * FRAMES, SIDE, SIDE, 3), 20 * number, dtype=torch.uint8)
+        write_mp4(path, video_THWC, 16)
+        return path.read_bytes()
+
+
 def data(root: Path, rows: Sequence[dict[str, Any]]) -> FolderConfig:
     """A folder with a clip per row, of twice the frame rate that is read."""
     for number, row in enumerate(rows):
         row.setdefault("file_name", f"clips/{number}.mp4")
-        video_THWC = torch.full((4 * FRAMES, SIDE, SIDE, 3), 20 * number, dtype=torch.uint8)
-        if not (root / row["file_name"]).exists():
-            write_mp4(root / row["file_name"], video_THWC, 16)
+        path = root / row["file_name"]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(clip(number))
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return FolderConfig(path=str(root), frames=FRAMES, size=(SIDE, SIDE), fps=8, val_fraction=0.5)
 
