@@ -104,18 +104,23 @@ class EntityRow:
     share: float
 
 
-def mask_sizes(made: MadeMasks) -> str:
-    """One line: clips, entities, frames, and what is undecided."""
+def mask_sizes(made: MadeMasks, *, with_new: bool = True) -> str:
+    """One line: clips, entities, frames, and what is undecided.
+
+    Args:
+        made: of `make_masks`.
+        with_new: also how many were made now, which a page does not depend on.
+    """
     records = [clip.record for clip in made.clips if clip.record is not None]
     own = sum(clip.folder is not None and clip.record is None for clip in made.clips)
     without = sum(clip.folder is None for clip in made.clips)
     frames, undecided = sum(r.frames for r in records), sum(r.undecided for r in records)
     new = sum(clip.is_new for clip in made.clips)
     entities = sum(len(record.entities) for record in records)
-    text = (
-        f"{counted(len(records), 'clip')} with {counted(entities, 'entity', 'entities')}, "
-        f"{new:,} made now; {undecided:,} of {counted(frames, 'frame')} with undecided pixels"
-    )
+    text = f"{counted(len(records), 'clip')} with {counted(entities, 'entity', 'entities')}"
+    if with_new:
+        text += f", {new:,} made now"
+    text += f"; {undecided:,} of {counted(frames, 'frame')} with undecided pixels"
     if own:
         text += f"; {counted(own, 'clip')} with masks of other origin"
     if without:
@@ -166,7 +171,7 @@ def write_masks_page(made: MadeMasks, config: FolderConfig, out: Path, *, shown:
         least = sorted({record.request["min_confidence"] for _, record in clips})
         values = {
             "title": f"Masks of {config.path}",
-            "summary": mask_sizes(made),
+            "summary": mask_sizes(made, with_new=False),
             "least": " or ".join(map(str, least)) or "the limit",
             "reasons": reasons[:TABLE_ROWS],
             "more_reasons": max(0, len(reasons) - TABLE_ROWS),

@@ -191,6 +191,17 @@ def covered_share(masks_THW: Tensor, grid: Grid) -> Tensor:
     return pool_masks(masks_THW[None], grid)[0]
 
 
+def share_is_decided(share: Tensor, undecided: Tensor, threshold: float = FOREGROUND) -> Tensor:
+    """Says where undecided pixels cannot change on which side of a threshold a share is, bool.
+
+    Args:
+        share: of each token's area that is known to be covered.
+        undecided: share of it that may be covered or not.
+        threshold: what is covered is above it.
+    """
+    return (share > threshold) | (share + undecided <= threshold)
+
+
 def describe(student_grid: Grid, teacher_grid: Grid, side: Side = "student") -> str:
     """Says in one line how two grids meet on that of `side`, for the log of a run.
 

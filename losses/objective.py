@@ -96,11 +96,14 @@ class Context:
             objective needs them.
         foreground_BN: share of each reference token that its subject covers, 0 for padding, on the
             CPU, where masks are. None if no objective needs it.
+        undecided_BTHW: bool, pixels of each frame of which it is not known whether an entity is
+            there; they are in no mask. None if there are none, or no objective needs masks.
     """
 
     text_BLD: Tensor | None = None
     masks_BTHW: Tensor | None = None
     foreground_BN: Tensor | None = None
+    undecided_BTHW: Tensor | None = None
 
 
 @dataclass(frozen=True)

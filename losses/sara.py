@@ -12,8 +12,17 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
-from alignlab.kernels.relation import OPERATION, Impl, Routing, mean_relation, relation_distance
-from alignlab.losses.grids import pool_masks, student_on, teacher_on
+from alignlab.kernels.relation import (
+    DENOMINATOR_EPS,
+    OPERATION,
+    Impl,
+    Relation,
+    Routing,
+    mean_relation,
+    pair_weight,
+    relation_distance,
+)
+from alignlab.losses.grids import FOREGROUND, Grid, pool_masks, student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
@@ -68,6 +77,71 @@ def routed_relation_loss(
         impl=impl,
     )
     return relation.spatial + temporal_weight * relation.temporal
+
+
+def decided_relation(
+    student_BTPD: Tensor,
+    teacher_BTPD: Tensor,
+    saliency_BTP: Tensor,
+    undecided_BTP: Tensor,
+    *,
+    routing: Routing,
+    tau: float,
+    impl: str,
+) -> Relation:
+    """Computes `relation_distance` over the pairs of tokens that are both decided.
+
+    A sample without undecided tokens gets the very values of `relation_distance`.
+
+    Args:
+        student_BTPD: student tokens.
+        teacher_BTPD: teacher tokens at the same places.
+        saliency_BTP: in [0, 1]; not read where a token is undecided.
+        undecided_BTP: bool, tokens that are in no pair.
+        routing: any but "uniform".
+        tau: decay over frames.
+        impl: see `alignlab.kernels.relation.relation_distance`.
+    """
+    # two tokens of zeros are at a distance of 0 from all others on both sides: what is left of
+    # pairs with an undecided token is their weight, in the denominators alone
+    student_BTPD, teacher_BTPD = (
+        x_BTPD.masked_fill(undecided_BTP[..., None], 0.0) for x_BTPD in (student_BTPD, teacher_BTPD)
+    )
+    saliency_BTP = saliency_BTP.masked_fill(undecided_BTP, 0.0)
+    relation = relation_distance(
+        student_BTPD, teacher_BTPD, saliency_BTP=saliency_BTP, routing=routing, tau=tau, impl=impl
+    )
+    everything = _weights(saliency_BTP, torch.zeros_like(undecided_BTP), routing, tau)
+    decided = _weights(saliency_BTP, undecided_BTP, routing, tau)
+    return Relation(
+        *(
+            mean_B * ((all_B + DENOMINATOR_EPS) / (decided_B + DENOMINATOR_EPS))
+            for mean_B, all_B, decided_B in zip(relation, everything, decided, strict=True)
+        )
+    )
+
+
+def _weights(
+    saliency_BTP: Tensor, left_out_BTP: Tensor, routing: Routing, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the weights of pairs in the three means of a `Relation`, (B,) each."""
+    frames = saliency_BTP.shape[1]
+    counted_BTP = (~left_out_BTP).to(saliency_BTP.dtype)
+    rows = []
+    for frame in range(frames):  # no matrix of all pairs is held
+        first_BP11 = saliency_BTP[:, frame, :, None, None]
+        weight_BPTP = pair_weight(first_BP11, saliency_BTP[:, None], routing)
+        weight_BPTP = weight_BPTP * counted_BTP[:, frame, :, None, None] * counted_BTP[:, None]
+        rows.append(weight_BPTP.sum((1, 3)))
+    weight_BTT = torch.stack(rows, 1)
+    frame_T = torch.arange(frames, device=saliency_BTP.device)
+    apart_TT = (frame_T[:, None] - frame_T).abs().to(saliency_BTP.dtype)
+    same_TT = (apart_TT == 0).to(saliency_BTP.dtype)
+    decay_TT = torch.exp(-apart_TT / tau) * (1.0 - same_TT)
+    spatial_B, temporal_B = (
+        (weight_BTT * which_TT).sum((1, 2)) for which_TT in (same_TT, decay_TT)
+    )
+    return spatial_B, temporal_B, weight_BTT.sum((1, 2))
 
 
 def info_nce(visual_BD: Tensor, text_BD: Tensor, temperature: float = 0.07) -> Tensor:
@@ -203,28 +277,63 @@ class Sara(Objective):
         saliency_BTP = self._saliency(features, context)
         grid = student[config.blocks[0]].grid  # the same in every block
         teacher_BTPD = teacher_on(config.grid, features.tokens_BTPD, features.grid, grid).detach()
-        weight_BTP = None
+        weight_BTP = undecided_BTP = None
         if saliency_BTP is not None:
-            weight_BTP1 = teacher_on(config.grid, saliency_BTP[..., None], features.grid, grid)
-            weight_BTP = weight_BTP1[..., 0]
+            weight_BTP = self._on_side(saliency_BTP, features.grid, grid)
+        if weight_BTP is not None and context.undecided_BTHW is not None and self._reads_masks:
+            share_BTP = pool_masks(context.undecided_BTHW, features.grid)
+            share_BTP = self._on_side(share_BTP, features.grid, grid)
+            undecided_BTP = share_BTP > FOREGROUND
+            # the share of what is decided; as it was where all is
+            weight_BTP = weight_BTP / (1.0 - share_BTP.masked_fill(undecided_BTP, 0.0))
+            saliency_BTP = weight_BTP = weight_BTP.masked_fill(undecided_BTP, 0.0)
         per_block = []
         for block in config.blocks:
             projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
-            per_block.append(
-                relation_distance(
-                    student_on(config.grid, projected_BND, grid, features.grid),
-                    teacher_BTPD,
-                    saliency_BTP=weight_BTP,
-                    routing=config.routing,
-                    tau=math.inf if config.tau is None else config.tau,
-                    impl=config.impl,
-                )
-            )
+            student_BTPD = student_on(config.grid, projected_BND, grid, features.grid)
+            per_block.append(self._relation(student_BTPD, teacher_BTPD, weight_BTP, undecided_BTP))
         mean = mean_relation(per_block)
         parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}
         loss_B = mean.spatial + config.temporal_weight * mean.temporal
         aligned_B = None if saliency_BTP is None else (saliency_BTP > 0).flatten(1).any(1)
         return Terms(loss_B, parts, aligned_B=aligned_B)
+
+    @property
+    def _reads_masks(self) -> bool:
+        return "masks" in self.needs
+
+    def _on_side(self, values_BTP: Tensor, teacher: Grid, student: Grid) -> Tensor:
+        """Brings numbers on the teacher's grid to the one on which tokens are compared."""
+        return teacher_on(self.config.grid, values_BTP[..., None], teacher, student)[..., 0]
+
+    def _relation(
+        self,
+        student_BTPD: Tensor,
+        teacher_BTPD: Tensor,
+        weight_BTP: Tensor | None,
+        undecided_BTP: Tensor | None,
+    ) -> Relation:
+        config = self.config
+        tau = math.inf if config.tau is None else config.tau
+        if undecided_BTP is None:
+            return relation_distance(
+                student_BTPD,
+                teacher_BTPD,
+                saliency_BTP=weight_BTP,
+                routing=config.routing,
+                tau=tau,
+                impl=config.impl,
+            )
+        assert weight_BTP is not None
+        return decided_relation(
+            student_BTPD,
+            teacher_BTPD,
+            weight_BTP,
+            undecided_BTP,
+            routing=config.routing,
+            tau=tau,
+            impl=config.impl,
+        )
 
     @torch.no_grad()
     def _saliency(self, features: Features, context: Context) -> Tensor | None:

@@ -96,13 +96,15 @@ class FolderDataset:
             seek=row.masks is None,
         )
         self._check_unchanged(row.video)
+        masks = None if row.masks is None else clip_masks(row, clip, self.config.size)
         return Sample(
             key=self._keys[index],
             video_THWC=clip.video_THWC,
             caption=row.caption,
             references=self.references(index),
             entities=row.entities,
-            masks_ETHW=None if row.masks is None else clip_masks(row, clip, self.config.size),
+            masks_ETHW=None if masks is None else masks.masks_ETHW,
+            undecided_THW=None if masks is None else masks.undecided_THW,
         )
 
     def key(self, index: int) -> str:

@@ -5,6 +5,7 @@ Shape letters: T frames, H height, W width, E entities.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +19,29 @@ from alignlab.data.video import DecodedClip
 VOID_LABEL = 255  # undecided pixels in DAVIS-style label images
 
 
+class ClipMasks(NamedTuple):
+    """Where the entities of a clip are, and where that is not known.
+
+    Args:
+        masks_ETHW: bool, visible pixels of each entity.
+        undecided_THW: bool, pixels that are neither an entity's nor background; None where the
+            label images have no such pixels.
+    """
+
+    masks_ETHW: Tensor
+    undecided_THW: Tensor | None
+
+
 def mask_files(folder: Path) -> list[Path]:
     """The label images that are there."""
     return sorted(folder.glob("*.png"))
 
 
-def clip_masks(row: Row, clip: DecodedClip, size_HW: tuple[int, int]) -> Tensor:
-    """Label images of the clip's frames as bool `(E, T, H, W)`, resized like the clip.
+def clip_masks(row: Row, clip: DecodedClip, size_HW: tuple[int, int]) -> ClipMasks:
+    """Label images of the clip's frames, resized like the clip.
+
+    A resized pixel is undecided if it touches undecided ones, and neither an entity nor the
+    background has half of it.
 
     Raises:
         ClipError: a label image that is missing, unreadable, of another size than the video, or
@@ -32,11 +49,22 @@ def clip_masks(row: Row, clip: DecodedClip, size_HW: tuple[int, int]) -> Tensor:
     """
     labels = torch.arange(1, len(row.entities) + 1)[:, None, None]
     mask_by_frame: dict[int, Tensor] = {}
+    undecided_by_frame: dict[int, Tensor] = {}
     for index in set(clip.frame_indices):
         labels_HW = frame_labels(row, index, clip.source_size_HW)
         masks_EHW = (labels_HW == labels).to(torch.uint8) * 255
         mask_by_frame[index] = cover_crop(masks_EHW, size_HW, pixel_aspect=clip.pixel_aspect) >= 128
-    return torch.stack([mask_by_frame[index] for index in clip.frame_indices], dim=1)
+        if (labels_HW == VOID_LABEL).any():
+            sides_2HW = torch.stack([labels_HW == VOID_LABEL, labels_HW == 0]).to(torch.uint8) * 255
+            void_HW, background_HW = cover_crop(sides_2HW, size_HW, pixel_aspect=clip.pixel_aspect)
+            is_known_HW = mask_by_frame[index].any(0) | (background_HW >= 128)
+            undecided_by_frame[index] = (void_HW > 0) & ~is_known_HW
+    masks_ETHW = torch.stack([mask_by_frame[index] for index in clip.frame_indices], dim=1)
+    if not undecided_by_frame:
+        return ClipMasks(masks_ETHW, None)
+    none_HW = torch.zeros(size_HW, dtype=torch.bool)
+    undecided = [undecided_by_frame.get(index, none_HW) for index in clip.frame_indices]
+    return ClipMasks(masks_ETHW, torch.stack(undecided))
 
 
 def check_masks(row: Row, frame_indices: Iterable[int], source_size_HW: tuple[int, int]) -> None:

@@ -253,10 +253,13 @@ class CheckedClips:
             return f"has references of other names than names({index}) gives"
         if bool(sample.entities) != (sample.masks_ETHW is not None):
             return "has entities and no masks_ETHW, or masks of no entities"
+        if sample.undecided_THW is not None and sample.masks_ETHW is None:
+            return "has undecided_THW and no masks_ETHW"
         shape = (len(sample.entities), frames, *size)
         flow = (frames - 1, *size, 2)
         return _optional_problem("masks_ETHW", sample.masks_ETHW, shape, torch.bool) or (
             _optional_problem("flow_THWC", sample.flow_THWC, flow, torch.float32)
+            or _optional_problem("undecided_THW", sample.undecided_THW, shape[1:], torch.bool)
         )
 
     def _reference_problem(self, references: object) -> str | None:

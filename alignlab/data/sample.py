@@ -42,6 +42,8 @@ class Sample:
         masks_ETHW: bool, visible pixels of each entity, or None when unknown.
         flow_THWC: float32 `(T-1, H, W, 2)` forward optical flow in pixels per frame, x then y,
             or None when unknown.
+        undecided_THW: bool, pixels of which it is not known what they show: no entity's, and no
+            background either. None if there are none.
     """
 
     key: str
@@ -51,6 +53,7 @@ class Sample:
     entities: tuple[str, ...] = ()
     masks_ETHW: Tensor | None = None
     flow_THWC: Tensor | None = None
+    undecided_THW: Tensor | None = None
 
 
 class DataFiles(NamedTuple):

@@ -257,6 +257,7 @@ class _Calls:
             None if sample.masks_ETHW is None else sample.masks_ETHW.clone(),
             self.fps,
             self.device,
+            None if sample.undecided_THW is None else sample.undecided_THW.clone(),
         )
         what = f"clip {sample.key}"
         value = self._called(what, self.row.measure, clip)

@@ -17,7 +17,7 @@ from alignlab.config.run import RunConfig
 from alignlab.data.registry import build_dataset
 from alignlab.data.sample import Sample
 from alignlab.errors import UserError
-from alignlab.losses.grids import FOREGROUND, covered_share
+from alignlab.losses.grids import FOREGROUND, covered_share, share_is_decided
 from alignlab.losses.objective import Features, Grid
 from alignlab.metrics import frequency_bands, iicr, temporal_stability
 from alignlab.metrics.spatial import spatial_structure
@@ -197,16 +197,22 @@ def _frequency(clips: list[Tensor], grid: Grid) -> tuple[float, ...]:
 def _spatial(features: list[Features], samples: list[Sample]) -> dict[str, float]:
     values: dict[str, list[float]] = {"lds": [], "cds": [], "srss": [], "rmsc": []}
     for seen, sample in zip(features, samples, strict=True):
-        inside_TP = _foreground(sample, seen.grid)
+        regions = _regions(sample, seen.grid)
         for frame, tokens_PD in enumerate(seen.tokens_BTPD[0]):
-            inside_P = None if inside_TP is None else inside_TP[frame]
-            for name, value in spatial_structure(tokens_PD, seen.grid[1:], inside_P).items():
+            sides = () if regions is None else (side_TP[frame] for side_TP in regions)
+            for name, value in spatial_structure(tokens_PD, seen.grid[1:], *sides).items():
                 values[name].append(value)
     return {name: sum(v) / len(v) for name, v in values.items() if v}
 
 
-def _foreground(sample: Sample, grid: Grid) -> Tensor | None:
-    """Which tokens lie mostly on an entity, bool (T, P); None where the masks are unknown."""
+def _regions(sample: Sample, grid: Grid) -> tuple[Tensor, Tensor] | None:
+    """Which tokens lie mostly on an entity, and which surely do not, bool (T, P) each; None where
+    the masks are unknown."""
     if sample.masks_ETHW is None:
         return None
-    return covered_share(sample.masks_ETHW.any(0), grid) > FOREGROUND
+    share_TP = covered_share(sample.masks_ETHW.any(0), grid)
+    inside_TP = share_TP > FOREGROUND
+    if sample.undecided_THW is None:
+        return inside_TP, ~inside_TP
+    undecided_TP = covered_share(sample.undecided_THW, grid)
+    return inside_TP, ~inside_TP & share_is_decided(share_TP, undecided_TP)

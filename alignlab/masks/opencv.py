@@ -7,7 +7,6 @@ Array letters: H height, W width, C channels (RGB), E entities.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import cv2
@@ -58,24 +57,12 @@ class OpenCV(Segmenter):
         tracker: _Tracker | None = None
         for frame_HWC in frames:
             work_HWC = _worked_on(frame_HWC)
-            with _one_thread():
-                if tracker is None:
-                    tracker = _Tracker(work_HWC, _scaled(prompts, frame_HWC, work_HWC))
-                else:
-                    tracker.advance(work_HWC)
+            if tracker is None:
+                tracker = _Tracker(work_HWC, _scaled(prompts, frame_HWC, work_HWC))
+            else:
+                tracker.advance(work_HWC)
             masks_EHW = _enlarged(tracker.shares_EHW, frame_HWC.shape[:2])
             yield FrameMasks(masks_EHW, tracker.confidence_E.copy())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """DIS splits frames by threads, which changes its numbers."""
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(threads)
 
 
 class _Colours(NamedTuple):

@@ -30,6 +30,8 @@ class Clip:
         masks_ETHW: bool, where the real clip shows them; None where that is not known.
         fps: frames per second of both clips.
         device: where the run computes; a network of one's own may do so too.
+        undecided_THW: bool, pixels of the real clip that are no entity's and no background either,
+            since it is not known what they show; None if there are none.
     """
 
     key: str
@@ -41,6 +43,7 @@ class Clip:
     masks_ETHW: Tensor | None
     fps: int
     device: torch.device
+    undecided_THW: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ def spatial_structure(
     tokens_ND: Tensor,
     size_HW: tuple[int, int],
     foreground_N: Tensor | None = None,
+    background_N: Tensor | None = None,
     *,
     near: int = NEAR,
     far: int = FAR,
@@ -40,6 +41,7 @@ def spatial_structure(
         tokens_ND: of one frame.
         size_HW: their grid.
         foreground_N: 0 or 1, which tokens show a subject; only for `srss`.
+        background_N: 0 or 1, which tokens show none; default: all others.
         near: Manhattan distance.
         far: Manhattan distance.
         reach: Manhattan distance.
@@ -62,12 +64,18 @@ def spatial_structure(
         "rmsc": float((unit_ND - unit_ND.mean(0)).square().sum(1).mean().sqrt()),
     }
     if foreground_N is not None:
-        inside_N = label_rows("foreground_N", foreground_N.long(), len(unit_ND)) > 0
-        inside_N = inside_N.to(unit_ND.device)
+        inside_N = _shown("foreground_N", foreground_N, unit_ND)
+        outside_N = ~inside_N
+        if background_N is not None:
+            outside_N = _shown("background_N", background_N, unit_ND)
         own_NN = inside_N[:, None] & inside_N & close_NN
-        other_NN = inside_N[:, None] & ~inside_N & (distance_NN >= far)
+        other_NN = inside_N[:, None] & outside_N & (distance_NN >= far)
         measures["srss"] = _difference_by_row(cosine_NN, own_NN, other_NN)
     return {name: value for name, value in measures.items() if value is not None}
+
+
+def _shown(name: str, given_N: Tensor, unit_ND: Tensor) -> Tensor:
+    return (label_rows(name, given_N.long(), len(unit_ND)) > 0).to(unit_ND.device)
 
 
 def _difference(cosine_NN: Tensor, left_NN: Tensor, right_NN: Tensor) -> float | None:

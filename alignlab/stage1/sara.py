@@ -16,7 +16,7 @@ from torch import Tensor
 from alignlab.data.sample import ClipDataset
 from alignlab.errors import UserError
 from alignlab.kernels.host_copy import to_device
-from alignlab.losses.grids import pool_masks
+from alignlab.losses.grids import pool_masks, share_is_decided
 from alignlab.losses.sara import info_nce
 from alignlab.losses.stage1.saliency_aligner import (
     SaliencyAligner,
@@ -41,6 +41,7 @@ class SaraClip:
         targets_KTP: 1 on the tokens that each text names, else 0.
         entities: how many of the forwards are single entities; they come first.
         caption: the full caption, which Stage 2 asks about.
+        counted_KTP: bool, tokens whose target is known; None if all are.
     """
 
     features_TPD: Tensor
@@ -49,6 +50,7 @@ class SaraClip:
     targets_KTP: Tensor
     entities: int
     caption: str
+    counted_KTP: Tensor | None = None
 
 
 class SaraStage1(Stage1Settings):
@@ -131,9 +133,15 @@ class SaraTask(Stage1Task[SaraClip]):
         union_1THW = sample.masks_ETHW.any(0, keepdim=True)
         texts = _asked(sample.entities, self._settings.background)
         masks = [sample.masks_ETHW, union_1THW]
+        undecided_THW = sample.undecided_THW
         if self._settings.background is not None:
-            masks.append(~union_1THW)
-        targets_KTP = pool_masks(torch.cat(masks), features.grid) > THRESHOLD
+            masks.append(~union_1THW if undecided_THW is None else ~union_1THW & ~undecided_THW)
+        shares_KTP = pool_masks(torch.cat(masks), features.grid)
+        targets_KTP = shares_KTP > THRESHOLD
+        counted_KTP = None
+        if undecided_THW is not None:
+            undecided_1TP = pool_masks(undecided_THW[None], features.grid)
+            counted_KTP = share_is_decided(shares_KTP, undecided_1TP, THRESHOLD)
         return SaraClip(
             features.tokens_BTPD[0],
             texts,
@@ -141,19 +149,28 @@ class SaraTask(Stage1Task[SaraClip]):
             targets_KTP.float(),
             len(sample.entities),
             sample.caption,
+            counted_KTP,
         )
 
     def loss(self, clips: Sequence[SaraClip]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over forwards, plus InfoNCE over those with different texts.
 
         Two forwards with the same text (the background of two clips) are no negatives of each
-        other, so only the first of them is in InfoNCE.
+        other, so only the first of them is in InfoNCE. Tokens with an undecided target are in no
+        cross-entropy, and neither are forwards that have no others.
         """
         features_BTPD = torch.cat([c.features_TPD.expand(len(c.texts), -1, -1, -1) for c in clips])
         texts_BLD = to_device(torch.cat([c.texts_KLD for c in clips]), self._models.device)
         targets_BTP = to_device(torch.cat([c.targets_KTP for c in clips]), self._models.device)
         output = self.network(to_device(features_BTPD, self._models.device), texts_BLD)
-        bce = saliency_bce(output.logits_BTP, targets_BTP).mean()
+        counted_BTP = _counted(clips)
+        if counted_BTP is None:
+            bce = saliency_bce(output.logits_BTP, targets_BTP).mean()
+        else:
+            some_B = counted_BTP.flatten(1).any(1)
+            counted_BTP = to_device(counted_BTP, self._models.device)
+            bce_B = saliency_bce(output.logits_BTP, targets_BTP, counted_BTP)
+            bce = bce_B.sum() / max(1, int(some_B.sum()))
         visual_BE, text_BE = self.network.embed(output, texts_BLD)
         first = _first_of_each([text for clip in clips for text in clip.texts])
         nce = info_nce(visual_BE[first], text_BE[first], self._settings.temperature).mean()
@@ -168,7 +185,8 @@ class SaraTask(Stage1Task[SaraClip]):
         `val/iou` is over entity phrases, `val/iou_union` what they would get from a network that
         marks all entities whatever the phrase, `val/iou_foreground` and `val/iou_background` are
         over the other forwards, and `val/iou_caption` compares what the full caption marks with
-        all entities: Stage 2 asks so, and no caption is in training.
+        all entities: Stage 2 asks so, and no caption is in training. Tokens with an undecided
+        target are left out.
         """
         per_clip: dict[str, list[Tensor]] = {}
         for clip in clips:
@@ -177,18 +195,7 @@ class SaraTask(Stage1Task[SaraClip]):
             logits_BTP = self.network(
                 features_BTPD.to(self._models.device), texts_BLD.to(self._models.device)
             ).logits_BTP.cpu()
-            targets_BTP, n = clip.targets_KTP, clip.entities
-            union_1TP = targets_BTP[n, None]
-            marked_BTP = logits_BTP.sigmoid() > THRESHOLD
-            rows = {
-                "val/iou": mask_iou(marked_BTP[:n], targets_BTP[:n]),
-                "val/iou_union": mask_iou(union_1TP.expand(n, -1, -1), targets_BTP[:n]),
-                "val/iou_foreground": mask_iou(marked_BTP[n, None], union_1TP),
-                "val/iou_background": mask_iou(marked_BTP[n + 1 : -1], targets_BTP[n + 1 :]),
-                "val/iou_caption": mask_iou(marked_BTP[-1, None], union_1TP),
-                "val/bce": saliency_bce(logits_BTP[:-1], targets_BTP),
-            }
-            for name, values in rows.items():
+            for name, values in _measured(clip, logits_BTP).items():
                 per_clip.setdefault(name, []).append(values)
         joined = {name: torch.cat(values) for name, values in per_clip.items()}
         return {name: float(values.mean()) for name, values in joined.items() if len(values)}
@@ -200,9 +207,54 @@ def _asked(entities: Sequence[str], background: str | None) -> tuple[str, ...]:
     return texts if background is None else (*texts, background)
 
 
-def mask_iou(marked_BTP: Tensor, target_BTP: Tensor) -> Tensor:
-    """Intersection over union of each row's tokens, (B,); 1 where both are empty."""
+def _counted(clips: Sequence[SaraClip]) -> Tensor | None:
+    """Tokens of all forwards whose targets are known, on the CPU; None if all are."""
+    if all(clip.counted_KTP is None for clip in clips):
+        return None
+    return torch.cat(
+        [
+            torch.ones_like(clip.targets_KTP, dtype=torch.bool)
+            if clip.counted_KTP is None
+            else clip.counted_KTP
+            for clip in clips
+        ]
+    )
+
+
+def _measured(clip: SaraClip, logits_BTP: Tensor) -> dict[str, Tensor]:
+    """Values of a clip's forwards by metric; the last logits are those of its full caption."""
+    targets_BTP, counted_BTP, n = clip.targets_KTP, clip.counted_KTP, clip.entities
+    marked_BTP = logits_BTP.sigmoid() > THRESHOLD
+    rows = {  # which forwards are compared, and what is marked there
+        "val/iou": (slice(0, n), marked_BTP[:n]),
+        "val/iou_union": (slice(0, n), targets_BTP[n, None].expand(n, -1, -1)),
+        "val/iou_foreground": (slice(n, n + 1), marked_BTP[n, None]),
+        "val/iou_background": (slice(n + 1, None), marked_BTP[n + 1 : -1]),
+        "val/iou_caption": (slice(n, n + 1), marked_BTP[-1, None]),
+    }
+    values = {
+        name: mask_iou(marked, targets_BTP[of], None if counted_BTP is None else counted_BTP[of])
+        for name, (of, marked) in rows.items()
+    }
+    bce_B = saliency_bce(logits_BTP[:-1], targets_BTP, counted_BTP)
+    if counted_BTP is None:
+        return values | {"val/bce": bce_B}
+    some_B = counted_BTP.flatten(1).any(1)
+    kept = {name: values[name][some_B[of]] for name, (of, _) in rows.items()}
+    return kept | {"val/bce": bce_B[some_B]}
+
+
+def mask_iou(marked_BTP: Tensor, target_BTP: Tensor, counted_BTP: Tensor | None = None) -> Tensor:
+    """Intersection over union of each row's tokens, (B,); 1 where both are empty.
+
+    Args:
+        marked_BTP: what is compared.
+        target_BTP: what it is compared with.
+        counted_BTP: bool, tokens that are compared; None: all.
+    """
     marked_BN, target_BN = marked_BTP.bool().flatten(1), target_BTP.bool().flatten(1)
+    if counted_BTP is not None:
+        marked_BN, target_BN = (x & counted_BTP.flatten(1) for x in (marked_BN, target_BN))
     both_B, either_B = (marked_BN & target_BN).sum(1), (marked_BN | target_BN).sum(1)
     return torch.where(either_B > 0, both_B / either_B.clamp(min=1), 1.0)
 

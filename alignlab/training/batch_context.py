@@ -40,6 +40,10 @@ class ClipContents(Protocol):
         """Those of each clip's entities, bool (E, T, H, W) on the CPU."""
 
     @property
+    def undecided(self) -> list[Tensor | None]:
+        """Where it is not known what a clip shows, bool (T, H, W) on the CPU; None: nowhere."""
+
+    @property
     def reference_masks(self) -> list[Tensor]:
         """Where the subjects of each sample's references are, bool (K, H, W) on the CPU."""
 
@@ -66,6 +70,7 @@ class BatchContext:
             self._batch.caption_BLD if "text" in objective.needs else None,
             self._masks_BTHW if "masks" in objective.needs else None,
             self._foreground_BN if "foreground" in objective.needs else None,
+            self._undecided_BTHW if "masks" in objective.needs else None,
         )
 
     @cached_property
@@ -101,6 +106,15 @@ class BatchContext:
     @cached_property
     def _masks_BTHW(self) -> Tensor:
         return to_device(torch.stack([_visible(m) for m in self._batch.masks]), self._device)
+
+    @cached_property
+    def _undecided_BTHW(self) -> Tensor | None:
+        undecided = self._batch.undecided
+        if all(undecided_THW is None for undecided_THW in undecided):
+            return None
+        like = next(one_THW for one_THW in undecided if one_THW is not None)
+        filled = [torch.zeros_like(like) if one_THW is None else one_THW for one_THW in undecided]
+        return to_device(torch.stack(filled), self._device)
 
     @cached_property
     def _foreground_BN(self) -> Tensor:

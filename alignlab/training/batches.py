@@ -127,6 +127,11 @@ class Batch:
         """Those of each clip's entities, bool `(E, T, H, W)` on the CPU, or None if unknown."""
         return [clip.sample.masks_ETHW for clip in self.clips]
 
+    @cached_property
+    def undecided(self) -> list[Tensor | None]:
+        """Pixels of each clip that are neither an entity's nor background; None: there are none."""
+        return [clip.sample.undecided_THW for clip in self.clips]
+
 
 class ClipEncoder:
     """Encodes clips one at a time (a clip's latents never depend on its neighbours).

@@ -50,6 +50,8 @@ class Clips:
         masks_BTHW: bool, where any entity that the caption names is visible, in every pixel frame.
         text_BLD: embeddings of the full captions by the transformer's text encoder, zeros after the
             last token; also of captions that were dropped in this step.
+        undecided_BTHW: bool, pixels of which it is not known whether an entity is there, none of
+            them in `masks_BTHW`. None: there are none.
 
     Raises:
         UserError: a field has another shape, dtype or range, or fields do not go together.
@@ -63,6 +65,7 @@ class Clips:
     reference_masks: Sequence[Tensor | None] | None = None
     masks_BTHW: Tensor | None = None
     text_BLD: Tensor | None = None
+    undecided_BTHW: Tensor | None = None
 
     def __post_init__(self) -> None:
         sigma_B = self.sigma_B
@@ -82,6 +85,11 @@ class Clips:
             length = None if frames is None else frames.shape[1]
             what = f"bool (B, T, H, W) with T={length}" if length else "bool (B, T, H, W)"
             _check("masks_BTHW", what, masks, [torch.bool], (batch, length, None, None))
+        if self.undecided_BTHW is not None:
+            if masks is None:
+                raise UserError("Clips.undecided_BTHW: says nothing without masks_BTHW; give both")
+            what = f"bool {tuple(masks.shape)}, as masks_BTHW"
+            _check("undecided_BTHW", what, self.undecided_BTHW, [torch.bool], tuple(masks.shape))
         if self.text_BLD is not None:
             dtypes = [torch.float32, torch.bfloat16, torch.float16]
             what = "floating (B, L, D)"
@@ -235,6 +243,11 @@ class GivenClips:
     def masks(self) -> list[Tensor | None]:
         assert self.clips.masks_BTHW is not None  # `check`
         return list(self.clips.masks_BTHW.cpu()[:, None])
+
+    @cached_property
+    def undecided(self) -> list[Tensor | None]:
+        undecided_BTHW = self.clips.undecided_BTHW
+        return [None] * len(self.sigma_B) if undecided_BTHW is None else list(undecided_BTHW.cpu())
 
     def features(self, read: FeatureRead) -> list[Tensor | None]:
         """Made of each clip by itself, as in a run: they do not depend on what else is there."""

@@ -19,7 +19,9 @@ from alignlab.losses.projector import draw_initial_weights
 MLP_RATIO = 4
 
 
-def saliency_bce(logits_BTP: Tensor, target_BTP: Tensor) -> Tensor:
+def saliency_bce(
+    logits_BTP: Tensor, target_BTP: Tensor, counted_BTP: Tensor | None = None
+) -> Tensor:
     """Computes the mean binary cross-entropy over a sample's tokens, (B,).
 
     Computed in float32 (float64 from float64) whatever the input dtype.
@@ -27,9 +29,10 @@ def saliency_bce(logits_BTP: Tensor, target_BTP: Tensor) -> Tensor:
     Args:
         logits_BTP: saliency before its sigmoid.
         target_BTP: 1 where the token shows what the text names, else 0; values between count.
+        counted_BTP: bool, tokens that the mean is over; None: all. 0 for a sample without any.
 
     Raises:
-        ValueError: the two shapes differ.
+        ValueError: the shapes differ.
     """
     if logits_BTP.shape != target_BTP.shape:
         raise ValueError(
@@ -37,7 +40,15 @@ def saliency_bce(logits_BTP: Tensor, target_BTP: Tensor) -> Tensor:
         )
     dtype = accumulation_dtype(logits_BTP)
     logits_BN, target_BN = logits_BTP.to(dtype).flatten(1), target_BTP.to(dtype).flatten(1)
-    return F.binary_cross_entropy_with_logits(logits_BN, target_BN, reduction="none").mean(1)
+    bce_BN = F.binary_cross_entropy_with_logits(logits_BN, target_BN, reduction="none")
+    if counted_BTP is None:
+        return bce_BN.mean(1)
+    if counted_BTP.shape != target_BTP.shape:
+        raise ValueError(
+            f"counted {tuple(counted_BTP.shape)} and target {tuple(target_BTP.shape)} differ"
+        )
+    counted_BN = counted_BTP.flatten(1)
+    return torch.where(counted_BN, bce_BN, 0.0).sum(1) / counted_BN.sum(1).clamp(min=1)
 
 
 class SaliencyAlignerConfig(BaseModel):

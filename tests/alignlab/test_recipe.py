@@ -52,7 +52,7 @@ def test_shipped_recipes_load_and_load_again_from_their_dump(
     if "\nspace:" in text:
         load = load_sweep
     if "\nstage1:" in text:
-        load = partial(load_stage1_run, "sara" if name == "stage1_sara" else "moalign")
+        load = partial(load_stage1_run, name.split("_")[1])
     config = load(name, [])
     again = tmp_path / "again.yaml"
     match config:

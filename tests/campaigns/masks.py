@@ -1,26 +1,40 @@
-"""How good the masks of `alignlab data masks --backend opencv` are on clips whose masks are known.
+"""`alignlab data masks --backend opencv`: how good its masks are, and that kills change none.
 
     PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 python -P tests/campaigns/masks.py iou
         [--clips 40] [--seed 1]
     PYTHONPATH=. python -P tests/campaigns/masks.py phrases
+    PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 python -P tests/campaigns/masks.py kill
+        [--on shapes|DATA] [--clips 40] [--kills 10] [--seed 1]
 
 iou      `shapes` exported as a folder data set, 9 frames of 64x64 and 33 of 128x128, entities boxed
          in the first frame alone: intersection over union with the true masks of the LAST frame,
          beside that of the box, moved by the median optical flow in it; then by confidence
 phrases  what the rule for noun phrases finds in the committed captions: those of the 22 real clips
          against the phrases of their references, and of 200 captions of `shapes`
+kill     the command on exported `shapes`, or on DATA, what `alignlab data real-clips` wrote, is
+         killed with SIGKILL at random moments and given again. After every kill, what has its final
+         name has to be as the uninterrupted command left it; in the end there have to be the same
+         files with the same bytes. It works on a copy of DATA
 
-Exits 1 if the masks are not at least 0.1 better than the boxes.
+Exits 1 if the masks are not at least 0.1 better than the boxes, or a kill left anything else.
 """
 
 import argparse
+import importlib
 import json
+import random
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from forked_command import ForkedCommand
 
 
 def iou(clips: int, seed: int) -> bool:
@@ -110,13 +124,122 @@ def phrases() -> bool:
     return True
 
 
+class KilledCommand:
+    """The command on a folder of clips, killed and given again.
+
+    Args:
+        on: `shapes`, or a folder that `alignlab data real-clips` wrote, which is copied.
+        clips: of `shapes`.
+        seed: of `shapes` and of the moments.
+    """
+
+    def __init__(self, on: str, clips: int, seed: int) -> None:
+        from alignlab.config.data import ShapesConfig
+        from exported_shapes import export_shapes
+        from run_contents import file_contents
+
+        for module in ("alignlab.cli", "alignlab.experiments.masks_page", "alignlab.masks.opencv"):
+            importlib.import_module(module)  # a fork then begins at once
+        self.contents, self.draw = file_contents, random.Random(seed)
+        self.root = Path(tempfile.mkdtemp()) / "data"
+        self.errors = self.root.parent / "errors"
+        self.given = ["data", "masks", "real_clips", f"data.path={self.root}", "--name", "made"]
+        if on == "shapes":
+            export_shapes(self.root, ShapesConfig(frames=9, size=(64, 64), seed=seed), clips)
+            self.given += ["data.frames=9", "data.size=[64,64]", "data.fps=8"]
+        else:
+            shutil.copytree(on, self.root)
+            self.given += ["--prompts", str(self.root / "prompts.json")]
+        self.before = file_contents(self.root)
+        self.faults: list[str] = []
+
+    def start(self) -> "ForkedCommand":
+        from forked_command import ForkedCommand
+
+        command = ForkedCommand(self.given, self.errors)
+        command.start()
+        return command
+
+    def whole(self) -> float:
+        """Gives the command and lets it end; its seconds."""
+        command = self.start()
+        ended = command.wait(3600)
+        if ended != 0:
+            sys.exit(f"ended with {ended}: {self.errors.read_text()[-500:]}")
+        return time.monotonic() - command.begun
+
+    def made(self) -> dict[str, bytes]:
+        """All that the command has written, by name."""
+        found = self.contents(self.root)
+        changed = [name for name in self.before if found.get(name) != self.before[name]]
+        self.faults += [f"{name}, which was there, is another" for name in changed]
+        return {name: content for name, content in found.items() if name not in self.before}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.root / "made")
+        (self.root / "metadata-made.jsonl").unlink(missing_ok=True)
+
+    def kill(self, moment: float) -> bool:
+        """Kills the command at a moment; False if it has ended before."""
+        command = self.start()
+        if command.wait(moment) is not None:
+            return False
+        command.send(signal.SIGKILL)
+        return command.wait(60) == -signal.SIGKILL
+
+
+def is_temporary(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def kill(on: str, clips: int, kills: int, seed: int) -> bool:
+    trial = KilledCommand(on, clips, seed)
+    seconds = trial.whole()
+    expected = trial.made()
+    trial.remove()
+    moments: list[float] = []
+    starts = most = 0
+    while len(moments) < kills:
+        starts += 1
+        moment = trial.draw.uniform(0, 1.8 * seconds / kills)
+        is_killed, found = trial.kill(moment), trial.made()
+        if is_killed:
+            moments.append(round(moment, 2))
+            most = max(most, sum(map(is_temporary, found)))
+            found = {name: held for name, held in found.items() if not is_temporary(name)}
+            trial.faults += [f"{n} differs" for n, held in found.items() if expected.get(n) != held]
+        else:  # it was at its end: once more from nothing
+            trial.faults += [] if found == expected else ["it ended with another folder"]
+            trial.remove()
+    last, found = trial.whole(), trial.made()
+    differing = [n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)]
+    trial.faults += [f"{name} differs in the end" for name in sorted(differing)]
+    trial.faults += ["a traceback was printed"] if "Traceback" in trial.errors.read_text() else []
+    print(
+        f"{on}: {len(expected)} files in {seconds:.1f} s; {kills} kills in {starts} starts at "
+        f"{', '.join(map(str, moments))} s after the start, at most {most} temporary files left by "
+        f"one; then {last:.1f} s to the end; {len(trial.faults)} differences"
+    )
+    for fault in trial.faults[:20]:
+        print(f"  {fault}")
+    shutil.rmtree(trial.root.parent)
+    return not trial.faults
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=["iou", "phrases"])
+    parser.add_argument("part", choices=["iou", "phrases", "kill"])
     parser.add_argument("--clips", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--on", default="shapes")
+    parser.add_argument("--kills", type=int, default=10)
     options = parser.parse_args()
-    is_well = phrases() if options.part == "phrases" else iou(options.clips, options.seed)
+    if options.part == "phrases":
+        is_well = phrases()
+    elif options.part == "kill":
+        is_well = kill(options.on, options.clips, options.kills, options.seed)
+    else:
+        is_well = iou(options.clips, options.seed)
     sys.exit(0 if is_well else 1)
 
 

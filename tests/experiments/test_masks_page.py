@@ -10,9 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from alignlab.config.data import ShapesConfig
 from alignlab.data.video import write_mp4
+from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.masks_page import striped
+from alignlab.runs.metric_rows import read_rows
+from alignlab.train import train
 from command_line import alignlab, refused
+from exported_shapes import export_shapes
 
 SMALL = ("data.name=folder", "data.frames=5", "data.size=[32,32]", "data.fps=8")
 
@@ -61,6 +66,7 @@ def test_masks_and_their_page(root: Path, caplog: pytest.LogCaptureFixture) -> N
     ]
     again = alignlab(*command)
     assert "2 clips with 2 entities, 0 made now" in again.stdout
+    assert (root / "masks/index.html").read_text("utf-8") == page
 
 
 def test_a_recipe_without_a_folder_and_options_that_exclude_each_other_are_refused(
@@ -75,6 +81,13 @@ def test_a_recipe_without_a_folder_and_options_that_exclude_each_other_are_refus
     assert "has no model" in refused(*command, "--model", "x")
     assert "--prompts: there is no file" in refused(*command, "--prompts", tmp_path / "q.json")
     assert "--name: 'a/b' holds '/'" in refused(*command, "--name", "a/b")
+    (root / "file").write_text("mine")
+    for place, words in ((root / "file", "is a file: choose another"), (root / "file/in", "so")):
+        name = ("--name", "never", "--out")
+        assert f"--out: {root / 'file'}" in (told := refused(*command, *name, place))
+        assert words in told
+    assert (root / "file").read_text() == "mine" and not (root / "never").exists()
+    (root / "file").unlink()
 
 
 def test_undecided_pixels_are_striped_and_others_are_not() -> None:
@@ -85,3 +98,43 @@ def test_undecided_pixels_are_striped_and_others_are_not() -> None:
     assert torch.equal(drawn_THWC[:, :, :8], video_THWC[:, :, :8])
     changed = (drawn_THWC[:, :, 8:] != 200).any(-1).float().mean()
     assert 0.3 < changed < 0.7
+
+
+def test_clips_get_masks_then_stage_1_then_a_comparison_with_sara(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """The commands of docs/masks.md for Wan 2.1, on shapes that are exported to files."""
+    shapes = ShapesConfig(frames=5, size=(48, 48), seed=3)
+    data_set, _ = export_shapes(tmp_path / "data", shapes, 2)
+    lines = recipe_file.read_text().splitlines()
+    data = "data: {name: folder, path: DATA, frames: 5, size: [48, 48], val_fraction: 0.5}"
+    kept = [line for line in lines if not line.startswith(("data", "objectives", "  ra:", "name"))]
+    shared = "\n".join([*kept, f"output: {tmp_path}", data.replace("DATA", data_set.path), ""])
+    shared = shared.replace("frames: 5,", f"frames: 5, fps: {data_set.fps}, references: [0, 0],")
+    compared, first = tmp_path / "cmp.yaml", tmp_path / "first.yaml"
+    aligner = tmp_path / "first" / "stage1"
+    compared.write_text(
+        f"name: cmp\n{shared}cost: null\nbaseline: none\nseeds: [0]\nvariants:\n  none: {{}}\n"
+        "  sara: {objectives.sara: {name: sara, teacher: dino, blocks: [1], projector_dim: 8, "
+        f"aligner: {aligner}}}}}\n"
+    )
+    stage1 = "\n".join(
+        line for line in f"name: first\n{shared}".splitlines() if not line.startswith("eval")
+    )
+    first.write_text(
+        stage1.replace("frames: 5,", "metadata: metadata-masks.jsonl, frames: 5,")
+        + "\nstage1: {kind: sara, heads: 3, hidden: 8, embed_dim: 8, val_clips: 1}\n"
+    )
+    # nearly every entity is in doubt in some frame, so that undecided pixels are in it as well
+    masks = alignlab("data", "masks", compared, "--min-confidence", "0.95")
+    assert masks.exit_code == 0, masks.output
+    assert "; 0 of" not in masks.stdout and "without masks" not in masks.stdout
+    learnt = alignlab("stage1", "sara", first)
+    assert learnt.exit_code == 0, learnt.output
+    assert (aligner / "stage1.json").is_file()
+    told = refused("compare", compared)
+    assert "`alignlab data masks` makes masks of entities" in told
+    # what the comparison trains; its report is tested elsewhere, and takes longer than all of this
+    config = load_compare(compared, ["data.metadata=metadata-masks.jsonl"])
+    rows = read_rows(train(config.run("sara", 0)) / "metrics.jsonl")
+    assert any(row.get("loss/sara", 0.0) > 0 for row in rows)

@@ -1,18 +1,22 @@
 """The shipped recipes of real size fit the number of GPUs that they name."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from alignlab.config.data import FolderConfig
 from alignlab.config.recipe_file import recipe_folder, shipped_recipes
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.fairness import check_fair
-from alignlab.recipe import dump, load_run
+from alignlab.losses.sara import SaraConfig
+from alignlab.recipe import dump, load_run, load_stage1_run
+from alignlab.runs.run_folder import RunFolder
 
 WAN = sorted(name for name in shipped_recipes() if name.startswith("wan21_1.3b"))
 COUNTS = {"one": 1, "eight": 8}
@@ -74,13 +78,36 @@ def test_the_former_name_says_what_took_its_place() -> None:
         load_run("wan21_1.3b", [])
 
 
-def test_the_comparison_is_fair_and_every_setting_has_its_source() -> None:
+def test_the_comparison_is_fair() -> None:
     config = load_compare("wan21_1.3b_compare", [])
     check_fair(config)
-    assert list(config.variants) == ["none", "refalign", "repa", "videorepa", "crepa"]
+    assert list(config.variants) == ["none", "refalign", "repa", "videorepa", "crepa", "sara"]
     assert len(config.seeds) >= 3 and config.baseline == "none"
-    lines = (recipe_folder() / "wan21_1.3b_compare.yaml").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", ["wan21_1.3b_compare", "stage1_sara_wan21_1.3b"])
+def test_every_setting_has_its_source(name: str) -> None:
+    lines = (recipe_folder() / f"{name}.yaml").read_text().splitlines()
     settings = [line for line in lines if re.match(r"\s*\w+: \S", line)]
-    names = re.compile(r"\s*(name|family|baseline|none): ")
+    names = re.compile(r"\s*(name|family|kind|seed|baseline|none): ")
     without = [line for line in settings if "  # " not in line and not names.match(line)]
-    assert without == ["  path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    model = ["  path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] if name == "wan21_1.3b_compare" else []
+    assert without == model
+
+
+def test_the_comparison_reads_what_its_stage_1_leaves() -> None:
+    stage1 = load_stage1_run("sara", "stage1_sara_wan21_1.3b", [])
+    run = load_compare("wan21_1.3b_compare", []).run("sara", 0)
+    (objective,) = run.objectives.values()
+    assert isinstance(objective, SaraConfig)
+    assert objective.aligner == str(RunFolder(Path(stage1.output) / stage1.name).stage1)
+    teacher = run.teachers[objective.teacher]
+    assert {objective.teacher: teacher} == stage1.teachers and teacher.grid == stage1.grid
+    model = stage1.model
+    assert model is not None
+    assert (model.path, model.precision) == (run.model.path, run.model.precision)
+    assert isinstance(run.data, FolderConfig) and isinstance(stage1.data, FolderConfig)
+    assert stage1.data.path == run.data.path and stage1.data.fps == run.data.fps
+    # masks of the comparison's clips, made by `alignlab data masks`, cover those of Stage 1
+    assert stage1.data.metadata == "metadata-masks.jsonl"
+    assert stage1.data.frames <= run.data.frames

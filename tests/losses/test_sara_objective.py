@@ -1,14 +1,18 @@
 """SARA's Stage 2 objective: both sources of saliency, grids, blocks and the frozen aligner."""
 
+import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from alignlab.kernels.relation import Routing, pair_weight
 from alignlab.losses.grids import match_grid, match_student
 from alignlab.losses.objective import Context, Features, Grid, Tokens
-from alignlab.losses.sara import Sara, SaraConfig, routed_relation_loss
+from alignlab.losses.sara import Sara, SaraConfig, decided_relation, routed_relation_loss
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
@@ -216,3 +220,81 @@ def test_samples_with_empty_masks_are_not_aligned(tmp_path: Path) -> None:
     aligned_B = build(aligner=str(tmp_path))(student, teacher, empty).aligned_B
     assert aligned_B is not None and aligned_B.all()
     assert build(routing="uniform")(student, teacher).aligned_B is None
+
+
+def with_undecided(context: Context) -> tuple[Context, Tensor]:
+    """In sample 1 the last token of each frame is undecided, and one pixel of the first; and the
+    saliency of the others, (B, T, 3)."""
+    assert context.masks_BTHW is not None
+    undecided_BTHW = torch.zeros_like(context.masks_BTHW)
+    undecided_BTHW[1, :, 3:, 3:] = True
+    undecided_BTHW[1, :, 1, 1] = True
+    masks_BTHW = context.masks_BTHW & ~undecided_BTHW
+    covered = masks_BTHW.float().unflatten(2, (2, 3)).unflatten(4, (2, 3)).sum((3, 5)).flatten(2)
+    pixels = torch.full((2, 1, 3), 9.0)
+    pixels[1, 0, 0] = 8.0
+    found = Context(context.text_BLD, masks_BTHW, undecided_BTHW=undecided_BTHW)
+    return found, covered[..., :3] / pixels
+
+
+@pytest.mark.parametrize("routing", ["or", "and", "xor"])
+def test_undecided_tokens_are_in_no_pair(routing: Routing) -> None:
+    student, teacher, context = inputs()
+    undecided, saliency_BTP = with_undecided(context)
+    objective = build(routing=routing, tau=3.0)
+    projected = objective.projectors["block_0"](student[0].tokens_BND)
+    expected = routed_relation_loss(
+        match_student(projected, GRID, TEACHER_GRID)[:, :, :3],
+        teacher["clip"].tokens_BTPD[:, :, :3],
+        saliency_BTP,
+        routing=routing,
+        tau=3.0,
+    )
+    terms = objective(student, teacher, undecided)
+    torch.testing.assert_close(terms.loss_B[1], expected[1])
+    # the sample without any has the very bits that it has elsewhere
+    known = Context(context.text_BLD, undecided.masks_BTHW)
+    assert torch.equal(terms.loss_B[0], objective(student, teacher, known).loss_B[0])
+    terms.loss_B.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+
+
+@pytest.mark.parametrize("routing", ["or", "and", "xor"])
+@pytest.mark.parametrize("tau", [math.inf, 2.0])
+def test_decided_relations_are_what_plain_loops_find(routing: Routing, tau: float) -> None:
+    student, teacher = draw(1, 3, 4, 5, seed=1).double(), draw(1, 3, 4, 6, seed=2).double()
+    saliency = draw(1, 3, 4, seed=3).double().sigmoid()
+    undecided = torch.tensor([[[0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 1]]]).bool()
+    found = decided_relation(
+        student, teacher, saliency, undecided, routing=routing, tau=tau, impl="eager"
+    )
+    sums, weights = [0.0] * 3, [0.0] * 3
+    places = [(t, p) for t in range(3) for p in range(4) if not undecided[0, t, p]]
+    for one, other in product(places, places):
+        gap = 0.0
+        if one != other:
+            cosines = [
+                torch.cosine_similarity(x[0][one], x[0][other], dim=0) for x in (student, teacher)
+            ]
+            gap = float((cosines[0] - cosines[1]).abs())
+        apart = abs(one[0] - other[0])
+        weight = float(pair_weight(saliency[0][one], saliency[0][other], routing))
+        decay = math.exp(-apart / tau) if apart else 0.0
+        for number, factor in enumerate((float(apart == 0), decay, 1.0)):
+            sums[number] += weight * factor * gap
+            weights[number] += weight * factor
+    for number, mean in enumerate(found):
+        assert float(mean) == pytest.approx(sums[number] / (weights[number] + 1e-6), rel=1e-6)
+
+
+def test_a_sample_whose_entities_are_all_undecided_is_not_aligned() -> None:
+    student, teacher, context = inputs()
+    assert context.masks_BTHW is not None
+    masks_BTHW, undecided_BTHW = context.masks_BTHW.clone(), torch.zeros(2, 9, 6, 6).bool()
+    undecided_BTHW[0], masks_BTHW[0] = True, False
+    for grid in ("student", "teacher"):
+        terms = build(grid=grid)(
+            student, teacher, Context(None, masks_BTHW, undecided_BTHW=undecided_BTHW)
+        )
+        assert terms.loss_B[0] == 0 < terms.loss_B[1]
+        assert terms.aligned_B is not None and terms.aligned_B.tolist() == [False, True]

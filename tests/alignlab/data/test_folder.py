@@ -4,6 +4,7 @@ import json
 import logging
 import pkgutil
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,13 +28,21 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Four clips of 24 frames at 12 fps (frame i is gray 20 + 5 i), two references."""
+@pytest.fixture(scope="module")
+def gray_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 frames at 12 fps; frame i is gray 20 + 5 i."""
     levels = 20 + 5 * torch.arange(24, dtype=torch.uint8)
-    video_THWC = levels[:, None, None, None].expand(24, 32, 48, 3)
+    path = tmp_path_factory.mktemp("gray") / "clip.mp4"
+    write_mp4(path, levels[:, None, None, None].expand(24, 32, 48, 3), 12)
+    return path
+
+
+@pytest.fixture
+def root(gray_clip: Path, tmp_path: Path) -> Path:
+    """Four times that clip, two references."""
+    (tmp_path / "clips").mkdir()
     for name in "abcd":
-        write_mp4(tmp_path / "clips" / f"{name}.mp4", video_THWC, 12)
+        shutil.copy(gray_clip, tmp_path / "clips" / f"{name}.mp4")
     (tmp_path / "refs").mkdir()
     Image.new("RGB", (40, 20), (200, 30, 30)).save(tmp_path / "refs" / "red.png")
     Image.new("RGB", (20, 40), (30, 30, 200)).save(tmp_path / "refs" / "blue.png")
@@ -209,6 +218,9 @@ def test_masks_follow_the_frames_of_the_clip(root: Path) -> None:
         left = 14 + 2 * step - 8  # the crop takes 8 columns off
         columns = masks_ETHW[1, step, 20].nonzero().flatten().tolist()
         assert columns == list(range(left, left + 8))
+    undecided_THW = samples["clips/a.mp4@22"].undecided_THW
+    assert undecided_THW is not None and undecided_THW.shape == (5, 32, 32)
+    assert undecided_THW[:, 30:].all() and not undecided_THW[:, :30].any()
 
     (root / "masks" / "00270.png").unlink()
     with pytest.raises(UserError, match=r"00270\.png"):

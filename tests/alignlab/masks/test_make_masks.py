@@ -1,7 +1,9 @@
 """Masks of a folder of clips: what is written, what is left alone, kills, and what is refused."""
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,24 @@ ROW: dict[str, Any] = {
 }
 
 
+@cache
+def clip(number: int) -> bytes:
+    """A video of one grey."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        video_THWC = torch.full((4 * FRAMES, SIDE, SIDE, 3), 20 * number, dtype=torch.uint8)
+        write_mp4(path, video_THWC, 16)
+        return path.read_bytes()
+
+
 def data(root: Path, rows: Sequence[dict[str, Any]]) -> FolderConfig:
     """A folder with a clip per row, of twice the frame rate that is read."""
     for number, row in enumerate(rows):
         row.setdefault("file_name", f"clips/{number}.mp4")
-        video_THWC = torch.full((4 * FRAMES, SIDE, SIDE, 3), 20 * number, dtype=torch.uint8)
-        if not (root / row["file_name"]).exists():
-            write_mp4(root / row["file_name"], video_THWC, 16)
+        path = root / row["file_name"]
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(clip(number))
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return FolderConfig(path=str(root), frames=FRAMES, size=(SIDE, SIDE), fps=8, val_fraction=0.5)
 
@@ -279,6 +292,15 @@ def test_names_of_entities_stay_with_the_entities_that_have_them(tmp_path: Path)
         ({"first_mask": "a.png"}, "has first_mask and boxes or points"),
         ({"boxes": "[[1,"}, "boxes is not valid JSON"),
         ({"boxes": None, "first_mask": "../a.png"}, "must be a path inside the folder"),
+        ({"boxes": None, "first_mask": 3}, "first_mask must be the path of a label image"),
+        ({"boxes": None, "first_mask": "a.png", "entities": []}, "first_mask, and no entities"),
+        ({"boxes": {"a red card": [1, 2, 3, 4]}}, "boxes must be a list, with an item per entity"),
+        ({"points": [5, None]}, r"points: 5 must be a list of \[x, y\]"),
+        ({"points": [[[1]], None]}, r"points: \[1\] must be \[x, y\], or \[x, y, 0\]"),
+        (
+            {"entities": [f"card {n}" for n in range(255)], "boxes": None, "first_mask": "a.png"},
+            "254",
+        ),
     ],
 )
 def test_columns_that_say_where_entities_are_are_checked(
@@ -287,6 +309,78 @@ def test_columns_that_say_where_entities_are_are_checked(
     config = data(tmp_path, [dict(ROW) | columns])
     with pytest.raises(UserError, match=message):
         make_masks(config, Boxes(), MaskSettings())
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"boxes": None, "points": [[[40, 2]], None]},
+            r"the point \[40, 2\] of 'a red card' is bes",
+        ),
+        ({"boxes": None, "first_mask": "small.png"}, r"small\.png: is 8x8 .*, the video 32x32"),
+        ({"boxes": None, "first_mask": "three.png"}, r"has the label 3, and the row names 2 enti"),
+    ],
+)
+def test_places_are_held_against_the_first_frame(
+    tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    config = data(tmp_path, [dict(ROW) | columns, dict(ROW)])
+    Image.new("L", (8, 8), 1).save(tmp_path / "small.png")
+    Image.new("L", (SIDE, SIDE), 3).save(tmp_path / "three.png")
+    with pytest.raises(UserError, match=f"line 1: .*{message}"):
+        make_masks(config, Boxes(), MaskSettings())
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "has no references"),
+        ({"references": ["grey.png"]}, "needs reference_phrases, what the caption calls each"),
+        (
+            {"references": ["noise.png"], "reference_phrases": ["a cat"]},
+            "has no reference that is found in its first frame",
+        ),
+    ],
+)
+def test_references_that_cannot_be_looked_for_are_told(
+    tmp_path: Path, columns: dict[str, Any], message: str
+) -> None:
+    config = data(tmp_path, [{"caption": "a cat"} | columns])
+    noise = np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.new("RGB", (16, 16), "grey").save(tmp_path / "grey.png")
+    with pytest.raises(UserError, match=message):
+        make_masks(config, Boxes(), MaskSettings(from_references=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "must hold an object of objects, one per clip"),
+        ('{"a.mp4": {}}', "a.mp4: entities is missing or empty"),
+        ('{"a.mp4": {"entities": [" "]}}', "a.mp4: entities must be a list of texts"),
+        ('{"a.mp4": {"entities": ["a"], "first_mask": "x"}}', "is a column of the metadata"),
+    ],
+)
+def test_bad_files_of_prompts_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "prompts.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(tmp_path / "prompts.json")
+
+
+def test_what_is_in_the_way_of_all_masks_is_told(two: FolderConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.path: there is no folder .*nowhere"):
+        make_masks(
+            two.model_copy(update={"path": str(tmp_path / "nowhere")}), Boxes(), MaskSettings()
+        )
+    (Path(two.path) / "taken").write_text("mine")
+    with pytest.raises(UserError, match=r"--name: .*taken is a file: choose another name"):
+        make_masks(two, Boxes(), MaskSettings(name="taken"))
+    with pytest.raises(UserError, match=r"no clip has masks now; .* its caption names none"):
+        plain = data(tmp_path / "plain", [{"caption": "running"}])
+        make_masks(plain, Words(), MaskSettings())
 
 
 def test_entities_without_masks_are_for_this_command_alone(two: FolderConfig) -> None:

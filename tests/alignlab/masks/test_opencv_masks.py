@@ -36,7 +36,7 @@ def iou(first_HW: NDArray[np.bool_], second_HW: NDArray[np.bool_]) -> float:
 
 def test_last_frames_are_better_than_boxes_that_the_flow_carries(tmp_path: Path) -> None:
     shapes = ShapesConfig(frames=5, size=(64, 64), seed=3)
-    config, truths = export_shapes(tmp_path, shapes, 2)
+    config, truths = export_shapes(tmp_path, shapes, 1)
     made = make_masks(config, OpenCV(), MaskSettings(min_confidence=0.0))
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     masks, boxes = [], []
@@ -69,6 +69,17 @@ def test_each_kind_of_prompt_is_followed(prompt: Prompt) -> None:
     assert min(masks.confidence_E[0] for masks in found) >= MIN_CONFIDENCE
 
 
+def test_masks_follow_what_moves_further_than_an_edge_is_redrawn() -> None:
+    """A tenth of the width in each frame; edges are drawn anew within 3 % of the shorter side."""
+    shifts = (-20, -8, 4, 16)
+    found = list(
+        OpenCV().segment([scene(n)[0] for n in shifts], [Prompt("disc", box=(6, 24, 55, 73))])
+    )
+    for shift, masks in zip(shifts, found, strict=True):
+        assert iou(masks.masks_EHW[0], scene(shift)[1]) > 0.8
+    assert iou(scene(-20)[1], scene(16)[1]) < 0.2
+
+
 def test_after_a_cut_an_entity_is_in_doubt_to_the_end() -> None:
     other = np.random.default_rng(1).integers(0, 255, (96, 128, 3)).astype(np.uint8)
     frames = [scene()[0], scene(2)[0], other, scene(2)[0]]
@@ -87,6 +98,7 @@ def test_a_part_of_an_entity_keeps_its_own_pixels() -> None:
 
 
 def test_numbers_do_not_depend_on_threads() -> None:
+    """OpenCV promises it of DIS optical flow with spatial propagation, as its presets have it."""
     frames = [scene(3 * number)[0] for number in range(3)]
     threads = cv2.getNumThreads()
     results = []

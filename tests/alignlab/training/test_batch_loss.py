@@ -2,15 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from alignlab.config.run import RunConfig
 from alignlab.kernels.pull_push import pull_push
+from alignlab.losses import build_objective
 from alignlab.losses.objective import Terms
 from alignlab.losses.repa import Repa
+from alignlab.losses.sara import SaraConfig
 from alignlab.train import RunTrainer
 from alignlab.training.batch_context import BatchContext
 from alignlab.training.batches import Batch, collate
@@ -125,6 +129,22 @@ def test_foreground_tokens_are_those_that_the_reference_mask_covers(
     with run.branch, torch.no_grad():
         _, scalars = RunTrainer(run).losses(batch)
     assert scalars["loss/ra"][0] == 0 and (scalars["loss/ra"][1:] > 0).all()
+
+
+def test_objectives_are_told_which_pixels_are_undecided() -> None:
+    objective = build_objective(
+        SaraConfig(teacher="dino", saliency="masks", projector_dim=4),
+        student_dim=4,
+        teacher_dims={"dino": 4},
+    )
+    masks: list[Tensor] = [torch.zeros(n, 5, 8, 8, dtype=torch.bool) for n in (1, 2)]
+    undecided_THW = torch.zeros(5, 8, 8, dtype=torch.bool)
+    undecided_THW[2, 3] = True
+    batch: Any = SimpleNamespace(sigma_B=torch.zeros(2), masks=masks, undecided=[None, None])
+    assert BatchContext(batch).of(objective).undecided_BTHW is None
+    batch.undecided = [None, undecided_THW]
+    found = BatchContext(batch).of(objective).undecided_BTHW
+    assert found is not None and not found[0].any() and torch.equal(found[1], undecided_THW)
 
 
 def test_the_total_is_the_weighted_scheduled_gated_sum(make_config: MakeConfig) -> None:

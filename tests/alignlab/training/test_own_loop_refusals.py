@@ -133,6 +133,14 @@ def test_what_is_no_wan_transformer(given: Any, expected: str) -> None:
             r"Clips\.reference_masks\[0\]: None, and the sample has 1 references",
         ),
         ({"masks_BTHW": FRAMES[..., 0]}, r"Clips\.masks_BTHW: expected bool .* with T=5"),
+        (
+            {"undecided_BTHW": FRAMES[..., 0] > 0},
+            r"Clips\.undecided_BTHW: says nothing without masks_BTHW",
+        ),
+        (
+            {"masks_BTHW": FRAMES[..., 0] > 0, "undecided_BTHW": FRAMES[:, 1:, ..., 0] > 0},
+            r"Clips\.undecided_BTHW: expected bool .*, as masks_BTHW",
+        ),
         ({"text_BLD": TEXT[0]}, r"Clips\.text_BLD: expected floating \(B, L, D\)"),
     ],
 )

@@ -1,5 +1,6 @@
 """`alignlab teachers score`: a teacher's scores on a recipe's clips."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from torch import Tensor
 from typer.testing import Result
 
+from alignlab.data.registry import build_dataset
 from alignlab.evaluation.teacher_score import score_teachers
 from alignlab.metrics import iicr
 from alignlab.metrics.spatial import spatial_structure
 from alignlab.recipe import load_run
 from alignlab.teachers import load_teacher
 from command_line import alignlab
+from made_clips import Listed
 from run_contents import read_table
 
 
@@ -73,6 +76,9 @@ def test_srss_is_a_mean_over_anchors_that_have_both() -> None:
     tokens = torch.tensor([[1, 0], [1, 0], [0, 1], [1, 1], [1, 1], [1, 1], [-1, 0], [0, -1]])
     found = spatial_structure(tokens.double(), (1, 8), (torch.arange(8) < 3).int())
     assert found["srss"] == pytest.approx(1.0)
+    background = torch.tensor([0, 0, 0, 1, 1, 1, 0, 1])  # token 6 is neither
+    left = spatial_structure(tokens.double(), (1, 8), (torch.arange(8) < 3).int(), background)
+    assert left["srss"] == pytest.approx(0.75)
 
 
 def test_what_a_frame_does_not_have_is_left_out() -> None:
@@ -131,8 +137,6 @@ def test_scores_are_the_measures_of_the_teachers_own_features(recipe_file: Path)
     assert found.grid == (5, 3, 3) and found.spatial.keys() == {"cds", "rmsc"}
     row = config.teachers["dino"]
     teacher = load_teacher(row.family, path=row.path, feature=row.feature)
-    from alignlab.data.registry import build_dataset
-
     clips = build_dataset(config.data, "val")
     features = [teacher.encode(clips[i].video_THWC[None], (3, 3)).tokens_BTPD[0] for i in (0, 1)]
     pooled = torch.cat([tokens.mean(1) for tokens in features])
@@ -160,3 +164,35 @@ def test_a_comparison_is_scored_too_and_mistakes_are_one_line(
         result = score(*arguments, "--out", str(out))
         assert result.exit_code == 2, result.output
         assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_undecided_tokens_are_no_background_of_srss(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run(recipe_file)
+    row = config.teachers["dino"]
+    teacher = load_teacher(row.family, path=row.path, feature=row.feature)
+    val = build_dataset(config.data, "val")
+    masks_ETHW = torch.zeros(1, 5, 48, 48, dtype=torch.bool)
+    undecided_THW = torch.zeros(5, 48, 48, dtype=torch.bool)
+    masks_ETHW[:, :, :16, :16] = True
+    undecided_THW[:, 32:, 24:] = True
+    samples = [
+        replace(val[i], entities=("a",), masks_ETHW=masks_ETHW, undecided_THW=undecided_THW)
+        for i in range(2)
+    ]
+    monkeypatch.setattr(
+        "alignlab.evaluation.teacher_score.build_dataset", lambda *_, **__: Listed(samples)
+    )
+    (found,), _ = score_teachers(config, clips=2, size=(6, 6))
+    inside = torch.zeros(6, 6)
+    inside[:2, :2] = 1
+    outside = 1 - inside
+    outside[4:, 3:] = 0
+    features = [teacher.encode(s.video_THWC[None], (6, 6)).tokens_BTPD[0] for s in samples]
+    frames = [
+        spatial_structure(frame, (6, 6), inside.flatten(), outside.flatten())["srss"]
+        for tokens in features
+        for frame in tokens
+    ]
+    assert found.spatial["srss"] == pytest.approx(mean(frames), rel=1e-5)
