@@ -36,7 +36,7 @@ def iou(first_HW: NDArray[np.bool_], second_HW: NDArray[np.bool_]) -> float:
 
 def test_last_frames_are_better_than_boxes_that_the_flow_carries(tmp_path: Path) -> None:
     shapes = ShapesConfig(frames=5, size=(64, 64), seed=3)
-    config, truths = export_shapes(tmp_path, shapes, 1)
+    config, truths = export_shapes(tmp_path, shapes, 2)
     made = make_masks(config, OpenCV(), MaskSettings(min_confidence=0.0))
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     masks, boxes = [], []
