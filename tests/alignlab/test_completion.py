@@ -94,5 +94,6 @@ TINY_DINO = (
     "latents",
     "learning_rate",
     "more_tokens",
+    "more_tokens_confirmed",
     "objective",
 )
