@@ -1,4 +1,4 @@
-"""The files that a teacher is loaded from: a folder of them, or the one of an original checkpoint."""
+"""The files that a teacher is loaded from: a folder of them, or the one of a checkpoint."""
 
 from pathlib import Path
 

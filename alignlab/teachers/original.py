@@ -49,7 +49,7 @@ ORIGINALS = {
     "sam2": _Original(
         sam2_package.trunk_weights, sam2_package.HieraTrunk, ("sam2",), "sam2's Hiera, v1"
     ),
-    "vjepa2": _Original(vjepa2_1.encoder_weights, vjepa2_1.Vjepa21Model, (), "V-JEPA 2.1, v1"),
+    "vjepa2": _Original(vjepa2_1.encoder_weights, vjepa2_1.empty_model, (), "V-JEPA 2.1, v1"),
 }
 
 
@@ -114,8 +114,7 @@ def _loaded(file: Path, family: str, config: Any, dtype: torch.dtype) -> nn.Modu
     where = f"teachers ({family}): {file}"
     check_may_load(file)
     weights = _weights(file, family)
-    with torch.device("meta"):
-        model = ORIGINALS[family].build(config)
+    model = ORIGINALS[family].build(config)
     _check_names(where, model, weights)
     # copies: those of the file are mapped to it, and go with it
     own = {name: value.to(dtype, copy=True) for name, value in weights.items()}

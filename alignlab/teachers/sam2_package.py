@@ -11,6 +11,7 @@ Shape letters: N images, H and W of a stage, D its width.
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,15 +103,15 @@ def read_config(file: Path, name: str | None) -> HieraConfig:
     trunk = dict(whole["model"]["image_encoder"]["trunk"])
     del trunk["_target_"]
     hiera = _hiera(trunk)
-    stages, pools = tuple(trunk["stages"]), len(hiera.q_pool_blocks)
+    ends = [-1, *hiera.stage_ends]
     return HieraConfig(
         name=short,
         arguments=tuple((key, _hashable(value)) for key, value in sorted(trunk.items())),
         embed_dim_per_stage=tuple(reversed(hiera.channel_list)),
-        blocks_per_stage=stages,
+        blocks_per_stage=tuple(end - start for start, end in pairwise(ends)),
         window_size_per_stage=tuple(hiera.window_spec),
         query_stride=tuple(hiera.q_stride),
-        num_query_pool_stages=pools,
+        num_query_pool_stages=len(hiera.q_pool_blocks),
     )
 
 

@@ -310,3 +310,9 @@ class Vjepa21Model(nn.Module):
         if not output_hidden_states:
             return Vjepa21Output(last_NLD)
         return Vjepa21Output(last_NLD, tuple(states), tuple(normed))
+
+
+def empty_model(config: Vjepa21Config) -> Vjepa21Model:
+    """The encoder on the device meta, for `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"):
+        return Vjepa21Model(config)

@@ -1,4 +1,4 @@
-"""SAM 2 from Meta's checkpoints through the package `sam2`: as transformers' class of the weights."""
+"""SAM 2 from Meta's checkpoints, through the package `sam2`, against transformers' class."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ from transformers import Sam2HieraDetConfig, Sam2HieraDetModel
 
 from alignlab.config.parts import TeacherConfig
 from alignlab.errors import UserError
-from alignlab.teachers import TEACHERS, load_teacher
+from alignlab.teachers import TEACHERS, Teacher, load_teacher
 from alignlab.teachers.sam2_package import (
     PREFIX,
     RELEASED,
@@ -81,6 +81,12 @@ def folder(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
+@pytest.fixture(scope="module")
+def both(checkpoint: str, folder: str) -> tuple[Teacher, Teacher]:
+    """Of the checkpoint and of the folder."""
+    return load_teacher("sam2", path=checkpoint), load_teacher("sam2", path=folder)
+
+
 def _frames(height: int, width: int, clips: int = 1, frames: int = 2) -> Tensor:
     rng = torch.Generator().manual_seed(1)
     size = (clips, frames, height, width, 3)
@@ -89,11 +95,12 @@ def _frames(height: int, width: int, clips: int = 1, frames: int = 2) -> Tensor:
 
 @needs_package
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
-def test_features_are_those_of_transformers_class(checkpoint: str, folder: str, stage: int) -> None:
+def test_features_are_those_of_transformers_class(
+    both: tuple[Teacher, Teacher], stage: int
+) -> None:
     name, stride = f"stage:{stage}", 2 ** (stage + 1)
     frames = _frames(64, 96)
-    ours = load_teacher("sam2", path=checkpoint, feature=name)
-    theirs = load_teacher("sam2", path=folder, feature=name)
+    ours, theirs = (Teacher(teacher._model, "sam2", name) for teacher in both)
     assert (ours.dim, ours.patch_size) == (theirs.dim, theirs.patch_size)
     grid = (64 // stride, 96 // stride)
     found, expected = ours.encode(frames, grid), theirs.encode(frames, grid)
@@ -103,13 +110,12 @@ def test_features_are_those_of_transformers_class(checkpoint: str, folder: str, 
 
 
 @needs_package
-def test_sizes_that_are_no_multiples_are_resized_alike(checkpoint: str, folder: str) -> None:
-    ours, theirs = load_teacher("sam2", path=checkpoint), load_teacher("sam2", path=folder)
+def test_sizes_that_are_no_multiples_are_resized_alike(both: tuple[Teacher, Teacher]) -> None:
     for size, grid in (((75, 130), (4, 6)), ((33, 64), (2, 4))):
         frame = _frames(*size, frames=1)
-        found, expected = (teacher.encode(frame, grid).tokens_BTPD for teacher in (ours, theirs))
+        found, expected = (teacher.encode(frame, grid).tokens_BTPD for teacher in both)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for teacher in (ours, theirs):
+    for teacher in both:
         with pytest.raises(UserError, match="multiples of 2, not 3x4"):
             teacher.encode(_frames(48, 64), (3, 4))
 
@@ -136,8 +142,8 @@ def test_the_numbers_of_the_processor_are_the_packages() -> None:
 
 
 @needs_package
-def test_torchvision_is_not_imported(checkpoint: str) -> None:
-    load_teacher("sam2", path=checkpoint).encode(_frames(32, 32), (2, 2))
+def test_torchvision_is_not_imported(both: tuple[Teacher, Teacher]) -> None:
+    both[0].encode(_frames(32, 32), (2, 2))
     assert "torchvision" not in sys.modules
 
 
@@ -214,7 +220,7 @@ def test_config_is_a_setting_of_sam2_checkpoints_alone(folder_of_dino: str) -> N
     values = {"family": "sam2", "path": "x/sam2.1_hiera_tiny.pt", "config": "sam2.1_hiera_t"}
     assert TeacherConfig.model_validate(values).model_dump()["config"] == "sam2.1_hiera_t"
     assert "config" not in TeacherConfig.model_validate({"family": "tiny-dino"}).model_dump()
-    with pytest.raises(UserError, match="config: sam2.1_hiera_t: nothing reads it"):
+    with pytest.raises(UserError, match=r"config: sam2\.1_hiera_t: nothing reads it"):
         load_teacher("sam2", path=folder_of_dino, config="sam2.1_hiera_t")
 
 

@@ -66,7 +66,50 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 # Made by facebookresearch/vjepa2's VisionTransformer on these weights and clips: places (clip,
 # token) and channels 0, 1, 2 and 127, after the last norm and after the norm of block 5.
-GOLDEN: dict[tuple[int, int, int], dict[str, list[list[float]]]] = {}
+GOLDEN: dict[tuple[int, int, int], dict[str, list[list[float]]]] = {
+    (5, 3, 5): {
+        "post_norm": [
+            [0.12704, 0.7714, 0.90907, -0.10987],
+            [-0.75164, -0.18436, 0.52643, 1.45522],
+            [-1.7009, -1.22377, 1.24132, 0.48153],
+            [-1.3132, 0.16627, 1.072, 0.85918],
+        ],
+        "stage:2": [
+            [0.87972, 0.9629, 1.01806, -0.25547],
+            [-0.07181, -0.3274, -0.05658, 1.15584],
+            [-0.96816, -1.69974, 0.70488, -0.01076],
+            [-0.03012, 0.45028, 0.54298, 0.46643],
+        ],
+    },
+    (3, 16, 16): {
+        "post_norm": [
+            [-0.41164, 1.37299, 0.72989, 0.12864],
+            [-1.3158, -1.49718, 0.64682, 1.04006],
+            [-1.22434, -0.70239, 1.0631, 0.49243],
+            [-0.41705, -0.27293, 1.66448, 0.3189],
+        ],
+        "stage:2": [
+            [0.71986, 0.98443, 1.33604, -0.13245],
+            [-0.5109, -1.77088, 0.09165, 0.81221],
+            [-0.60341, -0.95178, 0.55022, 0.07163],
+            [0.10046, -0.63539, 1.0527, 0.38371],
+        ],
+    },
+    (1, 4, 3): {
+        "post_norm": [
+            [-0.98206, -0.55798, 1.35708, -0.19704],
+            [-1.17655, -0.6333, 1.46415, -0.89981],
+            [-2.7617, -0.28216, 1.7059, -0.29949],
+            [-1.6632, -1.52873, -0.20316, -0.32164],
+        ],
+        "stage:2": [
+            [0.47116, -0.10241, 0.99076, 0.15877],
+            [-0.04695, 0.20592, 1.87739, -0.58129],
+            [-1.2698, 0.4703, 2.00339, 0.17353],
+            [-0.81985, -0.71226, -0.52912, 0.05647],
+        ],
+    },
+}
 READ = ([0, 0, 1, 1], [0, 5, 3, -1])
 
 
@@ -127,7 +170,7 @@ def test_images_need_their_own_embedding(tmp_path: Path) -> None:
         teacher.encode(_clips(1, 32, 32), (2, 2))
 
 
-def test_frames_of_any_size_are_resized_to_the_grid(checkpoint: str) -> None:
+def test_clips_of_any_size_are_resized_to_the_grid(checkpoint: str) -> None:
     """Sizes that are no multiples of a patch; bilinear with antialiasing, ImageNet's statistics."""
     teacher = load_teacher("vjepa2", path=checkpoint)
     clips = _clips(3, 75, 130)
