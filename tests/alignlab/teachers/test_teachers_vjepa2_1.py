@@ -142,7 +142,9 @@ def test_the_last_stage_is_what_comes_after_the_final_norm(checkpoint: str) -> N
     weights, clips = _weights(), _clips(3, 32, 48)
 
     def features(name: str) -> Tensor:
-        return load_teacher("vjepa2", path=checkpoint, feature=name).encode(clips, (2, 3))[0]
+        return (
+            load_teacher("vjepa2", path=checkpoint, feature=name).encode(clips, (2, 3)).tokens_BTPD
+        )
 
     after, before = features("post_norm"), features("pre_norm")
     assert torch.equal(features("stage:4"), after)
