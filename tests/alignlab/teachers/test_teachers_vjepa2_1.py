@@ -218,7 +218,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, checkpoin
     torch.save([1, 2], tmp_path / "list.pt")
     refused: dict[str, str] = {
         str(tmp_path / "none.pt"): "no such file",
-        str(tmp_path): "has no config.json; to load the checkpoint in it, name the file: .*broken",
+        str(tmp_path): "has no config.json; to load the checkpoint in it, name the file: .*2_0",
         str(tmp_path / "broken.pt"): "cannot be read as tensors",
         str(tmp_path / "code.pt"): "more than tensors is never run",
         str(tmp_path / "list.pt"): "holds a list, no checkpoint",
