@@ -22,8 +22,6 @@ from alignlab.teachers import sam2_package, vjepa2_1
 from alignlab.teachers.files import checkpoint_file
 from alignlab.teachers.teacher import LaterModel
 
-FAMILIES = ("sam2", "vjepa2")
-"""Families whose original checkpoints are read."""
 _LOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError)
 """What `torch.load` raises on a file that is damaged, or holds more than tensors."""
 
