@@ -149,8 +149,8 @@ def test_the_last_stage_is_what_comes_after_the_final_norm(checkpoint: str) -> N
     after, before = features("post_norm"), features("pre_norm")
     assert torch.equal(features("stage:4"), after)
     assert torch.equal(features("layer:11"), before)
-    norm = [weights[f"norms_block.3.{kind}"] for kind in ("weight", "bias")]
-    torch.testing.assert_close(F.layer_norm(before, (WIDTH,), *norm, eps=1e-6), after)
+    scale, shift = (weights[f"norms_block.3.{kind}"] for kind in ("weight", "bias"))
+    torch.testing.assert_close(F.layer_norm(before, (WIDTH,), scale, shift, eps=1e-6), after)
 
 
 def test_a_frame_by_itself_is_an_image(checkpoint: str) -> None:
