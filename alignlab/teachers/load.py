@@ -19,7 +19,9 @@ from alignlab.models.weight_check import check_weights
 from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.diffusion import DiffusionTeacher, diffusion_folder
-from alignlab.teachers.preprocessing import read_preprocessing
+from alignlab.teachers.files import check_no_checkpoint, is_checkpoint
+from alignlab.teachers.original import original_file, original_model
+from alignlab.teachers.preprocessing import read_preprocessing, row_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import TEACHER_FILES, LaterModel, Teacher
 
@@ -43,6 +45,7 @@ def teacher_from(
         config.family,
         path=config.path,
         feature=config.feature,
+        config=config.config,
         grid=config.grid,
         device=device,
         load=load,
@@ -93,6 +96,7 @@ def load_teacher(
     *,
     path: str | None = None,
     feature: str | None = None,
+    config: str | None = None,
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     slice_size: int = 16,
@@ -105,9 +109,11 @@ def load_teacher(
 
     Args:
         family: row of `TEACHERS`.
-        path: transformers folder, shipped asset or hub id; None takes the row's. Of a larger model
-            (SAM 2) only the part that is run is loaded.
+        path: transformers folder, shipped asset, hub id, or the file of an original checkpoint
+            (`original.py`); None takes the row's. Of a larger model (SAM 2) only the part that is
+            run is loaded.
         feature: see `Teacher`; None takes the row's.
+        config: of an original SAM 2 checkpoint, the package's config; None: by the file's name.
         grid: see `Teacher`.
         device: where it runs.
         slice_size: frames per forward pass.
@@ -125,13 +131,20 @@ def load_teacher(
     if row.reads == "latents":
         raise UserError(f"teachers: {family} reads latents of a run, and no frames by themselves")
     folder = teacher_folder(family, path or row.path)
-    model_type = _model_type(folder, family)
-    preprocessing, warning = read_preprocessing(folder, row)
-    if warning is not None:
-        warn_once(f"teachers ({family}): {warning}")
-    later = _later_model(
-        folder, family, model_type, torch.device(device), is_parked=is_parked and not load
-    )
+    where, is_parked = torch.device(device), is_parked and not load
+    if folder.is_file():
+        later = original_model(
+            folder, family, config_name=config, device=where, is_parked=is_parked
+        )
+        preprocessing = row_preprocessing(row)
+    else:
+        _refuse_config(family, config, folder)
+        preprocessing, warning = read_preprocessing(folder, row)
+        if warning is not None:
+            warn_once(f"teachers ({family}): {warning}")
+        later = _later_model(
+            folder, family, _model_type(folder, family), where, is_parked=is_parked
+        )
     try:
         teacher = Teacher(
             later,
@@ -147,6 +160,14 @@ def load_teacher(
     except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
         raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
     return teacher
+
+
+def _refuse_config(family: str, config: str | None, folder: Path) -> None:
+    if config is not None:
+        raise UserError(
+            f"teachers ({family}) config: {config}: nothing reads it, {folder} is a folder of "
+            "transformers, which has its own settings: remove it"
+        )
 
 
 def _model_type(folder: Path, family: str) -> str:
@@ -185,13 +206,16 @@ def _loaded(folder: Path, family: str, config: Any, dtype: torch.dtype) -> Any:
 
 
 def teacher_folder(family: str, path: str) -> Path:
-    """The folder of a teacher, which is fetched if it is on the hub only.
+    """The folder of a teacher, which is fetched if it is on the hub only, or its checkpoint's file.
 
     Raises:
-        UserError: the folder or the hub id cannot be used.
+        UserError: the folder, the file or the hub id cannot be used.
     """
     if teacher_rows()[family].reads == "latents":
         return diffusion_folder(family, path)
+    if is_checkpoint(path):
+        return original_file(family, path)
+    check_no_checkpoint(path, setting=f"teachers ({family}) path")
     return local_folder(
         path,
         setting=f"teachers ({family}) path",

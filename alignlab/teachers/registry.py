@@ -217,12 +217,14 @@ BUILT_IN: dict[str, TeacherRow] = {
         native_size=224,
         papers=("VideoREPA", "MoAlign"),
     ),
-    # SARA: output features of V-JEPA 2.1 ViT-G; transformers has V-JEPA 2.0 alone, of which this is
-    # the largest at the same resolution. Resized like V-JEPA 2's videos.
+    # SARA: output features of V-JEPA 2.1 ViT-G, which Meta's checkpoint has (`vjepa2_1.py`);
+    # transformers and the hub have V-JEPA 2.0 alone, of which this is the largest at the same
+    # resolution. Resized like V-JEPA 2's videos.
     "vjepa2": TeacherRow(
         {"vjepa2": "VJEPA2Model"},
         path="facebook/vjepa2-vitg-fpc64-384",
         feature="post_norm",
+        features=("pre_norm", "post_norm", "layer:k", "stage:k"),
         resize="bilinear",
         class_tokens=0,
         video=True,

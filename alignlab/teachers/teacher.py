@@ -23,14 +23,12 @@ from alignlab.losses.objective import Features, Grid
 from alignlab.models.late_model import LateModel
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
-from alignlab.runs.file_digests import check_unchanged, folder_digest
 from alignlab.teachers.feature import find_feature
+from alignlab.teachers.files import TEACHER_FILES as TEACHER_FILES
+from alignlab.teachers.files import check_source_unchanged, source_digest
 from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
-from alignlab.teachers.registry import teacher_rows
-
-TEACHER_FILES = ("json", "safetensors")
-"""Endings of the files that a teacher is loaded from."""
+from alignlab.teachers.registry import Positions, TeacherRow, teacher_rows
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,8 @@ class LaterModel:
         device: where it runs.
         load: loads it.
         is_parked: it is on the device only while it makes features.
+        packages: whose code runs besides torch's.
+        code: names code that is not the family's class of transformers; it fits positions itself.
     """
 
     config: Any
@@ -50,11 +50,17 @@ class LaterModel:
     device: torch.device
     load: Callable[[], Any]
     is_parked: bool = False
+    packages: tuple[str, ...] = ("transformers",)
+    code: str | None = None
 
     @classmethod
     def of(cls, model: Any) -> Self:
         """One that is loaded."""
         return cls(model.config, model.dtype, model.device, lambda: model)
+
+    def positions(self, row: TeacherRow) -> Positions:
+        """Who fits its positions to the grid."""
+        return row.positions if self.code is None else "model"
 
 
 class Teacher:
@@ -69,7 +75,7 @@ class Teacher:
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
         preprocessing: how its pixels are normalised; None: as the family's row says.
-        folder: that the model was loaded from; None: it was not.
+        folder: that the model was loaded from, or the file of a checkpoint; None: it was not.
 
     Raises:
         UserError: there is no such feature.
@@ -101,6 +107,7 @@ class Teacher:
         self._num_prefix = self._row.class_tokens + int(
             getattr(self._config, "num_register_tokens", 0)
         )
+        self._takes_images = bool(getattr(self._config, "takes_images", False))
         self.tubelet = int(self._config.tubelet_size) if self._row.video else 1
         self.dim = self._feature.dim
         self.patch_size = self._feature.stride
@@ -112,12 +119,12 @@ class Teacher:
     def _load(self) -> Any:
         model = self._later.load()
         if self._folder is not None and "parts" in vars(self):
-            check_unchanged(self._folder, TEACHER_FILES, self.parts["weights"])
+            check_source_unchanged(self._folder, self.parts["weights"])
         return model
 
     @cached_property
     def _fit_positions(self) -> Fit:
-        return position_fitter(self._model, self._row.positions)
+        return position_fitter(self._model, self._later.positions(self._row))
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -178,7 +185,8 @@ class Teacher:
         if self._folder is None:
             weights = self.digest()
         else:
-            weights = folder_digest(self._folder, TEACHER_FILES)
+            weights = source_digest(self._folder)
+        code: dict[str, Part] = {} if self._later.code is None else {"code": self._later.code}
         row, (mean, std, scale) = self._row, self._preprocessing.normalisation
         return {
             "family": self._family,
@@ -189,10 +197,11 @@ class Teacher:
             "std": std,
             "scale": scale,
             "resize": row.resize,
-            "positions": row.positions,
+            "positions": self._later.positions(row),
             "class_tokens": row.class_tokens,
             "options": tuple(sorted(row.options.items())),
-            **model_parts(self._later.dtype, self._later.device, "transformers"),
+            **code,
+            **model_parts(self._later.dtype, self._later.device, *self._later.packages),
         }
 
     @cached_property
@@ -210,7 +219,8 @@ class Teacher:
 
         An image family gives T frames of features. A video family drops the first frame, which a
         causal video VAE encodes by itself (VideoREPA's code), and gives one per tubelet: 2k for
-        1 + 4k frames and tubelets of 2.
+        1 + 4k frames and tubelets of 2. One that embeds images as well (V-JEPA 2.1) takes a clip of
+        one frame as an image.
 
         Raises:
             UserError: the grid or the number of frames does not suit the model.
@@ -222,7 +232,9 @@ class Teacher:
             )
         batch, frames = frames_BTHWC.shape[:2]
         size = self._frame_size(grid_HW)
-        if self.is_video:
+        if self.is_video and frames == 1 and self._takes_images:
+            passes = frames_BTHWC.split(self._slice_size)
+        elif self.is_video:
             frames = self._tubelets(frames)
             passes = frames_BTHWC[:, 1:].split(max(1, self._slice_size // (frames * self.tubelet)))
         else:
