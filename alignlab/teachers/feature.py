@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from alignlab.errors import UserError
+from alignlab.teachers import mobilenet_v2, transnet_v2
 from alignlab.teachers.registry import parse_feature
 
 
@@ -44,7 +45,8 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         name: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
             (output of block k, counted from 0), `stage:k` (of a Hiera backbone, counted from 1; of
             V-JEPA 2.1 the k-th block that has a norm of its own, after it) or `merged` (after the
-            layer that joins patches for a language model).
+            layer that joins patches for a language model). Stages of a convolutional network begin
+            where its outputs get coarser, and are counted from 1 as well.
 
     Raises:
         UserError: the model has no such feature.
@@ -55,6 +57,8 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         raise UserError(f"teachers feature: {error}") from None
     if kind == "stage:k" and family == "vjepa2":
         return _normed_block(config, name, number)
+    if kind == "stage:k" and config.model_type in _CNNS:
+        return _cnn_stage(config, name, number)
     if kind == "stage:k":
         return _hiera_stage(config, name, number)
     if kind == "merged":
@@ -116,6 +120,25 @@ def _normed_block(config: Any, name: str, number: int) -> Feature:
 
     patch = int(config.patch_size)
     return Feature(name, int(config.hidden_size), patch, patch, True, read)
+
+
+_CNNS: dict[str, Any] = {"mobilenet_v2": mobilenet_v2, "transnet_v2": transnet_v2}
+"""By `model_type`."""
+
+
+def _cnn_stage(config: Any, name: str, stage: int) -> Feature:
+    """Output of a stage of a convolutional network, of images or of clips."""
+    cnn = _CNNS[config.model_type]
+    widths, strides = cnn.stage_widths(config), cnn.stage_strides(config)
+    if stage > len(widths):
+        raise UserError(f"teachers feature: no {name}; the model has stages 1 to {len(widths)}")
+    width, stride = widths[stage - 1], strides[stage - 1]
+
+    def read(out: Any) -> Tensor:
+        map_ND: Tensor = cnn.stage_output(out, stage)  # then the frames of a clip, H and W
+        return map_ND.flatten(2).mT
+
+    return Feature(name, width, stride, stride, True, read)
 
 
 def _hiera_stage(config: Any, name: str, stage: int) -> Feature:

@@ -6,11 +6,12 @@ from alignlab.config.paths import user_path
 from alignlab.errors import UserError
 from alignlab.models.model_files import on_disk, present_folder
 from alignlab.runs.file_digests import check_read, combined, digest_files, digest_folder
+from alignlab.teachers.wheels import ENDING, WHEELS
 
 TEACHER_FILES = ("json", "safetensors")
 """Endings of the files of a folder that a teacher is loaded from."""
-CHECKPOINT_ENDINGS = (".pt", ".pth")
-"""Of files that `torch.save` wrote, in which models come from their authors."""
+CHECKPOINT_ENDINGS = (".pt", ".pth", ENDING)
+"""Of files that `torch.save` wrote, in which models come from their authors, and of wheels."""
 
 
 def is_checkpoint(path: str) -> bool:
@@ -18,22 +19,30 @@ def is_checkpoint(path: str) -> bool:
     return path.endswith(CHECKPOINT_ENDINGS) and not user_path(path).is_dir()
 
 
-def checkpoint_file(path: str, *, setting: str) -> Path:
+def setting_of(family: str) -> str:
+    """The setting that names a teacher's files, for messages."""
+    return f"teachers ({family}) path"
+
+
+def checkpoint_file(path: str, family: str) -> Path:
     """The file of that name.
 
     Raises:
         UserError: there is none.
     """
     file = user_path(path)
-    if not file.is_file():
-        raise UserError(
-            f"{setting}: {path}: no such file; checkpoints are not fetched by themselves"
-        )
-    return file
+    if file.is_file():
+        return file
+    fix = "checkpoints are not fetched by themselves"
+    if family in WHEELS:
+        fix = WHEELS[family].fix
+    raise UserError(f"{setting_of(family)}: {path}: no such file; {fix}")
 
 
-def check_no_checkpoint(path: str, *, setting: str) -> None:
+def check_no_checkpoint(path: str, family: str) -> None:
     """Refuses a folder that has a checkpoint and no model of transformers.
+
+    Of the families that are read from wheels, it is the wheel of this one that is named.
 
     Raises:
         UserError: it names the file to take.
@@ -42,10 +51,16 @@ def check_no_checkpoint(path: str, *, setting: str) -> None:
     if folder is None or (folder / "config.json").exists():
         return
     files = sorted(file for file in folder.iterdir() if file.suffix in CHECKPOINT_ENDINGS)
+    if family in WHEELS:
+        known = WHEELS[family]
+        names = (known.wheel, Path(known.member).name)
+        files = [file for file in files if file.name in names]
+    else:
+        files = [file for file in files if file.suffix != ENDING]
     if files:
         raise UserError(
-            f"{setting}: {path} has no config.json; to load the checkpoint in it, name the file: "
-            f"{files[0]}"
+            f"{setting_of(family)}: {path} has no config.json; to load the checkpoint in it, name "
+            f"the file: {files[0]}"
         )
 
 

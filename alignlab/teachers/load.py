@@ -19,11 +19,12 @@ from alignlab.models.weight_check import check_weights
 from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.diffusion import DiffusionTeacher, diffusion_folder
-from alignlab.teachers.files import check_no_checkpoint, is_checkpoint
+from alignlab.teachers.files import check_no_checkpoint, is_checkpoint, setting_of
 from alignlab.teachers.original import original_file, original_model
 from alignlab.teachers.preprocessing import read_preprocessing, row_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import TEACHER_FILES, LaterModel, Teacher
+from alignlab.teachers.wheels import WHEELS
 
 if TYPE_CHECKING:
     from alignlab.config.data import ClipsConfig
@@ -215,10 +216,15 @@ def teacher_folder(family: str, path: str) -> Path:
         return diffusion_folder(family, path)
     if is_checkpoint(path):
         return original_file(family, path)
-    check_no_checkpoint(path, setting=f"teachers ({family}) path")
+    check_no_checkpoint(path, family)
+    if not teacher_rows()[family].classes:
+        raise UserError(
+            f"{setting_of(family)}: {path} is none of the files that it is read from: "
+            f"{WHEELS[family].fix}"
+        )
     return local_folder(
         path,
-        setting=f"teachers ({family}) path",
+        setting=setting_of(family),
         marker="config.json",
         patterns=[f"*.{ending}" for ending in TEACHER_FILES],
     )

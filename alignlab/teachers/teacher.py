@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,9 @@ from alignlab.teachers.files import check_source_unchanged, source_digest
 from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
 from alignlab.teachers.registry import Positions, TeacherRow, teacher_rows
+
+_STATISTICS = ("running_mean", "running_var")
+"""Ends of the names of what batch norm keeps besides its parameters."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ class Teacher:
         model: of a transformers class of the family, or what loads it when it is first needed.
         family: row of `TEACHERS`.
         feature: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
-            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, from 1).
+            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone or a convolutional
+            network, from 1).
         grid: of patches (H, W) that the harness asks for on video frames; None: the student's.
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
@@ -170,7 +175,9 @@ class Teacher:
         Rounded to bf16: on a CPU they are kept in fp32, on a GPU in bf16. A normalisation of pixels
         that is not the family's is named with them.
         """
-        named = self._model.named_parameters()
+        # batch norm scales by running statistics as it does by weights
+        statistics = ((n, b) for n, b in self._model.named_buffers() if n.endswith(_STATISTICS))
+        named = chain(self._model.named_parameters(), statistics)
         read = {name: p for name, p in named if not re.search(self._row.unread, name)}
         weights = weights_digest(read, torch.bfloat16)
         normalisation = self._preprocessing.normalisation
@@ -293,8 +300,9 @@ class Teacher:
     def _tubelets(self, frames: int) -> int:
         """Counts the tubelets after a clip's first frame."""
         if frames <= 1 or (frames - 1) % self.tubelet:
+            needed = f"1 + {self.tubelet}n" if self.tubelet > 1 else "at least 2"
             raise UserError(
-                f"{self.name}: a video teacher needs clips of 1 + {self.tubelet}n "
+                f"{self.name}: a video teacher needs clips of {needed} "
                 f"frames, not {frames}: change data.frames, or take an image teacher"
             )
         return (frames - 1) // self.tubelet
