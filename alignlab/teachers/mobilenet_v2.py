@@ -47,7 +47,8 @@ def empty_model(config: Any) -> nn.Module:
     from transformers import MobileNetV2Model
 
     with torch.device("meta"):
-        return MobileNetV2Model(config, add_pooling_layer=False)
+        model: nn.Module = MobileNetV2Model(config, add_pooling_layer=False)
+    return model
 
 
 def renamed(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -132,7 +132,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [self.get_submodule(f"Conv3D_{dilation}")(x) for dilation in DILATIONS]
-        return self.bn(torch.cat(parts, dim=1))
+        normed: Tensor = self.bn(torch.cat(parts, dim=1))
+        return normed
 
 
 class _Convolution(nn.Module):

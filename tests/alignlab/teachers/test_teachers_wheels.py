@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,13 +241,14 @@ def test_files_that_are_others_are_refused_in_one_line(
 
 def test_wheels_and_settings_of_other_families_are_refused(paths: dict[str, str]) -> None:
     path = paths["mobilenet_v2"]
-    for family, settings, message in (
+    refused: list[tuple[str, dict[str, Any], str]] = [
         ("sam2", {}, "is a wheel, which families mobilenet_v2, transnet_v2 read"),
         ("dinov3", {}, "which families sam2, vjepa2, mobilenet_v2, transnet_v2 read"),
         ("mobilenet_v2", {"config": "x"}, "config: x: nothing reads it"),
         ("mobilenet_v2", {"feature": "stage:5"}, "no stage:5; the model has stages 1 to 4"),
         ("mobilenet_v2", {"feature": "layer:1"}, "'layer:1' is not a feature of mobilenet_v2"),
-    ):
+    ]
+    for family, settings, message in refused:
         with pytest.raises(UserError, match=message):
             load_teacher(family, path=path, **settings)
 
@@ -286,7 +288,7 @@ def test_a_folder_of_transformers_is_read_as_well(tmp_path: Path, output_stride:
     grid = (3, 5)
     frames = _frames(grid[0] * stride, grid[1] * stride)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    pixels = (_pixels(frames, frames.shape[2:4], "") - mean) / std
+    pixels = (_pixels(frames, (grid[0] * stride, grid[1] * stride), "") - mean) / std
     with torch.no_grad():
         expected = model(pixels, output_hidden_states=True).hidden_states[11]
     features = teacher.encode(frames, grid)
