@@ -21,7 +21,7 @@ from alignlab.teachers import videomae_v2
 from alignlab.teachers.diffusion import DiffusionTeacher, diffusion_folder
 from alignlab.teachers.files import check_no_checkpoint, is_checkpoint, setting_of
 from alignlab.teachers.original import original_file, original_model
-from alignlab.teachers.preprocessing import read_preprocessing, row_preprocessing
+from alignlab.teachers.preprocessing import Preprocessing, read_preprocessing, row_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import TEACHER_FILES, LaterModel, Teacher
 from alignlab.teachers.wheels import WHEELS
@@ -133,19 +133,7 @@ def load_teacher(
         raise UserError(f"teachers: {family} reads latents of a run, and no frames by themselves")
     folder = teacher_folder(family, path or row.path)
     where, is_parked = torch.device(device), is_parked and not load
-    if folder.is_file():
-        later = original_model(
-            folder, family, config_name=config, device=where, is_parked=is_parked
-        )
-        preprocessing = row_preprocessing(row)
-    else:
-        _refuse_config(family, config, folder)
-        preprocessing, warning = read_preprocessing(folder, row)
-        if warning is not None:
-            warn_once(f"teachers ({family}): {warning}")
-        later = _later_model(
-            folder, family, _model_type(folder, family), where, is_parked=is_parked
-        )
+    later, preprocessing = _model_of(folder, family, config, where, is_parked=is_parked)
     try:
         teacher = Teacher(
             later,
@@ -161,6 +149,24 @@ def load_teacher(
     except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
         raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
     return teacher
+
+
+def _model_of(
+    source: Path, family: str, config: str | None, device: torch.device, *, is_parked: bool
+) -> tuple[LaterModel, Preprocessing]:
+    """The model of a folder, or of the file of a checkpoint, and how it gets its pixels."""
+    row = teacher_rows()[family]
+    if source.is_file():
+        later = original_model(
+            source, family, config_name=config, device=device, is_parked=is_parked
+        )
+        return later, row_preprocessing(row)
+    _refuse_config(family, config, source)
+    preprocessing, warning = read_preprocessing(source, row)
+    if warning is not None:
+        warn_once(f"teachers ({family}): {warning}")
+    model_type = _model_type(source, family)
+    return _later_model(source, family, model_type, device, is_parked=is_parked), preprocessing
 
 
 def _refuse_config(family: str, config: str | None, folder: Path) -> None:

@@ -234,7 +234,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, checkpoin
         with pytest.raises(UserError, match=message) as error:
             load_teacher("vjepa2", path=path)
         assert str(error.value).startswith("teachers (vjepa2)") and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="is a checkpoint, which families sam2, vjepa2 read"):
+    with pytest.raises(UserError, match="is a checkpoint, which families sam2, vjepa2, mob"):
         load_teacher("dinov2", path=checkpoint)
     with pytest.raises(UserError, match="no stage:5; the model has stages 1 to 4"):
         load_teacher("vjepa2", path=checkpoint, feature="stage:5")
