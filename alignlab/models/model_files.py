@@ -55,6 +55,16 @@ def load_nothing_here() -> None:
     _thread.loads_nothing = True
 
 
+def check_may_load(source: Path) -> None:
+    """Refuses to load a model in a thread that is to load none.
+
+    Raises:
+        NotLoadedError: this is such a thread.
+    """
+    if getattr(_thread, "loads_nothing", False):
+        raise NotLoadedError(str(source))
+
+
 def on_disk(source: str) -> Path | None:
     """The local folder or, failing that, the shipped asset (`assets/...`) of that name, if any."""
     shipped = [_PACKAGE / source] if source.startswith("assets/") else []
@@ -131,8 +141,7 @@ def load_pretrained(
         UserError: a file is damaged, or what the files hold fits the class not.
         NotLoadedError: this thread is to load nothing (`load_nothing_here`).
     """
-    if getattr(_thread, "loads_nothing", False):
-        raise NotLoadedError(str(folder))
+    check_may_load(folder)
     check_model_files(folder, setting=setting)
     read_object(folder / config_file, setting=setting)
     source = None if "state_dict" in options else folder

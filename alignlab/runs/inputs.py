@@ -17,8 +17,8 @@ from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.stage1.compatibility import stage1_folder_of
 from alignlab.stage1.config import Stage1Config
 from alignlab.teachers import TEACHERS
+from alignlab.teachers.files import present_source, source_digests
 from alignlab.teachers.load import teacher_folder
-from alignlab.teachers.teacher import TEACHER_FILES
 
 MODEL_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
@@ -122,11 +122,11 @@ def _model(
 def _teacher(alias: str, teacher: TeacherConfig, *, fetch: bool) -> Iterator[Input]:
     assert teacher.path is not None  # the family's, if left out
     path = teacher.path
-    folder = teacher_folder(teacher.family, path) if fetch else present_folder(path)
+    folder = teacher_folder(teacher.family, path) if fetch else present_source(path)
     if folder is not None:
         if TEACHERS[teacher.family].reads == "latents":  # its encoders have to be the model's
             folder = folder / "transformer"
-        yield Input(f"teachers.{alias}", path, digest_folder(folder, TEACHER_FILES))
+        yield Input(f"teachers.{alias}", path, source_digests(folder))
 
 
 def _stage1(config: RunConfig) -> Iterator[Input]:

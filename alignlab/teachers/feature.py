@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from alignlab.errors import UserError
+from alignlab.teachers import mobilenet_v2, transnet_v2
 from alignlab.teachers.registry import parse_feature
 
 
@@ -42,8 +43,10 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         config: of a transformers class of the family.
         family: row of `TEACHERS`.
         name: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
-            (output of block k, counted from 0), `stage:k` (of a Hiera backbone, counted from 1) or
-            `merged` (after the layer that joins patches for a language model).
+            (output of block k, counted from 0), `stage:k` (of a Hiera backbone, counted from 1; of
+            V-JEPA 2.1 the k-th block that has a norm of its own, after it) or `merged` (after the
+            layer that joins patches for a language model). Stages of a convolutional network begin
+            where its outputs get coarser, and are counted from 1 as well.
 
     Raises:
         UserError: the model has no such feature.
@@ -52,6 +55,10 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         kind, number = parse_feature(family, name)
     except ValueError as error:
         raise UserError(f"teachers feature: {error}") from None
+    if kind == "stage:k" and family == "vjepa2":
+        return _normed_block(config, name, number)
+    if kind == "stage:k" and config.model_type in _CNNS:
+        return _cnn_stage(config, name, number)
     if kind == "stage:k":
         return _hiera_stage(config, name, number)
     if kind == "merged":
@@ -95,6 +102,43 @@ def _merged(config: Any, name: str) -> Feature:
     return Feature(
         name, int(config.out_hidden_size), side, side, False, lambda out: out.pooler_output
     )
+
+
+def _normed_block(config: Any, name: str, number: int) -> Feature:
+    """Output of one of V-JEPA 2.1's blocks that have a norm, after it."""
+    blocks = getattr(config, "norm_layers", ())
+    if not blocks:
+        raise UserError(
+            f"teachers feature: no {name}; V-JEPA 2.0 has one norm after its last block, post_norm"
+        )
+    if number > len(blocks):
+        raise UserError(f"teachers feature: no {name}; the model has stages 1 to {len(blocks)}")
+
+    def read(out: Any) -> Tensor:
+        tokens_NLD: Tensor = out.intermediate_hidden_states[number - 1]
+        return tokens_NLD
+
+    patch = int(config.patch_size)
+    return Feature(name, int(config.hidden_size), patch, patch, True, read)
+
+
+_CNNS: dict[str, Any] = {"mobilenet_v2": mobilenet_v2, "transnet_v2": transnet_v2}
+"""By `model_type`."""
+
+
+def _cnn_stage(config: Any, name: str, stage: int) -> Feature:
+    """Output of a stage of a convolutional network, of images or of clips."""
+    cnn = _CNNS[config.model_type]
+    widths, strides = cnn.stage_widths(config), cnn.stage_strides(config)
+    if stage > len(widths):
+        raise UserError(f"teachers feature: no {name}; the model has stages 1 to {len(widths)}")
+    width, stride = widths[stage - 1], strides[stage - 1]
+
+    def read(out: Any) -> Tensor:
+        map_ND: Tensor = cnn.stage_output(out, stage)  # then the frames of a clip, H and W
+        return map_ND.flatten(2).mT
+
+    return Feature(name, width, stride, stride, True, read)
 
 
 def _hiera_stage(config: Any, name: str, stage: int) -> Feature:

@@ -19,9 +19,12 @@ from alignlab.models.weight_check import check_weights
 from alignlab.progress import warn_once
 from alignlab.teachers import videomae_v2
 from alignlab.teachers.diffusion import DiffusionTeacher, diffusion_folder
-from alignlab.teachers.preprocessing import read_preprocessing
+from alignlab.teachers.files import check_no_checkpoint, is_checkpoint, setting_of
+from alignlab.teachers.original import original_file, original_model
+from alignlab.teachers.preprocessing import Preprocessing, read_preprocessing, row_preprocessing
 from alignlab.teachers.registry import TeacherRow, teacher_rows
 from alignlab.teachers.teacher import TEACHER_FILES, LaterModel, Teacher
+from alignlab.teachers.wheels import WHEELS
 
 if TYPE_CHECKING:
     from alignlab.config.data import ClipsConfig
@@ -43,6 +46,7 @@ def teacher_from(
         config.family,
         path=config.path,
         feature=config.feature,
+        config=config.config,
         grid=config.grid,
         device=device,
         load=load,
@@ -93,6 +97,7 @@ def load_teacher(
     *,
     path: str | None = None,
     feature: str | None = None,
+    config: str | None = None,
     grid: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     slice_size: int = 16,
@@ -105,9 +110,11 @@ def load_teacher(
 
     Args:
         family: row of `TEACHERS`.
-        path: transformers folder, shipped asset or hub id; None takes the row's. Of a larger model
-            (SAM 2) only the part that is run is loaded.
+        path: transformers folder, shipped asset, hub id, or the file of an original checkpoint
+            (`original.py`); None takes the row's. Of a larger model (SAM 2) only the part that is
+            run is loaded.
         feature: see `Teacher`; None takes the row's.
+        config: of an original SAM 2 checkpoint, the package's config; None: by the file's name.
         grid: see `Teacher`.
         device: where it runs.
         slice_size: frames per forward pass.
@@ -125,13 +132,8 @@ def load_teacher(
     if row.reads == "latents":
         raise UserError(f"teachers: {family} reads latents of a run, and no frames by themselves")
     folder = teacher_folder(family, path or row.path)
-    model_type = _model_type(folder, family)
-    preprocessing, warning = read_preprocessing(folder, row)
-    if warning is not None:
-        warn_once(f"teachers ({family}): {warning}")
-    later = _later_model(
-        folder, family, model_type, torch.device(device), is_parked=is_parked and not load
-    )
+    where, is_parked = torch.device(device), is_parked and not load
+    later, preprocessing = _model_of(folder, family, config, where, is_parked=is_parked)
     try:
         teacher = Teacher(
             later,
@@ -147,6 +149,32 @@ def load_teacher(
     except (TypeError, AttributeError) as error:  # settings that are no numbers, or not there
         raise UserError(f"teachers: cannot use {folder / 'config.json'}: {error}") from error
     return teacher
+
+
+def _model_of(
+    source: Path, family: str, config: str | None, device: torch.device, *, is_parked: bool
+) -> tuple[LaterModel, Preprocessing]:
+    """The model of a folder, or of the file of a checkpoint, and how it gets its pixels."""
+    row = teacher_rows()[family]
+    if source.is_file():
+        later = original_model(
+            source, family, config_name=config, device=device, is_parked=is_parked
+        )
+        return later, row_preprocessing(row)
+    _refuse_config(family, config, source)
+    preprocessing, warning = read_preprocessing(source, row)
+    if warning is not None:
+        warn_once(f"teachers ({family}): {warning}")
+    model_type = _model_type(source, family)
+    return _later_model(source, family, model_type, device, is_parked=is_parked), preprocessing
+
+
+def _refuse_config(family: str, config: str | None, folder: Path) -> None:
+    if config is not None:
+        raise UserError(
+            f"teachers ({family}) config: {config}: nothing reads it, {folder} is a folder of "
+            "transformers, which has its own settings: remove it"
+        )
 
 
 def _model_type(folder: Path, family: str) -> str:
@@ -185,16 +213,24 @@ def _loaded(folder: Path, family: str, config: Any, dtype: torch.dtype) -> Any:
 
 
 def teacher_folder(family: str, path: str) -> Path:
-    """The folder of a teacher, which is fetched if it is on the hub only.
+    """The folder of a teacher, which is fetched if it is on the hub only, or its checkpoint's file.
 
     Raises:
-        UserError: the folder or the hub id cannot be used.
+        UserError: the folder, the file or the hub id cannot be used.
     """
     if teacher_rows()[family].reads == "latents":
         return diffusion_folder(family, path)
+    if is_checkpoint(path):
+        return original_file(family, path)
+    check_no_checkpoint(path, family)
+    if not teacher_rows()[family].classes:
+        raise UserError(
+            f"{setting_of(family)}: {path} is none of the files that it is read from: "
+            f"{WHEELS[family].fix}"
+        )
     return local_folder(
         path,
-        setting=f"teachers ({family}) path",
+        setting=setting_of(family),
         marker="config.json",
         patterns=[f"*.{ending}" for ending in TEACHER_FILES],
     )

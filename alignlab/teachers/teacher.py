@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,14 +24,15 @@ from alignlab.losses.objective import Features, Grid
 from alignlab.models.late_model import LateModel
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
-from alignlab.runs.file_digests import check_unchanged, folder_digest
 from alignlab.teachers.feature import find_feature
+from alignlab.teachers.files import TEACHER_FILES as TEACHER_FILES
+from alignlab.teachers.files import check_source_unchanged, source_digest
 from alignlab.teachers.positions import Fit, position_fitter
 from alignlab.teachers.preprocessing import Preprocessing, row_preprocessing
-from alignlab.teachers.registry import teacher_rows
+from alignlab.teachers.registry import Positions, TeacherRow, teacher_rows
 
-TEACHER_FILES = ("json", "safetensors")
-"""Endings of the files that a teacher is loaded from."""
+_STATISTICS = ("running_mean", "running_var")
+"""Ends of the names of what batch norm keeps besides its parameters."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class LaterModel:
         device: where it runs.
         load: loads it.
         is_parked: it is on the device only while it makes features.
+        packages: whose code runs besides torch's.
+        code: names code that is not the family's class of transformers; it fits positions itself.
     """
 
     config: Any
@@ -50,11 +54,17 @@ class LaterModel:
     device: torch.device
     load: Callable[[], Any]
     is_parked: bool = False
+    packages: tuple[str, ...] = ("transformers",)
+    code: str | None = None
 
     @classmethod
     def of(cls, model: Any) -> Self:
         """One that is loaded."""
         return cls(model.config, model.dtype, model.device, lambda: model)
+
+    def positions(self, row: TeacherRow) -> Positions:
+        """Who fits its positions to the grid."""
+        return row.positions if self.code is None else "model"
 
 
 class Teacher:
@@ -64,12 +74,13 @@ class Teacher:
         model: of a transformers class of the family, or what loads it when it is first needed.
         family: row of `TEACHERS`.
         feature: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
-            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone, from 1).
+            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone or a convolutional
+            network, from 1).
         grid: of patches (H, W) that the harness asks for on video frames; None: the student's.
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
         preprocessing: how its pixels are normalised; None: as the family's row says.
-        folder: that the model was loaded from; None: it was not.
+        folder: that the model was loaded from, or the file of a checkpoint; None: it was not.
 
     Raises:
         UserError: there is no such feature.
@@ -101,6 +112,7 @@ class Teacher:
         self._num_prefix = self._row.class_tokens + int(
             getattr(self._config, "num_register_tokens", 0)
         )
+        self._takes_images = bool(getattr(self._config, "takes_images", False))
         self.tubelet = int(self._config.tubelet_size) if self._row.video else 1
         self.dim = self._feature.dim
         self.patch_size = self._feature.stride
@@ -112,12 +124,12 @@ class Teacher:
     def _load(self) -> Any:
         model = self._later.load()
         if self._folder is not None and "parts" in vars(self):
-            check_unchanged(self._folder, TEACHER_FILES, self.parts["weights"])
+            check_source_unchanged(self._folder, self.parts["weights"])
         return model
 
     @cached_property
     def _fit_positions(self) -> Fit:
-        return position_fitter(self._model, self._row.positions)
+        return position_fitter(self._model, self._later.positions(self._row))
 
     @cached_property
     def _statistics(self) -> tuple[Tensor, Tensor]:
@@ -163,7 +175,9 @@ class Teacher:
         Rounded to bf16: on a CPU they are kept in fp32, on a GPU in bf16. A normalisation of pixels
         that is not the family's is named with them.
         """
-        named = self._model.named_parameters()
+        # batch norm scales by running statistics as it does by weights
+        statistics = ((n, b) for n, b in self._model.named_buffers() if n.endswith(_STATISTICS))
+        named = chain(self._model.named_parameters(), statistics)
         read = {name: p for name, p in named if not re.search(self._row.unread, name)}
         weights = weights_digest(read, torch.bfloat16)
         normalisation = self._preprocessing.normalisation
@@ -178,7 +192,8 @@ class Teacher:
         if self._folder is None:
             weights = self.digest()
         else:
-            weights = folder_digest(self._folder, TEACHER_FILES)
+            weights = source_digest(self._folder)
+        code: dict[str, Part] = {} if self._later.code is None else {"code": self._later.code}
         row, (mean, std, scale) = self._row, self._preprocessing.normalisation
         return {
             "family": self._family,
@@ -189,10 +204,11 @@ class Teacher:
             "std": std,
             "scale": scale,
             "resize": row.resize,
-            "positions": row.positions,
+            "positions": self._later.positions(row),
             "class_tokens": row.class_tokens,
             "options": tuple(sorted(row.options.items())),
-            **model_parts(self._later.dtype, self._later.device, "transformers"),
+            **code,
+            **model_parts(self._later.dtype, self._later.device, *self._later.packages),
         }
 
     @cached_property
@@ -210,7 +226,8 @@ class Teacher:
 
         An image family gives T frames of features. A video family drops the first frame, which a
         causal video VAE encodes by itself (VideoREPA's code), and gives one per tubelet: 2k for
-        1 + 4k frames and tubelets of 2.
+        1 + 4k frames and tubelets of 2. One that embeds images as well (V-JEPA 2.1) takes a clip of
+        one frame as an image.
 
         Raises:
             UserError: the grid or the number of frames does not suit the model.
@@ -222,7 +239,9 @@ class Teacher:
             )
         batch, frames = frames_BTHWC.shape[:2]
         size = self._frame_size(grid_HW)
-        if self.is_video:
+        if self.is_video and frames == 1 and self._takes_images:
+            passes = frames_BTHWC.split(self._slice_size)
+        elif self.is_video:
             frames = self._tubelets(frames)
             passes = frames_BTHWC[:, 1:].split(max(1, self._slice_size // (frames * self.tubelet)))
         else:
@@ -281,8 +300,9 @@ class Teacher:
     def _tubelets(self, frames: int) -> int:
         """Counts the tubelets after a clip's first frame."""
         if frames <= 1 or (frames - 1) % self.tubelet:
+            needed = f"1 + {self.tubelet}n" if self.tubelet > 1 else "at least 2"
             raise UserError(
-                f"{self.name}: a video teacher needs clips of 1 + {self.tubelet}n "
+                f"{self.name}: a video teacher needs clips of {needed} "
                 f"frames, not {frames}: change data.frames, or take an image teacher"
             )
         return (frames - 1) // self.tubelet

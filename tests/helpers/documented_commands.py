@@ -47,6 +47,7 @@ PRINTED = {("train", "wan21_1.3b_1gpu"), ("compare", "wan21_1.3b_compare")}
 ELSEWHERE = {
     ("data", "real-clips"),
     ("compare", "real_clips"),
+    ("compare", "real_clips_pretrained"),  # needs wheels: test_teachers_wheels.py has its teachers
     ("compare", "findings/NAME"),  # tests/experiments/compare/test_finding_recipes.py
     ("compare", "findings/push"),
     ("cache", "build"),  # tests/alignlab/training/test_cache_build.py
