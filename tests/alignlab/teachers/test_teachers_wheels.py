@@ -299,7 +299,7 @@ def test_a_training_aligns_to_a_network_of_clips(
     make_config: Callable[..., RunConfig], paths: dict[str, str]
 ) -> None:
     config = make_config(
-        "data.frames=5",
+        "data.frames=9",
         "steps=1",
         "teachers.cuts.family=transnet_v2",
         f"teachers.cuts.path={paths['transnet_v2']}",
