@@ -82,6 +82,11 @@ class Features:
             raise ValueError(f"teacher tokens {shape} do not fill the grid {self.grid}")
 
 
+Reads = Literal["teacher", "latents", "nothing"]
+"""What an objective compares the student's tokens with (`Objective.reads`)."""
+LATENTS = "latents"
+"""Under which `forward` and `teacher_dims` hold the clean latents, for those that read them."""
+
 Need = Literal["text", "masks", "foreground"]
 
 
@@ -243,7 +248,16 @@ class ObjectiveConfig(BaseModel):
             raise ValueError(f"blocks names a block twice: {list(blocks)}")
         return blocks
 
-    @field_validator("teacher")
+    @field_validator("teacher", mode="before", check_fields=False)
+    @classmethod
+    def _teacher_is_given(cls, teacher: Any) -> Any:
+        if teacher is None:
+            name = cls.model_fields["name"].default
+            raise ValueError(f"{name} reads a teacher: give an alias of the recipe's teachers")
+        return teacher
+
+    # not checked: NoTeacherConfig is without it
+    @field_validator("teacher", check_fields=False)
     @classmethod
     def _teachers_are_named_once(cls, teacher: str | tuple[str, ...]) -> str | tuple[str, ...]:
         names = (teacher,) if isinstance(teacher, str) else teacher
@@ -258,6 +272,39 @@ class ObjectiveConfig(BaseModel):
         """Aliases of the teachers whose features `forward` needs."""
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Blocks whose tokens `forward` gets, by the setting that names them: `blocks`, to which an
+        objective may add others."""
+        return {"blocks": self.blocks}
+
+    @property
+    def tapped_blocks(self) -> tuple[int, ...]:
+        """All blocks of `taps`, each once."""
+        return tuple(dict.fromkeys(block for blocks in self.taps.values() for block in blocks))
+
+
+class NoTeacherConfig(ObjectiveConfig):
+    """Settings of an objective that reads no teacher: it has no setting `teacher`.
+
+    A recipe that gives it one is refused.
+    """
+
+    teacher: ClassVar[None] = None  # type: ignore[assignment,misc]  # takes the field away
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_teacher(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "teacher" in values:
+            name = cls.model_fields["name"].default
+            raise ValueError(f"{name} reads no teacher; remove teacher")
+        return values
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
 
 NO_CONTEXT = Context()
 
@@ -266,14 +313,22 @@ class Objective(nn.Module, ABC):
     """An alignment loss with the projectors it trains. Concrete classes are final.
 
     A concrete class is built as `Class(config, *, student_dim, teacher_dims, seed)`; use
-    `build_objective`. Its parameters are trained with the student, saved for resume, and never
-    exported; those without `requires_grad` (a frozen Stage 1 network) are neither trained nor
-    saved. It draws no noise, reads no batch, logs nothing, and gives every sample the value that
-    the sample would have alone, unless `couples_samples` says otherwise.
+    `build_objective`. `teacher_dims` has the width of what `forward` gets as `teacher`. Its
+    parameters are trained with the student, saved for resume, and never exported; those without
+    `requires_grad` (a frozen Stage 1 network) are neither trained nor saved. It draws no noise,
+    reads no batch, logs nothing, and gives every sample the value that the sample would have alone,
+    unless `couples_samples` says otherwise.
     """
 
     Config: ClassVar[type[ObjectiveConfig]]
     tokens: ClassVar[Literal["video", "reference"]]
+    reads: ClassVar[Reads] = "teacher"
+    """What the tokens are compared with: features of the `teacher` that the config names; the clean
+    `latents` of the batch's videos, on the grid of the video tokens; or `nothing` but tokens. With
+    the last two, `Config` derives from `NoTeacherConfig`."""
+    whole_step: ClassVar[bool] = False
+    """Whether `forward` needs all samples of a step at once, of which there are at least two: else
+    a recipe is refused."""
     paper: ClassVar[str] = ""
     """arXiv id such as 2410.06940, for `alignlab list objectives`; empty if there is none."""
     config: ObjectiveConfig
@@ -304,8 +359,9 @@ class Objective(nn.Module, ABC):
 
         Args:
             student: tapped tokens of the kind `tokens`, keyed by block index; holds at least
-                `config.blocks`. Grid and subject ids are the same in every block.
-            teacher: features keyed by alias; holds at least `config.teachers`. They are constants:
-                no gradient flows into them.
+                `config.tapped_blocks`. Grid and subject ids are the same in every block.
+            teacher: features keyed by alias; holds at least `config.teachers`, or, of an objective
+                that reads them, the clean latents under `LATENTS`, each token's patch flattened.
+                They are constants: no gradient flows into them.
             context: holds at least what `needs` names.
         """

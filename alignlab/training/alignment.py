@@ -6,6 +6,7 @@ teachers run once a batch, every term is weighted per sample.
 Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,15 @@ from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
-from alignlab.losses.objective import Features, Grid, Need, Objective, ObjectiveConfig, Terms
+from alignlab.losses.objective import (
+    LATENTS,
+    Features,
+    Grid,
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Terms,
+)
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens, Kind, Taps, find_wan
 from alignlab.models.weight_check import check_weights
@@ -87,10 +96,13 @@ class Alignment(nn.Module):
         self.teachers = {alias: row for alias, row in teachers.items() if alias in used}
         self.shuffled = frozenset(shuffled).intersection(used)
         width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+        _, *patch = model.config["patch_size"]
+        self._patch_HW = (int(patch[0]), int(patch[1]))
+        latents_dim = model.config["out_channels"] * math.prod(patch)
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
         self.objectives: dict[str, Objective] = {}
         for alias, config in objectives.items():
-            self.objectives[alias] = _built(alias, config, width, dims, seed)
+            self.objectives[alias] = _built(alias, config, width, dims, latents_dim, seed)
             # prefixed, because an alias may be the name of an attribute
             self.add_module(f"objective_{alias}", self.objectives[alias])
         self.to(device)
@@ -224,7 +236,7 @@ class Alignment(nn.Module):
 
     def _refuse_no_gradient(self, alias: str, taps: Mapping[int, BlockTokens]) -> None:
         config, kind = self.objectives[alias].config, self.objectives[alias].tokens
-        for block in config.blocks:
+        for block in config.blocks:  # a deeper block that it taps may be what it is compared with
             if trains(config) and not taps[block].of(kind).tokens_BND.requires_grad:
                 raise UserError(
                     f"objectives.{alias}: the tokens of block {block} carry no gradient, so it "
@@ -244,7 +256,7 @@ class Alignment(nn.Module):
         """Which tokens of each of them an objective reads."""
         kinds: dict[int, set[Kind]] = {}
         for objective in self.objectives.values():
-            for block in objective.config.blocks:
+            for block in objective.config.tapped_blocks:
                 kinds.setdefault(block, set()).add(objective.tokens)
         return kinds
 
@@ -323,7 +335,7 @@ class Alignment(nn.Module):
         weighted: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         factors = self.factors(step)
-        known = BatchContext(clips, self._reference_grid(taps))
+        known = BatchContext(clips, self._reference_grid(taps), self._patch_HW)
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
             if factor == 0:
@@ -335,14 +347,16 @@ class Alignment(nn.Module):
                     features[name, kind] = teacher_features(
                         self.teachers[name], clips, kind, grid, is_shuffled=name in self.shuffled
                     )
-            student = {b: taps[b].of(kind) for b in config.blocks}
+            student = {b: taps[b].of(kind) for b in config.tapped_blocks}
             if kind == "reference":
                 student = {
                     b: replace(tokens, subject_ids_BN=known.ids_BN, host_ids_BN=known.host_ids_BN)
                     for b, tokens in student.items()
                 }
-            self._log_grids(alias, grid, [features[name, kind].grid for name in config.teachers])
             teacher = {name: features[name, kind] for name in config.teachers}
+            if objective.reads == "latents":
+                teacher = {LATENTS: known.latents}
+            self._log_grids(alias, grid, [features.grid for features in teacher.values()])
             try:
                 objective_terms = objective(student, teacher, known.of(objective))
             except ValueError as error:  # such as grids that do not correspond
@@ -391,20 +405,28 @@ class Alignment(nn.Module):
         self._logged.add(alias)
         objective = self.objectives[alias]
         grids = ", ".join(describe(student, teacher, objective.side) for teacher in teachers)
+        where = " and ".join(_depths(blocks) for blocks in objective.config.taps.values())
+        against = {"teacher": grids, "latents": f"clean latents, {grids}", "nothing": "no teacher"}
         tell_once(
             f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
-            f"{_depths(objective.config.blocks)}; {grids}"
+            f"{where}; {against[objective.reads]}"
         )
 
 
 def _built(
-    alias: str, config: ObjectiveConfig, width: int, dims: Mapping[str, int], seed: int
+    alias: str,
+    config: ObjectiveConfig,
+    width: int,
+    dims: Mapping[str, int],
+    latents_dim: int,
+    seed: int,
 ) -> Objective:
     try:
         built = build_objective(
             config,
             student_dim=width,
             teacher_dims=dims,
+            latents_dim=latents_dim,
             seed=derive_seed(seed, f"projector-{alias}"),
         )
     except ValueError as error:  # such as a Stage 1 folder with damaged weights

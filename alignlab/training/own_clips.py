@@ -50,6 +50,8 @@ class Clips:
         masks_BTHW: bool, where any entity that the caption names is visible, in every pixel frame.
         text_BLD: embeddings of the full captions by the transformer's text encoder, zeros after the
             last token; also of captions that were dropped in this step.
+        latents_BCTHW: clean latents of the video, without reference frames, as the flow loss has
+            them, on the device of the transformer.
 
     Raises:
         UserError: a field has another shape, dtype or range, or fields do not go together.
@@ -63,6 +65,7 @@ class Clips:
     reference_masks: Sequence[Tensor | None] | None = None
     masks_BTHW: Tensor | None = None
     text_BLD: Tensor | None = None
+    latents_BCTHW: Tensor | None = None
 
     def __post_init__(self) -> None:
         sigma_B = self.sigma_B
@@ -82,10 +85,14 @@ class Clips:
             length = None if frames is None else frames.shape[1]
             what = f"bool (B, T, H, W) with T={length}" if length else "bool (B, T, H, W)"
             _check("masks_BTHW", what, masks, [torch.bool], (batch, length, None, None))
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
         if self.text_BLD is not None:
-            dtypes = [torch.float32, torch.bfloat16, torch.float16]
             what = "floating (B, L, D)"
             _check("text_BLD", what, self.text_BLD, dtypes, (batch, None, None))
+        if self.latents_BCTHW is not None:
+            size = tuple(int(length) for length in self.latent_shape)
+            what = f"floating (B, C, T, H, W), the last three {size}"
+            _check("latents_BCTHW", what, self.latents_BCTHW, dtypes, (batch, None, *size))
         self._check_references(batch)
 
     def check_sigma(self) -> None:
@@ -160,6 +167,8 @@ def _unlike(name: str, what: str, value: Any) -> UserError:
 
 NEEDED = {"text": "text_BLD", "masks": "masks_BTHW", "foreground": "reference_masks"}
 """Field of `Clips` by what an objective needs."""
+OF_VIDEO = {"teacher": "frames_BTHWC", "latents": "latents_BCTHW"}
+"""Field of `Clips` by what objectives on video tokens read."""
 
 
 class GivenClips:
@@ -181,8 +190,11 @@ class GivenClips:
             UserError: it names the field.
         """
         clips = self.clips
-        field = "frames_BTHWC" if objective.tokens == "video" else "references"
-        fields = [field, *(NEEDED[need] for need in sorted(objective.needs))]
+        fields = [NEEDED[need] for need in sorted(objective.needs)]
+        if objective.tokens == "reference":
+            fields.insert(0, "references")
+        elif objective.reads in OF_VIDEO:
+            fields.insert(0, OF_VIDEO[objective.reads])
         for name in fields:
             if getattr(clips, name) is None:
                 raise UserError(
@@ -193,6 +205,10 @@ class GivenClips:
     @property
     def sigma_B(self) -> Tensor:
         return self.clips.sigma_B
+
+    @property
+    def latents_BCTHW(self) -> Tensor | None:
+        return self.clips.latents_BCTHW
 
     @property
     def caption_BLD(self) -> Tensor | None:

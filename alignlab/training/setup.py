@@ -179,7 +179,21 @@ def _teacher_notes(config: RunConfig, alignment: Alignment) -> list[str]:
             "no teacher of the recipe reads frames: tokens and generated clips are measured "
             "against none; name one, such as teachers.dino={family: tiny-dino}"
         )
+    if config.objectives and not config.teachers:
+        notes.append(_no_teacher_note(config))
     return notes
+
+
+def _no_teacher_note(config: RunConfig) -> str:
+    from alignlab.evaluation.measured_names import lacking_a_teacher  # which evaluates runs
+
+    tokens, clips = lacking_a_teacher(config)
+    of_clips = f", nor, of generated clips, {', '.join(clips)}"
+    return (
+        f"the recipe has no teacher: {', '.join(tokens)} of blocks are not measured"
+        f"{of_clips if clips and config.eval.num_measured_clips else ''}; to have them, name one "
+        "that no objective needs to read, such as teachers.dino={family: tiny-dino}"
+    )
 
 
 def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
