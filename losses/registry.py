@@ -11,6 +11,7 @@ from typing import get_args
 from alignlab.losses.align4gen import Align4Gen
 from alignlab.losses.crepa import Crepa
 from alignlab.losses.irepa import IRepa
+from alignlab.losses.layersync import LayerSync
 from alignlab.losses.moalign import MoAlign
 from alignlab.losses.objective import (
     LATENTS,
@@ -38,6 +39,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "sara": Sara,
     "moalign": MoAlign,
     "crepa": Crepa,
+    "layersync": LayerSync,
 }
 
 OBJECTIVES: dict[str, type[Objective]]

@@ -12,6 +12,7 @@ SETTINGS: dict[str, str] = {
     "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
     "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
     "crepa": "blocks: [2], projector_dim: 32",
+    "layersync": "blocks: [0, 1], deep_blocks: [3, 2]",
 }
 
 

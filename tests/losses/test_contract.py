@@ -14,6 +14,7 @@ from alignlab.losses import build_objective
 from alignlab.losses.align4gen import Align4Gen, fused_alignment_loss
 from alignlab.losses.crepa import Crepa, cross_frame_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
+from alignlab.losses.layersync import LayerSync, layersync_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.refalign import RefAlign, reference_alignment_loss
@@ -251,6 +252,14 @@ ROWS = [
         alongside={"projector": {"projector_dim": None}},
         formula=lambda s, t, ids: cross_frame_loss(frames(s), frames(t)),
         naive=naive_crepa,
+    ),
+    ContractCase(
+        objective=LayerSync,
+        settings={"blocks": (0, 1), "deep_blocks": (1, 2)},
+        changes={"blocks": (0,), "deep_blocks": (2, 2), "detach": False},
+        alongside={"blocks": {"deep_blocks": (2,)}},
+        formula=lambda s, t, ids: layersync_loss(s, t),
+        naive=naive_repa,
     ),
 ]
 
