@@ -25,6 +25,7 @@ from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
 from alignlab.losses.stage1.folder import Stage1Row, stage1_rows
+from alignlab.losses.vae_repa import VaeRepa
 from alignlab.losses.videorepa import VideoRepa
 
 GROUP = "alignlab.objectives"
@@ -40,6 +41,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "moalign": MoAlign,
     "crepa": Crepa,
     "layersync": LayerSync,
+    "vae_repa": VaeRepa,
 }
 
 OBJECTIVES: dict[str, type[Objective]]

@@ -26,6 +26,7 @@ from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.losses.testing.contract import CHECKS, Check, ContractCase
 from alignlab.losses.testing.samples import TEACHER_DIMS, TEXT_DIM
+from alignlab.losses.vae_repa import VaeRepa, vae_alignment_loss
 from alignlab.losses.videorepa import VideoRepa, token_relation_loss
 
 FRAMES, WIDTHS = 3, [60, 40]
@@ -259,6 +260,13 @@ ROWS = [
         changes={"blocks": (0,), "deep_blocks": (2, 2), "detach": False},
         alongside={"blocks": {"deep_blocks": (2,)}},
         formula=lambda s, t, ids: layersync_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=VaeRepa,
+        settings={"blocks": (1, 2), "projector_dim": 9},
+        changes={"blocks": (2,), "projector_dim": 8},
+        formula=lambda s, t, ids: vae_alignment_loss(s, t),
         naive=naive_repa,
     ),
 ]
