@@ -10,6 +10,7 @@ from typing import get_args
 
 from alignlab.losses.align4gen import Align4Gen
 from alignlab.losses.crepa import Crepa
+from alignlab.losses.dispersive import Dispersive
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.layersync import LayerSync
 from alignlab.losses.moalign import MoAlign
@@ -42,6 +43,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "crepa": Crepa,
     "layersync": LayerSync,
     "vae_repa": VaeRepa,
+    "dispersive": Dispersive,
 }
 
 OBJECTIVES: dict[str, type[Objective]]

@@ -14,6 +14,7 @@ SETTINGS: dict[str, str] = {
     "crepa": "blocks: [2], projector_dim: 32",
     "layersync": "blocks: [0, 1], deep_blocks: [3, 2]",
     "vae_repa": "blocks: [1], projector_dim: 32",
+    "dispersive": "blocks: [1]",
 }
 
 

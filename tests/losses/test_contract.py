@@ -13,6 +13,7 @@ import alignlab.losses
 from alignlab.losses import build_objective
 from alignlab.losses.align4gen import Align4Gen, fused_alignment_loss
 from alignlab.losses.crepa import Crepa, cross_frame_loss
+from alignlab.losses.dispersive import Dispersive, dispersive_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
 from alignlab.losses.layersync import LayerSync, layersync_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
@@ -94,6 +95,13 @@ def naive_moalign(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> T
     spatial_B = (distance_BNN * (apart_NN == 0)).sum((1, 2)) / (apart_NN == 0).sum()
     decayed_BNN = distance_BNN * torch.exp(-apart_NN / 10.0) * (apart_NN > 0)
     return spatial_B + decayed_BNN.sum((1, 2)) / (apart_NN > 0).sum()
+
+
+def naive_dispersive(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    z_BF = student_BND.flatten(1)
+    distance_BB = (z_BF[:, None] - z_BF).square().sum(-1) / z_BF.shape[1]
+    others = distance_BB[~torch.eye(len(z_BF), dtype=torch.bool)]
+    return torch.exp(-others / 0.5).mean().log().expand(len(z_BF))
 
 
 def saliency(tokens_BND: Tensor) -> Tensor:
@@ -268,6 +276,13 @@ ROWS = [
         changes={"blocks": (2,), "projector_dim": 8},
         formula=lambda s, t, ids: vae_alignment_loss(s, t),
         naive=naive_repa,
+    ),
+    ContractCase(
+        objective=Dispersive,
+        settings={"blocks": (0, 1)},
+        changes={"blocks": (1,), "tau": 1.0, "per_feature": False, "diagonal": True},
+        formula=lambda s, t, ids: dispersive_loss(s, per_feature=True),
+        naive=naive_dispersive,
     ),
 ]
 
