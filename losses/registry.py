@@ -13,6 +13,7 @@ from alignlab.losses.crepa import Crepa
 from alignlab.losses.dispersive import Dispersive
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.layersync import LayerSync
+from alignlab.losses.local_gram_flow import LocalGramFlow
 from alignlab.losses.moalign import MoAlign
 from alignlab.losses.objective import (
     LATENTS,
@@ -44,6 +45,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "layersync": LayerSync,
     "vae_repa": VaeRepa,
     "dispersive": Dispersive,
+    "local_gram_flow": LocalGramFlow,
 }
 
 OBJECTIVES: dict[str, type[Objective]]

@@ -15,6 +15,7 @@ SETTINGS: dict[str, str] = {
     "layersync": "blocks: [0, 1], deep_blocks: [3, 2]",
     "vae_repa": "blocks: [1], projector_dim: 32",
     "dispersive": "blocks: [1]",
+    "local_gram_flow": "blocks: [2], window: 3, projector_dim: 32",
 }
 
 

@@ -16,6 +16,7 @@ from alignlab.losses.crepa import Crepa, cross_frame_loss
 from alignlab.losses.dispersive import Dispersive, dispersive_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
 from alignlab.losses.layersync import LayerSync, layersync_loss
+from alignlab.losses.local_gram_flow import LocalGramFlow, local_gram_flow_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.refalign import RefAlign, reference_alignment_loss
@@ -102,6 +103,24 @@ def naive_dispersive(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -
     distance_BB = (z_BF[:, None] - z_BF).square().sum(-1) / z_BF.shape[1]
     others = distance_BB[~torch.eye(len(z_BF), dtype=torch.bool)]
     return torch.exp(-others / 0.5).mean().log().expand(len(z_BF))
+
+
+def squares(tokens_BND: Tensor) -> Tensor:
+    """Frames of 3x7 tokens."""
+    split: Tensor = frames(tokens_BND).unflatten(2, (3, 7))
+    return split
+
+
+def naive_local_gram_flow(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    rows, columns = torch.arange(3).repeat_interleave(7), torch.arange(7).repeat(3)
+    near_PP = (columns[:, None] - columns).abs() <= 3  # and all three rows
+    assert ((rows[:, None] - rows).abs() <= 3).all()
+    shares = [
+        ((x[:, :-1] @ x[:, 1:].mT) / 0.1).masked_fill(~near_PP, -torch.inf).log_softmax(-1)
+        for x in (frames(student_BND), frames(teacher_BND))
+    ]
+    gap = torch.where(near_PP, shares[1] - shares[0], 0.0)
+    return (shares[1].exp() * gap).sum(-1).mean((1, 2))
 
 
 def saliency(tokens_BND: Tensor) -> Tensor:
@@ -283,6 +302,27 @@ ROWS = [
         changes={"blocks": (1,), "tau": 1.0, "per_feature": False, "diagonal": True},
         formula=lambda s, t, ids: dispersive_loss(s, per_feature=True),
         naive=naive_dispersive,
+    ),
+    ContractCase(
+        objective=LocalGramFlow,
+        settings={
+            "teacher": "clip",
+            "blocks": (0, 1),
+            "projector_dim": 9,
+            "window": 3,
+            "grid": "teacher",
+        },
+        changes={
+            "blocks": (1,),
+            "teacher": "dino",
+            "window": 5,
+            "temperature": 0.5,
+            "normalize": False,
+            "grid": "student",
+            "projector_dim": 8,
+        },
+        formula=lambda s, t, ids: local_gram_flow_loss(squares(s), squares(t)),
+        naive=naive_local_gram_flow,
     ),
 ]
 
