@@ -1,5 +1,6 @@
 """What objectives read: recipes are held to it, and may do without a teacher."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def test_a_recipe_without_a_teacher_trains_and_says_what_is_not_measured(
     assert {name for name in metrics if name.startswith(("val/", "gen/"))} <= set(names)
     assert "val/flow" in metrics and "gen/contrast" in metrics
     # it names what a teacher would add
-    told = set(note.replace(",", " ").replace(":", " ").split())
+    told = set(re.findall(r"\w+", note))
     taught = config.model_copy(update={"teachers": load_run(recipe_file).teachers})
     added = {bare(name) for name in {*measured_names(taught)} - {*names}}
     assert added and added <= told and not added & {bare(name) for name in metrics}
