@@ -68,7 +68,8 @@ def local_gram_flow_loss(
         unit(x, dtype) if normalize else x.to(dtype)
         for x in (student_BTHWD, teacher_BTHWD.detach())
     )
-    outside_HWK = _outside(*student_BTHWD.shape[2:4], window, student_BTHWD.device)
+    height, width = student_BTHWD.shape[2:4]
+    outside_HWK = _outside(height, width, window, student_BTHWD.device)
     log_student, log_teacher = (
         F.log_softmax(
             (next_frame_products(x, window) / temperature).masked_fill(outside_HWK, OUTSIDE), -1
