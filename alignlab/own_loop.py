@@ -19,7 +19,13 @@ from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses import OBJECTIVES
-from alignlab.losses.objective import Features, Grid, ObjectiveConfig, check_implementations
+from alignlab.losses.objective import (
+    Features,
+    Grid,
+    ObjectiveConfig,
+    SelfTeacherConfig,
+    check_implementations,
+)
 from alignlab.losses.schedule import Ramp
 from alignlab.models.taps import find_wan
 from alignlab.stage1.compatibility import check_stage1, check_stage1_grid, stage1_folder_of
@@ -205,6 +211,11 @@ def _check_objective(
                 f"{where}.schedule: {objective.schedule.kind} without end needs "
                 "attach(..., total_steps=...)"
             )
+    if isinstance(objective, SelfTeacherConfig):
+        raise UserError(
+            f"{where}: {objective.name} reads a moving average of the transformer at another noise "
+            "level; only `alignlab train` makes one"
+        )
     if trains(objective):
         check_starts(alias, objective)
     try:

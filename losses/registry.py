@@ -21,11 +21,14 @@ from alignlab.losses.objective import (
     Objective,
     ObjectiveConfig,
     Reads,
+    SelfTeacherConfig,
+    self_key,
 )
 from alignlab.losses.plugins import lacks_name, registrations
 from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
+from alignlab.losses.sra import Sra
 from alignlab.losses.stage1.folder import Stage1Row, stage1_rows
 from alignlab.losses.vae_repa import VaeRepa
 from alignlab.losses.videorepa import VideoRepa
@@ -43,6 +46,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "moalign": MoAlign,
     "crepa": Crepa,
     "layersync": LayerSync,
+    "sra": Sra,
     "vae_repa": VaeRepa,
     "dispersive": Dispersive,
     "local_gram_flow": LocalGramFlow,
@@ -100,12 +104,13 @@ def _misread(objective: type[Objective], config: type[ObjectiveConfig]) -> str |
     reads = objective.reads
     if reads not in get_args(Reads):
         return f"reads {reads!r}: choose {', '.join(get_args(Reads))}"
-    if reads == "latents" and objective.tokens != "video":
-        return 'reads latents, which are those of the video: tokens = "video"'
+    if reads in ("latents", "self") and objective.tokens != "video":
+        return f'reads {reads}, which is of the video: tokens = "video"'
     if reads == "teacher" and issubclass(config, NoTeacherConfig):
         return 'has a Config without a teacher: say what it reads, as reads = "nothing"'
-    if reads != "teacher" and not issubclass(config, NoTeacherConfig):
-        return f"reads {reads}: derive its Config from alignlab.losses.objective.NoTeacherConfig"
+    base = SelfTeacherConfig if reads == "self" else NoTeacherConfig
+    if reads != "teacher" and not issubclass(config, base):
+        return f"reads {reads}: derive its Config from alignlab.losses.objective.{base.__name__}"
     return None
 
 
@@ -157,6 +162,8 @@ def build_objective(
         if latents_dim is None:
             raise ValueError(f"objective {config.name!r} reads clean latents: give latents_dim")
         teacher_dims = {LATENTS: latents_dim}
+    if isinstance(config, SelfTeacherConfig):
+        teacher_dims = {self_key(block): student_dim for block in config.deep_blocks}
     return objectives[config.name](
         config, student_dim=student_dim, teacher_dims=teacher_dims, seed=seed
     )

@@ -22,7 +22,7 @@ from alignlab.config.parts import (
 from alignlab.data.registry import DataConfig
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
-from alignlab.losses.objective import ObjectiveConfig
+from alignlab.losses.objective import ObjectiveConfig, SelfTeacherConfig
 from alignlab.teachers import TEACHERS, image_families
 
 if TYPE_CHECKING:
@@ -84,6 +84,16 @@ class RunConfig(TrainingConfig):
                     f"objectives.{alias}.teacher: {min(video_teachers)} takes whole clips, and "
                     f"references are images: name an image teacher ({image_families()})"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_average_teaches(self) -> Self:
+        own = [alias for alias, o in self.objectives.items() if isinstance(o, SelfTeacherConfig)]
+        if len(own) > 1:
+            raise ValueError(
+                f"objectives: {', '.join(own)} each have a moving average of the student for a "
+                "teacher; a run has one, so keep one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -160,7 +170,7 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
     tapped = {
         f"objectives.{alias}.{setting}": blocks
         for alias, objective in config.objectives.items()
-        for setting, blocks in objective.taps.items()
+        for setting, blocks in (objective.taps | objective.self_taps).items()
     }
     tapped["eval.blocks"] = config.eval.blocks or ()
     for key, blocks in tapped.items():

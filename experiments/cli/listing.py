@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 
-READS = {"teacher": "a teacher", "latents": "the clean latents", "nothing": "nothing else"}
+READS = {
+    "teacher": "a teacher",
+    "self": "the student's own average",
+    "latents": "the clean latents",
+    "nothing": "nothing else",
+}
 TITLES = {
     "run": "Runs, and the runs of comparisons and sweeps",
     "comparison": "Comparisons",

@@ -23,6 +23,7 @@ from alignlab.losses.refalign import RefAlign, reference_alignment_loss
 from alignlab.losses.registry import BUILT_IN
 from alignlab.losses.repa import Repa, repa_loss
 from alignlab.losses.sara import Sara, routed_relation_loss
+from alignlab.losses.sra import Sra, self_alignment_loss
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
@@ -287,6 +288,20 @@ ROWS = [
         changes={"blocks": (0,), "deep_blocks": (2, 2), "detach": False},
         alongside={"blocks": {"deep_blocks": (2,)}},
         formula=lambda s, t, ids: layersync_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=Sra,
+        settings={"blocks": (0, 1), "deep_blocks": (1, 2), "projector_dim": 9},
+        changes={
+            "blocks": (0,),
+            "deep_blocks": (2, 1),
+            "loss": "smooth_l1",
+            "beta": 0.5,
+            "projector_dim": 8,
+        },
+        alongside={"blocks": {"deep_blocks": (1,)}, "beta": {"loss": "smooth_l1"}},
+        formula=lambda s, t, ids: self_alignment_loss(s, t),
         naive=naive_repa,
     ),
     ContractCase(

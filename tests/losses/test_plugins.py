@@ -79,8 +79,8 @@ def test_what_is_installed_is_listed_and_recipes_can_name_it(
 def test_one_that_reads_no_teacher_trains_in_a_recipe_without_any(
     installed: Path, tmp_path: Path
 ) -> None:
-    settings = ("name=untaught", "objectives={}", UNTAUGHT, "teachers={}", *SMALL)
-    settings += ("tracking.mlflow=none", f"output={tmp_path}")
+    recipe = ("name=untaught", "objectives={}", UNTAUGHT, "teachers={}", *SMALL)
+    settings = (*recipe, "tracking.mlflow=none", f"output={tmp_path}")
     trained, taught, deep = answers(
         installed,
         ("train", "tiny", *settings),
@@ -198,6 +198,11 @@ class ReadsNoTeacherThatItHas(Objective):
 
 
 @final
+class ReadsItselfUnsettled(Objective):
+    tokens, reads, Config = "video", "self", WithoutTeacher
+
+
+@final
 class ReadsLatentsOfReferences(Objective):
     tokens, reads, Config = "reference", "latents", WithoutTeacher
 
@@ -234,10 +239,19 @@ def register(
         ("bad", "bad_objectives:NotFinal", "is not final"),
         ("bad", "bad_objectives:NoTokens", "must say which tokens it taps"),
         ("bad", "bad_objectives:NoConfig", "has no Config derived from"),
-        ("bad", "bad_objectives:ReadsPixels", "reads 'pixels': choose teacher, latents, nothing"),
+        (
+            "bad",
+            "bad_objectives:ReadsPixels",
+            "reads 'pixels': choose teacher, self, latents, nothing",
+        ),
         ("bad", "bad_objectives:ReadsNothingWithTeacher", "reads nothing: derive its Config from"),
         ("bad", "bad_objectives:ReadsNoTeacherThatItHas", "has a Config without a teacher"),
-        ("bad", "bad_objectives:ReadsLatentsOfReferences", "latents, which are those of the video"),
+        ("bad", "bad_objectives:ReadsLatentsOfReferences", "reads latents, which is of the video"),
+        (
+            "bad",
+            "bad_objectives:ReadsItselfUnsettled",
+            "derive its Config from alignlab.losses.obj",
+        ),
         ("bad", "bad_objectives:OtherName", 'has a Config without the line: name: Literal["bad"]'),
         ("bad", "bad_objectives:LooseName", 'has a Config without the line: name: Literal["bad"]'),
         ("bad", "alignlab.losses.repa:Repa", 'has a Config without the line: name: Literal["bad"]'),
