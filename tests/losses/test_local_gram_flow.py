@@ -1,15 +1,40 @@
-"""Local Gram flow: loops with borders, what it sees, memory."""
+"""Local Gram flow: a port's values, loops with borders, what it sees, memory."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from alignlab.losses import build_objective
-from alignlab.losses.local_gram_flow import LocalGramFlowConfig, local_gram_flow_loss
+from alignlab.losses.local_gram_flow import (
+    LocalGramFlowConfig,
+    local_gram_flow_loss,
+    next_frame_products,
+)
 from alignlab.losses.objective import Features, Tokens
+from authors_values import stored_numbers, wave
 from random_tensors import draw, draw_double
+
+
+def test_tokens_within_the_frame_have_the_ports_values() -> None:
+    """Of one channel: of more, the port takes an unfold's channels for places of the window.
+
+    At borders it gives what lies outside a product of 0 and a share.
+    """
+    expected = stored_numbers("local_gram_flow")
+    student, teacher = (0.5 * wave(1, 3, 81, 1, phase=p).unflatten(2, (9, 9)) for p in (1.0, 2.0))
+    student.requires_grad_()
+    log_student, log_teacher = (
+        F.log_softmax(next_frame_products(x, 7)[:, :, 3:6, 3:6] / 0.1, -1)
+        for x in (student, teacher)
+    )
+    loss = (log_teacher.exp() * (log_teacher - log_student)).sum(-1).mean()
+    assert loss.item() == pytest.approx(expected["interior"], rel=1e-12)
+    torch.autograd.backward(loss)
+    assert student.grad is not None
+    assert student.grad.norm().item() == pytest.approx(expected["gradient_norm"], rel=1e-9)
 
 
 def by_loops(student: Tensor, teacher: Tensor, window: int, temperature: float) -> Tensor:
