@@ -90,7 +90,7 @@ def _objectives(config: RunConfig) -> Iterable[tuple[str, ...]]:
     yield "name", "objective", "paper", "weight", "blocks", "teachers"
     for alias, objective in config.objectives.items():
         paper = getattr(OBJECTIVES[objective.name], "paper", None)
-        blocks = ", ".join(str(block) for block in objective.blocks)
+        blocks = " to ".join(", ".join(map(str, named)) for named in objective.taps.values())
         teachers = (f"{name} ({config.teachers[name].family})" for name in objective.teachers)
         shown = f"arXiv:{paper}" if paper else ""
         weight = f"{objective.weight:g}"

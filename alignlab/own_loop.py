@@ -19,7 +19,13 @@ from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses import OBJECTIVES
-from alignlab.losses.objective import Features, Grid, ObjectiveConfig, check_implementations
+from alignlab.losses.objective import (
+    Features,
+    Grid,
+    ObjectiveConfig,
+    SelfTeacherConfig,
+    check_implementations,
+)
 from alignlab.losses.schedule import Ramp
 from alignlab.models.taps import find_wan
 from alignlab.stage1.compatibility import check_stage1, check_stage1_grid, stage1_folder_of
@@ -80,7 +86,7 @@ def attach(
     transformer: nn.Module,
     *,
     objectives: Mapping[str, ObjectiveConfig | Mapping[str, Any]],
-    teachers: Mapping[str, EncodesFrames | TeacherConfig | Mapping[str, Any]],
+    teachers: Mapping[str, EncodesFrames | TeacherConfig | Mapping[str, Any]] | None = None,
     references: Literal["after", "before"] | None = None,
     total_steps: int | None = None,
     seed: int = 0,
@@ -96,7 +102,7 @@ def attach(
             (`{"name": "repa", "teacher": "dino", "blocks": [7]}`), or an objective's config.
         teachers: by alias, settings as under `teachers` of a recipe (`{"family": "dinov2"}`),
             which are loaded here; or a loaded `alignlab.teachers.Teacher`; or any other object
-            that `EncodesFrames`.
+            that `EncodesFrames`. None: the objectives read none.
         references: where reference frames lie in the transformer's sequence: after the video's
             frames, or before them. None: it holds the video alone.
         total_steps: of the training; schedules without an `end` of their own read it.
@@ -110,7 +116,7 @@ def attach(
         UserError: settings are wrong, a teacher or a Stage 1 network cannot be used, or an
             objective could never align anything.
     """
-    settings, loaded = _validated(objectives, teachers)
+    settings, loaded = _validated(objectives, teachers or {})
     model = find_wan(transformer)
     where = next(model.parameters()).device if device is None else torch.device(device)
     for alias, objective in settings.objectives.items():
@@ -189,8 +195,9 @@ def _check_objective(
 ) -> None:
     """Refuses an objective that could not work on this transformer, or never."""
     where = f"objectives.{alias}"
-    for block in objective.blocks:
-        check_block(f"{where}.blocks", block, num_blocks)
+    for setting, blocks in objective.taps.items():
+        for block in blocks:
+            check_block(f"{where}.{setting}", block, num_blocks)
     if references not in (None, "after", "before"):
         raise UserError(f"references: {references!r}; choose 'after', 'before' or None")
     if OBJECTIVES[objective.name].tokens == "reference" and references is None:
@@ -204,6 +211,11 @@ def _check_objective(
                 f"{where}.schedule: {objective.schedule.kind} without end needs "
                 "attach(..., total_steps=...)"
             )
+    if isinstance(objective, SelfTeacherConfig):
+        raise UserError(
+            f"{where}: {objective.name} reads a moving average of the transformer at another noise "
+            "level; only `alignlab train` makes one"
+        )
     if trains(objective):
         check_starts(alias, objective)
     try:
@@ -261,7 +273,7 @@ class _SoundTeachers:
 
     def __init__(self, alignment: Alignment) -> None:
         self._alignment = alignment
-        self._left = list(alignment.objectives)
+        self._left = [a for a, row in alignment.objectives.items() if row.config.teachers]
 
     def __call__(self, given: GivenClips, grid: Grid) -> bool:
         given.clips.check_sigma()

@@ -372,6 +372,8 @@ class RunTrainer(Trainer):
         make = partial(
             training_batch, self.run.clips, config.flow, seed=config.seed, step=step, reads=reads
         )
+        if self.run.self_teacher is not None:
+            make = partial(make, cleaner=self.run.self_teacher.config.cleaner)
         return MicroBatches(
             [partial(make, samples=samples) for samples in shares],
             move=partial(Batch.to, device=device),
@@ -393,13 +395,18 @@ class RunTrainer(Trainer):
         noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
         with run.autocast():
             out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
+            own = None
+            if run.self_teacher is not None and run.alignment.is_on(self.state.step, "self"):
+                own = run.self_teacher.features(run.branch, batch)
             # projectors run as the transformer does; kernels and frozen networks leave autocast
-            aligned = run.alignment.losses(batch, self.state.step, out.taps)
+            aligned = run.alignment.losses(batch, self.state.step, out.taps, own)
         return flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW), aligned
 
     def after_step(self, terms: SampleTerms) -> dict[str, float]:
         """Moves the average of the weights, and shows plateau schedules what they watch."""
         update_ema(self.run.state, self.config.optim.ema)
+        if self.run.self_teacher is not None:
+            self.run.self_teacher.update(self.run.wan.transformer, self.state.step)
         self._aligned.see(terms.values_of)
         factors = self.run.alignment.factors(self.state.step)
         self.run.alignment.watch(self.state.step, terms, self.ranks.total)

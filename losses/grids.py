@@ -202,6 +202,27 @@ def share_is_decided(share: Tensor, undecided: Tensor, threshold: float = FOREGR
     return (share > threshold) | (share + undecided <= threshold)
 
 
+def patch_tokens(latents_BCTHW: Tensor, patch_HW: tuple[int, int]) -> Tensor:
+    """Flattens latents patch by patch, as a transformer embeds them: (B, T, P, C*h*w).
+
+    Args:
+        latents_BCTHW: T latent frames, of which each is a frame of tokens.
+        patch_HW: (h, w) of a patch, which divide H and W.
+
+    Raises:
+        ValueError: they do not.
+    """
+    height, width = patch_HW
+    if latents_BCTHW.shape[3] % height or latents_BCTHW.shape[4] % width:
+        raise ValueError(
+            f"latents {tuple(latents_BCTHW.shape)} do not divide into patches {height}x{width}"
+        )
+    patches = latents_BCTHW.unflatten(4, (-1, width)).unflatten(3, (-1, height))
+    # (B, C, T, rows, h, columns, w)
+    tokens_BTPD: Tensor = patches.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
+    return tokens_BTPD
+
+
 def describe(student_grid: Grid, teacher_grid: Grid, side: Side = "student") -> str:
     """Says in one line how two grids meet on that of `side`, for the log of a run.
 

@@ -7,7 +7,7 @@ N = T*P tokens, D width.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -81,6 +81,11 @@ class Features:
         if len(shape) != 4 or shape[1:3] != (frames, height * width):
             raise ValueError(f"teacher tokens {shape} do not fill the grid {self.grid}")
 
+
+Reads = Literal["teacher", "self", "latents", "nothing"]
+"""What an objective compares the student's tokens with (`Objective.reads`)."""
+LATENTS = "latents"
+"""Under which `forward` and `teacher_dims` hold the clean latents, for those that read them."""
 
 Need = Literal["text", "masks", "foreground"]
 
@@ -246,7 +251,16 @@ class ObjectiveConfig(BaseModel):
             raise ValueError(f"blocks names a block twice: {list(blocks)}")
         return blocks
 
-    @field_validator("teacher")
+    @field_validator("teacher", mode="before", check_fields=False)
+    @classmethod
+    def _teacher_is_given(cls, teacher: Any) -> Any:
+        if teacher is None:
+            name = cls.model_fields["name"].default
+            raise ValueError(f"{name} reads a teacher: give an alias of the recipe's teachers")
+        return teacher
+
+    # not checked: NoTeacherConfig is without it
+    @field_validator("teacher", check_fields=False)
     @classmethod
     def _teachers_are_named_once(cls, teacher: str | tuple[str, ...]) -> str | tuple[str, ...]:
         names = (teacher,) if isinstance(teacher, str) else teacher
@@ -261,6 +275,89 @@ class ObjectiveConfig(BaseModel):
         """Aliases of the teachers whose features `forward` needs."""
         return (self.teacher,) if isinstance(self.teacher, str) else self.teacher
 
+    @property
+    def taps(self) -> dict[str, tuple[int, ...]]:
+        """Blocks whose tokens `forward` gets, by the setting that names them: `blocks`, to which an
+        objective may add others."""
+        return {"blocks": self.blocks}
+
+    @property
+    def tapped_blocks(self) -> tuple[int, ...]:
+        """All blocks of `taps`, each once."""
+        return tuple(dict.fromkeys(block for blocks in self.taps.values() for block in blocks))
+
+    @property
+    def self_taps(self) -> dict[str, tuple[int, ...]]:
+        """As `taps`, of the blocks of the student's own average (`SelfTeacherConfig`)."""
+        return {}
+
+
+class NoTeacherConfig(ObjectiveConfig):
+    """Settings of an objective that reads no teacher: it has no setting `teacher`.
+
+    A recipe that gives it one is refused.
+    """
+
+    if TYPE_CHECKING:
+        teacher: Any = None
+    else:
+        teacher: ClassVar[None] = None  # takes the field away
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_teacher(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "teacher" in values:
+            name = cls.model_fields["name"].default
+            raise ValueError(f"{name} reads no teacher; remove teacher")
+        return values
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+
+class SelfTeacherConfig(NoTeacherConfig):
+    """Settings of an objective whose teacher is a moving average of the student itself.
+
+    The average goes through the same noise, captions and references, at a cleaner noise level.
+
+    Args:
+        deep_blocks: blocks of the average that are compared with, one for each of `blocks`.
+        cleaner: the average's noise level lies below the student's by a uniform draw from 0 to
+            this, but not below 0: 0.2 (SRA).
+        ema: decay of the average, 0.9999 (SRA), which it approaches: after s steps it is
+            (1 + s) / (10 + s) while that is less, so that also in a short run no more than about
+            the last ninth counts (ours). Apart from `optim.ema`.
+    """
+
+    deep_blocks: tuple[int, ...] = Field(min_length=1)
+    cleaner: float = Field(default=0.2, ge=0.0, le=1.0)
+    ema: float = Field(default=0.9999, ge=0.0, lt=1.0)
+
+    @model_validator(mode="after")
+    def _blocks_come_in_pairs(self) -> Self:
+        if len(self.blocks) != len(self.deep_blocks):
+            raise ValueError(
+                f"deep_blocks names {len(self.deep_blocks)} blocks and blocks {len(self.blocks)}: "
+                "name one for each"
+            )
+        return self
+
+    @property
+    def self_taps(self) -> dict[str, tuple[int, ...]]:
+        """Blocks of the average whose tokens `forward` gets."""
+        return {"deep_blocks": self.deep_blocks}
+
+    def decay_at(self, step: int) -> float:
+        """Decay of the average after a step, 0-based."""
+        return min(self.ema, (1 + step) / (10 + step))
+
+
+def self_key(block: int) -> str:
+    """Under which `forward` and `teacher_dims` hold the average's tokens of a block."""
+    return f"self/{block}"
+
 
 NO_CONTEXT = Context()
 
@@ -269,14 +366,23 @@ class Objective(nn.Module, ABC):
     """An alignment loss with the projectors it trains. Concrete classes are final.
 
     A concrete class is built as `Class(config, *, student_dim, teacher_dims, seed)`; use
-    `build_objective`. Its parameters are trained with the student, saved for resume, and never
-    exported; those without `requires_grad` (a frozen Stage 1 network) are neither trained nor
-    saved. It draws no noise, reads no batch, logs nothing, and gives every sample the value that
-    the sample would have alone, unless `couples_samples` says otherwise.
+    `build_objective`. `teacher_dims` has the width of what `forward` gets as `teacher`. Its
+    parameters are trained with the student, saved for resume, and never exported; those without
+    `requires_grad` (a frozen Stage 1 network) are neither trained nor saved. It draws no noise,
+    reads no batch, logs nothing, and gives every sample the value that the sample would have alone,
+    unless `couples_samples` says otherwise.
     """
 
     Config: ClassVar[type[ObjectiveConfig]]
     tokens: ClassVar[Literal["video", "reference"]]
+    reads: ClassVar[Reads] = "teacher"
+    """What the tokens are compared with: features of the `teacher` that the config names; those of
+    the student's own average (`self`), whose `Config` derives from `SelfTeacherConfig`; the clean
+    `latents` of the batch's videos, on the grid of the video tokens; or `nothing` but tokens. With
+    the last two, `Config` derives from `NoTeacherConfig`."""
+    whole_step: ClassVar[bool] = False
+    """Whether `forward` needs all samples of a step at once, of which there are at least two: else
+    a recipe is refused."""
     paper: ClassVar[str] = ""
     """arXiv id such as 2410.06940, for `alignlab list objectives`; empty if there is none."""
     config: ObjectiveConfig
@@ -307,8 +413,10 @@ class Objective(nn.Module, ABC):
 
         Args:
             student: tapped tokens of the kind `tokens`, keyed by block index; holds at least
-                `config.blocks`. Grid and subject ids are the same in every block.
-            teacher: features keyed by alias; holds at least `config.teachers`. They are constants:
-                no gradient flows into them.
+                `config.tapped_blocks`. Grid and subject ids are the same in every block.
+            teacher: features keyed by alias; holds at least `config.teachers`, or, of an objective
+                that reads them, the clean latents under `LATENTS`, each token's patch flattened, or
+                the average's tokens of each deep block under `self_key(block)`, both on the
+                student's grid. They are constants: no gradient flows into them.
             context: holds at least what `needs` names.
         """

@@ -6,17 +6,31 @@ packages add theirs by entry points.
 
 import functools
 from collections.abc import Mapping
+from typing import get_args
 
 from alignlab.losses.align4gen import Align4Gen
 from alignlab.losses.crepa import Crepa
+from alignlab.losses.dispersive import Dispersive
 from alignlab.losses.irepa import IRepa
+from alignlab.losses.layersync import LayerSync
+from alignlab.losses.local_gram_flow import LocalGramFlow
 from alignlab.losses.moalign import MoAlign
-from alignlab.losses.objective import Objective, ObjectiveConfig
+from alignlab.losses.objective import (
+    LATENTS,
+    NoTeacherConfig,
+    Objective,
+    ObjectiveConfig,
+    Reads,
+    SelfTeacherConfig,
+    self_key,
+)
 from alignlab.losses.plugins import lacks_name, registrations
 from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
+from alignlab.losses.sra import Sra
 from alignlab.losses.stage1.folder import Stage1Row, stage1_rows
+from alignlab.losses.vae_repa import VaeRepa
 from alignlab.losses.videorepa import VideoRepa
 
 GROUP = "alignlab.objectives"
@@ -31,6 +45,11 @@ BUILT_IN: dict[str, type[Objective]] = {
     "sara": Sara,
     "moalign": MoAlign,
     "crepa": Crepa,
+    "layersync": LayerSync,
+    "sra": Sra,
+    "vae_repa": VaeRepa,
+    "dispersive": Dispersive,
+    "local_gram_flow": LocalGramFlow,
 }
 
 OBJECTIVES: dict[str, type[Objective]]
@@ -77,7 +96,22 @@ def _problem(thing: object, name: str) -> str | None:
     config = getattr(thing, "Config", None)
     if not (isinstance(config, type) and issubclass(config, ObjectiveConfig)):
         return "has no Config derived from alignlab.losses.objective.ObjectiveConfig"
-    return lacks_name(config, name)
+    return lacks_name(config, name) or _misread(thing, config)
+
+
+def _misread(objective: type[Objective], config: type[ObjectiveConfig]) -> str | None:
+    """Says of an objective that does not go with what it says that it reads why so."""
+    reads = objective.reads
+    if reads not in get_args(Reads):
+        return f"reads {reads!r}: choose {', '.join(get_args(Reads))}"
+    if reads in ("latents", "self") and objective.tokens != "video":
+        return f'reads {reads}, which is of the video: tokens = "video"'
+    if reads == "teacher" and issubclass(config, NoTeacherConfig):
+        return 'has a Config without a teacher: say what it reads, as reads = "nothing"'
+    base = SelfTeacherConfig if reads == "self" else NoTeacherConfig
+    if reads != "teacher" and not issubclass(config, base):
+        return f"reads {reads}: derive its Config from alignlab.losses.objective.{base.__name__}"
+    return None
 
 
 @functools.cache
@@ -98,6 +132,7 @@ def build_objective(
     *,
     student_dim: int,
     teacher_dims: Mapping[str, int],
+    latents_dim: int | None = None,
     seed: int = 0,
 ) -> Objective:
     """Builds the objective that `config.name` names, with freshly initialised projectors.
@@ -106,11 +141,13 @@ def build_objective(
         config: an instance of `OBJECTIVES[name].Config`.
         student_dim: width of the student's hidden tokens.
         teacher_dims: width of each teacher's features by alias.
+        latents_dim: width of a token's patch of clean latents, for objectives that read them.
         seed: of the projectors' initial weights; the same seed gives the same bits. Global random
             state is neither read nor changed.
 
     Raises:
-        ValueError: the name is not in `OBJECTIVES`, or a teacher of the config has no width.
+        ValueError: the name is not in `OBJECTIVES`, or a teacher of the config has no width, or the
+            latents that the objective reads.
     """
     objectives = _all_objectives()
     if config.name not in objectives:
@@ -121,6 +158,12 @@ def build_objective(
             f"objective {config.name!r} needs teacher {missing[0]!r}, "
             f"but there is only: {', '.join(teacher_dims) or 'none'}"
         )
+    if objectives[config.name].reads == "latents":
+        if latents_dim is None:
+            raise ValueError(f"objective {config.name!r} reads clean latents: give latents_dim")
+        teacher_dims = {LATENTS: latents_dim}
+    if isinstance(config, SelfTeacherConfig):
+        teacher_dims = {self_key(block): student_dim for block in config.deep_blocks}
     return objectives[config.name](
         config, student_dim=student_dim, teacher_dims=teacher_dims, seed=seed
     )

@@ -22,7 +22,7 @@ from alignlab.config.parts import (
 from alignlab.data.registry import DataConfig
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
-from alignlab.losses.objective import ObjectiveConfig
+from alignlab.losses.objective import ObjectiveConfig, SelfTeacherConfig
 from alignlab.teachers import TEACHERS, image_families
 
 if TYPE_CHECKING:
@@ -87,6 +87,32 @@ class RunConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _one_average_teaches(self) -> Self:
+        own = [alias for alias, o in self.objectives.items() if isinstance(o, SelfTeacherConfig)]
+        if len(own) > 1:
+            raise ValueError(
+                f"objectives: {', '.join(own)} each have a moving average of the student for a "
+                "teacher; a run has one, so keep one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_are_whole(self) -> Self:
+        optim = self.optim
+        for alias, objective in self.objectives.items():
+            if not OBJECTIVES[objective.name].whole_step:
+                continue
+            where = f"objectives.{alias}: {objective.name} compares all samples of a step"
+            if optim.batch_size < 2:
+                raise ValueError(f"{where}, and there is one; set optim.batch_size to 2 or more")
+            if optim.accumulate > 1:
+                raise ValueError(
+                    f"{where}, which optim.accumulate={optim.accumulate} spreads over passes of "
+                    f"{optim.batch_size // optim.accumulate}; set optim.accumulate=1"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _eval_teacher_exists(self) -> Self:
         alias = self.eval.teacher
         if alias is not None and alias not in self.teachers:
@@ -141,7 +167,11 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
     Raises:
         UserError: a block index is outside 0..num_blocks-1.
     """
-    tapped = {f"objectives.{alias}.blocks": o.blocks for alias, o in config.objectives.items()}
+    tapped = {
+        f"objectives.{alias}.{setting}": blocks
+        for alias, objective in config.objectives.items()
+        for setting, blocks in (objective.taps | objective.self_taps).items()
+    }
     tapped["eval.blocks"] = config.eval.blocks or ()
     for key, blocks in tapped.items():
         for block in blocks:

@@ -25,10 +25,10 @@ from alignlab.evaluation.token_metrics import ReferenceTokens, TeacherTokens, Vi
 from alignlab.losses.grids import FOREGROUND, covered_share, match_grid, student_frames
 from alignlab.models.taps import BlockTokens
 from alignlab.teachers import Teacher
-from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
 from alignlab.training.clip_memory import MadeOnce
 from alignlab.training.encoded import Encoded
+from alignlab.training.teacher_features import teacher_features
 
 VIDEO_TOKENS = 2048  # tokens that CKNNA compares: its cost grows with their square
 

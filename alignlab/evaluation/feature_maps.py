@@ -18,9 +18,9 @@ from alignlab.losses.grids import match_grid
 from alignlab.metrics.features import unit_rows
 from alignlab.models.taps import BlockTokens
 from alignlab.teachers import Teacher
-from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
 from alignlab.training.encoded import Encoded
+from alignlab.training.teacher_features import teacher_features
 
 PERPLEXITY = 30.0  # scikit-learn's default and the usual choice
 TAIL = 0.01  # share of values at either end that get the extreme colours

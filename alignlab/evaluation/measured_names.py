@@ -31,7 +31,7 @@ def measured_names(config: RunConfig, blocks: Sequence[int] | None = None) -> li
     if blocks is None:
         blocks = config.eval.blocks
     if blocks is None:
-        blocks = sorted({b for o in config.objectives.values() for b in o.blocks})
+        blocks = sorted({b for o in config.objectives.values() for b in o.tapped_blocks})
     if config.measured_against is not None and blocks:
         parts = [*(f"block{block}" for block in blocks), "mean"]
         for name, metric in {**REFERENCE_METRICS, **VIDEO_METRICS}.items():
@@ -43,6 +43,26 @@ def measured_names(config: RunConfig, blocks: Sequence[int] | None = None) -> li
         kept += own_names(config.eval.metrics)
         names += [f"{prefix}/{name}" for prefix in ("gen", "gen_real") for name in kept]
     return [*names, *COSTS]
+
+
+def lacking_a_teacher(config: RunConfig) -> tuple[list[str], list[str]]:
+    """Metrics of tokens and of generated clips, by the names of their tables, that a run measures
+    only because a teacher is named: what a recipe without one goes without.
+
+    Args:
+        config: the run, without a teacher that reads frames.
+    """
+    met = needs_met(config)
+    with_teacher: set[Need] = met | {"image teacher", "any teacher"}
+    of_tokens: dict[str, Metric] = {**REFERENCE_METRICS, **VIDEO_METRICS}
+    return (
+        [name for name, metric in of_tokens.items() if _is_measured(metric, with_teacher)],
+        [
+            name
+            for name, metric in GENERATION_METRICS.items()
+            if _is_measured(metric, with_teacher) and not _is_measured(metric, met)
+        ],
+    )
 
 
 def needs_met(config: RunConfig) -> set[Need]:

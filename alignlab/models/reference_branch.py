@@ -7,7 +7,7 @@ Shape letters: B batch, C channels, T latent frames, H height, W width, K refere
 tokens, D width, N tokens.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +17,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.config.parts import ModelConfig
@@ -41,6 +42,26 @@ class Output:
     taps: dict[int, BlockTokens]
 
 
+@dataclass(frozen=True)
+class OtherWeights:
+    """Weights that a forward pass takes in place of the transformer's, which stay where they are.
+
+    Args:
+        weights: by the name of their parameter; what is not among them is the transformer's own.
+        taps: of the transformer; which the branch was given as one of its `others`.
+        kinds: by block, which of its tokens they keep.
+    """
+
+    weights: Mapping[str, Tensor]
+    taps: Taps
+    kinds: Mapping[int, Collection[Kind]]
+
+    def of(self, transformer: nn.Module) -> Callable[..., Any]:
+        """What to call in place of the transformer."""
+        weights = dict(self.weights)
+        return lambda **inputs: functional_call(transformer, weights, (), inputs)
+
+
 class ReferenceBranch:
     """Runs the transformer on videos with references, and taps its blocks.
 
@@ -62,6 +83,7 @@ class ReferenceBranch:
         kinds: by block, which of its tokens the taps keep; None: all. At 81 frames of 480x832 the
             video tokens of one block of Wan 1.3B take 0.1 GB in bf16.
         taps: of this transformer, in place of `blocks`: their hooks come and go with the branch.
+        others: of other weights (`OtherWeights`), whose hooks do so as well.
 
     Raises:
         UserError: a block index is out of range, the patches span several latent frames, or the
@@ -77,8 +99,10 @@ class ReferenceBranch:
         blocks: Sequence[int] = (),
         kinds: Mapping[int, Collection[Kind]] | None = None,
         taps: Taps | None = None,
+        others: Sequence[Taps] = (),
     ) -> None:
         self._transformer = transformer
+        self._others = tuple(others)
         self._model = unwrap(transformer)
         self.absent_references = absent_references
         self._joint_attention = SameDtypeAttention()
@@ -102,6 +126,7 @@ class ReferenceBranch:
         blocks: Sequence[int] = (),
         kinds: Mapping[int, Collection[Kind]] | None = None,
         taps: Taps | None = None,
+        others: Sequence[Taps] = (),
     ) -> Self:
         """The branch as a recipe trains it; see the class for what it raises."""
         return cls(
@@ -111,10 +136,12 @@ class ReferenceBranch:
             blocks=blocks,
             kinds=kinds,
             taps=taps,
+            others=others,
         )
 
     def __enter__(self) -> Self:
-        self._taps.__enter__()
+        for taps in (self._taps, *self._others):
+            taps.__enter__()
         for block in self._model.blocks:
             pairs = ((block.attn1, self._joint_attention), (block.attn2, self._text_attention))
             for attention, processor in pairs:
@@ -135,7 +162,8 @@ class ReferenceBranch:
         for attention, original in self._originals:
             attention.set_processor(original)
         self._originals = []
-        self._taps.__exit__(exc_type, exc, traceback)
+        for taps in (self._taps, *self._others):
+            taps.__exit__(exc_type, exc, traceback)
         self._entered = False
 
     def __call__(
@@ -146,6 +174,7 @@ class ReferenceBranch:
         references: Sequence[Tensor],
         *,
         capture: bool = True,
+        other: OtherWeights | None = None,
     ) -> Output:
         """Predicts the velocity of every video.
 
@@ -155,6 +184,7 @@ class ReferenceBranch:
             text_BLD: prompt embeddings.
             references: per sample (K, C, H, W) clean latents, K >= 0, of the video's size.
             capture: whether to return the tapped tokens.
+            other: weights in place of the transformer's own, and what is tapped of them.
 
         Raises:
             ValueError: shapes do not fit each other, the patches or the position table.
@@ -168,6 +198,10 @@ class ReferenceBranch:
         if isinstance(self._text_attention, VideoTextAttention):
             self._text_attention.num_video_tokens = grid[0] * grid[1] * grid[2]
         dtype = self._model.patch_embedding.weight.dtype
+        forward: Callable[..., Any] = self._transformer
+        taps, kinds = self._taps, self._kinds
+        if other is not None:
+            forward, taps, kinds = other.of(self._transformer), other.taps, other.kinds
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
@@ -175,10 +209,10 @@ class ReferenceBranch:
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
             ]
             recording: AbstractContextManager[dict[int, list[Tensor]]] = (
-                self._taps.recording() if capture else nullcontext({})
+                taps.recording() if capture else nullcontext({})
             )
             with recording as outputs:
-                out = self._transformer(
+                out = forward(
                     hidden_states=torch.stack(sequences).to(dtype),
                     timestep=torch.stack([timesteps_B[i] for i in group]),
                     encoder_hidden_states=torch.stack([text_BLD[i] for i in group]).to(dtype),
@@ -187,14 +221,9 @@ class ReferenceBranch:
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
             for block, (tokens,) in outputs.items():
                 tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
-        # without the tokens of zeros: they show no subject
-        lengths = [(grid[0] + len(r)) * grid[1] * grid[2] for r in references]
-        samples = {
-            block: [rows[i][:length] for i, length in enumerate(lengths)]
-            for block, rows in tapped.items()
-        }
+        samples = _without_zeros(tapped, references, grid)
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
-        return Output(velocity_BCTHW, block_tokens(samples, grid, self._kinds))
+        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds))
 
     def _extra_frames(self, reference_KCHW: Tensor) -> Tensor:
         """The clean latent frames that follow a sample's video."""
@@ -220,6 +249,17 @@ class ReferenceBranch:
                 f"{longest} positions exceed the transformer's {self._model.rope.max_seq_len}"
             )
         return grid
+
+
+def _without_zeros(
+    tapped: Mapping[int, Mapping[int, Tensor]], references: Sequence[Tensor], grid: Grid
+) -> dict[int, list[Tensor]]:
+    """By block the samples in order, without the tokens of zeros: they show no subject."""
+    lengths = [(grid[0] + len(r)) * grid[1] * grid[2] for r in references]
+    return {
+        block: [rows[i][:length] for i, length in enumerate(lengths)]
+        for block, rows in tapped.items()
+    }
 
 
 def unwrap(transformer: nn.Module) -> WanTransformer3DModel:

@@ -6,6 +6,7 @@ teachers run once a batch, every term is weighted per sample.
 Shape letters: B batch, K references, P tokens per frame, D width, T frames, H, W pixels.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,18 +21,29 @@ from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
-from alignlab.losses.objective import Features, Grid, Need, Objective, ObjectiveConfig, Terms
+from alignlab.losses.objective import (
+    LATENTS,
+    Features,
+    Grid,
+    Need,
+    Objective,
+    ObjectiveConfig,
+    Reads,
+    Terms,
+    Tokens,
+)
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens, Kind, Taps, find_wan
 from alignlab.models.weight_check import check_weights
 from alignlab.progress import tell_once
 from alignlab.randomness import derive_seed
-from alignlab.teachers import DiffusionTeacher, Teacher, image_families
+from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.training.aligned_samples import AlignedInOwnLoop, trained_samples, trains
 from alignlab.training.batch_context import BatchContext, ClipContents
-from alignlab.training.encoded import FeatureRead, TokenKind
+from alignlab.training.encoded import FeatureRead
 from alignlab.training.own_clips import Clips, GivenClips, Place, RecordedTokens
 from alignlab.training.step_terms import WATCHED, Aligned, SampleTerms, feature_magnitudes
+from alignlab.training.teacher_features import teacher_features
 
 
 class Alignment(nn.Module):
@@ -87,10 +99,13 @@ class Alignment(nn.Module):
         self.teachers = {alias: row for alias, row in teachers.items() if alias in used}
         self.shuffled = frozenset(shuffled).intersection(used)
         width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+        _, *patch = model.config["patch_size"]
+        self._patch_HW = (int(patch[0]), int(patch[1]))
+        latents_dim = model.config["out_channels"] * math.prod(patch)
         dims = {alias: teacher.dim for alias, teacher in self.teachers.items()}
         self.objectives: dict[str, Objective] = {}
         for alias, config in objectives.items():
-            self.objectives[alias] = _built(alias, config, width, dims, seed)
+            self.objectives[alias] = _built(alias, config, width, dims, latents_dim, seed)
             # prefixed, because an alias may be the name of an attribute
             self.add_module(f"objective_{alias}", self.objectives[alias])
         self.to(device)
@@ -224,7 +239,7 @@ class Alignment(nn.Module):
 
     def _refuse_no_gradient(self, alias: str, taps: Mapping[int, BlockTokens]) -> None:
         config, kind = self.objectives[alias].config, self.objectives[alias].tokens
-        for block in config.blocks:
+        for block in config.blocks:  # a deeper block that it taps may be what it is compared with
             if trains(config) and not taps[block].of(kind).tokens_BND.requires_grad:
                 raise UserError(
                     f"objectives.{alias}: the tokens of block {block} carry no gradient, so it "
@@ -244,7 +259,7 @@ class Alignment(nn.Module):
         """Which tokens of each of them an objective reads."""
         kinds: dict[int, set[Kind]] = {}
         for objective in self.objectives.values():
-            for block in objective.config.blocks:
+            for block in objective.config.tapped_blocks:
                 kinds.setdefault(block, set()).add(objective.tokens)
         return kinds
 
@@ -303,15 +318,25 @@ class Alignment(nn.Module):
         used = [self.objectives[alias].needs for alias in self._active(step)]
         return frozenset[Need]().union(*used)
 
-    def losses(self, clips: ClipContents, step: int, taps: Mapping[int, BlockTokens]) -> Aligned:
-        """Runs each teacher once and each objective on its tapped tokens.
+    def is_on(self, step: int, reads: Reads) -> bool:
+        """Whether a step computes an objective that reads this."""
+        return any(self.objectives[alias].reads == reads for alias in self._active(step))
 
-        An objective whose schedule gives 0 is left out, and so is a teacher that only it reads.
+    def losses(
+        self,
+        clips: ClipContents,
+        step: int,
+        taps: Mapping[int, BlockTokens],
+        own: Mapping[str, Features] | None = None,
+    ) -> Aligned:
+        """Runs each teacher once and each objective on its tapped tokens, but for one whose
+        schedule gives 0 and a teacher that only it reads.
 
         Args:
             clips: what the samples show.
             step: optimizer steps done.
             taps: by block, the tokens that the objectives read.
+            own: features of the student's average, where one reads them.
 
         Raises:
             UserError: grids do not correspond, or a teacher or a kernel cannot be used.
@@ -323,7 +348,7 @@ class Alignment(nn.Module):
         weighted: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         factors = self.factors(step)
-        known = BatchContext(clips, self._reference_grid(taps))
+        known = BatchContext(clips, self._reference_grid(taps), self._patch_HW)
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
             if factor == 0:
@@ -335,14 +360,10 @@ class Alignment(nn.Module):
                     features[name, kind] = teacher_features(
                         self.teachers[name], clips, kind, grid, is_shuffled=name in self.shuffled
                     )
-            student = {b: taps[b].of(kind) for b in config.blocks}
-            if kind == "reference":
-                student = {
-                    b: replace(tokens, subject_ids_BN=known.ids_BN, host_ids_BN=known.host_ids_BN)
-                    for b, tokens in student.items()
-                }
-            self._log_grids(alias, grid, [features[name, kind].grid for name in config.teachers])
+            student = _student(objective, taps, known)
             teacher = {name: features[name, kind] for name in config.teachers}
+            teacher |= _untaught(objective, known, own)
+            self._log_grids(alias, grid, [features.grid for features in teacher.values()])
             try:
                 objective_terms = objective(student, teacher, known.of(objective))
             except ValueError as error:  # such as grids that do not correspond
@@ -391,20 +412,55 @@ class Alignment(nn.Module):
         self._logged.add(alias)
         objective = self.objectives[alias]
         grids = ", ".join(describe(student, teacher, objective.side) for teacher in teachers)
+        where = " and ".join(_depths(blocks) for blocks in objective.config.taps.values())
+        deep = " and ".join(map(_depths, objective.config.self_taps.values()))
+        against = {"teacher": grids, "latents": f"clean latents, {grids}", "nothing": "no teacher"}
+        against["self"] = f"block {deep} of its average, {grids}"
         tell_once(
             f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
-            f"{_depths(objective.config.blocks)}; {grids}"
+            f"{where}; {against[objective.reads]}"
         )
 
 
+def _student(
+    objective: Objective, taps: Mapping[int, BlockTokens], known: BatchContext
+) -> dict[int, Tokens]:
+    """The student's tokens that an objective reads, by block."""
+    student = {b: taps[b].of(objective.tokens) for b in objective.config.tapped_blocks}
+    if objective.tokens == "video":
+        return student
+    return {
+        b: replace(tokens, subject_ids_BN=known.ids_BN, host_ids_BN=known.host_ids_BN)
+        for b, tokens in student.items()
+    }
+
+
+def _untaught(
+    objective: Objective, known: BatchContext, own: Mapping[str, Features] | None
+) -> dict[str, Features]:
+    """What an objective reads in the place of a teacher's features."""
+    if objective.reads == "latents":
+        return {LATENTS: known.latents}
+    if objective.reads == "self":
+        assert own is not None  # `RunTrainer.forward`; a loop of one's own has none
+        return dict(own)
+    return {}
+
+
 def _built(
-    alias: str, config: ObjectiveConfig, width: int, dims: Mapping[str, int], seed: int
+    alias: str,
+    config: ObjectiveConfig,
+    width: int,
+    dims: Mapping[str, int],
+    latents_dim: int,
+    seed: int,
 ) -> Objective:
     try:
         built = build_objective(
             config,
             student_dim=width,
             teacher_dims=dims,
+            latents_dim=latents_dim,
             seed=derive_seed(seed, f"projector-{alias}"),
         )
     except ValueError as error:  # such as a Stage 1 folder with damaged weights
@@ -427,45 +483,3 @@ def _sum_over_ranks(values: Tensor) -> Tensor:
 
 def _depths(blocks: tuple[int, ...]) -> str:
     return ", ".join(f"{block} (depth {block + 1})" for block in blocks)
-
-
-def teacher_features(
-    teacher: Teacher | DiffusionTeacher,
-    clips: ClipContents,
-    kind: TokenKind,
-    grid: Grid,
-    *,
-    is_shuffled: bool = False,
-) -> Features:
-    """A teacher's features of the batch's frames (`video`) or reference images (`reference`).
-
-    The teacher's patch grid is the student's, unless it has its own for video; along time it sees
-    every pixel frame. Each clip is encoded by itself (`Encoded.features`), or read from the dataset
-    cache; references are padded with zeros to `(B, K, P, D)`.
-
-    Args:
-        teacher: of either kind.
-        clips: of the batch.
-        kind: of tokens.
-        grid: (T, H, W) of the student's tokens.
-        is_shuffled: take other clips' features (`alignlab.training.shuffle`).
-
-    Raises:
-        UserError: reference images for a video teacher.
-    """
-    if kind == "video":
-        read = FeatureRead(teacher, "video", teacher.grid or grid[1:], is_shuffled)
-        tokens_BTPD = torch.stack([rows for rows in clips.features(read) if rows is not None])
-        return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW))
-    if teacher.is_video:
-        raise UserError(
-            "teachers: a video teacher takes whole clips, and references are images: give "
-            f"objectives on reference tokens an image teacher ({image_families()})"
-        )
-    shape = (len(clips.sigma_B), grid[0], grid[1] * grid[2], teacher.dim)
-    padded = torch.zeros(shape, device=clips.sigma_B.device)
-    read = FeatureRead(teacher, "reference", grid[1:], is_shuffled)
-    for row, rows in enumerate(clips.features(read)):
-        if rows is not None:
-            padded[row, : len(rows)] = rows
-    return Features(padded, grid)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from alignlab.kernels.host_copy import to_device
-from alignlab.losses.grids import covered_share
-from alignlab.losses.objective import Context, Grid, Objective
+from alignlab.losses.grids import covered_share, patch_tokens
+from alignlab.losses.objective import Context, Features, Grid, Objective
 from alignlab.training.encoded import FeatureRead
 
 
@@ -22,6 +22,10 @@ class ClipContents(Protocol):
     @property
     def sigma_B(self) -> Tensor:
         """Noise level of each sample, on the training device; 1 is pure noise."""
+
+    @property
+    def latents_BCTHW(self) -> Tensor | None:
+        """Clean latents of the videos."""
 
     @property
     def caption_BLD(self) -> Tensor | None:
@@ -57,11 +61,18 @@ class BatchContext:
     Args:
         batch: of a run, or of a loop of one's own.
         reference_grid: (K, H, W) of its reference tokens, or None if nothing reads them.
+        patch_HW: of a token of the transformer, in latents.
     """
 
-    def __init__(self, batch: ClipContents, reference_grid: Grid | None = None) -> None:
+    def __init__(
+        self,
+        batch: ClipContents,
+        reference_grid: Grid | None = None,
+        patch_HW: tuple[int, int] = (1, 1),
+    ) -> None:
         self._batch = batch
         self._reference_grid = reference_grid
+        self._patch_HW = patch_HW
         self._device = batch.sigma_B.device
 
     def of(self, objective: Objective) -> Context:
@@ -72,6 +83,21 @@ class BatchContext:
             self._foreground_BN if "foreground" in objective.needs else None,
             self._undecided_BTHW if "masks" in objective.needs else None,
         )
+
+    @cached_property
+    def latents(self) -> Features:
+        """The clean latents on the grid of the video tokens.
+
+        Raises:
+            ValueError: they do not divide into patches.
+        """
+        latents_BCTHW = self._batch.latents_BCTHW
+        assert latents_BCTHW is not None  # of every run; `GivenClips.check`
+        tokens_BTPD = patch_tokens(latents_BCTHW, self._patch_HW)
+        height, width = (
+            n // p for n, p in zip(latents_BCTHW.shape[3:], self._patch_HW, strict=True)
+        )
+        return Features(tokens_BTPD, (tokens_BTPD.shape[1], height, width))
 
     @cached_property
     def host_ids_BN(self) -> Tensor:

@@ -41,7 +41,8 @@ class Batch:
     before dropout. `referenced_B`, bool on the CPU, says which samples keep a reference that shows
     something. `clips` are what the samples were made of: what reads pixels asks them, and so
     decodes nothing that nothing reads. `loaded` are features of teachers, by sample: None of
-    references that were dropped. Others are asked of the clips.
+    references that were dropped. Others are asked of the clips. `cleaner_B` says how much less
+    noise the student's average sees.
     """
 
     latents_BCTHW: Tensor
@@ -54,6 +55,7 @@ class Batch:
     referenced_B: Tensor
     clips: list[Encoded]
     loaded: dict[FeatureRead, list[Tensor | None]] = field(default_factory=dict)
+    cleaner_B: Tensor | None = None
 
     def features(self, read: FeatureRead) -> list[Tensor | None]:
         """Features of a teacher, on the device: by sample, None if its references are dropped."""
@@ -108,6 +110,7 @@ class Batch:
             text_BLD=change(self.text_BLD),
             caption_BLD=change(self.caption_BLD),
             references=[change(latents_KCHW) for latents_KCHW in self.references],
+            cleaner_B=_if_there(change, self.cleaner_B),
             loaded={
                 read: [_if_there(change, rows) for rows in features]
                 for read, features in self.loaded.items()
@@ -307,6 +310,7 @@ def training_batch(
     step: int,
     samples: range,
     reads: Sequence[FeatureRead] = (),
+    cleaner: float | None = None,
 ) -> Batch:
     """The samples `samples` of a step's global batch, on the CPU.
 
@@ -319,6 +323,8 @@ def training_batch(
             a position does not change what is drawn for it.
         reads: features of teachers that the step reads: loaded with the batch, if they are kept.
             Else a teacher runs when they are read, or in `Batch.completed`.
+        cleaner: the most by which the noise level of the student's average lies below a sample's;
+            None: nothing reads one.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
@@ -329,6 +335,9 @@ def training_batch(
         sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))
         keep.append(_draw_kept(flow, generator(seed, "dropout", step, sample)))
     batch = collate(encoded, noise, sigma, keep, clips.empty_text_LD)
+    if cleaner is not None:
+        draws = [torch.rand((), generator=generator(seed, "cleaner", step, n)) for n in samples]
+        batch = replace(batch, cleaner_B=cleaner * torch.stack(draws))
     if clips.keeps_features:
         batch.load(reads)
     return batch

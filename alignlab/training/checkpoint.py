@@ -6,6 +6,7 @@ checkpoints/step-000500/
     objectives.safetensors               projectors, state of plateau stops
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
+    self_teacher.safetensors             that which an objective has for a teacher, likewise
     state.json                           step, hash of frozen Stage 1 networks, how many samples
                                          had something to align
     checksums.json                       SHA-256 of all of these
@@ -110,12 +111,14 @@ class RunState(TrainState):
         transformer: the diffusers model itself, without wrappers.
         objectives: projectors of all objectives; may have no parameter.
         ema: moving average of the trained transformer parameters by name, or None.
+        self_teacher: moving average of the same that an objective has for a teacher, or None.
         put_aside: the trained parameters while their average is in their place, else None.
     """
 
     transformer: WanTransformer3DModel
     objectives: nn.Module
     ema: dict[str, Tensor] | None
+    self_teacher: dict[str, Tensor] | None = field(default=None, kw_only=True)
     put_aside: dict[str, Tensor] | None = field(default=None, kw_only=True)
 
     @property
@@ -143,8 +146,8 @@ class RunState(TrainState):
         else:
             self.transformer.save_pretrained(folder / "transformer")
         save_file(_trained(self.objectives), folder / "objectives.safetensors")
-        if self.ema is not None:
-            save_file(self.ema, folder / "ema.safetensors")
+        for file, average in self._averages().items():
+            save_file(average, folder / file)
 
     def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         if facts["frozen"] != frozen_digest(self.objectives):
@@ -154,11 +157,16 @@ class RunState(TrainState):
             )
         load_transformer(self.transformer, folder)
         _restore_trained(self.objectives, load_file(folder / "objectives.safetensors"))
-        if self.ema is not None:
-            average = load_file(folder / "ema.safetensors")
-            _check(folder / "ema.safetensors", average)
-            for name, value in average.items():
-                self.ema[name].copy_(value)
+        for file, average in self._averages().items():
+            stored = load_file(folder / file)
+            _check(folder / file, stored)
+            for name, value in stored.items():
+                average[name].copy_(value)
+
+    def _averages(self) -> dict[str, dict[str, Tensor]]:
+        """Moving averages by their file."""
+        kept = {"ema.safetensors": self.ema, "self_teacher.safetensors": self.self_teacher}
+        return {file: average for file, average in kept.items() if average is not None}
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"frozen": frozen_digest(self.objectives)}

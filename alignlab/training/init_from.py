@@ -100,9 +100,9 @@ def start_from(state: RunState, wan: Wan, config: RunConfig, source: InitSource)
             "it is of another shape; take the model that the run began with"
         ) from error
     _take_projectors(state, config, source)
-    if state.ema is not None:
-        parameters = dict(wan.transformer.named_parameters())
-        for name, average in state.ema.items():
+    parameters = dict(wan.transformer.named_parameters())
+    for averages in (state.ema, state.self_teacher):
+        for name, average in (averages or {}).items():
             average.copy_(parameters[name].detach())
     log.info("%s: starts from %s", SETTING, source.checkpoint)
 

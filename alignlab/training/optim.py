@@ -68,12 +68,16 @@ def step_unless(optimizer: torch.optim.Optimizer, is_broken: Tensor) -> None:
 
 def update_ema(state: RunState, decay: float | None) -> None:
     """Moves the average towards the trained weights."""
-    if state.ema is None or decay is None:
-        return
-    trained = dict(state.transformer.named_parameters())
-    with torch.no_grad():
-        parameters = [trained[name] for name in state.ema]
-        torch._foreach_lerp_(list(state.ema.values()), parameters, 1 - decay)
+    if state.ema is not None and decay is not None:
+        move_average(state.ema, state.transformer, decay)
+
+
+@torch.no_grad()
+def move_average(average: dict[str, Tensor], transformer: nn.Module, decay: float) -> None:
+    """Moves an average of parameters, by their names, towards them, in place."""
+    trained = dict(transformer.named_parameters())
+    parameters: list[Tensor] = [trained[name] for name in average]
+    torch._foreach_lerp_(list(average.values()), parameters, 1 - decay)
 
 
 @contextmanager

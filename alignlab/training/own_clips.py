@@ -52,6 +52,8 @@ class Clips:
             last token; also of captions that were dropped in this step.
         undecided_BTHW: bool, pixels of which it is not known whether an entity is there, none of
             them in `masks_BTHW`. None: there are none.
+        latents_BCTHW: clean latents of the video, without reference frames, as the flow loss has
+            them, on the device of the transformer.
 
     Raises:
         UserError: a field has another shape, dtype or range, or fields do not go together.
@@ -66,6 +68,7 @@ class Clips:
     masks_BTHW: Tensor | None = None
     text_BLD: Tensor | None = None
     undecided_BTHW: Tensor | None = None
+    latents_BCTHW: Tensor | None = None
 
     def __post_init__(self) -> None:
         sigma_B = self.sigma_B
@@ -90,10 +93,14 @@ class Clips:
                 raise UserError("Clips.undecided_BTHW: says nothing without masks_BTHW; give both")
             what = f"bool {tuple(masks.shape)}, as masks_BTHW"
             _check("undecided_BTHW", what, self.undecided_BTHW, [torch.bool], tuple(masks.shape))
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
         if self.text_BLD is not None:
-            dtypes = [torch.float32, torch.bfloat16, torch.float16]
             what = "floating (B, L, D)"
             _check("text_BLD", what, self.text_BLD, dtypes, (batch, None, None))
+        if self.latents_BCTHW is not None:
+            size = tuple(int(length) for length in self.latent_shape)
+            what = f"floating (B, C, T, H, W), the last three {size}"
+            _check("latents_BCTHW", what, self.latents_BCTHW, dtypes, (batch, None, *size))
         self._check_references(batch)
 
     def check_sigma(self) -> None:
@@ -168,6 +175,8 @@ def _unlike(name: str, what: str, value: Any) -> UserError:
 
 NEEDED = {"text": "text_BLD", "masks": "masks_BTHW", "foreground": "reference_masks"}
 """Field of `Clips` by what an objective needs."""
+OF_VIDEO = {"teacher": "frames_BTHWC", "latents": "latents_BCTHW"}
+"""Field of `Clips` by what objectives on video tokens read."""
 
 
 class GivenClips:
@@ -189,8 +198,11 @@ class GivenClips:
             UserError: it names the field.
         """
         clips = self.clips
-        field = "frames_BTHWC" if objective.tokens == "video" else "references"
-        fields = [field, *(NEEDED[need] for need in sorted(objective.needs))]
+        fields = [NEEDED[need] for need in sorted(objective.needs)]
+        if objective.tokens == "reference":
+            fields.insert(0, "references")
+        elif objective.reads in OF_VIDEO:
+            fields.insert(0, OF_VIDEO[objective.reads])
         for name in fields:
             if getattr(clips, name) is None:
                 raise UserError(
@@ -201,6 +213,10 @@ class GivenClips:
     @property
     def sigma_B(self) -> Tensor:
         return self.clips.sigma_B
+
+    @property
+    def latents_BCTHW(self) -> Tensor | None:
+        return self.clips.latents_BCTHW
 
     @property
     def caption_BLD(self) -> Tensor | None:

@@ -40,6 +40,8 @@ def run_alignment(config: RunConfig, wan: Wan, grid: Grid, device: torch.device)
         if alias in used
     }
     for alias, objective in config.objectives.items():
+        if not objective.teachers:
+            continue
         name = objective.teachers[0]
         check_stage1(
             alias,

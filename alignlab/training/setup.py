@@ -37,6 +37,7 @@ from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
 from alignlab.training.run_alignment import check_data, check_teachers, run_alignment
+from alignlab.training.self_teacher import SelfTeacher
 from alignlab.training.shuffle import shuffle_note
 from alignlab.training.teacher_check import check_noise
 
@@ -61,6 +62,7 @@ class Run:
     caches: "Caches"
     notes: tuple[str, ...]
     """Warnings about data and teachers, which were logged; they are kept in `result.json`."""
+    self_teacher: SelfTeacher | None = None
 
     @property
     def device(self) -> torch.device:
@@ -131,21 +133,27 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     told = (*cut_captions(wan.text, captions), *_teacher_notes(config, alignment))
     for note in told:
         warn_once(note)
+    self_teacher = SelfTeacher.of(config.objectives, wan.transformer)
     branch = ReferenceBranch.of(
-        wan.transformer, config.model, taps=alignment.taps, kinds=alignment.kinds
+        wan.transformer,
+        config.model,
+        taps=alignment.taps,
+        kinds=alignment.kinds,
+        others=() if self_teacher is None else (self_teacher.taps,),
     )
     return Run(
         config,
         ranks,
         wan,
         alignment,
-        _initial_state(config, wan, alignment),
+        _initial_state(config, wan, alignment, self_teacher),
         ClipEncoder(wan.frozen, dataset, caches.values, caches.train),
         ClipEncoder(wan.frozen, val_dataset, caches.values, caches.val),
         FlowWeights(config.flow),
         branch,
         caches,
         (*dataset.notes, *val_dataset.notes, *told),
+        self_teacher,
     )
 
 
@@ -179,7 +187,21 @@ def _teacher_notes(config: RunConfig, alignment: Alignment) -> list[str]:
             "no teacher of the recipe reads frames: tokens and generated clips are measured "
             "against none; name one, such as teachers.dino={family: tiny-dino}"
         )
+    if config.objectives and not config.teachers:
+        notes.append(_no_teacher_note(config))
     return notes
+
+
+def _no_teacher_note(config: RunConfig) -> str:
+    from alignlab.evaluation.measured_names import lacking_a_teacher  # which evaluates runs
+
+    tokens, clips = lacking_a_teacher(config)
+    of_clips = f", nor, of generated clips, {', '.join(clips)}"
+    return (
+        f"the recipe has no teacher: {', '.join(tokens)} of blocks are not measured"
+        f"{of_clips if clips and config.eval.num_measured_clips else ''}; to have them, name one "
+        "that no objective needs to read, such as teachers.dino={family: tiny-dino}"
+    )
 
 
 def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
@@ -221,13 +243,17 @@ def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.Ad
     )
 
 
-def _initial_state(config: RunConfig, wan: Wan, alignment: Alignment) -> RunState:
+def _initial_state(
+    config: RunConfig, wan: Wan, alignment: Alignment, self_teacher: SelfTeacher | None
+) -> RunState:
     parameters = [*wan.transformer.parameters(), *alignment.parameters()]
     ema = None
     if config.optim.ema is not None:
         named = wan.transformer.named_parameters()
         ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
-    return RunState(adamw(parameters, config.optim), wan.transformer, alignment, ema)
+    own = None if self_teacher is None else self_teacher.average
+    optimizer = adamw(parameters, config.optim)
+    return RunState(optimizer, wan.transformer, alignment, ema, self_teacher=own)
 
 
 def check_teachers_and_eval(run: Run) -> None:

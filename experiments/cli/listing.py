@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 
 list_app = typer.Typer(help="What can be named in a recipe.", no_args_is_help=True)
 
+READS = {
+    "teacher": "a teacher",
+    "self": "the student's own average",
+    "latents": "the clean latents",
+    "nothing": "nothing else",
+}
 TITLES = {
     "run": "Runs, and the runs of comparisons and sweeps",
     "comparison": "Comparisons",
@@ -29,13 +35,15 @@ def list_objectives(as_json: AsJson = False) -> None:
         fields = objective.Config.model_fields
         blocks = None if fields["blocks"].is_required() else list(fields["blocks"].default)
         row: dict[str, Any] = {"name": name, "about": _about(objective), "tokens": objective.tokens}
+        row["reads"] = objective.reads
         row |= {"weight": fields["weight"].default, "blocks": blocks, "paper": objective.paper}
         rows.append(row)
     if as_json:
         print_json(rows)
         return
     for row in rows:
-        facts = [f"{row['tokens']} tokens", f"weight {row['weight']}"]
+        facts = [f"{row['tokens']} tokens", f"reads {READS[row['reads']]}"]
+        facts.append(f"weight {row['weight']}")
         if row["blocks"] is not None:
             facts.append(f"blocks {', '.join(map(str, row['blocks']))}")
         if row["paper"]:

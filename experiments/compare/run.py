@@ -317,7 +317,7 @@ def probed(config: CompareConfig, variant: str, seed: int) -> RunConfig:
         block
         for other in config.runs.values()
         for objective in other.objectives.values()
-        for block in objective.blocks
+        for block in objective.tapped_blocks
     }
     evaluation = run.eval.model_copy(update={"blocks": tuple(sorted(blocks))})
     return run.model_copy(update={"eval": evaluation})

@@ -199,7 +199,9 @@ def tapped_blocks(config: SweepConfig) -> tuple[int, ...]:
         if isinstance(parameter, BlocksSpace):
             every = list(range(parameter.first, parameter.last + 1))
             runs.append(apply_values(config.base, {key: every}))
-    return tuple(sorted({b for run in runs for o in run.objectives.values() for b in o.blocks}))
+    return tuple(
+        sorted({b for run in runs for o in run.objectives.values() for b in o.tapped_blocks})
+    )
 
 
 def label(value: Any) -> Any:

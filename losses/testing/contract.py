@@ -22,8 +22,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from alignlab.losses import registry
-from alignlab.losses.objective import Features, Objective, ObjectiveConfig, Terms, Tokens
+from alignlab.losses.objective import (
+    Features,
+    Objective,
+    ObjectiveConfig,
+    SelfTeacherConfig,
+    Terms,
+    Tokens,
+)
 from alignlab.losses.testing.samples import (
+    LATENTS_DIM,
     STUDENT_DIM,
     TEACHER_DIMS,
     OneSample,
@@ -45,10 +53,12 @@ class ContractCase:
 
     Args:
         objective: the class, registered under its config's name.
-        settings: small settings; the teachers are "dino" and "clip", the blocks 0, 1 and 2.
+        settings: small settings; the teachers are "dino" and "clip", where it reads one, the blocks
+            0, 1 and 2.
         changes: another value for every setting that the harness does not read itself, without
             `impl`.
-        formula: the objective's pure function, with a projected student.
+        formula: the objective's pure function, with a projected student; in place of the teacher
+            there is what else the objective compares it with, if anything.
         naive: the same written down plainly, without care for precision.
         alongside: by setting of `changes`, others that must change with it.
         prepare: completes the case with what needs files, which it may write into the folder.
@@ -76,7 +86,11 @@ class ContractCase:
         assert self.prepare is None, "call ready(folder) first"
         config = self.objective.Config(**{**self.settings, **changed})
         return registry.build_objective(
-            config, student_dim=STUDENT_DIM, teacher_dims=TEACHER_DIMS, seed=seed
+            config,
+            student_dim=STUDENT_DIM,
+            teacher_dims=TEACHER_DIMS,
+            latents_dim=LATENTS_DIM,
+            seed=seed,
         )
 
     def samples(self) -> list[OneSample]:
@@ -145,9 +159,9 @@ def check_gradient_reaches_student_and_projectors_and_no_teacher(case: ContractC
             assert parameter.grad is None
     for alias, features in teacher.items():
         assert features.tokens_BTPD.grad is None, f"a gradient reaches teacher {alias}"
-    drawn_BND = torch.randn(2, 1, 63, 100, generator=torch.Generator().manual_seed(1))
+    drawn_BND = torch.randn(2, 2, 63, 100, generator=torch.Generator().manual_seed(1))
     student_BND, teacher_BND = (x.requires_grad_() for x in drawn_BND.unbind())
-    ids_BN = torch.arange(63).div(21, rounding_mode="floor")[None]
+    ids_BN = torch.arange(63).div(21, rounding_mode="floor").expand(2, 63)
     torch.autograd.backward(case.formula(student_BND, teacher_BND, ids_BN).mean())
     assert teacher_BND.grad is None, "a gradient reaches the teacher of the formula"
 
@@ -220,15 +234,21 @@ def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> Non
 
 
 def check_every_setting_changes_the_loss(case: ContractCase) -> None:
-    """No setting goes unread; weight, schedule and gate are the harness's to apply, once."""
+    """No setting goes unread: each changes the loss or the student's gradient; weight, schedule and
+    gate are the harness's to apply, once."""
     settings = set(case.objective.Config.model_fields) - READ_BY_HARNESS - {IMPL}
+    if issubclass(case.objective.Config, SelfTeacherConfig):
+        settings -= {"cleaner", "ema"}  # of the pass of the average
     unlisted = settings ^ set(case.changes)
     assert not unlisted, f"changes must name exactly the settings, not so: {sorted(unlisted)}"
     samples = case.samples()
-    base = _run(case.build(), samples).loss_B
+    base, gradients = _value_and_gradients(case.build(), samples)
     for setting, value in case.changes.items():
         changed = case.build(**{setting: value, **case.alongside.get(setting, {})})
-        different = not torch.allclose(_run(changed, samples).loss_B, base)
+        found, others = _value_and_gradients(changed, samples)
+        different = not torch.allclose(found, base)
+        # such as what says where the gradient goes
+        different |= any(not torch.allclose(others[b], g) for b, g in gradients.items())
         assert different, f"{setting}={value!r} changes nothing"
     shared: dict[str, Any] = {"weight": 0.0, "gate": "t^3"}
     shared["schedule"] = {"kind": "stop_at", "step": 0}
@@ -264,13 +284,14 @@ def check_config_survives_json_and_refuses_what_it_does_not_know(case: ContractC
 
 def check_config_refuses_values_without_meaning(case: ContractCase) -> None:
     """Blocks, weight and teacher are held to what `ObjectiveConfig` promises."""
+    reads_teacher = case.objective.reads == "teacher"
     for setting, value, message in (
         ("blocks", (), "blocks is empty"),
         ("blocks", (1, 1), "names a block twice"),
         ("blocks", (0, -1), "counted from 0, got -1"),
         ("weight", -0.5, "greater than or equal to 0"),
         ("weight", float("inf"), "finite"),
-        ("teacher", "", "teacher is empty"),
+        ("teacher", "", "teacher is empty" if reads_teacher else "reads no teacher"),
     ):
         with _refused(message):
             case.objective.Config(**{**case.settings, setting: value})
@@ -292,8 +313,13 @@ def check_projectors_depend_on_the_seed_and_leave_global_randomness_alone(
 
 
 def check_teachers_are_listed_and_a_missing_one_is_named(case: ContractCase) -> None:
-    """`config.teachers` is what `forward` reads."""
+    """`config.teachers` is what `forward` reads, and none where `reads` names something else."""
     config = case.objective.Config(**case.settings)
+    if case.objective.reads != "teacher":
+        assert config.teachers == (), "teachers, and reads names something else"
+        assert case.objective.reads == "nothing" or case.objective.tokens == "video"
+        return
+    assert config.teachers, "reads a teacher, and names none"
     assert set(config.teachers) <= set(TEACHER_DIMS)
     with _refused(f"needs teacher '{config.teachers[0]}', but there is only: sam"):
         registry.build_objective(config, student_dim=STUDENT_DIM, teacher_dims={"sam": 4})
@@ -328,6 +354,21 @@ CHECKS: tuple[Check, ...] = (
 def _run(objective: Objective, samples: list[OneSample]) -> Terms:
     terms: Terms = objective(*collate(samples))
     return terms
+
+
+def _value_and_gradients(
+    objective: Objective, samples: list[OneSample]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The loss of each sample, and the gradient of their mean in the tokens of each block."""
+    student, teacher, context = collate(samples)
+    tokens = {block: x.tokens_BND.requires_grad_() for block, x in student.items()}
+    loss_B: Tensor = objective(student, teacher, context).loss_B
+    gradients = torch.autograd.grad(loss_B.mean(), list(tokens.values()), allow_unused=True)
+    pairs = zip(tokens.items(), gradients, strict=True)
+    return loss_B.detach(), {
+        block: torch.zeros_like(x) if gradient is None else gradient
+        for (block, x), gradient in pairs
+    }
 
 
 def _useful_gradient(tensor: Tensor, what: str) -> Tensor:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.losses.objective import Context, Features, Tokens
+from alignlab.losses.objective import LATENTS, Context, Features, Tokens, self_key
 
 TEACHER_DIMS = {"dino": 5, "clip": 7}
 """Width of the features of each teacher that a case may name."""
 TEACHER_SIZES = {"dino": 2, "clip": 4}
 """Side of each teacher's patch grid; the student's is 2."""
+LATENTS_DIM = 4
+"""Width of a token's patch of clean latents."""
 STUDENT_DIM, STUDENT_FRAMES, TEACHER_FRAMES = 6, 3, 5
 BLOCKS = (0, 1, 2)
 TEXT_TOKENS, TEXT_DIM, MASK_SIZE = 6, 4, 8
@@ -25,7 +27,8 @@ TEXT_TOKENS, TEXT_DIM, MASK_SIZE = 6, 4, 8
 class OneSample:
     """One clip: tokens (T, P, D) by block and by teacher, and its context.
 
-    T counts the student's or the teacher's video frames, or the references.
+    Among the teachers are the clean latents and the student's average. T counts the student's or
+    the teacher's video frames, or the references.
     """
 
     student: dict[int, Tensor]
@@ -52,6 +55,9 @@ def draw_samples(tokens: str) -> list[OneSample]:
         text = torch.randn(TEXT_TOKENS, TEXT_DIM, generator=rng)
         text[3 + count % 3 :] = 0.0
         mask = torch.rand(TEACHER_FRAMES, MASK_SIZE, MASK_SIZE, generator=rng) < 0.2 + 0.1 * count
+        teacher[LATENTS] = torch.randn(frames, 4, LATENTS_DIM, generator=rng)
+        for block in BLOCKS:
+            teacher[self_key(block)] = torch.randn(frames, 4, STUDENT_DIM, generator=rng)
         drawn.append(OneSample(student, teacher, text, mask))
     return drawn
 
@@ -74,7 +80,8 @@ def collate(
         for block in BLOCKS
     }
     teacher = {}
-    for alias, size in TEACHER_SIZES.items():
+    own = {LATENTS: 2, **{self_key(block): 2 for block in BLOCKS}}
+    for alias, size in {**TEACHER_SIZES, **own}.items():
         tokens_BTPD = _padded([sample.teacher[alias] for sample in samples])
         teacher[alias] = Features(tokens_BTPD, (tokens_BTPD.shape[1], size, size))
     text_BLD = torch.stack([sample.text_LD for sample in samples])

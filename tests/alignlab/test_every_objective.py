@@ -25,7 +25,7 @@ from alignlab.training.setup import Caches, build_run, new_caches
 from alignlab.training.step_terms import StepScalars
 from attention_tools import BF16InFp32Functions
 from host_syncs import HostSyncs, on_device
-from objective_settings import SETTINGS
+from objective_settings import SETTINGS, teacher_of
 from own_loops import clips_of, flow_of, predicted
 from run_contents import timeless_contents, timeless_rows
 from untrained_stage1 import write_untrained
@@ -60,7 +60,7 @@ def make(recipe_file: Path, stage1: Path, tmp_path_factory: pytest.TempPathFacto
         chosen = []
         if objective is not None:
             settings = SETTINGS[objective].format(stage1=stage1)
-            teacher = "" if "teacher:" in settings else "teacher: dino, "
+            teacher = teacher_of(objective, settings)
             chosen = [f"objectives.ra={{name: {objective}, {teacher}{settings}}}"]
         config = load_run(recipe_file, [*shared, *chosen, *overrides, f"name={name}"])
         return config if chosen else config.model_copy(update={"objectives": {}})
@@ -137,7 +137,11 @@ def with_objectives(config: RunConfig, make: Make, changes: Mapping[str, str]) -
     return config.model_copy(update={"objectives": objectives})
 
 
-@pytest.mark.parametrize("changes", [{name: f"name: {name}" for name in BUILT_IN}, MORE])
+WHOLE = {name for name, row in BUILT_IN.items() if row.whole_step}
+SPREAD = {name: f"name: {name}" for name in BUILT_IN if name not in WHOLE}
+
+
+@pytest.mark.parametrize("changes", [SPREAD, {name: f"name: {name}" for name in WHOLE}, MORE])
 def test_between_log_rows_a_step_waits_for_nothing(
     changes: Mapping[str, str], make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +150,7 @@ def test_between_log_rows_a_step_waits_for_nothing(
     Without the forward pass of teachers, which the next test is of.
     """
     monkeypatch.setattr(Teacher, "encode", unseen(Teacher.encode))
-    settings = ("optim.accumulate=2", "optim.ema=0.9")
+    settings = (f"optim.accumulate={1 if WHOLE & changes.keys() else 2}", "optim.ema=0.9")
     run = build_run(with_objectives(make("syncs", None, *settings), make, changes), caches)
     with run.branch:
         RunTrainer(run).step(RunTrainer(run).micro_batches())  # what only the first step does
@@ -168,7 +172,8 @@ def test_a_step_of_a_loop_of_ones_own_waits_for_nothing(
 ) -> None:
     """Forward pass, losses, backward pass, plateau; teachers and pixels aside."""
     monkeypatch.setattr(Teacher, "encode", unseen(Teacher.encode))
-    changes = {name: f"name: {name}" for name in BUILT_IN} | MORE
+    own = {name: f"name: {name}" for name, row in BUILT_IN.items() if row.reads != "self"}
+    changes = own | MORE
     config = with_objectives(make("own-syncs", None, "data.references=[2,2]"), make, changes)
     run = build_run(config, caches)
     with on_device(run):
@@ -192,7 +197,8 @@ def test_a_step_of_a_loop_of_ones_own_waits_for_nothing(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_on_a_gpu_torch_sees_no_wait(name: str, make: Make, caches: Caches) -> None:
-    run = build_run(make(f"gpu-{name}", name, "optim.accumulate=2", "optim.ema=0.9"), caches)
+    settings = (f"optim.accumulate={1 if name in WHOLE else 2}", "optim.ema=0.9")
+    run = build_run(make(f"gpu-{name}", name, *settings), caches)
     trainer = RunTrainer(run)
     with run.branch:
         batches = list(trainer.micro_batches())

@@ -182,7 +182,14 @@ def on_device(run: Run) -> Iterator[None]:
         if run.config.optim.ema is not None:
             named = run.wan.transformer.named_parameters()
             ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        own = run.self_teacher
+        if own is not None:
+            own.average = {name: value.to(META) for name, value in own.average.items()}
         run.state = RunState(
-            adamw(parameters, run.config.optim), run.wan.transformer, run.alignment, ema
+            adamw(parameters, run.config.optim),
+            run.wan.transformer,
+            run.alignment,
+            ema,
+            self_teacher=None if own is None else own.average,
         )
         yield

@@ -1,5 +1,7 @@
 """Settings with which each objective runs on the tiny models of the tests."""
 
+from alignlab.losses.registry import BUILT_IN
+
 # Their own projectors are 2048 wide: too slow for a test. {stage1}: a folder with both networks.
 SETTINGS: dict[str, str] = {
     "refalign": "blocks: [0, 2]",
@@ -10,4 +12,16 @@ SETTINGS: dict[str, str] = {
     "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
     "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",
     "crepa": "blocks: [2], projector_dim: 32",
+    "layersync": "blocks: [0, 1], deep_blocks: [3, 2]",
+    "sra": "blocks: [0, 1], deep_blocks: [2, 3], projector_dim: 32",
+    "vae_repa": "blocks: [1], projector_dim: 32",
+    "dispersive": "blocks: [1]",
+    "local_gram_flow": "blocks: [2], window: 3, projector_dim: 32",
 }
+
+
+def teacher_of(name: str, settings: str, alias: str = "dino") -> str:
+    """`teacher: dino, ` to stand before these settings, where the objective reads one and they name
+    none."""
+    needs_one = BUILT_IN[name].reads == "teacher" and "teacher:" not in settings
+    return f"teacher: {alias}, " if needs_one else ""

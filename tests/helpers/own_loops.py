@@ -32,6 +32,7 @@ def clips_of(batch: Batch, **changes: Any) -> Clips:
         "reference_masks": batch.reference_masks,
         "masks_BTHW": torch.stack([m.any(0) for m in batch.masks if m is not None]),
         "text_BLD": batch.caption_BLD,
+        "latents_BCTHW": batch.latents_BCTHW,
     }
     return Clips(**(fields | changes))
 

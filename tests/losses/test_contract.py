@@ -13,18 +13,23 @@ import alignlab.losses
 from alignlab.losses import build_objective
 from alignlab.losses.align4gen import Align4Gen, fused_alignment_loss
 from alignlab.losses.crepa import Crepa, cross_frame_loss
+from alignlab.losses.dispersive import Dispersive, dispersive_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
+from alignlab.losses.layersync import LayerSync, layersync_loss
+from alignlab.losses.local_gram_flow import LocalGramFlow, local_gram_flow_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.refalign import RefAlign, reference_alignment_loss
 from alignlab.losses.registry import BUILT_IN
 from alignlab.losses.repa import Repa, repa_loss
 from alignlab.losses.sara import Sara, routed_relation_loss
+from alignlab.losses.sra import Sra, self_alignment_loss
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner, SaliencyAlignerConfig
 from alignlab.losses.testing.contract import CHECKS, Check, ContractCase
 from alignlab.losses.testing.samples import TEACHER_DIMS, TEXT_DIM
+from alignlab.losses.vae_repa import VaeRepa, vae_alignment_loss
 from alignlab.losses.videorepa import VideoRepa, token_relation_loss
 
 FRAMES, WIDTHS = 3, [60, 40]
@@ -92,6 +97,31 @@ def naive_moalign(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> T
     spatial_B = (distance_BNN * (apart_NN == 0)).sum((1, 2)) / (apart_NN == 0).sum()
     decayed_BNN = distance_BNN * torch.exp(-apart_NN / 10.0) * (apart_NN > 0)
     return spatial_B + decayed_BNN.sum((1, 2)) / (apart_NN > 0).sum()
+
+
+def naive_dispersive(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    z_BF = student_BND.flatten(1)
+    distance_BB = (z_BF[:, None] - z_BF).square().sum(-1) / z_BF.shape[1]
+    others = distance_BB[~torch.eye(len(z_BF), dtype=torch.bool)]
+    return torch.exp(-others / 0.5).mean().log().expand(len(z_BF))
+
+
+def squares(tokens_BND: Tensor) -> Tensor:
+    """Frames of 3x7 tokens."""
+    split: Tensor = frames(tokens_BND).unflatten(2, (3, 7))
+    return split
+
+
+def naive_local_gram_flow(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    rows, columns = torch.arange(3).repeat_interleave(7), torch.arange(7).repeat(3)
+    near_PP = (columns[:, None] - columns).abs() <= 3  # and all three rows
+    assert ((rows[:, None] - rows).abs() <= 3).all()
+    shares = [
+        ((x[:, :-1] @ x[:, 1:].mT) / 0.1).masked_fill(~near_PP, -torch.inf).log_softmax(-1)
+        for x in (frames(student_BND), frames(teacher_BND))
+    ]
+    gap = torch.where(near_PP, shares[1] - shares[0], 0.0)
+    return (shares[1].exp() * gap).sum(-1).mean((1, 2))
 
 
 def saliency(tokens_BND: Tensor) -> Tensor:
@@ -251,6 +281,63 @@ ROWS = [
         alongside={"projector": {"projector_dim": None}},
         formula=lambda s, t, ids: cross_frame_loss(frames(s), frames(t)),
         naive=naive_crepa,
+    ),
+    ContractCase(
+        objective=LayerSync,
+        settings={"blocks": (0, 1), "deep_blocks": (1, 2)},
+        changes={"blocks": (0,), "deep_blocks": (2, 2), "detach": False},
+        alongside={"blocks": {"deep_blocks": (2,)}},
+        formula=lambda s, t, ids: layersync_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=Sra,
+        settings={"blocks": (0, 1), "deep_blocks": (1, 2), "projector_dim": 9},
+        changes={
+            "blocks": (0,),
+            "deep_blocks": (2, 1),
+            "loss": "smooth_l1",
+            "beta": 0.5,
+            "projector_dim": 8,
+        },
+        alongside={"blocks": {"deep_blocks": (1,)}, "beta": {"loss": "smooth_l1"}},
+        formula=lambda s, t, ids: self_alignment_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=VaeRepa,
+        settings={"blocks": (1, 2), "projector_dim": 9},
+        changes={"blocks": (2,), "projector_dim": 8},
+        formula=lambda s, t, ids: vae_alignment_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=Dispersive,
+        settings={"blocks": (0, 1)},
+        changes={"blocks": (1,), "tau": 1.0, "per_feature": False, "diagonal": True},
+        formula=lambda s, t, ids: dispersive_loss(s, per_feature=True),
+        naive=naive_dispersive,
+    ),
+    ContractCase(
+        objective=LocalGramFlow,
+        settings={
+            "teacher": "clip",
+            "blocks": (0, 1),
+            "projector_dim": 9,
+            "window": 3,
+            "grid": "teacher",
+        },
+        changes={
+            "blocks": (1,),
+            "teacher": "dino",
+            "window": 5,
+            "temperature": 0.5,
+            "normalize": False,
+            "grid": "student",
+            "projector_dim": 8,
+        },
+        formula=lambda s, t, ids: local_gram_flow_loss(squares(s), squares(t)),
+        naive=naive_local_gram_flow,
     ),
 ]
 

@@ -22,6 +22,8 @@ PACKAGE = Path(__file__).with_name("external")
 
 PRINTED = ("train", "tiny", "--print-config")
 OBJECTIVE = "objectives: {ra: {name: unit_distance, teacher: dino, blocks: [1]}}\n"
+UNTAUGHT = "objectives={l: {name: latent_error, blocks: [1]}, s: {name: spread}}"
+SMALL = ("steps=2", "data.train_clips=2", "data.val_clips=2", "eval.clips=2", "optim.batch_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,9 @@ def test_what_is_installed_is_listed_and_recipes_can_name_it(
     )
     assert objectives.code == 0, objectives.stderr
     names = [line for line in objectives.stdout.splitlines() if not line.startswith(" ")]
-    assert names == [*BUILT_IN, "gram", "unit_distance"]
+    assert names == [*BUILT_IN, "gram", "latent_error", "spread", "unit_distance"]
     assert "Squared distance of unit vectors." in objectives.stdout
+    assert "  video tokens; reads the clean latents; weight 1.0; blocks 1\n" in objectives.stdout
 
     assert teachers.code == 0, teachers.stderr
     _, rest = teachers.stdout.split("half-dino\n")
@@ -73,13 +76,32 @@ def test_what_is_installed_is_listed_and_recipes_can_name_it(
     assert line in wrong_setting.stderr
 
 
+def test_one_that_reads_no_teacher_trains_in_a_recipe_without_any(
+    installed: Path, tmp_path: Path
+) -> None:
+    recipe = ("name=untaught", "objectives={}", UNTAUGHT, "teachers={}", *SMALL)
+    settings = (*recipe, "tracking.mlflow=none", f"output={tmp_path}")
+    trained, taught, deep = answers(
+        installed,
+        ("train", "tiny", *settings),
+        ("train", "tiny", *settings, "objectives.l.teacher=dino"),
+        ("train", "tiny", *settings, "objectives.s.far=70", "name=deep"),
+    )
+    assert trained.code == 0, trained.stderr
+    rows = (tmp_path / "untaught" / "metrics.jsonl").read_text()
+    assert '"loss/l"' in rows and '"loss/s"' in rows
+    assert taught.code == 2
+    assert "error: objectives.l: latent_error reads no teacher; remove teacher\n" in taught.stderr
+    assert "objectives.s.far: block 70 does not exist" in deep.stderr
+
+
 def test_its_own_tests_pass(installed: Path, tmp_path: Path) -> None:
     """The contract of its objectives, and its Stage 1 network."""
     names = ("contract_of_tiny_objective.py", "stage1_of_tiny_objective.py")
     files = [Path(shutil.copy(PACKAGE / name, tmp_path)) for name in names]
     done = run_python(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(CHECKS) + 2} passed" in done.stdout
+    assert f"{4 * len(CHECKS) + 2} passed" in done.stdout
 
 
 def test_an_installed_teacher_is_used(installed: Path, tmp_path: Path) -> None:
@@ -121,7 +143,7 @@ def test_stage1_rows_name_a_setting_of_their_objective() -> None:
 BAD = """
 from typing import ClassVar, Literal, final
 
-from alignlab.losses.objective import Objective, ObjectiveConfig
+from alignlab.losses.objective import NoTeacherConfig, Objective, ObjectiveConfig
 from alignlab.losses.repa import Repa
 from alignlab.losses.stage1.folder import Stage1Row
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
@@ -150,6 +172,39 @@ class NoConfig(Objective):
 @final
 class OtherName(Objective):
     tokens, Config = "video", OtherConfig
+
+
+class Sound(ObjectiveConfig):
+    name: Literal["bad"] = "bad"
+
+
+class WithoutTeacher(NoTeacherConfig):
+    name: Literal["bad"] = "bad"
+
+
+@final
+class ReadsPixels(Objective):
+    tokens, reads, Config = "video", "pixels", Sound
+
+
+@final
+class ReadsNothingWithTeacher(Objective):
+    tokens, reads, Config = "video", "nothing", Sound
+
+
+@final
+class ReadsNoTeacherThatItHas(Objective):
+    tokens, Config = "video", WithoutTeacher
+
+
+@final
+class ReadsItselfUnsettled(Objective):
+    tokens, reads, Config = "video", "self", WithoutTeacher
+
+
+@final
+class ReadsLatentsOfReferences(Objective):
+    tokens, reads, Config = "reference", "latents", WithoutTeacher
 
 
 @final
@@ -184,6 +239,19 @@ def register(
         ("bad", "bad_objectives:NotFinal", "is not final"),
         ("bad", "bad_objectives:NoTokens", "must say which tokens it taps"),
         ("bad", "bad_objectives:NoConfig", "has no Config derived from"),
+        (
+            "bad",
+            "bad_objectives:ReadsPixels",
+            "reads 'pixels': choose teacher, self, latents, nothing",
+        ),
+        ("bad", "bad_objectives:ReadsNothingWithTeacher", "reads nothing: derive its Config from"),
+        ("bad", "bad_objectives:ReadsNoTeacherThatItHas", "has a Config without a teacher"),
+        ("bad", "bad_objectives:ReadsLatentsOfReferences", "reads latents, which is of the video"),
+        (
+            "bad",
+            "bad_objectives:ReadsItselfUnsettled",
+            "derive its Config from alignlab.losses.obj",
+        ),
         ("bad", "bad_objectives:OtherName", 'has a Config without the line: name: Literal["bad"]'),
         ("bad", "bad_objectives:LooseName", 'has a Config without the line: name: Literal["bad"]'),
         ("bad", "alignlab.losses.repa:Repa", 'has a Config without the line: name: Literal["bad"]'),

@@ -11,8 +11,8 @@ from alignlab.config.parts import TeacherConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.teachers import TEACHERS, Teacher, parse_feature
-from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
+from alignlab.training.teacher_features import teacher_features
 from made_clips import pixel_batch
 
 

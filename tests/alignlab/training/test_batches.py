@@ -35,7 +35,8 @@ def samples_of(batches: Iterable[Batch]) -> list[dict[str, object]]:
         {
             field.name: getattr(batch, field.name)[i]
             for field in fields(batch)
-            if field.name not in ("clips", "loaded")  # what a variant reads of them
+            # what a variant reads of them
+            if field.name not in ("clips", "loaded", "cleaner_B")
         }
         | {"video_THWC": batch.clips[i].sample.video_THWC, "mask": batch.reference_masks[i]}
         for batch in batches

@@ -24,12 +24,12 @@ from alignlab.runs.checkpoint_folders import latest
 from alignlab.stage1.task import FrozenModels
 from alignlab.teachers import Teacher, load_teacher
 from alignlab.train import RunTrainer, Trainer, train
-from alignlab.training.alignment import teacher_features
 from alignlab.training.batches import Batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.encoded import ClipPixels, FeatureRead, feature_key, kept_features
 from alignlab.training.setup import build_run
 from alignlab.training.step_terms import SampleTerms, StepScalars
+from alignlab.training.teacher_features import teacher_features
 
 MakeConfig = Callable[..., RunConfig]
 TrainUntil = Callable[[RunConfig, int], None]

@@ -16,8 +16,8 @@ from alignlab.runs.checkpoint_folders import latest
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.train import RunTrainer, train
-from alignlab.training.alignment import teacher_features
 from alignlab.training.setup import build_run
+from alignlab.training.teacher_features import teacher_features
 
 pytestmark = pytest.mark.usefixtures("shared_clips")
 

@@ -6,6 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_gram import Gram, gram_loss  # type: ignore[import-not-found]
+from tiny_latents import (  # type: ignore[import-not-found]
+    LatentError,
+    Spread,
+    latent_error,
+    spread_loss,
+)
 from tiny_objective import (  # type: ignore[import-not-found]
     ChannelGain,
     ChannelGainConfig,
@@ -65,7 +71,34 @@ WITHOUT_PROJECTOR = ContractCase(
 )
 
 
-@pytest.mark.parametrize("case", [CASE, WITHOUT_PROJECTOR], ids=lambda case: case.name)
+def naive_error(student_BND: Tensor, latents_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    return (student_BND - latents_BND).pow(2).mean((1, 2))
+
+
+def naive_spread(student_BND: Tensor, latents_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    unit_BND = student_BND / student_BND.norm(dim=-1, keepdim=True)
+    spread_B: Tensor = (unit_BND @ unit_BND.mT).mean((1, 2))
+    return spread_B
+
+
+OF_LATENTS = ContractCase(
+    objective=LatentError,
+    settings={"blocks": (0, 1)},
+    changes={"blocks": (1,)},
+    formula=lambda s, t, ids: latent_error(s, t),
+    naive=naive_error,
+)
+OF_NOTHING = ContractCase(
+    objective=Spread,
+    settings={"blocks": (0, 1)},
+    changes={"blocks": (1,), "far": 1},
+    formula=lambda s, t, ids: spread_loss(s),
+    naive=naive_spread,
+)
+CASES = [CASE, WITHOUT_PROJECTOR, OF_LATENTS, OF_NOTHING]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_contract(check: Check, case: ContractCase, tmp_path: Path) -> None:
     check(case.ready(tmp_path))

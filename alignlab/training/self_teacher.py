@@ -1,0 +1,80 @@
+"""The student's own moving average as a teacher, which sees each sample at a cleaner noise level.
+
+SRA and its like (`SelfTeacherConfig`): besides the student's forward pass there is one of the
+average in every step, without gradients, with the same noise, captions and references. The average
+is apart from `optim.ema`, is in checkpoints and in no export.
+Shape letters: B batch.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.losses.objective import Features, ObjectiveConfig, SelfTeacherConfig, self_key
+from alignlab.models.reference_branch import OtherWeights, ReferenceBranch
+from alignlab.models.taps import Kind, Taps, WanTransformer
+from alignlab.training.batches import Batch
+from alignlab.training.flow_matching import interpolate
+from alignlab.training.optim import move_average
+
+
+class SelfTeacher:
+    """What a run keeps for the one objective that has the student's average for a teacher.
+
+    Args:
+        alias: of the objective.
+        config: its settings.
+        transformer: the student.
+
+    Attributes:
+        average: the trained parameters' moving average by name, at first their own values; it is
+            also the run state's, which saves and restores it.
+        taps: on the deep blocks, to be among the `others` of the run's branch.
+    """
+
+    def __init__(self, alias: str, config: SelfTeacherConfig, transformer: WanTransformer) -> None:
+        self.alias, self.config = alias, config
+        self.taps = Taps(transformer, config.deep_blocks)
+        self.average: dict[str, Tensor] = {
+            name: p.detach().clone()
+            for name, p in transformer.named_parameters()
+            if p.requires_grad
+        }
+
+    @classmethod
+    def of(
+        cls, objectives: dict[str, ObjectiveConfig], transformer: WanTransformer
+    ) -> "SelfTeacher | None":
+        """That of a run's objectives, of which at most one has one."""
+        for alias, config in objectives.items():
+            if isinstance(config, SelfTeacherConfig):
+                return cls(alias, config, transformer)
+        return None
+
+    @torch.no_grad()
+    def features(self, branch: ReferenceBranch, batch: Batch) -> dict[str, Features]:
+        """The average's tokens of the deep blocks, on the student's grid.
+
+        Args:
+            branch: of the run, entered.
+            batch: with `cleaner_B`.
+        """
+        assert batch.cleaner_B is not None  # of every batch of such a run
+        sigma_B = (batch.sigma_B - batch.cleaner_B).clamp_min(0)
+        blocks = self.config.deep_blocks
+        kinds: dict[int, tuple[Kind, ...]] = {block: ("video",) for block in blocks}
+        tapped = branch(
+            interpolate(batch.latents_BCTHW, batch.noise_BCTHW, sigma_B),
+            sigma_B * 1000,
+            batch.text_BLD,
+            batch.references,
+            other=OtherWeights(self.average, self.taps, kinds),
+        ).taps
+        tokens = {block: tapped[block].video for block in blocks}
+        return {
+            self_key(block): Features(x.tokens_BND.unflatten(1, (x.grid[0], -1)), x.grid)
+            for block, x in tokens.items()
+        }
+
+    def update(self, transformer: nn.Module, step: int) -> None:
+        """Moves the average after a step, 0-based."""
+        move_average(self.average, transformer, self.config.decay_at(step))
