@@ -42,7 +42,7 @@ def local_gram_flow_loss(
     Of a token in frame t the dot products with the `window` x `window` tokens around its place in
     frame t+1, as a softmax; the mean of the divergences over all tokens but the last frame's. What
     lies outside the frame is in no softmax. Computed in float32 (float64 from float64) whatever the
-    input dtype. Memory is linear in tokens: `window`^2 numbers for each, and no copies of their
+    input dtype. Memory is linear in tokens: a number for each place of the window, and no copies of
     features. No gradient reaches the teacher.
 
     Args:
