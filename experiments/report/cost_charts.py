@@ -1,7 +1,11 @@
 """Quality against cost: what a variant gains in a metric, and how much longer its steps take."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 from alignlab.experiments.charts.chart import HEIGHT, Chart, Readout, group_name, look, new_figure
 from alignlab.experiments.charts.lines import is_drawn, short_names
@@ -13,6 +17,13 @@ from alignlab.experiments.report.metric_table import ARROWS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
 Ends = tuple[float | None, float | None]
+
+MARK = 9.0
+"""Width of a mark in pixels, with its edge."""
+NAME_PLACES: tuple[tuple[tuple[int, int], Literal["left", "right"]], ...] = (
+    ((6, 5), "left"), ((6, -12), "left"), ((-6, 5), "right"), ((-6, -12), "right"),
+)  # fmt: skip
+"""Where a name may stand, in points from its mark, and which of its ends is there."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,7 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
         base = by_variant[comparison.baseline]
         axes.plot([0.0], [0.0], "o", color=base.colour, markerfacecolor=PAPER, markersize=8.0)
         readouts = [Readout(axes, 0.0, 0.0, "", ((numbers[base.name], "the baseline"),))]
-        names = short_names([point.variant for point in points])
-        named = sorted(zip(points, names, strict=True), key=lambda one: one[0].cost)
-        for number, (point, name) in enumerate(named):
+        for point in sorted(points, key=lambda one: one.cost):
             style, gid = by_variant[point.variant], group_name(numbers[point.variant])
             for ends, across in ((point.cost_ends, True), (point.gain_ends, False)):
                 low, high = ends
@@ -129,11 +138,6 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
                 [point.cost], [point.gain], style.marker, color=style.colour, markersize=7.5,
                 markerfacecolor=face, markeredgewidth=1.4, zorder=4,
             )[0].set_gid(gid)  # fmt: skip
-            axes.annotate(
-                name, (point.cost, point.gain),
-                (6, 5 if number % 2 == 0 else -12),  # so that neighbours do not overlap
-                textcoords="offset points", fontsize=9.0,
-            ).set_gid(gid)  # fmt: skip
             text = f"{point.gain:+.3g} at {point.cost:+.1f}% step time"
             readouts.append(
                 Readout(axes, point.cost, point.gain, "", ((numbers[point.variant], text),))
@@ -142,8 +146,35 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
         axes.margins(x=0.16, y=0.12)
         if not higher:
             axes.invert_yaxis()  # better is up in each of them
+        _name_points(axes, points, numbers)
     unit = ", in %" if first.target is not None else ""
     title = f"{first.quantity.label} {ARROWS[first.quantity.better]}".rstrip()
     return Chart(
         title, f"difference to {comparison.baseline}{unit}; better is up", figure, tuple(readouts)
     )
+
+
+def _name_points(axes: Axes, points: Sequence[Point], numbers: Mapping[str, int]) -> None:
+    """Writes the variants' names beside their marks, those of claimed changes first.
+
+    A name for which no side is free of other names and marks is left out: the mark and the legend
+    say it, and so does the readout.
+    """
+    names = short_names([point.variant for point in points])
+    axes.autoscale_view()  # or the marks are not yet where they will be drawn
+    places = [(0.0, 0.0), *((point.cost, point.gain) for point in points)]  # the baseline first
+    marks = axes.transData.transform(places)
+    taken = [Bbox.from_bounds(x - MARK / 2, y - MARK / 2, MARK, MARK) for x, y in marks]
+    named = zip(points, names, strict=True)
+    for point, name in sorted(named, key=lambda one: (not one[0].is_claimed, one[0].cost)):
+        for offset, side in NAME_PLACES:
+            text = axes.annotate(
+                name, (point.cost, point.gain), offset,
+                textcoords="offset points", fontsize=9.0, ha=side,
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if axes.bbox.fully_containsx(box.x0) and not box.count_overlaps(taken):
+                text.set_gid(group_name(numbers[point.variant]))
+                taken.append(box)
+                break
+            text.remove()

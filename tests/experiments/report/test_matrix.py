@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+from importlib.resources import files
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from alignlab.experiments import load_comparison
 from alignlab.experiments.charts.chart import placed_readouts
 from alignlab.experiments.charts.look import PAPER
 from alignlab.experiments.compare.result import Comparison, RunResult
@@ -164,6 +168,20 @@ def test_quality_is_drawn_against_cost_with_better_up(made: Comparison) -> None:
     assert x == pytest.approx(20.0, abs=0.5) and y == pytest.approx(-0.1, abs=0.03)
     texts = [row for readout in loss.readouts for _, row in readout.rows]
     assert texts[0] == "the baseline" and any("at +20" in text for text in texts)
+
+
+def test_names_beside_the_marks_overlap_no_other_name_and_no_mark() -> None:
+    """Ten variants of nearly the same loss and step time: names that find no place are left out."""
+    folder = files("alignlab.experiments") / "results" / "all_objectives"
+    found = load_comparison(Path(str(folder))).comparison
+    for chart in cost_charts(found, summary_rows(found)):
+        (axes,) = chart.figure.axes
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert 3 <= len(boxes) <= 9, "most names are there"
+        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        marks = [p for line in axes.lines if len(p := line.get_xydata()) == 1]
+        places = axes.transData.transform(np.concatenate(marks))
+        assert not any(box.contains(*place) for box in boxes for place in places)
 
 
 def test_without_step_times_there_is_no_cost_chart(made: Comparison) -> None:
