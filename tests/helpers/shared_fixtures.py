@@ -9,6 +9,7 @@ from alignlab.progress import tell_once, warn_once
 from loaded_models import loaded_models
 from mlflow_tables import copied_tables
 from shared_clips import shared_clips
+from short_pdfs import short_pdfs
 from tiny_runs import (
     full_run,
     lora_run,
@@ -28,6 +29,7 @@ __all__ = [
     "make_config",
     "recipe_file",
     "shared_clips",
+    "short_pdfs",
     "teacher_folder",
     "train_until",
     "unsynced_files",

@@ -145,6 +145,11 @@ def test_nothing_is_loaded_from_outside(comparison: Comparison, tmp_path: Path) 
     assert "default-src 'none'" in html
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_pdfs() -> None:
+    """Here charts.pdf has all its pages."""
+
+
 def test_charts_are_inside_and_beside_the_page(comparison: Comparison, tmp_path: Path) -> None:
     page = page_of(comparison, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -154,6 +159,8 @@ def test_charts_are_inside_and_beside_the_page(comparison: Comparison, tmp_path:
     assert {"charts.pdf", "forest.pdf", "forest.svg"} <= set(names)
     assert len(names) == 3 + len(page.readouts["charts"])
     assert names[0].startswith("01-forest-validation-flow-loss")
+    pages = re.findall(rb"/Type /Page\b", (tmp_path / "figures" / "charts.pdf").read_bytes())
+    assert len(pages) == len(names) - 3
     few = dataclasses.replace(comparison, results=comparison.results[:1])
     own = [tmp_path / "figures" / name for name in ("teaser.pdf", "01-mine.svg", ".hidden.pdf")]
     for path in own:
