@@ -76,7 +76,9 @@ class DispersiveConfig(NoTeacherConfig):
         tau: temperature, 0.5 (paper); the released code has none, which is 1.
         per_feature: divide squared distances by the number of features: true (code). As the paper
             writes it, without, the loss of long clips is thousands and its gradient as large.
-        diagonal: count each sample with itself: false (paper); the released code does.
+        diagonal: count each sample with itself: true (code), which keeps the loss above minus the
+            logarithm of the batch. Without it (paper) the loss has no floor, and a training that
+            nothing else holds goes on pushing until it diverges (losses/README.md).
     """
 
     name: Literal["dispersive"] = "dispersive"
@@ -84,7 +86,7 @@ class DispersiveConfig(NoTeacherConfig):
     blocks: tuple[int, ...] = (7,)
     tau: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     per_feature: bool = True
-    diagonal: bool = False
+    diagonal: bool = True
 
 
 @final

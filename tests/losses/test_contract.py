@@ -314,7 +314,7 @@ ROWS = [
     ContractCase(
         objective=Dispersive,
         settings={"blocks": (0, 1)},
-        changes={"blocks": (1,), "tau": 1.0, "per_feature": False, "diagonal": True},
+        changes={"blocks": (1,), "tau": 1.0, "per_feature": False, "diagonal": False},
         formula=lambda s, t, ids: dispersive_loss(s, per_feature=True),
         naive=naive_dispersive,
     ),
