@@ -20,7 +20,8 @@ SHORTER = {
     ("train", "tiny"): ["steps=2", *SHORT],
     ("compare", "demo"): ["steps=1", "seeds=[0]", "cost=null", *SHORT],
     ("compare", "demo", "budget=compute"): [
-        *("steps=1", "seeds=[0]", "cost.rounds=6", *SHORT, *NO_CLIPS)
+        *("steps=1", "seeds=[0]", "cost.rounds=6", *SHORT, *NO_CLIPS),
+        *(f"variants.{name}=null" for name in ("repa", "align4gen", "videorepa", "sara-masks")),
     ],
     ("compare", "control"): [
         *("steps=1", "seeds=[0]", "eval.every=null", *SMALL, "eval.clips=2"),
