@@ -15,7 +15,10 @@ TYPES |= {"slope_ptr": "*fp32", "scale_ptr": "*fp32", "margin": "fp32", "eps": "
 INTEGERS = ["squares", "side", "frames", "tokens", "stride", "places"]
 KERNELS = ["distance_kernel", "slope_kernel", "unit_kernel", "norm_gradient_kernel"]
 # (architecture, dtype) of each row of the table of tiles
-GPUS = [(80, torch.bfloat16), (80, torch.float32), (90, torch.bfloat16), (90, torch.float32)]
+GPUS = [
+    *(pytest.param(80, dtype, marks=pytest.mark.slow) for dtype in VECTORS),
+    *((90, dtype) for dtype in VECTORS),
+]
 
 
 def build(name: str, architecture: int, dtype: torch.dtype) -> Any:
@@ -40,7 +43,8 @@ def build(name: str, architecture: int, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("architecture", "dtype"), GPUS, ids=str)
 def test_fits_a_gpu_without_spilling(name: str, architecture: int, dtype: torch.dtype) -> None:
-    builds = list(dict.fromkeys(build(kernel, *gpu) for gpu in GPUS for kernel in KERNELS))
+    both = [(kernel, architecture, dtype) for dtype in VECTORS for kernel in KERNELS]
+    builds = list(dict.fromkeys(build(*one) for one in both))
     facts = gpu_builds.compile_builds(*builds)
     fact = facts[builds.index(build(name, architecture, dtype))][architecture]
     assert fact.spill_bytes == 0
