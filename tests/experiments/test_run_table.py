@@ -129,6 +129,13 @@ def test_copies_that_mlflow_keeps_are_no_runs(tmp_path: Path) -> None:
     assert [row.name for row in runs_below(tmp_path)] == ["mine"]
 
 
+def test_a_narrow_terminal_cuts_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    write_run(tmp_path / "a_name_that_is_longer_than_its_column", rows=3)
+    cells = [line.split("│")[1] for line in alignlab("runs", tmp_path).stdout.splitlines()[3:-1]]
+    assert "".join(cell.strip() for cell in cells) == "a_name_that_is_longer_than_its_column"
+
+
 def test_a_comparison_is_a_line_with_its_running_run_below(held: Path) -> None:
     before = contents(held)
     result = alignlab("runs", held)
