@@ -23,6 +23,8 @@ def print_table(
     from rich.text import Text
 
     table = Table(*header, title=title, title_justify="left")
+    for column in table.columns:
+        column.overflow = "fold"  # names and numbers are whole in a narrow terminal as well
     for row in rows:
         table.add_row(*map(Text, row))  # plain: brackets are no markup
     Console().print(table)

@@ -31,6 +31,7 @@ TILE_HEIGHT = 128
 NUM_SHEET_FRAMES = 5
 MARGIN = 6
 NARROWEST = 300  # row of a sheet: a text has room
+STRIPES = 6  # pixels
 FLOW_SATURATION = 0.05  # of the shorter side per frame: the speed drawn at full saturation
 
 _PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""\
@@ -63,8 +64,8 @@ def preview(config: DataConfig, out: Path, clips: int = 8, *, memory: Path | Non
     """Write `out/sheet.png` and `out/index.html` for the first clips of the train split.
 
     Beside each clip: its caption, its references, and, where the data set knows them, entity
-    masks drawn over the clip and optical flow as colour (hue: direction, right is red and down
-    is green-yellow; saturation: speed).
+    masks drawn over the clip (undecided pixels striped) and optical flow as colour (hue: direction,
+    right is red and down is green-yellow; saturation: speed).
 
     Args:
         config: settings of any data set.
@@ -111,6 +112,15 @@ def overlay_masks(video_THWC: Tensor, masks_ETHW: Tensor) -> Tensor:
     return tinted_THWC.round().to(torch.uint8)
 
 
+def striped(video_THWC: Tensor, undecided_THW: Tensor) -> Tensor:
+    """The clip with diagonal grey stripes where nothing is decided, uint8."""
+    _, height, width, _ = video_THWC.shape
+    diagonal_HW = torch.arange(height)[:, None] + torch.arange(width)
+    stripes_HW = diagonal_HW // STRIPES % 2 == 0
+    grey_THWC = (0.35 * video_THWC.float() + 0.65 * 128).round().to(torch.uint8)
+    return torch.where((undecided_THW & stripes_HW)[..., None], grey_THWC, video_THWC)
+
+
 def flow_colors(flow_THWC: Tensor) -> Tensor:
     """Flow `(T, H, W, 2)` in pixels per frame as hue (direction) and saturation (speed)."""
     right_THW, down_THW = flow_THWC.unbind(dim=-1)
@@ -127,7 +137,9 @@ def _page_entry(sample: Sample, fps: float) -> dict[str, object]:
     videos = [("clip", sample.video_THWC)]
     if sample.masks_ETHW is not None:
         label = "masks: " + ", ".join(sample.entities)
-        videos.append((label, overlay_masks(sample.video_THWC, sample.masks_ETHW)))
+        if sample.undecided_THW is not None and sample.undecided_THW.any():
+            label += " (striped: undecided)"
+        videos.append((label, _drawn_masks(sample, slice(None))))
     if sample.flow_THWC is not None:
         videos.append(("optical flow", flow_colors(sample.flow_THWC)))
     return {
@@ -144,6 +156,14 @@ def _page_entry(sample: Sample, fps: float) -> dict[str, object]:
     }
 
 
+def _drawn_masks(sample: Sample, frames: slice) -> Tensor:
+    """Some frames with their entities tinted, and stripes where nothing is decided."""
+    assert sample.masks_ETHW is not None
+    tinted_THWC = overlay_masks(sample.video_THWC[frames], sample.masks_ETHW[:, frames])
+    undecided_THW = sample.undecided_THW
+    return tinted_THWC if undecided_THW is None else striped(tinted_THWC, undecided_THW[frames])
+
+
 def _sheet_row(sample: Sample) -> Image.Image:
     """Caption above frames, masks and flow of the middle frame, and references."""
     num_frames = len(sample.video_THWC)
@@ -151,7 +171,7 @@ def _sheet_row(sample: Sample) -> Image.Image:
     tiles = [sample.video_THWC[index] for index in shown.tolist()]
     middle = slice(num_frames // 2, num_frames // 2 + 1)
     if sample.masks_ETHW is not None:
-        tiles += [*overlay_masks(sample.video_THWC[middle], sample.masks_ETHW[:, middle])]
+        tiles += [*_drawn_masks(sample, middle)]
     if sample.flow_THWC is not None and num_frames > 1:
         last = min(num_frames // 2, num_frames - 2)
         tiles += [*flow_colors(sample.flow_THWC[last : last + 1])]

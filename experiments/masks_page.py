@@ -21,6 +21,7 @@ from alignlab.experiments.data_preview import (
     NUM_SHEET_FRAMES,
     overlay_masks,
     stacked,
+    striped,
     tile_row,
 )
 from alignlab.experiments.report.escaping import csv_cell, visible
@@ -33,7 +34,6 @@ from alignlab.runs.out_paths import out_folder
 TABLE_ROWS = 200
 SHOWN_SIDE = 320  # of a clip on the page
 SHEET_CLIPS = 40
-STRIPES = 6  # pixels
 
 ENVIRONMENT = jinja2.Environment(
     autoescape=True,
@@ -181,15 +181,6 @@ def write_masks_page(made: MadeMasks, config: FolderConfig, out: Path, *, shown:
         }
         write_text(page, _PAGE.render(**values))
     return page
-
-
-def striped(video_THWC: Tensor, undecided_THW: Tensor) -> Tensor:
-    """The clip with diagonal grey stripes where nothing is decided, uint8."""
-    _, height, width, _ = video_THWC.shape
-    diagonal_HW = torch.arange(height)[:, None] + torch.arange(width)
-    stripes_HW = diagonal_HW // STRIPES % 2 == 0
-    grey_THWC = (0.35 * video_THWC.float() + 0.65 * 128).round().to(torch.uint8)
-    return torch.where((undecided_THW & stripes_HW)[..., None], grey_THWC, video_THWC)
 
 
 def _rows(clip: ClipMasks, record: MaskRecord) -> list[EntityRow]:

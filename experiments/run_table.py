@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from alignlab.config.written_names import ERROR
 from alignlab.errors import UserError, one_line
 from alignlab.runs.checksums import DamagedError, read_json, without_checksum_line
 from alignlab.runs.file_lock import WRITER, is_held
@@ -22,6 +23,7 @@ from alignlab.runs.metric_rows import last_rows
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MARKS = ("recipe.yaml", "result.json", "metrics.jsonl")
+NO_RUNS = ("cache", "mlartifacts", "mlruns")  # MLflow's folders hold copies of runs' files
 ENDED = ("complete", "pruned", "fail")  # in trials.csv
 _IS_SWEEP = re.compile(r"^space:", flags=re.M)
 
@@ -33,14 +35,14 @@ class RunRow:
     Args:
         name: its folder, relative to the one that was asked for.
         state: `running`, `finished`, `diverged` (finished, and its loss was lost), `interrupted`
-            (no process trains it, whatever ended that), `not begun`, `unfinished` (whether somebody
-            trains it is not known on this filesystem), `damaged`; in a sweep also `pruned` and
-            `failed`.
+            (no process trains it: it was stopped or killed), `error` (an error ended it),
+            `not begun`, `unfinished` (whether somebody trains it is not known on this filesystem),
+            `damaged`; in a sweep also `pruned` and `failed`.
         step: the last one that the log or the result names.
         steps: of the recipe.
         loss: of the last row that has one.
         left_s: seconds until the last step, of a running one.
-        problem: what is damaged.
+        problem: what is damaged, or the error.
     """
 
     name: str
@@ -71,8 +73,8 @@ class GroupRow:
     Args:
         name: its folder, relative to the one that was asked for.
         kind: `comparison` or `sweep`.
-        state: `running` if one of its runs is; `no report` if all have ended and the report is not
-            written.
+        state: `running` if one of its runs is, else `error` if one of them is that; `no report` if
+            all have ended and the report is not written.
         runs: those whose folders are there; their names are relative to the group's folder.
         planned: how many there will be; a sweep trains fewer where trials are pruned.
         left_s: seconds until the last step of all, while runs are running.
@@ -122,7 +124,7 @@ def _found(folder: Path, top: Path, seen: set[Path]) -> Iterator[RunRow | GroupR
         yield _run(folder, name)
     else:
         for path in sorted(folder.iterdir()):
-            if path.is_dir() and not path.name.startswith(".") and path.name != "cache":
+            if path.is_dir() and not path.name.startswith(".") and path.name not in NO_RUNS:
                 yield from _found(path, top, seen)
 
 
@@ -148,6 +150,7 @@ def _run(folder: Path, name: str) -> RunRow:
         steps = _recipe_steps(folder / "recipe.yaml")
         rows = last_rows(folder / "metrics.jsonl")
         result = _result(folder / "result.json")
+        error = read_json(folder / ERROR, fix="") if (folder / ERROR).exists() else None
     except DamagedError as error:
         problem = f"{error.path.name}: {error.problem}"
         return RunRow(name, "damaged", steps=steps, problem=problem)
@@ -163,6 +166,8 @@ def _run(folder: Path, name: str) -> RunRow:
     held = is_held(folder / WRITER)
     if held:
         return RunRow(name, "running", step or 0, steps, loss, _seconds_left(folder, rows, steps))
+    if error is not None and held is False:
+        return RunRow(name, "error", step, steps, loss, problem=str(error.get("error", "")))
     has_begun = bool(rows) or result is not None or any(folder.glob("checkpoints/step-*"))
     state = "interrupted" if has_begun else "not begun"
     return RunRow(name, "unfinished" if held is None else state, step, steps, loss)
@@ -221,6 +226,8 @@ def _group(folder: Path, name: str, paths: list[Path], *, is_sweep: bool) -> Gro
         state = "running"
     elif runs and all(run.has_ended for run in runs) and (is_written or len(runs) == planned):
         state = "finished" if is_written else "no report"
+    elif any(run.state == "error" for run in runs):
+        state = "error"
     elif all(run.state == "not begun" for run in runs):
         state = "not begun"
     else:
@@ -232,7 +239,7 @@ def _group(folder: Path, name: str, paths: list[Path], *, is_sweep: bool) -> Gro
 def _judged(run: RunRow, trials: Mapping[str, str]) -> RunRow:
     """A trial's run whose training ended early for good."""
     trial = trials.get(run.name.split("/")[0])
-    if run.state != "interrupted" or trial not in ("pruned", "fail"):
+    if run.state not in ("interrupted", "error") or trial not in ("pruned", "fail"):
         return run
     return RunRow(run.name, {"fail": "failed"}.get(trial, trial), run.step, run.steps, run.loss)
 

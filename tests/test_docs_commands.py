@@ -78,6 +78,22 @@ def check_fragments(folder: Path, text: str, files: dict[str, str]) -> None:
         run_shortened([["compare", str(path), *SMALL, "--print-config"]])
 
 
+@pytest.mark.slow
+def test_the_example_of_masks_and_references_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their other commands are of data sets and models that are not here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "boxes.json").write_text(dict(blocks(text_of("masks")))["boxes.json"])
+    found = [c for page in ("masks", "references") for c in documented_commands(text_of(page))]
+    example = [c for c in found if c[0] == "init" or "data.path=clips" in c]
+    ran = [" ".join(words) for words in run_shortened(example)]
+    assert ran == ["init data", "data masks", "data preview", "data references", "train tiny"]
+    table = [row.split(",") for row in Path("clips/masks/masks.csv").read_text().splitlines()]
+    assert [row[1] for row in table[1:] if row[3] != "0"] == ["red square"]
+    assert (tmp_path / "runs/tiny/result.json").is_file()
+
+
 def test_the_lists_of_pages_are_complete() -> None:
     """Pages by the two tests above, and those whose examples are under tests of their own."""
     elsewhere = {

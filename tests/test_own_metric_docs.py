@@ -35,8 +35,8 @@ def test_the_way_from_an_empty_folder_to_a_report(
         "alignlab doctor",
         "alignlab list",
         "alignlab train",
-        "alignlab compare",
         "alignlab evaluate",
+        "alignlab compare",
     ]
     (tmp_path / "my_metrics.py").write_text("\n\n".join([files["my_metrics.py"], *additions]))
     (tmp_path / "pyproject.toml").write_text(files["pyproject.toml"])

@@ -1,14 +1,13 @@
 """docs/own-objective.md and docs/own-teacher.md, followed in an empty folder."""
 
-import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
-from followed_docs import DOCS, blocks, follow, read_page
-from made_packages import pip_install, run_python, write_package
+from followed_docs import follow, read_page
+from made_packages import pip_install, run_python
 
 SHORTER = {
     "train tiny": "data.train_clips=4 data.frames=5 data.size=[48,48] optim.batch_size=2 "
@@ -52,21 +51,19 @@ def test_an_objective_from_an_empty_folder_to_a_training(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_teacher_from_a_folder_to_a_family(tmp_path: Path) -> None:
-    text = (DOCS / "own-teacher.md").read_text()
-    (_, teachers), (name, module), (_, entry) = blocks(text)
-    assert name == "my_teacher.py"
-    (tmp_path / "installed").mkdir()
-    (tmp_path / "installed" / name).write_text(module)
-    group, line = re.fullmatch(r'\[project\.entry-points\."(.+)"\]\n(.+)\n', entry).groups()  # type: ignore[union-attr]
-    family, _, value = line.partition(" = ")
-    write_package(tmp_path / "installed", "my-teacher", group, **{family: value.strip('"')})
+    files, (teachers,), commands = read_page("own-teacher.md")
+    assert list(files) == ["my_teacher.py", "pyproject.toml"]
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    installed = tmp_path / "installed"
+    installed.mkdir()
+    pip_install(tmp_path, installed)
+    (tmp_path / "my_teacher.py").unlink()  # it is the installed one that is found
     objective = {"ra": {"name": "refalign", "teacher": "early", "blocks": [1]}}
     write_recipe(tmp_path / "part.yaml", teachers, objectives=objective)
 
-    commands = [
-        *read_page("own-teacher.md").commands,
-        "alignlab train part.yaml eval.clips=2 data.train_clips=4",
-    ]
+    commands.remove("pip install -e .")
+    commands.append("alignlab train part.yaml eval.clips=2 data.train_clips=4")
     said = follow(tmp_path, commands, SHORTER)
     assert "half-dino" in said
     assert "half-dino" in (tmp_path / "runs/tiny/recipe.yaml").read_text()

@@ -6,6 +6,9 @@ what a command writes at `--out`.
 
 import re
 
+ERROR = "error.json"
+"""In a run's folder: the error that ended its last training (`alignlab.tracking.tracker`)."""
+
 _IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache", "figures")  # figures: of a variant too
 _KEPT = ("checkpoints", "samples", "stage1")
 _IN_RUNS = (*_KEPT, "export", "probe", "evaluations", "tensorboard", "wandb", "figures")
@@ -16,7 +19,7 @@ _FILES = frozenset(
     progress.json budget.json cost.json code.json checksums.json mlflow.json mlflow_tags.json
     wandb.json study.db trials.csv best.yaml sweep.html worker.log stage1.json
     """.split()
-)
+) | {ERROR}
 _MORE_FILES = (
     r"(mlflow|study)\.db\b.*|budget\.json\.lock|worker-\d+\.log|result-\d+\.json|code(-\d+)?\.diff"
     r"|recipe-\d+\.yaml"

@@ -142,7 +142,8 @@ def _clip_frames(
     if num_given < frames:
         since = f" from {start_s:g} s on" if start_s else ""
         raise ClipError(
-            f"{path}: is too short: {num_given} frames at {fps:g} fps{since}, {frames} are needed",
+            f"{path}: is too short: {num_given} frames at {fps:g} fps{since}, {frames} are needed "
+            "(data.frames)",
             kind="too short",
         )
 

@@ -16,6 +16,7 @@ result.json        final metrics, digests of the Stage 1 networks that were used
                    that the run is finished
 mlflow.json        which run of MLflow is this one's, unless `tracking.mlflow` is `none`; its
                    parent and further tags are in mlflow_tags.json (`alignlab.tracking`)
+error.json         the error that ended the last training of it; gone when the next one begins
 tensorboard/       with `tracking.also`: an event file;
 wandb/             what W&B writes, and in wandb.json which run of it is this one's
 .writer.lock       the lock of the process that writes here
@@ -41,6 +42,7 @@ from alignlab.config.path_kinds import not_a_run
 from alignlab.config.paths import user_path
 from alignlab.config.recipe_file import read_recipe, shipped_recipes
 from alignlab.config.run import RunConfig
+from alignlab.config.written_names import ERROR
 from alignlab.errors import UserError, one_line
 from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
 from alignlab.runs import prolong
@@ -84,6 +86,7 @@ START_FILES = (  # of a run before its first checkpoint
         "wandb.json",
         "worker.log",
         prolong.HISTORY,
+        ERROR,
         RECORD,
         "code.diff",
     ),
@@ -102,6 +105,7 @@ class RunFolder:
         self.samples = path / "samples"
         self.stage1 = path / "stage1"
         self.result = path / "result.json"
+        self.error = path / ERROR
 
     @classmethod
     def create(cls, config: TrainingConfig) -> "RunFolder":

@@ -7,7 +7,6 @@ pixels, C the two directions (x, y), D width of the teacher.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from threading import Lock
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
@@ -23,9 +22,6 @@ from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig, flo
 from alignlab.randomness import derive_seed
 from alignlab.stage1.task import FrozenModels, Stage1Settings, Stage1Task
 from alignlab.training.encoded import ClipPixels
-
-_DIS_THREADS = Lock()
-"""Held while OpenCV's number of threads, which is the process's, is another."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +169,7 @@ def dis_flow(video_THWC: Tensor) -> Tensor:
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video_THWC.cpu().numpy()]
     # Any, because its stub knows no call without a first guess
     dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    with _DIS_THREADS:
-        threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)  # DIS splits frames by threads, which changes its numbers
-        try:
-            flows = [np.array(dis.calc(before, after, None)) for before, after in pairwise(grey)]
-        finally:
-            cv2.setNumThreads(threads)
+    # with spatial propagation, as its presets have it, the number of threads changes no number
+    flows = [np.array(dis.calc(before, after, None)) for before, after in pairwise(grey)]
     shape = (0, *video_THWC.shape[1:3], 2)
     return torch.from_numpy(np.stack(flows)) if flows else torch.zeros(shape)

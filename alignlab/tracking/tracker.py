@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -10,9 +11,11 @@ from typing import Any, Self
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
-from alignlab.errors import EndedEarlyError, UserError
+from alignlab.errors import EndedEarlyError, UserError, one_line
 from alignlab.model_card import FILE, model_card
+from alignlab.passwords import without_password
 from alignlab.recipe import recipe_hash
+from alignlab.runs.checksums import write_json
 from alignlab.runs.metric_rows import append_row, keep_rows
 from alignlab.runs.run_folder import RunFolder
 from alignlab.tracking.connection import NOW, PACED, UNLESS_AWAY, Connection, When, Work, connection
@@ -65,6 +68,7 @@ class Tracker:
             self._shipper = Shipper(way, folder, config, environment, anew=start == 0)
             self._shipper.system_metrics = config.tracking.system_metrics
         keep_rows(folder.metrics, start)
+        folder.error.unlink(missing_ok=True)
         self._others: OtherTrackers | None = None
         self._begin_others = partial(OtherTrackers, folder, config, anew=start == 0)
 
@@ -91,6 +95,10 @@ class Tracker:
         traceback: TracebackType | None,
     ) -> None:
         status = "FINISHED" if exc is None else status_of(exc)
+        if isinstance(exc, Exception) and status == "FAILED":
+            told = without_password(one_line(exc)) or type(exc).__name__
+            with suppress(OSError):  # maybe the disk is full, and that is what is raised
+                write_json(self._folder.error, {"error": told})
         if self._others is not None:
             self._others.end(status)
         if self._shipper is not None:

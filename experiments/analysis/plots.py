@@ -43,7 +43,7 @@ def plot_forest(
             group = groups[metric]
             draw_panel(one, group, comparison)
             quantity, unit = group[0].quantity, ", in %" if group[0].target is not None else ""
-            one.set_title(_text(f"{quantity.label} {ARROWS[quantity.better]}".rstrip()))
+            one.set_title(_text(f"{quantity.heading} {ARROWS[quantity.better]}".rstrip()))
             one.set_xlabel(_text(f"difference to {comparison.baseline}{unit}"))
             # a dollar sign is one, also where the Axes was made elsewhere
             labels: list[Any] = [*one.get_yticklabels(), one.title, one.xaxis.label]

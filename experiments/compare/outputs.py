@@ -63,9 +63,7 @@ def read_comparison(path: Path) -> tuple[Comparison, Path]:
     """
     file = path / COMPARISON if path.is_dir() else path
     if not file.exists():
-        raise UserError(
-            f"{path}: no comparison there: alignlab compare writes {COMPARISON} when it ends"
-        )
+        raise UserError(f"{path}: {_why_none(path)}")
     comparison = Comparison.load(file)
     digests = read_checksums(file.parent) or {}
     written = {name: digest for name, digest in digests.items() if name == file.name}
@@ -76,6 +74,18 @@ def read_comparison(path: Path) -> tuple[Comparison, Path]:
         )
         raise DamagedError(file, problem, fix)
     return comparison, file.parent
+
+
+def _why_none(path: Path) -> str:
+    """Why a folder has no comparison.json, and what to do."""
+    runs = list(path.glob("*/seed-*/recipe.yaml"))
+    if not runs or (path / "recipe.yaml").exists():  # no comparison, or a sweep
+        return f"no comparison there: alignlab compare writes {COMPARISON} when it ends"
+    finished = sum((recipe.parent / "result.json").is_file() for recipe in runs)
+    return (
+        f"{finished} of {len(runs)} runs finished, so there is no {COMPARISON} yet: give its "
+        f"`alignlab compare` again, which resumes the others (`alignlab runs {path}` lists them)"
+    )
 
 
 def only_one(folder: Path) -> AbstractContextManager[None]:

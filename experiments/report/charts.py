@@ -62,14 +62,14 @@ def step_charts(comparison: Comparison) -> list[Chart]:
             words += "; dotted: the baseline's last, the target"
             target = _target(comparison)
             charts += _curve_chart(
-                comparison, meaning.label, curves, words, markers=True, target=target
+                comparison, meaning.heading, curves, words, markers=True, target=target
             )
             paired = _minus_baseline(comparison, curves)
             title = f"{meaning.label}, minus baseline"
             words = "below zero is better"
             charts += _curve_chart(comparison, title, paired, words, zero=True, markers=True)
         else:
-            charts += _curve_chart(comparison, meaning.label, curves, words, markers=True)
+            charts += _curve_chart(comparison, meaning.heading, curves, words, markers=True)
     return charts
 
 
@@ -116,7 +116,7 @@ def block_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Chart]:
     for base, names in places.items():
         meaning, (values, _) = comparison.quantity(base), _by_place(rows, names)
         words, axis = BETTER_WORDS[meaning.better], "block (its output)"
-        charts += _chart(comparison, meaning.label, words, values, axis, markers=True)
+        charts += _chart(comparison, meaning.heading, words, values, axis, markers=True)
     return charts
 
 

@@ -148,7 +148,7 @@ def _chart(comparison: Comparison, first: SummaryRow, points: Sequence[Point]) -
             axes.invert_yaxis()  # better is up in each of them
         _name_points(axes, points, numbers)
     unit = ", in %" if first.target is not None else ""
-    title = f"{first.quantity.label} {ARROWS[first.quantity.better]}".rstrip()
+    title = f"{first.quantity.heading} {ARROWS[first.quantity.better]}".rstrip()
     return Chart(
         title, f"difference to {comparison.baseline}{unit}; better is up", figure, tuple(readouts)
     )

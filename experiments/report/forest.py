@@ -61,7 +61,7 @@ def forest_charts(comparison: Comparison, rows: Sequence[SummaryRow]) -> list[Ch
             figure = new_figure(WIDTH, _AROUND + _ROW * len(group))
             axes = figure.subplots()
             readouts = draw_panel(axes, group, comparison)
-        title = f"{first.quantity.label} {ARROWS[first.quantity.better]}".rstrip()
+        title = f"{first.quantity.heading} {ARROWS[first.quantity.better]}".rstrip()
         charts.append(Chart(title, _caption(group), figure, readouts))
     return charts
 
@@ -79,7 +79,7 @@ def forest_figure(comparison: Comparison, rows: Sequence[SummaryRow]) -> Figure 
         places = list(figure.subplots(num_rows, columns, squeeze=False).flat)
         for axes, group in zip(places, groups, strict=False):
             draw_panel(axes, group, comparison)
-            words = f"{group[0].quantity.label}, {_caption(group)}"
+            words = f"{group[0].quantity.heading}, {_caption(group)}"
             axes.set_title(one_visible_line(words), loc="left")
         for axes in places[len(groups) :]:
             axes.remove()

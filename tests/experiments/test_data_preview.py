@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -60,6 +61,32 @@ def test_shapes_show_their_masks_and_flow(tmp_path: Path) -> None:
     assert len(media(page, "video/mp4")) == 3 * 3
     assert page.count("masks: ") == page.count("optical flow") == 3
     assert page.count("<article>") == 3
+
+
+@pytest.mark.parametrize("undecided", [True, False])
+def test_undecided_pixels_are_striped_and_the_page_says_so(
+    folder: FolderConfig, tmp_path: Path, undecided: bool
+) -> None:
+    root = Path(folder.path)
+    for number in range(9):
+        labels = Image.new("L", (32, 32), 255 if undecided else 0)
+        labels.paste(1, (0, 0, 32, 16))  # the upper half is the card
+        (root / "labels").mkdir(exist_ok=True)
+        labels.save(root / f"labels/{number:05d}.png")
+    masks = ', "masks": "labels", "entities": ["a card"]}'
+    lines = (root / "metadata.jsonl").read_text().splitlines()
+    (root / "metadata.jsonl").write_text("\n".join(line[:-1] + masks for line in lines))
+    page = preview(folder, tmp_path / "out", clips=1).read_text("utf-8")
+    assert ("masks: a card (striped: undecided)" in page) == undecided
+    with av.open(io.BytesIO(media(page, "video/mp4")[1]), "r") as container:
+        frame_HWC = next(container.decode(video=0)).to_ndarray(format="rgb24").astype(float)
+    upper_HWC, lower_HWC = frame_HWC[4:12], frame_HWC[20:]
+    assert upper_HWC[..., 0].mean() > upper_HWC[..., 1].mean() + 60, "tinted"
+    assert (lower_HWC.std() > 20) == undecided
+    with Image.open(tmp_path / "out/sheet.png") as sheet:
+        left, bottom = 6 + 5 * 134, sheet.height - 10  # the sixth tile: the masks
+        tile = np.asarray(sheet.convert("L").crop((left, bottom - 40, left + 120, bottom)))
+    assert (tile.std() > 10) == undecided
 
 
 def test_masks_tint_only_their_pixels() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from alignlab.config.data import ShapesConfig
 from alignlab.data.video import write_mp4
 from alignlab.experiments.compare.config import load_compare
-from alignlab.experiments.masks_page import striped
+from alignlab.experiments.data_preview import striped
 from alignlab.runs.metric_rows import read_rows
 from alignlab.train import train
 from command_line import alignlab, refused

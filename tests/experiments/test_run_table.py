@@ -90,6 +90,52 @@ def test_runs_of_the_harness_are_told_apart(
     assert whole.loss is not None and whole.loss > 0 and whole.left_s is None
 
 
+def test_a_run_that_an_error_ended_says_which_until_it_is_resumed(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    def fail(step: int, metrics: object) -> None:
+        raise ValueError("the loss\nis not finite")
+
+    config = make_config("name=pair/none/seed-0", "checkpoint.every=1", "eval.every=1")
+    with pytest.raises(ValueError, match="the loss"):
+        train(config, on_evaluation=fail)
+    (group,) = runs_below(tmp_path)
+    assert isinstance(group, GroupRow) and (group.state, group.num_ended) == ("error", 0)
+    (run,) = group.runs
+    assert (run.state, run.step, run.problem) == ("error", 1, "the loss is not finite")
+    assert "error: the loss is not finite" in alignlab("runs", tmp_path).stdout
+    folder = train(config)
+    (group,) = runs_below(tmp_path)
+    assert isinstance(group, GroupRow) and group.runs[0].state == "finished"
+    assert not (folder / "error.json").exists()
+
+
+def test_an_error_before_the_first_checkpoint_gives_way_to_another_recipe(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    def fail(step: int, metrics: object) -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        train(make_config("checkpoint.every=2", "eval.every=1"), on_evaluation=fail)
+    run_folder.RunFolder.create(make_config("optim.lr=1e-4"))
+    assert [row.state for row in runs_below(tmp_path)] == ["not begun"]
+
+
+def test_copies_that_mlflow_keeps_are_no_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "mine", rows=3)
+    for name in ("mlartifacts", "mlruns"):
+        write_run(tmp_path / name / "1/0a1b/artifacts", rows=3)
+    assert [row.name for row in runs_below(tmp_path)] == ["mine"]
+
+
+def test_a_narrow_terminal_cuts_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    write_run(tmp_path / "a_name_that_is_longer_than_its_column", rows=3)
+    cells = [line.split("│")[1] for line in alignlab("runs", tmp_path).stdout.splitlines()[3:-1]]
+    assert "".join(cell.strip() for cell in cells) == "a_name_that_is_longer_than_its_column"
+
+
 def test_a_comparison_is_a_line_with_its_running_run_below(held: Path) -> None:
     before = contents(held)
     result = alignlab("runs", held)
@@ -163,7 +209,8 @@ def test_a_damaged_run_counts_as_unfinished_in_its_group(tmp_path: Path) -> None
 def test_a_sweep_counts_what_its_recipe_plans_and_knows_pruned_trials(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     write_run(sweep / "trial-0000/seed-0", rows=10, result=100)
-    write_run(sweep / "trial-0001/seed-0", rows=3)
+    pruned = write_run(sweep / "trial-0001/seed-0", rows=3)
+    write_json(pruned / "error.json", {"error": "no room"})  # the sweep says how a trial ended
     write_run(sweep / "trial-0002/seed-0", rows=4)
     (sweep / "recipe.yaml").write_text("space: {}\ntrials: 4\nseeds: [0]\n")
     (sweep / "trials.csv").write_text(

@@ -31,7 +31,10 @@ SHORTER = {
     ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
     ("stage1", "sara"): ["steps=2", *SMALL, "stage1.val_clips=2"],
     ("stage1", "moalign"): ["steps=2", *SMALL, "stage1.val_clips=2"],
+    ("train", "tiny", "steps=2"): ["eval.clips=1", *NO_CLIPS],
     ("train", "tiny", "steps=100"): ["steps=3", *SMALL, "eval.clips=2", *NO_CLIPS],
+    # The whole comparison stands below it.
+    ("compare", "mine.yaml", "name=small"): ["--print-config"],
     ("compare", "mine.yaml"): [
         *("steps=1", "seeds=[0]", "cost=null", "eval.every=null", *SMALL, "eval.clips=2"),
         *NO_CLIPS,

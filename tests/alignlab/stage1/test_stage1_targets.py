@@ -1,5 +1,6 @@
 """What Stage 1 learns from: optical flow on the token grid, masks, intersection over union."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,13 @@ def test_dis_finds_a_translation() -> None:
     expected = torch.tensor([[3.0, -2.0], [1.0, 2.0]])
     torch.testing.assert_close(inside.mean((1, 2)), expected, atol=0.1, rtol=0)
     assert (inside - expected[:, None, None]).norm(dim=-1).mean() < 0.2
-    assert torch.equal(flow, dis_flow(video_THWC))
+    threads = cv2.getNumThreads()
+    try:
+        for count in (1, 4):
+            cv2.setNumThreads(count)
+            assert torch.equal(flow, dis_flow(video_THWC)), "whatever the number of threads"
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def test_dis_is_near_the_exact_flow_on_the_subjects_of_shapes() -> None:

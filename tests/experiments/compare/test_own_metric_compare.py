@@ -12,12 +12,15 @@ import pytest
 
 from alignlab.errors import UserError
 from alignlab.experiments.analysis.comparison import load_comparison
+from alignlab.experiments.analysis.plots import plot_forest
 from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.merge import merged
 from alignlab.experiments.compare.own_metrics import OwnMetric, as_inputs, own_metrics_of
 from alignlab.experiments.compare.result import Comparison, Curve, RunResult
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.report.charts import step_charts
+from alignlab.experiments.report.cost_charts import cost_charts
+from alignlab.experiments.report.forest import forest_charts, forest_figure
 from alignlab.experiments.report.latex import table_tex
 from alignlab.experiments.report.summary import summary_rows
 from alignlab.experiments.report.text import markdown
@@ -111,6 +114,19 @@ def test_a_difference_is_claimed_by_its_better_side(
     assert row.change == change and row.headline and row.quantity.label == "sharpness"
 
 
+def test_charts_of_differences_say_the_unit() -> None:
+    found = measured_with(OwnMetric("a", "1.0", "blur", "lower", headline=True, unit="px"))
+    rows = summary_rows(found)
+    title = "blur (px) \N{DOWNWARDS ARROW}"
+    assert title in {chart.title for chart in forest_charts(found, rows)}
+    assert title in {chart.title for chart in cost_charts(found, rows)}
+    whole = forest_figure(found, rows)
+    assert whole is not None
+    assert any(one.get_title(loc="left").startswith("blur (px)") for one in whole.axes)
+    (axes,) = plot_forest(found, rows, metrics=["gen/sharp"])
+    assert axes.get_title() == title
+
+
 @pytest.mark.usefixtures("newer")
 def test_what_a_metric_means_is_said_by_its_own_comparison(tmp_path: Path, recipe: Path) -> None:
     """Neither by a comparison that is loaded later, nor by what is installed."""
@@ -128,10 +144,11 @@ def test_what_a_metric_means_is_said_by_its_own_comparison(tmp_path: Path, recip
     load(recipe, tmp_path)
     one, other, unknown = loaded.values()
     assert any("raises blur" in line and "(worse)" in line for line in one.verdict())
-    for data, label in ((one, "blur"), (other, "edges"), (unknown, "gen/sharp")):
+    named = ((one, "blur", " (px)"), (other, "edges", ""), (unknown, "gen/sharp", ""))
+    for data, label, unit in named:
         assert {row.quantity.label for row in data.rows if row.metric == "gen/sharp"} == {label}
         titles = {chart.title for chart in step_charts(data.comparison)}
-        assert {"blur", "edges", "gen/sharp"} & titles == {label}
+        assert {"blur (px)", "blur", "edges", "gen/sharp"} & titles == {label + unit}
         assert len({row.metric for row in data.rows if row.headline} & {"gen/sharp"}) == (
             data is one
         )

@@ -197,6 +197,10 @@ def test_no_seeds_are_told_where_nothing_would_be_claimed(
 
 
 REFUSED: dict[str, tuple[list[Any], str]] = {
+    "unfinished": (
+        ["{trained}"],
+        "{trained}: 1 of 2 runs finished, so there is no comparison.json",
+    ),
     "no folder": (["nowhere"], "nowhere: no comparison there: alignlab compare writes"),
     "two without out": (
         ["{folder}", "{folder}/comparison.json"],
@@ -229,8 +233,10 @@ def test_what_the_command_refuses(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     trained = tmp_path / "trained"
-    (trained / "none" / "seed-0").mkdir(parents=True)
-    (trained / "none" / "seed-0" / "recipe.yaml").touch()
+    for seed in ("seed-0", "seed-1"):
+        (trained / "none" / seed).mkdir(parents=True)
+        (trained / "none" / seed / "recipe.yaml").touch()
+    (trained / "none" / "seed-0" / "result.json").touch()
     arguments, message = REFUSED[what]
     names = {"folder": folder, "trained": trained}
     given = [str(argument).format(**names) for argument in arguments]
