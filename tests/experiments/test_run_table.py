@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from alignlab.experiments import run_table
+from alignlab.experiments.cli.runs import runs as list_runs
 from alignlab.experiments.run_table import GroupRow, RunRow, runs_below
 from alignlab.runs import run_folder
 from alignlab.runs.checksums import write_json
@@ -129,10 +130,15 @@ def test_copies_that_mlflow_keeps_are_no_runs(tmp_path: Path) -> None:
     assert [row.name for row in runs_below(tmp_path)] == ["mine"]
 
 
-def test_a_narrow_terminal_cuts_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "50")
+def test_a_narrow_terminal_cuts_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
     write_run(tmp_path / "a_name_that_is_longer_than_its_column", rows=3)
-    cells = [line.split("│")[1] for line in alignlab("runs", tmp_path).stdout.splitlines()[3:-1]]
+    list_runs(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60
+    cells = [line.split("│")[1] for line in lines[3:-1]]
     assert "".join(cell.strip() for cell in cells) == "a_name_that_is_longer_than_its_column"
 
 
