@@ -1,9 +1,9 @@
 """The settings of `alignlab tune`: a section of a comparison's recipe."""
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.parts import Seed, Steps
@@ -50,14 +50,15 @@ class TuneConfig(Settings):
             raise ValueError(f"{list(seeds)} names a seed twice")
         return seeds
 
-    @model_validator(mode="after")
-    def _trials_can_be_equal(self) -> Self:
-        if self.sampler.name == "grid":
+    @field_validator("sampler")
+    @classmethod
+    def _trials_can_be_equal(cls, sampler: SamplerConfig) -> SamplerConfig:
+        if sampler.name == "grid":
             raise ValueError(
-                "sampler: a grid has as many trials as points, so variants would not have the same "
-                "number; choose tpe, gp, cmaes, random or nsga2"
+                "a grid has as many trials as points, so variants would not have the same number; "
+                "choose tpe, gp, cmaes, random or nsga2"
             )
-        return self
+        return sampler
 
 
 def by_dotted_key(settings: Any, variants: Iterable[str]) -> Any:

@@ -16,7 +16,7 @@ from alignlab.experiments.compare.config import CompareConfig, compare_config, d
 from alignlab.experiments.compare.tuned import is_within
 from alignlab.experiments.sweep.borders import shown_range
 from alignlab.experiments.sweep.config import SweepConfig
-from alignlab.experiments.sweep.space import tapped_blocks
+from alignlab.experiments.sweep.space import check_space, tapped_blocks
 from alignlab.experiments.sweep.worker import check as check_sweep
 from alignlab.experiments.tune.config import TuneConfig
 from alignlab.experiments.tune.spaces import variant_space
@@ -198,15 +198,13 @@ def _check_tune(config: CompareConfig, tune: TuneConfig) -> None:
 def _sweeps(config: CompareConfig, tune: TuneConfig) -> dict[str, SweepConfig]:
     """The sweeps of all variants, whose trials are all measured on the same blocks."""
     sweeps = {v: _sweep(config, tune, v, run) for v, run in config.runs.items()}
-    if config.base.eval.blocks is not None:
-        return sweeps
-    blocks: set[int] = set()
     for variant, sweep in sweeps.items():
         try:
-            blocks.update(tapped_blocks(sweep))
+            check_space(sweep)
         except UserError as error:
             raise UserError(_in_recipe(variant, str(error))) from None
-    if not blocks:
+    blocks = {block for sweep in sweeps.values() for block in tapped_blocks(sweep)}
+    if config.base.eval.blocks is not None or not blocks:
         return sweeps
     return {
         variant: sweep.model_copy(

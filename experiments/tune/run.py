@@ -21,12 +21,13 @@ from alignlab.experiments.launchers.local import check_machine
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.launch import RunTrials, SweepLauncher, make_sweep_launcher
 from alignlab.experiments.sweep.run import sweep
-from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
+from alignlab.experiments.sweep.study import SweepStudy, read_study, sweep_folder
 from alignlab.experiments.sweep.tracking import SweepTracker
 from alignlab.experiments.tune.plan import TunePlan, check, tuned_recipe
 from alignlab.experiments.tune.progress import TuneProgress
 from alignlab.recipe import to_yaml
 from alignlab.runs.atomic_files import write_text
+from alignlab.runs.checksums import damaged_files, read_checksums
 from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
 
@@ -54,6 +55,9 @@ def tune(plan: TunePlan, *, workers: int | None = None) -> Path:
     log.info("%s", plan.sentence)
     progress = TuneProgress(plan)
     for number, (variant, config) in enumerate(plan.sweeps.items(), start=1):
+        if _is_swept(config):
+            log.info("%s is tuned already (%d of %d)", variant, number, len(plan.sweeps))
+            continue
         log.info("tuning %s (%d of %d variants)", variant, number, len(plan.sweeps))
         with interruption.telling(partial(_of_tuning, variant)):
             sweep(config, launcher=_sweep_launcher(config, workers, progress, variant))
@@ -66,6 +70,18 @@ def tune(plan: TunePlan, *, workers: int | None = None) -> Path:
     write_text(folder / COMPARED, to_yaml(recipe))
     best = compare_config(recipe)
     return compare(best, launcher=_compare_launcher(best, folder, workers, progress))
+
+
+def _is_swept(config: SweepConfig) -> bool:
+    """Whether all trials are finished and what was written of them is whole.
+
+    What it has read is compared with what is there today when the runs of the best begin.
+    """
+    folder = sweep_folder(config)
+    written = read_checksums(folder) or {}
+    if "best.yaml" not in written or damaged_files(folder, written):
+        return False
+    return read_study(config, "give the command again").is_finished()
 
 
 def _of_tuning(variant: str) -> str:
