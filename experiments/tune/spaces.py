@@ -85,7 +85,7 @@ def _blocks(key: str, searched: DepthRange, variant: str, run: RunConfig) -> Par
             "blocks, or null"
         )
     first, last = blocks[0], blocks[-1]
-    if searched.most is None:
-        return BlocksSpace(kind="blocks", choose="single", first=first, last=last)
     longest = searched.longest(count)
+    if longest == 1:
+        return BlocksSpace(kind="blocks", choose="single", first=first, last=last)
     return BlocksSpace(kind="blocks", choose="range", first=first, last=last, max_size=longest)

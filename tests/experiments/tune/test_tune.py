@@ -16,6 +16,7 @@ from alignlab.experiments.launchers import local
 from alignlab.experiments.run_table import GroupRow, runs_below
 from alignlab.experiments.sweep import page
 from alignlab.experiments.sweep import trial as sweep_trial
+from alignlab.experiments.sweep.space import own_params
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
 from alignlab.experiments.tune.plan import TunePlan, load_tune
 from alignlab.experiments.tune.run import tune
@@ -144,7 +145,7 @@ def test_the_report_says_what_each_sweep_searched_and_found(finished: TunePlan) 
     assert space == {
         "optim.lr": "0.0002 to 0.005 (log)",
         "objectives.ra.weight": "0.1 to 10 (log)",
-        "objectives.ra.blocks": "up to 1 neighbours, 0 to 1",
+        "objectives.ra.blocks": "one block, 0 to 1",
     }
     history = comparison.tuning["tuning.history"]["ra"]
     assert isinstance(history, list) and len(history) == 2
@@ -295,3 +296,13 @@ def test_an_older_recipe_needs_no_section(recipe: Path) -> None:
     plan = load_tune(recipe, ["tune=null"], trials=4)
     assert plan.tune.seeds == (1000,) and plan.sweeps["none"].trials == 4
     assert json.loads(plan.sweeps["ra"].model_dump_json())["base"]["eval"]["blocks"] == [0, 1, 2, 3]
+
+
+def test_the_shipped_recipe_is_of_the_size_that_it_says() -> None:
+    plan = load_tune("tune_from_scratch")
+    assert list(plan.sweeps) == ["none", "refalign", "repa", "videorepa", "sara", "layersync"]
+    assert plan.tuning_steps + plan.compared_steps == 16_800  # 40 minutes at 7 steps a second
+    assert "66 runs, 16,800 steps in all" in plan.sentence
+    for variant, sweep in plan.sweeps.items():
+        assert own_params(sweep) is not None, f"{variant}: its own values are the first trial"
+        assert sweep.space["optim.lr"] == plan.sweeps["none"].space["optim.lr"]
