@@ -37,7 +37,7 @@ def test_every_combination_of_ends_makes_a_config(name: str, num_blocks: int) ->
     config = default_config(name)
     space = config.search_space
     assert list(space)[:2] == ["weight", "blocks"]
-    corners = [{}]
+    corners: list[dict[str, Any]] = [{}]
     for setting, searched in space.items():
         assert setting in type(config).model_fields
         corners = [c | {setting: end} for c in corners for end in ends(searched, num_blocks)]
