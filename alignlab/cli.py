@@ -28,6 +28,7 @@ from alignlab.experiments.cli.report import report
 from alignlab.experiments.cli.runs import runs
 from alignlab.experiments.cli.sweep import sweep
 from alignlab.experiments.cli.track import track
+from alignlab.experiments.cli.tune import tune
 from alignlab.experiments.cli.verify import verify
 from alignlab.passwords import without_password
 
@@ -131,6 +132,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     findings,
     sweep,
+    tune,
     runs,
     evaluate,
     sample,

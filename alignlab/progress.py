@@ -114,17 +114,20 @@ def step_progress(
         part: what the steps of those within it are of this one, which then advances as they do;
             they write no lines of their own. None: nothing.
     """
-    outer = list(_wholes) if part is None else []
+    outer = list(_wholes)
     with _shown(label, total, done) as show, ExitStack() as stack:
-        if part is not None:
-            stack.enter_context(_with_parts(show, part))
 
-        def advance(done: int, note: str) -> None:
+        def tell_all(done: int, note: str) -> None:
             is_part = any([tell_whole(label, done, note) for tell_whole in outer])
             if _bars or not is_part:
                 show(done, note)
+
+        def advance(done: int, note: str) -> None:
+            tell_all(done, note)
             interruption.check()
 
+        if part is not None:
+            stack.enter_context(_with_parts(tell_all, part))
         yield advance
 
 

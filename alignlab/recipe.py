@@ -118,6 +118,8 @@ def refuse_other_command(recipe: str | Path, mapping: Mapping[str, Any], command
 
 def _command_of(mapping: Mapping[str, Any]) -> tuple[str, str]:
     """The command that reads a recipe, and what the recipe is."""
+    if "variants" in mapping and mapping.get("tune") is not None:
+        return "tune", "tunes and compares variants (it has 'tune')"
     if "variants" in mapping:
         return "compare", "is a comparison (it has 'variants')"
     if "space" in mapping:

@@ -120,6 +120,8 @@ def _found(folder: Path, top: Path, seen: set[Path]) -> Iterator[RunRow | GroupR
     is_sweep = _is_sweep(folder)
     if runs or is_sweep:
         yield _group(folder, name, runs, is_sweep=is_sweep)
+        if not is_sweep and (folder / "tuning").is_dir():
+            yield from _found(folder / "tuning", top, seen)
     elif _is_run(folder):
         yield _run(folder, name)
     else:

@@ -24,6 +24,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, linear_projector, project, repa_projector
+from alignlab.losses.search_space import SearchRange, tenfold
 
 Reduction = Literal["sum", "mean"]
 
@@ -106,6 +107,11 @@ class CrepaConfig(ObjectiveConfig):
         if self.projector == "linear" and self.projector_dim is not None:
             raise ValueError("projector_dim: nothing reads it with projector: linear; remove it")
         return self
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And the decay over frames."""
+        return super().search_space | {"tau": tenfold(1.0)}
 
 
 @final

@@ -24,6 +24,7 @@ from alignlab.losses.objective import (
     Terms,
     Tokens,
 )
+from alignlab.losses.search_space import SearchRange, tenfold
 
 
 def dispersive_loss(
@@ -87,6 +88,11 @@ class DispersiveConfig(NoTeacherConfig):
     tau: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     per_feature: bool = True
     diagonal: bool = True
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And the temperature."""
+        return super().search_space | {"tau": tenfold(0.5)}
 
 
 @final

@@ -21,6 +21,7 @@ from alignlab.losses.projector import (
     repa_projector,
 )
 from alignlab.losses.repa import PairwiseAlignment, repa_loss, spatial_zscore
+from alignlab.losses.search_space import NumberRange, SearchRange
 
 GAMMA = 0.6  # share of the spatial mean that is taken away (released code)
 
@@ -79,6 +80,12 @@ class IRepaConfig(ObjectiveConfig):
         if not self.spatial_norm and self.gamma != GAMMA:
             raise ValueError("gamma: nothing reads it without spatial_norm; remove it")
         return self
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And how much of the mean is taken away, where anything is."""
+        space = super().search_space
+        return space | {"gamma": NumberRange(0.2, 1.0)} if self.spatial_norm else space
 
 
 @final

@@ -23,6 +23,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.repa import cosine_terms
+from alignlab.losses.search_space import DEEP, SHALLOW, SearchRange
 
 
 def layersync_loss(shallow_BND: Tensor, deep_BND: Tensor, *, detach: bool = True) -> Tensor:
@@ -78,6 +79,11 @@ class LayerSyncConfig(NoTeacherConfig):
     def taps(self) -> dict[str, tuple[int, ...]]:
         """Both sides of the pairs."""
         return {"blocks": self.blocks, "deep_blocks": self.deep_blocks}
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """One block of the shallower half towards one of the deeper half."""
+        return super().search_space | {"blocks": SHALLOW, "deep_blocks": DEEP}
 
 
 @final

@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import project, repa_projector
+from alignlab.losses.search_space import SearchRange, tenfold
 
 OUTSIDE = -1e30  # of a softmax: no share, and finite, so that no gradient is NaN
 
@@ -144,6 +145,11 @@ class LocalGramFlowConfig(ObjectiveConfig):
         if window % 2 == 0:
             raise ValueError(f"window {window} has no middle: give an odd one")
         return window
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And the temperature of both softmaxes."""
+        return super().search_space | {"temperature": tenfold(0.1)}
 
 
 @final

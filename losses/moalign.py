@@ -26,6 +26,7 @@ from alignlab.losses.objective import (
     implementation_of,
 )
 from alignlab.losses.projector import REPA_HIDDEN, deep_projector, project
+from alignlab.losses.search_space import SearchRange, tenfold
 from alignlab.losses.stage1.folder import load_for_teacher
 from alignlab.losses.stage1.motion_head import MotionHead
 
@@ -76,6 +77,11 @@ class MoAlignConfig(ObjectiveConfig):
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
     impl: Annotated[str, implementation_of(OPERATION)] = "auto"
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And the decay over frames."""
+        return super().search_space | {"tau": tenfold(10.0)}
 
 
 @final

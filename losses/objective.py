@@ -25,6 +25,7 @@ from alignlab.losses.gate import Gate, NoGate
 from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
+from alignlab.losses.search_space import DEEP, SHALLOW, DepthRange, SearchRange, tenfold
 
 if TYPE_CHECKING:  # most objectives need no kernel
     from alignlab.kernels.dispatch import Operation
@@ -291,6 +292,19 @@ class ObjectiveConfig(BaseModel):
         """As `taps`, of the blocks of the student's own average (`SelfTeacherConfig`)."""
         return {}
 
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """Where a sweep searches the objective's settings, by name, unless a recipe says otherwise.
+
+        The weight from a tenth to ten times its default, and one block of the whole depth. An
+        objective adds its own knobs, those that something reads under its other settings.
+        """
+        space: dict[str, SearchRange] = {}
+        default = type(self).model_fields["weight"].default
+        if isinstance(default, int | float) and default > 0:
+            space["weight"] = tenfold(default)
+        return space | {"blocks": DepthRange()}
+
 
 class NoTeacherConfig(ObjectiveConfig):
     """Settings of an objective that reads no teacher: it has no setting `teacher`.
@@ -348,6 +362,11 @@ class SelfTeacherConfig(NoTeacherConfig):
     def self_taps(self) -> dict[str, tuple[int, ...]]:
         """Blocks of the average whose tokens `forward` gets."""
         return {"deep_blocks": self.deep_blocks}
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """One block of the shallower half towards one of the deeper half."""
+        return super().search_space | {"blocks": SHALLOW, "deep_blocks": DEEP}
 
     def decay_at(self, step: int) -> float:
         """Decay of the average after a step, 0-based."""

@@ -26,6 +26,7 @@ from alignlab.losses.objective import (
     implementation_of,
 )
 from alignlab.losses.projector import project, refalign_projector
+from alignlab.losses.search_space import DepthRange, NumberRange, SearchRange
 
 Negatives = Literal["sample", "batch"]
 
@@ -113,6 +114,14 @@ class RefAlignConfig(ObjectiveConfig):
     negatives: Negatives = "sample"
     foreground: float = Field(default=0.0, ge=0.0, le=1.0)
     impl: Annotated[str, implementation_of(OPERATION)] = "auto"
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """Neighbouring blocks, as the paper's first nine of 30, and the push."""
+        return super().search_space | {
+            "blocks": DepthRange(up_to=0.6, most=0.4),
+            "neg_weight": NumberRange(0.0, 2.0),
+        }
 
 
 @final

@@ -36,6 +36,7 @@ from alignlab.losses.objective import (
     implementation_of,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
+from alignlab.losses.search_space import NumberRange, SearchRange
 from alignlab.losses.stage1.folder import load_for_teacher
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
 
@@ -217,6 +218,11 @@ class SaraConfig(ObjectiveConfig):
                 "makes one), or set saliency=masks"
             )
         return self
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And how much relations between frames count."""
+        return super().search_space | {"temporal_weight": NumberRange(0.0, 2.0)}
 
 
 @final

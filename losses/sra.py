@@ -26,6 +26,7 @@ from alignlab.losses.objective import (
     self_key,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
+from alignlab.losses.search_space import NumberRange, SearchRange
 
 BETA = 0.05
 SelfLoss = Literal["cosine", "smooth_l1"]
@@ -90,6 +91,11 @@ class SraConfig(SelfTeacherConfig):
         if self.beta is not None and self.loss != "smooth_l1":
             raise ValueError(f"beta: nothing reads it with loss: {self.loss}; remove it")
         return self
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And how much cleaner the average's input is."""
+        return super().search_space | {"cleaner": NumberRange(0.0, 0.4)}
 
 
 @final

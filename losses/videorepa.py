@@ -33,6 +33,7 @@ from alignlab.losses.projector import (
     project_frames,
     repa_projector,
 )
+from alignlab.losses.search_space import NumberRange, SearchRange
 
 Reduction = Literal["joint", "sum"]
 
@@ -108,6 +109,11 @@ class VideoRepaConfig(ObjectiveConfig):
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
     initial_weights: InitialWeights = changed_default("torch", before="xavier")
     impl: Annotated[str, implementation_of(OPERATION)] = "auto"
+
+    @property
+    def search_space(self) -> dict[str, SearchRange]:
+        """And the margin."""
+        return super().search_space | {"margin": NumberRange(0.0, 0.4)}
 
 
 @final

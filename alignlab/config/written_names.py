@@ -17,7 +17,7 @@ _FILES = frozenset(
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
     comparison.json report.html report.md table.csv table.tex steps.csv noise_floor.csv
     progress.json budget.json cost.json code.json checksums.json mlflow.json mlflow_tags.json
-    wandb.json study.db trials.csv best.yaml sweep.html worker.log stage1.json
+    wandb.json study.db trials.csv best.yaml sweep.html worker.log stage1.json compare.yaml
     """.split()
 ) | {ERROR}
 _MORE_FILES = (

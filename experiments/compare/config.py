@@ -18,11 +18,12 @@ from alignlab.experiments.compare.tuned import Tuning, sweep_recipe, tuned_chang
 from alignlab.experiments.compare.variants import baseline_notice, checked_variants, shown_variants
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.tune.config import TuneConfig, by_dotted_key
 from alignlab.recipe import load_run, numbered_settings, refuse_other_command, to_yaml, validated
 from alignlab.stage1.config import Stage1Config
 
 COMPARE_KEYS = ("baseline", "seeds", "variants")
-OPTIONAL_COMPARE_KEYS = ("aa", "allow_differences", "budget", "cost", "launch", "finding")
+OPTIONAL_COMPARE_KEYS = ("aa", "allow_differences", "budget", "cost", "launch", "finding", "tune")
 
 
 class CostConfig(Settings):
@@ -63,6 +64,9 @@ class CompareConfig(Settings):
     """The sweeps of the variants that have a `from`."""
     finding: Finding | None = None
     """What a paper claims that this comparison checks, if it does. It is part of no run."""
+    tune: TuneConfig | None = None
+    """How `alignlab tune` tunes the variants before it compares them; no other training reads
+    it."""
 
     @field_validator("seeds")
     @classmethod
@@ -144,7 +148,17 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
             `from` names no best.yaml of a sweep that searched under the comparison's settings.
     """
     mapping = read_recipe(recipe, overrides or [])
-    refuse_other_command(recipe, mapping, "compare")
+    refuse_other_command(recipe, {k: v for k, v in mapping.items() if k != "tune"}, "compare")
+    return compare_config(mapping)
+
+
+def compare_config(recipe: Mapping[str, Any]) -> CompareConfig:
+    """As `load_compare`, of a recipe as `read_recipe` gives it.
+
+    Raises:
+        UserError: as `load_compare`.
+    """
+    mapping = dict(recipe)
     missing = [key for key in COMPARE_KEYS if key not in mapping]
     if missing:
         raise UserError(f"{missing[0]}: missing; a comparison needs {', '.join(COMPARE_KEYS)}")
@@ -156,6 +170,8 @@ def load_compare(recipe: str | Path, overrides: list[str] | None = None) -> Comp
     settings = {key: mapping.pop(key) for key in keys}
     base = validated(RunConfig, mapping)
     variants = checked_variants(settings["variants"])
+    if "tune" in settings:
+        settings["tune"] = by_dotted_key(settings["tune"], variants)
     runs, tuned = {}, {}
     for name, changes in variants.items():
         applied = changes
@@ -210,8 +226,7 @@ def dump_compare(config: CompareConfig) -> str:
     # as older recipes were written
     if not config.aa:
         included.remove("aa")
-    if config.finding is None:
-        included.remove("finding")
+    included -= {key for key in ("finding", "tune") if getattr(config, key) is None}
     return to_yaml(resolved | config.model_dump(mode="json", include=included))
 
 

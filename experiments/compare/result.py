@@ -30,6 +30,19 @@ SCHEMA = 3
 """Of comparison.json: a field that is added, leaves or means something else makes a new number.
 Files of number 1 do not say it."""
 
+# Facts of `Comparison.tuning`: what a variant's sweep searched and found, beside what it cost.
+TUNED_SPACE = "tuning.space"
+"""By setting, the range in words."""
+TUNED_BEST = "tuning.best"
+"""By setting, the value of the best trial."""
+TUNED_BORDER = "tuning.border"
+"""By setting, `lower` or `upper`: the best lies at that end of a range that could be wider."""
+TUNED_HISTORY = "tuning.history"
+"""The metric of every finished trial, as [trial, value]; of several metrics the first."""
+TUNED_DIRECTION = "tuning.direction"
+"""`minimize` or `maximize`."""
+TUNED = (TUNED_SPACE, TUNED_BEST, TUNED_BORDER, TUNED_HISTORY, TUNED_DIRECTION)
+
 Curve = tuple[tuple[int, float], ...]
 
 

@@ -43,6 +43,7 @@ from alignlab.experiments.compare.reuse import (
     recipe_to_train,
     refuse_different_plans,
 )
+from alignlab.experiments.compare.search_facts import search_facts
 from alignlab.experiments.compare.sources import check_sources, refuse_prolonged_sources
 from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
@@ -137,6 +138,21 @@ def unfinished(config: CompareConfig) -> list[Path]:
     return [recipe_to_train(run, plan.folders[key]) for key, run in _missing(plan).items()]
 
 
+def check(config: CompareConfig) -> None:
+    """Refuses what could not be compared, before anything is made; see `prepare`.
+
+    Raises:
+        UserError: as `prepare`, by the recipe alone.
+    """
+    refuse_several_ranks()
+    check_fair(config)
+    check_expectations(config, {v: probed(config, v, config.seeds[0]) for v in config.variants})
+    # before folders are made and the budget measured; neither seed nor number of steps matters
+    for run in config.runs.values():
+        check_recipe(run)
+    check_sources(_planned(config))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a comparison trains, and where.
@@ -166,15 +182,15 @@ def prepare(config: CompareConfig) -> Plan:
         UserError: variants are measured differently, or runs by other versions of a package's
             metric; a finding expects what is not measured, a folder holds a run of another recipe,
             an objective never has anything to align, runs read other files than those that have
-            begun, or a run cannot start from what its `model.init_from` names.
+            begun, a run cannot start from what its `model.init_from` names, or the recipe is for
+            `alignlab tune`.
     """
-    refuse_several_ranks()
-    check_fair(config)
-    check_expectations(config, {v: probed(config, v, config.seeds[0]) for v in config.variants})
-    # before folders are made and the budget measured; neither seed nor number of steps matters
-    for run in config.runs.values():
-        check_recipe(run)
-    check_sources(_planned(config))
+    if config.tune is not None:
+        raise UserError(
+            "tune: the recipe tunes its variants first: use `alignlab tune`, or compare them as "
+            "they stand with tune=null"
+        )
+    check(config)
     notice = baseline_notice(config.baseline, config.runs[config.baseline])
     if notice is not None:
         log.warning("%s", notice)
@@ -267,7 +283,7 @@ def _comparison(plan: Plan, cost: Cost | None) -> Comparison:
         allowed=config.allow_differences,
         cost=cost,
         budget=plan.budget,
-        tuning=tuning_facts(config),
+        tuning=tuning_facts(config) | search_facts(config),
         again=tuple(run for (name, _), run in results.items() if name not in config.variants),
         finding=config.finding,
         own_metrics=own_metrics,

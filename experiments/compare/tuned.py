@@ -110,14 +110,13 @@ def tuned_changes(
     """
     used = {alias for objective in best.objectives.values() for alias in objective.teachers}
     resolved = best.model_dump(mode="json", include={"objectives", "teachers"})
-    changes: dict[str, Any] = {"objectives": resolved["objectives"]}
+    changes: dict[str, Any] = {"objectives": {}}  # those of the comparison's base go
+    changes |= {f"objectives.{alias}": one for alias, one in resolved["objectives"].items()}
     changes |= {f"teachers.{alias}": resolved["teachers"][alias] for alias in sorted(used)}
     searched: dict[str, Any] = {}
     for key, values in differing.items():
         section, alias = key.split(".")[0], key.split(".")[1:2]
-        if section == "eval" or key == "steps" or is_within(key, own):
-            continue
-        if section == "objectives" and alias[0] in best.objectives:
+        if section in ("eval", "objectives") or key == "steps" or is_within(key, own):
             continue
         if section == "teachers" and (alias[0] not in used or _is_new(key, differing)):
             continue

@@ -1,17 +1,22 @@
-"""The warnings of the runs (`notes` in result.json), gathered over seeds, and what they count."""
+"""The warnings of the runs (`notes` in result.json), gathered over seeds, and of their tuning."""
 
 from collections.abc import Mapping, Sequence
 
 from alignlab.experiments.compare.result import Comparison
+from alignlab.experiments.report.tuning import border_warnings
 
 
 def warnings_by_variant(comparison: Comparison) -> dict[str, list[str]]:
-    """Warnings of each variant that has any, in order of the recipe; see `gather_warnings`."""
+    """Warnings of each variant that has any, in order of the recipe; see `gather_warnings`.
+
+    Those of its tuning come first.
+    """
     by_variant = {}
     for variant in comparison.variants:
         runs = {seed: comparison.run(variant, seed) for seed in comparison.seeds}
         warnings = {seed: run.notes for seed, run in runs.items() if run is not None}
-        texts = gather_warnings(warnings, len(comparison.seeds))
+        texts = border_warnings(comparison, variant)
+        texts += gather_warnings(warnings, len(comparison.seeds))
         if texts:
             by_variant[variant] = texts
     return by_variant

@@ -34,6 +34,7 @@ from alignlab.experiments.report.summary import (
     footnotes,
     summary_rows,
 )
+from alignlab.experiments.report.tuning import markdown_tuning, spent_facts
 from alignlab.experiments.report.verdict import verdict
 
 PRINTED_WARNINGS = 6
@@ -137,7 +138,8 @@ def markdown(comparison: Comparison, rows: list[SummaryRow]) -> str:
     lines += ["", "## What differs", "", *_markdown_settings(comparison, comparison.differing)]
     if comparison.tuning:
         lines += ["", "## How variants were tuned", ""]
-        lines += _markdown_settings(comparison, comparison.tuning)
+        lines += _markdown_settings(comparison, spent_facts(comparison))
+        lines += markdown_tuning(comparison)
     lines += ["", "## How it was made", ""]
     provenance = facts(comparison)
     provenance |= {name: as_text(v) for name, v in comparison.environment.items()}

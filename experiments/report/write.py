@@ -51,6 +51,9 @@ from alignlab.experiments.report.text import (
     table_csv,
     title,
 )
+from alignlab.experiments.report.tuning import HEADER as SEARCHED_HEADER
+from alignlab.experiments.report.tuning import searched_settings, spent_facts
+from alignlab.experiments.report.tuning_charts import tuning_charts
 from alignlab.experiments.report.verdict import verdict
 from alignlab.runs.atomic_files import write_text
 
@@ -144,6 +147,7 @@ def _sections(comparison: Comparison, rows: list[SummaryRow]) -> dict[str, list[
         "curves": curve_charts(comparison),
         "timesteps": timestep_charts(comparison, rows),
         "blocks": block_charts(comparison, rows),
+        "tuning": tuning_charts(comparison),
     }
 
 
@@ -174,7 +178,9 @@ def _html(
         footnotes=footnotes(comparison, rows),
         budget=_budget(comparison),
         settings=setting_table(comparison, comparison.differing),
-        tuning=setting_table(comparison, comparison.tuning),
+        tuning=setting_table(comparison, spent_facts(comparison)),
+        searched=searched_settings(comparison),
+        searched_header=SEARCHED_HEADER,
         prompts=_prompts(comparison, folder),
         facts=facts(comparison),
         environment={name: as_text(value) for name, value in comparison.environment.items()},

@@ -140,7 +140,8 @@ Parameter = Annotated[
 ]
 
 
-def _by_name(value: object) -> object:
+def by_name(value: object) -> object:
+    """A name alone stands for the mapping that has nothing else."""
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -197,8 +198,8 @@ class MetricConfig(Settings):
 
 def _metrics(value: object) -> object:
     if isinstance(value, str | dict):
-        return (_by_name(value),)
-    return tuple(_by_name(item) for item in value) if isinstance(value, list | tuple) else value
+        return (by_name(value),)
+    return tuple(by_name(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 class SweepConfig(Settings):
@@ -208,9 +209,9 @@ class SweepConfig(Settings):
     """What all trials share."""
     space: dict[str, Parameter] = Field(min_length=1)
     """What is varied, by dotted recipe key."""
-    sampler: Annotated[SamplerConfig, BeforeValidator(_by_name)] = SamplerConfig()
+    sampler: Annotated[SamplerConfig, BeforeValidator(by_name)] = SamplerConfig()
     """How the next trial's values are chosen."""
-    pruner: Annotated[PrunerConfig, BeforeValidator(_by_name)] = PrunerConfig()
+    pruner: Annotated[PrunerConfig, BeforeValidator(by_name)] = PrunerConfig()
     """When a trial is stopped early."""
     metric: Annotated[tuple[MetricConfig, ...], BeforeValidator(_metrics)] = Field(min_length=1)
     """What is optimised: mean over the seeds. Several: a Pareto front."""
@@ -322,7 +323,7 @@ def load_sweep(
         raise UserError("seed: a sweep with 'seeds' does not read it; remove one")
     search = {key: mapping.pop(key) for key in SWEEP_KEYS if key in mapping}
     if isinstance(search["space"], Mapping):
-        search["space"] = _dotted_space(search["space"])
+        search["space"] = dotted_space(search["space"])
     search.setdefault("seeds", [mapping.pop("seed", 0)])
     base = validated(RunConfig, mapping, stored=stored)
     return validated(SweepConfig, {**search, "base": base})
@@ -336,11 +337,13 @@ def dump_sweep(config: SweepConfig) -> str:
     )
 
 
-def _dotted_space(space: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested space by dotted key: what holds anything but mappings is a parameter."""
-    if not isinstance(space, Mapping) or not all(isinstance(v, Mapping) for v in space.values()):
+def dotted_space(space: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested space by dotted key: what holds anything but mappings and null is a parameter."""
+    if not isinstance(space, Mapping) or not all(
+        value is None or isinstance(value, Mapping) for value in space.values()
+    ):
         return {prefix.removesuffix("."): space}
     dotted: dict[str, Any] = {}
     for key, value in space.items():
-        dotted |= _dotted_space(value, f"{prefix}{key}.")
+        dotted |= dotted_space(value, f"{prefix}{key}.")
     return dotted

@@ -126,7 +126,7 @@ def own_params(config: SweepConfig) -> Params | None:
     for key, parameter in config.space.items():
         same = (
             params
-            for params in _candidates(key, parameter, _setting(config.base, key))
+            for params in _candidates(key, parameter, setting_of(config.base, key))
             if apply_values(config.base, {key: value_of(key, parameter, params)}) == config.base
         )
         params = next(same, None)
@@ -163,10 +163,10 @@ def check_space(config: SweepConfig) -> None:
             a run is measured; a value that its setting refuses; a block that the transformer does
             not have.
     """
-    num_blocks = _num_blocks(config.base)
+    num_blocks = num_blocks_of(config.base)
     tried = [config.base]
     for key, parameter in config.space.items():
-        _setting(config.base, key)
+        setting_of(config.base, key)
         _refuse(key, why_not_searched(key, config.base))
         runs = []
         for value in _extremes(parameter):
@@ -197,8 +197,9 @@ def tapped_blocks(config: SweepConfig) -> tuple[int, ...]:
     for key, parameter in config.space.items():
         runs += [apply_values(config.base, {key: value}) for value in _extremes(parameter)]
         if isinstance(parameter, BlocksSpace):
-            every = list(range(parameter.first, parameter.last + 1))
-            runs.append(apply_values(config.base, {key: every}))
+            # one by one: an objective may pair them with as many others
+            for block in range(parameter.first + 1, parameter.last):
+                runs.append(apply_values(config.base, {key: [block]}))
     return tuple(
         sorted({b for run in runs for o in run.objectives.values() for b in o.tapped_blocks})
     )
@@ -280,7 +281,7 @@ def _extremes(parameter: Parameter) -> list[Any]:
             return [[parameter.first], [parameter.last]]
 
 
-def _setting(base: RunConfig, key: str) -> Any:
+def setting_of(base: RunConfig, key: str) -> Any:
     """The recipe's own value.
 
     Raises:
@@ -295,7 +296,7 @@ def _setting(base: RunConfig, key: str) -> Any:
     return here
 
 
-def _num_blocks(base: RunConfig) -> int | None:
+def num_blocks_of(base: RunConfig) -> int | None:
     """Read from the model's folder; None for a model that is not there yet."""
     folder = on_disk(base.model.path)
     path = None if folder is None else folder / "transformer" / "config.json"

@@ -40,6 +40,9 @@ SHORTER = {
         *NO_CLIPS,
     ],
     ("sweep", "my_sweep.yaml"): ["steps=1", "trials=2", *SMALL, "eval.clips=2"],
+    ("tune", "head_to_head.yaml"): [
+        *("steps=1", "tune.steps=1", "tune.trials=1", "seeds=[0]", *SMALL, "eval.clips=2")
+    ],
     ("sample", "runs/tiny"): ["--steps", "1"],
     ("evaluate", "runs/tiny"): ["eval.clips=2", "eval.sample_steps=1"],
     ("teachers", "score"): ["--clips", "2"],
@@ -54,6 +57,7 @@ ELSEWHERE = {
     ("compare", "real_clips_pretrained"),  # needs wheels: test_teachers_wheels.py has its teachers
     ("compare", "findings/NAME"),  # tests/experiments/compare/test_finding_recipes.py
     ("compare", "findings/push"),
+    ("tune", "tune_from_scratch"),  # tests/experiments/tune/test_tune.py
     ("cache", "build"),  # tests/alignlab/training/test_cache_build.py
     ("demo",),  # what it does is `compare demo`, with processes of its own
     ("bench", "kernels"),
@@ -88,7 +92,9 @@ def shorter(command: list[str]) -> list[str]:
 
 def untested_length(commands: Iterable[list[str]]) -> list[list[str]]:
     """Trainings among the commands that nothing would shorten."""
-    trainings = [c for c in commands if c[0] in ("train", "compare", "sweep", "stage1", "demo")]
+    trainings = [
+        c for c in commands if c[0] in ("train", "compare", "sweep", "tune", "stage1", "demo")
+    ]
     long = [c for c in trainings if tuple(c[:2]) not in PRINTED | ELSEWHERE and not shorter(c)]
     return [c for c in long if not {"--print-config", "--list-runs"} & set(c)]
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from alignlab.errors import printable
 from alignlab.experiments.compare.finding import Expectation, Finding
 from alignlab.experiments.compare.result import (
+    TUNED,
     Budget,
     Comparison,
     Cost,
@@ -147,10 +148,18 @@ def comparisons(draw: st.DrawFn) -> Comparison:
         allowed=tuple(draw(st.lists(texts, max_size=1))),
         cost=draw(st.none() | costs(draw(subset))),
         budget=draw(st.none() | budgets(draw(subset))),
-        tuning=draw(shown),
+        tuning=draw(shown) | draw(tunings(variants)),
         again=tuple(again),
         finding=draw(st.none() | findings(others, metrics)) if others else None,
     )
+
+
+def tunings(variants: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """Facts that the report reads, of any shape."""
+    points = st.lists(st.lists(leaves | numbers, min_size=1, max_size=3), max_size=4)
+    found = json_values | points | st.sampled_from(["maximize", ["val/flow"]])
+    facts = st.sampled_from([*TUNED, "tuning.metric"])
+    return st.dictionaries(facts, st.dictionaries(st.sampled_from(variants), found), max_size=6)
 
 
 def findings(variants: list[str], metrics: list[str]) -> st.SearchStrategy[Finding]:

@@ -67,7 +67,7 @@ def test_every_form_of_the_report_warns_between_verdict_and_table(tmp_path: Path
     page, markdown, printed = texts(made, tmp_path)
     told = f"seeds 0 and 2: {PALE} (seed 0: 28.1 of 56.8; seed 2: 30.1 of 56.8)"
     assert warning_sentences(made) == ["variant none, seed 1: odd", f"variant ra, {told}"]
-    assert '<details class="warnings" open>\n  <summary>2 warnings from runs of 2 variants' in page
+    assert '<details class="warnings" open>\n  <summary>2 warnings of 2 variants' in page
     escaped = told.replace("<", "&lt;").replace(">", "&gt;")
     assert f"<b>ra</b>, {escaped}</li>" in page and "<b>none</b>, seed 1: odd</li>" in page
     assert page.index('class="verdict"') < page.index(escaped) < page.index("<h2>Summary</h2>")
@@ -90,7 +90,7 @@ def test_nothing_is_shown_without_warnings(tmp_path: Path) -> None:
 
 def test_one_seed_is_not_named(tmp_path: Path) -> None:
     page, markdown, printed = texts(comparison({("ra", 0): (warning(28.1),)}, seeds=1), tmp_path)
-    assert "<b>ra</b>: clips" in page and "1 warning from runs of 1 variant<" in page
+    assert "<b>ra</b>: clips" in page and "1 warning of 1 variant<" in page
     assert "- variant ra: clips" in markdown and "Warning: variant ra: clips" in printed
 
 
