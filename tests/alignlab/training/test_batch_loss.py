@@ -200,7 +200,9 @@ def test_references_that_show_too_little_are_in_no_average(make_config: MakeConf
     with run.branch:
         scalars = RunTrainer(run).step(rounds)
     torch.testing.assert_close(scalars["sim/ra"], found["sim/ra"].mean())
-    torch.testing.assert_close(run.alignment.watches["ra"].average.float(), scalars["sim/ra"])
+    torch.testing.assert_close(
+        run.alignment.weights.watches["ra"].average.float(), scalars["sim/ra"]
+    )
 
 
 def test_what_an_objective_calls_aligned_is_what_a_plateau_sees(
