@@ -374,6 +374,8 @@ class RunTrainer(Trainer):
         )
         if self.run.self_teacher is not None:
             make = partial(make, cleaner=self.run.self_teacher.config.cleaner)
+        if alignment.weights.reads_whole_step:
+            make = partial(make, whole=range(config.optim.batch_size))
         return MicroBatches(
             [partial(make, samples=samples) for samples in shares],
             move=partial(Batch.to, device=device),

@@ -345,7 +345,7 @@ class Alignment(nn.Module):
                 objective_terms = objective(student, teacher, known.of(objective))
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
-            gate_B = self.weights.gate(alias, clips.sigma_B)
+            gate_B = self.weights.gate(alias, clips.sigma_B, clips.step_sigma_S)
             weighted[alias] = config.weight * factor * gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms

@@ -1,6 +1,6 @@
 """How much each objective counts in a step: its schedule, and the gate over noise levels.
 
-Shape letters: B samples of a micro-batch.
+Shape letters: B samples of a micro-batch, S of a whole step.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from alignlab.losses.gate import gate_weights
+from alignlab.losses.gate import gate_weights, is_normalized, mean_weight
 from alignlab.losses.objective import ObjectiveConfig
 from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.training.step_terms import WATCHED, SampleTerms
@@ -60,9 +60,25 @@ class ObjectiveWeights:
         factors = self.factors(step)
         return [alias for alias in self._configs if factors.get(alias, 1.0) != 0]
 
-    def gate(self, alias: str, sigma_B: Tensor) -> Tensor:
-        """Factor of an objective's loss in each sample at its noise level, (B,)."""
-        return gate_weights(self._configs[alias].gate, sigma_B)
+    @property
+    def reads_whole_step(self) -> bool:
+        """Whether a gate is normalized, for which the noise levels of a whole step are needed."""
+        return any(is_normalized(config.gate) for config in self._configs.values())
+
+    def gate(self, alias: str, sigma_B: Tensor, step_sigma_S: Tensor | None) -> Tensor:
+        """Factor of an objective's loss in each sample at its noise level, (B,).
+
+        Args:
+            alias: of the objective.
+            sigma_B: of these samples.
+            step_sigma_S: of all samples of the step; not read unless the gate is normalized.
+        """
+        gate = self._configs[alias].gate
+        weights_B = gate_weights(gate, sigma_B)
+        if not is_normalized(gate):
+            return weights_B
+        assert step_sigma_S is not None  # of every run that reads it; `GivenClips.check`
+        return weights_B / mean_weight(gate, step_sigma_S)
 
     def watch(self, step: int, terms: SampleTerms, total: Callable[[Tensor], Tensor]) -> None:
         """Shows plateau schedules what they watch in a step: its mean over the samples of all ranks
