@@ -207,6 +207,8 @@ class ObjectiveConfig(BaseModel):
         name: row of `OBJECTIVES`.
         weight: factor on the loss, 0 to a million.
         schedule: how `weight` changes over training steps.
+        warmup: number of steps over which `weight` grows along a line at the start of the run, by
+            `(step + 1) / warmup` on top of `schedule`; 0: none.
         gate: how much each noise level counts.
         blocks: 0-based transformer blocks whose output is aligned (the papers' depth d is d-1).
         teacher: alias of a teacher in the recipe, or several where the objective takes several.
@@ -217,6 +219,7 @@ class ObjectiveConfig(BaseModel):
     name: str
     weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     schedule: Schedule = Constant()
+    warmup: int = Field(default=0, ge=0)
     gate: Gate = NoGate()
     blocks: tuple[int, ...]
     teacher: str | tuple[str, ...]

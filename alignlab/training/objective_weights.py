@@ -1,4 +1,4 @@
-"""How much each objective counts in a step: its schedule, and the gate over noise levels.
+"""How much each objective counts in a step: schedule, warm-up, and the gate over noise levels.
 
 Shape letters: B samples of a micro-batch, S of a whole step.
 """
@@ -10,7 +10,13 @@ from torch import Tensor
 
 from alignlab.losses.gate import gate_weights, is_normalized, mean_weight
 from alignlab.losses.objective import ObjectiveConfig
-from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
+from alignlab.losses.schedule import (
+    Constant,
+    PlateauWatch,
+    StopAtPlateau,
+    warmup_at,
+    weight_at,
+)
 from alignlab.training.step_terms import WATCHED, SampleTerms
 
 
@@ -43,16 +49,17 @@ class ObjectiveWeights:
                 self.watches[alias] = PlateauWatch(config.schedule).to(where)
 
     def factors(self, step: int) -> dict[str, float]:
-        """What the schedule of each objective that has one makes of its weight at a step."""
+        """What schedule and warm-up make of the weight at a step, of each objective with either."""
         return {
-            alias: weight_at(
+            alias: warmup_at(config.warmup, step)
+            * weight_at(
                 config.schedule,
                 step,
                 self.total_steps(step),
                 stopped=alias in self.watches and self.watches[alias].stopped,
             )
             for alias, config in self._configs.items()
-            if not isinstance(config.schedule, Constant)
+            if config.warmup or not isinstance(config.schedule, Constant)
         }
 
     def active(self, step: int) -> list[str]:

@@ -39,7 +39,7 @@ from alignlab.losses.testing.samples import (
     draw_samples,
 )
 
-READ_BY_HARNESS = frozenset({"name", "weight", "schedule", "gate"})
+READ_BY_HARNESS = frozenset({"name", "weight", "schedule", "warmup", "gate"})
 IMPL = "impl"
 """The setting that chooses how a similarity is computed, and so must change no value."""
 
@@ -234,8 +234,8 @@ def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> Non
 
 
 def check_every_setting_changes_the_loss(case: ContractCase) -> None:
-    """No setting goes unread: each changes the loss or the student's gradient; weight, schedule and
-    gate are the harness's to apply, once."""
+    """No setting goes unread: each changes the loss or the student's gradient; weight, schedule,
+    warm-up and gate are the harness's to apply, once."""
     settings = set(case.objective.Config.model_fields) - READ_BY_HARNESS - {IMPL}
     if issubclass(case.objective.Config, SelfTeacherConfig):
         settings -= {"cleaner", "ema"}  # of the pass of the average
@@ -250,7 +250,7 @@ def check_every_setting_changes_the_loss(case: ContractCase) -> None:
         # such as what says where the gradient goes
         different |= any(not torch.allclose(others[b], g) for b, g in gradients.items())
         assert different, f"{setting}={value!r} changes nothing"
-    shared: dict[str, Any] = {"weight": 0.0, "gate": "t^3"}
+    shared: dict[str, Any] = {"weight": 0.0, "gate": "t^3", "warmup": 9}
     shared["schedule"] = {"kind": "stop_at", "step": 0}
     assert_close(_run(case.build(**shared), samples).loss_B, base)
 

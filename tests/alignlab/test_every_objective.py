@@ -123,6 +123,7 @@ MORE: dict[str, str] = {
     "sara-masks": "name: sara, saliency: masks, aligner: null",
     "moalign-chunked": "name: moalign, impl: chunked, grid: student",
     "repa-watched": "name: repa, schedule: {kind: stop_at_plateau}",
+    "repa-normalized": "name: repa, gate: {kind: snr, normalize: true}, warmup: 9",
     "moalign-watched": "name: moalign, schedule: {kind: stop_at_plateau}",
 }
 
