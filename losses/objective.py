@@ -128,6 +128,10 @@ class Terms:
             the objective taps.
         similarity_LB: `similarity_B` of each block by itself, in the order of `config.blocks`,
             detached; None where there is no `similarity_B`, or it is not known by block.
+        centered_B: as `similarity_B`, of tokens from which the mean over those of their sample and
+            side is subtracted; None where there is none.
+        watched_B: what plateau schedules watch, the larger the better, detached; None:
+            `similarity_B` or, without one, minus the loss.
     """
 
     loss_B: Tensor
@@ -135,6 +139,8 @@ class Terms:
     similarity_B: Tensor | None = None
     aligned_B: Tensor | None = None
     similarity_LB: Tensor | None = None
+    centered_B: Tensor | None = None
+    watched_B: Tensor | None = None
 
 
 BEFORE = "before"

@@ -132,6 +132,11 @@ def check_gives_one_finite_value_per_sample(case: ContractCase) -> None:
         assert terms.similarity_LB.shape == (blocks, 4) and not terms.similarity_LB.requires_grad
         assert terms.similarity_B is not None, "similarities of blocks, and no mean of them"
         torch.testing.assert_close(terms.similarity_LB.mean(0), terms.similarity_B)
+    for value in (terms.centered_B, terms.watched_B):
+        assert value is None or (value.shape == (4,) and not value.requires_grad)
+    if terms.centered_B is not None:
+        assert terms.similarity_B is not None, "a centred similarity beside none"
+        assert (terms.centered_B.abs() <= 1 + 1e-6).all(), "centred similarity is no cosine"
     if terms.aligned_B is not None:
         assert terms.aligned_B.shape == (4,) and terms.aligned_B.dtype == torch.bool
         # the third sample of the contract has no reference
@@ -190,10 +195,13 @@ def check_each_sample_has_the_value_it_has_alone(case: ContractCase) -> None:
         assert _names(alone) == _names(together), "names depend on the samples"
         if together.similarity_B is not None and alone.similarity_B is not None:
             assert_close(alone.similarity_B[0], together.similarity_B[index])
+        if together.centered_B is not None and alone.centered_B is not None:
+            assert_close(alone.centered_B[0], together.centered_B[index])
 
 
 def _names(terms: Terms) -> tuple[object, ...]:
     optional = (terms.similarity_B, terms.similarity_LB, terms.aligned_B)
+    optional += (terms.centered_B, terms.watched_B)
     return (*terms.parts, *(value is None for value in optional))
 
 

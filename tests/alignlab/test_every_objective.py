@@ -302,6 +302,7 @@ def test_it_trains_and_is_logged(whole: tuple[str, Path], plain: dict[str, Tenso
     rows = [row for row in log_of(run) if "loss/total" in row]
     assert len(rows) == 3 and all(row["loss/ra"] != 0 for row in rows)
     assert any(key.startswith("loss/ra/") for key in rows[0])
+    assert all(("sim/ra" in row) == ("sim/ra/centered" in row) for row in rows)
     assert any(not torch.equal(value, plain[name]) for name, value in weights(run).items())
 
 
