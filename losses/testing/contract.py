@@ -200,8 +200,8 @@ def check_each_sample_has_the_value_it_has_alone(case: ContractCase) -> None:
 
 
 def _names(terms: Terms) -> tuple[object, ...]:
-    optional = (terms.similarity_B, terms.similarity_LB, terms.aligned_B)
-    optional += (terms.centered_B, terms.watched_B)
+    similarities = (terms.similarity_B, terms.similarity_LB, terms.centered_B)
+    optional = (*similarities, terms.aligned_B, terms.watched_B)
     return (*terms.parts, *(value is None for value in optional))
 
 

@@ -82,7 +82,7 @@ def terms_of(name: str, *, common: float = 0.0, frames: int = 3, **settings: Any
         config, student_dim=WIDTH, teacher_dims={"dino": WIDTH}, latents_dim=WIDTH
     )
     for holder in getattr(objective, "projectors", {}).values():
-        objective.projectors = torch.nn.ModuleDict(  # type: ignore[union-attr]
+        objective.projectors = torch.nn.ModuleDict(
             dict.fromkeys(objective.projectors, _identity(holder))  # type: ignore[arg-type]
         )
     shared = common * draw(WIDTH, seed=7)
@@ -145,12 +145,12 @@ def test_differences_of_one_frame_are_refused(name: str) -> None:
 
 
 def test_settings_without_meaning_are_refused() -> None:
-    both = {"centered": True, "temporal_difference": True}
+    both: dict[str, Any] = {"centered": True, "temporal_difference": True}
     with pytest.raises(ValidationError, match="in no temporal_difference; remove one"):
         CrepaConfig(teacher="dino", **both)
     for setting in both:
         with pytest.raises(ValidationError, match=f"{setting}: is for the cosine, not for loss"):
-            SraConfig(loss="smooth_l1", **{setting: True})
+            SraConfig(loss="smooth_l1", **{setting: both[setting]})
 
 
 def test_reference_tokens_have_no_differences_in_time(recipe_file: Path) -> None:
