@@ -356,7 +356,7 @@ class RunTrainer(Trainer):
     ) -> None:
         super().__init__(run.config, run.ranks, run.state, plan)
         self.run = run
-        run.alignment.total_steps = self.plan.total_steps
+        run.alignment.weights.total_steps = self.plan.total_steps
         self._on_evaluation = on_evaluation
         self._evaluations: IntermediateEvaluations | None = None
         self._diagnosis: Diagnosis | None = None
@@ -374,6 +374,8 @@ class RunTrainer(Trainer):
         )
         if self.run.self_teacher is not None:
             make = partial(make, cleaner=self.run.self_teacher.config.cleaner)
+        if alignment.weights.reads_whole_step:
+            make = partial(make, whole=range(config.optim.batch_size))
         return MicroBatches(
             [partial(make, samples=samples) for samples in shares],
             move=partial(Batch.to, device=device),
@@ -408,8 +410,9 @@ class RunTrainer(Trainer):
         if self.run.self_teacher is not None:
             self.run.self_teacher.update(self.run.wan.transformer, self.state.step)
         self._aligned.see(terms.values_of)
-        factors = self.run.alignment.factors(self.state.step)
-        self.run.alignment.watch(self.state.step, terms, self.ranks.total)
+        weights = self.run.alignment.weights
+        factors = weights.factors(self.state.step)
+        weights.watch(self.state.step, terms, self.ranks.total)
         return {f"schedule/{alias}": factor for alias, factor in factors.items()}
 
     def counts(self) -> dict[str, float]:

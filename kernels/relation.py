@@ -1,7 +1,8 @@
 """How far the similarities among the student's tokens are from those among the teacher's.
 
 With cosines s_ij among student tokens and t_ij among teacher tokens of one sample, an ordered pair
-of tokens costs d_ij = [ |s_ij - t_ij| - margin ]_+, and d_ii = 0. W_ij is the pair's weight, made
+of tokens costs d_ij = [ |s_ij - t_ij| - margin ]_+ (distance "l1") or its square ("l2"), and d_ii =
+0. W_ij is the pair's weight, made
 of the saliencies of its tokens; f(i) is the frame of a token:
 
     spatial  = sum W_ij d_ij / (sum W_ij + 1e-6)              over pairs of one frame
@@ -38,6 +39,7 @@ from alignlab.kernels.dispatch import Impl as Impl
 from alignlab.kernels.dispatch import Operation
 
 Routing = Literal["or", "and", "xor", "uniform"]
+Distance = Literal["l1", "l2"]
 
 DENOMINATOR_EPS = 1e-6
 
@@ -101,6 +103,7 @@ def plain_relation(
     *,
     margin: float = 0.0,
     tau: float = math.inf,
+    distance: Distance = "l1",
     impl: Impl = "auto",
 ) -> Relation:
     """Computes the three means of uniform routing divided by counts of pairs: see `plain_means`.
@@ -109,7 +112,12 @@ def plain_relation(
     none reaches it.
     """
     relation = relation_distance(
-        student_BTPD, teacher_BTPD.detach(), margin=margin, tau=tau, impl=impl
+        student_BTPD,
+        teacher_BTPD.detach(),
+        margin=margin,
+        tau=tau,
+        distance=distance,
+        impl=impl,
     )
     return plain_means(relation, student_BTPD.shape[1], student_BTPD.shape[2], tau)
 
@@ -126,13 +134,16 @@ def relation_eager(
     routing: Routing,
     margin: float,
     tau: float,
+    distance: Distance = "l1",
 ) -> Relation:
     """Computes the three means from full (N, N) matrices in plain torch.
 
     This is the reference that every other implementation is tested and timed against.
     """
     dtype = accumulation_dtype(student_BTPD, teacher_BTPD)
-    return relation_plain(student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau, dtype)
+    return relation_plain(
+        student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau, dtype, distance
+    )
 
 
 def relation_plain(
@@ -143,6 +154,7 @@ def relation_plain(
     margin: float,
     tau: float,
     dtype: torch.dtype,
+    distance: Distance = "l1",
 ) -> Relation:
     """Computes the formula as it stands, every norm, product and sum in `dtype`."""
     frames, tokens = student_BTPD.shape[1:3]
@@ -151,6 +163,8 @@ def relation_plain(
     gap_BNN = (student_BND @ student_BND.mT - teacher_BND @ teacher_BND.mT).abs()
     itself_NN = torch.eye(frames * tokens, dtype=torch.bool, device=student_BTPD.device)
     distance_BNN = (gap_BNN - margin).relu().masked_fill(itself_NN, 0.0)
+    if distance == "l2":
+        distance_BNN = distance_BNN.square()
 
     saliency_BN = saliency_BTP.to(dtype).flatten(1)
     weight_BNN = pair_weight(saliency_BN[:, :, None], saliency_BN[:, None, :], routing)
@@ -177,6 +191,7 @@ def relation_chunked(
     routing: Routing,
     margin: float,
     tau: float,
+    distance: Distance = "l1",
 ) -> Relation:
     """Computes the same from tiles of pairs in plain torch, on any device.
 
@@ -195,7 +210,14 @@ def relation_chunked(
         factors.append(factors[1] * torch.exp(-apart_T / tau))
     with_slopes = student_BTPD.requires_grad and torch.is_grad_enabled()
     sums_SB, weights_SB, _ = _pair_sums(
-        student_BTPD, teacher_BTPD, saliency_BTP, torch.stack(factors), routing, margin, with_slopes
+        student_BTPD,
+        teacher_BTPD,
+        saliency_BTP,
+        torch.stack(factors),
+        routing,
+        margin,
+        with_slopes,
+        distance == "l2",
     )
     total_SB = torch.stack([sums_SB[0], sums_SB[-1], sums_SB[0] + sums_SB[1]])
     weight_SB = torch.stack([weights_SB[0], weights_SB[-1], weights_SB[0] + weights_SB[1]])
@@ -223,6 +245,7 @@ def _pair_sums(
     routing: str,
     margin: float,
     with_slopes: bool,
+    is_squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the sums of weighted distances and of weights over pairs, (S, B) each, and the
     slopes of the former towards unit student vectors, (S, B, T, P, D), empty unless
@@ -247,11 +270,13 @@ def _pair_sums(
             saliency_BTP[:, None, frame:],
             cast(Routing, routing),  # torch.library knows no Literal
         )
-        distance_BU = gap_BRUP.abs().mul_(weight_BRUP).sum((1, 3))
+        size_BRUP = gap_BRUP.square() if is_squared else gap_BRUP.abs()
+        distance_BU = size_BRUP.mul_(weight_BRUP).sum((1, 3))
         sums_SB += (distance_BU * factor_S1U).sum(-1)
         weights_SB += (weight_BRUP.sum((1, 3)) * factor_S1U).sum(-1)
         if with_slopes:
-            slope_BRUP = gap_BRUP.sign_().mul_(weight_BRUP)
+            slope_BRUP = gap_BRUP.mul_(2.0) if is_squared else gap_BRUP.sign_()
+            slope_BRUP.mul_(weight_BRUP)
             _add_slopes(slopes, slope_BRUP, student_BTPD, factor_ST, rows)
     return sums_SB, weights_SB, slopes
 
@@ -264,8 +289,8 @@ def _tile_rows(tokens: int, most: int) -> int:
 def _shrunk_gaps(student_BTPD: Tensor, teacher_BTPD: Tensor, margin: float, rows: _Rows) -> Tensor:
     """Computes s_ij - t_ij of a tile, moved towards zero by the margin, (B, R, U, P).
 
-    The magnitude is the pair's distance and the sign its slope; both are 0 in the dead zone and for
-    a token with itself.
+    The magnitude is the pair's distance (or the root of it) and the sign its slope's; both are 0 in
+    the dead zone and for a token with itself.
     """
     frame, start, stop = rows
     gap_BRN = rows.of(teacher_BTPD) @ teacher_BTPD[:, frame:].flatten(1, 2).mT
@@ -307,6 +332,7 @@ def _(
     routing: str,
     margin: float,
     with_slopes: bool,
+    is_squared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = len(factor_ST)
     sums_SB = factor_ST.new_empty(sums, len(student_BTPD))
@@ -323,12 +349,12 @@ def _setup_chunked(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward_chunked(ctx: Any, upstream_SB: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if upstream_SB is None:
-        return (None,) * 7
+        return (None,) * 8
     student_BTPD, slopes = ctx.saved_tensors
     grad_BTPD = slopes[0] * upstream_SB[0][:, None, None, None]
     for slope_BTPD, upstream_B in zip(slopes[1:], upstream_SB[1:], strict=True):
         grad_BTPD.addcmul_(slope_BTPD, upstream_B[:, None, None, None])
-    return unit_backward(grad_BTPD, student_BTPD), *[None] * 6
+    return unit_backward(grad_BTPD, student_BTPD), *[None] * 7
 
 
 _pair_sums.register_autograd(_backward_chunked, setup_context=_setup_chunked)
@@ -349,7 +375,7 @@ def relation_triton(
     return module.relation_triton(student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau)
 
 
-OPERATION: Operation[Callable[[Tensor, Tensor, Tensor, Routing, float, float], Relation]]
+OPERATION: Operation[Callable[..., Relation]]
 OPERATION = Operation(
     "relation",
     {"eager": relation_eager, "chunked": relation_chunked, "triton": relation_triton},
@@ -367,6 +393,7 @@ def relation_distance(
     routing: Routing = "uniform",
     margin: float = 0.0,
     tau: float = math.inf,
+    distance: Distance = "l1",
     impl: Impl = "auto",
 ) -> Relation:
     """Computes how far the student's token relations are from the teacher's, per sample.
@@ -385,6 +412,8 @@ def relation_distance(
         margin: difference of two cosines that is free of charge, >= 0.
         tau: frames after which the weight of a cross-frame pair has fallen to 1/e, > 0; `temporal`
             only. Infinity: no decay.
+        distance: "l1", or "l2": what a pair costs beyond the margin is squared. `eager` and
+            `chunked` alone compute the latter; "auto" is one of them.
         impl: "auto" picks an implementation for this device, dtype and shape; a name asks for
             exactly that one, which may be of another package (docs/own-kernel.md); a function with
             the signature of `relation_eager` is called.
@@ -398,13 +427,32 @@ def relation_distance(
     """
     _check(student_BTPD, teacher_BTPD, saliency_BTP, routing, margin, tau)
     refuse_teacher_gradient("relation_distance", teacher_BTPD)
+    check_distance(distance, impl)
     tokens = student_BTPD.shape[1] * student_BTPD.shape[2]
+    if distance == "l2" and impl == "auto" and student_BTPD.device.type != "cpu":
+        impl = "chunked"  # where the fastest may be one that cannot
     compute = OPERATION.choose(impl, student_BTPD, teacher_BTPD, tokens)
     if saliency_BTP is None:
         saliency_BTP = torch.ones_like(student_BTPD[..., 0])
     with torch.autocast(student_BTPD.device.type, enabled=False):
-        terms = compute(student_BTPD, teacher_BTPD, saliency_BTP.detach(), routing, margin, tau)
+        arguments = (student_BTPD, teacher_BTPD, saliency_BTP.detach(), routing, margin, tau)
+        # without it where it is the default: implementations of other packages do not take it
+        terms = compute(*arguments) if distance == "l1" else compute(*arguments, distance)
     return Relation(*terms)
+
+
+def check_distance(distance: Distance, impl: Impl) -> None:
+    """Refuses a distance that an implementation does not compute.
+
+    Raises:
+        ValueError: as said, or there is no such distance.
+    """
+    if distance not in get_args(Distance):
+        raise ValueError(f"unknown distance {distance!r}: choose {', '.join(get_args(Distance))}")
+    if distance == "l2" and impl not in ("auto", "eager", "chunked"):
+        raise ValueError(
+            f"distance: l2 is computed by eager and chunked alone, not by {impl}; set impl: auto"
+        )
 
 
 def _check(

@@ -24,6 +24,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.repa import cosine_terms, repa_loss
+from alignlab.losses.token_cosine import TokenCosineSettings, centered
 
 Normalization = Literal["joint", "per_teacher"]
 
@@ -78,7 +79,7 @@ def fused_alignment_loss(
     return torch.stack(losses).mean(0)
 
 
-class Align4GenConfig(ObjectiveConfig):
+class Align4GenConfig(TokenCosineSettings, ObjectiveConfig):
     """Settings of Align4Gen; the paper's own values could not be found, these are alignlab's.
 
     Args:
@@ -134,20 +135,31 @@ class Align4Gen(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        teachers = [teacher[alias] for alias in self.config.teachers]
+        config, teachers = self.config, [teacher[alias] for alias in self.config.teachers]
         grid = student[self.config.blocks[0]].grid  # the same in every block
         matched = [match_grid(x.tokens_BTPD, x.grid, grid) for x in teachers]
         # A first frame that one teacher left out is compared with none.
         frames = min(x.shape[1] for x in matched)
-        features_BND = [x[:, -frames:].flatten(1, 2) for x in matched]
-        per_block = []
-        for block in self.config.blocks:
+        matched = [x[:, -frames:] for x in matched]
+        features_BND = [config.compared(x).flatten(1, 2) for x in matched]
+        losses, logged = [], []
+        for block in config.blocks:
             projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
-            per_block.append(
+            student_BTPD = projected_BND.unflatten(1, (grid[0], -1))[:, -frames:]
+            losses.append(
                 fused_alignment_loss(
-                    projected_BND.unflatten(1, (grid[0], -1))[:, -frames:].flatten(1, 2),
+                    config.compared(student_BTPD).flatten(1, 2),
                     features_BND,
-                    normalization=self.config.normalization,
+                    normalization=config.normalization,
                 )
             )
-        return cosine_terms(torch.stack(per_block), len(per_block))
+            logged.append(self._logged(student_BTPD.flatten(1, 2), matched))
+        return cosine_terms(losses, logged, len(losses))
+
+    @torch.no_grad()
+    def _logged(self, student_BND: Tensor, matched_BTPD: Sequence[Tensor]) -> Tensor:
+        """As `logged_cosines`, with the teachers fused; each of them is centred by itself."""
+        features_BND = [x.flatten(1, 2) for x in matched_BTPD]
+        sides = (student_BND, features_BND), (centered(student_BND), [*map(centered, features_BND)])
+        how = self.config.normalization
+        return torch.stack([-fused_alignment_loss(*side, normalization=how) for side in sides])

@@ -17,7 +17,6 @@ from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
     Features,
-    Grid,
     Objective,
     ObjectiveConfig,
     Terms,
@@ -25,6 +24,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import REPA_HIDDEN, linear_projector, project, repa_projector
 from alignlab.losses.search_space import SearchRange, tenfold
+from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
 
 Reduction = Literal["sum", "mean"]
 
@@ -77,7 +77,7 @@ def _similarities(
     return own_BT.sum(1) / frames, neighbours_B / frames
 
 
-class CrepaConfig(ObjectiveConfig):
+class CrepaConfig(TokenCosineSettings, ObjectiveConfig):
     """Settings of CREPA.
 
     Args:
@@ -155,25 +155,30 @@ class Crepa(Objective):
         config, features = self.config, teacher[self.config.teacher]
         grid = student[config.blocks[0]].grid  # the same in every block
         teacher_BTPD = teacher_on("student", features.tokens_BTPD, features.grid, grid)
-        per_block = [
-            self._block(block, student[block], teacher_BTPD, features.grid)
-            for block in config.blocks
-        ]
-        per_block_LB = torch.stack(per_block)
-        own_B, neighbours_B, cosine_B = per_block_LB.mean(0)
-        parts = {"own": -own_B.detach(), "neighbours": -neighbours_B.detach()}
-        cosine_LB = per_block_LB[:, 2].detach()
-        return Terms(-(own_B + neighbours_B), parts, cosine_B.detach(), similarity_LB=cosine_LB)
-
-    def _block(
-        self, block: int, tapped: Tokens, teacher_BTPD: Tensor, teacher_grid: Grid
-    ) -> Tensor:
-        """Computes own and neighbour similarities and the mean own cosine, stacked to (3, B)."""
-        projected_BND = project(self.projectors[f"block_{block}"], tapped.tokens_BND)
-        student_BTPD = student_on("student", projected_BND, tapped.grid, teacher_grid)
-        config = self.config
-        own_B, neighbours_B = _similarities(
-            student_BTPD, teacher_BTPD, config.distance, config.tau, config.reduction
+        target_BTPD = config.compared(teacher_BTPD)
+        per_block, logged = [], []
+        for block in config.blocks:
+            projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
+            student_BTPD = student_on("student", projected_BND, grid, features.grid)
+            own_B, neighbours_B = _similarities(
+                config.compared(student_BTPD),
+                target_BTPD,
+                config.distance,
+                config.tau,
+                config.reduction,
+            )
+            frames = target_BTPD.shape[1] if config.reduction == "sum" else 1
+            per_block.append(torch.stack([own_B, neighbours_B, own_B / frames]))
+            logged.append(logged_cosines(student_BTPD, teacher_BTPD))
+        own_B, neighbours_B, cosine_B = torch.stack(per_block).mean(0)
+        plain_LB, centered_LB = torch.stack(logged, 1)
+        if not (config.centered or config.temporal_difference):
+            plain_LB = torch.stack(per_block)[:, 2].detach()  # to the bit what plateaus watch
+        return Terms(
+            -(own_B + neighbours_B),
+            {"own": -own_B.detach(), "neighbours": -neighbours_B.detach()},
+            plain_LB.mean(0),
+            similarity_LB=plain_LB,
+            centered_B=centered_LB.mean(0),
+            watched_B=cosine_B.detach(),
         )
-        frames = student_BTPD.shape[1] if config.reduction == "sum" else 1
-        return torch.stack([own_B, neighbours_B, own_B / frames])

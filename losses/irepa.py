@@ -20,7 +20,7 @@ from alignlab.losses.projector import (
     project_frames,
     repa_projector,
 )
-from alignlab.losses.repa import PairwiseAlignment, repa_loss, spatial_zscore
+from alignlab.losses.repa import PairwiseAlignment, PairwiseConfig, repa_loss, spatial_zscore
 from alignlab.losses.search_space import NumberRange, SearchRange
 
 GAMMA = 0.6  # share of the spatial mean that is taken away (released code)
@@ -48,7 +48,7 @@ def zscored_frames(teacher_BTPD: Tensor, gamma: float) -> Tensor:
     return spatial_zscore(teacher_BTPD.flatten(0, 1), gamma).view(teacher_BTPD.shape)
 
 
-class IRepaConfig(ObjectiveConfig):
+class IRepaConfig(PairwiseConfig):
     """Settings of iREPA.
 
     Args:

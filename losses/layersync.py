@@ -6,7 +6,6 @@ No teacher and no projector. Shape letters: B batch, N tokens, D width.
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self, final
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.repa import cosine_terms
 from alignlab.losses.search_space import DEEP, SHALLOW, SearchRange
+from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
 
 
 def layersync_loss(shallow_BND: Tensor, deep_BND: Tensor, *, detach: bool = True) -> Tensor:
@@ -47,7 +47,7 @@ def layersync_loss(shallow_BND: Tensor, deep_BND: Tensor, *, detach: bool = True
     return -paired_cosine(shallow_BND, deep_BND.detach() if detach else deep_BND).mean(-1)
 
 
-class LayerSyncConfig(NoTeacherConfig):
+class LayerSyncConfig(TokenCosineSettings, NoTeacherConfig):
     """Settings of LayerSync.
 
     Args:
@@ -113,11 +113,18 @@ class LayerSync(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        config = self.config
-        per_pair = [
-            layersync_loss(
-                student[shallow].tokens_BND, student[deep].tokens_BND, detach=config.detach
+        config, losses, logged = self.config, [], []
+        for pair in zip(config.blocks, config.deep_blocks, strict=True):
+            shallow_BTPD, deep_BTPD = (
+                student[block].tokens_BND.unflatten(1, (student[block].grid[0], -1))
+                for block in pair
             )
-            for shallow, deep in zip(config.blocks, config.deep_blocks, strict=True)
-        ]
-        return cosine_terms(torch.stack(per_pair), len(per_pair))
+            losses.append(
+                layersync_loss(
+                    config.compared(shallow_BTPD).flatten(1, 2),
+                    config.compared(deep_BTPD).flatten(1, 2),
+                    detach=config.detach,
+                )
+            )
+            logged.append(logged_cosines(shallow_BTPD, deep_BTPD))
+        return cosine_terms(losses, logged, len(losses))

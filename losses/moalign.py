@@ -6,13 +6,20 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, Self, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from alignlab.kernels.relation import OPERATION, Impl, mean_relation, plain_relation
+from alignlab.kernels.relation import (
+    OPERATION,
+    Distance,
+    Impl,
+    check_distance,
+    mean_relation,
+    plain_relation,
+)
 from alignlab.losses.grids import student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -32,7 +39,12 @@ from alignlab.losses.stage1.motion_head import MotionHead
 
 
 def motion_relation_loss(
-    student_BTPD: Tensor, motion_BTPD: Tensor, *, tau: float = 10.0, impl: Impl = "auto"
+    student_BTPD: Tensor,
+    motion_BTPD: Tensor,
+    *,
+    tau: float = 10.0,
+    distance: Distance = "l1",
+    impl: Impl = "auto",
 ) -> Tensor:
     """Computes `spatial + temporal` for each sample, (B,), >= 0.
 
@@ -45,12 +57,13 @@ def motion_relation_loss(
         student_BTPD: student tokens; their width need not be that of the motion space.
         motion_BTPD: motion tokens at the same places.
         tau: 10.0 (paper).
+        distance: "l2" squares the differences, as dREPA does.
         impl: see `alignlab.kernels.relation.relation_distance`.
 
     Raises:
         ValueError: shapes do not fit, `tau` is not above 0, or `impl` cannot run.
     """
-    means = plain_relation(student_BTPD, motion_BTPD, tau=tau, impl=impl)
+    means = plain_relation(student_BTPD, motion_BTPD, tau=tau, distance=distance, impl=impl)
     return means.spatial + means.temporal
 
 
@@ -61,6 +74,7 @@ class MoAlignConfig(ObjectiveConfig):
         blocks: (17,), the paper's block 18; several blocks are averaged.
         weight: 0.5 (paper).
         tau: decay over frames of the temporal part, 10.0 (paper).
+        distance: "l1" (paper), or "l2"; see `motion_relation_loss`.
         head: folder of the Stage 1 network; `alignlab stage1 moalign` makes one.
         grid: whose token grid is used: "teacher" resamples the student (ours), "student" averages
             and resamples the motion, which makes fewer tokens of an image teacher's many.
@@ -73,10 +87,16 @@ class MoAlignConfig(ObjectiveConfig):
     blocks: tuple[int, ...] = (17,)
     teacher: str
     tau: float = Field(default=10.0, gt=0.0, allow_inf_nan=False)
+    distance: Distance = "l1"
     head: str = Field(min_length=1)
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
     impl: Annotated[str, implementation_of(OPERATION)] = "auto"
+
+    @model_validator(mode="after")
+    def _distance_is_computed(self) -> Self:
+        check_distance(self.distance, self.impl)
+        return self
 
     @property
     def search_space(self) -> dict[str, SearchRange]:
@@ -141,7 +161,13 @@ class MoAlign(Objective):
             projected_BND = project(self.projectors[f"block_{block}"], student[block].tokens_BND)
             student_BTPD = student_on(config.grid, projected_BND, grid, features.grid)
             per_block.append(
-                plain_relation(student_BTPD, target_BTPD, tau=config.tau, impl=config.impl)
+                plain_relation(
+                    student_BTPD,
+                    target_BTPD,
+                    tau=config.tau,
+                    distance=config.distance,
+                    impl=config.impl,
+                )
             )
         mean = mean_relation(per_block)
         parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}

@@ -129,6 +129,10 @@ class Terms:
             the objective taps.
         similarity_LB: `similarity_B` of each block by itself, in the order of `config.blocks`,
             detached; None where there is no `similarity_B`, or it is not known by block.
+        centered_B: as `similarity_B`, of tokens from which the mean over those of their sample and
+            side is subtracted; None where there is none.
+        watched_B: what plateau schedules watch, the larger the better, detached; None:
+            `similarity_B` or, without one, minus the loss.
     """
 
     loss_B: Tensor
@@ -136,6 +140,8 @@ class Terms:
     similarity_B: Tensor | None = None
     aligned_B: Tensor | None = None
     similarity_LB: Tensor | None = None
+    centered_B: Tensor | None = None
+    watched_B: Tensor | None = None
 
 
 BEFORE = "before"
@@ -208,6 +214,8 @@ class ObjectiveConfig(BaseModel):
         name: row of `OBJECTIVES`.
         weight: factor on the loss, 0 to a million.
         schedule: how `weight` changes over training steps.
+        warmup: number of steps over which `weight` grows along a line at the start of the run, by
+            `(step + 1) / warmup` on top of `schedule`; 0: none.
         gate: how much each noise level counts.
         blocks: 0-based transformer blocks whose output is aligned (the papers' depth d is d-1).
         teacher: alias of a teacher in the recipe, or several where the objective takes several.
@@ -218,6 +226,7 @@ class ObjectiveConfig(BaseModel):
     name: str
     weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     schedule: Schedule = Constant()
+    warmup: int = Field(default=0, ge=0)
     gate: Gate = NoGate()
     blocks: tuple[int, ...]
     teacher: str | tuple[str, ...]

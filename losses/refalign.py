@@ -27,6 +27,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import project, refalign_projector
 from alignlab.losses.search_space import DepthRange, NumberRange, SearchRange
+from alignlab.losses.token_cosine import centered
 
 Negatives = Literal["sample", "batch"]
 
@@ -198,7 +199,8 @@ class RefAlign(Objective):
             cosine_LB = torch.where(aligned_B, 1.0 - pull_LB.detach(), 0.0)
         else:
             cosine_LB = _mean_cosine(student_LBND.detach(), teacher_BND.detach(), ids_BN)
-        return Terms(total_LB.mean(0), parts, cosine_LB.mean(0), aligned_B, cosine_LB)
+        centered_B = _centered_cosine(student_LBND.detach(), teacher_BND.detach(), ids_BN)
+        return Terms(total_LB.mean(0), parts, cosine_LB.mean(0), aligned_B, cosine_LB, centered_B)
 
     def _ids(self, tapped: Tokens, context: Context) -> tuple[Tensor, Tensor | None]:
         """Subject ids, -1 also for tokens that show too little of their subject, and the same on
@@ -213,6 +215,16 @@ class RefAlign(Objective):
         host_ids_BN = ids_BN.cpu() if host_ids_BN is None else host_ids_BN
         host_ids_BN = host_ids_BN.where(context.foreground_BN >= self.config.foreground, -1)
         return to_device(host_ids_BN, ids_BN.device), host_ids_BN
+
+
+def _centered_cosine(student_LBND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    """The same, (B,), of tokens that are centred over those of their sample that show a subject."""
+    target_BND = centered(teacher_BND, ids_BN >= 0)
+    per_block = [  # one after the other: a copy of one block's tokens at a time
+        _mean_cosine(centered(student_BND, ids_BN >= 0)[None], target_BND, ids_BN)
+        for student_BND in student_LBND
+    ]
+    return torch.cat(per_block).mean(0)
 
 
 def _mean_cosine(student_LBND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:

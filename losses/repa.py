@@ -5,7 +5,7 @@ Shape letters: B batch, T frames, P tokens per frame, N tokens, D width.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, final
 
 import torch
@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
+from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
 
 ZSCORE_EPS = 1e-6
 
@@ -68,7 +69,11 @@ def spatial_zscore(teacher_BND: Tensor, gamma: float = 0.6) -> Tensor:
     return (teacher_BND - gamma * mean_B1D) / (std_B1D + ZSCORE_EPS)
 
 
-class RepaConfig(ObjectiveConfig):
+class PairwiseConfig(TokenCosineSettings, ObjectiveConfig):
+    """Settings of objectives that compare pairs of block and teacher."""
+
+
+class RepaConfig(PairwiseConfig):
     """Settings of REPA.
 
     Args:
@@ -84,16 +89,24 @@ class RepaConfig(ObjectiveConfig):
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
 
 
-def cosine_terms(loss_PB: Tensor, blocks: int) -> Terms:
+def cosine_terms(losses_B: Sequence[Tensor], logged_2B: Sequence[Tensor], blocks: int) -> Terms:
     """Averages the negative mean cosines of several blocks, or of pairs of block and teacher.
 
     Args:
-        loss_PB: (pairs, B), the pairs of one block side by side; as many for every block.
+        losses_B: of each pair, the pairs of one block side by side; as many for every block.
+        logged_2B: `logged_cosines` of each pair.
         blocks: how many blocks there are.
     """
-    loss_B = loss_PB.mean(0)
-    cosine_LB = -loss_PB.detach().unflatten(0, (blocks, -1)).mean(1)
-    return Terms(loss_B, {"align": loss_B.detach()}, -loss_B.detach(), similarity_LB=cosine_LB)
+    loss_B = torch.stack(list(losses_B)).mean(0)
+    plain_PB, centered_PB = torch.stack(list(logged_2B), 1)
+    return Terms(
+        loss_B,
+        {"align": loss_B.detach()},
+        plain_PB.mean(0),
+        similarity_LB=plain_PB.unflatten(0, (blocks, -1)).mean(1),
+        centered_B=centered_PB.mean(0),
+        watched_B=-loss_B.detach(),
+    )
 
 
 class PairwiseAlignment(Objective):
@@ -102,9 +115,11 @@ class PairwiseAlignment(Objective):
     A subclass gives each pair its projector, and may change what the student is compared with.
     """
 
+    config: PairwiseConfig
+
     def __init__(
         self,
-        config: ObjectiveConfig,
+        config: PairwiseConfig,
         *,
         student_dim: int,
         teacher_dims: Mapping[str, int],
@@ -144,13 +159,15 @@ class PairwiseAlignment(Objective):
         blocks, teachers = self.config.blocks, [teacher[alias] for alias in self.config.teachers]
         grid = student[blocks[0]].grid  # the same in every block
         targets = [self._target(features, grid) for features in teachers]
-        per_pair = []
+        compared, losses, logged = self.config.compared, [], []
         for block in blocks:
             for number, (features, target_BTPD) in enumerate(zip(teachers, targets, strict=True)):
                 projected_BND = self._project(self.projectors[_pair(block, number)], student[block])
                 student_BTPD = student_on("student", projected_BND, grid, features.grid)
-                per_pair.append(repa_loss(student_BTPD.flatten(1, 2), target_BTPD.flatten(1, 2)))
-        return cosine_terms(torch.stack(per_pair), len(blocks))
+                sides = compared(student_BTPD), compared(target_BTPD)
+                losses.append(repa_loss(*(side.flatten(1, 2) for side in sides)))
+                logged.append(logged_cosines(student_BTPD, target_BTPD))
+        return cosine_terms(losses, logged, len(blocks))
 
 
 def _pair(block: int, number: int) -> str:

@@ -119,6 +119,18 @@ def weight_at(
             return 1.0 + (schedule.final - 1.0) * done
 
 
+def warmup_at(warmup: int, step: int) -> float:
+    """Computes the factor on an objective's weight that grows over the first steps of a run.
+
+    `(step + 1) / warmup`, and 1 from step `warmup - 1` (0-based) on: the first step counts too.
+
+    Args:
+        warmup: number of steps; 0: none.
+        step: training step.
+    """
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0
+
+
 class PlateauWatch(nn.Module):
     """Decides when a `StopAtPlateau` stops. All that it remembers is in its buffers, in float64.
 

@@ -5,6 +5,7 @@ Shape letters: B batch, N tokens, D width.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal, Self, final
 
 import torch
@@ -26,7 +27,9 @@ from alignlab.losses.objective import (
     self_key,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
+from alignlab.losses.repa import cosine_terms
 from alignlab.losses.search_space import NumberRange, SearchRange
+from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
 
 BETA = 0.05
 SelfLoss = Literal["cosine", "smooth_l1"]
@@ -66,7 +69,7 @@ def self_alignment_loss(
     return distance_BND.mean((1, 2))
 
 
-class SraConfig(SelfTeacherConfig):
+class SraConfig(TokenCosineSettings, SelfTeacherConfig):
     """Settings of SRA.
 
     Args:
@@ -87,9 +90,12 @@ class SraConfig(SelfTeacherConfig):
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
 
     @model_validator(mode="after")
-    def _beta_is_read(self) -> Self:
+    def _each_setting_is_read(self) -> Self:
         if self.beta is not None and self.loss != "smooth_l1":
             raise ValueError(f"beta: nothing reads it with loss: {self.loss}; remove it")
+        for setting in ("centered", "temporal_difference"):
+            if self.loss != "cosine" and getattr(self, setting):
+                raise ValueError(f"{setting}: is for the cosine, not for loss: {self.loss}; remove")
         return self
 
     @property
@@ -138,17 +144,20 @@ class Sra(Objective):
         context: Context = NO_CONTEXT,
     ) -> Terms:
         config = self.config
-        losses, cosines = [], []
+        losses, logged = [], []
         for block, deep in zip(config.blocks, config.deep_blocks, strict=True):
             head = self.projectors[f"block_{block}"]
             projected_BND = project(head, student[block].tokens_BND)
-            target_BND = teacher[self_key(deep)].tokens_BTPD.flatten(1, 2)
+            student_BTPD = projected_BND.unflatten(1, (student[block].grid[0], -1))
+            target_BTPD = teacher[self_key(deep)].tokens_BTPD
             losses.append(
                 self_alignment_loss(
-                    projected_BND, target_BND, loss=config.loss, beta=config.beta or BETA
+                    config.compared(student_BTPD).flatten(1, 2),
+                    config.compared(target_BTPD).flatten(1, 2),
+                    loss=config.loss,
+                    beta=config.beta or BETA,
                 )
             )
-            with torch.no_grad():
-                cosines.append(paired_cosine(projected_BND, target_BND).mean(-1))
-        loss_B, cosine_LB = torch.stack(losses).mean(0), torch.stack(cosines)
-        return Terms(loss_B, {"align": loss_B.detach()}, cosine_LB.mean(0), similarity_LB=cosine_LB)
+            logged.append(logged_cosines(student_BTPD, target_BTPD))
+        terms = cosine_terms(losses, logged, len(losses))
+        return terms if config.loss == "cosine" else replace(terms, watched_B=None)

@@ -24,6 +24,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.repa import cosine_terms, repa_loss
+from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
 
 
 def vae_alignment_loss(student_BND: Tensor, latents_BND: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def vae_alignment_loss(student_BND: Tensor, latents_BND: Tensor) -> Tensor:
     return repa_loss(student_BND, latents_BND)
 
 
-class VaeRepaConfig(NoTeacherConfig):
+class VaeRepaConfig(TokenCosineSettings, NoTeacherConfig):
     """Settings of VAE-REPA.
 
     Args:
@@ -97,11 +98,13 @@ class VaeRepa(Objective):
         teacher: Mapping[str, Features],
         context: Context = NO_CONTEXT,
     ) -> Terms:
-        latents_BND = teacher[LATENTS].tokens_BTPD.flatten(1, 2)
-        per_block = [
-            vae_alignment_loss(
-                project(self.projectors[f"block_{block}"], student[block].tokens_BND), latents_BND
-            )
-            for block in self.config.blocks
-        ]
-        return cosine_terms(torch.stack(per_block), len(per_block))
+        latents_BTPD, compared = teacher[LATENTS].tokens_BTPD, self.config.compared
+        target_BND = compared(latents_BTPD).flatten(1, 2)
+        losses, logged = [], []
+        for block in self.config.blocks:
+            tapped = student[block]
+            projected_BND = project(self.projectors[f"block_{block}"], tapped.tokens_BND)
+            student_BTPD = projected_BND.unflatten(1, (tapped.grid[0], -1))
+            losses.append(vae_alignment_loss(compared(student_BTPD).flatten(1, 2), target_BND))
+            logged.append(logged_cosines(student_BTPD, latents_BTPD))
+        return cosine_terms(losses, logged, len(losses))

@@ -4,13 +4,21 @@ Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width; H
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, ClassVar, Literal, Self, final
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from alignlab.kernels.relation import OPERATION, Impl, Relation, mean_relation, plain_relation
+from alignlab.kernels.relation import (
+    OPERATION,
+    Distance,
+    Impl,
+    Relation,
+    check_distance,
+    mean_relation,
+    plain_relation,
+)
 from alignlab.losses.grids import drops_first_frame, student_on, teacher_on
 from alignlab.losses.objective import (
     NO_CONTEXT,
@@ -44,6 +52,7 @@ def token_relation_loss(
     *,
     margin: float = 0.1,
     reduction: Reduction = "joint",
+    distance: Distance = "l1",
     impl: Impl = "auto",
 ) -> Tensor:
     """Computes the token relation distillation loss of each sample, (B,), >= 0.
@@ -59,12 +68,14 @@ def token_relation_loss(
         reduction: "joint" takes one mean over all pairs of the clip (released code); "sum" adds the
             mean over pairs of one frame and the mean over pairs of different frames (paper), which
             counts pairs of one frame about T times as much.
+        distance: "l2" squares what a pair costs beyond the margin; with a margin of 0 that is
+            dREPA, but for its mean over pairs i != j: N / (N - 1) times as much, of N tokens.
         impl: see `alignlab.kernels.relation.relation_distance`.
 
     Raises:
         ValueError: shapes do not fit, a setting has no meaning, or `impl` cannot run.
     """
-    means = plain_relation(student_BTPD, teacher_BTPD, margin=margin, impl=impl)
+    means = plain_relation(student_BTPD, teacher_BTPD, margin=margin, distance=distance, impl=impl)
     return _reduced(means, reduction)
 
 
@@ -85,6 +96,7 @@ class VideoRepaConfig(ObjectiveConfig):
         weight: 0.5 (paper and code).
         margin: 0.1 (paper and code).
         reduction: "joint" (code) or "sum" (paper); see `token_relation_loss`.
+        distance: "l1" (paper and code), or "l2", as dREPA has it; see `token_relation_loss`.
         first_frame: "drop" leaves the first latent frame out (code); "keep" needs a teacher that
             saw the first frame by itself.
         pool: side of the square of student tokens that a learned convolution makes one of, after
@@ -103,12 +115,18 @@ class VideoRepaConfig(ObjectiveConfig):
     teacher: str
     margin: float = Field(default=0.1, ge=0.0, le=2.0)
     reduction: Reduction = "joint"
+    distance: Distance = "l1"
     first_frame: Literal["drop", "keep"] = "drop"
     pool: int = Field(default=1, ge=1)
     grid: Side = "teacher"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
     initial_weights: InitialWeights = changed_default("torch", before="xavier")
     impl: Annotated[str, implementation_of(OPERATION)] = "auto"
+
+    @model_validator(mode="after")
+    def _distance_is_computed(self) -> Self:
+        check_distance(self.distance, self.impl)
+        return self
 
     @property
     def search_space(self) -> dict[str, SearchRange]:
@@ -173,7 +191,13 @@ class VideoRepa(Objective):
             projected_BND = self._projected(block, student[block])
             student_BTPD = student_on(config.grid, projected_BND, grid, features.grid)[:, first:]
             per_block.append(
-                plain_relation(student_BTPD, teacher_BTPD, margin=config.margin, impl=config.impl)
+                plain_relation(
+                    student_BTPD,
+                    teacher_BTPD,
+                    margin=config.margin,
+                    distance=config.distance,
+                    impl=config.impl,
+                )
             )
         mean = mean_relation(per_block)
         parts = {"spatial": mean.spatial.detach(), "temporal": mean.temporal.detach()}

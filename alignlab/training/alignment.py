@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
-from alignlab.losses.gate import gate_weights
 from alignlab.losses.grids import describe
 from alignlab.losses.objective import (
     LATENTS,
@@ -32,7 +31,6 @@ from alignlab.losses.objective import (
     Terms,
     Tokens,
 )
-from alignlab.losses.schedule import Constant, PlateauWatch, StopAtPlateau, weight_at
 from alignlab.models.taps import BlockTokens, Kind, Taps, find_wan
 from alignlab.models.weight_check import check_weights
 from alignlab.progress import tell_once
@@ -41,8 +39,9 @@ from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.training.aligned_samples import AlignedInOwnLoop, trained_samples, trains
 from alignlab.training.batch_context import BatchContext, ClipContents
 from alignlab.training.encoded import FeatureRead
+from alignlab.training.objective_weights import ObjectiveWeights
 from alignlab.training.own_clips import Clips, GivenClips, Place, RecordedTokens
-from alignlab.training.step_terms import WATCHED, Aligned, SampleTerms, feature_magnitudes
+from alignlab.training.step_terms import Aligned, SampleTerms, feature_magnitudes
 from alignlab.training.teacher_features import teacher_features
 
 
@@ -71,6 +70,7 @@ class Alignment(nn.Module):
     Attributes:
         objectives: by alias; each holds its `config`.
         teachers: by alias.
+        weights: how much each counts in a step.
         taps: the hooks.
 
     Raises:
@@ -92,7 +92,6 @@ class Alignment(nn.Module):
     ) -> None:
         super().__init__()
         model = find_wan(transformer)
-        self.total_steps = total_steps
         self._grid = grid
         self._logged: set[str] = set()
         used = {name for config in objectives.values() for name in config.teachers}
@@ -109,13 +108,9 @@ class Alignment(nn.Module):
             # prefixed, because an alias may be the name of an attribute
             self.add_module(f"objective_{alias}", self.objectives[alias])
         self.to(device)
-        self.watches: dict[str, PlateauWatch] = {}
-        for alias, config in objectives.items():
-            if isinstance(config.schedule, StopAtPlateau):
-                # Metal has no float64
-                where = "cpu" if device.type == "mps" else device
-                self.watches[alias] = PlateauWatch(config.schedule).to(where)
-                self.add_module(f"stop_{alias}", self.watches[alias])
+        self.weights = ObjectiveWeights(objectives, total_steps, device)
+        for alias, watch in self.weights.watches.items():
+            self.add_module(f"stop_{alias}", watch)
         self.taps = Taps(model, self.blocks)
         self._recorded = RecordedTokens(model, self.taps, references)
         self._seen = AlignedInOwnLoop([a for a, c in objectives.items() if trains(c)])
@@ -184,12 +179,12 @@ class Alignment(nn.Module):
             raise UserError(f"step: {step!r} is no number of optimizer steps, counted from 0")
         if not isinstance(clips, Clips):
             raise UserError(f"clips: expected alignlab.Clips, got {type(clips).__name__}")
-        if self.watches and self._last not in (None, step):
+        if self.weights.watches and self._last not in (None, step):
             raise UserError(
                 f"step {self._last} was not shown to stop_at_plateau: call "
                 "alignment.step_done(step, aligned, ...) after each optimizer step"
             )
-        given, on = GivenClips(clips, self.teachers), self._active(step)
+        given, on = GivenClips(clips, self.teachers), self.weights.active(step)
         for alias in on:
             given.check(alias, self.objectives[alias])
         taps, grid = self._recorded.take(clips, {self.objectives[a].tokens for a in on}, self.kinds)
@@ -221,7 +216,7 @@ class Alignment(nn.Module):
                 "was called with last, once, and what it gave for each of its micro-batches"
             )
         terms = SampleTerms.joined([part.sample_terms() for part in aligned])
-        self.watch(step, terms, _sum_over_ranks)
+        self.weights.watch(step, terms, _sum_over_ranks)
         self._last = None
 
     def add_check(self, check: Callable[[GivenClips, Grid], bool]) -> None:
@@ -231,11 +226,6 @@ class Alignment(nn.Module):
             check: is given clips and the grid of the video's tokens; raises a UserError.
         """
         self._checks.append(check)
-
-    def _active(self, step: int) -> list[str]:
-        """Aliases of the objectives that a step computes."""
-        factors = self.factors(step)
-        return [alias for alias in self.objectives if factors.get(alias, 1.0) != 0]
 
     def _refuse_no_gradient(self, alias: str, taps: Mapping[int, BlockTokens]) -> None:
         config, kind = self.objectives[alias].config, self.objectives[alias].tokens
@@ -277,23 +267,10 @@ class Alignment(nn.Module):
                     "negatives: sample)"
                 )
 
-    def factors(self, step: int) -> dict[str, float]:
-        """What the schedule of each objective that has one makes of its weight at a step."""
-        return {
-            alias: weight_at(
-                objective.config.schedule,
-                step,
-                self.total_steps(step),
-                stopped=alias in self.watches and self.watches[alias].stopped,
-            )
-            for alias, objective in self.objectives.items()
-            if not isinstance(objective.config.schedule, Constant)
-        }
-
     def reads(self, step: int) -> list[FeatureRead]:
         """What `losses` reads of teachers at a step, where all batches have the same grid."""
         assert self._grid is not None  # of every run
-        return self.reads_on(self._grid, self._active(step))
+        return self.reads_on(self._grid, self.weights.active(step))
 
     def reads_on(self, grid: Grid, aliases: Collection[str]) -> list[FeatureRead]:
         """What some objectives read of teachers.
@@ -315,12 +292,12 @@ class Alignment(nn.Module):
 
     def needs(self, step: int) -> frozenset[Need]:
         """What else of the clips the objectives need at a step."""
-        used = [self.objectives[alias].needs for alias in self._active(step)]
+        used = [self.objectives[alias].needs for alias in self.weights.active(step)]
         return frozenset[Need]().union(*used)
 
     def is_on(self, step: int, reads: Reads) -> bool:
         """Whether a step computes an objective that reads this."""
-        return any(self.objectives[alias].reads == reads for alias in self._active(step))
+        return any(self.objectives[alias].reads == reads for alias in self.weights.active(step))
 
     def losses(
         self,
@@ -347,7 +324,7 @@ class Alignment(nn.Module):
         samples: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
-        factors = self.factors(step)
+        factors = self.weights.factors(step)
         known = BatchContext(clips, self._reference_grid(taps), self._patch_HW)
         for alias, objective in self.objectives.items():
             factor = factors.get(alias, 1.0)
@@ -368,7 +345,7 @@ class Alignment(nn.Module):
                 objective_terms = objective(student, teacher, known.of(objective))
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
-            gate_B = gate_weights(config.gate, clips.sigma_B)
+            gate_B = self.weights.gate(alias, clips.sigma_B, clips.step_sigma_S)
             weighted[alias] = config.weight * factor * gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms
@@ -379,26 +356,8 @@ class Alignment(nn.Module):
             if kind == "reference":
                 shown_B = shown_B & known.shows_reference_B
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
-        magnitudes, watched = feature_magnitudes(features), frozenset(self.watches)
+        magnitudes, watched = feature_magnitudes(features), frozenset(self.weights.watches)
         return Aligned(loss_B, terms, samples, weighted, counted, magnitudes, watched)
-
-    def watch(self, step: int, terms: SampleTerms, total: Callable[[Tensor], Tensor]) -> None:
-        """Shows plateau schedules what they watch in a step: its mean over the samples of all ranks
-        that had something to align.
-
-        Args:
-            step: optimizer steps done before this one.
-            terms: of all its micro-batches on this rank.
-            total: adds up a tensor of all ranks.
-        """
-        watches = {f"{WATCHED}{alias}": watch for alias, watch in self.watches.items()}
-        names = [name for name in watches if name in terms]
-        if not names:
-            return
-        sums, counts = total(terms.sums(names))
-        means = sums / counts.clamp_min(1)
-        for name, mean, count in zip(names, means, counts, strict=True):
-            watches[name].see(step, mean, count > 0)
 
     def _reference_grid(self, taps: Mapping[int, BlockTokens]) -> Grid | None:
         """That of the reference tokens, the same in every block; None: nothing reads them."""

@@ -24,6 +24,10 @@ class ClipContents(Protocol):
         """Noise level of each sample, on the training device; 1 is pure noise."""
 
     @property
+    def step_sigma_S(self) -> Tensor | None:
+        """Noise levels of all samples of the step, as a normalized gate reads them."""
+
+    @property
     def latents_BCTHW(self) -> Tensor | None:
         """Clean latents of the videos."""
 

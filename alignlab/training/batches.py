@@ -42,7 +42,8 @@ class Batch:
     something. `clips` are what the samples were made of: what reads pixels asks them, and so
     decodes nothing that nothing reads. `loaded` are features of teachers, by sample: None of
     references that were dropped. Others are asked of the clips. `cleaner_B` says how much less
-    noise the student's average sees.
+    noise the student's average sees. `step_sigma_S` are the noise levels of all samples of the
+    step, those of other micro-batches and ranks included.
     """
 
     latents_BCTHW: Tensor
@@ -56,6 +57,7 @@ class Batch:
     clips: list[Encoded]
     loaded: dict[FeatureRead, list[Tensor | None]] = field(default_factory=dict)
     cleaner_B: Tensor | None = None
+    step_sigma_S: Tensor | None = None
 
     def features(self, read: FeatureRead) -> list[Tensor | None]:
         """Features of a teacher, on the device: by sample, None if its references are dropped."""
@@ -111,6 +113,7 @@ class Batch:
             caption_BLD=change(self.caption_BLD),
             references=[change(latents_KCHW) for latents_KCHW in self.references],
             cleaner_B=_if_there(change, self.cleaner_B),
+            step_sigma_S=_if_there(change, self.step_sigma_S),
             loaded={
                 read: [_if_there(change, rows) for rows in features]
                 for read, features in self.loaded.items()
@@ -311,6 +314,7 @@ def training_batch(
     samples: range,
     reads: Sequence[FeatureRead] = (),
     cleaner: float | None = None,
+    whole: range | None = None,
 ) -> Batch:
     """The samples `samples` of a step's global batch, on the CPU.
 
@@ -325,6 +329,8 @@ def training_batch(
             Else a teacher runs when they are read, or in `Batch.completed`.
         cleaner: the most by which the noise level of the student's average lies below a sample's;
             None: nothing reads one.
+        whole: all samples of the step, whose noise levels `step_sigma_S` is to hold; None: nothing
+            reads them.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
@@ -338,6 +344,9 @@ def training_batch(
     if cleaner is not None:
         draws = [torch.rand((), generator=generator(seed, "cleaner", step, n)) for n in samples]
         batch = replace(batch, cleaner_B=cleaner * torch.stack(draws))
+    if whole is not None:
+        levels = [draw_sigma(flow, generator(seed, "sigma", step, n)) for n in whole]
+        batch = replace(batch, step_sigma_S=torch.tensor(levels, dtype=torch.float32))
     if clips.keeps_features:
         batch.load(reads)
     return batch

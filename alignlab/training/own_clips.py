@@ -16,6 +16,7 @@ from alignlab.config.run import MIN_VIDEO_FRAMES
 from alignlab.errors import UserError, shown
 from alignlab.foreign_code import call_foreign
 from alignlab.kernels.host_copy import to_device
+from alignlab.losses.gate import is_normalized
 from alignlab.losses.objective import Grid, Objective
 from alignlab.models.taps import BlockTokens, Kind, Taps, WanTransformer, block_tokens
 from alignlab.teachers import DiffusionTeacher, Teacher
@@ -54,6 +55,8 @@ class Clips:
             them in `masks_BTHW`. None: there are none.
         latents_BCTHW: clean latents of the video, without reference frames, as the flow loss has
             them, on the device of the transformer.
+        step_sigma_S: noise levels of all samples of the optimizer step, over its micro-batches and
+            ranks, in any order, on the device of `sigma_B`.
 
     Raises:
         UserError: a field has another shape, dtype or range, or fields do not go together.
@@ -69,6 +72,7 @@ class Clips:
     text_BLD: Tensor | None = None
     undecided_BTHW: Tensor | None = None
     latents_BCTHW: Tensor | None = None
+    step_sigma_S: Tensor | None = None
 
     def __post_init__(self) -> None:
         sigma_B = self.sigma_B
@@ -101,6 +105,8 @@ class Clips:
             size = tuple(int(length) for length in self.latent_shape)
             what = f"floating (B, C, T, H, W), the last three {size}"
             _check("latents_BCTHW", what, self.latents_BCTHW, dtypes, (batch, None, *size))
+        if self.step_sigma_S is not None:
+            _check("step_sigma_S", "floating (S,)", self.step_sigma_S, [sigma_B.dtype], (None,))
         self._check_references(batch)
 
     def check_sigma(self) -> None:
@@ -203,6 +209,8 @@ class GivenClips:
             fields.insert(0, "references")
         elif objective.reads in OF_VIDEO:
             fields.insert(0, OF_VIDEO[objective.reads])
+        if is_normalized(objective.config.gate):
+            fields.append("step_sigma_S")
         for name in fields:
             if getattr(clips, name) is None:
                 raise UserError(
@@ -213,6 +221,10 @@ class GivenClips:
     @property
     def sigma_B(self) -> Tensor:
         return self.clips.sigma_B
+
+    @property
+    def step_sigma_S(self) -> Tensor | None:
+        return self.clips.step_sigma_S
 
     @property
     def latents_BCTHW(self) -> Tensor | None:

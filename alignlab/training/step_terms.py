@@ -132,15 +132,21 @@ class Aligned:
             terms[f"{ALIGNED}{alias}"] = self.counted[alias]
             terms |= {f"loss/{alias}/{part}": v for part, v in objective_terms.parts.items()}
             of_aligned = {} if similarity_B is None else {f"sim/{alias}": similarity_B}
+            if objective_terms.centered_B is not None:
+                of_aligned[f"sim/{alias}/centered"] = objective_terms.centered_B
             if alias in self.watched:
-                of_aligned[f"{WATCHED}{alias}"] = -loss_B if similarity_B is None else similarity_B
+                watched_B = -loss_B if similarity_B is None else similarity_B
+                if objective_terms.watched_B is not None:
+                    watched_B = objective_terms.watched_B
+                of_aligned[f"{WATCHED}{alias}"] = watched_B
             terms |= of_aligned
             counting |= dict.fromkeys(of_aligned, self.samples[alias])
         return SampleTerms(terms, counting)
 
     def scalars(self) -> dict[str, Tensor]:
         """Means for a log, detached, on the device: `loss/<alias>` (unweighted) and its parts,
-        `sim/<alias>`, `aligned/<alias>` (the share of samples) and `features/<teacher>/<kind>`.
+        `sim/<alias>` and `sim/<alias>/centered`, `aligned/<alias>` (the share of samples) and
+        `features/<teacher>/<kind>`.
 
         NaN where no sample counts, such as the similarity of a batch without references.
         """

@@ -232,7 +232,7 @@ class _Side:
     def _step(self, batches: list[Batch]) -> None:
         # at the first step no schedule has turned its objective off
         self._run.state.step = 0
-        for watch in self._run.alignment.watches.values():
+        for watch in self._run.alignment.weights.watches.values():
             watch.wait_anew()
         self._trainer.step(batches)
 

@@ -39,7 +39,7 @@ from alignlab.losses.testing.samples import (
     draw_samples,
 )
 
-READ_BY_HARNESS = frozenset({"name", "weight", "schedule", "gate"})
+READ_BY_HARNESS = frozenset({"name", "weight", "schedule", "warmup", "gate"})
 IMPL = "impl"
 """The setting that chooses how a similarity is computed, and so must change no value."""
 
@@ -132,6 +132,11 @@ def check_gives_one_finite_value_per_sample(case: ContractCase) -> None:
         assert terms.similarity_LB.shape == (blocks, 4) and not terms.similarity_LB.requires_grad
         assert terms.similarity_B is not None, "similarities of blocks, and no mean of them"
         torch.testing.assert_close(terms.similarity_LB.mean(0), terms.similarity_B)
+    for value in (terms.centered_B, terms.watched_B):
+        assert value is None or (value.shape == (4,) and not value.requires_grad)
+    if terms.centered_B is not None:
+        assert terms.similarity_B is not None, "a centred similarity beside none"
+        assert (terms.centered_B.abs() <= 1 + 1e-6).all(), "centred similarity is no cosine"
     if terms.aligned_B is not None:
         assert terms.aligned_B.shape == (4,) and terms.aligned_B.dtype == torch.bool
         # the third sample of the contract has no reference
@@ -190,10 +195,13 @@ def check_each_sample_has_the_value_it_has_alone(case: ContractCase) -> None:
         assert _names(alone) == _names(together), "names depend on the samples"
         if together.similarity_B is not None and alone.similarity_B is not None:
             assert_close(alone.similarity_B[0], together.similarity_B[index])
+        if together.centered_B is not None and alone.centered_B is not None:
+            assert_close(alone.centered_B[0], together.centered_B[index])
 
 
 def _names(terms: Terms) -> tuple[object, ...]:
-    optional = (terms.similarity_B, terms.similarity_LB, terms.aligned_B)
+    similarities = (terms.similarity_B, terms.similarity_LB, terms.centered_B)
+    optional = (*similarities, terms.aligned_B, terms.watched_B)
     return (*terms.parts, *(value is None for value in optional))
 
 
@@ -234,8 +242,8 @@ def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> Non
 
 
 def check_every_setting_changes_the_loss(case: ContractCase) -> None:
-    """No setting goes unread: each changes the loss or the student's gradient; weight, schedule and
-    gate are the harness's to apply, once."""
+    """No setting goes unread: each changes the loss or the student's gradient; weight, schedule,
+    warm-up and gate are the harness's to apply, once."""
     settings = set(case.objective.Config.model_fields) - READ_BY_HARNESS - {IMPL}
     if issubclass(case.objective.Config, SelfTeacherConfig):
         settings -= {"cleaner", "ema"}  # of the pass of the average
@@ -250,7 +258,7 @@ def check_every_setting_changes_the_loss(case: ContractCase) -> None:
         # such as what says where the gradient goes
         different |= any(not torch.allclose(others[b], g) for b, g in gradients.items())
         assert different, f"{setting}={value!r} changes nothing"
-    shared: dict[str, Any] = {"weight": 0.0, "gate": "t^3"}
+    shared: dict[str, Any] = {"weight": 0.0, "gate": "t^3", "warmup": 9}
     shared["schedule"] = {"kind": "stop_at", "step": 0}
     assert_close(_run(case.build(**shared), samples).loss_B, base)
 

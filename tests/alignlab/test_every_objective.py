@@ -123,6 +123,7 @@ MORE: dict[str, str] = {
     "sara-masks": "name: sara, saliency: masks, aligner: null",
     "moalign-chunked": "name: moalign, impl: chunked, grid: student",
     "repa-watched": "name: repa, schedule: {kind: stop_at_plateau}",
+    "repa-normalized": "name: repa, gate: {kind: snr, normalize: true}, warmup: 9",
     "moalign-watched": "name: moalign, schedule: {kind: stop_at_plateau}",
 }
 
@@ -301,6 +302,7 @@ def test_it_trains_and_is_logged(whole: tuple[str, Path], plain: dict[str, Tenso
     rows = [row for row in log_of(run) if "loss/total" in row]
     assert len(rows) == 3 and all(row["loss/ra"] != 0 for row in rows)
     assert any(key.startswith("loss/ra/") for key in rows[0])
+    assert all(("sim/ra" in row) == ("sim/ra/centered" in row) for row in rows)
     assert any(not torch.equal(value, plain[name]) for name, value in weights(run).items())
 
 

@@ -201,7 +201,8 @@ def test_names_of_the_log(make_config: MakeConfig) -> None:
     assert sum(shares) == pytest.approx(1.0)
     assert shares[9] > 0  # shift 5 lifts most levels
     wanted = {"loss/total", "loss/flow", "loss/ra", "loss/ra/pull", "loss/ra/push"}
-    wanted |= {"sim/ra", "grad/norm", "lr", "time/step", "time/data", "memory/peak_mib"}
+    wanted |= {"sim/ra", "sim/ra/centered"}
+    wanted |= {"grad/norm", "lr", "time/step", "time/data", "memory/peak_mib"}
     for row in rows[1:4]:
         assert wanted <= row.keys()
     final = metrics(path)

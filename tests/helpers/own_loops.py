@@ -33,6 +33,7 @@ def clips_of(batch: Batch, **changes: Any) -> Clips:
         "masks_BTHW": torch.stack([m.any(0) for m in batch.masks if m is not None]),
         "text_BLD": batch.caption_BLD,
         "latents_BCTHW": batch.latents_BCTHW,
+        "step_sigma_S": batch.step_sigma_S,
     }
     return Clips(**(fields | changes))
 

@@ -15,6 +15,7 @@ from alignlab.kernels.relation import (
     Relation,
     mean_relation,
     plain_means,
+    plain_relation,
     relation_distance,
 )
 from random_tensors import draw_double as draw
@@ -41,6 +42,7 @@ def by_loops(
     routing: str,
     margin: float,
     tau: float,
+    distance: str = "l1",
 ) -> Relation:
     """Visits every ordered pair of tokens of one sample, one at a time."""
 
@@ -53,16 +55,16 @@ def by_loops(
     for one, other in itertools.product(places, places):
         a, b = float(saliency_TP[one]), float(saliency_TP[other])
         weight = {"or": a + b - a * b, "and": a * b, "xor": abs(a - b), "uniform": 1.0}[routing]
-        distance = torch.zeros(())
+        cost = torch.zeros(())
         if one != other:
             gap = cosine(student_TPD[one], student_TPD[other]) - cosine(
                 teacher_TPD[one], teacher_TPD[other]
             )
-            distance = torch.relu(gap.abs() - margin)
+            cost = torch.relu(gap.abs() - margin) ** (2 if distance == "l2" else 1)
         same = one[0] == other[0]
         decayed = weight if same else weight * math.exp(-abs(one[0] - other[0]) / tau)
         for which, share in ((0 if same else 1, decayed), (2, weight)):
-            tops[which] = tops[which] + share * distance
+            tops[which] = tops[which] + share * cost
             bottoms[which] += share
     return Relation(*(top / bottom for top, bottom in zip(tops, bottoms, strict=True)))
 
@@ -98,14 +100,34 @@ def test_plain_means_reproduce_the_golden_values(impl: Any) -> None:
     assert margin.joint.item() == pytest.approx(0.22902455, abs=5e-9)
 
 
+@every_impl
+def test_squares_without_pairs_of_a_token_with_itself_are_drepas_golden_value(impl: Any) -> None:
+    plain = plain_relation(SINE, COSINE, distance="l2", impl=impl)
+    assert plain.joint.item() * 36 / 30 == pytest.approx(0.22216618, abs=5e-9)
+
+
+def test_squares_are_computed_by_no_other_implementation() -> None:
+    message = "distance: l2 is computed by eager and chunked alone, not by triton; set impl: auto"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        relation_distance(SINE, COSINE, distance="l2", impl="triton")
+    with pytest.raises(ValueError, match="unknown distance 'l3': choose l1, l2"):
+        relation_distance(SINE, COSINE, distance="l3")  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        relation_distance(SINE, COSINE, distance="l2"),
+        relation_distance(SINE, COSINE, distance="l2", impl="chunked"),
+    )
+
+
 @every_routing
+@pytest.mark.parametrize("distance", ["l1", "l2"])
 @pytest.mark.parametrize(("margin", "tau"), [(0.0, math.inf), (0.3, 2.0)])
 def test_values_and_gradients_equal_a_loop_over_pairs(
-    routing: Any, margin: float, tau: float, small_tiles: None
+    routing: Any, distance: Any, margin: float, tau: float, small_tiles: None
 ) -> None:
     student, teacher = draw(2, 3, 5, 7).requires_grad_(), draw(2, 3, 5, 4, seed=1)
     saliency = draw_saliency(2, 3, 5)
     setting: dict[str, Any] = {"routing": routing, "margin": margin, "tau": tau}
+    setting["distance"] = distance
 
     def with_gradients(terms: Relation, sample: int) -> list[Tensor]:
         values = [term.reshape(-1)[sample] for term in terms]
@@ -127,17 +149,14 @@ def test_values_and_gradients_equal_a_loop_over_pairs(
 
 
 @every_impl
-@pytest.mark.parametrize("tau", [1.5, math.inf])
-def test_gradient_passes_gradcheck(impl: Any, tau: float, small_tiles: None) -> None:
+@pytest.mark.parametrize(("tau", "distance"), [(1.5, "l1"), (math.inf, "l1"), (1.5, "l2")])
+def test_gradient_passes_gradcheck(impl: Any, tau: float, distance: Any, small_tiles: None) -> None:
     student, teacher = draw(2, 3, 3, 3).requires_grad_(), draw(2, 3, 3, 5, seed=1)
     saliency = draw_saliency(2, 3, 3)
+    setting: dict[str, Any] = {"routing": "or", "margin": 0.1, "tau": tau, "distance": distance}
 
     def terms(x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            relation_distance(
-                x, teacher, saliency_BTP=saliency, routing="or", margin=0.1, tau=tau, impl=impl
-            )
-        )
+        return tuple(relation_distance(x, teacher, saliency_BTP=saliency, impl=impl, **setting))
 
     assert torch.autograd.gradcheck(terms, (student,))
 

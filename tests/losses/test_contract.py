@@ -167,6 +167,8 @@ def with_folders(case: ContractCase, folder: Path, setting: str) -> ContractCase
     )
 
 
+TOKEN_COSINE = {"centered": True, "temporal_difference": True}
+
 ROWS = [
     ContractCase(
         objective=RefAlign,
@@ -186,7 +188,7 @@ ROWS = [
     ContractCase(
         objective=Repa,
         settings={"teacher": ("dino", "clip"), "blocks": (1, 2), "projector_dim": 9},
-        changes={"blocks": (2,), "teacher": "dino", "projector_dim": 8},
+        changes={"blocks": (2,), "teacher": "dino", "projector_dim": 8, **TOKEN_COSINE},
         formula=lambda s, t, ids: repa_loss(s, t),
         naive=naive_repa,
     ),
@@ -200,6 +202,7 @@ ROWS = [
             "projector": "mlp",
             "projector_dim": 8,
             "spatial_norm": False,
+            **TOKEN_COSINE,
         },
         alongside={"projector_dim": {"projector": "mlp"}},
         formula=lambda s, t, ids: irepa_loss(frames(s), frames(t)),
@@ -213,6 +216,7 @@ ROWS = [
             "teacher": "clip",
             "normalization": "per_teacher",
             "projector_dim": 8,
+            **TOKEN_COSINE,
         },
         formula=lambda s, t, ids: fused_alignment_loss(s, t.split(WIDTHS, -1)),
         naive=naive_align4gen,
@@ -225,6 +229,7 @@ ROWS = [
             "teacher": "clip",
             "margin": 0.3,
             "reduction": "sum",
+            "distance": "l2",
             "first_frame": "keep",
             "pool": 2,
             "grid": "student",
@@ -259,6 +264,7 @@ ROWS = [
             "blocks": (1,),
             "teacher": "clip",
             "tau": 0.5,
+            "distance": "l2",
             "grid": "student",
             "projector_dim": 8,
         },
@@ -277,6 +283,7 @@ ROWS = [
             "reduction": "mean",
             "projector": "linear",
             "projector_dim": 8,
+            **TOKEN_COSINE,
         },
         alongside={"projector": {"projector_dim": None}},
         formula=lambda s, t, ids: cross_frame_loss(frames(s), frames(t)),
@@ -285,7 +292,7 @@ ROWS = [
     ContractCase(
         objective=LayerSync,
         settings={"blocks": (0, 1), "deep_blocks": (1, 2)},
-        changes={"blocks": (0,), "deep_blocks": (2, 2), "detach": False},
+        changes={"blocks": (0,), "deep_blocks": (2, 2), "detach": False, **TOKEN_COSINE},
         alongside={"blocks": {"deep_blocks": (2,)}},
         formula=lambda s, t, ids: layersync_loss(s, t),
         naive=naive_repa,
@@ -299,6 +306,7 @@ ROWS = [
             "loss": "smooth_l1",
             "beta": 0.5,
             "projector_dim": 8,
+            **TOKEN_COSINE,
         },
         alongside={"blocks": {"deep_blocks": (1,)}, "beta": {"loss": "smooth_l1"}},
         formula=lambda s, t, ids: self_alignment_loss(s, t),
@@ -307,7 +315,7 @@ ROWS = [
     ContractCase(
         objective=VaeRepa,
         settings={"blocks": (1, 2), "projector_dim": 9},
-        changes={"blocks": (2,), "projector_dim": 8},
+        changes={"blocks": (2,), "projector_dim": 8, **TOKEN_COSINE},
         formula=lambda s, t, ids: vae_alignment_loss(s, t),
         naive=naive_repa,
     ),

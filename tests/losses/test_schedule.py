@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from alignlab.losses.schedule import PlateauWatch, Schedule, StopAtPlateau, weight_at
+from alignlab.losses.schedule import PlateauWatch, Schedule, StopAtPlateau, warmup_at, weight_at
 
 PARSE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
 
@@ -63,6 +63,12 @@ def test_a_ramp_without_an_end_lasts_the_whole_run(kind: str) -> None:
 def test_a_setting_that_means_nothing_is_refused(written: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         PARSE.validate_python(written)
+
+
+def test_a_warmup_counts_its_first_step_and_ends_at_1() -> None:
+    assert [warmup_at(4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [warmup_at(1, step) for step in (0, 1)] == [1.0, 1.0]
+    assert [warmup_at(0, step) for step in (0, 10**6)] == [1.0, 1.0]
 
 
 def watch(**settings: Any) -> PlateauWatch:

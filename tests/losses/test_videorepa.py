@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,13 @@ def by_loops(student_TPD: Tensor, teacher_TPD: Tensor, margin: float, reduction:
     if reduction == "joint":
         return torch.stack(within + across).mean()
     return torch.stack(within).mean() + torch.stack(across).mean()
+
+
+def test_squared_without_a_margin_it_is_drepa_but_for_the_number_of_pairs() -> None:
+    loss_B = token_relation_loss(SINE, COSINE, margin=0.0, distance="l2")
+    assert loss_B.item() * 6 / 5 == pytest.approx(0.22216618, abs=5e-9)
+    with pytest.raises(ValidationError, match="l2 is computed by eager and chunked alone, not by"):
+        VideoRepaConfig(teacher="clip", distance="l2", impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["auto", "eager", "chunked"])

@@ -36,7 +36,7 @@ SETTINGS = {
     "lora": LORA,
     "bf16": ("model.precision=bf16",),
 }
-DIAGNOSED = ("diag/", "grad/ra", "sim/ra/")
+DIAGNOSED = ("diag/", "grad/ra", "sim/ra/block")
 
 
 def weights(run: Path) -> dict[str, bytes]:

@@ -166,6 +166,24 @@ def test_the_total_is_the_weighted_scheduled_gated_sum(make_config: MakeConfig) 
     torch.testing.assert_close(total, expected.mean())
 
 
+def test_a_warmup_multiplies_the_schedule_and_is_logged(make_config: MakeConfig) -> None:
+    ramp = "objectives.ra.schedule={kind: linear, start: 0, end: 10}"
+    run = build_run(make_config("data.references=[3,3]", ramp, "objectives.ra.warmup=4"))
+    plain = build_run(make_config("data.references=[3,3]"))
+    batch = batch_with(run, [2], [0])
+    for step, factor in ((0, 0.25), (2, 0.8 * 0.75), (3, 0.7), (6, 0.4)):
+        run.state.step = step
+        with run.branch, torch.no_grad():
+            found = RunTrainer(run).forward(batch)[1]
+        with plain.branch, torch.no_grad():
+            whole = RunTrainer(plain).forward(batch)[1]
+        torch.testing.assert_close(found.loss, factor * whole.loss)
+        assert run.alignment.weights.factors(step) == pytest.approx({"ra": factor})
+    with run.branch:
+        scalars = RunTrainer(run).step([batch])
+    assert float(scalars["schedule/ra"]) == pytest.approx(0.4)
+
+
 def without_subjects(batch: Batch, rows: list[int]) -> Batch:
     """The batch with reference masks of these rows that show nothing of their subjects."""
     masks = list(batch.reference_masks)
@@ -200,7 +218,9 @@ def test_references_that_show_too_little_are_in_no_average(make_config: MakeConf
     with run.branch:
         scalars = RunTrainer(run).step(rounds)
     torch.testing.assert_close(scalars["sim/ra"], found["sim/ra"].mean())
-    torch.testing.assert_close(run.alignment.watches["ra"].average.float(), scalars["sim/ra"])
+    torch.testing.assert_close(
+        run.alignment.weights.watches["ra"].average.float(), scalars["sim/ra"]
+    )
 
 
 def test_what_an_objective_calls_aligned_is_what_a_plateau_sees(

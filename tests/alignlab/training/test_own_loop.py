@@ -311,7 +311,7 @@ def test_micro_batches_of_a_step_are_watched_together(
     parts = [own_step(transformer, alignment, batch_of(run, i), 0)[1] for i in (0, 1)]
     alignment.step_done(0, *parts)
     seen = torch.cat([part.sample_terms()["sim/ra"] for part in parts]).mean()
-    torch.testing.assert_close(alignment.watches["ra"].average.float(), seen)
+    torch.testing.assert_close(alignment.weights.watches["ra"].average.float(), seen)
 
 
 def test_scalars_are_means_and_hold_no_graph(

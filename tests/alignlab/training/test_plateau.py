@@ -124,7 +124,7 @@ def test_a_step_without_a_reference_is_not_seen(make_config: MakeConfig) -> None
         for _ in range(4):
             scalars = RunTrainer(run).step(RunTrainer(run).micro_batches())
     assert "watched/ra" not in scalars and float(scalars["schedule/ra"]) == 1.0
-    assert run.alignment.watches["ra"].average.isnan()
+    assert run.alignment.weights.watches["ra"].average.isnan()
 
 
 def test_an_objective_without_similarity_is_watched_by_its_loss(

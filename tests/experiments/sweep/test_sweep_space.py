@@ -23,6 +23,7 @@ from alignlab.experiments.sweep.space import (
     value_of,
 )
 from alignlab.experiments.sweep.worker import check
+from alignlab.losses.gate import PowerGate
 from alignlab.recipe import load_run
 
 MakeSweep = Callable[..., SweepConfig]
@@ -219,7 +220,7 @@ def test_values_replace_the_recipes(make: MakeSweep) -> None:
     base = make().base
     run = apply_values(base, {"objectives.ra.weight": 0.3, "objectives.ra.gate": "t^3"})
     assert run.objectives["ra"].weight == 0.3
-    assert run.objectives["ra"].gate.model_dump() == {"kind": "power", "p": 3.0}
+    assert run.objectives["ra"].gate == PowerGate(kind="power", p=3.0)
     assert apply_values(base, {}) == base
 
 

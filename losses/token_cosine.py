@@ -1,0 +1,87 @@
+"""What objectives by the cosine of matching tokens share: two settings, and what the log gets.
+
+Shape letters: B batch, T frames, P tokens per frame, N = T*P tokens, D width; `...` any leading
+dimensions.
+"""
+
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+from alignlab.kernels.cosine import accumulation_dtype, paired_cosine
+
+
+def centered(tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Subtracts the mean over a sample's tokens, which gets no gradient.
+
+    Args:
+        tokens: (..., N, D).
+        valid: which tokens count in the mean, bool (..., N), broadcastable; None: all.
+
+    Returns:
+        (..., N, D) in float32 (float64 from float64).
+    """
+    tokens = tokens.to(accumulation_dtype(tokens))
+    fixed = tokens.detach()
+    if valid is None:
+        return tokens - fixed.mean(-2, keepdim=True)
+    count = valid.sum(-1)[..., None, None].clamp_min(1)
+    return tokens - (fixed * valid[..., None]).sum(-2, keepdim=True) / count
+
+
+def frame_differences(tokens_BTPD: Tensor) -> Tensor:
+    """Subtracts each frame from the next, (B, T-1, P, D) in float32 (float64 from float64).
+
+    Raises:
+        ValueError: there is one frame.
+    """
+    if tokens_BTPD.shape[1] < 2:
+        raise ValueError("temporal_difference compares a frame with the next, and there is one")
+    tokens_BTPD = tokens_BTPD.to(accumulation_dtype(tokens_BTPD))
+    return tokens_BTPD[:, 1:] - tokens_BTPD[:, :-1]
+
+
+class TokenCosineSettings(BaseModel):
+    """Settings of objectives by the cosine of matching video tokens.
+
+    Args:
+        centered: each side minus its mean over all tokens of the sample, without gradient, before
+            the cosine: what all tokens have in common then gives no agreement.
+        temporal_difference: compare not tokens but how each changes to the next frame. Not with
+            `centered`: what all frames have in common is in no difference.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    centered: bool = False
+    temporal_difference: bool = False
+
+    @model_validator(mode="after")
+    def _differences_are_not_centered(self) -> Self:
+        if self.centered and self.temporal_difference:
+            raise ValueError(
+                "centered: what all frames have in common is in no temporal_difference; remove one"
+            )
+        return self
+
+    def compared(self, tokens_BTPD: Tensor) -> Tensor:
+        """What the cosine takes of one side, (B, T or T-1, P, D); by default the tokens.
+
+        Raises:
+            ValueError: differences of one frame.
+        """
+        if self.temporal_difference:
+            return frame_differences(tokens_BTPD)
+        if self.centered:
+            return centered(tokens_BTPD.flatten(1, 2)).view(tokens_BTPD.shape)
+        return tokens_BTPD
+
+
+@torch.no_grad()
+def logged_cosines(student_BTPD: Tensor, teacher_BTPD: Tensor) -> Tensor:
+    """Mean cosines of matching tokens, as they are and centred, (2, B), whatever is trained."""
+    sides = student_BTPD.flatten(1, 2), teacher_BTPD.flatten(1, 2)
+    return torch.stack(
+        [paired_cosine(*sides).mean(-1), paired_cosine(*map(centered, sides)).mean(-1)]
+    )
