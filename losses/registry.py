@@ -14,6 +14,7 @@ from alignlab.losses.dispersive import Dispersive
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.layersync import LayerSync
 from alignlab.losses.local_gram_flow import LocalGramFlow
+from alignlab.losses.m2_repa import M2Repa
 from alignlab.losses.moalign import MoAlign
 from alignlab.losses.objective import (
     LATENTS,
@@ -41,6 +42,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "repa": Repa,
     "irepa": IRepa,
     "align4gen": Align4Gen,
+    "m2_repa": M2Repa,
     "videorepa": VideoRepa,
     "sara": Sara,
     "moalign": MoAlign,

@@ -8,6 +8,7 @@ SETTINGS: dict[str, str] = {
     "repa": "blocks: [3], projector_dim: 32",
     "irepa": "blocks: [3]",
     "align4gen": "blocks: [1], projector_dim: 32, teacher: [dino, shallow]",
+    "m2_repa": "blocks: [0, 2], projector_dim: 32, teacher: [dino, shallow]",
     "videorepa": "blocks: [3], projector_dim: 32",
     "sara": "blocks: [3], projector_dim: 32, aligner: '{stage1}/sara'",
     "moalign": "blocks: [3], projector_dim: 32, head: '{stage1}/moalign'",

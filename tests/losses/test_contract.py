@@ -17,6 +17,7 @@ from alignlab.losses.dispersive import Dispersive, dispersive_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
 from alignlab.losses.layersync import LayerSync, layersync_loss
 from alignlab.losses.local_gram_flow import LocalGramFlow, local_gram_flow_loss
+from alignlab.losses.m2_repa import M2Repa, decoupled_alignment_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.refalign import RefAlign, reference_alignment_loss
@@ -60,6 +61,16 @@ def naive_irepa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Ten
 def naive_align4gen(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
     joined = torch.cat([F.normalize(x, dim=-1) for x in teacher_BND.split(WIDTHS, -1)], -1)
     return naive_repa(student_BND, joined, ids_BN)
+
+
+def naive_m2_repa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    heads, teachers = (x.split(WIDTHS, -1) for x in (student_BND, teacher_BND))
+    aligned = [
+        naive_repa(head, teacher, ids_BN) for head, teacher in zip(heads, teachers, strict=True)
+    ]
+    left, right = (x @ x.mT for x in (head - head.mean(1, keepdim=True) for head in heads))
+    norms = [(x * y).sum((1, 2)) for x, y in ((left, right), (left, left), (right, right))]
+    return sum(aligned) / 2 + 0.05 * norms[0] / (norms[1] * norms[2]).sqrt()
 
 
 def naive_crepa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
@@ -216,6 +227,20 @@ ROWS = [
         },
         formula=lambda s, t, ids: fused_alignment_loss(s, t.split(WIDTHS, -1)),
         naive=naive_align4gen,
+    ),
+    ContractCase(
+        objective=M2Repa,
+        settings={"teacher": ("dino", "clip"), "blocks": (1, 2), "projector_dim": 9},
+        changes={
+            "blocks": (1,),
+            "teacher": ("clip", "dino"),
+            "decouple": 0.7,
+            "projector_dim": 8,
+        },
+        formula=lambda s, t, ids: decoupled_alignment_loss(
+            s.split(WIDTHS, -1), t.split(WIDTHS, -1)
+        ),
+        naive=naive_m2_repa,
     ),
     ContractCase(
         objective=VideoRepa,
