@@ -29,6 +29,7 @@ from alignlab.losses.plugins import lacks_name, registrations
 from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
+from alignlab.losses.self_flow import SelfFlow
 from alignlab.losses.sra import Sra
 from alignlab.losses.stage1.folder import Stage1Row, stage1_rows
 from alignlab.losses.vae_repa import VaeRepa
@@ -49,6 +50,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "crepa": Crepa,
     "layersync": LayerSync,
     "sra": Sra,
+    "self_flow": SelfFlow,
     "vae_repa": VaeRepa,
     "dispersive": Dispersive,
     "local_gram_flow": LocalGramFlow,

@@ -4,8 +4,9 @@ which sees a cleaner input.
 Shape letters: B batch, N tokens, D width.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -92,22 +93,15 @@ class SraConfig(SelfTeacherConfig):
         return self
 
 
-@final
-class Sra(Objective):
-    """Video tokens follow a deeper block of the student's own average, which sees less noise.
+class SelfAlignment(Objective):
+    """What SRA and Self-Flow share: a head for each pair of blocks, whose losses are averaged."""
 
-    One head for each pair of blocks, averaged over all.
-    """
-
-    Config: ClassVar[type[ObjectiveConfig]] = SraConfig
-    tokens: ClassVar[Literal["video", "reference"]] = "video"
     reads: ClassVar[Reads] = "self"
-    paper: ClassVar[str] = "2505.02831"
-    config: SraConfig
+    config: SelfTeacherConfig
 
     def __init__(
         self,
-        config: SraConfig,
+        config: Any,
         *,
         student_dim: int,
         teacher_dims: Mapping[str, int],
@@ -125,6 +119,10 @@ class Sra(Objective):
             }
         )
 
+    @abstractmethod
+    def _loss(self, projected_BND: Tensor, target_BND: Tensor) -> Tensor:
+        """Of projected tokens and those of the average, (B,)."""
+
     def forward(
         self,
         student: Mapping[int, Tokens],
@@ -137,12 +135,25 @@ class Sra(Objective):
             head = self.projectors[f"block_{block}"]
             projected_BND = project(head, student[block].tokens_BND)
             target_BND = teacher[self_key(deep)].tokens_BTPD.flatten(1, 2)
-            losses.append(
-                self_alignment_loss(
-                    projected_BND, target_BND, loss=config.loss, beta=config.beta or BETA
-                )
-            )
+            losses.append(self._loss(projected_BND, target_BND))
             with torch.no_grad():
                 cosines.append(paired_cosine(projected_BND, target_BND).mean(-1))
         loss_B, cosine_LB = torch.stack(losses).mean(0), torch.stack(cosines)
         return Terms(loss_B, {"align": loss_B.detach()}, cosine_LB.mean(0), similarity_LB=cosine_LB)
+
+
+@final
+class Sra(SelfAlignment):
+    """Video tokens follow a deeper block of the student's own average, which sees less noise.
+
+    One head for each pair of blocks, averaged over all.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = SraConfig
+    tokens: ClassVar[Literal["video", "reference"]] = "video"
+    paper: ClassVar[str] = "2505.02831"
+    config: SraConfig
+
+    def _loss(self, projected_BND: Tensor, target_BND: Tensor) -> Tensor:
+        loss, beta = self.config.loss, self.config.beta or BETA
+        return self_alignment_loss(projected_BND, target_BND, loss=loss, beta=beta)

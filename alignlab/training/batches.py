@@ -27,6 +27,7 @@ from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_
 from alignlab.training.flow_matching import draw_sigma
 from alignlab.training.kept_text import kept_text, not_finite
 from alignlab.training.prefetch import check_wanted
+from alignlab.training.two_levels import SecondLevel, TwoLevels
 
 ALL_DRAWN = 4
 """Clips drawn per train clip, from which on all are taken: 1 in 55 of them is then never drawn."""
@@ -42,7 +43,7 @@ class Batch:
     something. `clips` are what the samples were made of: what reads pixels asks them, and so
     decodes nothing that nothing reads. `loaded` are features of teachers, by sample: None of
     references that were dropped. Others are asked of the clips. `cleaner_B` says how much less
-    noise the student's average sees.
+    noise the student's average sees; or `second` says which tokens have another noise level.
     """
 
     latents_BCTHW: Tensor
@@ -56,6 +57,7 @@ class Batch:
     clips: list[Encoded]
     loaded: dict[FeatureRead, list[Tensor | None]] = field(default_factory=dict)
     cleaner_B: Tensor | None = None
+    second: SecondLevel | None = None
 
     def features(self, read: FeatureRead) -> list[Tensor | None]:
         """Features of a teacher, on the device: by sample, None if its references are dropped."""
@@ -111,6 +113,7 @@ class Batch:
             caption_BLD=change(self.caption_BLD),
             references=[change(latents_KCHW) for latents_KCHW in self.references],
             cleaner_B=_if_there(change, self.cleaner_B),
+            second=None if self.second is None else self.second.changed(change),
             loaded={
                 read: [_if_there(change, rows) for rows in features]
                 for read, features in self.loaded.items()
@@ -311,6 +314,7 @@ def training_batch(
     samples: range,
     reads: Sequence[FeatureRead] = (),
     cleaner: float | None = None,
+    levels: TwoLevels | None = None,
 ) -> Batch:
     """The samples `samples` of a step's global batch, on the CPU.
 
@@ -325,6 +329,7 @@ def training_batch(
             Else a teacher runs when they are read, or in `Batch.completed`.
         cleaner: the most by which the noise level of the student's average lies below a sample's;
             None: nothing reads one.
+        levels: of samples that hold two noise levels; None: each holds one.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
@@ -338,6 +343,10 @@ def training_batch(
     if cleaner is not None:
         draws = [torch.rand((), generator=generator(seed, "cleaner", step, n)) for n in samples]
         batch = replace(batch, cleaner_B=cleaner * torch.stack(draws))
+    if levels is not None:
+        size = batch.latents_BCTHW.shape[2:]
+        second = levels.drawn(flow, size, seed=seed, step=step, samples=samples)
+        batch = replace(batch, second=second)
     if clips.keeps_features:
         batch.load(reads)
     return batch

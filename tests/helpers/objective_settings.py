@@ -15,6 +15,7 @@ SETTINGS: dict[str, str] = {
     "crepa": "blocks: [2], projector_dim: 32",
     "layersync": "blocks: [0, 1], deep_blocks: [3, 2]",
     "sra": "blocks: [0, 1], deep_blocks: [2, 3], projector_dim: 32",
+    "self_flow": "blocks: [0], deep_blocks: [3], projector_dim: 32, mask_ratio: 0.3",
     "vae_repa": "blocks: [1], projector_dim: 32",
     "dispersive": "blocks: [1]",
     "local_gram_flow": "blocks: [2], window: 3, projector_dim: 32",

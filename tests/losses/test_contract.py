@@ -24,6 +24,7 @@ from alignlab.losses.refalign import RefAlign, reference_alignment_loss
 from alignlab.losses.registry import BUILT_IN
 from alignlab.losses.repa import Repa, repa_loss
 from alignlab.losses.sara import Sara, routed_relation_loss
+from alignlab.losses.self_flow import SelfFlow
 from alignlab.losses.sra import Sra, self_alignment_loss
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
@@ -326,6 +327,14 @@ ROWS = [
             "projector_dim": 8,
         },
         alongside={"blocks": {"deep_blocks": (1,)}, "beta": {"loss": "smooth_l1"}},
+        formula=lambda s, t, ids: self_alignment_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=SelfFlow,
+        settings={"blocks": (0, 1), "deep_blocks": (1, 2), "projector_dim": 9},
+        changes={"blocks": (0,), "deep_blocks": (2, 1), "projector_dim": 8},
+        alongside={"blocks": {"deep_blocks": (1,)}},
         formula=lambda s, t, ids: self_alignment_loss(s, t),
         naive=naive_repa,
     ),
