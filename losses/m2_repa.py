@@ -83,14 +83,16 @@ def heads_cka(heads: Sequence[Tensor]) -> Tensor:
 
 def _centred(head_BND: Tensor) -> Tensor:
     """Minus the mean over tokens, over the norm, which is a constant: CKA does not see it."""
-    centred_BND = head_BND - head_BND.mean(1, keepdim=True)
-    norm_B11 = torch.linalg.vector_norm(centred_BND.detach(), dim=(1, 2), keepdim=True)
-    return centred_BND / norm_B11.clamp_min(NORM_EPS)
+    centred_BND: Tensor = head_BND - head_BND.mean(1, keepdim=True)
+    norm_B11: Tensor = torch.linalg.vector_norm(centred_BND.detach(), dim=(1, 2), keepdim=True)
+    unit_BND: Tensor = centred_BND / norm_B11.clamp_min(NORM_EPS)
+    return unit_BND
 
 
 def _squared_norm(left_BND: Tensor, right_BNE: Tensor) -> Tensor:
     """Squared Frobenius norm of the products along tokens, (B,)."""
-    return (left_BND.mT @ right_BNE).square().sum((1, 2))
+    products_BDE: Tensor = left_BND.mT @ right_BNE
+    return products_BDE.square().sum((1, 2))
 
 
 def _aligned(heads: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:

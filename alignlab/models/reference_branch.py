@@ -186,9 +186,8 @@ class ReferenceBranch:
             references: per sample (K, C, H, W) clean latents, K >= 0, of the video's size.
             capture: whether to return the tapped tokens.
             other: weights in place of the transformer's own, and what is tapped of them.
-            tokens_BN: timesteps of the video's tokens, where they differ within a sample: the
-                references keep the sample's. Modulations of each token need memory that those of a
-                sample do not.
+            tokens_BN: timesteps of the video's tokens, where they differ within a sample (more
+                memory than one each); references keep `timesteps_B`.
 
         Raises:
             ValueError: shapes do not fit each other, the patches or the position table.
@@ -202,10 +201,7 @@ class ReferenceBranch:
         if isinstance(self._text_attention, VideoTextAttention):
             self._text_attention.num_video_tokens = grid[0] * grid[1] * grid[2]
         dtype = self._model.patch_embedding.weight.dtype
-        forward: Callable[..., Any] = self._transformer
-        taps, kinds = self._taps, self._kinds
-        if other is not None:
-            forward, taps, kinds = other.of(self._transformer), other.taps, other.kinds
+        forward, taps, kinds = self._passed_through(other)
         area = grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
@@ -229,6 +225,14 @@ class ReferenceBranch:
         samples = _without_zeros(tapped, references, grid)
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
         return Output(velocity_BCTHW, block_tokens(samples, grid, kinds))
+
+    def _passed_through(
+        self, other: OtherWeights | None
+    ) -> tuple[Callable[..., Any], Taps, Mapping[int, Collection[Kind]] | None]:
+        """What a forward pass calls, what taps it, and which tokens these keep."""
+        if other is None:
+            return self._transformer, self._taps, self._kinds
+        return other.of(self._transformer), other.taps, other.kinds
 
     def _extra_frames(self, reference_KCHW: Tensor) -> Tensor:
         """The clean latent frames that follow a sample's video."""

@@ -71,7 +71,8 @@ def naive_m2_repa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> T
     ]
     left, right = (x @ x.mT for x in (head - head.mean(1, keepdim=True) for head in heads))
     norms = [(x * y).sum((1, 2)) for x, y in ((left, right), (left, left), (right, right))]
-    return sum(aligned) / 2 + 0.05 * norms[0] / (norms[1] * norms[2]).sqrt()
+    cka_B: Tensor = norms[0] / (norms[1] * norms[2]).sqrt()
+    return (aligned[0] + aligned[1]) / 2 + 0.05 * cka_B
 
 
 def naive_crepa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
