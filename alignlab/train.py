@@ -51,13 +51,14 @@ from alignlab.training import checkpoint
 from alignlab.training.aligned_samples import AlignedSamples, check_recipe
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
-from alignlab.training.flow_matching import flow_loss, interpolate, timestep_histogram
+from alignlab.training.flow_matching import flow_loss, timestep_histogram
 from alignlab.training.init_from import checked_source, start_from
 from alignlab.training.measure import PeakMemory, StepClock, logged_costs
 from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
 from alignlab.training.prefetch import Prefetch
+from alignlab.training.self_teacher import student_input
 from alignlab.training.setup import (
     Caches,
     Run,
@@ -373,7 +374,7 @@ class RunTrainer(Trainer):
             training_batch, self.run.clips, config.flow, seed=config.seed, step=step, reads=reads
         )
         if self.run.self_teacher is not None:
-            make = partial(make, cleaner=self.run.self_teacher.config.cleaner)
+            make = partial(make, **self.run.self_teacher.draws)
         if alignment.weights.reads_whole_step:
             make = partial(make, whole=range(config.optim.batch_size))
         return MicroBatches(
@@ -394,12 +395,14 @@ class RunTrainer(Trainer):
     def forward(self, batch: Batch) -> tuple[Tensor, Aligned]:
         """Flow loss of every sample, (B,) and not yet weighted, and what the objectives give."""
         run = self.run
-        noisy = interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)
+        teacher = run.self_teacher if run.alignment.is_on(self.state.step, "self") else None
+        noisy, tokens_BN = student_input(batch, teacher)
+        timesteps_B = batch.sigma_B * 1000
         with run.autocast():
-            out = run.branch(noisy, batch.sigma_B * 1000, batch.text_BLD, batch.references)
-            own = None
-            if run.self_teacher is not None and run.alignment.is_on(self.state.step, "self"):
-                own = run.self_teacher.features(run.branch, batch)
+            out = run.branch(
+                noisy, timesteps_B, batch.text_BLD, batch.references, tokens_BN=tokens_BN
+            )
+            own = None if teacher is None else teacher.features(run.branch, batch)
             # projectors run as the transformer does; kernels and frozen networks leave autocast
             aligned = run.alignment.losses(batch, self.state.step, out.taps, own)
         return flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW), aligned

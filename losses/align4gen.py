@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from alignlab.kernels.cosine import accumulation_dtype, unit
-from alignlab.losses.grids import match_grid
+from alignlab.losses.grids import match_grids
 from alignlab.losses.objective import (
     NO_CONTEXT,
     Context,
@@ -137,10 +137,8 @@ class Align4Gen(Objective):
     ) -> Terms:
         config, teachers = self.config, [teacher[alias] for alias in self.config.teachers]
         grid = student[self.config.blocks[0]].grid  # the same in every block
-        matched = [match_grid(x.tokens_BTPD, x.grid, grid) for x in teachers]
-        # A first frame that one teacher left out is compared with none.
-        frames = min(x.shape[1] for x in matched)
-        matched = [x[:, -frames:] for x in matched]
+        matched = match_grids([(x.tokens_BTPD, x.grid) for x in teachers], grid)
+        frames = matched[0].shape[1]
         features_BND = [config.compared(x).flatten(1, 2) for x in matched]
         losses, logged = [], []
         for block in config.blocks:

@@ -61,6 +61,26 @@ def match_grid(teacher_BTPD: Tensor, teacher_grid: Grid, student_grid: Grid) -> 
     return matched
 
 
+def match_grids(teachers: Sequence[tuple[Tensor, Grid]], student_grid: Grid) -> list[Tensor]:
+    """Resamples the tokens of several teachers to the student's grid, all to the same frames.
+
+    A first frame that one of them left out is left out of all: take the last frames of the student.
+
+    Args:
+        teachers: tokens (B, T, P, D) and grid of each.
+        student_grid: (T, H, W) of the student.
+
+    Returns:
+        As `match_grid`, in the same order, with equally many frames.
+
+    Raises:
+        ValueError: the frames of two grids do not correspond.
+    """
+    matched = [match_grid(tokens_BTPD, grid, student_grid) for tokens_BTPD, grid in teachers]
+    frames = min(tokens_BTPD.shape[1] for tokens_BTPD in matched)
+    return [tokens_BTPD[:, -frames:] for tokens_BTPD in matched]
+
+
 def _resized(image_MDHW: Tensor, size: tuple[int, int]) -> Tensor:
     mode = _space_mode(image_MDHW.shape[2:], size)
     resized: Tensor = F.interpolate(image_MDHW, size=size, mode=mode)

@@ -382,6 +382,25 @@ class SelfTeacherConfig(NoTeacherConfig):
         return min(self.ema, (1 + step) / (10 + step))
 
 
+class TwoLevelConfig(SelfTeacherConfig):
+    """Settings of an objective whose samples hold two noise levels, t and s, both as the run draws
+    them (Self-Flow). The average sees the cleaner of the two in all tokens.
+
+    The student's input is such a mixture for every objective of the run and for the flow loss,
+    while the objective is on and its weight above 0. Gates and flow weights read t.
+
+    Args:
+        mask_ratio: probability of each video token to have level s, 0.1 (Self-Flow, of videos); the
+            others and the references have t.
+    """
+
+    if TYPE_CHECKING:
+        cleaner: Any = None
+    else:
+        cleaner: ClassVar[None] = None  # takes the field away
+    mask_ratio: float = Field(default=0.1, gt=0.0, lt=1.0)
+
+
 def self_key(block: int) -> str:
     """Under which `forward` and `teacher_dims` hold the average's tokens of a block."""
     return f"self/{block}"

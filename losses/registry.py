@@ -14,6 +14,7 @@ from alignlab.losses.dispersive import Dispersive
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.layersync import LayerSync
 from alignlab.losses.local_gram_flow import LocalGramFlow
+from alignlab.losses.m2_repa import M2Repa
 from alignlab.losses.moalign import MoAlign
 from alignlab.losses.objective import (
     LATENTS,
@@ -28,6 +29,7 @@ from alignlab.losses.plugins import lacks_name, registrations
 from alignlab.losses.refalign import RefAlign
 from alignlab.losses.repa import Repa
 from alignlab.losses.sara import Sara
+from alignlab.losses.self_flow import SelfFlow
 from alignlab.losses.sra import Sra
 from alignlab.losses.stage1.folder import Stage1Row, stage1_rows
 from alignlab.losses.vae_repa import VaeRepa
@@ -41,12 +43,14 @@ BUILT_IN: dict[str, type[Objective]] = {
     "repa": Repa,
     "irepa": IRepa,
     "align4gen": Align4Gen,
+    "m2_repa": M2Repa,
     "videorepa": VideoRepa,
     "sara": Sara,
     "moalign": MoAlign,
     "crepa": Crepa,
     "layersync": LayerSync,
     "sra": Sra,
+    "self_flow": SelfFlow,
     "vae_repa": VaeRepa,
     "dispersive": Dispersive,
     "local_gram_flow": LocalGramFlow,

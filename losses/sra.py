@@ -4,9 +4,10 @@ which sees a cleaner input.
 Shape letters: B batch, N tokens, D width.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -27,7 +28,6 @@ from alignlab.losses.objective import (
     self_key,
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
-from alignlab.losses.repa import cosine_terms
 from alignlab.losses.search_space import NumberRange, SearchRange
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
 
@@ -104,22 +104,15 @@ class SraConfig(TokenCosineSettings, SelfTeacherConfig):
         return super().search_space | {"cleaner": NumberRange(0.0, 0.4)}
 
 
-@final
-class Sra(Objective):
-    """Video tokens follow a deeper block of the student's own average, which sees less noise.
+class SelfAlignment(Objective):
+    """What SRA and Self-Flow share: a head for each pair of blocks, whose losses are averaged."""
 
-    One head for each pair of blocks, averaged over all.
-    """
-
-    Config: ClassVar[type[ObjectiveConfig]] = SraConfig
-    tokens: ClassVar[Literal["video", "reference"]] = "video"
     reads: ClassVar[Reads] = "self"
-    paper: ClassVar[str] = "2505.02831"
-    config: SraConfig
+    config: SelfTeacherConfig
 
     def __init__(
         self,
-        config: SraConfig,
+        config: Any,
         *,
         student_dim: int,
         teacher_dims: Mapping[str, int],
@@ -137,6 +130,10 @@ class Sra(Objective):
             }
         )
 
+    @abstractmethod
+    def _loss(self, student_BTPD: Tensor, target_BTPD: Tensor) -> Tensor:
+        """Of projected tokens and those of the average, (B,)."""
+
     def forward(
         self,
         student: Mapping[int, Tokens],
@@ -150,14 +147,46 @@ class Sra(Objective):
             projected_BND = project(head, student[block].tokens_BND)
             student_BTPD = projected_BND.unflatten(1, (student[block].grid[0], -1))
             target_BTPD = teacher[self_key(deep)].tokens_BTPD
-            losses.append(
-                self_alignment_loss(
-                    config.compared(student_BTPD).flatten(1, 2),
-                    config.compared(target_BTPD).flatten(1, 2),
-                    loss=config.loss,
-                    beta=config.beta or BETA,
-                )
-            )
+            losses.append(self._loss(student_BTPD, target_BTPD))
             logged.append(logged_cosines(student_BTPD, target_BTPD))
-        terms = cosine_terms(losses, logged, len(losses))
-        return terms if config.loss == "cosine" else replace(terms, watched_B=None)
+        loss_B = torch.stack(losses).mean(0)
+        plain_LB, centered_LB = torch.stack(logged, 1)
+        return Terms(
+            loss_B,
+            {"align": loss_B.detach()},
+            plain_LB.mean(0),
+            similarity_LB=plain_LB,
+            centered_B=centered_LB.mean(0),
+            watched_B=-loss_B.detach(),
+        )
+
+
+@final
+class Sra(SelfAlignment):
+    """Video tokens follow a deeper block of the student's own average, which sees less noise.
+
+    One head for each pair of blocks, averaged over all.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = SraConfig
+    tokens: ClassVar[Literal["video", "reference"]] = "video"
+    paper: ClassVar[str] = "2505.02831"
+    config: SraConfig
+
+    def forward(
+        self,
+        student: Mapping[int, Tokens],
+        teacher: Mapping[str, Features],
+        context: Context = NO_CONTEXT,
+    ) -> Terms:
+        terms = super().forward(student, teacher, context)
+        return terms if self.config.loss == "cosine" else replace(terms, watched_B=None)
+
+    def _loss(self, student_BTPD: Tensor, target_BTPD: Tensor) -> Tensor:
+        config = self.config
+        return self_alignment_loss(
+            config.compared(student_BTPD).flatten(1, 2),
+            config.compared(target_BTPD).flatten(1, 2),
+            loss=config.loss,
+            beta=config.beta or BETA,
+        )

@@ -175,6 +175,7 @@ class ReferenceBranch:
         *,
         capture: bool = True,
         other: OtherWeights | None = None,
+        tokens_BN: Tensor | None = None,
     ) -> Output:
         """Predicts the velocity of every video.
 
@@ -185,6 +186,8 @@ class ReferenceBranch:
             references: per sample (K, C, H, W) clean latents, K >= 0, of the video's size.
             capture: whether to return the tapped tokens.
             other: weights in place of the transformer's own, and what is tapped of them.
+            tokens_BN: timesteps of the video's tokens, where they differ within a sample (more
+                memory than one each); references keep `timesteps_B`.
 
         Raises:
             ValueError: shapes do not fit each other, the patches or the position table.
@@ -198,10 +201,8 @@ class ReferenceBranch:
         if isinstance(self._text_attention, VideoTextAttention):
             self._text_attention.num_video_tokens = grid[0] * grid[1] * grid[2]
         dtype = self._model.patch_embedding.weight.dtype
-        forward: Callable[..., Any] = self._transformer
-        taps, kinds = self._taps, self._kinds
-        if other is not None:
-            forward, taps, kinds = other.of(self._transformer), other.taps, other.kinds
+        forward, taps, kinds = self._passed_through(other)
+        area = grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
@@ -214,7 +215,7 @@ class ReferenceBranch:
             with recording as outputs:
                 out = forward(
                     hidden_states=torch.stack(sequences).to(dtype),
-                    timestep=torch.stack([timesteps_B[i] for i in group]),
+                    timestep=_timesteps(group, timesteps_B, tokens_BN, len(extra[group[0]]) * area),
                     encoder_hidden_states=torch.stack([text_BLD[i] for i in group]).to(dtype),
                     return_dict=False,
                 )[0]
@@ -224,6 +225,14 @@ class ReferenceBranch:
         samples = _without_zeros(tapped, references, grid)
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
         return Output(velocity_BCTHW, block_tokens(samples, grid, kinds))
+
+    def _passed_through(
+        self, other: OtherWeights | None
+    ) -> tuple[Callable[..., Any], Taps, Mapping[int, Collection[Kind]] | None]:
+        """What a forward pass calls, what taps it, and which tokens these keep."""
+        if other is None:
+            return self._transformer, self._taps, self._kinds
+        return other.of(self._transformer), other.taps, other.kinds
 
     def _extra_frames(self, reference_KCHW: Tensor) -> Tensor:
         """The clean latent frames that follow a sample's video."""
@@ -249,6 +258,15 @@ class ReferenceBranch:
                 f"{longest} positions exceed the transformer's {self._model.rope.max_seq_len}"
             )
         return grid
+
+
+def _timesteps(
+    group: Sequence[int], timesteps_B: Tensor, tokens_BN: Tensor | None, others: int
+) -> Tensor:
+    """Of samples that run together: one each, or one for each token, `others` after the video's."""
+    if tokens_BN is None:
+        return torch.stack([timesteps_B[i] for i in group])
+    return torch.stack([torch.cat([tokens_BN[i], timesteps_B[i].expand(others)]) for i in group])
 
 
 def _without_zeros(

@@ -27,6 +27,7 @@ from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, feature_
 from alignlab.training.flow_matching import draw_sigma
 from alignlab.training.kept_text import kept_text, not_finite
 from alignlab.training.prefetch import check_wanted
+from alignlab.training.two_levels import SecondLevel, TwoLevels
 
 ALL_DRAWN = 4
 """Clips drawn per train clip, from which on all are taken: 1 in 55 of them is then never drawn."""
@@ -42,8 +43,9 @@ class Batch:
     something. `clips` are what the samples were made of: what reads pixels asks them, and so
     decodes nothing that nothing reads. `loaded` are features of teachers, by sample: None of
     references that were dropped. Others are asked of the clips. `cleaner_B` says how much less
-    noise the student's average sees. `step_sigma_S` are the noise levels of all samples of the
-    step, those of other micro-batches and ranks included.
+    noise the student's average sees; or `second` says which tokens have another noise level.
+    `step_sigma_S` are the noise levels of all samples of the step, those of other micro-batches and
+    ranks included.
     """
 
     latents_BCTHW: Tensor
@@ -58,6 +60,7 @@ class Batch:
     loaded: dict[FeatureRead, list[Tensor | None]] = field(default_factory=dict)
     cleaner_B: Tensor | None = None
     step_sigma_S: Tensor | None = None
+    second: SecondLevel | None = None
 
     def features(self, read: FeatureRead) -> list[Tensor | None]:
         """Features of a teacher, on the device: by sample, None if its references are dropped."""
@@ -114,6 +117,7 @@ class Batch:
             references=[change(latents_KCHW) for latents_KCHW in self.references],
             cleaner_B=_if_there(change, self.cleaner_B),
             step_sigma_S=_if_there(change, self.step_sigma_S),
+            second=None if self.second is None else self.second.changed(change),
             loaded={
                 read: [_if_there(change, rows) for rows in features]
                 for read, features in self.loaded.items()
@@ -315,6 +319,7 @@ def training_batch(
     reads: Sequence[FeatureRead] = (),
     cleaner: float | None = None,
     whole: range | None = None,
+    levels: TwoLevels | None = None,
 ) -> Batch:
     """The samples `samples` of a step's global batch, on the CPU.
 
@@ -331,6 +336,7 @@ def training_batch(
             None: nothing reads one.
         whole: all samples of the step, whose noise levels `step_sigma_S` is to hold; None: nothing
             reads them.
+        levels: of samples that hold two noise levels; None: each holds one.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
@@ -345,8 +351,12 @@ def training_batch(
         draws = [torch.rand((), generator=generator(seed, "cleaner", step, n)) for n in samples]
         batch = replace(batch, cleaner_B=cleaner * torch.stack(draws))
     if whole is not None:
-        levels = [draw_sigma(flow, generator(seed, "sigma", step, n)) for n in whole]
-        batch = replace(batch, step_sigma_S=torch.tensor(levels, dtype=torch.float32))
+        drawn = [draw_sigma(flow, generator(seed, "sigma", step, n)) for n in whole]
+        batch = replace(batch, step_sigma_S=torch.tensor(drawn, dtype=torch.float32))
+    if levels is not None:
+        size = batch.latents_BCTHW.shape[2:]
+        second = levels.drawn(flow, size, seed=seed, step=step, samples=samples)
+        batch = replace(batch, second=second)
     if clips.keeps_features:
         batch.load(reads)
     return batch

@@ -1,20 +1,30 @@
 """The student's own moving average as a teacher, which sees each sample at a cleaner noise level.
 
-SRA and its like (`SelfTeacherConfig`): besides the student's forward pass there is one of the
-average in every step, without gradients, with the same noise, captions and references. The average
-is apart from `optim.ema`, is in checkpoints and in no export.
-Shape letters: B batch.
+SRA, Self-Flow and their like (`SelfTeacherConfig`): besides the student's forward pass there is one
+of the average in every step, without gradients, with the same noise, captions and references. The
+average is apart from `optim.ema`, is in checkpoints and in no export.
+Shape letters: B batch, C channels, T, H, W of latents, N video tokens.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignlab.losses.objective import Features, ObjectiveConfig, SelfTeacherConfig, self_key
+from alignlab.losses.objective import (
+    Features,
+    ObjectiveConfig,
+    SelfTeacherConfig,
+    TwoLevelConfig,
+    self_key,
+)
 from alignlab.models.reference_branch import OtherWeights, ReferenceBranch
 from alignlab.models.taps import Kind, Taps, WanTransformer
+from alignlab.training.aligned_samples import trains
 from alignlab.training.batches import Batch
 from alignlab.training.flow_matching import interpolate
 from alignlab.training.optim import move_average
+from alignlab.training.two_levels import TwoLevels
 
 
 class SelfTeacher:
@@ -34,6 +44,8 @@ class SelfTeacher:
     def __init__(self, alias: str, config: SelfTeacherConfig, transformer: WanTransformer) -> None:
         self.alias, self.config = alias, config
         self.taps = Taps(transformer, config.deep_blocks)
+        _, *patch = transformer.config["patch_size"]
+        self._patch_HW = (int(patch[0]), int(patch[1]))
         self.average: dict[str, Tensor] = {
             name: p.detach().clone()
             for name, p in transformer.named_parameters()
@@ -50,16 +62,26 @@ class SelfTeacher:
                 return cls(alias, config, transformer)
         return None
 
+    @property
+    def draws(self) -> dict[str, Any]:
+        """What `training_batch` is to draw for it, by the name of its argument."""
+        if isinstance(self.config, TwoLevelConfig):
+            return {"levels": TwoLevels(self.config.mask_ratio, self._patch_HW)}
+        return {"cleaner": self.config.cleaner}
+
     @torch.no_grad()
     def features(self, branch: ReferenceBranch, batch: Batch) -> dict[str, Features]:
         """The average's tokens of the deep blocks, on the student's grid.
 
         Args:
             branch: of the run, entered.
-            batch: with `cleaner_B`.
+            batch: with what `draws` names.
         """
-        assert batch.cleaner_B is not None  # of every batch of such a run
-        sigma_B = (batch.sigma_B - batch.cleaner_B).clamp_min(0)
+        if batch.second is not None:
+            sigma_B = batch.second.cleaner(batch.sigma_B)
+        else:
+            assert batch.cleaner_B is not None  # of every batch of such a run
+            sigma_B = (batch.sigma_B - batch.cleaner_B).clamp_min(0)
         blocks = self.config.deep_blocks
         kinds: dict[int, tuple[Kind, ...]] = {block: ("video",) for block in blocks}
         tapped = branch(
@@ -78,3 +100,19 @@ class SelfTeacher:
     def update(self, transformer: nn.Module, step: int) -> None:
         """Moves the average after a step, 0-based."""
         move_average(self.average, transformer, self.config.decay_at(step))
+
+
+def student_input(batch: Batch, teacher: SelfTeacher | None) -> tuple[Tensor, Tensor | None]:
+    """Noisy latents, and the timesteps of their tokens where these are not all a sample's.
+
+    Args:
+        batch: of the run.
+        teacher: that the step reads, if any; with weight 0 it changes no input.
+
+    Returns:
+        (B, C, T, H, W) and, where samples hold two noise levels, (B, N) of video tokens: else a
+        timestep for each sample says the same and needs less memory.
+    """
+    if teacher is None or batch.second is None or not trains(teacher.config):
+        return interpolate(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B), None
+    return batch.second.mixed(batch.latents_BCTHW, batch.noise_BCTHW, batch.sigma_B)

@@ -14,6 +14,7 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.export import export
 from alignlab.kernels.pull_push import pull_push_chunked
+from alignlab.losses.objective import TwoLevelConfig
 from alignlab.losses.registry import BUILT_IN
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import latest
@@ -139,10 +140,13 @@ def with_objectives(config: RunConfig, make: Make, changes: Mapping[str, str]) -
 
 
 WHOLE = {name for name, row in BUILT_IN.items() if row.whole_step}
-SPREAD = {name: f"name: {name}" for name in BUILT_IN if name not in WHOLE}
+# a run has one average of the student, whose samples may hold two noise levels
+TWO_LEVELS = {n for n, row in BUILT_IN.items() if issubclass(row.Config, TwoLevelConfig)}
+SPREAD = {name: f"name: {name}" for name in BUILT_IN if name not in WHOLE | TWO_LEVELS}
+TWO = {name: f"name: {name}" for name in TWO_LEVELS}
 
 
-@pytest.mark.parametrize("changes", [SPREAD, {name: f"name: {name}" for name in WHOLE}, MORE])
+@pytest.mark.parametrize("changes", [SPREAD, {name: f"name: {name}" for name in WHOLE}, MORE, TWO])
 def test_between_log_rows_a_step_waits_for_nothing(
     changes: Mapping[str, str], make: Make, caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

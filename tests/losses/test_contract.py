@@ -17,12 +17,14 @@ from alignlab.losses.dispersive import Dispersive, dispersive_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
 from alignlab.losses.layersync import LayerSync, layersync_loss
 from alignlab.losses.local_gram_flow import LocalGramFlow, local_gram_flow_loss
+from alignlab.losses.m2_repa import M2Repa, decoupled_alignment_loss
 from alignlab.losses.moalign import MoAlign, motion_relation_loss
 from alignlab.losses.objective import Features, ObjectiveConfig, Tokens
 from alignlab.losses.refalign import RefAlign, reference_alignment_loss
 from alignlab.losses.registry import BUILT_IN
 from alignlab.losses.repa import Repa, repa_loss
 from alignlab.losses.sara import Sara, routed_relation_loss
+from alignlab.losses.self_flow import SelfFlow
 from alignlab.losses.sra import Sra, self_alignment_loss
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.losses.stage1.motion_head import MotionHead, MotionHeadConfig
@@ -60,6 +62,17 @@ def naive_irepa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Ten
 def naive_align4gen(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
     joined = torch.cat([F.normalize(x, dim=-1) for x in teacher_BND.split(WIDTHS, -1)], -1)
     return naive_repa(student_BND, joined, ids_BN)
+
+
+def naive_m2_repa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    heads, teachers = (x.split(WIDTHS, -1) for x in (student_BND, teacher_BND))
+    aligned = [
+        naive_repa(head, teacher, ids_BN) for head, teacher in zip(heads, teachers, strict=True)
+    ]
+    left, right = (x @ x.mT for x in (head - head.mean(1, keepdim=True) for head in heads))
+    norms = [(x * y).sum((1, 2)) for x, y in ((left, right), (left, left), (right, right))]
+    cka_B: Tensor = norms[0] / (norms[1] * norms[2]).sqrt()
+    return (aligned[0] + aligned[1]) / 2 + 0.05 * cka_B
 
 
 def naive_crepa(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
@@ -222,6 +235,21 @@ ROWS = [
         naive=naive_align4gen,
     ),
     ContractCase(
+        objective=M2Repa,
+        settings={"teacher": ("dino", "clip"), "blocks": (1, 2), "projector_dim": 9},
+        changes={
+            "blocks": (1,),
+            "teacher": ("clip", "dino"),
+            "decouple": 0.7,
+            "projector_dim": 8,
+            **TOKEN_COSINE,
+        },
+        formula=lambda s, t, ids: decoupled_alignment_loss(
+            s.split(WIDTHS, -1), t.split(WIDTHS, -1)
+        ),
+        naive=naive_m2_repa,
+    ),
+    ContractCase(
         objective=VideoRepa,
         settings={"teacher": "dino", "blocks": (0, 1), "projector_dim": 9},
         changes={
@@ -309,6 +337,14 @@ ROWS = [
             **TOKEN_COSINE,
         },
         alongside={"blocks": {"deep_blocks": (1,)}, "beta": {"loss": "smooth_l1"}},
+        formula=lambda s, t, ids: self_alignment_loss(s, t),
+        naive=naive_repa,
+    ),
+    ContractCase(
+        objective=SelfFlow,
+        settings={"blocks": (0, 1), "deep_blocks": (1, 2), "projector_dim": 9},
+        changes={"blocks": (0,), "deep_blocks": (2, 1), "projector_dim": 8, **TOKEN_COSINE},
+        alongside={"blocks": {"deep_blocks": (1,)}},
         formula=lambda s, t, ids: self_alignment_loss(s, t),
         naive=naive_repa,
     ),

@@ -12,12 +12,13 @@ from objective_settings import teacher_of
 NEEDED: dict[str, dict[str, Any]] = {
     "sara": {"aligner": "stage1"},
     "moalign": {"head": "stage1"},
+    "m2_repa": {"teacher": ["dino", "early"]},
 }
 
 
 def default_config(name: str) -> ObjectiveConfig:
-    given = NEEDED.get(name, {}) | ({"teacher": "dino"} if teacher_of(name, "") else {})
-    return BUILT_IN[name].Config(**given)
+    given = {"teacher": "dino"} if teacher_of(name, "") else {}
+    return BUILT_IN[name].Config(**(given | NEEDED.get(name, {})))
 
 
 def ends(searched: SearchRange, num_blocks: int) -> list[Any]:

@@ -74,21 +74,20 @@ def terms_of(name: str, *, common: float = 0.0, frames: int = 3, **settings: Any
     reads = BUILT_IN[name].reads
     chosen: dict[str, Any] = {"name": name, "blocks": (0,), **settings}
     if reads == "teacher":
-        chosen["teacher"] = "dino"
-    if name in ("layersync", "sra"):
+        chosen["teacher"] = ("dino", "clip") if name == "m2_repa" else "dino"
+    if name in ("layersync", "sra", "self_flow"):
         chosen["deep_blocks"] = (1,)
     config = BUILT_IN[name].Config(**chosen)
     objective = build_objective(
-        config, student_dim=WIDTH, teacher_dims={"dino": WIDTH}, latents_dim=WIDTH
+        config, student_dim=WIDTH, teacher_dims={"dino": WIDTH, "clip": WIDTH}, latents_dim=WIDTH
     )
-    for holder in getattr(objective, "projectors", {}).values():
-        objective.projectors = torch.nn.ModuleDict(
-            dict.fromkeys(objective.projectors, _identity(holder))  # type: ignore[arg-type]
-        )
+    for holders in (getattr(objective, part, {}) for part in ("projectors", "heads")):
+        for key, holder in list(holders.items()):
+            holders[key] = _identity(holder)
     shared = common * draw(WIDTH, seed=7)
     student = {b: draw(2, frames * 6, WIDTH, seed=b) + shared for b in (0, 1)}
     tokens = draw(2, frames, 6, WIDTH, seed=2) + shared
-    features = dict.fromkeys(("dino", "latents", self_key(1)), Features(tokens, grid))
+    features = dict.fromkeys(("dino", "clip", "latents", self_key(1)), Features(tokens, grid))
     terms: Terms = objective({b: Tokens(x, grid) for b, x in student.items()}, features)
     return terms
 
@@ -106,7 +105,7 @@ def _identity(like: torch.nn.Module) -> torch.nn.Module:
 
 def test_these_objectives_have_the_settings() -> None:
     expected = {"repa", "irepa", "align4gen", "crepa", "vae_repa", "layersync", "sra"}
-    assert expected <= set(NAMES)
+    assert expected | {"m2_repa", "self_flow"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,7 +132,7 @@ def test_the_settings_change_what_is_trained_and_not_what_is_logged(name: str) -
         assert terms.watched_B is not None
         if setting == "centered":
             torch.testing.assert_close(terms.watched_B, plain.centered_B)
-        if name != "crepa":  # whose loss has its neighbours as well
+        if name not in ("crepa", "m2_repa"):  # whose losses have neighbours, and heads, as well
             torch.testing.assert_close(terms.watched_B, -terms.loss_B.detach())
 
 

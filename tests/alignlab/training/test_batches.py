@@ -36,7 +36,7 @@ def samples_of(batches: Iterable[Batch]) -> list[dict[str, object]]:
             field.name: getattr(batch, field.name)[i]
             for field in fields(batch)
             # what a variant reads of them
-            if field.name not in ("clips", "loaded", "cleaner_B", "step_sigma_S")
+            if field.name not in ("clips", "loaded", "cleaner_B", "second", "step_sigma_S")
         }
         | {"video_THWC": batch.clips[i].sample.video_THWC, "mask": batch.reference_masks[i]}
         for batch in batches
