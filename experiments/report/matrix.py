@@ -8,8 +8,8 @@ from alignlab.experiments.report.statistics import MIN_PAIRS
 from alignlab.experiments.report.summary import SummaryRow, by_metric
 
 SIGNS = {
-    "better": "▲",
-    "worse": "▼",
+    "better": "✓",  # an arrow would be read as up or down
+    "worse": "✗",
     "changed": "◆",
     "not told apart": "·",
     "no verdict": "\N{EN DASH}",
