@@ -179,7 +179,7 @@ def test_names_beside_the_marks_overlap_no_other_name_and_no_mark() -> None:
         boxes = [text.get_window_extent() for text in axes.texts]
         assert 3 <= len(boxes) <= 9, "most names are there"
         assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-        marks = [p for line in axes.lines if len(p := line.get_xydata()) == 1]
+        marks = [p for line in axes.lines if len(p := np.asarray(line.get_xydata())) == 1]
         places = axes.transData.transform(np.concatenate(marks))
         assert not any(box.contains(*place) for box in boxes for place in places)
 
