@@ -62,7 +62,7 @@ def _pull_push_backward(
 
 
 def _relation_chunked(student: Tensor, teacher: Tensor, *rest: Any, **__: Any) -> int:
-    _, factor_ST, *_, with_slopes = rest
+    _, factor_ST, _, _, with_slopes, _ = rest
     batch, frames, tokens, width = student.shape
     within = batch * frames * tokens**2
     across = within * (frames - 1) // 2

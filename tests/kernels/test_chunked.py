@@ -161,4 +161,5 @@ def test_torch_library_finds_nothing_wrong(with_slope: bool) -> None:
     tokens = draw(2, 3, 4, 6).requires_grad_(with_slope)
     saliency, factors = draw_saliency(2, 3, 4), draw_saliency(3, 3)
     relation = (tokens, draw(2, 3, 4, 5, seed=1), saliency, factors, "or", 0.1, with_slope)
-    torch.library.opcheck(relation_module._pair_sums, relation)
+    for is_squared in (False, True):
+        torch.library.opcheck(relation_module._pair_sums, (*relation, is_squared))

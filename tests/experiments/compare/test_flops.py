@@ -42,6 +42,7 @@ def test_the_formulas_of_the_kernels_are_what_they_multiply(slopes: bool) -> Non
         "uniform",
         0.1,
         slopes,
+        False,
     )
     ids = torch.tensor([0] * 40 + [1] * 30 + [-1] * 5 + [2] * 15).expand(2, -1)
     pull_push_inputs = (student.flatten(1, 2), teacher.flatten(1, 2), ids, ids, 0.0, 1.0, slopes)

@@ -156,7 +156,7 @@ def comparisons(draw: st.DrawFn) -> Comparison:
 
 def tunings(variants: list[str]) -> st.SearchStrategy[dict[str, Any]]:
     """Facts that the report reads, of any shape."""
-    points = st.lists(st.lists(leaves | numbers, min_size=1, max_size=3), max_size=4)
+    points = st.lists(st.lists(leaves, min_size=1, max_size=3), max_size=4)
     found = json_values | points | st.sampled_from(["maximize", ["val/flow"]])
     facts = st.sampled_from([*TUNED, "tuning.metric"])
     return st.dictionaries(facts, st.dictionaries(st.sampled_from(variants), found), max_size=6)
