@@ -35,8 +35,8 @@ from alignlab.kernels.dispatch import Operation
 
 OUTSIDE = -1e30  # of a softmax: no share, and finite, so that no gradient is NaN
 
-# CPU time, one thread, D=128, window 7, unit vectors, both passes, eager / chunked ms: N=48 4.4 / 5.8
-# (four samples 6.3 / 10), 256 7.6 / 8.8 (in pairs 0.95), 1024 33 / 12.
+# CPU time, one thread, D=128, window 7, unit vectors, both passes, eager / chunked ms: N=48
+# 4.4 / 5.8 (four samples 6.3 / 10), 256 7.6 / 8.8 (in pairs 0.95), 1024 33 / 12.
 EAGER_TOKENS = 256
 # Places of a tile. More multiply more that is outside the window, fewer make smaller products. The
 # products alone, 5x30x52 tokens, D=256, both passes: 6 64 ms, 8 61, 12 56, 16 55, 24 66, 32 64.
