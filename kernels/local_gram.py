@@ -197,7 +197,7 @@ def _flat_frames(tokens_THWD: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
 
 def _within(flat: Tensor, height: int, reach: int) -> Tensor:
     """The tokens among places of whole rows, (..., H, W, X) of (..., H * (W + reach), X)."""
-    rows = flat.unflatten(-2, (height, -1))
+    rows: Tensor = flat.unflatten(-2, (height, -1))
     return rows.narrow(-2, 0, rows.shape[-2] - reach)
 
 
@@ -303,8 +303,7 @@ def _setup_chunked(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_chunked(ctx: Any, upstream_BTHWK: Tensor) -> tuple[Tensor | None, ...]:
     (tokens_BTHWD,) = ctx.saved_tensors
-    with torch.autocast(upstream_BTHWK.device.type, enabled=False):
-        grad_BTHWD = _products_gradient(upstream_BTHWK, tokens_BTHWD, ctx.window, ctx.normalize)
+    grad_BTHWD = _products_gradient(upstream_BTHWK, tokens_BTHWD, ctx.window, ctx.normalize)
     return grad_BTHWD, None, None, None
 
 
