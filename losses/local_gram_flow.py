@@ -26,6 +26,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import project, repa_projector
 from alignlab.losses.search_space import SearchRange, tenfold
+from alignlab.losses.weight import Weight
 
 OUTSIDE = -1e30  # of a softmax: no share, and finite, so that no gradient is NaN
 
@@ -130,7 +131,7 @@ class LocalGramFlowConfig(ObjectiveConfig):
     """
 
     name: Literal["local_gram_flow"] = "local_gram_flow"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (25,)
     teacher: str
     window: int = Field(default=7, ge=3)

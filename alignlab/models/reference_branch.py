@@ -36,10 +36,13 @@ class Output:
     Args:
         velocity_BCTHW: fp32 prediction for the video's latent frames; the references' is dropped.
         taps: tapped tokens by block index, carrying the gradient.
+        outputs: by block index, what the tapped blocks put out, (G, L, D) of each group of samples
+            that ran together, of which `taps` are copies. Empty where there is no gradient.
     """
 
     velocity_BCTHW: Tensor
     taps: dict[int, BlockTokens]
+    outputs: dict[int, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ class ReferenceBranch:
         area = grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
+        whole: dict[int, list[Tensor]] = {}
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
             sequences = [
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
@@ -222,9 +226,11 @@ class ReferenceBranch:
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
             for block, (tokens,) in outputs.items():
                 tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
+                if torch.is_grad_enabled():  # else nothing else would keep them
+                    whole.setdefault(block, []).append(tokens)
         samples = _without_zeros(tapped, references, grid)
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
-        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds))
+        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds), whole)
 
     def _passed_through(
         self, other: OtherWeights | None
