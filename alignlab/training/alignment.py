@@ -356,12 +356,7 @@ class Alignment(nn.Module):
                 measured[alias] = gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms
-            has_tokens_B = known.has_video_B if kind == "video" else known.has_references_B
-            aligned_B = objective_terms.aligned_B
-            samples[alias] = has_tokens_B if aligned_B is None else aligned_B
-            shown_B = samples[alias]
-            if kind == "reference":
-                shown_B = shown_B & known.shows_reference_B
+            samples[alias], shown_B = _aligned_samples(objective, objective_terms, known)
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
         magnitudes, watched = feature_magnitudes(features), frozenset(self.weights.watches)
         return Aligned(loss_B, terms, samples, weighted, counted, magnitudes, watched, measured)
@@ -399,6 +394,17 @@ class Alignment(nn.Module):
             f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
             f"{where}; {against[objective.reads]}"
         )
+
+
+def _aligned_samples(
+    objective: Objective, terms: Terms, known: BatchContext
+) -> tuple[Tensor, Tensor]:
+    """Which samples had something to align, and in which of them a picture is shown, bool (B,)."""
+    is_video = objective.tokens == "video"
+    aligned_B = known.has_video_B if is_video else known.has_references_B
+    if terms.aligned_B is not None:
+        aligned_B = terms.aligned_B
+    return aligned_B, aligned_B if is_video else aligned_B & known.shows_reference_B
 
 
 def _student(
