@@ -59,7 +59,7 @@ class ObjectiveWeights:
         """An objective's weight, before schedule and warm-up; a scalar if it is measured."""
         weight = self._configs[alias].weight
         if isinstance(weight, GradientShare):
-            return self.measured[alias].value
+            return self.measured[alias].value.float()
         return weight
 
     def is_measured(self, alias: str) -> bool:
