@@ -27,12 +27,12 @@ def seen(weight: MeasuredWeight, norms: list[tuple[float, float]]) -> list[tuple
 def test_a_measured_weight_is_the_share_of_sums_and_is_held() -> None:
     weight = MeasuredWeight(SHARE)
     assert float(weight.value) == 0.0 and not weight.is_held
-    (first, second, third, late) = seen(weight, NORMS)
-    assert first == (0.0, pytest.approx(0.1 * 2 / 8))  # no weight was in force yet
-    assert second == (0.0, pytest.approx(0.1 * 5 / 8))  # nothing to align, and no infinite weight
-    assert third == (pytest.approx(0.1 * 5 / 8 * 4 / 1), pytest.approx(0.1 * 6 / 12))
+    first, second, third, late = seen(weight, NORMS)
+    assert first == pytest.approx((0.0, 0.1 * 2 / 8))  # no weight was in force yet
+    assert second == pytest.approx((0.0, 0.1 * 5 / 8))  # nothing to align, and no infinite weight
+    assert third == pytest.approx((0.1 * 5 / 8 * 4 / 1, 0.1 * 6 / 12))
     assert weight.is_held and weight.num_measured == 3
-    assert late == (pytest.approx(0.1 * 6 / 12 / 9), third[1])
+    assert late == pytest.approx((0.1 * 6 / 12 / 9, 0.1 * 6 / 12)) and late[1] == third[1]
     assert weight.why_useless() == ""
 
 

@@ -1,5 +1,6 @@
 """Weights that are a share of the flow loss's gradient, in real trainings."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,7 +84,8 @@ def norms_by_autograd(config: RunConfig) -> dict[str, tuple[float, float]]:
                 output.grad = None
         loss.backward(retain_graph=True)
         gradients = [output.grad for block in blocks for output in caught[block]]
-        return float(sum(g.double().square().sum() for g in gradients if g is not None)) ** 0.5
+        squares = [float(g.double().square().sum()) for g in gradients if g is not None]
+        return math.sqrt(sum(squares))
 
     return {
         alias: (norm(flow, o.blocks), norm(own[alias], o.blocks))
@@ -157,8 +159,8 @@ def test_a_hundredfold_loss_trains_the_same(
     weights = [row["weight/ra"] for row in rows]
     assert weights[0] == 0.0 and weights[1] != weights[2] and weights[2] == weights[3]
     assert [row.get("gradient_share/ra", -1.0) > 0.1 for row in rows] == [False, True, False, False]
-    for here, there in zip(one.state.names, other.state.names, strict=True):
-        torch.testing.assert_close(there, here, rtol=1e-4, atol=2e-5)
+    for mine, theirs in zip(one.state.names, other.state.names, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=2e-5)
 
 
 def test_a_run_killed_while_it_measures_goes_on_as_if_it_had_not_been(
