@@ -11,6 +11,7 @@ from alignlab.environment import read_environment
 from alignlab.errors import one_line, printable
 from alignlab.lora_formats import LoraFormat
 from alignlab.losses import OBJECTIVES
+from alignlab.losses.weight import weight_in_words
 from alignlab.passwords import without_password
 from alignlab.recipe import recipe_hash
 from alignlab.runs.input_record import InputRecord
@@ -54,7 +55,8 @@ def model_card(folder: RunFolder, *, which: str = "", kind: LoraFormat = "diffus
         lines += [f"This is {_text(which)}. The metrics are those of the run's end.", ""]
     lines += ["## Training", "", *_table(_facts(folder, config)), ""]
     if config.objectives:
-        lines += ["## Alignment objectives", "", *_table(_objectives(config)), ""]
+        objectives = _objectives(config, result.get("weights", {}))
+        lines += ["## Alignment objectives", "", *_table(objectives), ""]
     lines += ["## Read", "", *_table(_inputs(folder, config)), ""]
     if metrics:
         values = ((name, f"{value:.6g}") for name, value in metrics.items())
@@ -100,14 +102,19 @@ def _facts(folder: RunFolder, config: RunConfig) -> Iterable[tuple[str, str]]:
             yield name, facts[name]
 
 
-def _objectives(config: RunConfig) -> Iterable[tuple[str, ...]]:
+def _objectives(
+    config: RunConfig, weights: Mapping[str, Mapping[str, float]]
+) -> Iterable[tuple[str, ...]]:
+    """A row for each; `weights` is what a result says of those that were measured."""
     yield "name", "objective", "paper", "weight", "blocks", "teachers"
     for alias, objective in config.objectives.items():
         paper = getattr(OBJECTIVES[objective.name], "paper", None)
         blocks = " to ".join(", ".join(map(str, named)) for named in objective.taps.values())
         teachers = (f"{name} ({config.teachers[name].family})" for name in objective.teachers)
         shown = f"arXiv:{paper}" if paper else ""
-        weight = f"{objective.weight:g}"
+        weight = weight_in_words(objective.weight)
+        if alias in weights:
+            weight += f": {weights[alias]['weight']:.3g}"
         yield alias, str(objective.name), shown, weight, blocks, ", ".join(teachers)
 
 

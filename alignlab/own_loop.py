@@ -27,6 +27,7 @@ from alignlab.losses.objective import (
     check_implementations,
 )
 from alignlab.losses.schedule import Ramp
+from alignlab.losses.weight import GradientShare
 from alignlab.models.taps import find_wan
 from alignlab.stage1.compatibility import check_stage1, check_stage1_grid, stage1_folder_of
 from alignlab.teachers import (
@@ -215,6 +216,12 @@ def _check_objective(
         raise UserError(
             f"{where}: {objective.name} reads a moving average of the transformer at another noise "
             "level; only `alignlab train` makes one"
+        )
+    if isinstance(objective.weight, GradientShare):
+        raise UserError(
+            f"{where}.weight: gradient_share needs the flow loss, which only `alignlab train` "
+            "sees; give a number, such as the one that a run measured (`weights` of its "
+            "result.json)"
         )
     if trains(objective):
         check_starts(alias, objective)

@@ -52,6 +52,7 @@ from alignlab.training.aligned_samples import AlignedSamples, check_recipe
 from alignlab.training.batches import Batch, training_batch
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.flow_matching import flow_loss, timestep_histogram
+from alignlab.training.gradient_share import Outputs
 from alignlab.training.init_from import checked_source, start_from
 from alignlab.training.measure import PeakMemory, StepClock, logged_costs
 from alignlab.training.micro_batches import MicroBatches
@@ -324,7 +325,7 @@ class Trainer(ABC):
         """Evaluates before the last step, and leaves the state as it is."""
         raise NotImplementedError
 
-    def after_step(self, terms: SampleTerms) -> dict[str, float]:
+    def after_step(self, terms: SampleTerms) -> dict[str, float | Tensor]:
         """What follows an optimizer step; gives the exact settings that the step used."""
         return {}
 
@@ -387,13 +388,15 @@ class RunTrainer(Trainer):
 
     def losses(self, batch: Batch) -> tuple[Tensor, SampleTerms]:
         """Flow loss plus alignment of one micro-batch, and every term by its log name."""
-        flow_B, aligned = self.forward(batch)
-        total_B = self.run.flow_weights(batch.sigma_B) * flow_B + aligned.loss_B
+        flow_B, aligned, outputs = self.forward(batch)
+        weighted_B = self.run.flow_weights(batch.sigma_B) * flow_B
+        total_B = weighted_B + aligned.loss_B
         terms = {"loss/total": total_B.detach(), "loss/flow": flow_B.detach()}
-        return total_B.mean(), aligned.sample_terms(terms)
+        squares = self.run.alignment.gradient_squares(weighted_B, aligned, outputs)
+        return total_B.mean(), aligned.sample_terms(terms, squares)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Aligned]:
-        """Flow loss of every sample, (B,) and not yet weighted, and what the objectives give."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Aligned, Outputs]:
+        """Unweighted flow loss (B,), what the objectives give, what the tapped blocks put out."""
         run = self.run
         teacher = run.self_teacher if run.alignment.is_on(self.state.step, "self") else None
         noisy, tokens_BN = student_input(batch, teacher)
@@ -405,21 +408,20 @@ class RunTrainer(Trainer):
             own = None if teacher is None else teacher.features(run.branch, batch)
             # projectors run as the transformer does; kernels and frozen networks leave autocast
             aligned = run.alignment.losses(batch, self.state.step, out.taps, own)
-        return flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW), aligned
+        flow_B = flow_loss(out.velocity_BCTHW, batch.latents_BCTHW, batch.noise_BCTHW)
+        return flow_B, aligned, out.outputs
 
-    def after_step(self, terms: SampleTerms) -> dict[str, float]:
-        """Moves the average of the weights, and shows plateau schedules what they watch."""
+    def after_step(self, terms: SampleTerms) -> dict[str, float | Tensor]:
+        """Moves the average of the weights; tells schedules and measured weights of the step."""
         update_ema(self.run.state, self.config.optim.ema)
         if self.run.self_teacher is not None:
             self.run.self_teacher.update(self.run.wan.transformer, self.state.step)
         self._aligned.see(terms.values_of)
-        weights = self.run.alignment.weights
-        factors = weights.factors(self.state.step)
-        weights.watch(self.state.step, terms, self.ranks.total)
-        return {f"schedule/{alias}": factor for alias, factor in factors.items()}
+        return self.run.alignment.weights.after_step(self.state.step, terms, self.ranks.total)
 
     def counts(self) -> dict[str, float]:
         """Share of samples that had something to align, by objective."""
+        self.run.alignment.weights.check_measured()
         return self._aligned.row()
 
     def train_steps(self, folder: RunFolder, tracker: Tracker, newest: Path | None) -> None:
@@ -470,7 +472,7 @@ class RunTrainer(Trainer):
     def weighted_forwards(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Aligned]]:
         """Forward passes of the step, one at a time: each holds a graph."""
         for batch in batches:
-            flow_B, aligned = self.forward(batch)
+            flow_B, aligned, _ = self.forward(batch)
             yield self.run.flow_weights(batch.sigma_B) * flow_B, aligned
 
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
@@ -492,5 +494,6 @@ class RunTrainer(Trainer):
             "aligned": {alias: [count.aligned, count.samples] for alias, count in counts.items()},
             "diverged": bool(diverged),
             "notes": notes,
+            **self.run.alignment.weights.result(),
         }
         folder.write_result(result | self.run.own_metrics())

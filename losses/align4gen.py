@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.repa import cosine_terms, repa_loss
 from alignlab.losses.token_cosine import TokenCosineSettings, centered
+from alignlab.losses.weight import Weight
 
 Normalization = Literal["joint", "per_teacher"]
 
@@ -91,7 +92,7 @@ class Align4GenConfig(TokenCosineSettings, ObjectiveConfig):
     """
 
     name: Literal["align4gen"] = "align4gen"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     normalization: Normalization = "joint"
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)

@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
 from alignlab.losses.projector import REPA_HIDDEN, linear_projector, project, repa_projector
 from alignlab.losses.search_space import SearchRange, tenfold
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
+from alignlab.losses.weight import Weight
 
 Reduction = Literal["sum", "mean"]
 
@@ -93,7 +94,7 @@ class CrepaConfig(TokenCosineSettings, ObjectiveConfig):
     """
 
     name: Literal["crepa"] = "crepa"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     teacher: str
     distance: int = Field(default=1, ge=1)

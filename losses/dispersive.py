@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
     Tokens,
 )
 from alignlab.losses.search_space import SearchRange, tenfold
+from alignlab.losses.weight import Weight
 
 
 def dispersive_loss(
@@ -83,7 +84,7 @@ class DispersiveConfig(NoTeacherConfig):
     """
 
     name: Literal["dispersive"] = "dispersive"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     tau: float = Field(default=0.5, gt=0.0, allow_inf_nan=False)
     per_feature: bool = True

@@ -6,7 +6,7 @@ No teacher and no projector. Shape letters: B batch, N tokens, D width.
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self, final
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from alignlab.kernels.cosine import paired_cosine
@@ -24,6 +24,7 @@ from alignlab.losses.objective import (
 from alignlab.losses.repa import cosine_terms
 from alignlab.losses.search_space import DEEP, SHALLOW, SearchRange
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
+from alignlab.losses.weight import Weight
 
 
 def layersync_loss(shallow_BND: Tensor, deep_BND: Tensor, *, detach: bool = True) -> Tensor:
@@ -58,7 +59,7 @@ class LayerSyncConfig(TokenCosineSettings, NoTeacherConfig):
     """
 
     name: Literal["layersync"] = "layersync"
-    weight: float = Field(default=0.2, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.2
     blocks: tuple[int, ...] = (7,)
     deep_blocks: tuple[int, ...] = (15,)
     detach: bool = True

@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import project, repa_projector
 from alignlab.losses.search_space import SearchRange, tenfold
+from alignlab.losses.weight import Weight
 
 
 def local_gram_flow_loss(
@@ -82,7 +83,7 @@ class LocalGramFlowConfig(ObjectiveConfig):
     """
 
     name: Literal["local_gram_flow"] = "local_gram_flow"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (25,)
     teacher: str
     window: int = Field(default=7, ge=3)

@@ -27,6 +27,7 @@ from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.repa import cosine_terms, repa_loss
 from alignlab.losses.search_space import NumberRange, SearchRange
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
+from alignlab.losses.weight import Weight
 
 DECOUPLE = 0.05
 CKA_EPS = 1e-12  # a product of two squared norms is 1 / (D E) or more, unless a head is constant
@@ -119,7 +120,7 @@ class M2RepaConfig(TokenCosineSettings, ObjectiveConfig):
     """
 
     name: Literal["m2_repa"] = "m2_repa"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     decouple: float = Field(default=DECOUPLE / 0.5, ge=0.0, allow_inf_nan=False)
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)

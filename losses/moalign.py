@@ -36,6 +36,7 @@ from alignlab.losses.projector import REPA_HIDDEN, deep_projector, project
 from alignlab.losses.search_space import SearchRange, tenfold
 from alignlab.losses.stage1.folder import load_for_teacher
 from alignlab.losses.stage1.motion_head import MotionHead
+from alignlab.losses.weight import Weight
 
 
 def motion_relation_loss(
@@ -83,7 +84,7 @@ class MoAlignConfig(ObjectiveConfig):
     """
 
     name: Literal["moalign"] = "moalign"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (17,)
     teacher: str
     tau: float = Field(default=10.0, gt=0.0, allow_inf_nan=False)

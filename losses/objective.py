@@ -26,11 +26,13 @@ from alignlab.losses.grids import Grid as Grid
 from alignlab.losses.grids import Side as Side
 from alignlab.losses.schedule import Constant, Schedule
 from alignlab.losses.search_space import DEEP, SHALLOW, DepthRange, SearchRange, tenfold
+from alignlab.losses.weight import MAX_WEIGHT, GradientShare, Weight
 
 if TYPE_CHECKING:  # most objectives need no kernel
     from alignlab.kernels.dispatch import Operation
 
-MAX_WEIGHT = 1e6
+USUAL_SHARE = 0.1
+"""Of the flow loss's gradient, in the middle of what is searched."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ class ObjectiveConfig(BaseModel):
 
     Args:
         name: row of `OBJECTIVES`.
-        weight: factor on the loss, 0 to a million.
+        weight: factor on the loss, 0 to a million; or `{gradient_share: S}`, which measures it so
+            that the objective's gradient is that share of the flow loss's.
         schedule: how `weight` changes over training steps.
         warmup: number of steps over which `weight` grows along a line at the start of the run, by
             `(step + 1) / warmup` on top of `schedule`; 0: none.
@@ -224,7 +227,7 @@ class ObjectiveConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 1.0
     schedule: Schedule = Constant()
     warmup: int = Field(default=0, ge=0)
     gate: Gate = NoGate()
@@ -243,8 +246,10 @@ class ObjectiveConfig(BaseModel):
 
     @field_validator("weight")
     @classmethod
-    def _weight_leaves_the_flow_loss_visible(cls, weight: float) -> float:
-        if weight > MAX_WEIGHT:
+    def _weight_leaves_the_flow_loss_visible(
+        cls, weight: float | GradientShare
+    ) -> float | GradientShare:
+        if not isinstance(weight, GradientShare) and weight > MAX_WEIGHT:
             raise ValueError(
                 f"{weight:g} is more than {MAX_WEIGHT:g}: nothing would be left of the flow loss"
             )
@@ -305,12 +310,15 @@ class ObjectiveConfig(BaseModel):
     def search_space(self) -> dict[str, SearchRange]:
         """Where a sweep searches the objective's settings, by name, unless a recipe says otherwise.
 
-        The weight from a tenth to ten times its default, and one block of the whole depth. An
-        objective adds its own knobs, those that something reads under its other settings.
+        The weight from a tenth to ten times its default, and one block of the whole depth; of a
+        weight that is a share of the flow loss's gradient, shares from 0.01 to 1. An objective adds
+        its own knobs, those that something reads under its other settings.
         """
         space: dict[str, SearchRange] = {}
         default = type(self).model_fields["weight"].default
-        if isinstance(default, int | float) and default > 0:
+        if isinstance(self.weight, GradientShare):
+            space["weight.gradient_share"] = tenfold(USUAL_SHARE)
+        elif isinstance(default, int | float) and default > 0:
             space["weight"] = tenfold(default)
         return space | {"blocks": DepthRange()}
 

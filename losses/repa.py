@@ -26,6 +26,7 @@ from alignlab.losses.objective import (
 )
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
+from alignlab.losses.weight import Weight
 
 ZSCORE_EPS = 1e-6
 
@@ -84,7 +85,7 @@ class RepaConfig(PairwiseConfig):
     """
 
     name: Literal["repa"] = "repa"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
 

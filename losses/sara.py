@@ -39,6 +39,7 @@ from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.search_space import NumberRange, SearchRange
 from alignlab.losses.stage1.folder import load_for_teacher
 from alignlab.losses.stage1.saliency_aligner import SaliencyAligner
+from alignlab.losses.weight import Weight
 
 
 def routed_relation_loss(
@@ -194,7 +195,7 @@ class SaraConfig(ObjectiveConfig):
     """
 
     name: Literal["sara"] = "sara"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (17,)
     teacher: str
     routing: Routing = "or"

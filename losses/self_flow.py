@@ -14,6 +14,7 @@ from alignlab.losses.projector import REPA_HIDDEN
 from alignlab.losses.search_space import NumberRange, SearchRange
 from alignlab.losses.sra import SelfAlignment, self_alignment_loss
 from alignlab.losses.token_cosine import TokenCosineSettings
+from alignlab.losses.weight import Weight
 
 
 class SelfFlowConfig(TokenCosineSettings, TwoLevelConfig):
@@ -27,7 +28,7 @@ class SelfFlowConfig(TokenCosineSettings, TwoLevelConfig):
     """
 
     name: Literal["self_flow"] = "self_flow"
-    weight: float = Field(default=0.8, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.8
     blocks: tuple[int, ...] = (8,)
     deep_blocks: tuple[int, ...] = Field(default=(20,), min_length=1)
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)

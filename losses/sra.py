@@ -30,6 +30,7 @@ from alignlab.losses.objective import (
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.search_space import NumberRange, SearchRange
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
+from alignlab.losses.weight import Weight
 
 BETA = 0.05
 SelfLoss = Literal["cosine", "smooth_l1"]
@@ -82,7 +83,7 @@ class SraConfig(TokenCosineSettings, SelfTeacherConfig):
     """
 
     name: Literal["sra"] = "sra"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     deep_blocks: tuple[int, ...] = Field(default=(19,), min_length=1)
     loss: SelfLoss = "cosine"

@@ -25,6 +25,7 @@ from alignlab.losses.objective import (
 from alignlab.losses.projector import REPA_HIDDEN, project, repa_projector
 from alignlab.losses.repa import cosine_terms, repa_loss
 from alignlab.losses.token_cosine import TokenCosineSettings, logged_cosines
+from alignlab.losses.weight import Weight
 
 
 def vae_alignment_loss(student_BND: Tensor, latents_BND: Tensor) -> Tensor:
@@ -54,7 +55,7 @@ class VaeRepaConfig(TokenCosineSettings, NoTeacherConfig):
     """
 
     name: Literal["vae_repa"] = "vae_repa"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (7,)
     projector_dim: int = Field(default=REPA_HIDDEN, ge=1)
 

@@ -42,6 +42,7 @@ from alignlab.losses.projector import (
     repa_projector,
 )
 from alignlab.losses.search_space import NumberRange, SearchRange
+from alignlab.losses.weight import Weight
 
 Reduction = Literal["joint", "sum"]
 
@@ -110,7 +111,7 @@ class VideoRepaConfig(ObjectiveConfig):
     """
 
     name: Literal["videorepa"] = "videorepa"
-    weight: float = Field(default=0.5, ge=0.0, allow_inf_nan=False)
+    weight: Weight = 0.5
     blocks: tuple[int, ...] = (17,)
     teacher: str
     margin: float = Field(default=0.1, ge=0.0, le=2.0)

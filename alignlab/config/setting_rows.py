@@ -87,7 +87,7 @@ def setting_rows(
         default = default if values is None else getattr(values, key)
         required = values is None and field.is_required()
         inner, many = _classes(field.annotation)
-        is_section = len(inner) == 1 and not many and not _allows_null(field.annotation)
+        is_section = _is_config(_bare(field.annotation))
         yield SettingRow(
             name=name,
             type="section" if is_section else type_in_words(field),
@@ -170,10 +170,6 @@ def _bare(annotation: Any) -> Any:
 
 def _is_config(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _allows_null(annotation: Any) -> bool:
-    return type(None) in get_args(_bare(annotation))
 
 
 def _classes(annotation: Any) -> tuple[list[type[BaseModel]], bool]:

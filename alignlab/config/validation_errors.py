@@ -3,7 +3,7 @@
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from alignlab.config.data import unknown_name
@@ -83,7 +83,7 @@ def _locate(model: type[BaseModel], location: Location) -> tuple[str, type[BaseM
     holder: type[BaseModel] | None = None
     for part in location:
         members = _union_members(here)
-        tagged = [member for member in members if part in _tags(member)]
+        tagged = [member for member in members if part in _tags(member)] or _marked(here, part)
         if tagged:  # pydantic puts the tag of a union into the location; no recipe has it there
             here = tagged[0]
             continue
@@ -116,6 +116,18 @@ def _union_members(here: Any) -> list[Any]:
             for member in _union_members(arg)
         ]
     return [here]
+
+
+def _marked(here: Any, part: int | str) -> list[Any]:
+    """The member of a union whose pydantic `Tag` this is, for one that a function picks from."""
+    while get_origin(here) is Annotated:
+        here = get_args(here)[0]
+    members = get_args(here) if get_origin(here) in (Union, UnionType) else ()
+    return [
+        member
+        for member in members
+        if get_origin(member) is Annotated and Tag(str(part)) in get_args(member)[1:]
+    ]
 
 
 def _tags(member: Any) -> tuple[Any, ...]:

@@ -36,10 +36,13 @@ class Output:
     Args:
         velocity_BCTHW: fp32 prediction for the video's latent frames; the references' is dropped.
         taps: tapped tokens by block index, carrying the gradient.
+        outputs: by block index, what the tapped blocks put out, (G, L, D) of each group of samples
+            that ran together, of which `taps` are copies. Empty where there is no gradient.
     """
 
     velocity_BCTHW: Tensor
     taps: dict[int, BlockTokens]
+    outputs: dict[int, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ class ReferenceBranch:
         forward, taps, kinds = self._passed_through(other)
         area = grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
-        tapped: dict[int, dict[int, Tensor]] = {}
+        passes: list[tuple[list[int], dict[int, list[Tensor]]]] = []
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
             sequences = [
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
@@ -220,11 +223,10 @@ class ReferenceBranch:
                     return_dict=False,
                 )[0]
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
-            for block, (tokens,) in outputs.items():
-                tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
-        samples = _without_zeros(tapped, references, grid)
+            passes.append((group, outputs))
+        samples = _without_zeros(_by_sample(passes), references, grid)
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
-        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds))
+        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds), _by_group(passes))
 
     def _passed_through(
         self, other: OtherWeights | None
@@ -267,6 +269,28 @@ def _timesteps(
     if tokens_BN is None:
         return torch.stack([timesteps_B[i] for i in group])
     return torch.stack([torch.cat([tokens_BN[i], timesteps_B[i].expand(others)]) for i in group])
+
+
+Passes = Sequence[tuple[Sequence[int], Mapping[int, Sequence[Tensor]]]]
+"""Of each forward pass the samples in it and, by block, the one tensor that the block put out."""
+
+
+def _by_sample(passes: Passes) -> dict[int, dict[int, Tensor]]:
+    """What the blocks put out, by block and sample."""
+    found: dict[int, dict[int, Tensor]] = {}
+    for group, outputs in passes:
+        for block, (tokens,) in outputs.items():
+            found.setdefault(block, {}).update(zip(group, tokens, strict=True))
+    return found
+
+
+def _by_group(passes: Passes) -> dict[int, list[Tensor]]:
+    """What the blocks put out, by block and pass; nothing where no gradient keeps it anyway."""
+    found: dict[int, list[Tensor]] = {}
+    for _, outputs in passes if torch.is_grad_enabled() else ():
+        for block, (tokens,) in outputs.items():
+            found.setdefault(block, []).append(tokens)
+    return found
 
 
 def _without_zeros(

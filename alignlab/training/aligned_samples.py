@@ -25,6 +25,7 @@ from alignlab.losses import OBJECTIVES
 from alignlab.losses.gate import gate_weights
 from alignlab.losses.objective import ObjectiveConfig
 from alignlab.losses.schedule import StopAt
+from alignlab.losses.weight import GradientShare
 from alignlab.progress import warn_once
 from alignlab.training.flow_matching import representative_levels
 from alignlab.training.step_terms import ALIGNED, Aligned
@@ -39,7 +40,7 @@ CHANCE = 1e-3
 
 def trains(objective: ObjectiveConfig) -> bool:
     """Whether the objective changes the training at all."""
-    return objective.weight > 0
+    return isinstance(objective.weight, GradientShare) or objective.weight > 0
 
 
 def check_recipe(config: RunConfig) -> None:

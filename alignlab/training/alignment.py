@@ -39,6 +39,7 @@ from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.training.aligned_samples import AlignedInOwnLoop, trained_samples, trains
 from alignlab.training.batch_context import BatchContext, ClipContents
 from alignlab.training.encoded import FeatureRead
+from alignlab.training.gradient_share import Outputs, gradient_squares
 from alignlab.training.objective_weights import ObjectiveWeights
 from alignlab.training.own_clips import Clips, GivenClips, Place, RecordedTokens
 from alignlab.training.step_terms import Aligned, SampleTerms, feature_magnitudes
@@ -111,6 +112,8 @@ class Alignment(nn.Module):
         self.weights = ObjectiveWeights(objectives, total_steps, device)
         for alias, watch in self.weights.watches.items():
             self.add_module(f"stop_{alias}", watch)
+        for alias, measured in self.weights.measured.items():
+            self.add_module(f"weight_{alias}", measured)
         self.taps = Taps(model, self.blocks)
         self._recorded = RecordedTokens(model, self.taps, references)
         self._seen = AlignedInOwnLoop([a for a, c in objectives.items() if trains(c)])
@@ -324,6 +327,7 @@ class Alignment(nn.Module):
         samples: dict[str, Tensor] = {}
         weighted: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
+        measured: dict[str, Tensor] = {}
         factors = self.weights.factors(step)
         known = BatchContext(clips, self._reference_grid(taps), self._patch_HW)
         for alias, objective in self.objectives.items():
@@ -346,18 +350,29 @@ class Alignment(nn.Module):
             except ValueError as error:  # such as grids that do not correspond
                 raise UserError(f"objectives.{alias}: {error}") from error
             gate_B = self.weights.gate(alias, clips.sigma_B, clips.step_sigma_S)
-            weighted[alias] = config.weight * factor * gate_B * objective_terms.loss_B
+            weight = self.weights.weight(alias)
+            weighted[alias] = weight * factor * gate_B * objective_terms.loss_B
+            if self.weights.is_measured(alias):
+                measured[alias] = gate_B * objective_terms.loss_B
             loss_B = loss_B + weighted[alias]
             terms[alias] = objective_terms
-            has_tokens_B = known.has_video_B if kind == "video" else known.has_references_B
-            aligned_B = objective_terms.aligned_B
-            samples[alias] = has_tokens_B if aligned_B is None else aligned_B
-            shown_B = samples[alias]
-            if kind == "reference":
-                shown_B = shown_B & known.shows_reference_B
+            samples[alias], shown_B = _aligned_samples(objective, objective_terms, known)
             counted[alias] = trained_samples(gate_B, objective_terms.loss_B, shown_B)
         magnitudes, watched = feature_magnitudes(features), frozenset(self.weights.watches)
-        return Aligned(loss_B, terms, samples, weighted, counted, magnitudes, watched)
+        return Aligned(loss_B, terms, samples, weighted, counted, magnitudes, watched, measured)
+
+    def gradient_squares(
+        self, flow_B: Tensor, aligned: Aligned, outputs: Outputs
+    ) -> dict[str, Tensor]:
+        """What `alignlab.training.gradient_share` finds of the objectives whose weight is measured.
+
+        Args:
+            flow_B: the flow loss as it enters the step.
+            aligned: what `losses` gave.
+            outputs: of the tapped blocks.
+        """
+        blocks = {alias: row.config.blocks for alias, row in self.objectives.items()}
+        return gradient_squares(flow_B, aligned.measured, blocks, outputs)
 
     def _reference_grid(self, taps: Mapping[int, BlockTokens]) -> Grid | None:
         """That of the reference tokens, the same in every block; None: nothing reads them."""
@@ -379,6 +394,17 @@ class Alignment(nn.Module):
             f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
             f"{where}; {against[objective.reads]}"
         )
+
+
+def _aligned_samples(
+    objective: Objective, terms: Terms, known: BatchContext
+) -> tuple[Tensor, Tensor]:
+    """Which samples had something to align, and in which of them a picture is shown, bool (B,)."""
+    is_video = objective.tokens == "video"
+    aligned_B = known.has_video_B if is_video else known.has_references_B
+    if terms.aligned_B is not None:
+        aligned_B = terms.aligned_B
+    return aligned_B, aligned_B if is_video else aligned_B & known.shows_reference_B
 
 
 def _student(

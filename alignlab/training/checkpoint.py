@@ -3,7 +3,7 @@
 checkpoints/step-000500/
     transformer/                         all weights (full fine-tuning), or
     pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
-    objectives.safetensors               projectors, state of plateau stops
+    objectives.safetensors               projectors, state of plateau stops and measured weights
     optimizer.safetensors                AdamW moments, by parameter name
     ema.safetensors                      the moving average, if there is one
     self_teacher.safetensors             that which an objective has for a teacher, likewise

@@ -5,7 +5,7 @@ before it are never made. Shape letters: B samples of a micro-batch, then of a s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -30,13 +30,19 @@ class SampleTerms(Mapping[str, Tensor]):
     Args:
         values: detached, (B,) each, kept as `values_of`.
         counting: by name, which samples count, bool (B,); all of them where the name is missing.
+        squares: of objectives whose weight is measured, by alias, what `gradient_squares` gives;
+            no term of the log.
     """
 
     def __init__(
-        self, values: Mapping[str, Tensor], counting: Mapping[str, Tensor] | None = None
+        self,
+        values: Mapping[str, Tensor],
+        counting: Mapping[str, Tensor] | None = None,
+        squares: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.values_of = dict(values)
         self.counting = dict(counting or {})
+        self.squares = dict(squares or {})
 
     @classmethod
     def joined(cls, parts: Sequence["SampleTerms"]) -> "SampleTerms":
@@ -48,7 +54,11 @@ class SampleTerms(Mapping[str, Tensor]):
             }
             for sides in ([p.values_of for p in parts], [p.counting for p in parts])
         )
-        return cls(values, counting)
+        squares: dict[str, Tensor] = {}
+        for part in parts:
+            for alias, found in part.squares.items():
+                squares[alias] = squares[alias] + found if alias in squares else found
+        return cls(values, counting, squares)
 
     def __getitem__(self, name: str) -> Tensor:
         values = self.values_of[name]
@@ -100,6 +110,8 @@ class Aligned:
         features: mean magnitude of the features of each teacher and kind of token, (B,), by log
             name.
         watched: aliases of those that a plateau may stop.
+        measured: by alias, the gated and unweighted loss of those whose weight is measured in this
+            step; carries the gradient.
     """
 
     loss_B: Tensor
@@ -109,13 +121,18 @@ class Aligned:
     counted: dict[str, Tensor]
     features: dict[str, Tensor]
     watched: frozenset[str] = frozenset()
+    measured: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> Tensor:
         """What is added to a flow loss that is a mean over the batch: the mean of `loss_B`."""
         return self.loss_B.mean()
 
-    def sample_terms(self, first: Mapping[str, Tensor] | None = None) -> SampleTerms:
+    def sample_terms(
+        self,
+        first: Mapping[str, Tensor] | None = None,
+        squares: Mapping[str, Tensor] | None = None,
+    ) -> SampleTerms:
         """Every term by its log name, detached, (B,) each.
 
         In similarities, and in what plateaus watch, those samples count that had something to
@@ -123,6 +140,7 @@ class Aligned:
 
         Args:
             first: terms of the step that come before these.
+            squares: as `SampleTerms` keeps them.
         """
         terms = {**(first or {}), **self.features}
         counting: dict[str, Tensor] = {}
@@ -141,7 +159,7 @@ class Aligned:
                 of_aligned[f"{WATCHED}{alias}"] = watched_B
             terms |= of_aligned
             counting |= dict.fromkeys(of_aligned, self.samples[alias])
-        return SampleTerms(terms, counting)
+        return SampleTerms(terms, counting, squares)
 
     def scalars(self) -> dict[str, Tensor]:
         """Means for a log, detached, on the device: `loss/<alias>` (unweighted) and its parts,
@@ -186,7 +204,11 @@ class StepScalars(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, terms: SampleTerms, norm: Tensor, settings: Mapping[str, float], ranks: Ranks
+        self,
+        terms: SampleTerms,
+        norm: Tensor,
+        settings: Mapping[str, float | Tensor],
+        ranks: Ranks,
     ) -> None:
         self._terms = terms
         self._norm = norm
@@ -195,7 +217,7 @@ class StepScalars(Mapping[str, Tensor]):
 
     @cached_property
     def _scalars(self) -> dict[str, Tensor]:
-        exact = {k: torch.tensor(v, dtype=torch.float64) for k, v in self._settings.items()}
+        exact = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in self._settings.items()}
         return self._ranks.means(self._terms) | {"grad/norm": self._norm} | exact
 
     def __getitem__(self, name: str) -> Tensor:

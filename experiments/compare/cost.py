@@ -203,6 +203,8 @@ class _Side:
         self._run = build_run(config, shared_caches(config, caches))
         self._trainer = RunTrainer(self._run)
         self._device = self._run.device
+        for weight in self._run.alignment.weights.measured.values():
+            weight.hold()  # as in all but the first steps of a training
 
     def alone(self) -> _Alone:
         """Operations, mean over the clips that are timed, and on CUDA the peak memory."""

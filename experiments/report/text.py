@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import JsonValue
 from rich import box
@@ -36,8 +37,10 @@ from alignlab.experiments.report.summary import (
 )
 from alignlab.experiments.report.tuning import markdown_tuning, spent_facts
 from alignlab.experiments.report.verdict import verdict
+from alignlab.losses.weight import GradientShare, weight_in_words
 
 PRINTED_WARNINGS = 6
+SHARE = "gradient_share"  # of a weight that is measured
 
 # Column of table.csv to field of `Paired`.
 _PAIRED = {
@@ -270,8 +273,35 @@ def setting_table(
             variant: DASH if values.get(variant) is None else as_text(values[variant])
             for variant in comparison.variants
         }
-        for name, values in settings.items()
+        for name, values in _weights_in_one_row(settings).items()
     }
+
+
+def _weights_in_one_row(
+    settings: dict[str, dict[str, JsonValue]],
+) -> dict[str, dict[str, JsonValue]]:
+    """Weights that are measured (`objectives.ra.weight.gradient_share`) in the row of the number
+    that other variants have, in words; in how many steps, where it is said and not the default."""
+    rows: dict[str, dict[str, JsonValue]] = {}
+    for name, values in settings.items():
+        weight, _, last = name.rpartition(".")
+        is_share = name.startswith("objectives.") and weight.endswith(".weight")
+        if is_share and last == "steps" and f"{weight}.{SHARE}" in settings:
+            continue
+        if not is_share or last != SHARE:
+            rows.setdefault(name, {}).update(
+                {variant: value for variant, value in values.items() if value is not None}
+            )
+            continue
+        steps = settings.get(f"{weight}.steps", {})
+        for variant, share in values.items():
+            if isinstance(share, int | float):
+                given: dict[str, Any] = {SHARE: share}
+                if isinstance(steps.get(variant), int):
+                    given["steps"] = steps[variant]
+                measured = GradientShare.model_construct(**given)
+                rows.setdefault(weight, {})[variant] = weight_in_words(measured)
+    return rows
 
 
 def _markdown_floor(floor: NoiseFloor) -> list[str]:

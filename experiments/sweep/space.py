@@ -32,6 +32,7 @@ from alignlab.experiments.sweep.config import (
     Parameter,
     SweepConfig,
 )
+from alignlab.losses.weight import GradientShare
 from alignlab.models.model_files import on_disk, read_object
 from alignlab.recipe import recipe_hash, validated
 
@@ -166,6 +167,7 @@ def check_space(config: SweepConfig) -> None:
     num_blocks = num_blocks_of(config.base)
     tried = [config.base]
     for key, parameter in config.space.items():
+        _refuse(key, _why_no_weight(config.base, key, parameter))
         setting_of(config.base, key)
         _refuse(key, why_not_searched(key, config.base))
         runs = []
@@ -184,6 +186,21 @@ def check_space(config: SweepConfig) -> None:
         section, alias = [*key.split("."), ""][:2]
         if section == "teachers" and alias and alias not in read:
             _refuse(key, f"no objective reads the teacher {alias}; remove it")
+
+
+def _why_no_weight(base: RunConfig, key: str, parameter: Parameter) -> str:
+    """Why numbers may not be searched in the place of a weight that is measured, or empty."""
+    for alias, objective in base.objectives.items():
+        weight = f"objectives.{alias}.weight"
+        is_share = isinstance(objective.weight, GradientShare)
+        if key == weight and is_share and not isinstance(parameter, CategoricalSpace):
+            return (
+                "the recipe has this weight measured, and numbers would take its place: search "
+                f"{key}.gradient_share, or give the weight as a number"
+            )
+        if key.startswith(f"{weight}.") and not is_share:
+            return f"the recipe gives {weight} as a number: search that"
+    return ""
 
 
 def _refuse(key: str, reason: str) -> None:

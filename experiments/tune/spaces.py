@@ -2,6 +2,7 @@
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.compare.tuned import is_within
 from alignlab.experiments.sweep.config import (
     BlocksSpace,
     CategoricalSpace,
@@ -40,7 +41,9 @@ def variant_space(
     for alias, objective in run.objectives.items():
         for setting, searched in objective.search_space.items():
             key = f"objectives.{alias}.{setting}"
-            space[key] = None if key in own else parameter(key, searched, variant, run)
+            # `weight` stands for `weight.gradient_share` as well
+            is_own = is_within(key, own)
+            space[key] = None if is_own else parameter(key, searched, variant, run)
     space |= own
     left = {key: one for key, one in space.items() if one is not None}
     if not left:

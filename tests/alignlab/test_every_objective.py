@@ -126,6 +126,7 @@ MORE: dict[str, str] = {
     "repa-watched": "name: repa, schedule: {kind: stop_at_plateau}",
     "repa-normalized": "name: repa, gate: {kind: snr, normalize: true}, warmup: 9",
     "moalign-watched": "name: moalign, schedule: {kind: stop_at_plateau}",
+    "repa-measured": "name: repa, weight: {gradient_share: 0.1, steps: 9}",
 }
 
 

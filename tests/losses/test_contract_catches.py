@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 import torch
@@ -161,7 +161,7 @@ BREAKS = {
     ),
     "weight applied twice": Break(
         contract.check_every_setting_changes_the_loss,
-        lambda o, terms, s, t: replace(terms, loss_B=o.config.weight * terms.loss_B),
+        lambda o, terms, s, t: replace(terms, loss_B=cast(float, o.config.weight) * terms.loss_B),
     ),
     "an unread impl": Break(
         contract.check_every_implementation_gives_the_same_loss, config=WithImpl

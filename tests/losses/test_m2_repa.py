@@ -190,7 +190,7 @@ def test_without_decoupling_it_is_repa_with_the_same_heads() -> None:
 def test_defaults_of_m2_repa_and_what_it_refuses() -> None:
     config = M2RepaConfig(teacher=("dino", "sam"))
     assert (config.weight, config.blocks, config.projector_dim) == (0.5, (7,), 2048)
-    assert config.weight * config.decouple == 0.05
+    assert isinstance(config.weight, float) and config.weight * config.decouple == 0.05
     objective = build_objective(config, student_dim=24, teacher_dims={"dino": 12, "sam": 7})
     shapes = [tuple(m.weight.shape) for m in objective.modules() if isinstance(m, nn.Linear)]
     assert shapes == [(2048, 24), (2048, 2048), (12, 2048), (2048, 24), (2048, 2048), (7, 2048)]

@@ -22,6 +22,7 @@ DRIVER = Path(__file__).parents[2] / "helpers" / "ranks_run.py"
 RECIPE_CHANGES = {
     "steps: 2": "steps: 6",
     "references: [2, 3]": "references: [0, 3], workers: 1",
+    "blocks: [0, 2]}": "blocks: [0, 2], weight: {gradient_share: 0.3, steps: 4}}",
     "batch_size: 2}": "batch_size: 4, accumulate: 2, ema: 0.9}",
     "{clips: 2,": "{every: 2, clips: 2,",
     "mlflow: none, log_every: 1": "mlflow: sqlite, log_every: 1, diagnose_every: 3",

@@ -61,7 +61,9 @@ def test_the_loss_is_the_mean_by_weight_over_the_step(run: Run) -> None:
     weight_B = gate_weights(SnrGate(kind="snr", tau=0.4), batch.sigma_B)
     assert len(set(weight_B.tolist())) == 4
     expected = (weight_B * aligned.terms["ra"].loss_B).sum() / weight_B.sum()
-    torch.testing.assert_close(aligned.loss, run.config.objectives["ra"].weight * expected)
+    weight = run.config.objectives["ra"].weight
+    assert isinstance(weight, float)
+    torch.testing.assert_close(aligned.loss, weight * expected)
 
 
 def test_every_rank_knows_the_noise_levels_of_the_whole_step(run: Run) -> None:

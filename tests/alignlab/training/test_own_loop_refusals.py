@@ -44,6 +44,10 @@ from attached_objectives import (
             r"objectives\.a\.schedule: it stops at step 0",
         ),
         (
+            {"a": {**REPA, "weight": {"gradient_share": 0.1}}},
+            r"objectives\.a\.weight: gradient_share needs the flow loss, .*; give a number",
+        ),
+        (
             {"a": {"name": "moalign", "teacher": "mine", "blocks": [0], "head": "nowhere"}},
             r"objectives\.a: .*nowhere",
         ),

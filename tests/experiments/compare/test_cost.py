@@ -133,12 +133,14 @@ def test_both_sides_take_turns_on_the_same_clips(measured: Cost, clock: Clock) -
 
 
 def test_a_schedule_does_not_hide_its_objective(make: Make, measured: Cost) -> None:
-    """Objectives that stop at once or on a plateau are measured while they are on."""
+    """Objectives that stop at once or on a plateau are measured while they are on, and those whose
+    weight is measured in the first steps as in all later ones."""
     aligned = "{name: refalign, teacher: dino, blocks: [0, 2], schedule: %s}"
     plateau = aligned % "{kind: stop_at_plateau, patience: 1, min_delta: 9}"
     heavy = f"variants.heavy={{optim: {{batch_size: 2}}, objectives: {{ra: {plateau}}}}}"
     at_once = "variants.aligned.objectives.ra.schedule={kind: stop_at, step: 1}"
-    found = measure_cost(make(at_once, heavy)).variants
+    share = "variants.aligned.objectives.ra.weight={gradient_share: 0.1}"
+    found = measure_cost(make(at_once, share, heavy)).variants
     assert found["none"].flops == measured.variants["none"].flops
     for variant in ("aligned", "heavy"):
         assert found[variant].flops == measured.variants["aligned"].flops

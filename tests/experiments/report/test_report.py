@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from alignlab.config.run import RunConfig
+from alignlab.experiments.compare.config import differing_settings
 from alignlab.experiments.compare.result import Comparison, Curve, RunResult, SampleClip
 from alignlab.experiments.report import latex
 from alignlab.experiments.report.charts import block_charts, curve_charts
 from alignlab.experiments.report.summary import joined, summary_rows
-from alignlab.experiments.report.text import print_summary
+from alignlab.experiments.report.text import print_summary, setting_table
 from alignlab.experiments.report.write import write_report
 from drawn_charts import drawn_bands, drawn_lines, points
 from made_comparisons import make_comparison
@@ -311,3 +314,27 @@ def test_the_latex_table_is_whole(comparison: Comparison, tmp_path: Path) -> Non
     assert "$-$0.01234" in inside[2]
     assert r"\textless{}/script\textgreater{}" in inside[3] and "</script" not in text
     assert text.isascii() and not re.search(r"[#<>|]", text)
+
+
+def test_a_measured_weight_is_one_setting_in_words(make_config: Callable[..., RunConfig]) -> None:
+    share = "objectives.ra.weight={gradient_share: 0.1}"
+    runs = {
+        "none": make_config(aligned=False),
+        "number": make_config("objectives.ra.weight=0.3"),
+        "share": make_config(share),
+        "fewer": make_config(share, "objectives.ra.weight.steps=5"),
+    }
+    comparison = make_comparison((), variants=tuple(runs), differing=differing_settings(runs))
+    rows = setting_table(comparison, comparison.differing)
+    weights = {name: row for name, row in rows.items() if name.startswith("objectives.ra.weight")}
+    words = "gradient share 0.1"
+    assert weights == {
+        "objectives.ra.weight": {
+            "none": "—",
+            "number": "0.3",
+            "share": words,
+            "fewer": f"{words}, measured in 5 steps",
+        }
+    }
+    del runs["number"], runs["none"]
+    assert list(differing_settings(runs)) == ["objectives.ra.weight.steps"]

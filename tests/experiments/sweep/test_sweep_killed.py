@@ -62,10 +62,9 @@ def trained_at_once(
 ) -> Path:
     """Stands for `train`: a number that depends on the settings, without the training."""
     folder = RunFolder.create(run)
-    blocks = run.objectives["ra"].blocks
-    flow = (
-        (run.objectives["ra"].weight - 2) ** 2 + 100 * run.optim.lr + len(blocks) / (1 + run.seed)
-    )
+    weight, blocks = run.objectives["ra"].weight, run.objectives["ra"].blocks
+    assert isinstance(weight, float)
+    flow = (weight - 2) ** 2 + 100 * run.optim.lr + len(blocks) / (1 + run.seed)
     (folder.path / "environment.json").write_text(
         json.dumps({"device": "cpu", "threads": 1, "torch": "-", "commit": "-"})
     )

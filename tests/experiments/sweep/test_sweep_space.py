@@ -94,6 +94,15 @@ def test_a_sweep_loads_again_from_its_dump(make: MakeSweep, tmp_path: Path) -> N
         (["space.objectives.ra.blocks.max_size=5"], "max_size: 5 is more than the 4 blocks"),
         (["space.objectives.ra.blocks.choose=single"], "max_size: nothing reads it with"),
         (["space.objectives.ra.blocks.max_size=null"], "max_size: missing; a subset needs it"),
+        (
+            ["objectives.ra.weight={gradient_share: 0.1}"],
+            "space.objectives.ra.weight: the recipe has this weight measured, and numbers would "
+            "take its place: search objectives.ra.weight.gradient_share",
+        ),
+        (
+            ["space.objectives.ra.weight={}", searched("objectives.ra.weight.steps", 1, 2)],
+            "space.objectives.ra.weight.steps: the recipe gives objectives.ra.weight as a number",
+        ),
         ([searched("seed", 0, 1)], "space.seed: every trial trains with the sweep's `seeds`"),
         ([searched("name", "a", "b")], "space.name: changes no number of a trial"),
         ([searched("output", "a", "b")], "space.output: changes no number of a trial"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignlab import progress
+from alignlab.errors import UserError
 from alignlab.experiments.compare import outputs
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.result import Comparison
@@ -281,6 +282,22 @@ def test_what_cannot_be_tuned_is_refused_in_one_line(
     line = refused("tune", recipe, f"output={tmp_path / 'out'}", *overrides)
     assert line.startswith(f"error: {said}"), line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_measured_weight_is_searched_by_its_share(make: Make) -> None:
+    measured = "variants.ra.objectives.ra.weight={gradient_share: 0.2}"
+    (ra, plain) = (make(measured).sweeps["ra"], make().sweeps["ra"])
+    assert "objectives.ra.weight" in plain.space and "objectives.ra.weight" not in ra.space
+    share = ra.space["objectives.ra.weight.gradient_share"].model_dump()
+    assert (share["low"], share["high"], share["log"]) == (0.01, 1.0, True)
+    assert own_params(ra) is not None
+    left_out = make(measured, "tune.spaces.ra.objectives.ra.weight=null").sweeps["ra"]
+    assert not any(key.startswith("objectives.ra.weight") for key in left_out.space)
+    number = "tune.spaces.ra.objectives.ra.weight={kind: float, low: 0.1, high: 0.2}"
+    with pytest.raises(
+        UserError, match=r"^tune\.spaces\.ra\.objectives\.ra\.weight: the recipe has"
+    ):
+        make(measured, number)
 
 
 def test_a_recipe_with_tune_is_for_tune_alone(recipe: Path, tmp_path: Path) -> None:
