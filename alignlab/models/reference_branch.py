@@ -24,7 +24,7 @@ from alignlab.config.parts import ModelConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention import SameDtypeAttention, VideoTextAttention
-from alignlab.models.taps import BlockTokens, Kind, Taps, block_tokens
+from alignlab.models.taps import BlockTokens, Kind, Recorded, Taps, block_tokens
 
 COMMUNICATING = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
 
@@ -205,14 +205,15 @@ class ReferenceBranch:
         area = grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         tapped: dict[int, dict[int, Tensor]] = {}
+        attention: dict[int, dict[int, Tensor]] = {}
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
             sequences = [
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
             ]
-            recording: AbstractContextManager[dict[int, list[Tensor]]] = (
-                taps.recording() if capture else nullcontext({})
+            recording: AbstractContextManager[Recorded] = (
+                taps.recording() if capture else nullcontext(Recorded({}, {}))
             )
-            with recording as outputs:
+            with recording as recorded:
                 out = forward(
                     hidden_states=torch.stack(sequences).to(dtype),
                     timestep=_timesteps(group, timesteps_B, tokens_BN, len(extra[group[0]]) * area),
@@ -220,11 +221,11 @@ class ReferenceBranch:
                     return_dict=False,
                 )[0]
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
-            for block, (tokens,) in outputs.items():
-                tapped.setdefault(block, {}).update(zip(group, tokens, strict=True))
-        samples = _without_zeros(tapped, references, grid)
+            _put(tapped, recorded.outputs, group)
+            _put(attention, recorded.attention, group)
+        samples, placed = (_without_zeros(of, references, grid) for of in (tapped, attention))
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
-        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds))
+        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds, placed))
 
     def _passed_through(
         self, other: OtherWeights | None
@@ -267,6 +268,14 @@ def _timesteps(
     if tokens_BN is None:
         return torch.stack([timesteps_B[i] for i in group])
     return torch.stack([torch.cat([tokens_BN[i], timesteps_B[i].expand(others)]) for i in group])
+
+
+def _put(
+    samples: dict[int, dict[int, Tensor]], found: Mapping[int, list[Tensor]], group: Sequence[int]
+) -> None:
+    """Puts what one forward pass gave of a group of samples among those of all, by block."""
+    for block, (tokens,) in found.items():
+        samples.setdefault(block, {}).update(zip(group, tokens, strict=True))
 
 
 def _without_zeros(
