@@ -130,15 +130,18 @@ def _map_losses(
     dtype = accumulation_dtype(query_MPE, teacher_query_MGPE)
     with torch.autocast(query_MPE.device.type, enabled=False):  # products would be bfloat16
         pairs = zip(teacher_query_MGPE.unbind(1), teacher_key_MGPE.unbind(1), strict=True)
-        target_MPP = sum(_logits(query, key, dtype).softmax(-1) for query, key in pairs)
+        # one after the other, so that G of them are never in memory
+        target_MPP = torch.zeros((), dtype=dtype, device=query_MPE.device)
+        for query, key in pairs:
+            target_MPP = target_MPP + _logits(query, key, dtype).softmax(-1)
         target_MPP = target_MPP / teacher_query_MGPE.shape[1]
         loss_M = _cross_entropy(_logits(query_MPE, key_MPE, dtype), target_MPP)
     return loss_M, -torch.xlogy(target_MPP, target_MPP).sum(-1).mean(-1)
 
 
 def _logits(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    scaled = query.to(dtype) / query.shape[-1] ** 0.5
-    return scaled @ key.to(dtype).mT
+    logits: Tensor = (query.to(dtype) / query.shape[-1] ** 0.5) @ key.to(dtype).mT
+    return logits
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

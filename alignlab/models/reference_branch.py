@@ -221,8 +221,7 @@ class ReferenceBranch:
                     return_dict=False,
                 )[0]
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
-            _put(tapped, recorded.outputs, group)
-            _put(attention, recorded.attention, group)
+            _put(((tapped, recorded.outputs), (attention, recorded.attention)), group)
         samples, placed = (_without_zeros(of, references, grid) for of in (tapped, attention))
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
         return Output(velocity_BCTHW, block_tokens(samples, grid, kinds, placed))
@@ -271,11 +270,13 @@ def _timesteps(
 
 
 def _put(
-    samples: dict[int, dict[int, Tensor]], found: Mapping[int, list[Tensor]], group: Sequence[int]
+    pairs: Sequence[tuple[dict[int, dict[int, Tensor]], Mapping[int, list[Tensor]]]],
+    group: Sequence[int],
 ) -> None:
     """Puts what one forward pass gave of a group of samples among those of all, by block."""
-    for block, (tokens,) in found.items():
-        samples.setdefault(block, {}).update(zip(group, tokens, strict=True))
+    for samples, found in pairs:
+        for block, (tokens,) in found.items():
+            samples.setdefault(block, {}).update(zip(group, tokens, strict=True))
 
 
 def _without_zeros(

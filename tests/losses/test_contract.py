@@ -141,7 +141,8 @@ def naive_local_gram_flow(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tens
 def attention_maps(tokens_BND: Tensor) -> Tensor:
     """Logits of five heads."""
     query, key = frames(tokens_BND).unflatten(-1, (2, 5, 10)).transpose(2, 4).unbind(3)
-    return query @ key.mT / 10**0.5
+    logits: Tensor = query @ key.mT / 10**0.5
+    return logits
 
 
 def naive_haste_attention(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def used_attention() -> Iterator[list[Used]]:
 def probabilities(query: Tensor, key: Tensor) -> Tensor:
     """(B, H, N, N) of queries and keys (B, N, H, E)."""
     query, key = query.movedim(2, 1), key.movedim(2, 1)
-    return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    maps: Tensor = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    return maps
 
 
 def same_frame(maps_HNN: Tensor) -> Tensor:
