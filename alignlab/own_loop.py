@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.names import check_alias
 from alignlab.config.parts import TeacherConfig
-from alignlab.config.run import AnyObjective, check_block
+from alignlab.config.run import AnyObjective, check_attention, check_block
 from alignlab.config.validation_errors import first_problem
 from alignlab.errors import UserError
 from alignlab.kernels.plugins import ImplementationError
@@ -235,6 +235,9 @@ def _check_teachers_are_read(settings: OwnLoopSettings, loaded: Mapping[str, Tea
     """Refuses teachers that nothing reads, or that have no features for what reads them."""
     is_video = {alias: TEACHERS[row.family].video for alias, row in settings.teachers.items()}
     is_video |= {alias: teacher.is_video for alias, teacher in loaded.items()}
+    layers = {alias: len(row.attention_layers) for alias, row in settings.teachers.items()}
+    for alias, teacher in loaded.items():  # one of one's own gives hidden tokens
+        layers[alias] = len(teacher.heads) if isinstance(teacher, Teacher) else 0
     read = {name for objective in settings.objectives.values() for name in objective.teachers}
     for alias, objective in settings.objectives.items():
         for name in objective.teachers:
@@ -246,6 +249,10 @@ def _check_teachers_are_read(settings: OwnLoopSettings, loaded: Mapping[str, Tea
                     f"objectives.{alias}.teacher: {name} takes whole clips, and references are "
                     f"images: name an image teacher ({image_families()})"
                 )
+        try:
+            check_attention(alias, objective, layers)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     for alias in is_video:
         if alias not in read:
             raise UserError(f"teachers.{alias}: no objective reads it; remove it")

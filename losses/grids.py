@@ -81,6 +81,33 @@ def match_grids(teachers: Sequence[tuple[Tensor, Grid]], student_grid: Grid) -> 
     return [tokens_BTPD[:, -frames:] for tokens_BTPD in matched]
 
 
+def frame_groups(teacher_BTPD: Tensor, teacher_grid: Grid, student_grid: Grid) -> list[Tensor]:
+    """Resamples teacher tokens in space, and puts the frames of each student frame side by side.
+
+    For what is made of a teacher's frame before the mean over a group is taken, where `match_grid`
+    takes the mean of the tokens.
+
+    Args:
+        teacher_BTPD: on `teacher_grid`.
+        teacher_grid: (T, H, W) of the teacher.
+        student_grid: (T, H, W) of the student.
+
+    Returns:
+        (B, T', G, P, D) for student frames in a row that have G teacher frames each, in order: of
+        all at once, or of the first and of the later ones. A first student frame without a
+        counterpart is in none.
+
+    Raises:
+        ValueError: the frames of the two grids do not correspond.
+    """
+    group, keeps_first = _correspondence(student_grid, teacher_grid)
+    spatial_BTPD = match_grid(teacher_BTPD, teacher_grid, (teacher_grid[0], *student_grid[1:]))
+    alone = int(keeps_first and group > 1)
+    first, later = spatial_BTPD[:, :alone], spatial_BTPD[:, alone:]
+    grouped = later.unflatten(1, (-1, group))
+    return [first[:, :, None], grouped] if alone else [grouped]
+
+
 def _resized(image_MDHW: Tensor, size: tuple[int, int]) -> Tensor:
     mode = _space_mode(image_MDHW.shape[2:], size)
     resized: Tensor = F.interpolate(image_MDHW, size=size, mode=mode)

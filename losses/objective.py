@@ -37,20 +37,24 @@ USUAL_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Tokens:
-    """Hidden tokens of the student, tapped at the output of one block.
+    """Hidden tokens of the student, tapped at the output of one block, or queries and keys in it.
 
     Args:
-        tokens_BND: with N = T*H*W of `grid`.
+        tokens_BND: with N = T*H*W of `grid`. Where `heads` is given, D is that of a token's queries
+            of all heads and then its keys.
         grid: of reference tokens (K, H, W) with the largest K of the batch.
         subject_ids_BN: int64 >= 0, equal where tokens show the same subject, in all of the batch,
             and -1 for the padding of samples with fewer references. None for video tokens.
         host_ids_BN: the same on the CPU, for what would wait for the device. None: not known there.
+        heads: of the block's self-attention, where tokens are its queries and keys as the attention
+            gets them, positions included (`AttentionConfig`). None: the block's output.
     """
 
     tokens_BND: Tensor
     grid: Grid
     subject_ids_BN: Tensor | None = None
     host_ids_BN: Tensor | None = None
+    heads: int | None = None
 
     def __post_init__(self) -> None:
         frames, height, width = self.grid
@@ -64,6 +68,7 @@ class Tokens:
                     f"subject ids {tuple(ids.shape)} do not match tokens "
                     f"{tuple(self.tokens_BND.shape)}"
                 )
+        _check_heads(self.tokens_BND.shape[-1], () if self.heads is None else (self.heads,))
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,25 @@ class Features:
     Args:
         tokens_BTPD: with P = H*W of `grid`.
         grid: the teacher's own; `alignlab.losses.grids` matches it to the student's.
+        heads: of each layer whose queries and keys the tokens are, as those of `Tokens`, one layer
+            after the other, equally wide. Empty: they are hidden tokens.
     """
 
     tokens_BTPD: Tensor
     grid: Grid
+    heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         frames, height, width = self.grid
         shape = tuple(self.tokens_BTPD.shape)
         if len(shape) != 4 or shape[1:3] != (frames, height * width):
             raise ValueError(f"teacher tokens {shape} do not fill the grid {self.grid}")
+        _check_heads(shape[-1], self.heads)
+
+
+def _check_heads(width: int, heads: tuple[int, ...]) -> None:
+    if any(width % (2 * len(heads) * count) for count in heads):
+        raise ValueError(f"{width} channels are no queries and keys of {list(heads)} heads")
 
 
 Reads = Literal["teacher", "self", "latents", "nothing"]

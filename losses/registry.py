@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import get_args
 
 from alignlab.losses.align4gen import Align4Gen
+from alignlab.losses.attention_config import AttentionConfig
 from alignlab.losses.crepa import Crepa
 from alignlab.losses.dispersive import Dispersive
+from alignlab.losses.haste_attention import HasteAttention
 from alignlab.losses.irepa import IRepa
 from alignlab.losses.layersync import LayerSync
 from alignlab.losses.local_gram_flow import LocalGramFlow
@@ -54,6 +56,7 @@ BUILT_IN: dict[str, type[Objective]] = {
     "vae_repa": VaeRepa,
     "dispersive": Dispersive,
     "local_gram_flow": LocalGramFlow,
+    "haste_attention": HasteAttention,
 }
 
 OBJECTIVES: dict[str, type[Objective]]
@@ -112,6 +115,8 @@ def _misread(objective: type[Objective], config: type[ObjectiveConfig]) -> str |
         return f'reads {reads}, which is of the video: tokens = "video"'
     if reads == "teacher" and issubclass(config, NoTeacherConfig):
         return 'has a Config without a teacher: say what it reads, as reads = "nothing"'
+    if issubclass(config, AttentionConfig) and objective.tokens != "video":
+        return 'compares attention maps, which are of the video: tokens = "video"'
     base = SelfTeacherConfig if reads == "self" else NoTeacherConfig
     if reads != "teacher" and not issubclass(config, base):
         return f"reads {reads}: derive its Config from alignlab.losses.objective.{base.__name__}"

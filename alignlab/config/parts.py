@@ -18,7 +18,7 @@ from alignlab.config.data import ClipsConfig, RunName, Settings, unknown_name
 from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.limits import BATCH, SEEDS, SHIFT, STEPS, at_most
 from alignlab.errors import shown
-from alignlab.teachers import TEACHERS, parse_feature
+from alignlab.teachers import TEACHERS, attention_layers, parse_feature
 
 Seed = Annotated[int, Field(ge=0), at_most(*SEEDS)]
 
@@ -137,8 +137,9 @@ class TeacherConfig(Settings):
     """`pre_norm`: last block's output; `post_norm`: after the final norm; `layer:k`: output of
     block k, counted from 0; `stage:k`: output of stage k of a Hiera backbone (SAM 2), counted from
     1 as in the papers, of a convolutional network likewise, or of the k-th block of V-JEPA 2.1
-    that has a norm, after it; `merged`: of `qwen2_5_vl`, what its language model gets. Left out:
-    what the papers use for this family."""
+    that has a norm, after it; `merged`: of `qwen2_5_vl`, what its language model gets;
+    `attention:k`, `attention:k-m`: queries and keys of block k, or of k to m, for objectives that
+    compare attention maps. Left out: what the papers use for this family."""
     config: str | None = None
     """Of an original `sam2` checkpoint: which of Meta's configs it has, such as `sam2.1_hiera_l`.
     Left out: by the file's name, if that is Meta's."""
@@ -184,6 +185,11 @@ class TeacherConfig(Settings):
         if feature is not None and family is not None:
             parse_feature(family, feature)
         return feature
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Blocks of whose attention maps the feature is; none of another feature."""
+        return attention_layers(self.feature or "")
 
     @model_validator(mode="after")
     def _settings_are_read(self) -> Self:

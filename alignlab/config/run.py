@@ -22,8 +22,9 @@ from alignlab.config.parts import (
 from alignlab.data.registry import DataConfig
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
+from alignlab.losses.attention_config import AttentionConfig
 from alignlab.losses.objective import ObjectiveConfig, SelfTeacherConfig
-from alignlab.teachers import TEACHERS, image_families
+from alignlab.teachers import TEACHERS, attention_families, image_families
 
 if TYPE_CHECKING:
     AnyObjective = ObjectiveConfig
@@ -87,6 +88,13 @@ class RunConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _attention_has_maps(self) -> Self:
+        layers = {alias: len(row.attention_layers) for alias, row in self.teachers.items()}
+        for alias, objective in self.objectives.items():
+            check_attention(alias, objective, layers)
+        return self
+
+    @model_validator(mode="after")
     def _one_average_teaches(self) -> Self:
         own = [alias for alias, o in self.objectives.items() if isinstance(o, SelfTeacherConfig)]
         if len(own) > 1:
@@ -122,6 +130,11 @@ class RunConfig(TrainingConfig):
                 f"eval.teacher: {alias} reads latents, and nothing is measured against it; name a "
                 "teacher that reads frames"
             )
+        if alias is not None and self.teachers[alias].attention_layers:
+            raise ValueError(
+                f"eval.teacher: {alias} gives attention maps, and nothing is measured against "
+                "them; name a teacher whose feature is hidden tokens"
+            )
         return self
 
     @model_validator(mode="after")
@@ -137,11 +150,15 @@ class RunConfig(TrainingConfig):
     @property
     def measured_against(self) -> str | None:
         """Alias of the teacher that tokens are measured against: `eval.teacher`, or else the first
-        that reads frames.
+        that reads frames and gives hidden tokens.
 
         None where the recipe has none.
         """
-        encoders = (a for a, row in self.teachers.items() if TEACHERS[row.family].reads == "frames")
+        encoders = (
+            alias
+            for alias, row in self.teachers.items()
+            if TEACHERS[row.family].reads == "frames" and not row.attention_layers
+        )
         return self.eval.teacher or next(encoders, None)
 
     @model_validator(mode="after")
@@ -155,6 +172,32 @@ class RunConfig(TrainingConfig):
                         f"eval.{key}: {count} is more than data.val_clips, {available}"
                     )
         return self
+
+
+def check_attention(alias: str, objective: ObjectiveConfig, layers: Mapping[str, int]) -> None:
+    """Refuses an objective on attention maps whose teachers give others, or none.
+
+    Args:
+        alias: of the objective.
+        objective: any.
+        layers: of how many layers each teacher gives maps, by alias.
+
+    Raises:
+        ValueError: a teacher gives none, or they are not as many as the objective's blocks.
+    """
+    if not isinstance(objective, AttentionConfig):
+        return
+    for name in objective.teachers:
+        if not layers[name]:
+            raise ValueError(
+                f"objectives.{alias}.teacher: {name} gives hidden tokens, and {objective.name} "
+                f"compares attention maps: set its feature to attention:k, which is a feature of "
+                f"{attention_families()}"
+            )
+    try:
+        objective.pairs(sum(layers[name] for name in objective.teachers))
+    except ValueError as error:
+        raise ValueError(f"objectives.{alias}.blocks: {error}") from error
 
 
 def check_blocks(config: RunConfig, num_blocks: int) -> None:

@@ -36,8 +36,8 @@ class SameDtypeAttention(WanAttnProcessor):
         key_BNHE = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
         value_BNHE = attn.to_v(context).unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
-            query_BNHE = _rotate(query_BNHE, *rotary_emb)
-            key_BNHE = _rotate(key_BNHE, *rotary_emb)
+            query_BNHE = rotate(query_BNHE, *rotary_emb)
+            key_BNHE = rotate(key_BNHE, *rotary_emb)
         out_BNHE = dispatch_attention_fn(
             query_BNHE.type_as(value_BNHE),
             key_BNHE.type_as(value_BNHE),
@@ -75,7 +75,7 @@ class VideoTextAttention(SameDtypeAttention):
         return F.pad(out_BND, (0, 0, 0, hidden_states.shape[1] - self.num_video_tokens))
 
 
-def _rotate(tokens_BNHE: Tensor, cos_1N1E: Tensor, sin_1N1E: Tensor) -> Tensor:
+def rotate(tokens_BNHE: Tensor, cos_1N1E: Tensor, sin_1N1E: Tensor) -> Tensor:
     """Rotary position embedding: turns each pair of neighbouring channels by its angle.
 
     In the tables' fp32 and then in the tokens' dtype. The tables say each angle twice.

@@ -24,7 +24,7 @@ from alignlab.config.parts import ModelConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention import SameDtypeAttention, VideoTextAttention
-from alignlab.models.taps import BlockTokens, Kind, Taps, block_tokens
+from alignlab.models.taps import BlockTokens, Kind, Recorded, Taps, block_tokens
 
 COMMUNICATING = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
 
@@ -208,14 +208,15 @@ class ReferenceBranch:
         area = grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         passes: list[tuple[list[int], dict[int, list[Tensor]]]] = []
+        attention: list[tuple[list[int], dict[int, list[Tensor]]]] = []
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
             sequences = [
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
             ]
-            recording: AbstractContextManager[dict[int, list[Tensor]]] = (
-                taps.recording() if capture else nullcontext({})
+            recording: AbstractContextManager[Recorded] = (
+                taps.recording() if capture else nullcontext(Recorded({}, {}))
             )
-            with recording as outputs:
+            with recording as recorded:
                 out = forward(
                     hidden_states=torch.stack(sequences).to(dtype),
                     timestep=_timesteps(group, timesteps_B, tokens_BN, len(extra[group[0]]) * area),
@@ -223,10 +224,14 @@ class ReferenceBranch:
                     return_dict=False,
                 )[0]
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
-            passes.append((group, outputs))
-        samples = _without_zeros(_by_sample(passes), references, grid)
+            passes.append((group, recorded.outputs))
+            attention.append((group, recorded.attention))
+        samples, placed = (
+            _without_zeros(_by_sample(of), references, grid) for of in (passes, attention)
+        )
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
-        return Output(velocity_BCTHW, block_tokens(samples, grid, kinds), _by_group(passes))
+        tapped = block_tokens(samples, grid, kinds, placed)
+        return Output(velocity_BCTHW, tapped, _by_group(passes))
 
     def _passed_through(
         self, other: OtherWeights | None

@@ -6,6 +6,8 @@ from alignlab.teachers.load import load_teacher as load_teacher
 from alignlab.teachers.load import teacher_from as teacher_from
 from alignlab.teachers.load import teacher_of_clips as teacher_of_clips
 from alignlab.teachers.registry import TeacherRow as TeacherRow
+from alignlab.teachers.registry import attention_families as attention_families
+from alignlab.teachers.registry import attention_layers as attention_layers
 from alignlab.teachers.registry import image_families as image_families
 from alignlab.teachers.registry import parse_feature as parse_feature
 from alignlab.teachers.teacher import Teacher as Teacher

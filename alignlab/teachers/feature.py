@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from alignlab.errors import UserError
 from alignlab.teachers import mobilenet_v2, transnet_v2
-from alignlab.teachers.registry import parse_feature
+from alignlab.teachers.attention import LayerAttention
+from alignlab.teachers.registry import ATTENTION, attention_layers, parse_feature
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,10 @@ class Feature:
         stride: pixels of a frame per patch, in each direction.
         multiple: of how many pixels the height and the width of a frame must be multiples.
         hidden_states: the model has to return those of its blocks.
-        read: takes the feature, (N, L, D), from the model's output.
+        read: takes the feature, (N, L, D), from the model's output; of attention maps that is what
+            was recorded of its layers (`attention.py`).
+        layers: whose attention is recorded.
+        heads: of each of them.
     """
 
     name: str
@@ -34,6 +39,8 @@ class Feature:
     multiple: int
     hidden_states: bool
     read: Callable[[Any], Tensor]
+    layers: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
 
 
 def find_feature(config: Any, family: str, name: str) -> Feature:
@@ -44,9 +51,10 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
         family: row of `TEACHERS`.
         name: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
             (output of block k, counted from 0), `stage:k` (of a Hiera backbone, counted from 1; of
-            V-JEPA 2.1 the k-th block that has a norm of its own, after it) or `merged` (after the
-            layer that joins patches for a language model). Stages of a convolutional network begin
-            where its outputs get coarser, and are counted from 1 as well.
+            V-JEPA 2.1 the k-th block that has a norm of its own, after it), `merged` (after the
+            layer that joins patches for a language model), or `attention:k` or `attention:k-m` (of
+            each of these blocks, from 0, its queries and keys). Stages of a convolutional network
+            begin where its outputs get coarser, and are counted from 1 as well.
 
     Raises:
         UserError: the model has no such feature.
@@ -72,11 +80,28 @@ def find_feature(config: Any, family: str, name: str) -> Feature:
             )
         return _of_blocks(config, name, None)
     count = int(config.num_hidden_layers)
+    if kind == ATTENTION:
+        return _attention(config, name, count)
     if kind == "pre_norm":
         number = count - 1
     if number >= count:
         raise UserError(f"teachers feature: no {name}; the model has 0 to {count - 1}")
     return _of_blocks(config, name, number)
+
+
+def _attention(config: Any, name: str, count: int) -> Feature:
+    """Queries and keys of blocks as their attention gets them, one block after the other."""
+    layers = attention_layers(name)
+    if layers[-1] >= count:
+        raise UserError(f"teachers feature: no {name}; the model has 0 to {count - 1}")
+    heads, width = int(config.num_attention_heads), int(config.hidden_size)
+    patch = int(config.patch_size)
+
+    def read(recorded: list[LayerAttention]) -> Tensor:
+        return torch.cat([layer.tokens(heads) for layer in recorded], -1)
+
+    dim = len(layers) * 2 * width
+    return Feature(name, dim, patch, patch, False, read, layers, (heads,) * len(layers))
 
 
 def _of_blocks(config: Any, name: str, block: int | None) -> Feature:

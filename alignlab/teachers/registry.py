@@ -21,7 +21,10 @@ Resize = Literal["bicubic", "bilinear"]
 Reads = Literal["frames", "latents"]
 Layout = Literal["images", "packed"]
 
-FEATURES = ("pre_norm", "post_norm", "layer:k", "stage:k", "merged")
+ATTENTION = "attention:k"
+FEATURES = ("pre_norm", "post_norm", "layer:k", "stage:k", "merged", ATTENTION)
+_PLAIN = ("pre_norm", "post_norm", "layer:k")
+_WITH_ATTENTION = (*_PLAIN, ATTENTION)
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
@@ -66,7 +69,7 @@ class TeacherRow:
     classes: dict[str, str]
     path: str
     feature: str
-    features: tuple[str, ...] = ("pre_norm", "post_norm", "layer:k")
+    features: tuple[str, ...] = _PLAIN
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
     resize: Resize = "bicubic"
@@ -103,6 +106,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         _DINOV2,
         path="facebook/dinov2-base",
         feature="post_norm",
+        features=_WITH_ATTENTION,
         positions="offset",
         width=768,
         patch=14,
@@ -114,6 +118,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         {"dinov3_vit": "DINOv3ViTModel"},
         path="facebook/dinov3-vitl16-pretrain-lvd1689m",
         feature="pre_norm",
+        features=_WITH_ATTENTION,
         width=1024,
         patch=16,
         native_size=224,
@@ -125,6 +130,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"},
         path="google/siglip2-so400m-patch14-384",
         feature="post_norm",
+        features=_WITH_ATTENTION,
         mean=HALF,
         std=HALF,
         resize="bilinear",
@@ -147,7 +153,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         {"clip": "CLIPVisionModel", "clip_vision_model": "CLIPVisionModel"},
         path="openai/clip-vit-large-patch14",
         feature="pre_norm",
-        features=("pre_norm", "layer:k"),
+        features=("pre_norm", "layer:k", ATTENTION),
         mean=CLIP_MEAN,
         std=CLIP_STD,
         options={"interpolate_pos_encoding": True},
@@ -181,6 +187,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         {"depth_anything": "Dinov2Model"},
         path="depth-anything/Depth-Anything-V2-Large-hf",
         feature="post_norm",
+        features=_WITH_ATTENTION,
         positions="offset",
         part=("backbone_config",),
         part_prefix=r"^backbone\.",
@@ -270,6 +277,7 @@ BUILT_IN: dict[str, TeacherRow] = {
         _DINOV2,
         path="assets/tiny-dino",
         feature="post_norm",
+        features=_WITH_ATTENTION,
         positions="offset",
         width=96,
         patch=16,
@@ -324,6 +332,8 @@ def _problem(thing: TeacherRow) -> str | None:
     ):
         if value not in valid:
             return f"has {name} {value!r}: choose from {', '.join(valid)}"
+    if ATTENTION in thing.features and (thing.video or thing.layout != "images"):
+        return f"has the feature {ATTENTION}, which models have that take images one by one"
     if len(thing.mean) != 3 or len(thing.std) != 3 or min(thing.std) <= 0:
         return "has no mean of 3 numbers or no std of 3 positive ones"
     return None
@@ -346,8 +356,20 @@ def image_families() -> str:
     return ", ".join(name for name, row in teacher_rows().items() if not row.video)
 
 
+def attention_families() -> str:
+    """The families whose attention maps can be had, for messages."""
+    return ", ".join(name for name, row in teacher_rows().items() if ATTENTION in row.features)
+
+
+def attention_layers(feature: str) -> tuple[int, ...]:
+    """The layers of `attention:8` or `attention:8-11`, from 0; none of another feature."""
+    match = re.fullmatch(r"attention:(\d{1,3})(?:-(\d{1,3}))?", feature)
+    return tuple(range(int(match[1]), int(match[2] or match[1]) + 1)) if match else ()
+
+
 def parse_feature(family: str, feature: str) -> tuple[str, int]:
-    """Splits `stage:3` into kind and number; the number of `pre_norm` and `post_norm` is 0.
+    """Splits `stage:3` into kind and number; the number of `pre_norm` and `post_norm` is 0, that of
+    `attention:8-11` its first.
 
     Raises:
         ValueError: the family has no such feature.
@@ -356,14 +378,20 @@ def parse_feature(family: str, feature: str) -> tuple[str, int]:
     split = _split_feature(kinds, feature)
     if split is None:
         valid = ", ".join(kinds)
-        raise ValueError(f"{feature!r} is not a feature of {family}: {valid} (k a number)")
+        message = f"{feature!r} is not a feature of {family}: {valid} (k a number)"
+        if feature.startswith("attention") and ATTENTION not in kinds:
+            message += f"; {ATTENTION} is a feature of {attention_families()}"
+        raise ValueError(message)
     return split
 
 
 def _split_feature(kinds: tuple[str, ...], feature: str) -> tuple[str, int] | None:
+    layers = attention_layers(feature)
+    if layers:
+        return (ATTENTION, layers[0]) if ATTENTION in kinds else None
     match = re.fullmatch(r"(\w+?)(?::(\d+))?", feature)
     kind, number = (match[1], match[2]) if match else ("", None)
     kind = kind if number is None else f"{kind}:k"
-    if kind not in kinds or (kind == "stage:k" and not int(number or 0)):
+    if kind not in kinds or kind == ATTENTION or (kind == "stage:k" and not int(number or 0)):
         return None
     return kind, int(number or 0)

@@ -24,6 +24,7 @@ from alignlab.losses.objective import Features, Grid
 from alignlab.models.late_model import LateModel
 from alignlab.progress import tell_once
 from alignlab.runs.digest import weights_digest
+from alignlab.teachers.attention import recorded_attention
 from alignlab.teachers.feature import find_feature
 from alignlab.teachers.files import TEACHER_FILES as TEACHER_FILES
 from alignlab.teachers.files import check_source_unchanged, source_digest
@@ -74,13 +75,16 @@ class Teacher:
         model: of a transformers class of the family, or what loads it when it is first needed.
         family: row of `TEACHERS`.
         feature: `pre_norm` (last block's output), `post_norm` (after the final norm), `layer:k`
-            (output of block k, counted from 0) or `stage:k` (of a Hiera backbone or a convolutional
-            network, from 1).
+            (output of block k, counted from 0), `stage:k` (of a Hiera backbone or a convolutional
+            network, from 1), or `attention:k` or `attention:k-m` (queries and keys of blocks).
         grid: of patches (H, W) that the harness asks for on video frames; None: the student's.
         slice_size: frames per forward pass; bounds memory, changes results by rounding at most. A
             video family takes at least one whole clip.
         preprocessing: how its pixels are normalised; None: as the family's row says.
         folder: that the model was loaded from, or the file of a checkpoint; None: it was not.
+
+    Attributes:
+        heads: of each block whose queries and keys the features are (`Features.heads`).
 
     Raises:
         UserError: there is no such feature.
@@ -115,6 +119,7 @@ class Teacher:
         self._takes_images = bool(getattr(self._config, "takes_images", False))
         self.tubelet = int(self._config.tubelet_size) if self._row.video else 1
         self.dim = self._feature.dim
+        self.heads = self._feature.heads
         self.patch_size = self._feature.stride
 
     @property
@@ -252,7 +257,7 @@ class Teacher:
                 self._fit_positions(grid)
                 self._fitted = grid
             tokens_NLD = torch.cat([self._forward(model, clips, size) for clips in passes])
-        return Features(tokens_NLD.reshape(batch, frames, -1, self.dim), grid)
+        return Features(tokens_NLD.reshape(batch, frames, -1, self.dim), grid, self.heads)
 
     def _forward(self, model: Any, clips_NTHWC: Tensor, size: tuple[int, int]) -> Tensor:
         device = model.device
@@ -268,13 +273,16 @@ class Teacher:
         pixels = ((pixels - mean_C11) / std_C11).to(model.dtype)
         if self.is_video:
             pixels = pixels.unflatten(0, clips_NTHWC.shape[:2])
+        feature = self._feature
         with torch.autocast(device.type, enabled=False):
-            out = model(
-                **{self._row.input_name: pixels},
-                output_hidden_states=self._feature.hidden_states,
-                **self._row.options,
-            )
-        return self._feature.read(out)[:, self._num_prefix :].float()
+            with recorded_attention(model, feature.layers) as attention:
+                out = model(
+                    **{self._row.input_name: pixels},
+                    output_hidden_states=feature.hidden_states,
+                    **self._row.options,
+                )
+            tokens_NLD = feature.read(attention if feature.layers else out)
+        return tokens_NLD[:, self._num_prefix :].float()
 
     def _tell_sizes(self, size_HW: tuple[int, int], resize: str | None) -> None:
         """Logs once where the frames differ from those that the model's folder asks for."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
+from alignlab.losses.attention_config import AttentionConfig
 from alignlab.losses.grids import describe
 from alignlab.losses.objective import (
     LATENTS,
@@ -114,7 +115,9 @@ class Alignment(nn.Module):
             self.add_module(f"stop_{alias}", watch)
         for alias, measured in self.weights.measured.items():
             self.add_module(f"weight_{alias}", measured)
-        self.taps = Taps(model, self.blocks)
+        self.taps = Taps(
+            model, self.blocks, [block for block, of in self.kinds.items() if "attention" in of]
+        )
         self._recorded = RecordedTokens(model, self.taps, references)
         self._seen = AlignedInOwnLoop([a for a, c in objectives.items() if trains(c)])
         self._last: int | None = None  # step of the last call that step_done was not told of
@@ -231,7 +234,7 @@ class Alignment(nn.Module):
         self._checks.append(check)
 
     def _refuse_no_gradient(self, alias: str, taps: Mapping[int, BlockTokens]) -> None:
-        config, kind = self.objectives[alias].config, self.objectives[alias].tokens
+        config, kind = self.objectives[alias].config, _tapped(self.objectives[alias])
         for block in config.blocks:  # a deeper block that it taps may be what it is compared with
             if trains(config) and not taps[block].of(kind).tokens_BND.requires_grad:
                 raise UserError(
@@ -249,11 +252,11 @@ class Alignment(nn.Module):
 
     @property
     def kinds(self) -> dict[int, set[Kind]]:
-        """Which tokens of each of them an objective reads."""
+        """What of each of them an objective reads."""
         kinds: dict[int, set[Kind]] = {}
         for objective in self.objectives.values():
             for block in objective.config.tapped_blocks:
-                kinds.setdefault(block, set()).add(objective.tokens)
+                kinds.setdefault(block, set()).add(_tapped(objective))
         return kinds
 
     def check_world_size(self, world_size: int) -> None:
@@ -335,7 +338,7 @@ class Alignment(nn.Module):
             if factor == 0:
                 continue
             config, kind = objective.config, objective.tokens
-            grid = taps[config.blocks[0]].of(kind).grid
+            grid = taps[config.blocks[0]].of(_tapped(objective)).grid
             for name in config.teachers:
                 if (name, kind) not in features:
                     features[name, kind] = teacher_features(
@@ -390,8 +393,11 @@ class Alignment(nn.Module):
         deep = " and ".join(map(_depths, objective.config.self_taps.values()))
         against = {"teacher": grids, "latents": f"clean latents, {grids}", "nothing": "no teacher"}
         against["self"] = f"block {deep} of its average, {grids}"
+        what = (
+            "attention maps" if _tapped(objective) == "attention" else f"{objective.tokens} tokens"
+        )
         tell_once(
-            f"{alias}: {objective.config.name} on {objective.tokens} tokens of block "
+            f"{alias}: {objective.config.name} on {what} of block "
             f"{where}; {against[objective.reads]}"
         )
 
@@ -411,13 +417,18 @@ def _student(
     objective: Objective, taps: Mapping[int, BlockTokens], known: BatchContext
 ) -> dict[int, Tokens]:
     """The student's tokens that an objective reads, by block."""
-    student = {b: taps[b].of(objective.tokens) for b in objective.config.tapped_blocks}
+    student = {b: taps[b].of(_tapped(objective)) for b in objective.config.tapped_blocks}
     if objective.tokens == "video":
         return student
     return {
         b: replace(tokens, subject_ids_BN=known.ids_BN, host_ids_BN=known.host_ids_BN)
         for b, tokens in student.items()
     }
+
+
+def _tapped(objective: Objective) -> Kind:
+    """What of a block an objective reads."""
+    return "attention" if isinstance(objective.config, AttentionConfig) else objective.tokens
 
 
 def _untaught(

@@ -18,7 +18,7 @@ from alignlab.foreign_code import call_foreign
 from alignlab.kernels.host_copy import to_device
 from alignlab.losses.gate import is_normalized
 from alignlab.losses.objective import Grid, Objective
-from alignlab.models.taps import BlockTokens, Kind, Taps, WanTransformer, block_tokens
+from alignlab.models.taps import BlockTokens, Kind, Recorded, Taps, WanTransformer, block_tokens
 from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.training.batches import is_blank
 from alignlab.training.encoded import FeatureRead
@@ -329,7 +329,7 @@ class RecordedTokens:
         _, self._patch_height, self._patch_width = model.config["patch_size"]
         self._taps = taps
         self._place = references
-        self._blocks: dict[int, list[Tensor]] | None = None
+        self._recorded: Recorded | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -340,12 +340,12 @@ class RecordedTokens:
         """
         if not self._taps.is_attached:
             raise UserError("alignment is detached: call alignment.attach() before recording")
-        with self._taps.recording() as self._blocks:
+        with self._taps.recording() as self._recorded:
             yield
 
     def forget(self) -> None:
         """Drops what was kept."""
-        self._blocks = None
+        self._recorded = None
 
     def take(
         self, clips: Clips, read: Collection[Kind], kinds: Mapping[int, Collection[Kind]]
@@ -360,8 +360,8 @@ class RecordedTokens:
         Raises:
             UserError: nothing was recorded, or something else than these clips.
         """
-        recorded, self._blocks = self._blocks, None
-        if recorded is None or not all(recorded.values()):
+        recorded, self._recorded = self._recorded, None
+        if recorded is None or not all(recorded.outputs.values()):
             raise UserError(
                 "no forward pass was recorded: call the transformer inside `with "
                 "alignment.recording():`, once for each call of alignment; a compiled one must be "
@@ -377,14 +377,17 @@ class RecordedTokens:
         counts = [0] * len(clips.sigma_B)
         if "reference" in read:
             counts = [0 if images is None else len(images) for images in clips.references or ()]
-        samples = {
-            block: self._cut([row for output in outputs for row in output], grid, counts)
-            for block, outputs in recorded.items()
-        }
-        return block_tokens(samples, grid, kinds), grid
+        samples, attention = (
+            {
+                block: self._cut([row for output in outputs for row in output], grid, counts)
+                for block, outputs in found.items()
+            }
+            for found in (recorded.outputs, recorded.attention)
+        )
+        return block_tokens(samples, grid, kinds, attention), grid
 
     def _cut(self, rows: list[Tensor], grid: Grid, counts: list[int]) -> list[Tensor]:
-        """Of each sample its video's tokens and then those of its references, (N, D)."""
+        """Of each sample its video's tokens and then those of its references, (N, ...)."""
         if len(rows) != len(counts):
             raise UserError(
                 f"Clips.sigma_B: {len(counts)} samples, and {len(rows)} went through the "

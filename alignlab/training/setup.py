@@ -184,8 +184,8 @@ def _teacher_notes(config: RunConfig, alignment: Alignment) -> list[str]:
     notes = [shuffle_note(alias) for alias in sorted(alignment.shuffled)]
     if config.teachers and config.measured_against is None:
         notes.append(
-            "no teacher of the recipe reads frames: tokens and generated clips are measured "
-            "against none; name one, such as teachers.dino={family: tiny-dino}"
+            "no teacher of the recipe reads frames and gives hidden tokens: tokens and generated "
+            "clips are measured against none; name one, such as teachers.dino={family: tiny-dino}"
         )
     if config.objectives and not config.teachers:
         notes.append(_no_teacher_note(config))

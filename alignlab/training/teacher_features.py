@@ -39,7 +39,8 @@ def teacher_features(
     if kind == "video":
         read = FeatureRead(teacher, "video", teacher.grid or grid[1:], is_shuffled)
         tokens_BTPD = torch.stack([rows for rows in clips.features(read) if rows is not None])
-        return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW))
+        heads = teacher.heads if isinstance(teacher, Teacher) else ()  # others give hidden tokens
+        return Features(tokens_BTPD, (tokens_BTPD.shape[1], *read.grid_HW), heads)
     if teacher.is_video:
         raise UserError(
             "teachers: a video teacher takes whole clips, and references are images: give "

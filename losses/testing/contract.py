@@ -22,13 +22,12 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from alignlab.losses import registry
+from alignlab.losses.attention_config import AttentionConfig
 from alignlab.losses.objective import (
-    Features,
     Objective,
     ObjectiveConfig,
     SelfTeacherConfig,
     Terms,
-    Tokens,
 )
 from alignlab.losses.testing.samples import (
     LATENTS_DIM,
@@ -95,7 +94,8 @@ class ContractCase:
 
     def samples(self) -> list[OneSample]:
         """Draws four samples of the kind that the objective taps."""
-        return draw_samples(self.objective.tokens)
+        is_attention = issubclass(self.objective.Config, AttentionConfig)
+        return draw_samples(self.objective.tokens, attention=is_attention)
 
 
 Check = Callable[[ContractCase], None]
@@ -233,8 +233,8 @@ def check_bf16_tokens_pass_through_float32_projectors(case: ContractCase) -> Non
     student, teacher, context = collate(case.samples())
     exact = objective(student, teacher, context)
     rounded = objective(
-        {b: Tokens(x.tokens_BND.bfloat16(), x.grid, x.subject_ids_BN) for b, x in student.items()},
-        {a: Features(x.tokens_BTPD.bfloat16(), x.grid) for a, x in teacher.items()},
+        {b: replace(x, tokens_BND=x.tokens_BND.bfloat16()) for b, x in student.items()},
+        {a: replace(x, tokens_BTPD=x.tokens_BTPD.bfloat16()) for a, x in teacher.items()},
         context,
     )
     assert rounded.loss_B.dtype == torch.float32

@@ -26,7 +26,7 @@ from alignlab.training.setup import Caches, build_run, new_caches
 from alignlab.training.step_terms import StepScalars
 from attention_tools import BF16InFp32Functions
 from host_syncs import HostSyncs, on_device
-from objective_settings import SETTINGS, teacher_of
+from objective_settings import FEATURES, SETTINGS, teacher_of
 from own_loops import clips_of, flow_of, predicted
 from run_contents import timeless_contents, timeless_rows
 from untrained_stage1 import write_untrained
@@ -54,7 +54,8 @@ def make(recipe_file: Path, stage1: Path, tmp_path_factory: pytest.TempPathFacto
     """`make(name, objective, *overrides)`: a run of three steps with that objective, or none."""
     dino = load_run(recipe_file).teachers["dino"].path
     shared = [f"output={tmp_path_factory.mktemp('runs')}", "steps=3", "checkpoint.every=2"]
-    shared += [f"teachers.shallow={{family: dinov2, path: {dino}, feature: 'layer:0'}}"]
+    for alias, feature in FEATURES.items():
+        shared += [f"teachers.{alias}={{family: dinov2, path: {dino}, feature: '{feature}'}}"]
     shared += ["eval.clips=1", "flow.reference_dropout=0", "flow.both_dropout=0"]
 
     def made(name: str, objective: str | None, *overrides: str) -> RunConfig:

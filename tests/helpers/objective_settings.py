@@ -19,7 +19,12 @@ SETTINGS: dict[str, str] = {
     "vae_repa": "blocks: [1], projector_dim: 32",
     "dispersive": "blocks: [1]",
     "local_gram_flow": "blocks: [2], window: 3, projector_dim: 32",
+    "haste_attention": "blocks: [0, 2], teacher: maps",
 }
+
+
+# Features of teachers that settings name besides dino; all are of one folder.
+FEATURES: dict[str, str] = {"shallow": "layer:0", "maps": "attention:0-1"}
 
 
 def teacher_of(name: str, settings: str, alias: str = "dino") -> str:

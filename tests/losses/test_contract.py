@@ -14,6 +14,7 @@ from alignlab.losses import build_objective
 from alignlab.losses.align4gen import Align4Gen, fused_alignment_loss
 from alignlab.losses.crepa import Crepa, cross_frame_loss
 from alignlab.losses.dispersive import Dispersive, dispersive_loss
+from alignlab.losses.haste_attention import HasteAttention, attention_alignment_loss
 from alignlab.losses.irepa import IRepa, irepa_loss
 from alignlab.losses.layersync import LayerSync, layersync_loss
 from alignlab.losses.local_gram_flow import LocalGramFlow, local_gram_flow_loss
@@ -135,6 +136,18 @@ def naive_local_gram_flow(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tens
     ]
     gap = torch.where(near_PP, shares[1] - shares[0], 0.0)
     return (shares[1].exp() * gap).sum(-1).mean((1, 2))
+
+
+def attention_maps(tokens_BND: Tensor) -> Tensor:
+    """Logits of five heads."""
+    query, key = frames(tokens_BND).unflatten(-1, (2, 5, 10)).transpose(2, 4).unbind(3)
+    logits: Tensor = query @ key.mT / 10**0.5
+    return logits
+
+
+def naive_haste_attention(student_BND: Tensor, teacher_BND: Tensor, ids_BN: Tensor) -> Tensor:
+    student, teacher = (attention_maps(x).softmax(-1) for x in (student_BND, teacher_BND))
+    return -(teacher * student.log()).sum(-1).mean((1, 2, 3))
 
 
 def saliency(tokens_BND: Tensor) -> Tensor:
@@ -382,6 +395,15 @@ ROWS = [
         },
         formula=lambda s, t, ids: local_gram_flow_loss(squares(s), squares(t)),
         naive=naive_local_gram_flow,
+    ),
+    ContractCase(
+        objective=HasteAttention,
+        settings={"teacher": "dino", "blocks": (0, 1)},
+        changes={"blocks": (2,), "teacher": "clip", "heads": 1},
+        formula=lambda s, t, ids: attention_alignment_loss(
+            frames(s), frames(t)[:, :, None], student_heads=5, teacher_heads=5
+        ),
+        naive=naive_haste_attention,
     ),
 ]
 

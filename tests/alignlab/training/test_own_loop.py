@@ -23,7 +23,7 @@ from alignlab.teachers import Teacher, load_teacher
 from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch
 from alignlab.training.setup import Caches, Run, build_run, new_caches
-from objective_settings import SETTINGS
+from objective_settings import FEATURES, SETTINGS
 from own_loops import (
     clips_of,
     flow_of,
@@ -133,7 +133,7 @@ def test_losses_and_gradients_are_those_of_a_run(
     written = yaml.safe_load(f"{{{CASES[case].format(stage1=stage1)}}}")
     if BUILT_IN[written["name"]].reads == "teacher":
         written.setdefault("teacher", "dino")
-    teachers = {"dino": dino, "shallow": dino | {"feature": "layer:0"}}
+    teachers = {"dino": dino} | {name: dino | {"feature": of} for name, of in FEATURES.items()}
     named = written.get("teacher", [])
     names = named if isinstance(named, list) else [named]
     teachers = {name: teachers[name] for name in names}

@@ -8,7 +8,7 @@ from alignlab.experiments import load_comparison
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.compare.run import compare
 from alignlab.losses.registry import BUILT_IN
-from objective_settings import SETTINGS, teacher_of
+from objective_settings import FEATURES, SETTINGS, teacher_of
 from small_recipes import comparison_recipe
 from untrained_stage1 import write_untrained
 
@@ -28,8 +28,11 @@ def test_every_objective_is_a_variant_of_one_comparison(
         settings = f"{{name: {name}, {teacher_setting}{settings}}}"
         variants.append(f"  {name}: {{objectives.{name}: {settings}}}")
     recipe = comparison_recipe(recipe_file, tmp_path / "every.yaml", "\n".join(variants))
-    shallow = f"teachers.shallow={{family: dinov2, path: {teacher}, feature: 'layer:0'}}"
-    report = compare(load_compare(recipe, [f"output={tmp_path}", "steps=3", shallow]))
+    others = [
+        f"teachers.{alias}={{family: dinov2, path: {teacher}, feature: '{feature}'}}"
+        for alias, feature in FEATURES.items()
+    ]
+    report = compare(load_compare(recipe, [f"output={tmp_path}", "steps=3", *others]))
     found = load_comparison(report.parent)
     assert found.variants == ("none", *BUILT_IN)
     frame = found.to_frame()
