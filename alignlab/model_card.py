@@ -10,6 +10,7 @@ from alignlab.config.run import RunConfig
 from alignlab.environment import read_environment
 from alignlab.errors import one_line, printable
 from alignlab.losses import OBJECTIVES
+from alignlab.models.experts import transformer_part
 from alignlab.passwords import without_password
 from alignlab.recipe import recipe_hash
 from alignlab.runs.input_record import InputRecord
@@ -18,7 +19,7 @@ from alignlab.runs.run_folder import RunFolder
 FILE = "model_card.md"
 LOAD = {
     "full": 'pipeline = WanPipeline.from_pretrained("FOLDER")',
-    "lora": 'pipeline = WanPipeline.from_pretrained({base})\npipeline.load_lora_weights("FOLDER")',
+    "lora": "pipeline = WanPipeline.from_pretrained({base})\npipeline.load_lora_weights({lora})",
 }
 
 
@@ -73,6 +74,10 @@ def _summary(config: RunConfig) -> str:
 
 def _facts(folder: RunFolder, config: RunConfig) -> Iterable[tuple[str, str]]:
     yield "setting", "value"
+    if config.model.expert is not None:
+        yield "expert", f"{config.model.expert} noise ({transformer_part(config.model.expert)})"
+    if config.model.reference_timestep == "zero":
+        yield "timestep of references", "0"
     yield "optimizer steps", str(config.steps)
     yield "samples in a step", str(config.optim.batch_size * config.optim.accumulate)
     yield "learning rate", f"{config.optim.lr:g}"
@@ -105,12 +110,16 @@ def _inputs(folder: RunFolder, config: RunConfig) -> Iterable[tuple[str, ...]]:
 
 def _use(config: RunConfig) -> list[str]:
     base = json.dumps(without_password(config.model.path))
-    code = LOAD[config.model.train].format(base=base)
+    # diffusers puts an adapter on the high-noise expert unless told otherwise
+    lora = '"FOLDER"' + (", load_into_transformer_2=True" if config.model.expert == "low" else "")
+    code = LOAD[config.model.train].format(base=base, lora=lora)
     lines = ["FOLDER is what `alignlab export` wrote.", "", "```python"]
     lines += ["from diffusers import WanPipeline", "", printable_code(code), "```"]
     if config.model.absent_references == "zero":
         lines += ["", "It was trained with frames of zeros in place of absent references: append"]
         lines += ["them at inference."]
+    if config.model.reference_timestep == "zero":
+        lines += ["", "References have timestep 0, each of their tokens: give timesteps by token."]
     return lines
 
 

@@ -102,7 +102,7 @@ def test_the_comparison_reads_what_its_stage_1_leaves() -> None:
     assert isinstance(objective, SaraConfig)
     assert objective.aligner == str(RunFolder(Path(stage1.output) / stage1.name).stage1)
     teacher = run.teachers[objective.teacher]
-    assert {objective.teacher: teacher} == stage1.teachers and teacher.grid == stage1.grid
+    assert {objective.teacher: teacher} == stage1.teachers and teacher.grid == stage1.teacher.grid
     model = stage1.model
     assert model is not None
     assert (model.path, model.precision) == (run.model.path, run.model.precision)
