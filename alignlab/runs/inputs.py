@@ -93,7 +93,7 @@ def used_teachers(config: RunConfig) -> list[str]:
 def _run_model(config: RunConfig, *, fetch: bool) -> Iterator[Input]:
     model = config.model
     part = transformer_part(model.expert)
-    parts = (part, *FROZEN_PARTS)
+    parts: tuple[str, ...] = (part, *FROZEN_PARTS)
     if fetch:
         check_index(model.path, model.expert)
     if model.expert is not None:

@@ -18,6 +18,8 @@ from alignlab.config.parts import EvalConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.evaluation.evaluate import FLOW_BINS, PROBE_SIGMAS
+from alignlab.evaluation.probe import probe_run
+from alignlab.experiments.probe.figures import map_tables
 from alignlab.export import export
 from alignlab.models.experts import Window
 from alignlab.models.other_expert import OtherExpert
@@ -78,7 +80,7 @@ def trained(
 ) -> dict[str, Path]:
     """Finished runs of both experts, all weights and a LoRA; not to be changed."""
     output, made = tmp_path_factory.mktemp("trained"), {}
-    lora = ("model.train=lora", "model.lora.rank=4", "optim.lr=0.1")
+    lora = ("model.train=lora", "model.lora.rank=4", "steps=2")
     for expert, more in (("high", ()), ("low", lora)):
         timesteps["now"] = []
         config = expert_config(
@@ -105,7 +107,7 @@ def test_all_levels_but_those_of_clips_are_the_trained_experts(
     for expert in trained:
         of_clips = [t for t in timesteps[expert] if len(t) == 3]
         others = torch.cat([t for t in timesteps[expert] if len(t) != 3])
-        assert len(others) >= 2 * 4 + 2 * (10 + 3)
+        assert len(others) >= 2 * 2 + 2 * (10 + 3)
         assert bool(((others >= 1000 * BOUNDARY) == (expert == "high")).all())
         assert len({float(t[0]) for t in of_clips}) == 2
 
@@ -123,6 +125,18 @@ def test_bins_and_probes_cover_the_window(
     metrics = result(trained["high"])["metrics"]
     assert all(f"val/flow/t{b}" in metrics for b in range(FLOW_BINS))
     assert "cknna/block1" in metrics and (trained["high"] / "samples" / "0.mp4").is_file()
+
+
+def test_a_probe_looks_at_the_levels_of_the_expert(trained: dict[str, Path]) -> None:
+    found = probe_run(trained["high"])
+    assert {cell.sigma for cell in found.cells} == set(found.sigmas)
+    levels = (*found.sigmas, found.token_sigma, found.feature_sigma)
+    assert all(BOUNDARY < sigma < 1 for sigma in levels) and set(found.tokens) == {
+        "before",
+        "after",
+    }
+    table = next(iter(map_tables(found.cells, {"cknna": ("CKNNA", "")}, found.sigmas)))
+    assert all(None not in row for row in table.values["after"])
 
 
 def test_an_expert_run_that_is_killed_resumes_exactly(
@@ -346,7 +360,8 @@ def test_an_average_of_the_high_expert_sees_no_cleaner_level_than_it_knows(
         return features(self, watched, batch)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SelfTeacher, "features", noted)
-    own = "objectives={sra: {name: sra, blocks: [0], deep_blocks: [1], cleaner: 0.2}}"
+    small = "blocks: [0], deep_blocks: [1], cleaner: 0.2, projector_dim: 8"
+    own = f"objectives={{sra: {{name: sra, {small}}}}}"
     settings = [f"model.path={a14b}", f"output={tmp_path}", "model.expert=high", *SARA, own]
     config = load_run(recipe_file, [*settings, "objectives.ra=null", "steps=3", "eval.clips=1"])
     train(config)

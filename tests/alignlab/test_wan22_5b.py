@@ -160,7 +160,7 @@ def test_clean_references_have_timestep_zero(wan: Wan) -> None:
         with ReferenceBranch(wan.transformer), torch.no_grad():
             for block in wan.transformer.blocks:  # video tokens alone attend to the text
                 block.attn2.processor.num_video_tokens = 8
-            out = wan.transformer(
+            out: Tensor = wan.transformer(
                 hidden_states=frames[None],
                 timestep=torch.cat([video, zeros])[None],
                 encoder_hidden_states=text[i][None],
