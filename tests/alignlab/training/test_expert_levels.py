@@ -19,6 +19,7 @@ from alignlab.training.flow_matching import (
     representative_levels,
     train_levels,
 )
+from alignlab.training.two_levels import TwoLevels
 
 HIGH, LOW = Window(0.875, 1.0), Window(0.0, 0.875)
 DRAWS = 2000
@@ -103,6 +104,13 @@ def test_no_timestep_is_the_other_experts(name: str, boundary: float) -> None:
         for t in (torch.cat([sigma_B, ends_B]) * 1000).tolist():
             assert (t >= 1000 * boundary) == (window is high) and 0 <= t <= 1000
     assert math.nextafter(low.ends[1], 1.0) < high.ends[0] < low.ends[1] + 1e-7
+
+
+def test_second_levels_of_a_sample_are_of_the_window_too() -> None:
+    levels = TwoLevels(0.5, (2, 2))
+    flow = FlowConfig.model_validate(SARA)
+    second = levels.drawn(flow, (2, 4, 4), seed=0, step=0, samples=range(60), window=HIGH)
+    assert float(second.sigma_B.min()) >= HIGH.low
 
 
 def test_representative_levels_stand_for_the_draws_of_a_window() -> None:
