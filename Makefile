@@ -35,9 +35,10 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 demo: setup
 	$(VENV)/bin/alignlab demo
 
-# Two workers of one thread each: the tests' tensors are too small for more threads.
+# Two workers of one thread each: the tests' tensors are too small for more threads. Bytecode is kept,
+# or each of the processes that tests start would compile the package again.
 test: setup
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup
 	ALIGNLAB_TEST_GPU=1 $(VENV)/bin/python -m pytest

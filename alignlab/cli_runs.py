@@ -1,7 +1,7 @@
 """Commands on a run that is there already. Heavy imports happen inside them, as in `cli.py`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,6 +83,10 @@ def sample(
 def export(
     run: RunFolder,
     out: Annotated[Path | None, path_option("Folder to write (default: RUN/export).")] = None,
+    format: Annotated[
+        Literal["diffusers", "peft", "comfyui", "musubi"],  # as `alignlab.lora_formats` has them
+        typer.Option(help="Whose keys a LoRA has; all but diffusers' go to RUN/export-FORMAT."),
+    ] = "diffusers",
     checkpoint: CheckpointStep = None,
     ema: Ema = None,
 ) -> None:
@@ -90,7 +94,7 @@ def export(
     from alignlab.export import export as write
     from alignlab.training.checkpoint import ModelChoice
 
-    typer.echo(f"exported: {write(run, out or run / 'export', ModelChoice(checkpoint, ema))}")
+    typer.echo(f"exported: {write(run, out, ModelChoice(checkpoint, ema), format)}")
 
 
 def repro(

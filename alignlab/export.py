@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.lora_formats import LoraFormat, write_lora
 from alignlab.model_card import FILE, model_card
 from alignlab.models.other_expert import folder_with_other
 from alignlab.progress import tell
@@ -16,7 +17,7 @@ from alignlab.runs.checkpoint_folders import step_of
 from alignlab.runs.out_paths import out_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.sampling import load_trained
-from alignlab.training.checkpoint import NEWEST, ModelChoice, save_lora
+from alignlab.training.checkpoint import NEWEST, ModelChoice
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,17 @@ ZEROS = (
 RANDOM = "this model was trained from random weights (model.init: random), not from {path}"
 
 
-def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
+def export(
+    run_dir: Path,
+    out: Path | None = None,
+    choice: ModelChoice = NEWEST,
+    kind: LoraFormat = "diffusers",
+) -> Path:
     """Writes a trained model of a run.
 
     Full fine-tuning gives a diffusers pipeline folder, `WanPipeline.from_pretrained(out)`. LoRA
-    gives the adapter, `pipeline.load_lora_weights(out)`. Of a run with
+    gives the adapter, `pipeline.load_lora_weights(out)`, or that of another program
+    (`alignlab.lora_formats`). Of a run with
     `model.absent_references: zero` a warning says what inference has to add; of one with
     `model.init: random` a line says that nothing of `model.path`'s transformer is in it. Beside
     either is `model_card.md` (`alignlab.model_card`). Of a pipeline with two transformers the
@@ -40,31 +47,40 @@ def export(run_dir: Path, out: Path, choice: ModelChoice = NEWEST) -> Path:
 
     Args:
         run_dir: its folder.
-        out: the folder to write; the run's own `export` may be written again.
+        out: the folder to write; None: the run's own `export` (`export-comfyui` and so on), which
+            may be written again.
         choice: which model of the run.
+        kind: whose keys a LoRA has.
 
     Raises:
         UserError: no such run or checkpoint, or `out` holds something else or cannot
-            be written.
+            be written; or `kind` is another than `diffusers` and the run trained all weights.
     """
+    own = run_dir / ("export" if kind == "diffusers" else f"export-{kind}")
+    out = out or own
+    if kind != "diffusers" and RunFolder.open(run_dir).config().model.train != "lora":
+        raise UserError(
+            f"--format {kind} is for a LoRA, and this run trained all weights: leave it out for a "
+            "diffusers pipeline folder"
+        )
     with out_folder(out):
-        if out.exists() and out != run_dir / "export" and any(out.iterdir()):
+        if out.exists() and out != own and any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another --out, or remove it")
-        _write(run_dir, out, choice)
+        _write(run_dir, out, choice, kind)
     return out
 
 
-def _write(run_dir: Path, out: Path, choice: ModelChoice) -> None:
+def _write(run_dir: Path, out: Path, choice: ModelChoice, kind: LoraFormat) -> None:
     wan = load_trained(run_dir, choice)
     config = RunFolder.open(run_dir).config()
     if config.model.absent_references == "zero":
         log.warning(ZEROS)
     if config.model.init == "random":
         tell(RANDOM.format(path=config.model.path))
-    card = model_card(RunFolder.open(run_dir), which=_shown(run_dir, choice, config))
+    card = model_card(RunFolder.open(run_dir), which=_shown(run_dir, choice, config), kind=kind)
     with whole_folder(out) as folder:
         if getattr(wan.transformer, "peft_config", None):
-            save_lora(wan.transformer, folder)
+            write_lora(wan.transformer, folder, kind, stem=config.name.replace("/", "-"))
             write_text(folder / FILE, card)
             return
         if config.model.expert is not None:  # on the hub it may not have been fetched yet

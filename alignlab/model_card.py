@@ -9,6 +9,7 @@ from typing import Any
 from alignlab.config.run import RunConfig
 from alignlab.environment import read_environment
 from alignlab.errors import one_line, printable
+from alignlab.lora_formats import LoraFormat
 from alignlab.losses import OBJECTIVES
 from alignlab.models.experts import transformer_part
 from alignlab.passwords import without_password
@@ -17,18 +18,31 @@ from alignlab.runs.input_record import InputRecord
 from alignlab.runs.run_folder import RunFolder
 
 FILE = "model_card.md"
-LOAD = {
-    "full": 'pipeline = WanPipeline.from_pretrained("FOLDER")',
-    "lora": "pipeline = WanPipeline.from_pretrained({base})\npipeline.load_lora_weights({lora})",
+FULL = 'from diffusers import WanPipeline\n\npipeline = WanPipeline.from_pretrained("FOLDER")'
+LORA: dict[LoraFormat, str] = {
+    "diffusers": """from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained({base})
+pipeline.load_lora_weights({lora})""",
+    "peft": """from diffusers import WanTransformer3DModel
+from peft import PeftModel
+
+base = WanTransformer3DModel.from_pretrained({base}, subfolder="{part}")
+transformer = PeftModel.from_pretrained(base, "FOLDER")""",
+}
+COPIED: dict[LoraFormat, str] = {
+    "comfyui": "The .safetensors file goes into ComfyUI's models/loras; it is for {base}.",
+    "musubi": "The .safetensors file is for musubi-tuner (--lora_weight) and ComfyUI, with {base}.",
 }
 
 
-def model_card(folder: RunFolder, *, which: str = "") -> str:
+def model_card(folder: RunFolder, *, which: str = "", kind: LoraFormat = "diffusers") -> str:
     """The card as Markdown, with the metadata that Hugging Face reads at its top.
 
     Args:
         folder: of a run; what it does not have yet, such as its result, is left out.
         which: which of its models it is, in words; empty: the one that the result is of.
+        kind: whose keys its weights have, if it is a LoRA.
 
     Raises:
         UserError: a file of the folder is damaged.
@@ -48,7 +62,7 @@ def model_card(folder: RunFolder, *, which: str = "") -> str:
         lines += ["## Measured", "", *_table([("metric", "value"), *values]), ""]
     if notes := result.get("notes"):
         lines += ["## Warnings", "", *(f"- {_text(str(note))}" for note in notes), ""]
-    lines += ["## Use", "", *_use(config)]
+    lines += ["## Use", "", *_use(config, kind)]
     return "\n".join(lines) + "\n"
 
 
@@ -108,13 +122,20 @@ def _inputs(folder: RunFolder, config: RunConfig) -> Iterable[tuple[str, ...]]:
         yield one.name, one.source, str(one.num_files), one.digest
 
 
-def _use(config: RunConfig) -> list[str]:
-    base = json.dumps(without_password(config.model.path))
+def _use(config: RunConfig, kind: LoraFormat) -> list[str]:
+    path = without_password(config.model.path)
+    expert, part = config.model.expert, transformer_part(config.model.expert)
     # diffusers puts an adapter on the high-noise expert unless told otherwise
-    lora = '"FOLDER"' + (", load_into_transformer_2=True" if config.model.expert == "low" else "")
-    code = LOAD[config.model.train].format(base=base, lora=lora)
-    lines = ["FOLDER is what `alignlab export` wrote.", "", "```python"]
-    lines += ["from diffusers import WanPipeline", "", printable_code(code), "```"]
+    lora = '"FOLDER"' + (", load_into_transformer_2=True" if expert == "low" else "")
+    if kind in COPIED:
+        of_expert = "" if expert is None else f" (its {expert}-noise expert)"
+        lines = [COPIED[kind].format(base=_text(path) + of_expert)]
+    else:
+        code = FULL
+        if config.model.train == "lora":
+            code = LORA[kind].format(base=json.dumps(path), part=part, lora=lora)
+        lines = ["FOLDER is what `alignlab export` wrote.", "", "```python"]
+        lines += [printable_code(code), "```"]
     if config.model.absent_references == "zero":
         lines += ["", "It was trained with frames of zeros in place of absent references: append"]
         lines += ["them at inference."]

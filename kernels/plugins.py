@@ -60,9 +60,9 @@ class Kernel:
     """An implementation of an operation, as another package registers it.
 
     Args:
-        op: the operation, `pull_push` or `relation`.
+        op: the operation, `pull_push`, `relation` or `local_gram`.
         function: called as the operation's plain reference is, with all arguments by position;
-            that is `pull_push_eager` or `relation_eager` in the file of the operation.
+            that is `pull_push_eager` and so on in the file of the operation.
         missing: says in one line why it cannot run on this machine, or None if it can; asked at
             every call, so it should be quick.
     """

@@ -3,13 +3,14 @@
 from functools import cache
 from typing import Any
 
-from alignlab.kernels import pull_push, relation
+from alignlab.kernels import local_gram, pull_push, relation
 from alignlab.kernels.dispatch import Operation
 from alignlab.kernels.plugins import Installed, load_kernels
 
 OPERATIONS: dict[str, Operation[Any]] = {
     "pull_push": pull_push.OPERATION,
     "relation": relation.OPERATION,
+    "local_gram": local_gram.OPERATION,
 }
 
 

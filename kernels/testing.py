@@ -12,7 +12,8 @@ when its unit vectors are rounded to that dtype (then some pairs of tokens cross
 product of half-precision matrices avoids), plus a tolerance. A check that fails raises
 AssertionError: one line with the error, what is allowed, and where the error is largest.
 
-Shape letters: B samples, L blocks, N tokens, C channels, T frames, P tokens per frame.
+Shape letters: B samples, L blocks, N tokens, C and D channels, T frames, P tokens per frame, H x W
+of them.
 """
 
 import copy
@@ -30,10 +31,17 @@ from torch import Tensor
 
 from alignlab.kernels.cosine import unit
 from alignlab.kernels.dispatch import Impl
-from alignlab.kernels.pull_push import pull_push_eager, pull_push_plain
+from alignlab.kernels.local_gram import local_gram_plain
+from alignlab.kernels.pull_push import pull_push_plain
 from alignlab.kernels.registry import OPERATIONS
-from alignlab.kernels.relation import relation_eager, relation_plain
-from alignlab.kernels.testing_inputs import Inputs, draw, pull_push_inputs, relation_inputs
+from alignlab.kernels.relation import relation_plain
+from alignlab.kernels.testing_inputs import (
+    Inputs,
+    draw,
+    local_gram_inputs,
+    pull_push_inputs,
+    relation_inputs,
+)
 
 Check = Literal[
     "accuracy", "repeat", "inputs stay", "fresh memory", "no gradient", "padding", "nothing"
@@ -56,7 +64,17 @@ WIDTH = 40
 Compute = Callable[..., Sequence[Tensor]]
 Axis = str | tuple[str, ...]
 
-_MAKERS = {"pull_push": pull_push_inputs, "relation": relation_inputs}
+_MAKERS = {
+    "pull_push": pull_push_inputs,
+    "relation": relation_inputs,
+    "local_gram": local_gram_inputs,
+}
+# Of a gradient of (..., N, C), (B, T, P, D) or (B, T, H, W, D).
+_DIMENSIONS: dict[str, list[Axis]] = {
+    "pull_push": ["block", "sample", "token", "channel"],
+    "relation": ["sample", "frame", "token", "channel"],
+    "local_gram": ["sample", "frame", "row", "column", "channel"],
+}
 _EMPTY = ("no tokens", "no samples")
 
 
@@ -96,7 +114,7 @@ def cases(
     """Gives all cases of an operation.
 
     Args:
-        op: `pull_push` or `relation`.
+        op: `pull_push`, `relation` or `local_gram`.
         dtypes: which the implementation takes. Triton's interpreter computes bfloat16 wrongly.
         width: channels of student and teacher, for a kernel that takes only some.
         checks: keep only these; empty: all.
@@ -237,6 +255,7 @@ def _check_no_gradient(implementation: Impl, case: KernelCase, device: torch.dev
 
 def _check_padding(implementation: Impl, case: KernelCase, device: torch.device) -> str | None:
     inputs = _inputs(case)
+    assert inputs.marks is not None
     padding = (inputs.marks < 0)[..., None]
     dirty = inputs._replace(
         student=inputs.student.masked_fill(padding, math.nan),
@@ -330,7 +349,8 @@ def _placed(inputs: Inputs, device: torch.device, dtype: torch.dtype) -> list[An
     """The arguments of a call: copies with the same strides, for inputs are kept between cases, and
     `to` copies nothing that is in its place already."""
     student, teacher, marks, settings = copy.deepcopy(inputs)
-    return [student.to(device, dtype), teacher.to(device, dtype), marks.to(device), *settings]
+    marked = [] if marks is None else [marks.to(device)]
+    return [student.to(device, dtype), teacher.to(device, dtype), *marked, *settings]
 
 
 def _compute(implementation: Impl, case: KernelCase, inputs: Inputs) -> Compute:
@@ -343,7 +363,7 @@ def _compute(implementation: Impl, case: KernelCase, inputs: Inputs) -> Compute:
 
 @functools.cache
 def _truth(case: KernelCase, device: torch.device) -> Outcome:
-    reference = pull_push_eager if case.op == "pull_push" else relation_eager
+    reference = OPERATIONS[case.op].table["eager"]
     return _outcome(case, reference, _inputs(case), device, torch.float64)
 
 
@@ -359,7 +379,10 @@ def _excuses(case: KernelCase, device: torch.device) -> tuple[float, float]:
     def rounded(student: Tensor, teacher: Tensor, *rest: Any) -> Any:
         return _plain(case, _rounded(student), _rounded(teacher), rest, torch.float32)
 
-    outcomes = [_outcome(case, compute, _inputs(case), device) for compute in (plain, rounded)]
+    # products of the tokens as they are have no unit vectors
+    as_they_are = case.op == "local_gram" and not _inputs(case).settings[-1]
+    computed = (plain,) if as_they_are else (plain, rounded)
+    outcomes = [_outcome(case, compute, _inputs(case), device) for compute in computed]
 
     def most(part: Literal["terms", "gradient"]) -> float:
         errors = [(getattr(one, part) - getattr(truth, part)).abs() for one in outcomes]
@@ -381,6 +404,9 @@ def _plain(
     if case.op == "relation":
         saliency, routing, margin, tau = rest
         return relation_plain(student, teacher, saliency, routing, margin, tau, dtype)
+    if case.op == "local_gram":
+        window, temperature, normalize = rest
+        return local_gram_plain(student, teacher, window, temperature, normalize, dtype)
     ids, pos_margin, neg_margin, _ = rest
     return pull_push_plain(student, teacher, ids, pos_margin, neg_margin, dtype)
 
@@ -404,12 +430,7 @@ def _inputs(case: KernelCase) -> Inputs:
 
 def _axes(case: KernelCase, inputs: Inputs) -> tuple[list[Axis], list[Axis]]:
     """Names of the dimensions of terms and of the gradient."""
-    names: list[Axis] = (
-        ["block", "sample", "token", "channel"]
-        if case.op == "pull_push"
-        else ["sample", "frame", "token", "channel"]
-    )
-    gradient = names[-inputs.student.ndim :]
+    gradient = _DIMENSIONS[case.op][-inputs.student.ndim :]
     operation = OPERATIONS[case.op]
     return [operation.terms, *gradient[: -operation.token_dims]], gradient
 

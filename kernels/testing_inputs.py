@@ -4,7 +4,7 @@ They are drawn from fixed seeds, in float64, and rounded to the dtype of the cas
 sign jump, so the margins are moved a little, to where no pair of tokens is near: rounding a sum
 differently then moves no pair over the margin.
 
-Shape letters: L blocks, B samples, N tokens, C channels, T frames, P tokens per frame.
+Shape letters: L blocks, B samples, N tokens, C channels, T frames, P tokens per frame, in H x W.
 """
 
 import functools
@@ -28,15 +28,15 @@ class Inputs(NamedTuple):
     """One call.
 
     Args:
-        student: (L, B, N, C), (B, N, C) or (B, T, P, C).
-        teacher: of `relation` maybe of another width.
-        marks: subject ids of `pull_push`, saliencies of `relation`.
+        student: (L, B, N, C), (B, N, C), (B, T, P, C) or (B, T, H, W, C).
+        teacher: but for `pull_push` maybe of another width.
+        marks: subject ids of `pull_push`, saliencies of `relation`, none of `local_gram`.
         settings: the arguments that follow.
     """
 
     student: Tensor
     teacher: Tensor
-    marks: Tensor
+    marks: Tensor | None
     settings: tuple[Any, ...]
 
 
@@ -77,6 +77,28 @@ def relation_inputs(width: int) -> dict[str, Callable[[torch.dtype], Inputs]]:
         "no samples": (plain.cut(slice(0), slice(None)), usual, 7),
     }
     return {name: functools.partial(_relation, *one) for name, one in made.items()}
+
+
+def local_gram_inputs(width: int) -> dict[str, Callable[[torch.dtype], Inputs]]:
+    """How the inputs of `local_gram` are made, by name."""
+    plain, usual = _subjects(63, width), (3, 0.1, True)
+    many = _subjects(100, width)
+    made: dict[str, tuple[_Tokens, tuple[Any, ...], tuple[int, ...]]] = {
+        "2 tokens": (_subjects(2, width), usual, (2, 1, 1)),
+        "63 tokens": (plain, usual, (7, 3, 3)),
+        "100 tokens": (many, (7, 0.1, True), (2, 2, 25)),
+        "frames of one row": (many, (5, 0.1, True), (4, 1, 25)),
+        "frames of one column": (many, (5, 0.1, True), (4, 25, 1)),
+        "a window larger than the frame": (many, (9, 0.1, True), (25, 2, 2)),
+        "products of the tokens as they are": (many, (3, 5.0, False), (4, 5, 5)),
+        # as they are: the gradient of a zero vector of unit length is beyond float16
+        "zero vectors": (_with_zeros(plain), (3, 5.0, False), (7, 3, 3)),
+        "huge and tiny norms": (_with_norms(plain), usual, (7, 3, 3)),
+        "two widths, strided": (_two_widths(plain), usual, (7, 3, 3)),
+        "no tokens": (plain.cut(slice(2), slice(0)), usual, (2, 0, 3)),
+        "no samples": (plain.cut(slice(0), slice(None)), usual, (7, 3, 3)),
+    }
+    return {name: functools.partial(_local_gram, *one) for name, one in made.items()}
 
 
 class _Tokens(NamedTuple):
@@ -163,6 +185,13 @@ def _relation(
         margin = _clear_of((mine @ mine.mT - theirs @ theirs.mT).abs(), margin)
     saliency = in_frames(tokens.ids % 3 / 2).to(dtype)
     return Inputs(in_frames(student), in_frames(teacher), saliency, (routing, margin, tau))
+
+
+def _local_gram(
+    tokens: _Tokens, settings: tuple[Any, ...], grid: tuple[int, ...], dtype: torch.dtype
+) -> Inputs:
+    student, teacher = (x.to(dtype).unflatten(1, grid) for x in (tokens.student, tokens.teacher))
+    return Inputs(student, teacher, None, settings)
 
 
 def _clear_of(values: Tensor, margin: float) -> float:

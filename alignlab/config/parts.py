@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
@@ -20,6 +21,18 @@ from alignlab.errors import shown
 from alignlab.teachers import TEACHERS, parse_feature
 
 Seed = Annotated[int, Field(ge=0), at_most(*SEEDS)]
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds:
+        raise ValueError("name at least one seed")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{list(seeds)} names a seed twice")
+    return seeds
+
+
+Seeds = Annotated[tuple[Seed, ...], AfterValidator(_each_once)]
+"""Of the runs of something that is trained several times."""
 Steps = Annotated[int, Field(ge=1), at_most(*STEPS)]
 Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a grid")]
 

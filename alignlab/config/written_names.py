@@ -11,7 +11,8 @@ ERROR = "error.json"
 
 _IN_OUTPUT = ("mlflow.db", "mlartifacts", "mlruns", "cache", "figures")  # figures: of a variant too
 _KEPT = ("checkpoints", "samples", "stage1")
-_IN_RUNS = (*_KEPT, "export", "probe", "evaluations", "tensorboard", "wandb", "figures")
+_EXPORTS = ("export", "export-peft", "export-comfyui", "export-musubi")
+_IN_RUNS = (*_KEPT, *_EXPORTS, "probe", "evaluations", "tensorboard", "wandb", "figures")
 _FILES = frozenset(
     """
     recipe.yaml inputs.json environment.json metrics.jsonl result.json history.json mlflow_run_id
@@ -30,7 +31,7 @@ _OF_A_SEED = r".+/seed-\d+"  # as comparisons and sweeps name their runs
 def is_kept(name: str) -> bool:
     """Whether a run, comparison, sweep or Stage 1 network reads again what has this name in it.
 
-    Its `export`, `probe`, `evaluations`, `tensorboard` and `wandb` are for users alone.
+    Its exports, `probe`, `evaluations`, `tensorboard` and `wandb` are for users alone.
     """
     if name in _FILES or name in _KEPT or name.startswith("."):
         return True

@@ -13,7 +13,7 @@ from alignlab.config.paths import user_path
 bench_app = typer.Typer(help="Measure speed.", no_args_is_help=True)
 
 # typer takes no list of Literal
-KernelOp = StrEnum("KernelOp", ["pull_push", "relation"])
+KernelOp = StrEnum("KernelOp", ["pull_push", "relation", "local_gram"])
 
 Device = Annotated[
     Literal["cpu", "cuda"] | None, typer.Option(help="(default: cuda if there is one)")

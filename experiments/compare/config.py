@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from alignlab.config.data import Settings, unknown_name
 from alignlab.config.merging import canonical, merge
 from alignlab.config.names import check_name
-from alignlab.config.parts import Seed
+from alignlab.config.parts import Seeds
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -41,7 +41,7 @@ class CompareConfig(Settings):
     """What all variants share."""
     baseline: str
     """The variant against which differences are tested."""
-    seeds: tuple[Seed, ...]
+    seeds: Seeds
     """Every variant runs once per seed."""
     allow_differences: tuple[str, ...] = ()
     """Evaluation settings in which variants may differ, by dotted name."""
@@ -67,15 +67,6 @@ class CompareConfig(Settings):
     tune: TuneConfig | None = None
     """How `alignlab tune` tunes the variants before it compares them; no other training reads
     it."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds:
-            raise ValueError("name at least one seed")
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)} names a seed twice")
-        return seeds
 
     @model_validator(mode="after")
     def _baseline_exists(self) -> Self:

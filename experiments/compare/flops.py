@@ -21,6 +21,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from alignlab.kernels.local_gram import tile_pairs
+
 _PLAIN = frozenset({"aten", "prim", "prims", "profiler"})
 
 
@@ -83,6 +85,17 @@ def _relation_gradient(_upstream: Tensor, student: Tensor, *_: Any, **__: Any) -
     return 2 * batch * (frames * tokens) ** 2 * width
 
 
+def _local_gram_chunked(tokens: Tensor, window: int, *_: Any, **__: Any) -> int:
+    batch, frames, height, width, channels = tokens.shape
+    pairs = tile_pairs(height, width, window) if tokens.numel() else 0
+    return 2 * batch * (frames - 1) * pairs * channels
+
+
+def _local_gram_gradient(_upstream: Tensor, tokens: Tensor, window: int, *_: Any, **__: Any) -> int:
+    # each pair for the earlier and for the later token
+    return 2 * _local_gram_chunked(tokens, window)
+
+
 def _nothing(*_: Any, **__: Any) -> int:
     return 0
 
@@ -100,6 +113,8 @@ FORMULAS: dict[str, dict[str, Callable[..., int]]] = {
         "relation_chunked": _relation_chunked,
         "relation_triton_sums": _relation_sums,
         "relation_triton_gradient": _relation_gradient,
+        "local_gram_chunked": _local_gram_chunked,
+        "local_gram_chunked_gradient": _local_gram_gradient,
     },
 }
 """By namespace and name of an operation; formulas get its arguments as they are."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from alignlab.config.data import Settings
+from alignlab.config.parts import Seeds
 from alignlab.config.recipe_file import read_recipe
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
@@ -219,7 +220,7 @@ class SweepConfig(Settings):
     """Largest value that a metric may have, such as `memory/peak_mib: 8000`."""
     trials: int | None = Field(default=None, ge=1)
     """How many; left out, and only then, with `sampler: grid`."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: Seeds
     """Every trial trains once per seed."""
     launch: LaunchConfig = LaunchConfig()
     """What each worker needs of its machine; it trains one run at a time."""
@@ -229,8 +230,6 @@ class SweepConfig(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: {list(self.seeds)} names a seed twice")
         names = [metric.name for metric in self.metric]
         if len(set(names)) < len(names):
             raise ValueError(f"metric: {names} names a metric twice")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from alignlab.config.data import Settings, unknown_name
-from alignlab.config.parts import Seed, Steps
+from alignlab.config.parts import Seeds, Steps
 from alignlab.errors import UserError
 from alignlab.experiments.sweep.config import (
     MetricConfig,
@@ -26,7 +26,7 @@ class TuneConfig(Settings):
 
     trials: int | None = Field(default=None, ge=1)
     """Trials of each variant; `--trials` gives it as well."""
-    seeds: tuple[Seed, ...] = SEEDS
+    seeds: Seeds = SEEDS
     """Every trial trains once with each. None of them may be one of the comparison's."""
     metric: Annotated[MetricConfig, BeforeValidator(by_name)] = MetricConfig(name="val/flow")
     """What is optimised: mean over the seeds."""
@@ -40,15 +40,6 @@ class TuneConfig(Settings):
     spaces: dict[str, dict[str, Parameter | None]] = Field(default_factory=dict)
     """By variant, what takes the place of its objectives' default ranges or is searched besides;
     null takes a setting out."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds:
-            raise ValueError("name at least one seed")
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)} names a seed twice")
-        return seeds
 
     @field_validator("sampler")
     @classmethod

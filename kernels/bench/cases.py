@@ -4,6 +4,7 @@ Shape letters: L blocks, N tokens, C and D width, B batch, T frames, P tokens pe
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Op = Literal["pull_push", "relation"]
+Op = Literal["pull_push", "relation", "local_gram"]
 OPS: tuple[Op, ...] = get_args(Op)
 
 # Subjects x tokens of each, as RefAlign has them at 480p; frames x tokens of each, of VideoREPA
@@ -19,6 +20,7 @@ OPS: tuple[Op, ...] = get_args(Op)
 SIZES: dict[Op, tuple[tuple[int, int], ...]] = {
     "pull_push": ((2, 1560), (3, 1560), (4, 1560)),
     "relation": ((13, 150), (24, 150), (21, 390), (21, 1560)),
+    "local_gram": ((13, 390), (21, 1560)),
 }
 WIDTHS = (768, 1024)
 BLOCKS = (1, 9)
@@ -32,10 +34,10 @@ class Case:
 
     Args:
         op: the operation.
-        groups: subjects of `pull_push`, frames of `relation`.
+        groups: subjects of `pull_push`, frames of the others.
         tokens: tokens of each subject or frame.
         width: channels of student and teacher.
-        blocks: blocks of the student that share a teacher; 1 for `relation`.
+        blocks: blocks of the student that share a teacher; 1 but for `pull_push`.
         dtype: of student and teacher.
     """
 
@@ -50,6 +52,12 @@ class Case:
     def num_tokens(self) -> int:
         """All tokens of a sample."""
         return self.groups * self.tokens
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame of `local_gram`: as square as its tokens allow."""
+        rows = next(n for n in range(math.isqrt(self.tokens), 0, -1) if self.tokens % n == 0)
+        return rows, self.tokens // rows
 
     @property
     def size(self) -> str:
@@ -72,7 +80,8 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """Student (L, N, C), teacher (N, C) and ids (N,); or both (B, T, P, D) and no ids."""
+    """Student (L, N, C), teacher (N, C) and ids (N,); or both (B, T, P, D) or (B, T, H, W, D) and
+    no ids."""
 
     student: Tensor
     teacher: Tensor
@@ -102,7 +111,7 @@ def select_cases(
         dtype: of all cases.
         sizes: replace the table's sizes for every operation, unless empty.
         widths: channels.
-        blocks: blocks of `pull_push`; `relation` has one.
+        blocks: blocks of `pull_push`; the others have one.
     """
     cases = []
     for op in ops:
@@ -120,8 +129,9 @@ def draw_inputs(case: Case, device: torch.device, seed: int) -> Inputs:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device, case.dtype)
 
-    if case.op == "relation":
-        shape = (1, case.groups, case.tokens, case.width)
+    if case.op != "pull_push":
+        frame = case.grid if case.op == "local_gram" else (case.tokens,)
+        shape = (1, case.groups, *frame, case.width)
         return Inputs(draw(*shape), draw(*shape), None)
     ids = torch.arange(case.groups, device=device).repeat_interleave(case.tokens)
     return Inputs(

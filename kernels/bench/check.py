@@ -79,7 +79,8 @@ def _check_foreign(case: Case, provider: Provider, device: torch.device) -> None
 
 def _where(have: Tensor, want: Tensor, case: Case) -> str:
     first = "block" if case.op == "pull_push" else "sample"
-    names = (first, "frame", "token", "channel") if have.ndim == 4 else (first, "token", "channel")
+    tokens = ("row", "column") if case.op == "local_gram" else ("token",)
+    names = (first, *(("frame",) if have.ndim > 3 else ()), *tokens, "channel")
     return largest_error(have.double(), want, names)[1]
 
 

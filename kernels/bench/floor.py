@@ -1,6 +1,6 @@
 """The floor: the matrix products that an operation cannot do without, and nothing else.
 
-Shape letters: L blocks, N tokens, C width, R rows of a panel.
+Shape letters: L blocks, N tokens, C width, R rows of a panel, K places of a window.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from alignlab.kernels.bench.cases import Case
 # Rows of a panel of the triangle: as few as the device multiplies at full speed.
 PANEL_ROWS = {"cpu": 256, "cuda": 2048}
 
+WINDOW = 7  # of local_gram, its default
+
 Step = Callable[[], None]
 
 
@@ -21,14 +23,19 @@ def minimum_flops(case: Case, *, backward: bool) -> int:
 
     pull_push: 2 L C for each ordered pair of tokens of different subjects, s_i . t_j; as many for
     the gradient, mask @ t. relation, N tokens: 2 N^2 D, both similarities of every unordered pair;
-    as many for the gradient, signs @ v over all ordered pairs. A multiply-add is two FLOPs.
+    as many for the gradient, signs @ v over all ordered pairs. local_gram: 4 D for each token and
+    place of the window in the next frame, of student and teacher; as many for the gradient, each
+    pair once for the earlier and once for the later token. A multiply-add is two FLOPs.
     Cosines of tokens with their own counterpart, norms and everything elementwise are left out.
     """
     if case.op == "pull_push":
         pairs = case.num_tokens * (case.num_tokens - case.tokens)
         forward = 2 * case.blocks * case.width * pairs
-    else:
+    elif case.op == "relation":
         forward = 2 * case.num_tokens**2 * case.width
+    else:
+        rows, columns = (_places(side) for side in case.grid)
+        forward = 4 * (case.groups - 1) * rows * columns * case.width
     return 2 * forward if backward else forward
 
 
@@ -42,10 +49,15 @@ def floor_step(case: Case, device: torch.device, *, backward: bool) -> tuple[Ste
     the teacher's likewise, and in backward a full-width panel of signs times v. The triangle has
     steps of one panel, so that forward does up to a panel's height in N more than the minimum.
 
+    local_gram: all tokens but the last frame's times as many columns as a window has places, twice,
+    and in backward two products of such scores with as many rows: what lies outside the frame is
+    counted. No code can do as few: every token has surroundings of its own.
+
     Returns:
         The step, and the FLOPs that it does.
     """
-    products = _pull_push(case, device) if case.op == "pull_push" else _relation(case, device)
+    made = {"pull_push": _pull_push, "relation": _relation, "local_gram": _local_gram}
+    products = made[case.op](case, device)
     needed = [product for is_backward, product in products if backward or not is_backward]
 
     def step() -> None:
@@ -92,6 +104,22 @@ def _relation(case: Case, device: torch.device) -> list[tuple[bool, _Product]]:
         signs_RN = signs[: size * count].view(size, -1)
         products.append((True, (signs_RN, student_NC, grad_NC[rows])))
     return products
+
+
+def _local_gram(case: Case, device: torch.device) -> list[tuple[bool, _Product]]:
+    count = (case.groups - 1) * case.tokens
+    student_NC, teacher_NC, grad_NC = (_draw(case, device, count, case.width) for _ in range(3))
+    around_KC = _draw(case, device, WINDOW**2, case.width)
+    scores_NK = _draw(case, device, count, WINDOW**2)
+    out_NK = torch.empty_like(scores_NK)
+    forward = [(False, (x_NC, around_KC.mT, out_NK)) for x_NC in (student_NC, teacher_NC)]
+    return forward + [(True, (scores_NK, around_KC, grad_NC))] * 2
+
+
+def _places(side: int) -> int:
+    """How many pairs of rows (or columns) of a frame a window's rows (or columns) connect."""
+    reach = WINDOW // 2
+    return sum(min(side, one + reach + 1) - max(0, one - reach) for one in range(side))
 
 
 def _draw(case: Case, device: torch.device, *shape: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 A provider is the name of an implementation, a function as `module:function`, `compile`
 (torch.compile of `eager`) or `floor` (the bare matrix products). All run the operation with its
-default settings and sum its terms.
+default settings (`local_gram` with unit vectors, as its objective) and sum its terms.
 """
 
 import itertools
@@ -18,6 +18,7 @@ from alignlab.kernels.bench.cases import Case, Inputs, Op, draw_inputs
 from alignlab.kernels.bench.floor import floor_step, minimum_flops
 from alignlab.kernels.bench.measure import Spread, Step, peak_extra_mib, time_steps
 from alignlab.kernels.dispatch import Impl
+from alignlab.kernels.local_gram import local_gram
 from alignlab.kernels.plugins import FOREIGN, load_function, raised, signature_problem
 from alignlab.kernels.pull_push import pull_push
 from alignlab.kernels.registry import OPERATIONS
@@ -110,7 +111,15 @@ def loss_function(op: Op, provider: Provider) -> Loss:
         terms = relation_distance(x.student, x.teacher, impl=impl)
         return (terms.spatial + terms.temporal).sum()
 
-    loss = relation_loss if op == "relation" else pull_push_loss
+    def local_gram_loss(x: Inputs) -> Tensor:
+        return local_gram(x.student, x.teacher, normalize=True, impl=impl).divergence.sum()
+
+    losses: dict[Op, Loss] = {
+        "pull_push": pull_push_loss,
+        "relation": relation_loss,
+        "local_gram": local_gram_loss,
+    }
+    loss = losses[op]
     if provider != "compile":
         return loss
     torch.compiler.reset()  # else the sizes of earlier cases count towards the limit of recompiles

@@ -3,12 +3,15 @@
     PYTHONPATH=CHECKOUT python tests/campaigns/step_cost.py waits
     python tests/campaigns/step_cost.py times BEFORE AFTER [--steps 20] [--objectives repa ...]
     PYTHONPATH=CHECKOUT python tests/campaigns/step_cost.py flat [--steps 600]
+    PYTHONPATH=CHECKOUT python tests/campaigns/step_cost.py overhead [--steps 12]
 
 `waits` counts what would make the host wait for a GPU between two log rows (`host_syncs`: meta
 tensors stand for those of a GPU), and what the taps keep. `times` gives medians of steps of two
 checkouts, one process each, which take turns step by step. `flat` trains, and prints the resident
-memory and the open files of the process every 50 steps. CHECKOUT, BEFORE and AFTER are folders of
-the repository at any commit since its rooms; this file may be of another one.
+memory and the open files of the process every 50 steps. `overhead` measures each
+objective as a variant of `demo` against `none`, as `alignlab compare` does: rounds in turn, what
+teachers compute included. CHECKOUT, BEFORE and AFTER are folders of the repository at any commit
+since its rooms; this file may be of another one.
 """
 
 import argparse
@@ -27,6 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import alignlab
 from alignlab.config.run import RunConfig
+from alignlab.experiments.compare.config import load_compare
+from alignlab.experiments.compare.cost import measure_cost
 from alignlab.recipe import load_run
 from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.nonfinite import NonFiniteWatch
@@ -48,6 +53,13 @@ OBJECTIVES = {
     "moalign": "{name: moalign, teacher: dino, blocks: [4], head: '{stage1}/moalign', "
     "projector_dim: 256, impl: chunked}",
     "crepa": "{name: crepa, teacher: dino, blocks: [3], projector_dim: 256}",
+    "layersync": "{name: layersync, blocks: [2], deep_blocks: [4]}",
+    "sra": "{name: sra, blocks: [2], deep_blocks: [5], projector_dim: 256}",
+    "self_flow": "{name: self_flow, blocks: [2], deep_blocks: [5], projector_dim: 256}",
+    "vae_repa": "{name: vae_repa, blocks: [3], projector_dim: 256}",
+    "dispersive": "{name: dispersive, blocks: [1]}",
+    "local_gram_flow": "{name: local_gram_flow, teacher: dino, blocks: [6], projector_dim: 256}",
+    "m2_repa": "{name: m2_repa, teacher: [dino, early], blocks: [3], projector_dim: 256}",
 }
 QUIET = ("tracking.mlflow=none", "eval.clips=4", "eval.sample_clips=0", "eval.generated_clips=0")
 
@@ -174,10 +186,32 @@ def show_flat(folder: Path, steps: int) -> None:
     train(load_run("tiny", [f"output={folder}", *QUIET, f"steps={steps}", "optim.ema=0.99"]))
 
 
+def show_overhead(folder: Path, rounds: int, names: list[str]) -> None:
+    """Prints a row of a table for each: seconds against `none`, operations, parameters."""
+    others = load_compare("demo").variants.keys() - {"none"}
+    changes = [f"variants.{name}=null" for name in others - set(names)]
+    for name in set(names) - {"none"}:
+        chosen = OBJECTIVES[name].replace("{stage1}", str(folder / "stage1"))
+        changes.append(f"variants.{name}={{objectives.{name}: {chosen}}}")
+    early = "teachers.early={family: dinov2, path: assets/tiny-dino, feature: 'layer:1'}"
+    config = load_compare("demo", [early, *QUIET, f"cost.rounds={rounds}", *changes])
+    cost = measure_cost(config)
+    print(f"no ratio nearer to 1 than {cost.beyond:.3f} is a difference ({rounds} rounds)")
+    print("| objective | time of a step, against none | GFLOP | parameters |\n|---|---|---|---|")
+    for name in [name for name in OBJECTIVES if name in cost.variants]:
+        found, ratio = cost.variants[name], cost.variants[name].slower
+        interval = "" if ratio.low is None else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+        print(
+            f"| {name} | {ratio.value:.2f}{interval} | {found.flops / 1e9:.2f} "
+            f"| {found.parameters:,} |"
+        )
+    print(f"none: {cost.variants['none'].seconds * 1e3:.0f} ms")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["waits", "times", "flat", "serve"])
+    parser.add_argument("what", choices=["waits", "times", "flat", "overhead", "serve"])
     parser.add_argument("trees", nargs="*", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES))
@@ -190,6 +224,8 @@ def main() -> None:
         elif given.what == "times":
             before, after = given.trees
             compare_times(before, after, given.steps or 20, given.objectives or list(OBJECTIVES))
+        elif given.what == "overhead":
+            show_overhead(folder, given.steps or 12, given.objectives or list(OBJECTIVES))
         elif given.what == "serve":
             serve_steps(folder)
         else:

@@ -26,7 +26,11 @@ SHORTER = {
     ("compare", "control"): [
         *("steps=1", "seeds=[0]", "eval.every=null", *SMALL, "eval.clips=2"),
     ],
-    ("compare", "all_objectives"): ["steps=1", "seeds=[0]", "cost=null", *SHORT, *NO_CLIPS],
+    ("compare", "all_objectives"): [  # the other variants are the demo's
+        *("steps=1", "seeds=[0]", "cost=null", *SHORT, *NO_CLIPS),
+        *(f"variants.{name}=null" for name in ("refalign", "refalign-no-push", "repa")),
+        *(f"variants.{name}=null" for name in ("align4gen", "videorepa")),
+    ],
     ("compare", "tuned_refalign"): ["steps=1", "seeds=[1]", "cost=null", *SHORT],
     ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
     ("stage1", "sara"): ["steps=2", *SMALL, "stage1.val_clips=2"],

@@ -31,8 +31,9 @@ CPU = torch.device("cpu")
 SMALL: dict[Op, Case] = {
     "pull_push": Case("pull_push", 3, 40, 24, 2, torch.float32),
     "relation": Case("relation", 5, 26, 24, 1, torch.float32),
+    "local_gram": Case("local_gram", 5, 28, 24, 1, torch.float32),
 }
-every_op = pytest.mark.parametrize("op", ["pull_push", "relation"])
+every_op = pytest.mark.parametrize("op", SMALL)
 FACTS = {
     "gpu_name": "a card",
     "timestamp": "2026-01-01 00:00:00",
@@ -77,7 +78,12 @@ def test_minimum_flops_counts_the_pairs_that_matter() -> None:
     frames = SMALL["relation"]
     unordered = frames.num_tokens**2 / 2
     assert minimum_flops(frames, backward=False) == 2 * 2 * 24 * unordered
-    for case in (subjects, frames):
+    grid = SMALL["local_gram"]
+    assert grid.grid == (4, 7)
+    places = [(row, column) for row in range(4) for column in range(7)]
+    near = sum(abs(a - c) <= 3 and abs(b - d) <= 3 for a, b in places for c, d in places)
+    assert minimum_flops(grid, backward=False) == 2 * 2 * 24 * 4 * near
+    for case in (subjects, frames, grid):
         assert minimum_flops(case, backward=True) == 2 * minimum_flops(case, backward=False)
 
 
@@ -95,8 +101,10 @@ def test_the_floor_does_the_flops_that_it_says(
     minimum = minimum_flops(case, backward=backward)
     if op == "pull_push":
         assert flops == minimum
-    else:
+    elif op == "relation":
         assert minimum < flops < minimum * (1 + 16 / case.num_tokens)
+    else:
+        assert minimum < flops == 2 * (1 + backward) * 2 * 4 * 28 * 49 * 24
 
 
 @every_op
@@ -152,7 +160,7 @@ def test_what_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no no-such-compiler" in str(missing("relation", "compile", CPU))
 
 
-@every_op
+@pytest.mark.parametrize("op", ["pull_push", "relation"])  # the others hold no matrix of all pairs
 def test_the_memory_that_is_foretold_is_about_what_eager_takes(op: Op) -> None:
     case = Case(op, 3, 250, 16, 1, torch.float32)
     figures, _ = measure(case, ["eager"], CPU, 0.0, lambda note: None)

@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignlab.kernels.local_gram import next_frame_products
 from alignlab.losses import build_objective
-from alignlab.losses.local_gram_flow import (
-    LocalGramFlowConfig,
-    local_gram_flow_loss,
-    next_frame_products,
-)
+from alignlab.losses.local_gram_flow import LocalGramFlowConfig, local_gram_flow_loss
 from alignlab.losses.objective import Features, Tokens
 from authors_values import stored_numbers, wave
 from random_tensors import draw, draw_double
@@ -151,7 +148,7 @@ def test_student_and_teacher_meet_on_the_grid_that_is_asked_for(
         patch.setattr("alignlab.losses.local_gram_flow.local_gram_flow_loss", loss)
         tokens = Tokens(draw(2, 12, 6), (3, 2, 2))
         terms = objective({0: tokens}, {"dino": Features(draw(2, 5, 16, 5), (5, 4, 4))})
-    settings = {"window": 3, "temperature": 0.1, "normalize": True}
+    settings = {"window": 3, "temperature": 0.1, "normalize": True, "impl": "auto"}
     assert seen == [(grid, grid, settings)] and terms.loss_B.shape == (2,)
 
 

@@ -58,7 +58,7 @@ def test_measures_what_can_run_and_names_the_rest(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = rows_in(out)
     # floor has no memory
-    assert len(rows) == 2 * 2 * 2 * (3 + 2)
+    assert len(rows) == 3 * 2 * 2 * (3 + 2)
     assert {row["kernel_provider"] for row in rows} == {"floor", "eager", "chunked"}
     assert {row["torch_version"] for row in rows} == {torch.__version__}
     assert {row["metric_unit"] for row in rows} == {"ms", "MiB"}
@@ -69,7 +69,9 @@ def test_measures_what_can_run_and_names_the_rest(tmp_path: Path) -> None:
     ):
         assert line in result.stdout
     plots = sorted(out.glob("*.svg"))
-    assert [plot.name.split("_float32")[0] for plot in plots] == ["pull_push", "relation"]
+    assert [plot.name.split("_float32")[0] for plot in plots] == [
+        *("local_gram", "pull_push", "relation")
+    ]
     assert all(f"written: {path}" in result.stdout for path in plots)
 
 
@@ -233,7 +235,7 @@ def test_installed_rows_decide_and_are_kept(
     )
     figures = measure_kernels(settings, tmp_path / "out")
     path = install_rows(figures.rows)
-    assert path == own_kernel_rows() and len(speed_table.read(path)) == len(figures.rows) == 16
+    assert path == own_kernel_rows() and len(speed_table.read(path)) == len(figures.rows) == 24
     try:
         use_own_kernel_rows()
         device = figures.rows[0]["gpu_name"]
@@ -241,6 +243,7 @@ def test_installed_rows_decide_and_are_kept(
         assert sizes == {
             speed_table.Size("pull_push", "float32", 60, 16, 2),
             speed_table.Size("relation", "float32", 60, 16, 1),
+            speed_table.Size("local_gram", "float32", 60, 16, 1),
         }
         # what this process knew of the device before is forgotten, and its other rows are kept
         install_rows([made_up_row("chunked", 1.0), made_up_row("triton", 0.5)])

@@ -96,7 +96,10 @@ def test_an_installed_one_is_measured_by_its_name_on_its_operation(tmp_path: Pat
     with kernel_package(tmp_path / "installed", mine="tiny_kernel:BY_PRODUCT"):
         result = bench("--impl", "mine", "--impl", "chunked")
         assert result.exit_code == 0, result.output
-        assert measured() == {"chunked": {"pull_push", "relation"}, "mine": {"pull_push"}}
+        assert measured() == {
+            "chunked": {"pull_push", "relation", "local_gram"},
+            "mine": {"pull_push"},
+        }
         assert "left out: mine of relation: no package registers it for relation" in result.stdout
         line = refused("bench", "kernels", *SMALL, "--op", "relation", "--impl", "mine")
         assert "--impl mine: relation cannot run it here: no package registers it" in line

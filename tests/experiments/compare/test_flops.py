@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from alignlab.experiments.compare.flops import FORMULAS, FlopCount, count_flops
-from alignlab.kernels import pull_push, relation
+from alignlab.kernels import local_gram, pull_push, relation
 
 
 def added(out: list[int], left: list[int], right: list[int], **_: object) -> int:
@@ -54,6 +54,18 @@ def test_the_formulas_of_the_kernels_are_what_they_multiply(slopes: bool) -> Non
         counted = count_flops(lambda operation=operation, args=args: operation(*args))  # type: ignore[misc]
         assert counted.total == inside(lambda body=body, args=args: body(*args)) > 0  # type: ignore[misc]
         assert counted.unknown == frozenset()
+
+
+def test_the_formulas_of_local_gram_are_what_its_tiles_multiply() -> None:
+    tokens = torch.randn(2, 3, 5, 19, 8)
+    upstream = torch.randn(2, 2, 5, 19, 49)
+    for operation, args in (
+        (local_gram._products, (tokens, 7, True, torch.float32)),
+        (local_gram._products_gradient, (upstream, tokens, 7, True)),
+    ):
+        body = operation._init_fn
+        counted = count_flops(lambda operation=operation, args=args: operation(*args))  # type: ignore[misc]
+        assert counted.total == inside(lambda body=body, args=args: body(*args)) > 0  # type: ignore[misc]
 
 
 def test_every_operation_of_the_kernels_has_a_formula() -> None:
