@@ -10,6 +10,7 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.lora_formats import LoraFormat, write_lora
 from alignlab.model_card import FILE, model_card
+from alignlab.models.other_expert import folder_with_other
 from alignlab.progress import tell
 from alignlab.runs.atomic_files import whole_folder, write_text
 from alignlab.runs.checkpoint_folders import step_of
@@ -41,7 +42,8 @@ def export(
     (`alignlab.lora_formats`). Of a run with
     `model.absent_references: zero` a warning says what inference has to add; of one with
     `model.init: random` a line says that nothing of `model.path`'s transformer is in it. Beside
-    either is `model_card.md` (`alignlab.model_card`).
+    either is `model_card.md` (`alignlab.model_card`). Of a pipeline with two transformers the
+    trained one is written and the other copied; an adapter is of the trained one.
 
     Args:
         run_dir: its folder.
@@ -81,8 +83,11 @@ def _write(run_dir: Path, out: Path, choice: ModelChoice, kind: LoraFormat) -> N
             write_lora(wan.transformer, folder, kind, stem=config.name.replace("/", "-"))
             write_text(folder / FILE, card)
             return
-        shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=_base_weights(wan.folder))
-        wan.transformer.save_pretrained(folder / "transformer")
+        if config.model.expert is not None:  # on the hub it may not have been fetched yet
+            folder_with_other(config.model)
+        ignored = _base_weights(wan.folder, wan.part)
+        shutil.copytree(wan.folder, folder, dirs_exist_ok=True, ignore=ignored)
+        wan.transformer.save_pretrained(folder / wan.part)
         index = json.loads((folder / "model_index.json").read_text())
         index["_name_or_path"] = config.name
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -96,10 +101,10 @@ def _shown(run_dir: Path, choice: ModelChoice, config: RunConfig) -> str:
     return f"the moving average of the weights at step {step}" if is_average else f"step {step}"
 
 
-def _base_weights(pipeline: Path) -> Callable[[str, list[str]], set[str]]:
+def _base_weights(pipeline: Path, part: str) -> Callable[[str, list[str]], set[str]]:
     """For copytree: leaves out the transformer that the run started from."""
 
     def ignored(folder: str, names: list[str]) -> set[str]:
-        return {"transformer"} & set(names) if Path(folder) == pipeline else set()
+        return {part} & set(names) if Path(folder) == pipeline else set()
 
     return ignored

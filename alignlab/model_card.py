@@ -12,6 +12,7 @@ from alignlab.errors import one_line, printable
 from alignlab.lora_formats import LoraFormat
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.weight import weight_in_words
+from alignlab.models.experts import transformer_part
 from alignlab.passwords import without_password
 from alignlab.recipe import recipe_hash
 from alignlab.runs.input_record import InputRecord
@@ -23,11 +24,11 @@ LORA: dict[LoraFormat, str] = {
     "diffusers": """from diffusers import WanPipeline
 
 pipeline = WanPipeline.from_pretrained({base})
-pipeline.load_lora_weights("FOLDER")""",
+pipeline.load_lora_weights({lora})""",
     "peft": """from diffusers import WanTransformer3DModel
 from peft import PeftModel
 
-base = WanTransformer3DModel.from_pretrained({base}, subfolder="transformer")
+base = WanTransformer3DModel.from_pretrained({base}, subfolder="{part}")
 transformer = PeftModel.from_pretrained(base, "FOLDER")""",
 }
 COPIED: dict[LoraFormat, str] = {
@@ -89,6 +90,10 @@ def _summary(config: RunConfig) -> str:
 
 def _facts(folder: RunFolder, config: RunConfig) -> Iterable[tuple[str, str]]:
     yield "setting", "value"
+    if config.model.expert is not None:
+        yield "expert", f"{config.model.expert} noise ({transformer_part(config.model.expert)})"
+    if config.model.reference_timestep == "zero":
+        yield "timestep of references", "0"
     yield "optimizer steps", str(config.steps)
     yield "samples in a step", str(config.optim.batch_size * config.optim.accumulate)
     yield "learning rate", f"{config.optim.lr:g}"
@@ -126,15 +131,23 @@ def _inputs(folder: RunFolder, config: RunConfig) -> Iterable[tuple[str, ...]]:
 
 def _use(config: RunConfig, kind: LoraFormat) -> list[str]:
     path = without_password(config.model.path)
+    expert, part = config.model.expert, transformer_part(config.model.expert)
+    # diffusers puts an adapter on the high-noise expert unless told otherwise
+    lora = '"FOLDER"' + (", load_into_transformer_2=True" if expert == "low" else "")
     if kind in COPIED:
-        lines = [COPIED[kind].format(base=_text(path))]
+        of_expert = "" if expert is None else f" (its {expert}-noise expert)"
+        lines = [COPIED[kind].format(base=_text(path) + of_expert)]
     else:
-        code = FULL if config.model.train == "full" else LORA[kind].format(base=json.dumps(path))
+        code = FULL
+        if config.model.train == "lora":
+            code = LORA[kind].format(base=json.dumps(path), part=part, lora=lora)
         lines = ["FOLDER is what `alignlab export` wrote.", "", "```python"]
         lines += [printable_code(code), "```"]
     if config.model.absent_references == "zero":
         lines += ["", "It was trained with frames of zeros in place of absent references: append"]
         lines += ["them at inference."]
+    if config.model.reference_timestep == "zero":
+        lines += ["", "References have timestep 0, each of their tokens: give timesteps by token."]
     return lines
 
 

@@ -19,6 +19,7 @@ from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.launch_env import refuse_several_ranks
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError
+from alignlab.models.other_expert import OtherExpert, other_expert
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.models.wan import Wan, load_wan
@@ -56,6 +57,8 @@ class Guidance:
         text: scale of the text's direction (RefAlign: 7.5).
         reference: scale of the references' direction (RefAlign: 5.0).
         precision: of the transformer, as in training.
+        text_low, reference_low: scales of the low-noise expert (`model.expert`); None: as above,
+            which are the high-noise expert's then.
     """
 
     steps: int
@@ -63,6 +66,14 @@ class Guidance:
     text: float
     reference: float
     precision: str = "fp32"
+    text_low: float | None = None
+    reference_low: float | None = None
+
+    def scales(self, *, low: bool) -> tuple[float, float]:
+        """Those of text and references, by the low-noise expert or by the other."""
+        text = self.text if self.text_low is None else self.text_low
+        reference = self.reference if self.reference_low is None else self.reference_low
+        return (text, reference) if low else (self.text, self.reference)
 
 
 def guidance_of(config: RunConfig) -> Guidance:
@@ -76,6 +87,8 @@ def guidance_of(config: RunConfig) -> Guidance:
         settings.text_guidance,
         settings.reference_guidance,
         config.model.precision,
+        settings.text_guidance_low,
+        settings.reference_guidance_low,
     )
 
 
@@ -93,6 +106,7 @@ def sample_latents(
     references_KCHW: Tensor,
     guidance: Guidance,
     *,
+    other: OtherExpert | None = None,
     advance: Advance | None = None,
 ) -> Tensor:
     """Latents `(C, T, H, W)` of one clip.
@@ -100,8 +114,9 @@ def sample_latents(
     velocity = v(-, -) + reference (v(-, refs) - v(-, -)) + text (v(text, refs) - v(-, refs)),
     where - is the negative prompt (the empty one by default), and no references: none at all, or
     where the branch's `absent_references` is `zero` as many latents of zeros (RefAlign's code; of
-    a clip without references one, as in training). The three run as one batch. `advance` is told
-    the number of finished steps.
+    a clip without references one, as in training). The three run as one batch. At noise levels that
+    are not the trained expert's, `other` takes the place of `branch`. `advance` is told the number
+    of finished steps.
     """
     done = 0
     text_BLD = torch.stack([negative_text_LD, negative_text_LD, text_LD])
@@ -111,9 +126,11 @@ def sample_latents(
 
     def velocity_at(latents_CTHW: Tensor, sigma: float) -> Tensor:
         nonlocal done
+        denoiser = branch if other is None else other.branch_at(sigma, branch)
+        text, reference = guidance.scales(low=other is not None and other.is_low(sigma))
         timesteps_B = torch.full((3,), sigma * 1000, device=latents_CTHW.device)
         with mixed_precision(latents_CTHW.device, guidance.precision):
-            out = branch(
+            out = denoiser(
                 latents_CTHW.expand(3, *latents_CTHW.shape),
                 timesteps_B,
                 text_BLD,
@@ -124,8 +141,8 @@ def sample_latents(
         done += 1
         if advance is not None:
             advance(done, "")
-        from_references = guidance.reference * (with_references - nothing)
-        from_text = guidance.text * (with_all - with_references)
+        from_references = reference * (with_references - nothing)
+        from_text = text * (with_all - with_references)
         guided: Tensor = nothing + from_references + from_text
         return guided
 
@@ -155,8 +172,8 @@ def sample_to_file(
         out: the mp4 to write.
         seed: of the starting noise.
         steps: Euler steps; None takes the recipe's, as do the two guidance scales.
-        text_guidance: see `Guidance`.
-        reference_guidance: see `Guidance`.
+        text_guidance: see `Guidance`; of both experts, where there are two.
+        reference_guidance: likewise.
         negative_prompt: a text, or the name of a preset (`NEGATIVE_PROMPTS`); None takes the
             recipe's.
         choice: which model of the run.
@@ -167,6 +184,7 @@ def sample_to_file(
     """
     asked = {"steps": steps, "text": text_guidance, "reference": reference_guidance}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    given |= {f"{name}_low": value for name, value in given.items() if name != "steps"}
     with out_file(out, ".mp4"):
         folder = RunFolder.open(run_dir)
         config = in_its_output(folder, folder.config())
@@ -197,10 +215,18 @@ def _sampled(
     stacked = torch.stack(references) if references else noise[None, :, 0][:0].to(wan.device)
     with (
         ReferenceBranch.of(wan.transformer, config.model) as branch,
+        other_expert(wan, config.model, keeps=False) as other,
         step_progress("sample", total=guidance.steps) as advance,
     ):
         latents = sample_latents(
-            branch, noise.to(wan.device), text_LD, negative_LD, stacked, guidance, advance=advance
+            branch,
+            noise.to(wan.device),
+            text_LD,
+            negative_LD,
+            stacked,
+            guidance,
+            other=other,
+            advance=advance,
         )
     return wan.decode(latents).cpu()
 
@@ -238,6 +264,7 @@ def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
     tell_changes(folder, config, model_only=True)
     wan = load_wan(
         config.model.path,
+        expert=config.model.expert,
         train=config.model.train,
         lora=config.model.lora,
         attention=config.model.attention,

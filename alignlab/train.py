@@ -371,9 +371,8 @@ class RunTrainer(Trainer):
         shares = self.ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
         # a diagnosis wants all of them at once: the device may not hold all their features
         reads = alignment.reads(step) if len(shares) == 1 or not self.is_diagnosis_due(step) else ()
-        make = partial(
-            training_batch, self.run.clips, config.flow, seed=config.seed, step=step, reads=reads
-        )
+        make = partial(training_batch, self.run.clips, config.flow, window=self.run.window)
+        make = partial(make, seed=config.seed, step=step, reads=reads)
         if self.run.self_teacher is not None:
             make = partial(make, **self.run.self_teacher.draws)
         if alignment.weights.reads_whole_step:

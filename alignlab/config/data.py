@@ -21,7 +21,9 @@ from alignlab.errors import shown
 from alignlab.progress import warn_once
 
 LATENT_STRIDE = 4  # frames per latent frame of the Wan VAE, after the first
-SIZE_STEP = 16  # VAE stride 8 times the transformer's patch 2
+# VAE stride 8 times the transformer's patch 2. Models with larger tokens, such as Wan 2.2 TI2V-5B
+# of 32 pixels, are asked when they are looked at (`FrozenParts.token_grid`).
+SIZE_STEP = 16
 MAX_SIDE = 8192
 MAX_REFERENCES = 64  # each is a whole latent frame of tokens
 
@@ -272,7 +274,8 @@ class FolderConfig(ClipsConfig):
     frames: Frames = 81
     """Frames per clip, 4k+1. 81 is Wan 2.1's and RefAlign's."""
     size: Size = (480, 832)
-    """(height, width) in pixels, multiples of 16. 480x832 is Wan 2.1 1.3B's and RefAlign's."""
+    """(height, width) in pixels, multiples of 16; with Wan 2.2 TI2V-5B of 32. 480x832 is Wan 2.1
+    1.3B's and RefAlign's."""
     fps: FrameRate = 16
     """Frame rate to which videos are resampled. 16 is Wan 2.1's."""
     references: Limits = (0, 3)

@@ -38,6 +38,7 @@ Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a gr
 
 Init = Literal["trained", "random"]
 TextEncoderPlace = Literal["auto", "keep", "cpu"]
+Expert = Literal["high", "low"]
 
 MLFLOW_PLACES = ("sqlite", "none", "databricks")
 # file:// is not among them: MLflow 3.13 and later refuse to write into folders
@@ -64,6 +65,10 @@ class ModelConfig(Settings):
 
     path: str
     """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
+    expert: Expert | None = None
+    """Of a pipeline with two transformers (Wan 2.2 A14B) the one that is trained: `high`, whose
+    timesteps begin at `boundary_ratio` of its model_index.json, or `low`, below. No other noise
+    level is drawn or validated; clips are generated with both."""
     init: Init = "trained"
     """`trained`: the transformer starts with the weights of `path`. `random`: with diffusers'
     initial weights in the architecture of `path`, whose own weights are not read; they depend on
@@ -95,6 +100,9 @@ class ModelConfig(Settings):
     absent_references: Literal["none", "zero"] = "none"
     """What stands where references are absent or dropped: nothing, or (`zero`, RefAlign's code)
     latents of zeros: one frame, and where guidance leaves references out one for each of them."""
+    reference_timestep: Literal["video", "zero"] = "video"
+    """Timestep of reference tokens, which are clean: the video's (RefAlign), or `zero`. With that
+    each token has its own, and modulation takes as much memory for each as for a sample else."""
 
     @model_validator(mode="before")
     @classmethod
@@ -362,6 +370,11 @@ class EvalConfig(Settings):
     """Guidance on the caption. 7.5 is RefAlign's."""
     reference_guidance: float = Field(default=5.0, ge=0, le=1000)
     """Guidance on the references. 5.0 is RefAlign's."""
+    text_guidance_low: float | None = Field(default=None, ge=0, le=1000)
+    """Guidance on the caption by the low-noise expert, with `model.expert`. Left out:
+    `text_guidance`, which is the high-noise expert's. Wan 2.2 A14B has 4 and, here, 3."""
+    reference_guidance_low: float | None = Field(default=None, ge=0, le=1000)
+    """Guidance on the references by the low-noise expert, likewise."""
     negative_prompt: str = ""
     """What stands for the caption where guidance leaves it out: nothing, a text, or `wan`, Wan's
     own negative prompt (RefAlign's code)."""
@@ -394,6 +407,11 @@ class EvalConfig(Settings):
                 "raise it, or remove sample_every"
             )
         return self
+
+    @property
+    def generates(self) -> bool:
+        """Whether clips are generated at all."""
+        return bool(self.sample_clips or self.num_measured_clips)
 
     @property
     def num_measured_clips(self) -> int:

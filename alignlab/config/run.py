@@ -121,6 +121,13 @@ class RunConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _low_guidance_is_read(self) -> Self:
+        for name in ("text_guidance_low", "reference_guidance_low"):
+            if self.model.expert is None and getattr(self.eval, name) is not None:
+                raise ValueError(f"eval.{name}: nothing reads it without model.expert; remove it")
+        return self
+
+    @model_validator(mode="after")
     def _eval_teacher_exists(self) -> Self:
         alias = self.eval.teacher
         if alias is not None and alias not in self.teachers:

@@ -24,7 +24,7 @@ from alignlab.training.optim import averaged_weights
 from alignlab.training.setup import Run
 
 FLOW_BINS = 10
-PROBE_SIGMAS = (0.25, 0.5, 0.75)
+PROBE_SIGMAS = (0.25, 0.5, 0.75)  # of the levels that are trained: with an expert, of its window
 FIRST_CLIPS = 2  # with the same noise before and after: enough to see a loss double
 EVAL_SEED = 0  # of validation noise: the same for every run, whatever its recipe and seed
 
@@ -61,8 +61,9 @@ def measure(
         run: whose state is measured.
         samples: folder that generated clips are written to; None: none is written.
         validation: measure `val/flow` and `val/flow/t0..t9` (mean squared flow error at the middle
-            of ten noise bins), and for each block of `eval.blocks` the `REFERENCE_METRICS` and
-            `VIDEO_METRICS` of `metric_registry.py` against the teacher `eval.teacher`.
+            of ten noise bins, which with `model.expert` divide its window), and for each block of
+            `eval.blocks` the `REFERENCE_METRICS` and `VIDEO_METRICS` of `metric_registry.py`
+            against the teacher `eval.teacher`.
         generation: generate clips, and measure what `generate` does.
 
     Returns:
@@ -120,7 +121,7 @@ def validation_flow(run: Run, branch: ReferenceBranch, clips: list[Encoded]) -> 
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]
             batch = eval_batch(
-                run, clips, [i for i, _ in part], [(b + 0.5) / FLOW_BINS for _, b in part]
+                run, clips, [i for i, _ in part], [middle_of_bin(run, b) for _, b in part]
             )
             velocity = denoise(run, branch, batch, capture=False).velocity_BCTHW
             values = flow_loss(velocity, batch.latents_BCTHW, batch.noise_BCTHW).tolist()
@@ -131,13 +132,19 @@ def validation_flow(run: Run, branch: ReferenceBranch, clips: list[Encoded]) -> 
     return {"val/flow": sum(bins.values()) / FLOW_BINS, **bins}
 
 
+def middle_of_bin(run: Run, number: int) -> float:
+    """The noise level of a bin of the validation loss: of [0, 1], or of the expert's window."""
+    return run.window.at((number + 0.5) / FLOW_BINS)
+
+
 def block_metrics(
     run: Run, branch: ReferenceBranch, clips: list[Encoded], teacher: Teacher
 ) -> dict[str, float]:
     """Reference and video tokens of the tapped blocks against a teacher, at three noise levels."""
     references, videos = ReferenceCollector(), VideoCollector(len(clips))
     size = run.config.eval.batch_size
-    jobs = [(i, sigma) for sigma in PROBE_SIGMAS for i in range(len(clips))]
+    levels = [run.window.at(share) for share in PROBE_SIGMAS]
+    jobs = [(i, sigma) for sigma in levels for i in range(len(clips))]
     with step_progress("probe", total=len(jobs)) as advance:
         for start in range(0, len(jobs), size):
             part = jobs[start : start + size]

@@ -16,6 +16,7 @@ from alignlab.data.video import write_mp4
 from alignlab.evaluation.collectors import GenerationCollector
 from alignlab.evaluation.metric_registry import GENERATION_METRICS
 from alignlab.evaluation.own_metrics import own_names, own_rows
+from alignlab.models.other_expert import OtherExpert, other_expert
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import warn_of_cut
 from alignlab.progress import Advance, step_progress
@@ -58,11 +59,14 @@ def generate(
     listing = []
     collector, of_samples = _collector(run, teacher), _of_samples(run, teacher)
     steps = config.sample_steps
-    with step_progress("samples", total=count * steps) as advance:
+    with (
+        other_expert(run.wan, run.config.model, keeps=True) as other,
+        step_progress("samples", total=count * steps) as advance,
+    ):
         for i in range(count):
             clip = run.val_clips[i]
             advance_clip = partial(_advance_from, advance, i * steps)
-            video_THWC = generated_clip(run, branch, i, advance=advance_clip)
+            video_THWC = generated_clip(run, branch, i, other=other, advance=advance_clip)
             if samples is not None and i < num_written:
                 files = _write_sample(samples, i, video_THWC, clip, run.config.data.fps)
                 listing.append(files)
@@ -124,7 +128,12 @@ def _teacher_key(run: Run, teacher: Teacher | None) -> str | None:
 
 
 def generated_clip(
-    run: Run, branch: ReferenceBranch, index: int, *, advance: Advance | None = None
+    run: Run,
+    branch: ReferenceBranch,
+    index: int,
+    *,
+    other: OtherExpert | None = None,
+    advance: Advance | None = None,
 ) -> Tensor:
     """One clip, uint8 `(T, H, W, C)` on the CPU, for caption and references of a val clip.
 
@@ -144,6 +153,7 @@ def generated_clip(
         negative_LD.to(device),
         clip.references_KCHW.to(device),
         guidance_of(run.config),
+        other=other,
         advance=advance,
     )
     return run.wan.decode(latents).cpu()

@@ -16,6 +16,7 @@ from alignlab.evaluation.evaluate import denoise, eval_batch, teacher_of
 from alignlab.evaluation.feature_maps import FeatureClip, feature_clip
 from alignlab.evaluation.token_metrics import ReferenceTokens, agreement
 from alignlab.metrics import cka
+from alignlab.models.experts import WHOLE, Window
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.progress import step_progress
 from alignlab.runs.checkpoint_folders import step_of, step_path
@@ -27,8 +28,8 @@ from alignlab.training.checkpoint import NEWEST, ModelChoice, load_transformer
 from alignlab.training.encoded import Encoded
 from alignlab.training.setup import Run, build_run
 
-SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-TOKEN_SIGMA = 0.5  # of the reference tokens that are shown one by one
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of [0, 1]; with `model.expert` of its window
+TOKEN_SIGMA = 0.5  # of the reference tokens that are shown one by one, likewise
 MODELS = ("before", "after")  # the model that the run started from, and what it trained
 
 
@@ -65,9 +66,10 @@ class RunProbe:
         cells: the map.
         chance: what `teacher_retrieval` gives by guessing; None where it was not measured.
         block: the block of `tokens` and `features`.
-        tokens: foreground reference tokens at noise level 0.5, by model; empty without references.
+        tokens: foreground reference tokens at `token_sigma`, by model; empty without references.
         features: the block's video tokens and the teacher's as colours.
         sample: the clip that the run generated for the same prompt, an mp4; None if there is none.
+        window: the noise levels that the run trained.
     """
 
     config: RunConfig
@@ -82,6 +84,22 @@ class RunProbe:
     tokens: dict[str, ReferenceTokens]
     features: FeatureClip
     sample: Path | None
+    window: Window = WHOLE
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise levels of the map."""
+        return tuple(self.window.at(share) for share in SIGMAS)
+
+    @property
+    def token_sigma(self) -> float:
+        """That of `tokens`."""
+        return self.window.at(TOKEN_SIGMA)
+
+    @property
+    def feature_sigma(self) -> float:
+        """That of the clip in `features`."""
+        return self.window.at(FeatureClip.SIGMA)
 
 
 @quiet_libraries()
@@ -93,7 +111,7 @@ def probe_run(
     block: int | None = None,
     choice: ModelChoice = NEWEST,
 ) -> RunProbe:
-    """Measures every block of a run's model at five noise levels, before and after training.
+    """Measures every block of a run's model at five noise levels that it trains, before and after.
 
     On the first `eval.clips` val clips, with the noise of the evaluation: `cknna` (k = 10) and
     `cka` (unbiased) of video tokens against the teacher's tokens of the same places, about 2,048
@@ -122,7 +140,7 @@ def probe_run(
     run = build_run(in_its_output(folder, config))
     shown, loaded_teacher = _shown_block(run, block), teacher_of(run, alias)
     clips = [run.val_clips[i] for i in range(min(config.eval.clips, len(run.val_clips)))]
-    batch = eval_batch(run, clips, [0], [FeatureClip.SIGMA])
+    batch = eval_batch(run, clips, [0], [run.window.at(FeatureClip.SIGMA)])
     maps, taps, every_block = {}, {}, range(run.wan.num_blocks)
     for model in MODELS:
         if model == "after":
@@ -143,7 +161,7 @@ def probe_run(
         shown,
         {model: one.tokens for model, one in maps.items() if one.tokens is not None},
         feature_clip(taps, loaded_teacher, batch, clips[0]),
-        _sample_of(folder, step, clips[0].pixels.key),
+        *(_sample_of(folder, step, clips[0].pixels.key), run.window),
     )
 
 
@@ -174,7 +192,8 @@ def _measure(
     chance, tokens = None, None
     size = run.config.eval.batch_size
     with step_progress(f"probe {model}", total=len(SIGMAS) * len(clips)) as advance:
-        for place, sigma in enumerate(SIGMAS):
+        for place, share in enumerate(SIGMAS):
+            sigma = run.window.at(share)
             references, videos = ReferenceCollector(), VideoCollector(len(clips))
             for start in range(0, len(clips), size):
                 numbers = list(range(start, min(start + size, len(clips))))
@@ -186,7 +205,7 @@ def _measure(
             metrics = references.metrics()
             chance = metrics.get("teacher_retrieval_chance")
             cells += _cells(metrics, model, sigma) + _video_cells(videos, model, sigma)
-            if sigma == TOKEN_SIGMA:
+            if share == TOKEN_SIGMA:
                 tokens = references.tokens(shown)
     return _Map(cells, chance, tokens)
 

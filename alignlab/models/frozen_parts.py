@@ -83,12 +83,13 @@ class FrozenParts:
         try:
             mean, std = torch.tensor(config["latents_mean"]), torch.tensor(config["latents_std"])
             is_usable = mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+            is_usable &= mean.shape == std.shape == (config["z_dim"],)
         except (TypeError, ValueError, RuntimeError):
             is_usable = torch.tensor(False)
         if not is_usable:
             raise UserError(
                 f"model.path: {path}: latents_mean must be finite, and latents_std finite and "
-                "above 0; fetch it again"
+                f"above 0, each of {config['z_dim']} numbers (z_dim); fetch it again"
             )
         return config
 
@@ -103,10 +104,13 @@ class FrozenParts:
         stride = self.vae_config["scale_factor_spatial"]
         if (frames - 1) % stride_t:
             raise UserError(f"data.frames: {frames} is not a multiple of {stride_t} plus 1")
-        if height % (stride * patch_h) or width % (stride * patch_w):
+        token = stride * patch_h, stride * patch_w
+        if height % token[0] or width % token[1]:
+            sides = zip((height, width), token, strict=True)
+            nearest = [max(step, round(side / step) * step) for side, step in sides]
             raise UserError(
-                f"data.size: {height}x{width} is not a multiple of "
-                f"{stride * patch_h}x{stride * patch_w} (autoencoder stride times patch)"
+                f"data.size: {height}x{width} is not a multiple of {token[0]}x{token[1]} "
+                f"(autoencoder stride times patch): nearest is {nearest}"
             )
         latent_frames = 1 + (frames - 1) // stride_t
         return (

@@ -14,7 +14,8 @@ from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
 from alignlab.runs.file_digests import check_unchanged, folder_digest
 
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+FROZEN = ("vae", "text_encoder", "tokenizer", "scheduler")
+COMPONENTS = ("transformer", *FROZEN)
 TEXT_PARTS = ("text_encoder", "tokenizer")
 PART_FILES = ("json", "safetensors")
 """Endings of the files that a part is loaded from; a tokenizer has others as well."""

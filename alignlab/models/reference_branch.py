@@ -1,8 +1,9 @@
 """Reference images beside the video, through the unmodified diffusers Wan transformer.
 
 References are extra latent frames after the video's (RefAlign's layout): the RoPE time index goes
-on, spatial indices stay, the timestep modulation is the video's, self-attention is joint. Where a
-sample has none, either nothing or one frame of zeros stands in their place (`absent_references`).
+on, spatial indices stay, the timestep modulation is the video's (or that of t = 0:
+`reference_timestep`), self-attention is joint. Where a sample has none, either nothing or one frame
+of zeros stands in their place (`absent_references`).
 Shape letters: B batch, C channels, T latent frames, H height, W width, K references, L text
 tokens, D width, N tokens.
 """
@@ -82,6 +83,9 @@ class ReferenceBranch:
         absent_references: what a sample without references has in their place: nothing (`none`), or
             one latent frame of zeros (`zero`, RefAlign's code). Its tokens are never among the
             taps: they show no subject.
+        reference_timestep: of the tokens that follow the video's: the video's own (`video`,
+            RefAlign), or `zero`, which is said token by token: as Wan 2.2 TI2V-5B, whose timesteps
+            are expanded, is told of a clean first frame.
         blocks: 0-based indices of the blocks to tap.
         kinds: by block, which of its tokens the taps keep; None: all. At 81 frames of 480x832 the
             video tokens of one block of Wan 1.3B take 0.1 GB in bf16.
@@ -99,6 +103,7 @@ class ReferenceBranch:
         *,
         text_to_references: bool = False,
         absent_references: Literal["none", "zero"] = "none",
+        reference_timestep: Literal["video", "zero"] = "video",
         blocks: Sequence[int] = (),
         kinds: Mapping[int, Collection[Kind]] | None = None,
         taps: Taps | None = None,
@@ -108,6 +113,7 @@ class ReferenceBranch:
         self._others = tuple(others)
         self._model = unwrap(transformer)
         self.absent_references = absent_references
+        self._clean_references = reference_timestep == "zero"
         self._joint_attention = SameDtypeAttention()
         self._text_attention = SameDtypeAttention() if text_to_references else VideoTextAttention()
         self._originals: list[tuple[Any, Any]] = []
@@ -136,6 +142,7 @@ class ReferenceBranch:
             transformer,
             text_to_references=config.text_to_references,
             absent_references=config.absent_references,
+            reference_timestep=config.reference_timestep,
             blocks=blocks,
             kinds=kinds,
             taps=taps,
@@ -190,7 +197,7 @@ class ReferenceBranch:
             capture: whether to return the tapped tokens.
             other: weights in place of the transformer's own, and what is tapped of them.
             tokens_BN: timesteps of the video's tokens, where they differ within a sample (more
-                memory than one each); references keep `timesteps_B`.
+                memory than one each); references keep `timesteps_B`, or have 0.
 
         Raises:
             ValueError: shapes do not fit each other, the patches or the position table.
@@ -204,8 +211,7 @@ class ReferenceBranch:
         if isinstance(self._text_attention, VideoTextAttention):
             self._text_attention.num_video_tokens = grid[0] * grid[1] * grid[2]
         dtype = self._model.patch_embedding.weight.dtype
-        forward, taps, kinds = self._passed_through(other)
-        area = grid[1] * grid[2]
+        (forward, taps, kinds), area = self._passed_through(other), grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         passes: list[tuple[list[int], dict[int, list[Tensor]]]] = []
         attention: list[tuple[list[int], dict[int, list[Tensor]]]] = []
@@ -213,13 +219,14 @@ class ReferenceBranch:
             sequences = [
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
             ]
+            counts = (grid[0] * area, len(extra[group[0]]) * area)
             recording: AbstractContextManager[Recorded] = (
                 taps.recording() if capture else nullcontext(Recorded({}, {}))
             )
             with recording as recorded:
                 out = forward(
                     hidden_states=torch.stack(sequences).to(dtype),
-                    timestep=_timesteps(group, timesteps_B, tokens_BN, len(extra[group[0]]) * area),
+                    timestep=self._timesteps(group, timesteps_B, tokens_BN, counts),
                     encoder_hidden_states=torch.stack([text_BLD[i] for i in group]).to(dtype),
                     return_dict=False,
                 )[0]
@@ -240,6 +247,32 @@ class ReferenceBranch:
         if other is None:
             return self._transformer, self._taps, self._kinds
         return other.of(self._transformer), other.taps, other.kinds
+
+    def _timesteps(
+        self,
+        group: Sequence[int],
+        timesteps_B: Tensor,
+        tokens_BN: Tensor | None,
+        counts: tuple[int, int],
+    ) -> Tensor:
+        """Of samples that run together: one each, (G,), or one for each token, (G, N).
+
+        Args:
+            group: their places in the batch.
+            timesteps_B: one per sample.
+            tokens_BN: of the video's tokens, where they differ.
+            counts: number of the video's tokens, and of those that follow.
+        """
+        video, others = counts
+        if tokens_BN is None and not (self._clean_references and others):
+            return torch.stack([timesteps_B[i] for i in group])
+        rows = []
+        for i in group:
+            own = timesteps_B[i]
+            rest = torch.zeros_like(own) if self._clean_references else own
+            first = own.expand(video) if tokens_BN is None else tokens_BN[i]
+            rows.append(torch.cat([first, rest.expand(others)]))
+        return torch.stack(rows)
 
     def _extra_frames(self, reference_KCHW: Tensor) -> Tensor:
         """The clean latent frames that follow a sample's video."""
@@ -265,15 +298,6 @@ class ReferenceBranch:
                 f"{longest} positions exceed the transformer's {self._model.rope.max_seq_len}"
             )
         return grid
-
-
-def _timesteps(
-    group: Sequence[int], timesteps_B: Tensor, tokens_BN: Tensor | None, others: int
-) -> Tensor:
-    """Of samples that run together: one each, or one for each token, `others` after the video's."""
-    if tokens_BN is None:
-        return torch.stack([timesteps_B[i] for i in group])
-    return torch.stack([torch.cat([tokens_BN[i], timesteps_B[i].expand(others)]) for i in group])
 
 
 Passes = Sequence[tuple[Sequence[int], Mapping[int, Sequence[Tensor]]]]

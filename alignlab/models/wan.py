@@ -4,21 +4,22 @@ Shape letters: B batch, C channels, T frames, H height, W width, L text tokens, 
 `T`, `H`, `W` count pixels for uint8 tensors and latent cells for latents.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor
 from transformers import UMT5EncoderModel
 
-from alignlab.config.parts import Init, LoraConfig, TextEncoderPlace
+from alignlab.config.data import LATENT_STRIDE, SIZE_STEP
+from alignlab.config.parts import Expert, Init, LoraConfig, TextEncoderPlace
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
+from alignlab.models.experts import INDEX, check_index, transformer_part
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.lora import add_lora
 from alignlab.models.model_files import (
@@ -29,6 +30,7 @@ from alignlab.models.model_files import (
 )
 from alignlab.models.pipeline_parts import (
     COMPONENTS,
+    FROZEN,
     PART_FILES,
     TEXT_PARTS,
     check_part,
@@ -45,10 +47,12 @@ class Wan:
     Args:
         transformer: what is trained; fp32 weights, or a frozen base with a fp32 LoRA.
         frozen: autoencoder and text encoder, loaded when they are needed.
+        part: sub-folder that the transformer came from; an export replaces it.
     """
 
     transformer: WanTransformer3DModel
     frozen: FrozenParts
+    part: str = "transformer"
 
     @property
     def folder(self) -> Path:
@@ -113,6 +117,7 @@ class Wan:
 def load_wan(
     path: str,
     *,
+    expert: Expert | None = None,
     train: Literal["full", "lora"] = "full",
     lora: LoraConfig | None = None,
     attention: str = "native",
@@ -125,11 +130,13 @@ def load_wan(
     parks_vae: bool = False,
     frozen: FrozenParts | None = None,
     load_frozen: bool = True,
+    clip: tuple[int, int, int] | None = None,
 ) -> Wan:
     """Loads a diffusers Wan pipeline for training.
 
     Args:
         path: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id.
+        expert: of a pipeline with two transformers (Wan 2.2 A14B), the one to load.
         train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
             for bf16); `lora` freezes it and trains an adapter.
         lora: the adapter; needed by `lora`, refused by `full`.
@@ -142,31 +149,30 @@ def load_wan(
         text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
+        clip: frames, height and width that are to be trained: refused before weights are loaded.
 
     Raises:
-        UserError: the folder, the hub id, a LoRA target or the backend cannot be used.
+        UserError: path, `clip`, a LoRA target or the backend cannot be used.
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
-    folder = checked_pipeline(path)
-    dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-    transformer = _drawn(folder, seed) if init == "random" else _load_transformer(folder, dtype)
-    check_backend(
-        attention,
-        device,
-        precision=precision,
-        train=train,
-        gradient_checkpointing=gradient_checkpointing,
-        head_dim=transformer.config["attention_head_dim"],
-    )
+    folder, part = checked_pipeline(path, expert), transformer_part(expert)
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
+    if clip is not None:
+        own.token_grid(patch_size(folder / part), *clip)
+    dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
+    random = init == "random"
+    transformer = _drawn(folder, part, seed) if random else read_transformer(folder, part, dtype)
+    how: dict[str, Any] = {"precision": precision, "train": train}
+    how |= {"gradient_checkpointing": gradient_checkpointing}
+    check_backend(attention, device, head_dim=transformer.config["attention_head_dim"], **how)
     frozen = frozen if frozen is not None and frozen.is_same(own) else own
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
     _prepare(transformer, lora, seed, attention, gradient_checkpointing)
-    return Wan(transformer.to(device).train(), frozen)
+    return Wan(transformer.to(device).train(), frozen, part)
 
 
 def _prepare(
@@ -184,15 +190,25 @@ def _prepare(
     transformer.set_attention_backend(attention)
 
 
-def _load_transformer(folder: Path, dtype: torch.dtype) -> WanTransformer3DModel:
+def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A transformer of a pipeline folder, on the CPU, with weights that are finite and not all 0.
+
+    Args:
+        folder: of the pipeline.
+        part: its sub-folder.
+        dtype: of the weights.
+
+    Raises:
+        UserError: its files cannot be used.
+    """
     transformer: WanTransformer3DModel = load_part(
-        WanTransformer3DModel, folder, "transformer", torch_dtype=dtype
+        WanTransformer3DModel, folder, part, torch_dtype=dtype
     )
-    check_part(folder, "transformer", transformer)
+    check_part(folder, part, transformer)
     return transformer
 
 
-def _drawn(folder: Path, seed: int) -> WanTransformer3DModel:
+def _drawn(folder: Path, part: str, seed: int) -> WanTransformer3DModel:
     """The folder's architecture with diffusers' initial weights, fp32.
 
     They are drawn on the CPU from `seed` alone, whatever else is drawn and whatever device trains
@@ -200,7 +216,7 @@ def _drawn(folder: Path, seed: int) -> WanTransformer3DModel:
     """
     with global_draws(seed, "transformer"):
         transformer: WanTransformer3DModel = construct(
-            WanTransformer3DModel, folder / "transformer", setting="model.path"
+            WanTransformer3DModel, folder / part, setting="model.path"
         )
     return transformer
 
@@ -225,16 +241,52 @@ def frozen_parts(
     return FrozenParts(folder, dtype, torch.device(device), text_encoder, parks_vae)
 
 
+def patch_size(transformer: Path) -> tuple[int, int, int]:
+    """Latent cells (T, H, W) of a token, of a transformer's settings; its weights are not read.
+
+    Args:
+        transformer: its folder.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    path = transformer / "config.json"
+    found = read_object(path, setting="model.path").get("patch_size", (1, 2, 2))
+    is_list = isinstance(found, list | tuple) and len(found) == 3
+    if not is_list or any(type(side) is not int or side < 1 for side in found):
+        raise UserError(f"model.path: {path}: patch_size is no list of three whole numbers")
+    return found[0], found[1], found[2]
+
+
+def pipeline_grid(path: str, frames: int, height: int, width: int) -> Grid:
+    """The video token grid (T, H, W) of a clip, of a pipeline of which no weights are needed.
+
+    Args:
+        path: of the pipeline; of one on the hub, settings alone are fetched. A folder that holds
+            no autoencoder or transformer, but a text encoder, stands for Wan 2.1.
+        frames, height, width: of the clip.
+
+    Raises:
+        UserError: the clip does not fit the strides of the autoencoder and the patches.
+    """
+    needed = ("vae/config.json", "transformer/config.json")
+    folder = local_folder(path, setting="model.path", marker=INDEX, patterns=[INDEX, *needed])
+    if not all((folder / name).is_file() for name in needed):
+        return 1 + (frames - 1) // LATENT_STRIDE, height // SIZE_STEP, width // SIZE_STEP
+    frozen = frozen_parts(folder, precision="fp32", device="cpu")
+    return frozen.token_grid(patch_size(folder / "transformer"), frames, height, width)
+
+
 def pipeline_folder(path: str, parts: Sequence[str] = COMPONENTS) -> Path:
     """The folder of a pipeline, whose `parts` and tokenizer are fetched if it is on the hub only.
 
     Raises:
         UserError: the folder or the hub id cannot be used.
     """
-    patterns = ["model_index.json", "tokenizer/*"]
+    patterns = [INDEX, "tokenizer/*"]
     # no other kind of file of a part, so that no pickle is loaded
     patterns += [f"{part}/*.{ending}" for part in parts for ending in PART_FILES]
-    return local_folder(path, setting="model.path", marker="model_index.json", patterns=patterns)
+    return local_folder(path, setting="model.path", marker=INDEX, patterns=patterns)
 
 
 def load_text_encoder(
@@ -265,35 +317,28 @@ def load_text_encoder(
     return encoder
 
 
-def checked_pipeline(path: str) -> Path:
-    """`pipeline_folder` of a pipeline with one transformer and a scheduler of diffusers.
+def checked_pipeline(path: str, expert: Expert | None = None) -> Path:
+    """`pipeline_folder` of what a run loads: one transformer, the frozen parts, a scheduler.
+
+    Of a pipeline on the hub its model_index.json is looked at before anything else is fetched.
+
+    Args:
+        path: of the pipeline.
+        expert: that is loaded, of two.
 
     Raises:
-        UserError: it is no such pipeline, or a file of it is damaged.
+        UserError: as `check_index`, or a file of it is missing or damaged.
     """
-    folder = pipeline_folder(path)
-    index = read_object(folder / "model_index.json", setting="model.path")
-    absent = [part for part in COMPONENTS if not (folder / part).is_dir()]
+    check_index(path, expert)
+    parts = (transformer_part(expert), *FROZEN)
+    folder = pipeline_folder(path, parts)
+    absent = [part for part in parts if not (folder / part).is_dir()]
     if absent:
         raise UserError(f"model.path: {folder} has no {absent[0]}/ folder")
-    for part in COMPONENTS:  # also the scheduler, which an export copies
+    for part in parts:  # also the scheduler, which an export copies
         check_model_files(folder / part, setting="model.path")
     read_object(folder / "scheduler" / "scheduler_config.json", setting="model.path")
-    if _class_name(index, "transformer_2") is not None:
-        raise UserError(
-            f"model.path: {folder} holds two transformers (Wan 2.2 experts); only pipelines "
-            "with one are supported"
-        )
-    name = str(_class_name(index, "scheduler"))
-    if not hasattr(diffusers, name):
-        raise UserError(f"model.path: {folder / 'model_index.json'}: unknown scheduler {name}")
     return folder
-
-
-def _class_name(index: Mapping[str, Any], part: str) -> Any:
-    """The class that a `model_index.json` has for a part; None where it has none."""
-    entry = index.get(part)
-    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
 
 
 def _check_text_to_video(

@@ -9,8 +9,9 @@ from alignlab.config.run import RunConfig
 from alignlab.data.registry import DataConfig, dataset_files, dataset_rows
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
+from alignlab.models.experts import INDEX, check_index, other_part, transformer_part
 from alignlab.models.model_files import on_disk, present_folder
-from alignlab.models.pipeline_parts import COMPONENTS, TEXT_PARTS, part_endings
+from alignlab.models.pipeline_parts import TEXT_PARTS, part_endings
 from alignlab.models.wan import pipeline_folder
 from alignlab.runs.file_digests import combined, digest_files, digest_folder
 from alignlab.runs.init_source import SETTING, InitSource, init_source
@@ -20,7 +21,7 @@ from alignlab.teachers import TEACHERS
 from alignlab.teachers.files import present_source, source_digests
 from alignlab.teachers.load import teacher_folder
 
-MODEL_PARTS = ("transformer", "vae", "text_encoder", "tokenizer")
+FROZEN_PARTS = ("vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
         inputs += _data(config.data)
     elif isinstance(config, Stage1Config):
         if config.model is not None:
-            inputs += _model(config.model.path, TEXT_PARTS, fetch=fetch)
+            inputs += _model(config.model.path, TEXT_PARTS, TEXT_PARTS, fetch=fetch)
         for alias, teacher in config.teachers.items():
             inputs += _teacher(alias, teacher, fetch=fetch)
         inputs += _data(config.data)
@@ -90,14 +91,31 @@ def used_teachers(config: RunConfig) -> list[str]:
 
 
 def _run_model(config: RunConfig, *, fetch: bool) -> Iterator[Input]:
+    model = config.model
+    part = transformer_part(model.expert)
+    parts: tuple[str, ...] = (part, *FROZEN_PARTS)
+    if fetch:
+        check_index(model.path, model.expert)
+    if model.expert is not None:
+        yield from _index(model.path, fetch=fetch)
+        if config.eval.generates:
+            parts = (*parts, other_part(model.expert))
     # random weights take the transformer's settings alone
-    endings = {"transformer": ("json",)} if config.model.init == "random" else {}
-    return _model(config.model.path, MODEL_PARTS, fetch=fetch, endings=endings)
+    endings = {part: ("json",)} if model.init == "random" else {}
+    yield from _model(model.path, parts, (*parts, "scheduler"), fetch=fetch, endings=endings)
+
+
+def _index(path: str, *, fetch: bool) -> Iterator[Input]:
+    """Where one expert hands over to the other."""
+    folder = pipeline_folder(path, ()) if fetch else present_folder(path)
+    if folder is not None and (folder / INDEX).is_file():
+        yield Input(f"model/{INDEX}", path, digest_files(folder, {INDEX: folder / INDEX}))
 
 
 def _model(
     path: str,
     parts: tuple[str, ...],
+    fetched: tuple[str, ...],
     *,
     fetch: bool,
     endings: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
@@ -107,10 +125,10 @@ def _model(
     Args:
         path: as the recipe names it.
         parts: that are read.
+        fetched: parts that are fetched, with `fetch`.
         fetch: see `read_inputs`.
         endings: of the files of a part, where fewer are read than `part_endings` has.
     """
-    fetched = COMPONENTS if parts == MODEL_PARTS else TEXT_PARTS
     folder = pipeline_folder(path, fetched) if fetch else present_folder(path)
     if folder is None:
         return

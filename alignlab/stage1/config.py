@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
 from pydantic import Field, SerializeAsAny, model_validator
 
-from alignlab.config.data import SIZE_STEP, Settings
+from alignlab.config.data import Settings
 from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.names import check_alias
 from alignlab.config.parts import AdamWConfig, TeacherConfig, TextEncoderPlace, TrainingConfig
@@ -93,12 +93,3 @@ class Stage1Config(TrainingConfig):
     def teacher(self) -> TeacherConfig:
         """The only teacher."""
         return next(iter(self.teachers.values()))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) in tokens that the teacher is asked for.
-
-        `teachers.<alias>.grid` as in Stage 2; left out, the token grid of Wan 2.1.
-        """
-        height, width = self.data.size
-        return self.teacher.grid or (height // SIZE_STEP, width // SIZE_STEP)

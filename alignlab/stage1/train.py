@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignlab.config.data import SIZE_STEP
 from alignlab.config.paths import user_path
 from alignlab.data.registry import build_splits
 from alignlab.data.sample import ClipDataset
@@ -20,7 +21,7 @@ from alignlab.distributed.ranks import Ranks, single_rank
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import Stage1Info, Stage1Teacher, save_stage1
 from alignlab.models.text_encoder import cut_captions
-from alignlab.models.wan import load_text_encoder
+from alignlab.models.wan import load_text_encoder, pipeline_grid
 from alignlab.progress import warn_once
 from alignlab.runs.atomic_files import clear_leftovers, whole_folder
 from alignlab.runs.checkpoint_folders import step_of
@@ -256,7 +257,25 @@ def load_frozen_models(
             device="cpu" if model.text_encoder == "cpu" else device,
             load=not values.keeps("text"),
         )
-    return FrozenModels(teacher, config.grid, text, device, values)
+    return FrozenModels(teacher, teacher_grid(config), text, device, values)
+
+
+def teacher_grid(config: Stage1Config) -> tuple[int, int]:
+    """(height, width) in tokens that the teacher is asked for.
+
+    `teachers.<alias>.grid` as in Stage 2. Left out, the token grid of the recipe's model, and
+    without one that of Wan 2.1.
+
+    Raises:
+        UserError: the model cannot be had, or the clips do not fit it.
+    """
+    if config.teacher.grid is not None:
+        return config.teacher.grid
+    height, width = config.data.size
+    if config.model is None:
+        return height // SIZE_STEP, width // SIZE_STEP
+    _, *grid_HW = pipeline_grid(config.model.path, config.data.frames, height, width)
+    return grid_HW[0], grid_HW[1]
 
 
 def stage1_info(
@@ -279,7 +298,7 @@ def stage1_info(
             family=row.family, path=row.path, feature=row.feature, weights=teacher.digest()
         ),
         teacher_dim=teacher.dim,
-        grid=config.grid,
+        grid=teacher_grid(config),
         text=None if config.model is None else config.model.path,
         module=module,
     )

@@ -46,12 +46,14 @@ def diffusion_folder(family: str, path: str) -> Path:
     Raises:
         UserError: the folder or the hub id cannot be used.
     """
+    from alignlab.models.experts import has_two_transformers, pipeline_index
+
     setting = f"teachers ({family}) path"
+    if has_two_transformers(pipeline_index(path, setting=setting)):
+        raise UserError(f"{setting}: {path} holds two transformers (Wan 2.2 experts); name one")
     patterns = ["model_index.json", "tokenizer/*"]
     patterns += [f"{part}/*.{e}" for part in ("transformer", *ENCODERS[:2]) for e in PART_FILES]
     folder = local_folder(path, setting=setting, marker="model_index.json", patterns=patterns)
-    if (folder / "transformer_2").is_dir():
-        raise UserError(f"{setting}: {folder} holds two transformers (Wan 2.2 experts); name one")
     for part in ("transformer", *ENCODERS):
         if not (folder / part).is_dir():
             raise UserError(f"{setting}: {folder} has no {part}/ folder")

@@ -22,12 +22,13 @@ from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import Ranks
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
-from alignlab.losses.gate import gate_weights
+from alignlab.losses.gate import NoGate, gate_weights
 from alignlab.losses.objective import ObjectiveConfig
 from alignlab.losses.schedule import StopAt
 from alignlab.losses.weight import GradientShare
+from alignlab.models.experts import noise_window
 from alignlab.progress import warn_once
-from alignlab.training.flow_matching import representative_levels
+from alignlab.training.flow_matching import check_window, representative_levels
 from alignlab.training.step_terms import ALIGNED, Aligned
 
 # A run stops once recipe and data let an objective align so many samples, and it aligned none. If
@@ -36,6 +37,7 @@ from alignlab.training.step_terms import ALIGNED, Aligned
 STOP_AT_EXPECTED = 1000
 # A shorter run that aligned nothing is an error unless that is so likely by chance.
 CHANCE = 1e-3
+CONSTANT = 0.01  # by how much a gate that counts as constant varies, of its largest value
 
 
 def trains(objective: ObjectiveConfig) -> bool:
@@ -44,11 +46,12 @@ def trains(objective: ObjectiveConfig) -> bool:
 
 
 def check_recipe(config: RunConfig) -> None:
-    """Refuses a recipe by which an objective never has anything to align.
+    """Refuses a recipe by which an objective never has anything to align, or no level is drawn.
 
     Raises:
-        UserError: it names objective and setting.
+        UserError: it names objective and setting, or the model has no such expert.
     """
+    check_window(config.flow, noise_window(config.model))
     for alias, objective in config.objectives.items():
         if not trains(objective):
             continue
@@ -103,8 +106,30 @@ def _kept_references(config: RunConfig) -> float:
 
 def _gate_share(config: RunConfig, objective: ObjectiveConfig) -> float:
     """Share of the noise levels of training at which the gate is above 0."""
-    levels = representative_levels(config.flow).float()  # a batch's are fp32
-    return float((gate_weights(objective.gate, levels) > 0).double().mean())
+    return float((_gate_weights(config, objective) > 0).double().mean())
+
+
+def _gate_weights(config: RunConfig, objective: ObjectiveConfig) -> Tensor:
+    """The gate at noise levels of training."""
+    levels = representative_levels(config.flow, noise_window(config.model))
+    return gate_weights(objective.gate, levels.float())  # a batch's are fp32
+
+
+def gate_notes(config: RunConfig) -> list[str]:
+    """What has to be said of gates that tell no noise level of the trained expert from another."""
+    notes = []
+    for alias, objective in config.objectives.items():
+        if config.model.expert is None or isinstance(objective.gate, NoGate):
+            continue
+        weights = _gate_weights(config, objective)
+        low, high = float(weights.min()), float(weights.max())
+        if trains(objective) and high - low <= CONSTANT * high:
+            notes.append(
+                f"objectives.{alias}.gate: it is {high:.3g} at every noise level that "
+                f"model.expert={config.model.expert} is trained at: it only scales the weight; "
+                "choose one that varies there, or gate: none"
+            )
+    return notes
 
 
 @dataclass(frozen=True)

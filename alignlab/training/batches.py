@@ -19,6 +19,7 @@ from alignlab.dataset_cache.clip_keys import reference_key, text_key, video_key
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.dataset_cache.key import CacheKey
 from alignlab.kernels.host_copy import to_device
+from alignlab.models.experts import WHOLE, Window
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.randomness import generator
 from alignlab.training.centring import centre_clips, centre_key, kept_centre
@@ -320,6 +321,7 @@ def training_batch(
     cleaner: float | None = None,
     whole: range | None = None,
     levels: TwoLevels | None = None,
+    window: Window = WHOLE,
 ) -> Batch:
     """The samples `samples` of a step's global batch, on the CPU.
 
@@ -337,6 +339,7 @@ def training_batch(
         whole: all samples of the step, whose noise levels `step_sigma_S` is to hold; None: nothing
             reads them.
         levels: of samples that hold two noise levels; None: each holds one.
+        window: where noise levels are drawn.
     """
     encoded, noise, sigma, keep = [], [], [], []
     for sample in samples:
@@ -344,18 +347,18 @@ def training_batch(
         encoded.append(clips[drawn_clip(len(clips), seed, step, sample)])
         rng = generator(seed, "noise", step, sample)
         noise.append(torch.randn(encoded[-1].latents_CTHW.shape, generator=rng))
-        sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample)))
+        sigma.append(draw_sigma(flow, generator(seed, "sigma", step, sample), window))
         keep.append(_draw_kept(flow, generator(seed, "dropout", step, sample)))
     batch = collate(encoded, noise, sigma, keep, clips.empty_text_LD)
     if cleaner is not None:
         draws = [torch.rand((), generator=generator(seed, "cleaner", step, n)) for n in samples]
         batch = replace(batch, cleaner_B=cleaner * torch.stack(draws))
     if whole is not None:
-        drawn = [draw_sigma(flow, generator(seed, "sigma", step, n)) for n in whole]
+        drawn = [draw_sigma(flow, generator(seed, "sigma", step, n), window) for n in whole]
         batch = replace(batch, step_sigma_S=torch.tensor(drawn, dtype=torch.float32))
     if levels is not None:
         size = batch.latents_BCTHW.shape[2:]
-        second = levels.drawn(flow, size, seed=seed, step=step, samples=samples)
+        second = levels.drawn(flow, size, seed=seed, step=step, samples=samples, window=window)
         batch = replace(batch, second=second)
     if clips.keeps_features:
         batch.load(reads)

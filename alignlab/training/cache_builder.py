@@ -15,8 +15,8 @@ from alignlab.dataset_cache.store import write_reason
 from alignlab.distributed.ranks import single_rank
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.objective import Grid
-from alignlab.models.model_files import read_object
-from alignlab.models.wan import checked_pipeline, frozen_parts
+from alignlab.models.experts import transformer_part
+from alignlab.models.wan import checked_pipeline, frozen_parts, patch_size
 from alignlab.sampling import negative_text
 from alignlab.teachers import DiffusionTeacher, Teacher, teacher_of_clips
 from alignlab.training.batches import ClipEncoder
@@ -125,16 +125,15 @@ class RunCacheBuilder(CacheBuilder):
         data = first.data
         super().__init__(data.cache, first.output)
         device = single_rank(first.model.precision).device
-        folder = checked_pipeline(first.model.path)
+        folder = checked_pipeline(first.model.path, first.model.expert)
         frozen = frozen_parts(
             folder,
             precision=first.model.precision,
             device=device,
             text_encoder=first.model.text_encoder,
         )
-        settings = read_object(folder / "transformer" / "config.json", setting="model.path")
         self._frozen = frozen
-        patch = settings.get("patch_size", (1, 2, 2))
+        patch = patch_size(folder / transformer_part(first.model.expert))
         self._grid: Grid = frozen.token_grid(patch, data.frames, *data.size)
         splits = build_splits(data, memory=user_path(first.output))
         self._splits = {

@@ -4,17 +4,24 @@ sigma in (0, 1] is the noise level after the shift, 1 is pure noise; the model's
 1000 sigma, and the target is `noise - clean`. Shape letters: B batch, then latent dimensions.
 """
 
+import math
 from collections.abc import Callable
 from itertools import islice, pairwise, product
+from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import expit, logit, ndtr, ndtri
 from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
 from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
+from alignlab.models.experts import WHOLE, Window, noise_window
 from alignlab.randomness import generator
 
 HISTOGRAM_DRAWS = 10_000
+SMALLEST_SHARE = 1e-250  # of the draws in a window: below it floats run out of digits
 TRAIN_STEPS = 1000  # the discrete noise levels of Wan and of RefAlign's code
 
 
@@ -29,40 +36,104 @@ def train_levels(config: FlowConfig) -> Tensor:
     return u if config.sampler == "uniform" else shifted(u, config.shift)
 
 
-def representative_levels(config: FlowConfig) -> Tensor:
+def representative_levels(config: FlowConfig, window: Window = WHOLE) -> Tensor:
     """Noise levels that stand for what `draw_sigma` draws, ascending, float64.
 
-    All 1000 of `train_levels`, or 10,000 evenly spaced quantiles of `logit_normal`.
+    All of `train_levels` in the window, or 10,000 evenly spaced quantiles of `logit_normal` there.
     """
     if config.sampler != "logit_normal":
-        return train_levels(config)
+        return _levels_within(config, window)
     share = (torch.arange(HISTOGRAM_DRAWS, dtype=torch.float64) + 0.5) / HISTOGRAM_DRAWS
-    z = torch.special.ndtri(share)
-    return shifted(torch.sigmoid(config.logit_mean + config.logit_std * z), config.shift)
+    if window == WHOLE:
+        z = torch.special.ndtri(share)
+        return shifted(torch.sigmoid(config.logit_mean + config.logit_std * z), config.shift)
+    return torch.from_numpy(np.sort(_logit_normal_within(config, window, share.numpy())))
 
 
-def draw_sigma(config: FlowConfig, rng: torch.Generator) -> float:
+def draw_sigma(config: FlowConfig, rng: torch.Generator, window: Window = WHOLE) -> float:
     """One noise level.
 
     `uniform` and `shifted` pick one of `train_levels` (RefAlign's code: shifted, shift 5);
-    `logit_normal` draws `u = sigmoid(N(mean, std))` and shifts it (SARA: shift 12).
+    `logit_normal` draws `u = sigmoid(N(mean, std))` and shifts it (SARA: shift 12). In a window it
+    is the same distribution, given that the level lies there: one number is drawn for each.
     """
-    if config.sampler == "logit_normal":
+    if config.sampler == "logit_normal" and window == WHOLE:
         z = torch.randn((), generator=rng, dtype=torch.float64)
         u = torch.sigmoid(config.logit_mean + config.logit_std * z)
         return float(shifted(u, config.shift))
-    pick = int(torch.randint(TRAIN_STEPS, (), generator=rng))
-    return float(train_levels(config)[pick])
+    if config.sampler == "logit_normal":
+        share = 1 - float(torch.rand((), generator=rng, dtype=torch.float64))  # in (0, 1]
+        return float(_logit_normal_within(config, window, share))
+    levels = _levels_within(config, window)
+    return float(levels[int(torch.randint(len(levels), (), generator=rng))])
+
+
+def check_window(config: FlowConfig, window: Window) -> None:
+    """Refuses a window in which no noise level is ever drawn.
+
+    Raises:
+        UserError: it names the settings.
+    """
+    if config.sampler == "logit_normal":
+        _, below, above = _normal_ends(config, window)
+        is_empty = not above - below > SMALLEST_SHARE
+    else:
+        is_empty = not len(_levels_within(config, window))
+    if is_empty:
+        raise UserError(
+            f"model.expert: it denoises t from {1000 * window.low:g} to {1000 * window.high:g}, "
+            f"where flow.sampler={config.sampler} with these settings draws no noise level"
+        )
+
+
+def _levels_within(config: FlowConfig, window: Window) -> Tensor:
+    levels = train_levels(config)
+    if window == WHOLE:
+        return levels
+    low, high = window.ends
+    return levels[(levels.float() >= low) & (levels.float() <= high)]
+
+
+def _logit_normal_within(config: FlowConfig, window: Window, share: Any) -> Any:
+    """Quantiles of `logit_normal` given the window: exact, by the inverse distribution function.
+
+    Args:
+        config: the distribution.
+        window: levels after the shift.
+        share: which quantiles, in (0, 1]; a number, or an array of them.
+    """
+    sign, below, above = _normal_ends(config, window)
+    z = sign * ndtri(below + (above - below) * share)
+    # the shift adds its logarithm to the logit
+    sigma = expit(config.logit_mean + config.logit_std * z + math.log(config.shift))
+    return np.clip(sigma, *window.ends)  # rounding may go past them
+
+
+def _normal_ends(config: FlowConfig, window: Window) -> tuple[int, float, float]:
+    """A sign, and the normal distribution function at both ends of a window times that sign.
+
+    The sign brings a window in the upper tail into the lower one, where floats are dense (and
+    scipy's functions exact: torch's ndtr has no digits below -6).
+    """
+    ends = np.array([window.low, window.high])
+    z = (logit(ends) - math.log(config.shift) - config.logit_mean) / config.logit_std
+    sign = -1 if z[0] > 0 else 1
+    below, above = sorted(float(x) for x in ndtr(sign * z))
+    return sign, below, above
 
 
 def timestep_histogram(config: RunConfig) -> dict[str, float]:
-    """Share of the noise levels in each tenth of [0, 1], over the run's first 10,000 draws."""
+    """Share of the noise levels in each tenth of [0, 1], over the run's first 10,000 draws.
+
+    With `model.expert` in each tenth of its window.
+    """
+    window = noise_window(config.model)
     every = product(range(config.steps), range(config.optim.batch_size))
     addresses = list(islice(every, HISTOGRAM_DRAWS))
     counts = [0] * 10
     for step, sample in addresses:
-        sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample))
-        counts[min(9, int(sigma * 10))] += 1
+        sigma = draw_sigma(config.flow, generator(config.seed, "sigma", step, sample), window)
+        counts[min(9, int(window.share(sigma) * 10))] += 1
     return {f"timesteps/t{i}": count / len(addresses) for i, count in enumerate(counts)}
 
 

@@ -63,8 +63,14 @@ def check_fits(config: RunConfig, there: RunConfig, run: Path) -> None:
         run: the folder of that one.
 
     Raises:
-        UserError: one of the two trains a LoRA and the other all weights, or their LoRAs differ.
+        UserError: one of the two trains a LoRA and the other all weights, their LoRAs differ, or
+            they train different experts.
     """
+    if there.model.expert != config.model.expert:
+        raise UserError(
+            f"{SETTING}: {run} has model.expert {there.model.expert}, this run "
+            f"{config.model.expert}: they must be equal"
+        )
     if there.model.train != config.model.train:
         whole = "export the run"
         if there.model.train == "lora":

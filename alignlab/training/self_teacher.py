@@ -34,6 +34,7 @@ class SelfTeacher:
         alias: of the objective.
         config: its settings.
         transformer: the student.
+        cleanest: noise level below which the average, which is of one expert, sees none.
 
     Attributes:
         average: the trained parameters' moving average by name, at first their own values; it is
@@ -41,8 +42,15 @@ class SelfTeacher:
         taps: on the deep blocks, to be among the `others` of the run's branch.
     """
 
-    def __init__(self, alias: str, config: SelfTeacherConfig, transformer: WanTransformer) -> None:
+    def __init__(
+        self,
+        alias: str,
+        config: SelfTeacherConfig,
+        transformer: WanTransformer,
+        cleanest: float = 0.0,
+    ) -> None:
         self.alias, self.config = alias, config
+        self._cleanest = cleanest
         self.taps = Taps(transformer, config.deep_blocks)
         _, *patch = transformer.config["patch_size"]
         self._patch_HW = (int(patch[0]), int(patch[1]))
@@ -54,12 +62,15 @@ class SelfTeacher:
 
     @classmethod
     def of(
-        cls, objectives: dict[str, ObjectiveConfig], transformer: WanTransformer
+        cls,
+        objectives: dict[str, ObjectiveConfig],
+        transformer: WanTransformer,
+        cleanest: float = 0.0,
     ) -> "SelfTeacher | None":
         """That of a run's objectives, of which at most one has one."""
         for alias, config in objectives.items():
             if isinstance(config, SelfTeacherConfig):
-                return cls(alias, config, transformer)
+                return cls(alias, config, transformer, cleanest)
         return None
 
     @property
@@ -81,7 +92,7 @@ class SelfTeacher:
             sigma_B = batch.second.cleaner(batch.sigma_B)
         else:
             assert batch.cleaner_B is not None  # of every batch of such a run
-            sigma_B = (batch.sigma_B - batch.cleaner_B).clamp_min(0)
+            sigma_B = (batch.sigma_B - batch.cleaner_B).clamp_min(self._cleanest)
         blocks = self.config.deep_blocks
         kinds: dict[int, tuple[Kind, ...]] = {block: ("video",) for block in blocks}
         tapped = branch(

@@ -21,7 +21,9 @@ from alignlab.evaluation.token_metrics import MIN_TOKENS
 from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses.grids import Grid
 from alignlab.losses.objective import check_implementations
+from alignlab.models.experts import WHOLE, Window, noise_window
 from alignlab.models.frozen_parts import FrozenParts
+from alignlab.models.other_expert import folder_with_other
 from alignlab.models.pipeline_parts import COMPONENTS
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.text_encoder import cut_captions
@@ -30,6 +32,7 @@ from alignlab.progress import warn_once
 from alignlab.recipe import dump, recipe_hash
 from alignlab.runs.file_digests import sizes_digest
 from alignlab.teachers import DiffusionTeacher, teacher_from
+from alignlab.training.aligned_samples import gate_notes
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.checkpoint import RunState
@@ -63,6 +66,8 @@ class Run:
     notes: tuple[str, ...]
     """Warnings about data and teachers, which were logged; they are kept in `result.json`."""
     self_teacher: SelfTeacher | None = None
+    window: Window = WHOLE
+    """Noise levels that are drawn and validated."""
 
     @property
     def device(self) -> torch.device:
@@ -130,10 +135,15 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     check_data(alignment, dataset)
     alignment.check_world_size(ranks.world_size)
     captions = [clips.caption(i) for clips in (dataset, val_dataset) for i in range(len(clips))]
-    told = (*cut_captions(wan.text, captions), *_teacher_notes(config, alignment))
+    told = (
+        *cut_captions(wan.text, captions),
+        *_teacher_notes(config, alignment),
+        *gate_notes(config),
+    )
     for note in told:
         warn_once(note)
-    self_teacher = SelfTeacher.of(config.objectives, wan.transformer)
+    window = noise_window(config.model)
+    self_teacher = SelfTeacher.of(config.objectives, wan.transformer, window.ends[0])
     branch = ReferenceBranch.of(
         wan.transformer,
         config.model,
@@ -154,12 +164,14 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         caches,
         (*dataset.notes, *val_dataset.notes, *told),
         self_teacher,
+        window,
     )
 
 
 def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
     return load_wan(
         config.model.path,
+        expert=config.model.expert,
         train=config.model.train,
         lora=config.model.lora,
         attention=config.model.attention,
@@ -172,6 +184,7 @@ def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
         parks_vae=caches.values.keeps("video"),
         frozen=caches.frozen,
         load_frozen=config.data.cache.mode == "off",
+        clip=(config.data.frames, *config.data.size),
     )
 
 
@@ -262,12 +275,12 @@ def check_teachers_and_eval(run: Run) -> None:
     What diffusion teachers are centred by is made, by rank 0 for all. Teachers that objectives read
     must tell two clips apart, and the one that is only measured against must have sound weights:
     rank 0, which evaluates, alone reads it. Warns of an evaluation on fewer clips than asked for.
-    Kernels of other packages must be there, which probing and evaluating a run do without; metrics
-    of other packages are tried on real clips.
+    Kernels of other packages must be there, and the expert that is not trained, which probing and
+    evaluating a run do without; metrics of other packages are tried on real clips.
 
     Raises:
-        UserError: a teacher is of no use, a kernel that an objective names cannot run here, or a
-            metric cannot be measured.
+        UserError: a teacher is of no use, a kernel that an objective names cannot run here, the
+            other expert's files are missing, or a metric cannot be measured.
     """
     config = run.config
     for name, objective in config.objectives.items():
@@ -275,6 +288,8 @@ def check_teachers_and_eval(run: Run) -> None:
             check_implementations(objective)
         except ImplementationError as error:
             raise UserError(f"objectives.{name}: {error}") from error
+    if config.model.expert is not None and config.eval.generates:
+        run.ranks.on_main(_check_other_expert, config)
     run.ranks.on_main(try_own_metrics, run)
     grid = run.wan.latent_grid(config.data.frames, *config.data.size)
     check_teachers(run.alignment, config, grid, run.caches.values)
@@ -286,6 +301,11 @@ def check_teachers_and_eval(run: Run) -> None:
     if alias is not None and alias not in run.alignment.teachers:
         run.ranks.on_main(_check_measured_teacher, run, alias)
     warn_of_few_clips(run)
+
+
+def _check_other_expert(config: RunConfig) -> None:
+    # gives nothing: what rank 0 finds would be sent to the others
+    folder_with_other(config.model)
 
 
 def warn_of_few_clips(run: Run) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignlab.config.parts import FlowConfig
+from alignlab.models.experts import WHOLE, Window
 from alignlab.randomness import generator
 from alignlab.training.flow_matching import draw_sigma
 
@@ -72,7 +73,14 @@ class TwoLevels:
     patch_HW: tuple[int, int]
 
     def drawn(
-        self, flow: FlowConfig, size: Sequence[int], *, seed: int, step: int, samples: range
+        self,
+        flow: FlowConfig,
+        size: Sequence[int],
+        *,
+        seed: int,
+        step: int,
+        samples: range,
+        window: Window = WHOLE,
     ) -> SecondLevel:
         """Those of some samples of a step, on the CPU.
 
@@ -82,12 +90,13 @@ class TwoLevels:
             seed: the run's.
             step: from 0.
             samples: positions inside the step's batch.
+            window: where levels are drawn.
         """
         frames, height, width = size
         grid = (frames, height // self.patch_HW[0], width // self.patch_HW[1])
         sigma, has = [], []
         for sample in samples:
-            sigma.append(draw_sigma(flow, generator(seed, "second-sigma", step, sample)))
+            sigma.append(draw_sigma(flow, generator(seed, "second-sigma", step, sample), window))
             rng = generator(seed, "second-tokens", step, sample)
             has.append(torch.rand(grid, generator=rng) < self.mask_ratio)
         return SecondLevel(

@@ -3,7 +3,7 @@
 That holds for the variants of a comparison and for the trials of a sweep alike.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue
@@ -38,10 +38,11 @@ def check_fair(config: CompareConfig) -> None:
     """Refuse variants that are measured differently, or tuned with different means.
 
     `eval`, `data`, the teacher that tokens are measured against, and the shift of noise levels that
-    clips are generated with must be equal. So must the number of trials of the sweeps that variants
-    come from, and the steps, seeds and metric of a trial. Settings named in `allow_differences` may
-    differ. A variant without a sweep has 0 trials; the baseline may have none where the sweeps
-    searched nothing but objectives, which it does not have.
+    clips are generated with must be equal, and so must `model.expert`, and with one `model.path`:
+    they say at which noise levels a run is measured. So must the number of trials of the sweeps
+    that variants come from, and the steps, seeds and metric of a trial. Settings named in
+    `allow_differences` may differ. A variant without a sweep has 0 trials; the baseline may have
+    none where the sweeps searched nothing but objectives, which it does not have.
 
     Raises:
         UserError: a setting differs, `allow_differences` names none of these, or a sweep searched
@@ -80,7 +81,7 @@ def measured_differently(runs: Mapping[str, RunConfig]) -> dict[str, dict[str, J
     }
     if len(set(measured.values())) > 1:
         differing["eval.teacher"] = {**measured}
-    shifts = {name: guidance_of(run).shift for name, run in runs.items() if _generates(run)}
+    shifts = {name: guidance_of(run).shift for name, run in runs.items() if run.eval.generates}
     if len(set(shifts.values())) > 1:
         differing["eval.sample_shift"] = {**shifts}
     return differing
@@ -122,10 +123,11 @@ def _check_searched(config: CompareConfig) -> None:
                 raise UserError(f"variants.{variant}.from: {tuning.sweep} searched {key}: {reason}")
 
 
-def _fixed(runs: Iterable[RunConfig]) -> tuple[str, ...]:
+def _fixed(runs: Collection[RunConfig]) -> tuple[str, ...]:
     """Settings, or sections of them, that say how a run is measured."""
     aliases = {alias for run in runs if (alias := run.measured_against) is not None}
-    return ("eval", "data", *(f"teachers.{alias}" for alias in sorted(aliases)))
+    levels = ("model.expert", "model.path") if any(run.model.expert for run in runs) else ()
+    return ("eval", "data", *levels, *(f"teachers.{alias}" for alias in sorted(aliases)))
 
 
 def _is_numberless(key: str) -> bool:
@@ -162,7 +164,3 @@ def unequal_tuning(
 
 def _keys(searched: JsonValue) -> list[str]:
     return [str(key) for key in searched] if isinstance(searched, list) else []
-
-
-def _generates(run: RunConfig) -> bool:
-    return bool(run.eval.sample_clips or run.eval.generated_clips)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -286,7 +287,13 @@ class Comparison:
 
     def quantity(self, metric: str) -> Quantity:
         """What a metric means here; one of another package as it was when it measured the runs."""
-        return quantity(metric, own_quantities(self.own_metrics))
+        return quantity(metric, own_quantities(self.own_metrics), self.expert)
+
+    @cached_property
+    def expert(self) -> str | None:
+        """`model.expert` of the recipe, whose window the bins of the timestep divide."""
+        match = re.search(r"^model:\n(?:[ ].*\n)*?  expert: (high|low)$", self.recipe, re.MULTILINE)
+        return match[1] if match else None
 
     def save(self, path: Path) -> None:
         """Write as JSON."""

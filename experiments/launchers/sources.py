@@ -45,7 +45,7 @@ def waits(key: RunKey, runs: Mapping[RunKey, RunConfig], missing: Container[RunK
 
 
 def _check(run: RunConfig) -> None:
-    checked_pipeline(run.model.path)
+    checked_pipeline(run.model.path, run.model.expert)
     for alias in used_teachers(run):
         teacher = run.teachers[alias]
         assert teacher.path is not None  # the family's, if left out

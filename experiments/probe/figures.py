@@ -38,6 +38,7 @@ class MapTable:
         hint: how to read it.
         blocks: 0-based.
         values: by model, a row per block, a column per noise level; None where unknown.
+        sigmas: the noise levels.
     """
 
     measure: str
@@ -45,6 +46,7 @@ class MapTable:
     hint: str
     blocks: tuple[int, ...]
     values: dict[str, list[list[float | None]]]
+    sigmas: tuple[float, ...] = SIGMAS
 
     def change(self, row: int, column: int) -> float | None:
         """After minus before."""
@@ -52,7 +54,11 @@ class MapTable:
         return None if before is None or after is None else after - before
 
 
-def map_tables(cells: Sequence[Cell], measures: Mapping[str, tuple[str, str]]) -> list[MapTable]:
+def map_tables(
+    cells: Sequence[Cell],
+    measures: Mapping[str, tuple[str, str]],
+    sigmas: tuple[float, ...] = SIGMAS,
+) -> list[MapTable]:
     """A table for each of `measures` (label, hint) that was taken, in their order."""
     values_of = {(c.measure, c.model, c.block, c.sigma): c.value for c in cells}
     tables = []
@@ -60,10 +66,10 @@ def map_tables(cells: Sequence[Cell], measures: Mapping[str, tuple[str, str]]) -
         blocks = tuple(sorted({c.block for c in cells if c.measure == measure}))
         if blocks:
             values = {
-                model: [[values_of.get((measure, model, b, s)) for s in SIGMAS] for b in blocks]
+                model: [[values_of.get((measure, model, b, s)) for s in sigmas] for b in blocks]
                 for model in MODELS
             }
-            tables.append(MapTable(measure, label, hint, blocks, values))
+            tables.append(MapTable(measure, label, hint, blocks, values, sigmas))
     return tables
 
 
@@ -72,21 +78,25 @@ def map_charts(table: MapTable, aligned: Sequence[int]) -> list[Chart]:
     names = [f"{b} ●" if b in aligned else str(b) for b in table.blocks]
     every = [v for model in MODELS for row in table.values[model] for v in row if v is not None]
     ends = (min(every), max(every))
-    places = range(len(table.blocks)), range(len(SIGMAS))
+    places = range(len(table.blocks)), range(len(table.sigmas))
     change = [[table.change(row, column) for column in places[1]] for row in places[0]]
     largest = max((abs(v) for row in change for v in row if v is not None), default=0.0) or 1.0
+    columns = [f"{sigma:g}" for sigma in table.sigmas]
     charts = [
-        _map(f"{table.label}: {model}", table.values[model], names, ends, "viridis")
+        _map(f"{table.label}: {model}", table.values[model], (names, columns), ends, "viridis")
         for model in MODELS
     ]
     title = f"{table.label}: change"
-    return [*charts, _map(title, change, names, (-largest, largest), _DIVERGING, sign="+")]
+    return [
+        *charts,
+        _map(title, change, (names, columns), (-largest, largest), _DIVERGING, sign="+"),
+    ]
 
 
 def _map(
     title: str,
     values: list[list[float | None]],
-    blocks: list[str],
+    names: tuple[list[str], list[str]],
     ends: tuple[float, float],
     colours: str | LinearSegmentedColormap,
     sign: str = "",
@@ -94,7 +104,7 @@ def _map(
     return heat_map(
         title,
         values,
-        (blocks, [f"{sigma:g}" for sigma in SIGMAS]),
+        names,
         axes_titles=("block", "noise level"),
         ends=ends,
         colours=colours,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from alignlab.data.video import encode_mp4
 from alignlab.evaluation.feature_maps import FeatureClip
-from alignlab.evaluation.probe import MODELS, SIGMAS, TOKEN_SIGMA, RunProbe, probe_run
+from alignlab.evaluation.probe import MODELS, RunProbe, probe_run
 from alignlab.experiments.charts.chart import Chart
 from alignlab.experiments.charts.look import styles
 from alignlab.experiments.probe.figures import MapTable, map_charts, map_tables
@@ -96,7 +96,7 @@ def probe_csv(result: RunProbe) -> str:
 
 
 def _html(result: RunProbe) -> str:
-    tables = map_tables(result.cells, MEASURES)
+    tables = map_tables(result.cells, MEASURES, result.sigmas)
     sections: dict[str, list[Chart]] = {
         f"map-{table.measure}": map_charts(table, result.aligned) for table in tables
     }
@@ -117,8 +117,8 @@ def _html(result: RunProbe) -> str:
         scatter_table=scatter_table,
         clips=_clips(result),
         explained=_explained(result.features),
-        token_sigma=TOKEN_SIGMA,
-        feature_sigma=FeatureClip.SIGMA,
+        token_sigma=f"{result.token_sigma:g}",
+        feature_sigma=f"{result.feature_sigma:g}",
         format_number=format_number,
     )
 
@@ -130,7 +130,7 @@ def lead(result: RunProbe, tables: list[MapTable]) -> list[str]:
         cells = [
             (row, column, change)
             for row in range(len(table.blocks))
-            for column in range(len(SIGMAS))
+            for column in range(len(table.sigmas))
             if (change := table.change(row, column)) is not None
         ]
         if not cells:
@@ -144,7 +144,7 @@ def lead(result: RunProbe, tables: list[MapTable]) -> list[str]:
         sentences.append(
             f"{table.label}: {decimals(before)} before, {decimals(after)} after, mean of the map; "
             f"the largest change is {decimals(most, '+')} at block {block} (depth {block + 1}), "
-            f"noise level {SIGMAS[column]:g}."
+            f"noise level {table.sigmas[column]:g}."
         )
     return sentences
 
@@ -153,11 +153,11 @@ def _plain(table: MapTable) -> Table:
     rows = []
     for place, block in enumerate(table.blocks):
         texts = []
-        for column in range(len(SIGMAS)):
+        for column in range(len(table.sigmas)):
             before, after = (table.values[model][place][column] for model in MODELS)
             texts.append(f"{decimals(before)} → {decimals(after)}")
         rows.append((f"block {block} (depth {block + 1})", *texts))
-    head = ("block", *(f"noise level {sigma:g}" for sigma in SIGMAS))
+    head = ("block", *(f"noise level {sigma:g}" for sigma in table.sigmas))
     return Table(f"{table.label}, before → after", head, tuple(rows))
 
 

@@ -99,6 +99,8 @@ def timestep_charts(comparison: Comparison, rows: list[SummaryRow]) -> list[Char
     places = {f"{TARGET}/t{index}": (index + 0.5) / _NUM_BINS for index in range(_NUM_BINS)}
     values, differences = _by_place(rows, places)
     name = "timestep t (1 is pure noise)"
+    if comparison.expert is not None:
+        name = f"share of the {comparison.expert}-noise expert's t (1 is its noisiest)"
     title, paired = "validation flow loss by timestep", "the same, minus baseline"
     charts = _chart(comparison, title, "", values, name, markers=True)
     words = "below zero is better"

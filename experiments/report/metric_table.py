@@ -130,23 +130,26 @@ def bin_of(metric: str) -> int | None:
     return int(match["bin"]) if match and match["bin"] else None
 
 
-def quantity(metric: str, own: Mapping[str, Quantity] = _NONE) -> Quantity:
+def quantity(
+    metric: str, own: Mapping[str, Quantity] = _NONE, expert: str | None = None
+) -> Quantity:
     """Meaning of a metric; a name that is not known is its own label.
 
     Args:
         metric: flat name.
         own: metrics of other packages, by base name. What one means is said by the comparison or
             the recipe at hand, and by nothing else; alignlab's own keep their meaning.
+        expert: `model.expert` of the runs, if they have one.
     """
     base, part = split_name(metric)
     ours = QUANTITIES | COST_QUANTITIES | _COMPARED
     known = ours.get(base) or own.get(base) or Quantity(base)
-    label = known.label + _part_label(metric)
+    label = known.label + _part_label(metric, expert)
     whole = part in ("", "mean")
     return replace(known, label=label, headline=known.headline and whole)
 
 
-def _part_label(metric: str) -> str:
+def _part_label(metric: str, expert: str | None) -> str:
     match = _PART.search(metric)
     if match is None:
         return ""
@@ -155,5 +158,7 @@ def _part_label(metric: str) -> str:
     if match["block"]:
         # Papers count from one: "depth d" is block d - 1.
         return f", block {match['block']} (depth {int(match['block']) + 1})"
+    if expert is not None:
+        return f", tenth {int(match['bin']) + 1} of the {expert}-noise expert's t"
     low = int(match["bin"]) / 10
     return f", t {low:.1f} to {low + 0.1:.1f}"

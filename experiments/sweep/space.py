@@ -33,6 +33,7 @@ from alignlab.experiments.sweep.config import (
     SweepConfig,
 )
 from alignlab.losses.weight import GradientShare
+from alignlab.models.experts import transformer_part
 from alignlab.models.model_files import on_disk, read_object
 from alignlab.recipe import recipe_hash, validated
 
@@ -316,7 +317,8 @@ def setting_of(base: RunConfig, key: str) -> Any:
 def num_blocks_of(base: RunConfig) -> int | None:
     """Read from the model's folder; None for a model that is not there yet."""
     folder = on_disk(base.model.path)
-    path = None if folder is None else folder / "transformer" / "config.json"
+    part = transformer_part(base.model.expert)
+    path = None if folder is None else folder / part / "config.json"
     if path is None or not path.is_file():
         return None
     layers = read_object(path, setting="model.path").get("num_layers")

@@ -43,7 +43,7 @@ from alignlab.train import RunTrainer, Trainer, train
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.setup import Caches, build_run
 from run_contents import timeless_rows
-from tiny_wan import _tokenizer
+from tiny_wan import tokenizer_of_captions
 
 SKIPPED = 4  # steps that load models, fill caches of torch, and begin the threads
 ENCODING = "frozen models"
@@ -139,7 +139,7 @@ def compare_ways(folder: Path, data: str, ways: list[str], steps: int, rounds: i
 def write_wide(folder: Path) -> tuple[Path, Path]:
     """A pipeline and a teacher as wide as the real ones: the whole VAE, one or two layers else."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = tokenizer_of_captions()
     text = UMT5Config(
         vocab_size=len(tokenizer),
         d_model=4096,

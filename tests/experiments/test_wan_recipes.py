@@ -18,7 +18,8 @@ from alignlab.losses.sara import SaraConfig
 from alignlab.recipe import dump, load_run, load_stage1_run
 from alignlab.runs.run_folder import RunFolder
 
-WAN = sorted(name for name in shipped_recipes() if name.startswith("wan21_1.3b"))
+WAN = sorted(name for name in shipped_recipes() if name.startswith("wan2"))
+OF_14B = ["wan21_14b", "wan22_5b", "wan22_a14b_sara"]
 COUNTS = {"one": 1, "eight": 8}
 
 
@@ -52,6 +53,7 @@ def test_there_are_recipes_for_one_and_for_eight() -> None:
         ("wan21_1.3b_1gpu", 1),
         ("wan21_1.3b_8gpu", 8),
         ("wan21_1.3b_compare", 1),
+        *((name, 1) for name in OF_14B),
     ]
 
 
@@ -85,11 +87,11 @@ def test_the_comparison_is_fair() -> None:
     assert len(config.seeds) >= 3 and config.baseline == "none"
 
 
-@pytest.mark.parametrize("name", ["wan21_1.3b_compare", "stage1_sara_wan21_1.3b"])
+@pytest.mark.parametrize("name", ["wan21_1.3b_compare", "stage1_sara_wan21_1.3b", *OF_14B])
 def test_every_setting_has_its_source(name: str) -> None:
     lines = (recipe_folder() / f"{name}.yaml").read_text().splitlines()
     settings = [line for line in lines if re.match(r"\s*\w+: \S", line)]
-    names = re.compile(r"\s*(name|family|kind|seed|baseline|none): ")
+    names = re.compile(r"\s*(name|family|kind|seed: 0|baseline|none)\b")
     without = [line for line in settings if "  # " not in line and not names.match(line)]
     model = ["  path: Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] if name == "wan21_1.3b_compare" else []
     assert without == model
@@ -102,7 +104,7 @@ def test_the_comparison_reads_what_its_stage_1_leaves() -> None:
     assert isinstance(objective, SaraConfig)
     assert objective.aligner == str(RunFolder(Path(stage1.output) / stage1.name).stage1)
     teacher = run.teachers[objective.teacher]
-    assert {objective.teacher: teacher} == stage1.teachers and teacher.grid == stage1.grid
+    assert {objective.teacher: teacher} == stage1.teachers and teacher.grid == stage1.teacher.grid
     model = stage1.model
     assert model is not None
     assert (model.path, model.precision) == (run.model.path, run.model.precision)
@@ -111,3 +113,26 @@ def test_the_comparison_reads_what_its_stage_1_leaves() -> None:
     # masks of the comparison's clips, made by `alignlab data masks`, cover those of Stage 1
     assert stage1.data.metadata == "metadata-masks.jsonl"
     assert stage1.data.frames <= run.data.frames
+
+
+def test_sara_trains_the_expert_of_its_paper() -> None:
+    run = load_run("wan22_a14b_sara", [])
+    (objective,) = run.objectives.values()
+    assert isinstance(objective, SaraConfig) and objective.blocks == (17,)
+    assert (run.model.expert, run.flow.sampler, run.flow.shift) == ("high", "logit_normal", 12.0)
+    assert (run.optim.batch_size, run.steps, run.data.size) == (40, 3000, (480, 848))
+    # the command in its head leaves the network that it names, trained for its teacher and text
+    head = (recipe_folder() / "wan22_a14b_sara.yaml").read_text().split("# Sources")[0]
+    command = re.search(r"stage1 sara (\S+) data.path=FOLDER (.*)\n#\s+(.*)\n", head)
+    assert command is not None
+    stage1 = load_stage1_run("sara", command[1], [*command[2].split(), *command[3].split()])
+    assert objective.aligner == str(RunFolder(Path(stage1.output) / stage1.name).stage1)
+    assert {objective.teacher: run.teachers[objective.teacher]} == stage1.teachers
+    assert stage1.model is not None and stage1.model.path == run.model.path
+
+
+def test_5b_has_clips_that_its_tokens_divide() -> None:
+    run = load_run("wan22_5b", [])
+    assert all(side % 32 == 0 for side in run.data.size) and run.model.expert is None
+    assert (run.data.frames, run.data.fps, run.flow.shift) == (121, 24, 5.0)
+    assert run.model.reference_timestep == "zero"

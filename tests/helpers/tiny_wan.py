@@ -19,7 +19,7 @@ CAPTIONS = [
 ]
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer_of_captions() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"])
@@ -36,6 +36,21 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def text_encoder_of(tokenizer: PreTrainedTokenizerFast) -> UMT5EncoderModel:
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    ).eval()
+
+
 def _transformer() -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         num_attention_heads=2,
@@ -48,15 +63,19 @@ def _transformer() -> WanTransformer3DModel:
         num_layers=4,
         rope_max_seq_len=32,
     )
-    # Wan's own initial weights keep text and neighbours faint; make every path count in a test.
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.startswith("blocks.") and name.endswith("weight") and weight.ndim == 2:
-                weight.mul_(2.0)
+    strengthen(model)
     return model
 
 
-def _autoencoder() -> AutoencoderKLWan:
+@torch.no_grad()
+def strengthen(model: WanTransformer3DModel) -> None:
+    """Wan's own initial weights keep text and neighbours faint; make every path count in a test."""
+    for name, weight in model.named_parameters():
+        if name.startswith("blocks.") and name.endswith("weight") and weight.ndim == 2:
+            weight.mul_(2.0)
+
+
+def autoencoder() -> AutoencoderKLWan:
     return AutoencoderKLWan(
         base_dim=8,
         z_dim=16,
@@ -75,23 +94,12 @@ def write_wan(folder: Path) -> Path:
     """Writes a pipeline folder: 4 blocks of width 48, autoencoder strides 4x8x8, 16 text tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer = _tokenizer()
-        text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=len(tokenizer),
-                d_model=32,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                pad_token_id=0,
-                eos_token_id=1,
-            )
-        )
+        tokenizer = tokenizer_of_captions()
+        text_encoder = text_encoder_of(tokenizer)
         pipeline = WanPipeline(
             tokenizer=tokenizer,
-            text_encoder=text_encoder.eval(),
-            vae=_autoencoder(),
+            text_encoder=text_encoder,
+            vae=autoencoder(),
             scheduler=UniPCMultistepScheduler(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
             ),

@@ -46,6 +46,16 @@ def test_what_a_variant_starts_from_is_a_difference(make: Make) -> None:
     assert differences(config) == {"model.init_from": {"none": None, "other": "runs/first"}}
 
 
+def test_the_path_of_an_expert_says_where_its_window_is(make: Make) -> None:
+    check_fair(make("model.path: somebody/another"))
+    allowed = "allow_differences: [model.expert]\n"
+    with pytest.raises(UserError, match=r"model\.path: variants are measured differently"):
+        check_fair(make("model.path: somebody/another, model.expert: high", allowed))
+    config = make("model.expert: high", allowed)
+    check_fair(config)
+    assert differences(config) == {"model.expert": {"none": None, "other": "high"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "setting", "shown"),
     [
@@ -53,6 +63,7 @@ def test_what_a_variant_starts_from_is_a_difference(make: Make) -> None:
         ("data.val_clips: 5", "data.val_clips", "none: 4, other: 5"),
         ("data.seed: 1", "data.seed", "none: 0, other: 1"),
         ("teachers.dino.feature: pre_norm", "teachers.dino.feature", "other: pre_norm"),
+        ("model.expert: low", "model.expert", "none: None, other: low"),
     ],
 )
 def test_other_measurements_are_refused_before_training(

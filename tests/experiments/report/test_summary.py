@@ -19,6 +19,7 @@ from alignlab.experiments.report.formatting import (
 )
 from alignlab.experiments.report.metric_table import quantity
 from alignlab.experiments.report.summary import SummaryRow, footnotes, joined, summary_rows
+from alignlab.recipe import to_yaml
 from made_comparisons import make_comparison
 
 MINUS = "\N{MINUS SIGN}"
@@ -135,6 +136,18 @@ def test_labels_say_block_depth_and_timestep() -> None:
     assert quantity("teacher_retrieval/block3").label.endswith("block 3 (depth 4)")
     assert quantity("val/flow/t9").label == "validation flow loss, t 0.9 to 1.0"
     assert quantity("my/own").label == "my/own"
+
+
+def test_bins_of_an_expert_are_of_its_window() -> None:
+    labels = []
+    for expert in (None, "low"):
+        recipe = to_yaml({"name": "x", "model": {"path": "p", "expert": expert}, "steps": 1})
+        made = make_comparison([], recipe=recipe, variants=("none",))
+        labels.append(made.quantity("val/flow/t9").label)
+    assert labels == [
+        "validation flow loss, t 0.9 to 1.0",
+        "validation flow loss, tenth 10 of the low-noise expert's t",
+    ]
 
 
 def test_one_seed_has_no_spread_and_the_report_says_so() -> None:
