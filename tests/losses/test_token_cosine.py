@@ -18,7 +18,7 @@ from alignlab.losses.repa import repa_loss
 from alignlab.losses.sra import SraConfig
 from alignlab.losses.token_cosine import TokenCosineSettings, centered, frame_differences
 from alignlab.recipe import load_run
-from random_tensors import draw
+from random_tensors import draw, draw_double
 
 GRID, WIDTH = (3, 2, 3), 5
 NAMES = [name for name, row in BUILT_IN.items() if issubclass(row.Config, TokenCosineSettings)]
@@ -173,3 +173,29 @@ def test_refalign_logs_cosines_centred_over_tokens_with_a_subject() -> None:
         expected.append(float(torch.nn.functional.cosine_similarity(*sides, dim=-1).mean()))
     assert terms.centered_B is not None
     assert terms.centered_B.tolist() == pytest.approx([*expected, 0.0], abs=1e-6)
+
+
+def centred_gradient(student: Tensor, teacher: Tensor, *, settings: bool) -> Tensor:
+    """Of REPA's loss of centred tokens, as the setting has it or as the formula stands."""
+    student = student.requires_grad_()
+    center = TokenCosineSettings(centered=True).compared if settings else plainly_centered
+    loss = repa_loss(center(student).flatten(1, 2), center(teacher).flatten(1, 2)).sum()
+    (gradient,) = torch.autograd.grad(loss, student)
+    return gradient
+
+
+def plainly_centered(tokens_BTPD: Tensor) -> Tensor:
+    return centered(tokens_BTPD.flatten(1, 2)).view(tokens_BTPD.shape)
+
+
+def test_tokens_that_are_nearly_alike_have_no_gradient_without_bound() -> None:
+    far, teacher = draw_double(2, 1, 3, 6, WIDTH)
+    plain, bounded = (centred_gradient(far.clone(), teacher, settings=x) for x in (False, True))
+    torch.testing.assert_close(bounded, plain, rtol=1e-12, atol=0)
+    shared = torch.ones(WIDTH, dtype=torch.float64)
+    near = shared + 1e-6 * far
+    plain, bounded = (centred_gradient(near.clone(), teacher, settings=x) for x in (False, True))
+    count = near.shape[1] * near.shape[2]
+    assert plain.norm(dim=-1).max() > 1e4 / count
+    most = 1 / (0.2 * shared.norm()) / count  # that of a cosine with a vector so long
+    assert 0.1 * most < bounded.norm(dim=-1).max() <= 1.001 * most
