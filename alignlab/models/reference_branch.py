@@ -8,7 +8,7 @@ Shape letters: B batch, C channels, T latent frames, H height, W width, K refere
 tokens, D width, N tokens.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
@@ -213,8 +213,7 @@ class ReferenceBranch:
         dtype = self._model.patch_embedding.weight.dtype
         (forward, taps, kinds), area = self._passed_through(other), grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
-        passes: list[tuple[list[int], dict[int, list[Tensor]]]] = []
-        attention: list[tuple[list[int], dict[int, list[Tensor]]]] = []
+        passes: list[tuple[list[int], Recorded]] = []
         for group in _groups([len(e) for e in extra], alone=_communicates(self._transformer)):
             sequences = [
                 torch.cat([latents_BCTHW[i], extra[i].transpose(0, 1)], dim=1) for i in group
@@ -231,13 +230,10 @@ class ReferenceBranch:
                     return_dict=False,
                 )[0]
             velocity.update(zip(group, out[:, :, : grid[0]].float(), strict=True))
-            passes.append((group, recorded.outputs))
-            attention.append((group, recorded.attention))
-        samples, placed = (
-            _without_zeros(_by_sample(of), references, grid) for of in (passes, attention)
-        )
+            passes.append((group, recorded))
+        outputs, placed = (_without_zeros(of, references, grid) for of in _by_sample(passes))
         velocity_BCTHW = torch.stack([velocity[i] for i in range(len(references))])
-        tapped = block_tokens(samples, grid, kinds, placed)
+        tapped = block_tokens(outputs, grid, kinds, placed)
         return Output(velocity_BCTHW, tapped, _by_group(passes))
 
     def _passed_through(
@@ -300,24 +296,28 @@ class ReferenceBranch:
         return grid
 
 
-Passes = Sequence[tuple[Sequence[int], Mapping[int, Sequence[Tensor]]]]
-"""Of each forward pass the samples in it and, by block, the one tensor that the block put out."""
+Passes = Sequence[tuple[Sequence[int], Recorded]]
+"""Of each forward pass the samples in it, and what was recorded of it."""
 
 
-def _by_sample(passes: Passes) -> dict[int, dict[int, Tensor]]:
-    """What the blocks put out, by block and sample."""
-    found: dict[int, dict[int, Tensor]] = {}
-    for group, outputs in passes:
-        for block, (tokens,) in outputs.items():
-            found.setdefault(block, {}).update(zip(group, tokens, strict=True))
-    return found
+def _by_sample(passes: Passes) -> Iterator[dict[int, dict[int, Tensor]]]:
+    """By block and sample, what the blocks put out, then queries and keys of their attention."""
+    for recorded in (
+        [(group, of.outputs) for group, of in passes],
+        [(group, of.attention) for group, of in passes],
+    ):
+        found: dict[int, dict[int, Tensor]] = {}
+        for group, tensors in recorded:
+            for block, (tokens,) in tensors.items():
+                found.setdefault(block, {}).update(zip(group, tokens, strict=True))
+        yield found
 
 
 def _by_group(passes: Passes) -> dict[int, list[Tensor]]:
     """What the blocks put out, by block and pass; nothing where no gradient keeps it anyway."""
     found: dict[int, list[Tensor]] = {}
-    for _, outputs in passes if torch.is_grad_enabled() else ():
-        for block, (tokens,) in outputs.items():
+    for _, recorded in passes if torch.is_grad_enabled() else ():
+        for block, (tokens,) in recorded.outputs.items():
             found.setdefault(block, []).append(tokens)
     return found
 

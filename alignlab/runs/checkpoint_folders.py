@@ -40,6 +40,9 @@ WEIGHTS_ONLY = (
     "choose another name"
 )
 ASIDE = ".damaged"
+# A training that keeps one checkpoint writes the next and removes the last: whoever lists the
+# folder meanwhile may see neither, although there always is one.
+LISTINGS = 3
 _NAME = re.compile(r"step-\d{6,}")
 
 
@@ -48,7 +51,10 @@ def step_folders(checkpoints: Path) -> list[Path]:
 
     Whatever else lies there (`step-best`, `step-000012.damaged`, a file) is no checkpoint.
     """
-    found = (p for p in checkpoints.glob("step-*") if is_step_name(p.name) and p.is_dir())
+    for _ in range(LISTINGS):
+        found = [p for p in checkpoints.glob("step-*") if is_step_name(p.name) and p.is_dir()]
+        if found:
+            break
     return sorted(found, key=step_of)
 
 

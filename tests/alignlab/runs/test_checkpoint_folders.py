@@ -198,3 +198,23 @@ def test_readers_beside_a_writer_that_keeps_one_checkpoint(tmp_path: Path) -> No
     assert steps == sorted(steps) and len(set(steps)) > 5
     prune(checkpoints, keep=1)
     assert len(list(checkpoints.iterdir())) == 1
+
+
+def test_a_checkpoint_that_went_while_its_folder_was_listed_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside a writer that keeps one: the next is there, and this listing has it not yet."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    save(state_at(2), checkpoints, keep=1)
+    listed = Path.glob
+    seen: list[Path] = []
+
+    def glob(folder: Path, pattern: str) -> Iterator[Path]:
+        seen.append(folder)
+        return (
+            iter([checkpoints / "step-000001"]) if len(seen) == 1 else iter(listed(folder, pattern))
+        )
+
+    monkeypatch.setattr(Path, "glob", glob)
+    with reading(checkpoints) as newest:
+        assert step_of(newest) == 2
