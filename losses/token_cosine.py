@@ -44,7 +44,8 @@ def _bounded(centered_BND: Tensor, tokens_BND: Tensor) -> Tensor:
     length_BN1 = tokens_BND.norm(dim=-1, keepdim=True).to(left_BN1.dtype)
     share_BN1 = (left_BN1 / length_BN1.clamp_min(torch.finfo(left_BN1.dtype).tiny)).clamp_max(1.0)
     moving_BND = centered_BND * share_BN1.detach()
-    return moving_BND + (centered_BND - moving_BND).detach()
+    bounded_BND: Tensor = moving_BND + (centered_BND - moving_BND).detach()
+    return bounded_BND
 
 
 def frame_differences(tokens_BTPD: Tensor) -> Tensor:
