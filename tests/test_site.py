@@ -31,7 +31,7 @@ def test_every_setting_is_on_the_settings_page_with_all_that_is_known_of_it() ->
     anchors = [anchor for _, anchor, _, _ in entries]
     assert len(entries) == len(listed) == len(set(anchors)) > 250
     assert "setting-optim-lr" in anchors
-    assert "`AdamWConfig` in `alignlab/config/parts.py`" in page
+    assert "`AdamWConfig` in `alignlab/config/optim.py`" in page
     assert "`RepaConfig` in `losses/repa.py`" in page
 
 

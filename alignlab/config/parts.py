@@ -1,4 +1,4 @@
-"""Settings of the parts of a run: model, teachers, flow matching, optimizer, bookkeeping."""
+"""Settings of the parts of a run: teachers, flow matching, checkpoints, evaluation, tracking."""
 
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -15,8 +15,8 @@ from pydantic import (
 )
 
 from alignlab.config.data import ClipsConfig, RunName, Settings, unknown_name
-from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.limits import BATCH, SEEDS, SHIFT, STEPS, at_most
+from alignlab.config.optim import AdamWConfig
 from alignlab.errors import shown
 from alignlab.teachers import TEACHERS, attention_layers, parse_feature
 
@@ -36,10 +36,6 @@ Seeds = Annotated[tuple[Seed, ...], AfterValidator(_each_once)]
 Steps = Annotated[int, Field(ge=1), at_most(*STEPS)]
 Patches = Annotated[int, Field(ge=1), at_most(1024, "no teacher has so fine a grid")]
 
-Init = Literal["trained", "random"]
-TextEncoderPlace = Literal["auto", "keep", "cpu"]
-Expert = Literal["high", "low"]
-
 MLFLOW_PLACES = ("sqlite", "none", "databricks")
 # file:// is not among them: MLflow 3.13 and later refuse to write into folders
 MLFLOW_ADDRESS = (
@@ -47,89 +43,6 @@ MLFLOW_ADDRESS = (
     r"|databricks://\S+"
     r"|(sqlite|postgresql|mysql|mssql)(\+\w+)?://\S+"
 )
-
-
-class LoraConfig(Settings):
-    """Low-rank adapters instead of full fine-tuning."""
-
-    rank: Annotated[int, Field(ge=1), at_most(4096, "that is no low rank")] = 32
-    """Rank of the adapters."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Scale; the update is multiplied by alpha / rank. Equal to `rank`: no scaling."""
-    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
-    """Names of the adapted linear layers. The attention projections, as in diffusers' examples."""
-
-
-class ModelConfig(Settings):
-    """The video diffusion transformer and how it is trained."""
-
-    path: str
-    """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
-    expert: Expert | None = None
-    """Of a pipeline with two transformers (Wan 2.2 A14B) the one that is trained: `high`, whose
-    timesteps begin at `boundary_ratio` of its model_index.json, or `low`, below. No other noise
-    level is drawn or validated; clips are generated with both."""
-    init: Init = "trained"
-    """`trained`: the transformer starts with the weights of `path`. `random`: with diffusers'
-    initial weights in the architecture of `path`, whose own weights are not read; they depend on
-    `seed` alone, so that the variants of a comparison start from equal ones."""
-    init_from: str | None = None
-    """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`), whose last weights
-    this one starts from, with the projectors of objectives that fit, as RefAlign's second stage
-    does. Step, optimizer and moving average begin anew. Left out: `path` as it is."""
-    train: Literal["full", "lora"] = "full"
-    """Train all weights (RefAlign) or low-rank adapters."""
-    lora: LoraConfig | None = None
-    """Only with `train: lora`; left out, its defaults hold."""
-    attention: str = "native"
-    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention. Any other is
-    tried in a Wan block before training; `alignlab doctor` lists those that train here."""
-    gradient_checkpointing: bool = False
-    """Recompute block activations in the backward pass: less memory, about a third slower."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
-    text_encoder: TextEncoderPlace = Field(
-        default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
-    )
-    """Where the text encoder is. `auto`: on the device until the texts that the run reads are in
-    the dataset cache, then nowhere; without a cache of texts, on the device. `keep`: on the device
-    once it is loaded. `cpu`: as `auto`, but on the CPU, whose embeddings have other last bits than
-    a GPU's: it is part of what a run is."""
-    text_to_references: bool = False
-    """Let reference tokens attend to the text. RefAlign's code does not."""
-    absent_references: Literal["none", "zero"] = "none"
-    """What stands where references are absent or dropped: nothing, or (`zero`, RefAlign's code)
-    latents of zeros: one frame, and where guidance leaves references out one for each of them."""
-    reference_timestep: Literal["video", "zero"] = "video"
-    """Timestep of reference tokens, which are clean: the video's (RefAlign), or `zero`. With that
-    each token has its own, and modulation takes as much memory for each as for a sample else."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_lora(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("train") == "lora" and not values.get("lora"):
-            return {**values, "lora": {}}
-        return values
-
-    @model_validator(mode="after")
-    def _random_weights_are_trained(self) -> Self:
-        if self.init == "random" and self.train == "lora":
-            raise ValueError(
-                "random weights need train: full, since a LoRA leaves them as they are; set it, or "
-                "remove init: random"
-            )
-        if self.init == "random" and self.init_from is not None:
-            raise ValueError(
-                "init_from would replace the weights that init: random draws; remove one of the two"
-            )
-        return self
-
-    @field_validator("lora")
-    @classmethod
-    def _lora_is_read(cls, value: LoraConfig | None, info: ValidationInfo) -> LoraConfig | None:
-        if value is not None and info.data.get("train") == "full":
-            raise ValueError("nothing reads it with train: full; remove it or set train: lora")
-        return value
 
 
 class TeacherConfig(Settings):
@@ -268,56 +181,6 @@ class FlowConfig(Settings):
 def _unread_by(sampler: str) -> frozenset[str]:
     logit = frozenset({"logit_mean", "logit_std"})
     return {"uniform": logit | {"shift"}, "shifted": logit, "logit_normal": frozenset()}[sampler]
-
-
-class AdamWConfig(Settings):
-    """AdamW and its schedule."""
-
-    lr: Annotated[
-        float, Field(gt=0), at_most(1.0, "AdamW moves every weight by about lr a step")
-    ] = 5e-5
-    """Peak learning rate. 5e-5 is RefAlign's stage 1."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's moments. RefAlign's."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay. RefAlign's."""
-    grad_clip: float | None = Field(default=1.0, gt=0)
-    """Largest norm of the whole gradient; `null` clips nothing. 1.0 is REPA's, null RefAlign's."""
-    batch_size: Annotated[int, Field(ge=1), at_most(*BATCH)] = 1
-    """Samples per step, all ranks and micro-batches together."""
-    warmup: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up: kept, or brought to 0 at the last step."""
-    resume_schedule: Literal["keep", "stretch"] | None = None
-    """What becomes of schedules that depend on `steps` when a run is prolonged, by its recipe with
-    more `steps`: `stretch`, from there on as in a run of that many steps; `keep`, as planned for
-    the old number, and after that their last value. Left out: such a run is not prolonged. Nothing
-    else reads it."""
-
-    @field_validator("betas")
-    @classmethod
-    def _decay_rates(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"{list(betas)} must both be at least 0 and below 1")
-        return betas
-
-
-class OptimConfig(AdamWConfig):
-    """AdamW, its schedule, and what a run does around it."""
-
-    accumulate: int = Field(default=1, ge=1)
-    """Micro-batches that a step's samples are spread over to save memory; divides `batch_size`."""
-    ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay of an exponential moving average of the weights, used for evaluation and export."""
-
-    @field_validator("accumulate")
-    @classmethod
-    def _divides_batch(cls, accumulate: int, info: ValidationInfo) -> int:
-        batch_size = info.data.get("batch_size")
-        if batch_size is not None and batch_size % accumulate:
-            raise ValueError(f"{accumulate} does not divide optim.batch_size {batch_size}")
-        return accumulate
 
 
 class CheckpointConfig(Settings):

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, Union
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from alignlab.config.data import unknown_name
+from alignlab.config.model import ModelConfig
 from alignlab.config.names import check_alias
+from alignlab.config.optim import OptimConfig
 from alignlab.config.parts import (
     EvalConfig,
     FlowConfig,
-    ModelConfig,
-    OptimConfig,
     RunTrackingConfig,
     TeacherConfig,
     TrainingConfig,

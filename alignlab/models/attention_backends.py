@@ -20,7 +20,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from torch import Tensor
 
 from alignlab.config.data import unknown_name
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError, one_line
 from alignlab.models.lora import add_lora

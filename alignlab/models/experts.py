@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from alignlab.config.parts import Expert, ModelConfig
+from alignlab.config.model import Expert, ModelConfig
 from alignlab.errors import UserError
 from alignlab.models.model_files import local_folder, read_object
 

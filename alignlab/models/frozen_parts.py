@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from alignlab.config.parts import TextEncoderPlace
+from alignlab.config.model import TextEncoderPlace
 from alignlab.dataset_cache.key import Part
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid

@@ -7,7 +7,7 @@ from diffusers.training_utils import cast_training_params
 from torch import nn
 
 from alignlab.config.data import unknown_name
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.errors import UserError
 from alignlab.randomness import global_draws
 

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from diffusers import WanTransformer3DModel
 
-from alignlab.config.parts import ModelConfig
+from alignlab.config.model import ModelConfig
 from alignlab.errors import UserError
 from alignlab.models.experts import noise_window, other_part
 from alignlab.models.late_model import LateModel

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from alignlab.config.parts import ModelConfig
+from alignlab.config.model import ModelConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention import SameDtypeAttention, VideoTextAttention

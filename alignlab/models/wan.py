@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from alignlab.config.data import LATENT_STRIDE, SIZE_STEP
-from alignlab.config.parts import Expert, Init, LoraConfig, TextEncoderPlace
+from alignlab.config.model import Expert, Init, LoraConfig, TextEncoderPlace
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend

@@ -6,8 +6,10 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from alignlab.config.data import Settings
 from alignlab.config.identity import SAME_NUMBERS
+from alignlab.config.model import TextEncoderPlace
 from alignlab.config.names import check_alias
-from alignlab.config.parts import AdamWConfig, TeacherConfig, TextEncoderPlace, TrainingConfig
+from alignlab.config.optim import AdamWConfig
+from alignlab.config.parts import TeacherConfig, TrainingConfig
 from alignlab.config.run import check_video_frames
 from alignlab.data.registry import DataConfig
 from alignlab.stage1.registry import STAGE1_TASKS

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from alignlab import interruption
-from alignlab.config.parts import OptimConfig
+from alignlab.config.optim import OptimConfig
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights

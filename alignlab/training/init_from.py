@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignlab.config.parts import ModelConfig
+from alignlab.config.model import ModelConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.models.wan import Wan

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.parts import AdamWConfig
+from alignlab.config.optim import AdamWConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits, dataset_files

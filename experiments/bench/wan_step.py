@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.losses import build_objective
 from alignlab.losses.objective import Features
 from alignlab.losses.refalign import RefAlignConfig

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.errors import UserError
 from alignlab.export import export
 from alignlab.lora_formats import LoraFormat, write_lora

@@ -6,7 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from alignlab.config.data import FolderConfig, ShapesConfig
-from alignlab.config.parts import FlowConfig, LoraConfig, ModelConfig, OptimConfig, TeacherConfig
+from alignlab.config.model import LoraConfig, ModelConfig
+from alignlab.config.optim import OptimConfig
+from alignlab.config.parts import FlowConfig, TeacherConfig
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.models.attention import SameDtypeAttention

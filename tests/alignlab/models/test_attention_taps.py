@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers import transformer_wan
 from torch import Tensor
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.errors import UserError
 from alignlab.losses.haste_attention import attention_alignment_loss
 from alignlab.losses.objective import Tokens

@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftLora
 from peft import get_peft_model
 from torch import Tensor
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import Output, ReferenceBranch
 from alignlab.models.taps import Kind, Taps, block_tokens, find_wan

@@ -10,7 +10,7 @@ import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
-from alignlab.config.parts import LoraConfig
+from alignlab.config.model import LoraConfig
 from alignlab.errors import UserError
 from alignlab.models.lora import add_lora
 from alignlab.models.reference_branch import unwrap

@@ -1,0 +1,96 @@
+"""Settings of the model that is trained, and of its adapters."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from alignlab.config.data import Settings
+from alignlab.config.identity import SAME_NUMBERS
+from alignlab.config.limits import at_most
+
+Init = Literal["trained", "random"]
+TextEncoderPlace = Literal["auto", "keep", "cpu"]
+Expert = Literal["high", "low"]
+
+
+class LoraConfig(Settings):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: Annotated[int, Field(ge=1), at_most(4096, "that is no low rank")] = 32
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale; the update is multiplied by alpha / rank. Equal to `rank`: no scaling."""
+    targets: tuple[str, ...] = Field(default=("to_q", "to_k", "to_v", "to_out.0"), min_length=1)
+    """Names of the adapted linear layers. The attention projections, as in diffusers' examples."""
+
+
+class ModelConfig(Settings):
+    """The video diffusion transformer and how it is trained."""
+
+    path: str
+    """A diffusers Wan pipeline folder, an asset shipped with alignlab, or a hub id."""
+    expert: Expert | None = None
+    """Of a pipeline with two transformers (Wan 2.2 A14B) the one that is trained: `high`, whose
+    timesteps begin at `boundary_ratio` of its model_index.json, or `low`, below. No other noise
+    level is drawn or validated; clips are generated with both."""
+    init: Init = "trained"
+    """`trained`: the transformer starts with the weights of `path`. `random`: with diffusers'
+    initial weights in the architecture of `path`, whose own weights are not read; they depend on
+    `seed` alone, so that the variants of a comparison start from equal ones."""
+    init_from: str | None = None
+    """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`), whose last weights
+    this one starts from, with the projectors of objectives that fit, as RefAlign's second stage
+    does. Step, optimizer and moving average begin anew. Left out: `path` as it is."""
+    train: Literal["full", "lora"] = "full"
+    """Train all weights (RefAlign) or low-rank adapters."""
+    lora: LoraConfig | None = None
+    """Only with `train: lora`; left out, its defaults hold."""
+    attention: str = "native"
+    """A diffusers attention backend. `native` is torch's scaled_dot_product_attention. Any other is
+    tried in a Wan block before training; `alignlab doctor` lists those that train here."""
+    gradient_checkpointing: bool = False
+    """Recompute block activations in the backward pass: less memory, about a third slower."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
+    text_encoder: TextEncoderPlace = Field(
+        default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
+    )
+    """Where the text encoder is. `auto`: on the device until the texts that the run reads are in
+    the dataset cache, then nowhere; without a cache of texts, on the device. `keep`: on the device
+    once it is loaded. `cpu`: as `auto`, but on the CPU, whose embeddings have other last bits than
+    a GPU's: it is part of what a run is."""
+    text_to_references: bool = False
+    """Let reference tokens attend to the text. RefAlign's code does not."""
+    absent_references: Literal["none", "zero"] = "none"
+    """What stands where references are absent or dropped: nothing, or (`zero`, RefAlign's code)
+    latents of zeros: one frame, and where guidance leaves references out one for each of them."""
+    reference_timestep: Literal["video", "zero"] = "video"
+    """Timestep of reference tokens, which are clean: the video's (RefAlign), or `zero`. With that
+    each token has its own, and modulation takes as much memory for each as for a sample else."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("train") == "lora" and not values.get("lora"):
+            return {**values, "lora": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _random_weights_are_trained(self) -> Self:
+        if self.init == "random" and self.train == "lora":
+            raise ValueError(
+                "random weights need train: full, since a LoRA leaves them as they are; set it, or "
+                "remove init: random"
+            )
+        if self.init == "random" and self.init_from is not None:
+            raise ValueError(
+                "init_from would replace the weights that init: random draws; remove one of the two"
+            )
+        return self
+
+    @field_validator("lora")
+    @classmethod
+    def _lora_is_read(cls, value: LoraConfig | None, info: ValidationInfo) -> LoraConfig | None:
+        if value is not None and info.data.get("train") == "full":
+            raise ValueError("nothing reads it with train: full; remove it or set train: lora")
+        return value
