@@ -20,9 +20,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from torch import Tensor
 
 from alignlab.config.data import unknown_name
-from alignlab.config.model import LoraConfig
+from alignlab.config.model import GradientCheckpointing, LoraConfig, blocks_apart
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError, one_line
+from alignlab.models.gradient_checkpointing import checkpoint_blocks
 from alignlab.models.lora import add_lora
 from alignlab.models.reference_branch import ReferenceBranch
 
@@ -80,7 +81,7 @@ def check_backend(
     *,
     precision: Precision = "fp32",
     train: Literal["full", "lora"] = "full",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     head_dim: int = WAN_HEAD_DIM,
 ) -> None:
     """Makes sure that `name` can train on `device`; a `*_hub` backend downloads its kernel.
@@ -165,7 +166,7 @@ class BackendProbe:
         *,
         precision: Precision = "fp32",
         train: Literal["full", "lora"] = "full",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: GradientCheckpointing = False,
         head_dim: int = WAN_HEAD_DIM,
     ) -> None:
         self._device = torch.device(device)
@@ -273,8 +274,9 @@ class BackendProbe:
                 transformer.patch_embedding.to(torch.bfloat16)
                 transformer.blocks.to(torch.bfloat16)
             add_lora(transformer, LoraConfig(rank=4), seed=0)
-        if self._gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        mode = self._gradient_checkpointing
+        # of one block every k-th is this one
+        checkpoint_blocks(transformer, mode if blocks_apart(mode) is None else True)
         return transformer.to(self._device).train()
 
     @cached_property

@@ -15,12 +15,19 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from alignlab.config.data import LATENT_STRIDE, SIZE_STEP
-from alignlab.config.model import Expert, Init, LoraConfig, TextEncoderPlace
+from alignlab.config.model import (
+    Expert,
+    GradientCheckpointing,
+    Init,
+    LoraConfig,
+    TextEncoderPlace,
+)
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
 from alignlab.models.experts import INDEX, check_index, transformer_part
 from alignlab.models.frozen_parts import FrozenParts
+from alignlab.models.gradient_checkpointing import check_blocks_apart, checkpoint_blocks
 from alignlab.models.lora import add_lora
 from alignlab.models.model_files import (
     check_model_files,
@@ -121,7 +128,7 @@ def load_wan(
     train: Literal["full", "lora"] = "full",
     lora: LoraConfig | None = None,
     attention: str = "native",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -141,7 +148,8 @@ def load_wan(
             for bf16); `lora` freezes it and trains an adapter.
         lora: the adapter; needed by `lora`, refused by `full`.
         attention: any diffusers attention backend that can train a Wan block on `device`.
-        gradient_checkpointing: recompute each block in the backward pass.
+        gradient_checkpointing: what of the blocks the backward pass computes again; False, True
+            (each block whole), `ops` or `every:k` (`alignlab.models.gradient_checkpointing`).
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
         seed: of the adapter's initial weights, and of random ones.
@@ -152,13 +160,14 @@ def load_wan(
         clip: frames, height and width that are to be trained: refused before weights are loaded.
 
     Raises:
-        UserError: path, `clip`, a LoRA target or the backend cannot be used.
+        UserError: path, `clip`, a LoRA target, the backend or k of `every:k` cannot be used.
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     folder, part = checked_pipeline(path, expert), transformer_part(expert)
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
+    check_blocks_apart(gradient_checkpointing, num_blocks(folder / part))
     if clip is not None:
         own.token_grid(patch_size(folder / part), *clip)
     dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
@@ -180,13 +189,12 @@ def _prepare(
     lora: LoraConfig | None,
     seed: int,
     attention: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: GradientCheckpointing,
 ) -> None:
     """See `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
-    if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    checkpoint_blocks(transformer, gradient_checkpointing)
     transformer.set_attention_backend(attention)
 
 
@@ -256,6 +264,22 @@ def patch_size(transformer: Path) -> tuple[int, int, int]:
     if not is_list or any(type(side) is not int or side < 1 for side in found):
         raise UserError(f"model.path: {path}: patch_size is no list of three whole numbers")
     return found[0], found[1], found[2]
+
+
+def num_blocks(transformer: Path) -> int:
+    """Of a transformer's settings; its weights are not read.
+
+    Args:
+        transformer: its folder.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    path = transformer / "config.json"
+    found = read_object(path, setting="model.path").get("num_layers", 40)
+    if type(found) is not int or found < 1:
+        raise UserError(f"model.path: {path}: num_layers is no whole number from 1 on")
+    return found
 
 
 def pipeline_grid(path: str, frames: int, height: int, width: int) -> Grid:
