@@ -86,7 +86,9 @@ def _run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
     """
     folder = sweep_folder(study.config)
     shown = study.num_finished()
-    with local_workers(["sweep", *command, "--join"], count, folder) as watch:
+    with local_workers(
+        ["sweep", *command, "--join"], count, folder, gpus=study.config.launch.num_ranks
+    ) as watch:
         with step_progress(study.config.name, total=study.size, done=shown) as advance:
             is_any_left = True
             while is_any_left:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from alignlab.cli import app
 from alignlab.errors import UserError
-from alignlab.experiments.launchers import local_workers
+from alignlab.experiments.launchers import local_workers, several_ranks
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 from small_recipes import comparison_recipe
 
@@ -96,7 +96,7 @@ def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
     worker = subprocess.Popen([sys.executable, "-S", "-c", ends])
     while not (tmp_path / "up").exists():
         time.sleep(0.01)
-    local_workers._stop([worker])
+    several_ranks.stop([worker])
     assert worker.returncode == 143
 
 
@@ -106,7 +106,9 @@ def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
 def test_a_worker_ends_as_the_command_would(
     code: int, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(index: int, count: int, command: object, folder: Path) -> subprocess.Popen[bytes]:
+    def start(
+        index: int, count: int, command: object, folder: Path, gpus: int
+    ) -> subprocess.Popen[bytes]:
         (folder / f"worker-{index}.log").write_text("error: it was so\n")
         end = f"import os, sys; os.kill(os.getpid(), {-code}) if {code} < 0 else sys.exit({code})"
         return subprocess.Popen([sys.executable, "-S", "-c", end])
@@ -133,7 +135,7 @@ def test_a_second_signal_kills_the_workers() -> None:
     stuck = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     worker = Stuck([sys.executable, "-S", "-c", stuck])
     with pytest.raises(KeyboardInterrupt):
-        local_workers._stop([worker])
+        several_ranks.stop([worker])
     assert worker.returncode in (-signal.SIGKILL, -signal.SIGTERM)
 
 

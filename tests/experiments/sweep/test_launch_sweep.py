@@ -63,6 +63,7 @@ def order(make: MakeSweep, tmp_path: Path) -> Iterator[TrialsOrder]:
         "directory": here,
         "folder": str(tmp_path / "sweep"),
         "threads": 1,
+        "ranks": 1,
         "code": code_facts(),
         "worker": 2,
         "machine": machine(),
