@@ -10,6 +10,23 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 
 
+class SlurmConfig(Settings):
+    """What the jobs of `--launcher slurm` ask for besides; nothing else reads it."""
+
+    partition: str | None = None
+    """Left out: the cluster's default, as for all names here."""
+    account: str | None = None
+    """Who pays for the jobs."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features of nodes, such as `h100`."""
+    hours: Annotated[float, Field(gt=0), at_most(8760, "no job runs for years")] = 24.0
+    """Time limit of a job. A run that takes longer is requeued and resumed."""
+    options: dict[str, str | int | bool] = Field(default_factory=dict)
+    """Other options of sbatch by their long names, such as `{exclude: node7}`."""
+
+
 class LaunchConfig(Settings):
     """What each run of a comparison or a sweep needs of its machine.
 
@@ -32,6 +49,8 @@ class LaunchConfig(Settings):
     `gpus`. Only on the CPU it has to be written: `{gpus: 0, ranks: 2}`."""
     memory_gib: float | None = Field(default=None, gt=0)
     """Main memory. Left out: it is not looked at."""
+    slurm: SlurmConfig = SlurmConfig()
+    """Of jobs that SLURM runs."""
 
     @property
     def num_ranks(self) -> int:
@@ -43,6 +62,8 @@ class LaunchConfig(Settings):
         gpus, ranks = self.gpus, self.ranks
         if gpus is not None and gpus > 1 and gpus != int(gpus):
             raise ValueError(f"gpus: {gpus:g} must be a whole number, or at most 1: a run's ranks")
+        if gpus is not None and 0 < gpus < 1 and self.slurm != SlurmConfig():
+            raise ValueError(f"gpus: {gpus:g}, but SLURM gives a job whole GPUs: see launch.slurm")
         if gpus and ranks is not None and gpus != ranks and (gpus > 1 or ranks > 1):
             raise ValueError(f"ranks: {ranks}, but gpus: {gpus:g}: each rank has a GPU of its own")
         return self

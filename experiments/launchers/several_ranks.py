@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".launch.lock"
 LOOK_EVERY_S = 0.5
+_started: list[subprocess.Popen[bytes]] = []  # the ranks of the run that is being trained
 LAST_S = 30.0  # for a rank to see that another is gone, and to say so
 # Exit codes of `alignlab.interruption`.
 INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)
@@ -90,6 +91,11 @@ def recipe_to_train(run: RunConfig, folder: RunFolder) -> Path:
     return longer
 
 
+def end_ranks() -> None:
+    """Ends the ranks that this process has started, with a checkpoint: for a signal's handler."""
+    stop(_started)
+
+
 class _Ranks:
     """The processes of one run, and what is seen of them in its folder."""
 
@@ -104,7 +110,7 @@ class _Ranks:
     def train(self, ranks: int, cpus: int | None) -> None:
         """Starts the ranks and follows them to their end."""
         run, folder = self._run, self._folder
-        processes: list[subprocess.Popen[bytes]] = []
+        processes = _started
         try:
             port = _free_port()
             for rank in range(ranks):
@@ -121,7 +127,8 @@ class _Ranks:
             self._tell_evaluations()
         finally:
             stop(processes)
-        codes = [process.returncode for process in processes]
+            codes = [process.returncode for process in processes]
+            processes.clear()
         if any(codes):
             raise self._why_ended(codes)
 

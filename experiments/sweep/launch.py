@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Literal
 
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
-from alignlab.experiments.launchers import LauncherName, refuse_unread_address
+from alignlab.experiments.launchers import refuse_unread_address
 from alignlab.experiments.launchers.local import check_machine, threads
 from alignlab.experiments.launchers.local_workers import all_died, local_workers
 from alignlab.experiments.sweep.config import SweepConfig
@@ -25,7 +26,7 @@ SweepLauncher = Callable[[SweepConfig], AbstractContextManager[RunTrials]]
 
 
 def make_sweep_launcher(
-    name: LauncherName,
+    name: Literal["local", "ray"],
     *,
     workers: int | None = None,
     command: Sequence[str] = (),
