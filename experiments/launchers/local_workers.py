@@ -18,7 +18,7 @@ from alignlab.errors import USER_ERROR, UserError
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import check_machine, num_cpus
 from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
-from alignlab.experiments.launchers.several_ranks import INTERRUPTED, stop
+from alignlab.experiments.launchers.several_ranks import INTERRUPTED, started, stop
 
 log = logging.getLogger(__name__)
 
@@ -112,14 +112,9 @@ def _start(
     environment = os.environ | devices_of(index - 1, visible, gpus)
     if "OMP_NUM_THREADS" not in environment:
         environment["OMP_NUM_THREADS"] = str(max(1, num_cpus() // count))
-    with (folder / f"worker-{index}.log").open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "alignlab", *command],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-        )
+    return started(
+        [sys.executable, "-m", "alignlab", *command], environment, folder / f"worker-{index}.log"
+    )
 
 
 def devices_of(index: int, visible: str | None, gpus: int = 1) -> dict[str, str]:

@@ -135,6 +135,7 @@ class _Ranks:
     def _start(self, rank: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         recipe = recipe_to_train(self._run, self._folder)
         command = [sys.executable, "-m", "alignlab", "train", str(recipe)]
+        self._log(rank).unlink(missing_ok=True)
         return started(command, os.environ | environment, self._log(rank))
 
     def _log(self, rank: int) -> Path:
@@ -198,8 +199,14 @@ def _free_port() -> int:
 def started(
     command: Sequence[str], environment: Mapping[str, str], log: Path
 ) -> subprocess.Popen[bytes]:
-    """A process of its own session: Ctrl-C reaches the command alone, which ends it in order."""
-    with log.open("wb") as out:
+    """A process in a session of its own: Ctrl-C reaches the command alone, which ends it in order.
+
+    Args:
+        command: its program and arguments.
+        environment: its own.
+        log: what it says is added there.
+    """
+    with log.open("ab") as out:
         return subprocess.Popen(
             command,
             env=environment,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from alignlab.cli import app
 from alignlab.errors import UserError
 from alignlab.experiments.launchers import local_workers, several_ranks
+from forked_command import ForkedProcess
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 from small_recipes import comparison_recipe
 
@@ -45,11 +46,11 @@ def test_workers_train_the_runs_that_one_process_would_also_if_one_is_killed(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(recipe, tmp_path / "one")
-    started: list[subprocess.Popen[bytes]] = []
-    start, two = local_workers._start, tmp_path / "two" / "pair"
+    started: list[ForkedProcess] = []
+    two = tmp_path / "two" / "pair"
 
-    def remember(*arguments: Any) -> subprocess.Popen[bytes]:
-        started.append(start(*arguments))
+    def remember(*arguments: Any) -> ForkedProcess:
+        started.append(ForkedProcess(*arguments))
         return started[-1]
 
     def kill_one_at_work() -> None:
@@ -58,7 +59,7 @@ def test_workers_train_the_runs_that_one_process_would_also_if_one_is_killed(
             time.sleep(0.05)
         started[0].kill()
 
-    monkeypatch.setattr(local_workers, "_start", remember)
+    monkeypatch.setattr(local_workers, "started", remember)
     killer = threading.Thread(target=kill_one_at_work)
     killer.start()
     said = compare(recipe, tmp_path / "two", "--workers", "2")

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +24,7 @@ from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import newest_step
 from alignlab.runs.file_lock import HeldError, file_lock
 from alignlab.runs.run_folder import RunFolder
-from forked_command import ForkedCommand
+from forked_command import ForkedProcess
 from small_recipes import comparison_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_clips")
@@ -43,28 +41,6 @@ variants:
 """
 
 
-class ForkedRank(ForkedCommand):
-    """Stands for the `subprocess.Popen` of a rank: the same command, without its seven seconds."""
-
-    def __init__(self, command: list[str], environment: Mapping[str, str], log: Path) -> None:
-        assert command[:3] == [sys.executable, "-m", "alignlab"]
-        super().__init__(command[3:], log)
-        self.returncode: int | None = None
-        self.start(lambda: os.environ.update(environment))
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            self.returncode = super().wait(0.01)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def wait(self, timeout: float = 600) -> int | None:
-        self.returncode = super().wait(timeout) if self.returncode is None else self.returncode
-        return self.returncode
-
-
 class StoppedError(Exception):
     """Raised by who is told of an evaluation."""
 
@@ -72,7 +48,7 @@ class StoppedError(Exception):
 def test_two_ranks_train_a_comparison_as_one_process_does_and_resume_what_was_ended(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(several_ranks, "started", ForkedRank)
+    monkeypatch.setattr(several_ranks, "started", ForkedProcess)
     path = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
     settings = [f"steps={STEPS}", "eval.every=1", "optim.batch_size=4", "optim.accumulate=2"]
     two = load_compare(path, [*settings, f"output={tmp_path / 'two'}"])
@@ -181,26 +157,6 @@ def test_a_run_that_another_command_trains_is_not_started(
         with file_lock(folder / name, waiting=lambda: "waiting"):
             with pytest.raises(HeldError, match="is being trained by another command"):
                 train_ranks(run, 2, wait=False)
-
-
-def test_a_signal_ends_the_ranks_and_a_second_one_kills_them(
-    run: RunConfig, faked: Callable[[Rank], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-    processes = [subprocess.Popen([sys.executable, "-S", "-c", stubborn])]
-    asked: list[int] = []
-
-    def interrupted(*_: object, **__: object) -> int:
-        asked.append(1)
-        if len(asked) == 1:
-            raise KeyboardInterrupt
-        return wait()
-
-    wait = processes[0].wait
-    monkeypatch.setattr(processes[0], "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        several_ranks.stop(processes)
-    assert processes[0].returncode == -signal.SIGKILL or processes[0].poll() is not None
 
 
 @pytest.mark.parametrize(
