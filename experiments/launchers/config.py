@@ -9,6 +9,10 @@ from alignlab.config.limits import at_most
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 
+ONE_MACHINE = "a run is on one machine"
+Gpus = Annotated[float, Field(ge=0), at_most(1024, ONE_MACHINE)]
+NumRanks = Annotated[int, Field(ge=1), at_most(1024, ONE_MACHINE)]
+
 
 class SlurmConfig(Settings):
     """What the jobs of `--launcher slurm` ask for besides; nothing else reads it."""
@@ -37,15 +41,11 @@ class LaunchConfig(Settings):
     cpus: int | None = Field(default=None, ge=1)
     """CPU cores, and threads that torch computes with. Left out: one with Ray; all locally; of a
     run with several ranks, one for each."""
-    gpus: Annotated[
-        float | None, Field(ge=0), at_most(1024, "no machine has so many: a run is on one machine")
-    ] = None
+    gpus: Gpus | None = None
     """Of a GPU: a half lets two runs share one. A whole number above 1: GPUs of one machine that
     train each run together, a rank on each. Left out: one where there are any."""
-    ranks: Annotated[
-        int | None, Field(ge=1), at_most(1024, "a run is on one machine, with a rank for each GPU")
-    ] = None
-    """Processes that train each run together, started by torchrun. Left out: one for each of
+    ranks: NumRanks | None = None
+    """Processes that train each run together. Left out: one for each of
     `gpus`. Only on the CPU it has to be written: `{gpus: 0, ranks: 2}`."""
     memory_gib: float | None = Field(default=None, gt=0)
     """Main memory. Left out: it is not looked at."""
