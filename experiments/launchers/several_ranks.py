@@ -122,8 +122,11 @@ class _Ranks:
                         _wait_for_last_words(processes)
                         break
                     time.sleep(LOOK_EVERY_S)
+                    interruption.check()
                     self._tell_evaluations()
-                    advance(min(steps_done(folder), run.steps), "")
+                    if (now := min(steps_done(folder), run.steps)) != done:  # a line at the last
+                        done = now
+                        advance(done, "")
             self._tell_evaluations()
         finally:
             stop(processes)

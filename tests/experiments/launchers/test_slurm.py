@@ -19,6 +19,7 @@ from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import make_launcher, slurm
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.runs.checkpoint_folders import step_folders
+from processes import descendants
 from run_contents import timeless_metrics
 from small_recipes import comparison_recipe
 
@@ -124,7 +125,8 @@ class Preempting:
     def __call__(self, job: Any) -> bool:
         if not self.preempted and self.rows.exists() and self.rows.stat().st_size:
             self.preempted = True
-            job._process.send_signal(signal.SIGUSR2)
+            for pid in descendants(job._process.pid):  # SLURM signals all processes of a step
+                os.kill(pid, signal.SIGUSR2)
         return bool(job.get_info()["jobState"] != "RUNNING")
 
 
