@@ -46,6 +46,7 @@ class AdamW8bit(StepByTensor):
             return
         changed = [weight, *(state[key] for key in CHANGED)]
         before = [value.clone() for value in changed]
+        beta1, beta2 = group["betas"]
         signed, unsigned = self._tables_on(weight.device)
         kernels.optimizer_update_8bit_blockwise(
             "adam",
@@ -53,7 +54,8 @@ class AdamW8bit(StepByTensor):
             weight,
             state["state1"],
             state["state2"],
-            *group["betas"],
+            beta1,
+            beta2,
             0.0,
             0.0,
             EPS,
