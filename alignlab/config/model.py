@@ -16,6 +16,7 @@ from pydantic import (
 from alignlab.config.data import Settings
 from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.limits import at_most
+from alignlab.config.optim import WeightsType
 from alignlab.errors import shown
 
 Init = Literal["trained", "random"]
@@ -90,7 +91,13 @@ class ModelConfig(Settings):
     about a third slower. `every:k`: of blocks 0, k, 2k, ... alone. `ops`: of every block all but
     the outputs of matmuls and attention, which are kept."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
+    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained, unless
+    `weights` and `optim.name` say otherwise."""
+    weights: WeightsType = "fp32"
+    """What trained weights are kept in. `bf16`, with `train: full`, `precision: bf16` and
+    `optim.name: adamw_bf16_kahan` only: weights and gradients take half as much; norms, modulation
+    and the timestep's embedding stay fp32, as diffusers keeps them. Adapters and projectors are
+    always fp32; weights that a LoRA freezes are in `precision`."""
     text_encoder: TextEncoderPlace = Field(
         default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
     )
@@ -125,6 +132,19 @@ class ModelConfig(Settings):
             raise ValueError(
                 "init_from would replace the weights that init: random draws; remove one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bf16_weights_are_trained(self) -> Self:
+        if self.weights == "fp32":
+            return self
+        if self.train == "lora":
+            raise ValueError(
+                "weights: bf16 is for train: full; a LoRA is trained in fp32, and what it freezes "
+                "is in `precision`: remove it"
+            )
+        if self.precision != "bf16":
+            raise ValueError("weights: bf16 is computed with in bf16; set precision: bf16")
         return self
 
     @field_validator("lora")

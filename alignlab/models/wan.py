@@ -22,6 +22,7 @@ from alignlab.config.model import (
     LoraConfig,
     TextEncoderPlace,
 )
+from alignlab.config.optim import WeightsType
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
@@ -52,7 +53,7 @@ class Wan:
     """The parts of a Wan pipeline; everything but the transformer is frozen.
 
     Args:
-        transformer: what is trained; fp32 weights, or a frozen base with a fp32 LoRA.
+        transformer: what is trained; all its weights, or a frozen base with a fp32 LoRA.
         frozen: autoencoder and text encoder, loaded when they are needed.
         part: sub-folder that the transformer came from; an export replaces it.
     """
@@ -130,6 +131,7 @@ def load_wan(
     attention: str = "native",
     gradient_checkpointing: GradientCheckpointing = False,
     precision: Literal["fp32", "bf16"] = "fp32",
+    weights: WeightsType = "fp32",
     device: torch.device | str = "cpu",
     seed: int = 0,
     init: Init = "trained",
@@ -144,13 +146,15 @@ def load_wan(
     Args:
         path: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id.
         expert: of a pipeline with two transformers (Wan 2.2 A14B), the one to load.
-        train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
-            for bf16); `lora` freezes it and trains an adapter.
+        train: `full` trains every weight of the transformer, kept in `weights` (run it under
+            autocast for bf16); `lora` freezes it and trains an adapter.
         lora: the adapter; needed by `lora`, refused by `full`.
         attention: any diffusers attention backend that can train a Wan block on `device`.
         gradient_checkpointing: what of the blocks the backward pass computes again; False, True
             (each block whole), `ops` or `every:k` (`alignlab.models.gradient_checkpointing`).
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
+        weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does
+            (norms, modulation, the timestep's embedding).
         device: where everything goes.
         seed: of the adapter's initial weights, and of random ones.
         init: `random` reads the transformer's config.json alone and draws its weights.
@@ -170,10 +174,14 @@ def load_wan(
     check_blocks_apart(gradient_checkpointing, num_blocks(folder / part))
     if clip is not None:
         own.token_grid(patch_size(folder / part), *clip)
-    dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-    random = init == "random"
-    transformer = _drawn(folder, part, seed) if random else read_transformer(folder, part, dtype)
-    how: dict[str, Any] = {"precision": precision, "train": train}
+    kept_in = precision if train == "lora" else weights
+    dtype = torch.bfloat16 if kept_in == "bf16" else torch.float32
+    transformer = (
+        _drawn(folder, part, seed, dtype)
+        if init == "random"
+        else read_transformer(folder, part, dtype)
+    )
+    how: dict[str, Any] = {"precision": precision, "train": train, "weights": weights}
     how |= {"gradient_checkpointing": gradient_checkpointing}
     check_backend(attention, device, head_dim=transformer.config["attention_head_dim"], **how)
     frozen = frozen if frozen is not None and frozen.is_same(own) else own
@@ -216,8 +224,8 @@ def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransfor
     return transformer
 
 
-def _drawn(folder: Path, part: str, seed: int) -> WanTransformer3DModel:
-    """The folder's architecture with diffusers' initial weights, fp32.
+def _drawn(folder: Path, part: str, seed: int, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The folder's architecture with diffusers' initial weights, drawn in fp32.
 
     They are drawn on the CPU from `seed` alone, whatever else is drawn and whatever device trains
     them: the variants of a comparison start from equal ones, and so do the ranks of a run.
@@ -226,7 +234,17 @@ def _drawn(folder: Path, part: str, seed: int) -> WanTransformer3DModel:
         transformer: WanTransformer3DModel = construct(
             WanTransformer3DModel, folder / part, setting="model.path"
         )
+    if dtype != torch.float32:
+        keep_in(transformer, dtype)
     return transformer
+
+
+def keep_in(transformer: WanTransformer3DModel, dtype: torch.dtype) -> None:
+    """Rounds weights to `dtype`, as diffusers loads them: all but those that it keeps in fp32."""
+    kept = set(transformer._keep_in_fp32_modules)
+    for name, parameter in transformer.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def frozen_parts(
