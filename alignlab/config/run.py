@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from alignlab.config.data import unknown_name
 from alignlab.config.model import ModelConfig
 from alignlab.config.names import check_alias
-from alignlab.config.optim import OptimConfig
+from alignlab.config.optim import OptimConfig, check_optimizer_weights
 from alignlab.config.parts import (
     EvalConfig,
     FlowConfig,
@@ -152,6 +152,11 @@ class RunConfig(TrainingConfig):
                 f"data.workers: model.attention={attention} chooses torch's attention kernel for "
                 "the whole process, and so for encoders in the threads; set data.workers=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_suits_weights(self) -> Self:
+        check_optimizer_weights(self.optim.name, self.model.weights)
         return self
 
     @property

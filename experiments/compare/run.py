@@ -63,6 +63,7 @@ from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.training.aligned_samples import check_recipe
+from alignlab.training.build_optimizer import check_optimizer_package
 from alignlab.training.setup import Caches
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,7 @@ def check(config: CompareConfig) -> None:
     for run in config.runs.values():
         check_recipe(run)
         check_batch(run, config.launch)
+        check_optimizer_package(run.optim)
     check_sources(_planned(config))
 
 

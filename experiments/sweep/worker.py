@@ -22,6 +22,7 @@ from alignlab.experiments.sweep.trial import (
     TrialRunner,
     WaitForDuplicateError,
 )
+from alignlab.training.build_optimizer import check_optimizer_package
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def check(config: SweepConfig) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_space(config)
     check_batch(config.base, config.launch)
+    check_optimizer_package(config.base.optim)
     check_sampler(config)
     check_metrics(config)
     if own_params(config) is None:
