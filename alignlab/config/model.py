@@ -11,6 +11,7 @@ from alignlab.config.limits import at_most
 Init = Literal["trained", "random"]
 TextEncoderPlace = Literal["auto", "keep", "cpu"]
 Expert = Literal["high", "low"]
+Shard = Literal["none", "fsdp2"]
 
 
 class LoraConfig(Settings):
@@ -50,6 +51,10 @@ class ModelConfig(Settings):
     tried in a Wan block before training; `alignlab doctor` lists those that train here."""
     gradient_checkpointing: bool = False
     """Recompute block activations in the backward pass: less memory, about a third slower."""
+    shard: Shard = "none"
+    """What each of several ranks (torchrun) holds of the transformer. `none`: all of it. `fsdp2`: a
+    part of each weight, of its gradient and of the optimizer's state (torch's `fully_shard`); the
+    ranks gather a block while it computes. A single process holds all of it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
     text_encoder: TextEncoderPlace = Field(

@@ -124,6 +124,7 @@ def load_wan(
     gradient_checkpointing: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: torch.device | str = "cpu",
+    transformer_device: torch.device | str | None = None,
     seed: int = 0,
     init: Init = "trained",
     text_encoder: TextEncoderPlace = "auto",
@@ -144,6 +145,7 @@ def load_wan(
         gradient_checkpointing: recompute each block in the backward pass.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         device: where everything goes.
+        transformer_device: where the transformer stays, if elsewhere until it is sharded.
         seed: of the adapter's initial weights, and of random ones.
         init: `random` reads the transformer's config.json alone and draws its weights.
         text_encoder, parks_vae: see `FrozenParts`.
@@ -172,7 +174,7 @@ def load_wan(
     if load_frozen:
         frozen.load()
     _prepare(transformer, lora, seed, attention, gradient_checkpointing)
-    return Wan(transformer.to(device).train(), frozen, part)
+    return Wan(transformer.to(transformer_device or device).train(), frozen, part)
 
 
 def _prepare(

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
+from alignlab.distributed.sharding import local_part, scale_gradients, total_norm
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.training.checkpoint import RunState, copy_weights
 
@@ -51,9 +51,9 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) ->
     Returns:
         The norm before.
     """
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if largest is not None:
-        clip_grads_with_norm_(parameters, largest, norm)
+        scale_gradients(parameters, largest, norm)
     return norm
 
 
@@ -76,8 +76,8 @@ def update_ema(state: RunState, decay: float | None) -> None:
 def move_average(average: dict[str, Tensor], transformer: nn.Module, decay: float) -> None:
     """Moves an average of parameters, by their names, towards them, in place."""
     trained = dict(transformer.named_parameters())
-    parameters: list[Tensor] = [trained[name] for name in average]
-    torch._foreach_lerp_(list(average.values()), parameters, 1 - decay)
+    parameters = [local_part(trained[name]) for name in average]
+    torch._foreach_lerp_([local_part(a) for a in average.values()], parameters, 1 - decay)
 
 
 @contextmanager

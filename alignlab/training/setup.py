@@ -2,19 +2,21 @@
 
 import hashlib
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignlab.config.optim import AdamWConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits, dataset_files
 from alignlab.dataset_cache.encoded_values import EncodedValues
-from alignlab.distributed.ranks import Ranks, single_rank
+from alignlab.distributed.ranks import Ranks, mixed_precision, single_rank
+from alignlab.distributed.sharding import alike, is_in_shards, shard_transformer, weight_norm
 from alignlab.errors import UserError
 from alignlab.evaluation.own_metrics import described, try_metrics
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -43,6 +45,9 @@ from alignlab.training.run_alignment import check_data, check_teachers, run_alig
 from alignlab.training.self_teacher import SelfTeacher
 from alignlab.training.shuffle import shuffle_note
 from alignlab.training.teacher_check import check_noise
+
+Value = TypeVar("Value")
+Args = ParamSpec("Args")
 
 MADE_AHEAD: Any = {"data": {"workers", "prefetch"}}
 """Settings, as pydantic excludes them, that change neither what is encoded nor where it is kept."""
@@ -76,7 +81,21 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision."""
+        if self.state.is_in_shards:  # a cache would keep each block whole, in bf16
+            return mixed_precision(self.device, self.config.model.precision, cache=False)
         return self.ranks.autocast()
+
+    def with_model(
+        self, work: Callable[Args, Value], *args: Args.args, **settings: Args.kwargs
+    ) -> Value:
+        """What `work`, which calls the transformer, gives: on rank 0, for all ranks.
+
+        Of a transformer in shards, on all of them, each of which gives its own: every forward pass
+        needs them all.
+        """
+        if self.state.is_in_shards:
+            return work(*args, **settings)
+        return self.ranks.on_main(work, *args, **settings)
 
     def own_metrics(self) -> dict[str, Any]:
         """What a result says of metrics of other packages; empty where none is measured."""
@@ -126,7 +145,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
     caches = caches or new_caches(config)
-    wan = _load_wan(config, caches, ranks.device)
+    wan = _load_wan(config, caches, ranks)
     caches.frozen = wan.frozen
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
@@ -168,8 +187,9 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     )
 
 
-def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
-    return load_wan(
+def _load_wan(config: RunConfig, caches: Caches, ranks: Ranks) -> Wan:
+    in_shards = is_in_shards(config.model, ranks)
+    wan = load_wan(
         config.model.path,
         expert=config.model.expert,
         train=config.model.train,
@@ -177,7 +197,8 @@ def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
         precision=config.model.precision,
-        device=device,
+        device=ranks.device,
+        transformer_device="cpu" if in_shards else None,
         seed=config.seed,
         init=config.model.init,
         text_encoder=config.model.text_encoder,
@@ -186,6 +207,9 @@ def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
         load_frozen=config.data.cache.mode == "off",
         clip=(config.data.frames, *config.data.size),
     )
+    if in_shards:
+        shard_transformer(wan.transformer, ranks)
+    return wan
 
 
 def _check_data(config: RunConfig) -> None:
@@ -247,8 +271,9 @@ def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
 
 def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
     """AdamW with the recipe's settings over the parameters that are trained, in one kernel."""
+    groups = alike([p for p in parameters if p.requires_grad])
     return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
+        [{"params": group} for group in groups],
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
@@ -369,19 +394,11 @@ def check_ranks_agree(run: Run) -> None:
     for name, parts in (("autoencoder", frozen.vae_parts), ("text encoder", frozen.text.parts)):
         digests = {part: str(parts[part])[:12] for part in COMPONENTS if part in parts}
         ranks.check_same(f"the files of the {name}", digests)
-    networks: dict[str, nn.Module] = {
-        "the transformer": run.wan.transformer,
-        "the objectives": run.alignment,
-    }
+    networks: dict[str, nn.Module] = {"the objectives": run.alignment}
+    if not run.state.is_in_shards:  # else `shard_transformer` compared them while they were whole
+        networks = {"the transformer": run.wan.transformer, **networks}
     for name, network in networks.items():
-        ranks.check_same(f"the weights of {name}", float(_weight_norm(network)))
-
-
-@torch.no_grad()
-def _weight_norm(network: nn.Module) -> Tensor:
-    """Norm of all parameters, in fp32."""
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in network.parameters()]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        ranks.check_same(f"the weights of {name}", float(weight_norm(network)))
 
 
 def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:
