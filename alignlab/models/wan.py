@@ -133,6 +133,7 @@ def load_wan(
     precision: Literal["fp32", "bf16"] = "fp32",
     weights: WeightsType = "fp32",
     device: torch.device | str = "cpu",
+    transformer_device: torch.device | str | None = None,
     seed: int = 0,
     init: Init = "trained",
     text_encoder: TextEncoderPlace = "auto",
@@ -156,6 +157,7 @@ def load_wan(
         weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does
             (norms, modulation, the timestep's embedding).
         device: where everything goes.
+        transformer_device: where the transformer stays, if elsewhere until it is sharded.
         seed: of the adapter's initial weights, and of random ones.
         init: `random` reads the transformer's config.json alone and draws its weights.
         text_encoder, parks_vae: see `FrozenParts`.
@@ -189,7 +191,7 @@ def load_wan(
     if load_frozen:
         frozen.load()
     _prepare(transformer, lora, seed, attention, gradient_checkpointing)
-    return Wan(transformer.to(device).train(), frozen, part)
+    return Wan(transformer.to(transformer_device or device).train(), frozen, part)
 
 
 def _prepare(
