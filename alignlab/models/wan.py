@@ -144,10 +144,9 @@ def load_wan(
         attention: any diffusers attention backend that can train a Wan block on `device`.
         gradient_checkpointing: recompute each block in the backward pass.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
-        device: where everything goes.
-        transformer_device: where the transformer stays, if elsewhere until it is sharded.
-        seed: of the adapter's initial weights, and of random ones.
+        device, transformer_device: where everything goes, and the transformer if elsewhere.
         init: `random` reads the transformer's config.json alone and draws its weights.
+        seed: of what is drawn, also the adapter.
         text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
@@ -161,8 +160,7 @@ def load_wan(
     folder, part = checked_pipeline(path, expert), transformer_part(expert)
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
-    if clip is not None:
-        own.token_grid(patch_size(folder / part), *clip)
+    _check_clip(own, folder / part, clip)
     dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
     random = init == "random"
     transformer = _drawn(folder, part, seed) if random else read_transformer(folder, part, dtype)
@@ -175,6 +173,11 @@ def load_wan(
         frozen.load()
     _prepare(transformer, lora, seed, attention, gradient_checkpointing)
     return Wan(transformer.to(transformer_device or device).train(), frozen, part)
+
+
+def _check_clip(frozen: FrozenParts, transformer: Path, clip: tuple[int, int, int] | None) -> None:
+    if clip is not None:
+        frozen.token_grid(patch_size(transformer), *clip)
 
 
 def _prepare(
