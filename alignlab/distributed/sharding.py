@@ -112,7 +112,8 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
     if plain:
         norms.append(get_total_norm(plain, norm_type).to(device))
-    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    return norm
 
 
 def scale_gradients(parameters: Sequence[nn.Parameter], largest: float, norm: Tensor) -> None:

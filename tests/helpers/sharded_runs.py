@@ -18,6 +18,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def half_written(writer: Any, plan: Any, planner: Any) -> Any:
     return done
 
 
-def counted(rank: int, file: Path) -> Any:
+def counted(file: Path) -> Any:
     def counting(trainer: Any, batch: Any) -> Any:
         with file.open("a") as lines:
             lines.write(" ".join(str(len(r)) for r in batch.references) + "\n")
@@ -55,7 +56,7 @@ def counted(rank: int, file: Path) -> Any:
     return counting
 
 
-def child(rank: int, recipe: str, folder: Path, job: list[str]) -> None:
+def child(recipe: str, folder: Path, job: list[str], rank: int) -> None:
     name, _, moment, *overrides = job
     said = os.open(folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
@@ -66,7 +67,7 @@ def child(rank: int, recipe: str, folder: Path, job: list[str]) -> None:
         optimizer_shards.HuggingFaceStorageWriter.write_data = half_written
     elif moment == "counted":
         file = folder / f"{name}.references.{rank}"
-        train_module.RunTrainer.losses = counted(rank, file)
+        train_module.RunTrainer.losses = counted(file)
     sys.argv = ["alignlab", "train", recipe, f"output={folder}", f"name={name}", *overrides]
     try:
         command()
@@ -85,7 +86,7 @@ def main() -> None:
     for job in (line.split() for line in sys.argv[3:]):
         if job[2] == "from-killed":
             shutil.copytree(folder / "killed-left", folder / job[0])
-        ends = forked_ranks(int(job[1]), lambda rank, job=job: child(rank, recipe, folder, job))
+        ends = forked_ranks(int(job[1]), partial(child, recipe, folder, job))
         print(*ends, flush=True)
         if job[2] == "killed":
             shutil.copytree(folder / job[0], folder / "killed-left")
