@@ -169,8 +169,7 @@ def load_wan(
     folder, part = checked_pipeline(path, expert), transformer_part(expert)
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
-    check_blocks_apart(gradient_checkpointing, num_blocks(folder / part))
-    _check_clip(own, folder / part, clip)
+    _check_architecture(folder / part, own, clip, gradient_checkpointing)
     kept_in = precision if train == "lora" else weights
     transformer = _initial(folder, part, init, kept_in, seed)
     how: dict[str, Any] = {"precision": precision, "train": train, "weights": weights}
@@ -184,7 +183,14 @@ def load_wan(
     return Wan(transformer.to(transformer_device or device).train(), frozen, part)
 
 
-def _check_clip(frozen: FrozenParts, transformer: Path, clip: tuple[int, int, int] | None) -> None:
+def _check_architecture(
+    transformer: Path,
+    frozen: FrozenParts,
+    clip: tuple[int, int, int] | None,
+    gradient_checkpointing: GradientCheckpointing,
+) -> None:
+    """Refuses by the settings of the models what their weights are not needed for."""
+    check_blocks_apart(gradient_checkpointing, num_blocks(transformer))
     if clip is not None:
         frozen.token_grid(patch_size(transformer), *clip)
 
