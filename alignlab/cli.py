@@ -193,7 +193,9 @@ def command_line() -> None:
     log.setLevel(logging.INFO)
     # Where xformers cannot load its kernels it says so in six lines at every command that imports
     # diffusers. Whether it can train is said by `doctor` and by the check of `model.attention`.
-    logging.getLogger("xformers").setLevel(logging.ERROR)
+    # bitsandbytes says likewise that it has no kernel for what nothing here does.
+    for package in ("xformers", "bitsandbytes"):
+        logging.getLogger(package).setLevel(logging.ERROR)
     app(prog_name="alignlab")  # also as `python -m alignlab`: shells complete that name
 
 

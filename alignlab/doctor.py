@@ -36,6 +36,7 @@ PACKAGES = {
     "opencv-python-headless": "",
     "scipy": "",
     "xformers": "gpu",
+    "bitsandbytes": "bitsandbytes",
     "ray": "ray",
     "sam2": "sam2",
 }

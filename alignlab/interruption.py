@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: a command ends with one line that says how far it came.
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2: a command ends with one line that says how far it came.
 
 A signal raises `Interrupted` where the program stands, but for SIGTERM and SIGUSR1 within
-`deferred`: there a training takes its step to the end, writes a checkpoint and stops. Python drops
-what is raised inside `__del__` or a weakref's callback, and libraries may catch it. So the signal
-is kept as well: loops read it (`check`, `asked`), and what Python dropped is raised again.
+`deferred`: there a training takes its step to the end, writes a checkpoint and stops. SIGUSR2 is as
+SIGTERM (submitit has SLURM send it). Python drops what is raised inside `__del__` or a weakref's
+callback, and libraries may catch it. So the signal is kept as well: loops read it (`check`,
+`asked`), and what Python dropped is raised again.
 
 Signals are handled in the command line alone (`handled`). Programs that call alignlab keep their
 own handlers; for them nothing here does anything.
@@ -17,9 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Windows has no SIGUSR1.
+# Windows has no SIGUSR1 and SIGUSR2.
 SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
 )
 USR1 = int(getattr(signal, "SIGUSR1", 0))
 # A terminal and a launcher, or a scheduler and torchrun, may each pass on what was one signal.

@@ -51,6 +51,10 @@ _TRAINING = (
     "where that is 1, it does not help), set model.gradient_checkpointing=true or "
     f"model.train=lora, {_ALONE}, or {_FEWER_PIXELS}"
 )
+_OPTIMIZER = (
+    "set model.train=lora (AdamW keeps two more fp32 numbers for each trained weight), "
+    "optim.name=adamw_8bit or, on a GPU, optim.offload=true"
+)
 _EVALUATION = f"lower eval.batch_size, or {_FEWER_PIXELS}"
 _FIX = f"{_TRAINING}; in an evaluation, {_EVALUATION}"
 
@@ -82,12 +86,8 @@ _PLACES = (
         "comparing all tokens with each other",
         "set objectives.*.impl=chunked, or align fewer objectives.*.blocks",
     ),
-    _Place(
-        "torch.optim",
-        (),
-        "making the optimizer's state",
-        "set model.train=lora (AdamW keeps two more fp32 numbers for each trained weight)",
-    ),
+    _Place("torch.optim", (), "making the optimizer's state", _OPTIMIZER),
+    _Place("alignlab.training.optimizer_step", (), "in the optimizer's step", _OPTIMIZER),
     _Place("alignlab.data", (), "reading a clip", _FEWER_PIXELS),
     _Place("alignlab.evaluation", (), "evaluating", _EVALUATION),
     _Place("alignlab.sampling", (), "generating a clip", _FEWER_PIXELS),

@@ -269,6 +269,7 @@ def load_trained(run_dir: Path, choice: ModelChoice = NEWEST) -> Wan:
         lora=config.model.lora,
         attention=config.model.attention,
         precision=config.model.precision,
+        weights=config.model.weights,
         device="cuda" if torch.cuda.is_available() else "cpu",
         seed=config.seed,
         init=config.model.init,

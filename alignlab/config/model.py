@@ -1,17 +1,55 @@
 """Settings of the model that is trained, and of its adapters."""
 
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from alignlab.config.data import Settings
 from alignlab.config.identity import SAME_NUMBERS
 from alignlab.config.limits import at_most
+from alignlab.config.optim import WeightsType
+from alignlab.errors import shown
 
 Init = Literal["trained", "random"]
 TextEncoderPlace = Literal["auto", "keep", "cpu"]
 Expert = Literal["high", "low"]
 Shard = Literal["none", "fsdp2"]
+
+_BOOL = TypeAdapter(bool)
+_EVERY = re.compile(r"every:(\d{1,4})")
+
+
+def blocks_apart(mode: bool | str) -> int | None:
+    """k of `every:k`; None of another mode of gradient checkpointing."""
+    found = _EVERY.fullmatch(mode) if isinstance(mode, str) else None
+    return None if found is None else int(found[1])
+
+
+def _checkpointing(value: Any) -> Any:
+    apart = blocks_apart(value)
+    if value == "full":
+        return True
+    if value == "ops" or (apart is not None and apart >= 2):
+        return value if apart is None else f"every:{apart}"
+    try:
+        return _BOOL.validate_python(value)
+    except ValidationError:
+        raise ValueError(
+            f"expected true or false, full, ops, or every:k with k of 2 or more, got {shown(value)}"
+        ) from None
+
+
+GradientCheckpointing: TypeAlias = Annotated[bool | str, BeforeValidator(_checkpointing)]
+"""False, True, `ops` or `every:k`; `full` is read as True."""
 
 
 class LoraConfig(Settings):
@@ -49,14 +87,22 @@ class ModelConfig(Settings):
     attention: str = "native"
     """A diffusers attention backend. `native` is torch's scaled_dot_product_attention. Any other is
     tried in a Wan block before training; `alignlab doctor` lists those that train here."""
-    gradient_checkpointing: bool = False
-    """Recompute block activations in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: GradientCheckpointing = False
+    """Recompute activations in the backward pass. `true` or `full`: of every block, least memory,
+    about a third slower. `every:k`: of blocks 0, k, 2k, ... alone. `ops`: of every block all but
+    the outputs of matmuls and attention, which are kept."""
     shard: Shard = "none"
     """What each of several ranks (torchrun) holds of the transformer. `none`: all of it. `fsdp2`: a
     part of each weight, of its gradient and of the optimizer's state (torch's `fully_shard`); the
     ranks gather a block while it computes. A single process holds all of it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained."""
+    """Compute precision. Weights and optimizer state stay fp32 when all weights are trained, unless
+    `weights` and `optim.name` say otherwise."""
+    weights: WeightsType = "fp32"
+    """What trained weights are kept in. `bf16`, with `train: full`, `precision: bf16` and
+    `optim.name: adamw_bf16_kahan` only: weights and gradients take half as much; norms, modulation
+    and the timestep's embedding stay fp32, as diffusers keeps them. Adapters and projectors are
+    always fp32; weights that a LoRA freezes are in `precision`."""
     text_encoder: TextEncoderPlace = Field(
         default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
     )
@@ -91,6 +137,19 @@ class ModelConfig(Settings):
             raise ValueError(
                 "init_from would replace the weights that init: random draws; remove one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bf16_weights_are_trained(self) -> Self:
+        if self.weights == "fp32":
+            return self
+        if self.train == "lora":
+            raise ValueError(
+                "weights: bf16 is for train: full; a LoRA is trained in fp32, and what it freezes "
+                "is in `precision`: remove it"
+            )
+        if self.precision != "bf16":
+            raise ValueError("weights: bf16 is computed with in bf16; set precision: bf16")
         return self
 
     @field_validator("lora")

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from alignlab.config.data import unknown_name
 from alignlab.config.model import ModelConfig
 from alignlab.config.names import check_alias
-from alignlab.config.optim import OptimConfig
+from alignlab.config.optim import OptimConfig, check_optimizer_weights
 from alignlab.config.parts import (
     EvalConfig,
     FlowConfig,
@@ -132,7 +132,11 @@ class RunConfig(TrainingConfig):
     def _shards_are_exact(self) -> Self:
         if self.model.shard == "none":
             return self
-        refused = {"tracking.diagnose_every": self.tracking.diagnose_every is not None}
+        refused = {
+            "tracking.diagnose_every": self.tracking.diagnose_every is not None,
+            f"optim.name ({self.optim.name})": self.optim.name != "adamw",
+            "optim.offload": self.optim.offload,
+        }
         for alias, objective in self.objectives.items():
             refused[f"objectives.{alias} ({objective.name}: a moving average of the student)"] = (
                 isinstance(objective, SelfTeacherConfig)
@@ -143,7 +147,7 @@ class RunConfig(TrainingConfig):
         for what, is_set in refused.items():
             if is_set:
                 raise ValueError(
-                    f"{what}: needs whole weights and gradients on every rank, and "
+                    f"{what}: takes whole weights and gradients on every rank, and "
                     f"model.shard: {self.model.shard} gives each a part; set model.shard: none"
                 )
         return self
@@ -173,6 +177,11 @@ class RunConfig(TrainingConfig):
                 f"data.workers: model.attention={attention} chooses torch's attention kernel for "
                 "the whole process, and so for encoders in the threads; set data.workers=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_suits_weights(self) -> Self:
+        check_optimizer_weights(self.optim.name, self.model.weights)
         return self
 
     @property

@@ -20,9 +20,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from torch import Tensor
 
 from alignlab.config.data import unknown_name
-from alignlab.config.model import LoraConfig
+from alignlab.config.model import GradientCheckpointing, LoraConfig, blocks_apart
 from alignlab.distributed.ranks import mixed_precision
 from alignlab.errors import UserError, one_line
+from alignlab.models.gradient_checkpointing import checkpoint_blocks
 from alignlab.models.lora import add_lora
 from alignlab.models.reference_branch import ReferenceBranch
 
@@ -80,7 +81,8 @@ def check_backend(
     *,
     precision: Precision = "fp32",
     train: Literal["full", "lora"] = "full",
-    gradient_checkpointing: bool = False,
+    weights: Precision = "fp32",
+    gradient_checkpointing: GradientCheckpointing = False,
     head_dim: int = WAN_HEAD_DIM,
 ) -> None:
     """Makes sure that `name` can train on `device`; a `*_hub` backend downloads its kernel.
@@ -92,6 +94,7 @@ def check_backend(
         device: where the model runs.
         precision: of the run.
         train: all weights, or a LoRA on weights in `precision`.
+        weights: what all weights are kept in, where they are trained.
         gradient_checkpointing: as in the run.
         head_dim: width of the model's attention heads.
 
@@ -107,6 +110,7 @@ def check_backend(
         device,
         precision=precision,
         train=train,
+        weights=weights,
         gradient_checkpointing=gradient_checkpointing,
         head_dim=head_dim,
     ).state(name)
@@ -165,12 +169,14 @@ class BackendProbe:
         *,
         precision: Precision = "fp32",
         train: Literal["full", "lora"] = "full",
-        gradient_checkpointing: bool = False,
+        weights: Precision = "fp32",
+        gradient_checkpointing: GradientCheckpointing = False,
         head_dim: int = WAN_HEAD_DIM,
     ) -> None:
         self._device = torch.device(device)
         self._precision: Precision = precision
         self._train = train
+        self._kept_in = precision if train == "lora" else weights
         self._gradient_checkpointing = gradient_checkpointing
         self._head_dim = head_dim
 
@@ -268,13 +274,14 @@ class BackendProbe:
                 ffn_dim=32,
                 rope_max_seq_len=16,
             )
+        if self._kept_in == "bf16":
+            transformer.patch_embedding.to(torch.bfloat16)
+            transformer.blocks.to(torch.bfloat16)
         if self._train == "lora":
-            if self._precision == "bf16":
-                transformer.patch_embedding.to(torch.bfloat16)
-                transformer.blocks.to(torch.bfloat16)
             add_lora(transformer, LoraConfig(rank=4), seed=0)
-        if self._gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        mode = self._gradient_checkpointing
+        # of one block every k-th is this one
+        checkpoint_blocks(transformer, mode if blocks_apart(mode) is None else True)
         return transformer.to(self._device).train()
 
     @cached_property

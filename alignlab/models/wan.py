@@ -15,12 +15,20 @@ from torch import Tensor
 from transformers import UMT5EncoderModel
 
 from alignlab.config.data import LATENT_STRIDE, SIZE_STEP
-from alignlab.config.model import Expert, Init, LoraConfig, TextEncoderPlace
+from alignlab.config.model import (
+    Expert,
+    GradientCheckpointing,
+    Init,
+    LoraConfig,
+    TextEncoderPlace,
+)
+from alignlab.config.optim import WeightsType
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
 from alignlab.models.experts import INDEX, check_index, transformer_part
 from alignlab.models.frozen_parts import FrozenParts
+from alignlab.models.gradient_checkpointing import check_blocks_apart, checkpoint_blocks
 from alignlab.models.lora import add_lora
 from alignlab.models.model_files import (
     check_model_files,
@@ -45,7 +53,7 @@ class Wan:
     """The parts of a Wan pipeline; everything but the transformer is frozen.
 
     Args:
-        transformer: what is trained; fp32 weights, or a frozen base with a fp32 LoRA.
+        transformer: what is trained; all its weights, or a frozen base with a fp32 LoRA.
         frozen: autoencoder and text encoder, loaded when they are needed.
         part: sub-folder that the transformer came from; an export replaces it.
     """
@@ -121,8 +129,9 @@ def load_wan(
     train: Literal["full", "lora"] = "full",
     lora: LoraConfig | None = None,
     attention: str = "native",
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: GradientCheckpointing = False,
     precision: Literal["fp32", "bf16"] = "fp32",
+    weights: WeightsType = "fp32",
     device: torch.device | str = "cpu",
     transformer_device: torch.device | str | None = None,
     seed: int = 0,
@@ -138,12 +147,12 @@ def load_wan(
     Args:
         path: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id.
         expert: of a pipeline with two transformers (Wan 2.2 A14B), the one to load.
-        train: `full` trains every weight of the transformer, kept in fp32 (run it under autocast
-            for bf16); `lora` freezes it and trains an adapter.
+        train: `full` trains every weight, `lora` an adapter of the transformer, which it freezes.
         lora: the adapter; needed by `lora`, refused by `full`.
         attention: any diffusers attention backend that can train a Wan block on `device`.
-        gradient_checkpointing: recompute each block in the backward pass.
+        gradient_checkpointing: what of the blocks the backward pass computes again.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
+        weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does.
         device, transformer_device: where everything goes, and the transformer if elsewhere.
         init: `random` reads the transformer's config.json alone and draws its weights.
         seed: of what is drawn, also the adapter.
@@ -153,18 +162,17 @@ def load_wan(
         clip: frames, height and width that are to be trained: refused before weights are loaded.
 
     Raises:
-        UserError: path, `clip`, a LoRA target or the backend cannot be used.
+        UserError: path, `clip`, a LoRA target, the backend or k of `every:k` cannot be used.
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
     folder, part = checked_pipeline(path, expert), transformer_part(expert)
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
-    _check_clip(own, folder / part, clip)
-    dtype = torch.bfloat16 if precision == "bf16" and train == "lora" else torch.float32
-    random = init == "random"
-    transformer = _drawn(folder, part, seed) if random else read_transformer(folder, part, dtype)
-    how: dict[str, Any] = {"precision": precision, "train": train}
+    _check_architecture(folder / part, own, clip, gradient_checkpointing)
+    kept_in = precision if train == "lora" else weights
+    transformer = _initial(folder, part, init, kept_in, seed)
+    how: dict[str, Any] = {"precision": precision, "train": train, "weights": weights}
     how |= {"gradient_checkpointing": gradient_checkpointing}
     check_backend(attention, device, head_dim=transformer.config["attention_head_dim"], **how)
     frozen = frozen if frozen is not None and frozen.is_same(own) else own
@@ -175,7 +183,14 @@ def load_wan(
     return Wan(transformer.to(transformer_device or device).train(), frozen, part)
 
 
-def _check_clip(frozen: FrozenParts, transformer: Path, clip: tuple[int, int, int] | None) -> None:
+def _check_architecture(
+    transformer: Path,
+    frozen: FrozenParts,
+    clip: tuple[int, int, int] | None,
+    gradient_checkpointing: GradientCheckpointing,
+) -> None:
+    """Refuses by the settings of the models what their weights are not needed for."""
+    check_blocks_apart(gradient_checkpointing, num_blocks(transformer))
     if clip is not None:
         frozen.token_grid(patch_size(transformer), *clip)
 
@@ -185,13 +200,12 @@ def _prepare(
     lora: LoraConfig | None,
     seed: int,
     attention: str,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: GradientCheckpointing,
 ) -> None:
     """See `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
-    if gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    checkpoint_blocks(transformer, gradient_checkpointing)
     transformer.set_attention_backend(attention)
 
 
@@ -213,8 +227,18 @@ def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransfor
     return transformer
 
 
-def _drawn(folder: Path, part: str, seed: int) -> WanTransformer3DModel:
-    """The folder's architecture with diffusers' initial weights, fp32.
+def _initial(
+    folder: Path, part: str, init: Init, kept_in: WeightsType, seed: int
+) -> WanTransformer3DModel:
+    """The weights that a training begins with, on the CPU."""
+    dtype = torch.bfloat16 if kept_in == "bf16" else torch.float32
+    if init == "random":
+        return _drawn(folder, part, seed, dtype)
+    return read_transformer(folder, part, dtype)
+
+
+def _drawn(folder: Path, part: str, seed: int, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The folder's architecture with diffusers' initial weights, drawn in fp32.
 
     They are drawn on the CPU from `seed` alone, whatever else is drawn and whatever device trains
     them: the variants of a comparison start from equal ones, and so do the ranks of a run.
@@ -223,7 +247,17 @@ def _drawn(folder: Path, part: str, seed: int) -> WanTransformer3DModel:
         transformer: WanTransformer3DModel = construct(
             WanTransformer3DModel, folder / part, setting="model.path"
         )
+    if dtype != torch.float32:
+        keep_in(transformer, dtype)
     return transformer
+
+
+def keep_in(transformer: WanTransformer3DModel, dtype: torch.dtype) -> None:
+    """Rounds weights to `dtype`, as diffusers loads them: all but those that it keeps in fp32."""
+    kept = set(transformer._keep_in_fp32_modules)
+    for name, parameter in transformer.named_parameters():
+        if kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def frozen_parts(
@@ -261,6 +295,22 @@ def patch_size(transformer: Path) -> tuple[int, int, int]:
     if not is_list or any(type(side) is not int or side < 1 for side in found):
         raise UserError(f"model.path: {path}: patch_size is no list of three whole numbers")
     return found[0], found[1], found[2]
+
+
+def num_blocks(transformer: Path) -> int:
+    """Of a transformer's settings; its weights are not read.
+
+    Args:
+        transformer: its folder.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    path = transformer / "config.json"
+    found = read_object(path, setting="model.path").get("num_layers", 40)
+    if type(found) is not int or found < 1:
+        raise UserError(f"model.path: {path}: num_layers is no whole number from 1 on")
+    return found
 
 
 def pipeline_grid(path: str, frames: int, height: int, width: int) -> Grid:

@@ -68,6 +68,15 @@ class Stage1Config(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def _optimizer_suits_weights(self) -> Self:
+        if self.optim.name == "adamw_bf16_kahan":
+            raise ValueError(
+                "optim.name: adamw_bf16_kahan is for bf16 weights, and Stage 1 trains in fp32; "
+                "take adamw or adamw_8bit"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _video_teacher_gets_clips(self) -> Self:
         check_video_frames(self.teachers, self.data.frames)
         return self

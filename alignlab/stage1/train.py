@@ -38,6 +38,7 @@ from alignlab.tracking import Tracker, ask
 from alignlab.train import Trainer
 from alignlab.training import checkpoint
 from alignlab.training.batches import drawn_clip, drawn_clips
+from alignlab.training.build_optimizer import build_optimizer, check_optimizer
 from alignlab.training.checkpoint import TrainState
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels
@@ -45,7 +46,6 @@ from alignlab.training.kept_text import encode_ahead
 from alignlab.training.measure import logged_costs
 from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.prefetch import check_wanted
-from alignlab.training.setup import adamw
 from alignlab.training.step_terms import SampleTerms
 
 Clip = TypeVar("Clip")
@@ -112,6 +112,7 @@ class Stage1Trainer(Trainer):
     config: Stage1Config
 
     def __init__(self, config: Stage1Config, ranks: Ranks) -> None:
+        check_optimizer(config.optim, ranks.device)
         train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
         task_class = STAGE1_TASKS[config.stage1.kind]
         task_class.check_data(train_clips, val_clips)
@@ -127,7 +128,7 @@ class Stage1Trainer(Trainer):
         self.task = task_class(config.stage1, self.models, seed=config.seed)
         self.clips = TaskClips(self.task, train_clips, ClipMemory(), config.stage1)
         self.val_clips = TaskClips(self.task, val_clips, ClipMemory(), config.stage1)
-        optimizer = adamw(list(self.task.network.parameters()), config.optim)
+        optimizer = build_optimizer(list(self.task.network.parameters()), config.optim)
         super().__init__(config, ranks, Stage1State(optimizer, self.task.network))
 
     def encode_texts(self, first: int) -> None:

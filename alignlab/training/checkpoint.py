@@ -4,7 +4,7 @@ checkpoints/step-000500/
     transformer/                         all weights (full fine-tuning), or
     pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
     objectives.safetensors               projectors, state of plateau stops and measured weights
-    optimizer.safetensors                AdamW moments, by parameter name, or
+    optimizer.safetensors                AdamW's state, by parameter name, or
     optimizer/                           likewise, a file of each rank (`optimizer_shards.py`)
     ema.safetensors                      the moving average, if there is one
     self_teacher.safetensors             that which an objective has for a teacher, likewise
@@ -56,6 +56,7 @@ from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.metric_rows import LogMark
 from alignlab.training.optimizer_shards import SEPARATOR, placed, read_shards
+from alignlab.training.optimizer_step import StepByTensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
@@ -436,7 +437,7 @@ def named_state(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict
     """Every state tensor under `<parameter name>|<state name>`.
 
     Args:
-        optimizer: an optimizer whose state values are tensors (AdamW's are).
+        optimizer: an optimizer whose state values are tensors (those of `build_optimizer` are).
         names: the name of each parameter that it updates.
     """
     return {
@@ -458,5 +459,11 @@ def restore_state(
     for key, value in tensors.items():
         name, state_name = key.rsplit(SEPARATOR, 1)
         parameter = by_name[name]
-        # a copy: on a CPU the loaded tensor may be a view of the checkpoint's file
-        optimizer.state[parameter][state_name] = placed(value, parameter)
+        optimizer.state[parameter][state_name] = _placed(optimizer, parameter, value)
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A copy where the optimizer has it: on a CPU what is loaded may be a view of the file."""
+    if isinstance(optimizer, StepByTensor):
+        return optimizer.placed(parameter, value)
+    return placed(value, parameter)

@@ -19,11 +19,12 @@ from alignlab.training.checkpoint import RunState, TrainState
 
 FEATURES = "features/"
 """Prefix of the log names of teachers' features."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "absmax1", "absmax2", "rest")
+"""Of the optimizer's state, what can stop being finite: 8 bits cannot, but their scales can."""
 STATE = {
     "weights": "weights",
     "ema": "the moving average of the weights (optim.ema)",
-    "exp_avg": "the optimizer's exp_avg",
-    "exp_avg_sq": "the optimizer's exp_avg_sq",
+    **{key: f"the optimizer's {key}" for key in MOMENTS},
 }
 """What a step leaves behind, and what it is called."""
 
@@ -99,7 +100,7 @@ def state_norms(state: TrainState) -> dict[str, Tensor]:
     norms = {STATE["weights"]: total_norm(list(state.names))}
     if isinstance(state, RunState) and state.ema is not None:
         norms[STATE["ema"]] = total_norm(list(state.ema.values()))
-    for key in ("exp_avg", "exp_avg_sq"):
+    for key in MOMENTS:
         moments = [s[key] for s in state.optimizer.state.values() if key in s]
         if moments:
             norms[STATE[key]] = total_norm(moments, norm_type=torch.inf)

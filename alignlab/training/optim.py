@@ -51,16 +51,25 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) ->
     Returns:
         The norm before.
     """
-    norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = _norm([p.grad for p in parameters if p.grad is not None])
     if largest is not None:
         scale_gradients(parameters, largest, norm)
+    return norm
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Of all gradients, in fp32 whatever they are kept in."""
+    if all(_is_fp32(gradient) for gradient in gradients):
+        return total_norm(gradients)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 
 
 def step_unless(optimizer: torch.optim.Optimizer, is_broken: Tensor) -> None:
     """Takes the optimizer's step, unless `is_broken`, a bool on the device; then nothing changes.
 
-    The fused kernel asks the device, and the host does not wait.
+    Every optimizer of `build_optimizer` asks the device, and the host does not wait.
     """
     optimizer.found_inf = is_broken.float()  # type: ignore[attr-defined]  # as GradScaler does
     optimizer.step()
@@ -74,10 +83,23 @@ def update_ema(state: RunState, decay: float | None) -> None:
 
 @torch.no_grad()
 def move_average(average: dict[str, Tensor], transformer: nn.Module, decay: float) -> None:
-    """Moves an average of parameters, by their names, towards them, in place."""
+    """Moves an average of parameters, by their names and in fp32, towards them, in place."""
     trained = dict(transformer.named_parameters())
-    parameters = [local_part(trained[name]) for name in average]
-    torch._foreach_lerp_([local_part(a) for a in average.values()], parameters, 1 - decay)
+    fp32 = [name for name in average if _is_fp32(trained[name])]
+    parameters = [local_part(trained[name]) for name in fp32]
+    if fp32:
+        torch._foreach_lerp_([local_part(average[name]) for name in fp32], parameters, 1 - decay)
+    for name in average.keys() - set(fp32):  # one at a time: each is widened for it
+        average[name].lerp_(trained[name].float(), 1 - decay)
+
+
+def fp32_copy(parameter: nn.Parameter) -> Tensor:
+    """What a moving average begins with: in bf16 its steps would be lost."""
+    return parameter.detach().to(torch.float32, copy=True)
+
+
+def _is_fp32(value: Tensor) -> bool:
+    return value.dtype == torch.float32
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from alignlab.models.taps import Kind, Taps, WanTransformer
 from alignlab.training.aligned_samples import trains
 from alignlab.training.batches import Batch
 from alignlab.training.flow_matching import interpolate
-from alignlab.training.optim import move_average
+from alignlab.training.optim import fp32_copy, move_average
 from alignlab.training.two_levels import TwoLevels
 
 
@@ -55,9 +55,7 @@ class SelfTeacher:
         _, *patch = transformer.config["patch_size"]
         self._patch_HW = (int(patch[0]), int(patch[1]))
         self.average: dict[str, Tensor] = {
-            name: p.detach().clone()
-            for name, p in transformer.named_parameters()
-            if p.requires_grad
+            name: fp32_copy(p) for name, p in transformer.named_parameters() if p.requires_grad
         }
 
     @classmethod

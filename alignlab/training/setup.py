@@ -10,13 +10,12 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from alignlab.config.optim import AdamWConfig
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits, dataset_files
 from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.distributed.ranks import Ranks, mixed_precision, single_rank
-from alignlab.distributed.sharding import alike, is_in_shards, shard_transformer, weight_norm
+from alignlab.distributed.sharding import is_in_shards, shard_transformer, weight_norm
 from alignlab.errors import UserError
 from alignlab.evaluation.own_metrics import described, try_metrics
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -37,10 +36,12 @@ from alignlab.teachers import DiffusionTeacher, teacher_from
 from alignlab.training.aligned_samples import gate_notes
 from alignlab.training.alignment import Alignment
 from alignlab.training.batches import ClipEncoder
+from alignlab.training.build_optimizer import build_optimizer, check_optimizer
 from alignlab.training.checkpoint import RunState
 from alignlab.training.clip_memory import ClipMemory, MadeOnce
 from alignlab.training.encoded import Encoded, FeatureRead
 from alignlab.training.flow_matching import FlowWeights
+from alignlab.training.optim import fp32_copy
 from alignlab.training.run_alignment import check_data, check_teachers, run_alignment
 from alignlab.training.self_teacher import SelfTeacher
 from alignlab.training.shuffle import shuffle_note
@@ -141,6 +142,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
             group was joined.
     """
     ranks = ranks or single_rank(config.model.precision)
+    check_optimizer(config.optim, ranks.device)
     if ranks.world_size > 1:
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
@@ -197,6 +199,7 @@ def _load_wan(config: RunConfig, caches: Caches, ranks: Ranks) -> Wan:
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
         precision=config.model.precision,
+        weights=config.model.weights,
         device=ranks.device,
         transformer_device="cpu" if in_shards else None,
         seed=config.seed,
@@ -269,18 +272,6 @@ def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
         )
 
 
-def adamw(parameters: list[nn.Parameter], config: AdamWConfig) -> torch.optim.AdamW:
-    """AdamW with the recipe's settings over the parameters that are trained, in one kernel."""
-    groups = alike([p for p in parameters if p.requires_grad])
-    return torch.optim.AdamW(
-        [{"params": group} for group in groups],
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
 def _initial_state(
     config: RunConfig, wan: Wan, alignment: Alignment, self_teacher: SelfTeacher | None
 ) -> RunState:
@@ -288,9 +279,9 @@ def _initial_state(
     ema = None
     if config.optim.ema is not None:
         named = wan.transformer.named_parameters()
-        ema = {name: p.detach().clone() for name, p in named if p.requires_grad}
+        ema = {name: fp32_copy(p) for name, p in named if p.requires_grad}
     own = None if self_teacher is None else self_teacher.average
-    optimizer = adamw(parameters, config.optim)
+    optimizer = build_optimizer(parameters, config.optim)
     return RunState(optimizer, wan.transformer, alignment, ema, self_teacher=own)
 
 

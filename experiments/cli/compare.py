@@ -6,7 +6,7 @@ import typer
 
 from alignlab.cli_options import Overrides, PrintConfig, Recipe, echo_mlflow
 from alignlab.errors import UserError
-from alignlab.experiments.cli.launch_options import LauncherName, RayAddress, Workers
+from alignlab.experiments.cli.launch_options import CompareLauncherName, RayAddress, Workers
 from alignlab.passwords import without_password
 
 DEMO_WORKERS = 2
@@ -25,7 +25,7 @@ def compare(
         bool,
         typer.Option("--aa", help="Train the baseline twice: how far do equal trainings differ?"),
     ] = False,
-    launcher: LauncherName = "local",
+    launcher: CompareLauncherName = "local",
     ray_address: RayAddress = None,
     list_runs: Annotated[
         bool, typer.Option("--list-runs", help="Print the recipes of untrained runs and stop.")

@@ -8,6 +8,10 @@ LauncherName = Annotated[
     Literal["local", "ray"],
     typer.Option("--launcher", help="Train here, or on the nodes of a Ray cluster."),
 ]
+CompareLauncherName = Annotated[
+    Literal["local", "ray", "slurm"],
+    typer.Option("--launcher", help="Train here, on the nodes of a Ray cluster, or as SLURM jobs."),
+]
 RayAddress = Annotated[
     str | None,
     typer.Option(help="HOST:PORT or auto; left out: RAY_ADDRESS, else a new cluster here."),

@@ -7,7 +7,6 @@ from their last checkpoint, and those of variants that are gone are left out whe
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 from alignlab.config.identity import identity
 from alignlab.config.paths import user_path
@@ -16,9 +15,7 @@ from alignlab.errors import UserError
 from alignlab.evaluation.blocks import measure_blocks
 from alignlab.experiments.compare.config import CompareConfig
 from alignlab.experiments.launchers import RunKey
-from alignlab.recipe import NUMBERLESS, dump, holds_recipe
-from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checksums import with_checksum_line
+from alignlab.recipe import NUMBERLESS
 from alignlab.runs.prolong import Leg, expected_plan, planned_by_steps
 from alignlab.runs.run_folder import RunFolder, only_writer
 from alignlab.training.setup import Caches, shared_caches
@@ -118,19 +115,6 @@ def refuse_different_plans(config: CompareConfig, runs: Runs, folders: Folders) 
                 f"({_shown(others)}; {_shown(legs)}): finish all runs with the same steps before "
                 "they are prolonged, or choose another name"
             )
-
-
-def recipe_to_train(run: RunConfig, folder: RunFolder) -> Path:
-    """The recipe with which an `alignlab train` makes a run: the folder's own.
-
-    Of a run that would be prolonged it is a file beside that one, so that the folder holds what it
-    held until the run is trained.
-    """
-    if holds_recipe(folder.recipe, run):
-        return folder.recipe
-    longer = folder.longer_recipe(run.steps)
-    write_text(longer, with_checksum_line(dump(run)))
-    return longer
 
 
 def _held_blocks(folder: RunFolder, run: RunConfig) -> tuple[int, ...] | None:

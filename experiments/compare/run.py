@@ -40,7 +40,6 @@ from alignlab.experiments.compare.result import (
 from alignlab.experiments.compare.reuse import (
     measure_missing_blocks,
     open_run,
-    recipe_to_train,
     refuse_different_plans,
 )
 from alignlab.experiments.compare.search_facts import search_facts
@@ -48,8 +47,10 @@ from alignlab.experiments.compare.sources import check_sources, refuse_prolonged
 from alignlab.experiments.compare.tracking import tracked
 from alignlab.experiments.compare.variants import baseline_notice
 from alignlab.experiments.launchers import Launcher, RunKey, make_launcher
+from alignlab.experiments.launchers.config import check_batch
 from alignlab.experiments.launchers.local import of_run, shown, threads, train_one
 from alignlab.experiments.launchers.local_workers import LOOK_EVERY_S
+from alignlab.experiments.launchers.several_ranks import recipe_to_train
 from alignlab.experiments.launchers.sources import check_folders, waits
 from alignlab.experiments.report.text import print_summary
 from alignlab.runs.checksums import DamagedError, forget_checksums, read_json, write_json
@@ -62,6 +63,7 @@ from alignlab.runs.out_paths import make_output_folder
 from alignlab.runs.run_folder import RunFolder
 from alignlab.stage1.compatibility import is_finished
 from alignlab.training.aligned_samples import check_recipe
+from alignlab.training.build_optimizer import check_optimizer_package
 from alignlab.training.setup import Caches
 
 log = logging.getLogger(__name__)
@@ -116,7 +118,7 @@ def join(config: CompareConfig) -> None:
                     continue
                 try:
                     with interruption.telling(partial(of_run, key)):
-                        train_one(run, caches, wait=False)
+                        train_one(run, caches, config.launch, wait=False)
                 except HeldError:
                     continue
                 has_trained = True
@@ -150,6 +152,8 @@ def check(config: CompareConfig) -> None:
     # before folders are made and the budget measured; neither seed nor number of steps matters
     for run in config.runs.values():
         check_recipe(run)
+        check_batch(run, config.launch)
+        check_optimizer_package(run.optim)
     check_sources(_planned(config))
 
 

@@ -1,4 +1,4 @@
-"""Who trains the runs of a comparison: this process, several here, or nodes of a Ray cluster."""
+"""Who trains the runs of a comparison: this process, several here, nodes of Ray, or SLURM."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,11 +11,12 @@ from alignlab.experiments.launchers.local import launch_local
 from alignlab.experiments.launchers.local_workers import launch_workers
 from alignlab.experiments.launchers.ray_runs import launch_ray
 from alignlab.experiments.launchers.run_progress import RunKey
+from alignlab.experiments.launchers.slurm import launch_slurm
 from alignlab.experiments.launchers.sources import check_folders
 
 __all__ = ["Launcher", "LauncherName", "RunKey", "make_launcher", "refuse_unread_address"]
 
-LauncherName = Literal["local", "ray"]
+LauncherName = Literal["local", "ray", "slurm"]
 
 Launcher = Callable[[Mapping[RunKey, RunConfig], Callable[[RunKey], None]], None]
 """Trains all of these runs, whose folders exist, and tells which one has just been finished."""
@@ -32,9 +33,10 @@ def make_launcher(
     """The launcher of this name.
 
     Args:
-        name: `local` or `ray`.
+        name: `local`, `ray` or `slurm`.
         needs: what each run needs of its machine.
-        workers: how many runs are trained at a time on this machine; None: one.
+        workers: how many runs are trained at a time: on this machine, None is one; by SLURM, as
+            many as it gives.
         command: recipe and overrides, as local workers are started with them; read if there are
             several.
         ray_address: `HOST:PORT` or `auto`; None: `RAY_ADDRESS`, else a new cluster here.
@@ -50,6 +52,8 @@ def make_launcher(
             )
         return partial(launch_ray, needs=needs, address=ray_address)
     refuse_unread_address(ray_address)
+    if name == "slurm":
+        return partial(_launch_here, partial(launch_slurm, needs=needs, workers=workers))
     if workers is not None and workers > 1:
         several = partial(launch_workers, needs=needs, workers=workers, command=command)
         return partial(_launch_here, several)

@@ -5,14 +5,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from math import ceil
+from pathlib import Path
 
 import torch
 
 from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.evaluation.intermediate import OnEvaluation
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
+from alignlab.experiments.launchers.several_ranks import train_ranks
 from alignlab.progress import tell
 from alignlab.train import train
 from alignlab.training.setup import Caches, shared_caches
@@ -37,24 +40,40 @@ def launch_local(
             interruption.check()
             tell(f"run {number} of {len(runs)}: {shown(key)}")
             with interruption.telling(partial(of_run, key)):
-                train_one(run, caches, wait=False)
+                train_one(run, caches, needs, wait=False)
             finished(key)
             ended(key)
 
 
-def train_one(run: RunConfig, caches: dict[str, Caches], *, wait: bool) -> None:
-    """Trains, or resumes, a run whose folder exists, as the only process that writes there.
+def train_one(
+    run: RunConfig,
+    caches: dict[str, Caches],
+    needs: LaunchConfig,
+    *,
+    wait: bool,
+    on_evaluation: OnEvaluation | None = None,
+) -> Path:
+    """Trains, or resumes, a run, as the only command that writes its folder, which it returns.
+
+    A run of one rank is trained in this process, one of several in processes of their own.
 
     Args:
         run: its recipe.
         caches: encoded clips of the runs that this process has trained; those that this run can
-            share are used, new ones are added.
+            share are used, new ones are added. Ranks in processes of their own keep theirs.
+        needs: how many ranks train it.
         wait: wait for another process that trains the run; else refuse.
+        on_evaluation: as `alignlab.train.train` takes it.
 
     Raises:
         UserError: the run cannot be trained, or another process trains it and `wait` is false.
+        ChildProcessError: the machine ended one of several ranks.
     """
-    train(run, caches=shared_caches(run, caches), wait=wait)
+    if needs.num_ranks > 1:
+        ranks, cpus = needs.num_ranks, needs.cpus
+        return train_ranks(run, ranks, wait=wait, cpus=cpus, on_evaluation=on_evaluation)
+    shared = shared_caches(run, caches)
+    return train(run, caches=shared, wait=wait, on_evaluation=on_evaluation)
 
 
 def shown(key: RunKey) -> str:
@@ -77,7 +96,7 @@ def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
     cpus, gpus = num_cpus(), torch.cuda.device_count()
     if needs.cpus is not None and runs * needs.cpus > cpus:
         raise UserError(f"launch.cpus: {who} {runs * needs.cpus}, this machine has {cpus}")
-    if needs.gpus and (not gpus or ceil(runs / gpus) * needs.gpus > 1):
+    if needs.gpus and not _holds(gpus, needs.gpus, runs):
         share = f"{needs.gpus:g}" if runs == 1 else f"{needs.gpus:g} each"
         raise UserError(f"launch.gpus: {who} {share}, this machine has {gpus or 'none'}")
     if needs.gpus == 0 and gpus:
@@ -92,6 +111,13 @@ def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
                 f"launch.memory_gib: {who} {runs * needs.memory_gib:g}, "
                 f"this machine has {memory_gib:.1f}"
             )
+
+
+def _holds(gpus: int, needed: float, runs: int) -> bool:
+    """Whether so many GPUs are enough for so many runs at a time."""
+    if needed > 1:
+        return runs * needed <= gpus
+    return gpus > 0 and ceil(runs / gpus) * needed <= 1
 
 
 def workers_that_fit(needs: LaunchConfig, most: int) -> int:

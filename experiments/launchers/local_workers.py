@@ -6,7 +6,6 @@ killed leaves its share to the others.
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,18 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import USER_ERROR, UserError
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import check_machine, num_cpus
 from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
+from alignlab.experiments.launchers.several_ranks import INTERRUPTED, started, stop
 
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-# Exit codes of `alignlab.interruption`.
-INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)
 
 
 def launch_workers(
@@ -53,7 +50,8 @@ def launch_workers(
     progress = RunsProgress(runs)
     folder = next(iter(progress.folders.values())).path.parents[1]
     count = min(workers, len(runs))
-    with local_workers(["compare", *command, "--join"], count, folder) as watch:
+    joined = ["compare", *command, "--join"]
+    with local_workers(joined, count, folder, gpus=needs.num_ranks) as watch:
         with progress.shown() as advance:
             while True:
                 is_any_left = watch()
@@ -67,13 +65,16 @@ def launch_workers(
 
 
 @contextmanager
-def local_workers(command: Sequence[str], count: int, folder: Path) -> Iterator[Callable[[], bool]]:
+def local_workers(
+    command: Sequence[str], count: int, folder: Path, *, gpus: int = 1
+) -> Iterator[Callable[[], bool]]:
     """Starts processes of a command, and ends those that are left; none is replaced.
 
     Args:
         command: of `alignlab`, with its arguments.
         count: how many processes; they take the CUDA devices in turn.
         folder: gets `worker-N.log`.
+        gpus: CUDA devices that each of them gets.
 
     Yields:
         What waits a moment and says whether a worker is left. If one met an error, it raises a
@@ -89,11 +90,11 @@ def local_workers(command: Sequence[str], count: int, folder: Path) -> Iterator[
 
     try:
         for index in range(1, count + 1):
-            running[index] = _start(index, count, command, folder)
+            running[index] = _start(index, count, command, folder, gpus)
         log.info("%d workers, each writes %s", count, folder / "worker-N.log")
         yield watch
     finally:
-        _stop(list(running.values()))
+        stop(list(running.values()))
 
 
 def all_died(folder: Path) -> ChildProcessError:
@@ -104,27 +105,28 @@ def all_died(folder: Path) -> ChildProcessError:
     )
 
 
-def _start(index: int, count: int, command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | device_of(index - 1, os.environ.get("CUDA_VISIBLE_DEVICES"))
+def _start(
+    index: int, count: int, command: Sequence[str], folder: Path, gpus: int
+) -> subprocess.Popen[bytes]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    environment = os.environ | devices_of(index - 1, visible, gpus)
     if "OMP_NUM_THREADS" not in environment:
         environment["OMP_NUM_THREADS"] = str(max(1, num_cpus() // count))
-    with (folder / f"worker-{index}.log").open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "alignlab", *command],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=out,
-        )
+    return started(
+        [sys.executable, "-m", "alignlab", *command], environment, folder / f"worker-{index}.log"
+    )
 
 
-def device_of(index: int, visible: str | None) -> dict[str, str]:
-    """The environment that gives a worker one of several CUDA devices, in turn."""
+def devices_of(index: int, visible: str | None, gpus: int = 1) -> dict[str, str]:
+    """The environment that gives a worker its share of several CUDA devices, in turn."""
     import torch
 
     names = [str(i) for i in range(torch.cuda.device_count())] if visible is None else []
     names = visible.split(",") if visible else names
-    return {"CUDA_VISIBLE_DEVICES": names[index % len(names)]} if len(names) > 1 else {}
+    if len(names) <= gpus:
+        return {}
+    own = [names[(index * gpus + i) % len(names)] for i in range(gpus)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
 
 
 def _check_exit(index: int, code: int, folder: Path) -> None:
@@ -138,24 +140,3 @@ def _check_exit(index: int, code: int, folder: Path) -> None:
         last = path.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
         line = f"worker {index}: {last.removeprefix('error: ')} (see {path})"
         raise UserError(line) if code == USER_ERROR else ChildProcessError(line)
-
-
-def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Ends the workers, which write a checkpoint and give back what they held.
-
-    Ctrl-C in a terminal reaches them as well; a signal to this process does not. Another signal
-    to it kills those that are left.
-    """
-    left = [worker for worker in workers if worker.poll() is None]
-    if left:
-        log.info("workers end their steps and write checkpoints: %d", len(left))
-    for worker in left:
-        worker.send_signal(signal.SIGTERM)
-    try:
-        for worker in left:
-            worker.wait()
-    except KeyboardInterrupt:
-        for worker in left:
-            worker.kill()
-            worker.wait()
-        raise

@@ -14,6 +14,7 @@ from typing import TypedDict
 
 from alignlab import interruption
 from alignlab.errors import UserError
+from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import threads, train_one
 from alignlab.experiments.launchers.same_code import code_facts, differing_code
 from alignlab.runs.run_folder import RunFolder
@@ -33,19 +34,27 @@ class Order(TypedDict):
     Args:
         directory: where the sender works: relative paths in the recipe start there.
         folder: of the run or the sweep, which holds its recipe.
-        threads: that torch computes with.
+        threads: that torch computes with, of all ranks together.
+        ranks: of each run.
         code: the sender's `code_facts`.
     """
 
     directory: str
     folder: str
     threads: int
+    ranks: int
     code: dict[str, str]
 
 
-def order_for(folder: Path, num_threads: int) -> Order:
+def order_for(folder: Path, num_threads: int, ranks: int = 1) -> Order:
     """The order to train what a folder holds, sent from this process."""
-    return Order(directory=os.getcwd(), folder=str(folder), threads=num_threads, code=code_facts())
+    return Order(
+        directory=os.getcwd(),
+        folder=str(folder),
+        threads=num_threads,
+        ranks=ranks,
+        code=code_facts(),
+    )
 
 
 def train_run(order: Order) -> None:
@@ -56,8 +65,9 @@ def train_run(order: Order) -> None:
             trained.
     """
     folder = RunFolder(arrive(order))
+    needs = LaunchConfig(cpus=order["threads"], ranks=order["ranks"])
     with working(folder.path / LOG, order["threads"]):
-        train_one(folder.config(), _caches, wait=True)
+        train_one(folder.config(), _caches, needs, wait=True)
 
 
 def arrive(order: Order, *, holds: str = RECIPE, setting: str = "output") -> Path:

@@ -107,6 +107,7 @@ class RayTasks(Generic[Key]):
         )
         self._request = reservation(needs, cluster.nodes())
         self.threads = needs.cpus or 1
+        self.ranks = needs.num_ranks
         entry = _entry(job.__module__, job.__name__, self._request["num_gpus"])
         self._task = cluster.ray.remote(max_retries=0, **self._request)(entry)
         self._running: dict[Any, Key] = {}
@@ -194,8 +195,8 @@ def reservation(needs: LaunchConfig, nodes: list[dict[str, float]]) -> dict[str,
     """
     gpus = needs.gpus
     if gpus is None:
-        gpus = 1.0 if any(node.get("GPU", 0) for node in nodes) else 0.0
-    request = {"num_cpus": float(needs.cpus or 1), "num_gpus": gpus}
+        gpus = float(needs.num_ranks) if any(node.get("GPU", 0) for node in nodes) else 0.0
+    request = {"num_cpus": float(needs.cpus or needs.num_ranks), "num_gpus": gpus}
     if needs.memory_gib is not None:
         request["memory"] = needs.memory_gib * GIB
     return request

@@ -85,7 +85,9 @@ class _RayRuns:
             self._start(key)
 
     def _start(self, key: RunKey) -> None:
-        self._tasks.start(key, order_for(self._folders[key].path, self._tasks.threads))
+        self._tasks.start(
+            key, order_for(self._folders[key].path, self._tasks.threads, self._tasks.ranks)
+        )
 
     def _see_ended(self) -> list[RunKey]:
         """Runs that have finished since; one whose process died is started again."""

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Literal
 
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
-from alignlab.experiments.launchers import LauncherName, refuse_unread_address
+from alignlab.experiments.launchers import refuse_unread_address
 from alignlab.experiments.launchers.local import check_machine, threads
 from alignlab.experiments.launchers.local_workers import all_died, local_workers
 from alignlab.experiments.sweep.config import SweepConfig
@@ -25,7 +26,7 @@ SweepLauncher = Callable[[SweepConfig], AbstractContextManager[RunTrials]]
 
 
 def make_sweep_launcher(
-    name: LauncherName,
+    name: Literal["local", "ray"],
     *,
     workers: int | None = None,
     command: Sequence[str] = (),
@@ -86,7 +87,9 @@ def _run_workers(study: SweepStudy, count: int, command: Sequence[str]) -> None:
     """
     folder = sweep_folder(study.config)
     shown = study.num_finished()
-    with local_workers(["sweep", *command, "--join"], count, folder) as watch:
+    with local_workers(
+        ["sweep", *command, "--join"], count, folder, gpus=study.config.launch.num_ranks
+    ) as watch:
         with step_progress(study.config.name, total=study.size, done=shown) as advance:
             is_any_left = True
             while is_any_left:

@@ -22,6 +22,7 @@ from alignlab.experiments.compare.own_metrics import (
     installed_own_metrics,
     own_metrics_of,
 )
+from alignlab.experiments.launchers.local import train_one
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.pruning import (
@@ -41,9 +42,8 @@ from alignlab.runs.input_record import InputRecord
 from alignlab.runs.inputs import read_inputs
 from alignlab.runs.kept_checkpoints import drop_pruned
 from alignlab.runs.run_folder import RunFolder
-from alignlab.train import train
 from alignlab.training.aligned_samples import check_recipe
-from alignlab.training.setup import Caches, shared_caches
+from alignlab.training.setup import Caches
 
 log = logging.getLogger(__name__)
 
@@ -176,9 +176,9 @@ class TrialRunner:
         inside = None
         if judges_inside(self._config) and seed == self._config.seeds[0]:
             inside = partial(self._judge, trial)
-        caches = shared_caches(run, self._caches)
+        caches, needs = self._caches, self._config.launch
         try:
-            folder = train(run, caches=caches, wait=True, on_evaluation=inside)
+            folder = train_one(run, caches, needs, wait=True, on_evaluation=inside)
         except PrunedRunError:  # the decision is stored by then
             drop_pruned(RunFolder(user_path(run.output) / run.name), run)
             return Outcome(TrialState.PRUNED, metrics)

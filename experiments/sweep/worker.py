@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 
 from alignlab import interruption
 from alignlab.distributed.launch_env import refuse_several_ranks
+from alignlab.experiments.launchers.config import check_batch
 from alignlab.experiments.report.formatting import format_duration
 from alignlab.experiments.sweep.config import SweepConfig
 from alignlab.experiments.sweep.metrics import check_metrics
@@ -21,6 +22,7 @@ from alignlab.experiments.sweep.trial import (
     TrialRunner,
     WaitForDuplicateError,
 )
+from alignlab.training.build_optimizer import check_optimizer_package
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ def check(config: SweepConfig) -> None:
     refuse_several_ranks()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_space(config)
+    check_batch(config.base, config.launch)
+    check_optimizer_package(config.base.optim)
     check_sampler(config)
     check_metrics(config)
     if own_params(config) is None:

@@ -1,12 +1,13 @@
 """A command of alignlab in a forked child: all that differs from a command line is the start."""
 
 import importlib
+import logging
 import os
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from processes import descendants
@@ -73,6 +74,47 @@ class ForkedCommand:
         """Ends what is stuck."""
         self.send(signal.SIGKILL)
         os.waitpid(self.pid, 0)
+
+
+class ForkedProcess:
+    """Stands for a `subprocess.Popen` of `python -m alignlab ...`, without its start of seconds.
+
+    Args:
+        command: with the interpreter.
+        environment: the child's, besides what it has.
+        log: gets what it writes to stderr.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        assert list(command[:3]) == [sys.executable, "-m", "alignlab"]
+        self._forked = ForkedCommand(command[3:], log)
+
+        def begin() -> None:
+            os.environ.update(environment)
+            logging.getLogger("alignlab").handlers.clear()  # those of the command that forks
+
+        self._forked.start(begin)
+        self.pid = self._forked.pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """As that of a `Popen`."""
+        return self.wait(0.01)
+
+    def wait(self, timeout: float = 900) -> int | None:
+        """As that of a `Popen`, but gives None where the process is still alive."""
+        if self.returncode is None:
+            self.returncode = self._forked.wait(timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """As that of a `Popen`."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """As that of a `Popen`."""
+        self.send_signal(signal.SIGKILL)
 
 
 def _write_to(errors: Path) -> None:

@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import alignlab
 from alignlab.teachers import Teacher
+from alignlab.training.build_optimizer import build_optimizer
 from alignlab.training.checkpoint import RunState
-from alignlab.training.setup import Run, adamw
+from alignlab.training.setup import Run
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -186,7 +187,7 @@ def on_device(run: Run) -> Iterator[None]:
         if own is not None:
             own.average = {name: value.to(META) for name, value in own.average.items()}
         run.state = RunState(
-            adamw(parameters, run.config.optim),
+            build_optimizer(parameters, run.config.optim),
             run.wan.transformer,
             run.alignment,
             ema,

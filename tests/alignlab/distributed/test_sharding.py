@@ -178,11 +178,12 @@ def test_the_model_is_exported_and_loaded_by_diffusers(runs: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["tracking.diagnose_every=2"], "tracking.diagnose_every: needs whole weights"),
+        (["tracking.diagnose_every=2"], "tracking.diagnose_every: takes whole weights"),
+        (["optim.name=adamw_8bit"], "optim.name (adamw_8bit): "),
         (["objectives.ra.weight.gradient_share=0.1"], "objectives.ra.weight (gradient_share): "),
         (
             ["objectives.sra={name: sra, blocks: [0], deep_blocks: [2]}"],
-            "objectives.sra (sra: a moving average of the student): needs",
+            "objectives.sra (sra: a moving average of the student): takes",
         ),
     ],
 )
@@ -203,11 +204,12 @@ def test_what_needs_whole_gradients_is_refused(
         ("optim.grad_clip=null optim.ema=null", 1e-5),
         ("model.gradient_checkpointing=true optim.accumulate=1 optim.grad_clip=1.0", 1e-5),
         ("model.absent_references=zero objectives.ra=null", 1e-5),
-        (f"{LORA} model.gradient_checkpointing=true", 1e-5),
+        (f"{LORA} model.gradient_checkpointing=every:2", 1e-5),
+        ("model.gradient_checkpointing=ops objectives.ra=null", 1e-5),
         ("model.precision=bf16 eval.generated_clips=0", 5e-3),
         (f"{LORA} model.precision=bf16 eval.generated_clips=0", 5e-3),
     ],
-    ids=["no-clip", "one-micro-batch", "zeros", "lora", "bf16", "lora-bf16"],
+    ids=["no-clip", "one-micro-batch", "zeros", "lora-every", "ops", "bf16", "lora-bf16"],
 )
 def test_every_setting_trains_in_shards_as_in_one(
     recipe: Path, tmp_path: Path, overrides: str, rel: float

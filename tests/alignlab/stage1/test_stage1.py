@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
 from alignlab.data.sample import Sample
 from alignlab.data.shapes.dataset import ShapesDataset
 from alignlab.distributed.ranks import single_rank
+from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import load_stage1
 from alignlab.randomness import generator
 from alignlab.recipe import load_stage1_run
@@ -221,3 +223,13 @@ def test_a_prolonged_training_is_the_long_one(recipes: Recipes, tmp_path: Path) 
     assert timeless_rows(short.parent) == timeless_rows(long.parent)
     result = json.loads((short.parent / "result.json").read_text())
     assert result["notes"][-1].startswith("prolonged: it was planned for fewer steps at first [2")
+
+
+def test_its_moments_may_take_8_bits(recipes: Recipes, tmp_path: Path) -> None:
+    eight = ["optim.name=adamw_8bit", f"output={tmp_path}", "stage1.hidden=192"]
+    config = load_stage1_run("sara", recipes["sara"], eight)
+    assert train_stage1(config).is_dir()
+    (file,) = tmp_path.rglob("optimizer.safetensors")
+    assert any(key.endswith("|state1") for key in load_file(file))
+    with pytest.raises(UserError, match="Stage 1 trains in fp32"):
+        load_stage1_run("sara", recipes["sara"], ["optim.name=adamw_bf16_kahan"])

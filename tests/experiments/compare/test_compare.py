@@ -1,5 +1,6 @@
 """A comparison end to end: two variants, two seeds, one report; killed, continued, reused."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +87,20 @@ def test_the_report_has_every_variant_and_run(report: Path) -> None:
         (clip,) = run.samples
         for name in (clip.video, clip.real, *clip.references):
             assert name is not None and (report.parent / run.run_dir / name).is_file()
+
+
+def test_an_optimizer_whose_package_is_missing_is_told_before_any_run(
+    make: MakeCompare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+
+    def without(name: str, *rest: str) -> object:
+        return None if name == "bitsandbytes" else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(UserError, match=r"adamw_8bit needs bitsandbytes, .*pip install"):
+        compare(make("variants.eight={optim.name: adamw_8bit}"))
+    assert not (tmp_path / "pair").exists()
 
 
 def test_no_run_or_variant_may_have_the_name_of_what_a_comparison_writes(report: Path) -> None:

@@ -79,6 +79,7 @@ def order_of(run: RunConfig) -> node.Order:
         "directory": os.getcwd(),
         "folder": str(Path(run.output) / run.name),
         "threads": 1,
+        "ranks": 1,
         "code": code_facts(),
     }
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from alignlab.cli import app
 from alignlab.errors import UserError
-from alignlab.experiments.launchers import local_workers
+from alignlab.experiments.launchers import local_workers, several_ranks
+from forked_command import ForkedProcess
 from run_contents import timeless_contents, timeless_metrics, timeless_rows
 from small_recipes import comparison_recipe
 
@@ -45,11 +46,11 @@ def test_workers_train_the_runs_that_one_process_would_also_if_one_is_killed(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare(recipe, tmp_path / "one")
-    started: list[subprocess.Popen[bytes]] = []
-    start, two = local_workers._start, tmp_path / "two" / "pair"
+    started: list[ForkedProcess] = []
+    two = tmp_path / "two" / "pair"
 
-    def remember(*arguments: Any) -> subprocess.Popen[bytes]:
-        started.append(start(*arguments))
+    def remember(*arguments: Any) -> ForkedProcess:
+        started.append(ForkedProcess(*arguments))
         return started[-1]
 
     def kill_one_at_work() -> None:
@@ -58,7 +59,7 @@ def test_workers_train_the_runs_that_one_process_would_also_if_one_is_killed(
             time.sleep(0.05)
         started[0].kill()
 
-    monkeypatch.setattr(local_workers, "_start", remember)
+    monkeypatch.setattr(local_workers, "started", remember)
     killer = threading.Thread(target=kill_one_at_work)
     killer.start()
     said = compare(recipe, tmp_path / "two", "--workers", "2")
@@ -96,7 +97,7 @@ def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
     worker = subprocess.Popen([sys.executable, "-S", "-c", ends])
     while not (tmp_path / "up").exists():
         time.sleep(0.01)
-    local_workers._stop([worker])
+    several_ranks.stop([worker])
     assert worker.returncode == 143
 
 
@@ -106,7 +107,9 @@ def test_workers_are_asked_to_end_and_waited_for(tmp_path: Path) -> None:
 def test_a_worker_ends_as_the_command_would(
     code: int, error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(index: int, count: int, command: object, folder: Path) -> subprocess.Popen[bytes]:
+    def start(
+        index: int, count: int, command: object, folder: Path, gpus: int
+    ) -> subprocess.Popen[bytes]:
         (folder / f"worker-{index}.log").write_text("error: it was so\n")
         end = f"import os, sys; os.kill(os.getpid(), {-code}) if {code} < 0 else sys.exit({code})"
         return subprocess.Popen([sys.executable, "-S", "-c", end])
@@ -133,7 +136,7 @@ def test_a_second_signal_kills_the_workers() -> None:
     stuck = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     worker = Stuck([sys.executable, "-S", "-c", stuck])
     with pytest.raises(KeyboardInterrupt):
-        local_workers._stop([worker])
+        several_ranks.stop([worker])
     assert worker.returncode in (-signal.SIGKILL, -signal.SIGTERM)
 
 

@@ -12,12 +12,11 @@ from typer.testing import CliRunner
 
 from alignlab.cli import app
 from alignlab.errors import UserError
-from alignlab.experiments.launchers import node
+from alignlab.experiments.launchers import local, node
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import num_cpus
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Ended
 from alignlab.experiments.launchers.same_code import code_facts
-from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
 from alignlab.experiments.sweep.launch import make_sweep_launcher
 from alignlab.experiments.sweep.lease import machine
@@ -63,6 +62,7 @@ def order(make: MakeSweep, tmp_path: Path) -> Iterator[TrialsOrder]:
         "directory": here,
         "folder": str(tmp_path / "sweep"),
         "threads": 1,
+        "ranks": 1,
         "code": code_facts(),
         "worker": 2,
         "machine": machine(),
@@ -137,7 +137,7 @@ def test_the_local_worker_computes_with_the_recipes_threads(
         finally:
             torch.set_num_threads(seen[-1])
 
-    monkeypatch.setattr(sweep_trial, "train", trained)
+    monkeypatch.setattr(local, "train", trained)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     sweep(make("trials=1", f"launch.cpus={before + 1}"))
     assert seen == [before + 1] and torch.get_num_threads() == before

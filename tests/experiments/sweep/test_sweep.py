@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 from alignlab.config.run import RunConfig
 from alignlab.config.written_names import refuse_written
 from alignlab.errors import UserError
+from alignlab.experiments.launchers import local
 from alignlab.experiments.send import send_folder
-from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, load_sweep
 from alignlab.experiments.sweep.results import best_trial, ranked
 from alignlab.experiments.sweep.run import join, sweep
@@ -122,7 +122,7 @@ def test_a_finished_sweep_is_not_trained_again(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(sweep_trial, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     before = (folder_of(finished) / "trials.csv").read_text()
     with caplog.at_level(logging.INFO, "alignlab"):
         sweep(finished)
@@ -184,7 +184,7 @@ def test_more_trials_may_be_added(make: MakeSweep, monkeypatch: pytest.MonkeyPat
         trained.append(args)
         return train(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sweep_trial, "train", counted)
+    monkeypatch.setattr(local, "train", counted)
     sweep(config)
     assert len(trained) == 1 and [row["state"] for row in rows_of(config)] == ["complete"] * 2
 
@@ -198,7 +198,7 @@ def test_a_diverged_trial_is_failed_and_counted(
             raise UserError("loss/total is not finite after step 2")
         return folder
 
-    monkeypatch.setattr(sweep_trial, "train", diverging)
+    monkeypatch.setattr(local, "train", diverging)
     lr = "space.optim.lr={kind: categorical, choices: [0.001, 1.0]}"
     config = make(lr, "trials=2", "sampler={name: random, seed: 0}")
     sweep(config)

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.experiments.sweep import trial as sweep_trial
+from alignlab.experiments.launchers import local
 from alignlab.experiments.sweep.config import FloatSpace, SweepConfig, load_sweep
 from alignlab.experiments.sweep.lease import Lease
 from alignlab.experiments.sweep.run import sweep
@@ -58,7 +58,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise UserError("diverged")
         return folder
 
-    monkeypatch.setattr(sweep_trial, "train", recorded)
+    monkeypatch.setattr(local, "train", recorded)
     return names
 
 
@@ -211,7 +211,7 @@ def test_a_metric_that_a_run_could_not_measure_fails_the_trial(
         result.write_text(json.dumps(content))
         return result.parent
 
-    monkeypatch.setattr(sweep_trial, "train", unmeasured)
+    monkeypatch.setattr(local, "train", unmeasured)
     config = make("trials=1", "metric=cross_cos/mean")
     sweep(config)
     (row,) = rows_of(config)

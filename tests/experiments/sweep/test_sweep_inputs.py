@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from alignlab.config.run import RunConfig
 from alignlab.environment import describe_environment
 from alignlab.errors import UserError
-from alignlab.experiments.sweep import trial as sweep_trial
+from alignlab.experiments.launchers import local
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
 from alignlab.experiments.sweep.study import join_study
@@ -49,7 +49,7 @@ class Trainings:
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     fake = Trainings()
-    monkeypatch.setattr(sweep_trial, "train", fake)
+    monkeypatch.setattr(local, "train", fake)
     return fake
 
 

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from alignlab.config.run import RunConfig
 from alignlab.evaluation.intermediate import OnEvaluation
+from alignlab.experiments.launchers import local
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import run as sweep_run
 from alignlab.experiments.sweep import trial as sweep_trial
@@ -79,7 +80,7 @@ def trained_at_once(
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_trial, "train", trained_at_once)
+    monkeypatch.setattr(local, "train", trained_at_once)
     monkeypatch.setattr(sweep_run, "write_results", lambda study: Path())
     monkeypatch.setattr(sweep_lease, "GRACE_S", 0.2)
     monkeypatch.setattr(sweep_worker, "LOOK_EVERY_S", 0.05)

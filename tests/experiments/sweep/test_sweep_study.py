@@ -17,8 +17,8 @@ from sqlalchemy.exc import OperationalError
 from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.launchers import local
 from alignlab.experiments.sweep import lease as sweep_lease
-from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.config import SweepConfig, dump_sweep, load_sweep
 from alignlab.experiments.sweep.lease import GRACE_S, LEASE, Watch
 from alignlab.experiments.sweep.run import sweep
@@ -115,7 +115,7 @@ def test_sigterm_puts_the_trial_back(make: MakeSweep, monkeypatch: pytest.Monkey
         signal.raise_signal(signal.SIGTERM)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(sweep_trial, "train", terminated)
+    monkeypatch.setattr(local, "train", terminated)
     config = make()
     with interruption.handled(), pytest.raises(KeyboardInterrupt):
         sweep(config)
@@ -151,7 +151,7 @@ def test_a_full_disk_under_the_study_is_named(
         cause = OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
         raise StorageInternalError("An exception is raised during the commit.") from cause
 
-    monkeypatch.setattr(sweep_trial, "train", full)
+    monkeypatch.setattr(local, "train", full)
     with pytest.raises(OSError, match="No space left") as caught:
         sweep(make())
     assert caught.value.filename == str(tmp_path / "sweep" / "study.db")
@@ -214,7 +214,7 @@ def test_the_trial_of_a_dead_worker_comes_before_those_that_wait(
         trained.append(run.name)
         return train(run, **options)
 
-    monkeypatch.setattr(sweep_trial, "train", recorded)
+    monkeypatch.setattr(local, "train", recorded)
     assert create_study(make()).claim() is not None
     monkeypatch.setattr(sweep_lease, "_lives", lambda pid: False)
     sweep(make())

@@ -17,11 +17,12 @@ import pytest
 from optuna.trial import TrialState
 
 from alignlab.errors import UserError
+from alignlab.experiments.launchers import local_workers
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.lease import LEASE
 from alignlab.experiments.sweep.study import SweepStudy, create_study, join_study
 from alignlab.runs.metric_rows import read_rows
-from forked_command import ForkedCommand
+from forked_command import ForkedCommand, ForkedProcess
 from run_contents import read_table
 from small_recipes import sweep_recipe
 
@@ -94,6 +95,12 @@ def check_every_trial(folder: Path, study: SweepStudy, count: int) -> None:
         assert float(row["val/flow"]) == trial.value
 
 
+def fork_workers() -> None:
+    """In a process of the command: its workers take no seconds to start."""
+    os.environ.update(OMP_NUM_THREADS="1")
+    setattr(local_workers, "started", ForkedProcess)  # noqa: B010
+
+
 def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
     recipe: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +109,7 @@ def test_a_killed_workers_trial_is_neither_lost_nor_counted_twice(
     folder = tmp_path / "sweep"
     log = tmp_path / "out.txt"
     running = ForkedCommand(["sweep", str(recipe), *overrides, "--workers", "2"], log)
-    running.start(lambda: os.environ.update(OMP_NUM_THREADS="1"))
+    running.start(fork_workers)
     try:
         number, pid = held_trial(study, folder)
         os.kill(pid, signal.SIGKILL)

@@ -8,9 +8,9 @@ from optuna.trial import TrialState
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.launchers import local
 from alignlab.experiments.sweep import lease as sweep_lease
 from alignlab.experiments.sweep import run as sweep_run
-from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep import worker as sweep_worker
 from alignlab.experiments.sweep.config import load_sweep
 from alignlab.experiments.sweep.run import sweep
@@ -44,7 +44,7 @@ def test_only_a_start_that_began_to_train_makes_a_failure_the_trials(
             raise Killed
         raise UserError("a loss is not finite")
 
-    monkeypatch.setattr(sweep_trial, "train", started)
+    monkeypatch.setattr(local, "train", started)
     monkeypatch.setattr(sweep_run, "write_results", lambda study: Path())
     monkeypatch.setattr(sweep_lease, "GRACE_S", 0.2)
     monkeypatch.setattr(sweep_worker, "LOOK_EVERY_S", 0.05)

@@ -16,7 +16,6 @@ from alignlab.experiments.compare.result import Comparison
 from alignlab.experiments.launchers import local
 from alignlab.experiments.run_table import GroupRow, runs_below
 from alignlab.experiments.sweep import page
-from alignlab.experiments.sweep import trial as sweep_trial
 from alignlab.experiments.sweep.space import own_params
 from alignlab.experiments.sweep.study import SweepStudy, sweep_folder
 from alignlab.experiments.tune.plan import TunePlan, load_tune
@@ -185,7 +184,7 @@ def test_what_is_finished_is_not_trained_again(
 ) -> None:
     before = outcome(finished)
     monkeypatch.setattr(outputs, "write_report", lambda comparison, folder: folder)
-    monkeypatch.setattr(sweep_trial, "train", no_training)
+    monkeypatch.setattr(local, "train", no_training)
     monkeypatch.setattr(local, "train", no_training)
     tune(finished)
     assert outcome(finished) == before
@@ -203,9 +202,9 @@ def test_more_trials_than_were_compared_are_refused(finished: TunePlan, recipe: 
     assert "give --trials 2, or choose another name" in line
 
 
-def killed_after(plan: TunePlan, module: object, end: str) -> None:
+def killed_after(plan: TunePlan, end: str) -> None:
     """Tunes, and dies once the run whose name ends so is trained."""
-    die_after(module, "train", lambda run, *_: run.name.endswith(end))
+    die_after(local, "train", lambda run, *_: run.name.endswith(end))
     tune(plan)
 
 
@@ -216,8 +215,8 @@ def test_a_killed_tuning_ends_as_one_that_was_not(
     monkeypatch.setattr(page, "write_page", no_page)
     monkeypatch.setattr(outputs, "write_report", lambda comparison, folder: folder)
     plan = make()
-    for module, end in ((sweep_trial, "ra/trial-0000/seed-1000"), (local, "none/seed-0")):
-        fork("tune", partial(killed_after, plan, module, end), dies=True)
+    for end in ("ra/trial-0000/seed-1000", "none/seed-0"):
+        fork("tune", partial(killed_after, plan, end), dies=True)
         assert not (plan.folder / "comparison.json").exists()
     tune(plan)
     assert outcome(plan) == outcome(finished)
