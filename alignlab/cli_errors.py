@@ -42,7 +42,7 @@ class Commands(TyperGroup):
             typer.echo(f"error{rank}: {shown(known)}", err=True)
             raise typer.Exit(MACHINE_ERROR) from None
         except (RuntimeError, MemoryError) as error:
-            line = out_of_memory_line(error)
+            line = out_of_memory_line(error) or launch_env.lost_rank_line(error)
             if line is None:
                 raise
             interruption.settle()

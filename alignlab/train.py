@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import Ranks, join_ranks
+from alignlab.distributed.sharding import check_shards
 from alignlab.environment import continued, describe_environment
 from alignlab.errors import UserError
 from alignlab.evaluation.diagnostics import Diagnosis
@@ -36,12 +36,12 @@ from alignlab.evaluation.run_warnings import (
     sample_warnings,
 )
 from alignlab.progress import step_progress
-from alignlab.runs.checkpoint_folders import step_of, step_path
+from alignlab.runs.checkpoint_folders import step_of
 from alignlab.runs.checksums import write_json
 from alignlab.runs.code_record import record_code
 from alignlab.runs.kept_checkpoints import drop_checkpoints
 from alignlab.runs.log_filters import quiet_libraries
-from alignlab.runs.metric_rows import mark_log, read_rows
+from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.open_folder import open_folder
 from alignlab.runs.prolong import SchedulePlan, begin_leg, forget_earlier_ends
 from alignlab.runs.run_folder import RunFolder
@@ -59,6 +59,7 @@ from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
 from alignlab.training.prefetch import Prefetch
+from alignlab.training.save_checkpoint import save_checkpoint
 from alignlab.training.self_teacher import student_input
 from alignlab.training.setup import (
     Caches,
@@ -103,6 +104,7 @@ def train(
     ranks = join_ranks(config.model.precision)
     # refused before any work
     check_recipe(config)
+    check_shards(config.model, ranks)
     ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
     with ExitStack() as locks:
         opened = ranks.on_main(open_folder, config, locks, wait=wait)
@@ -176,7 +178,9 @@ class Trainer(ABC):
                 self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
                     forget_earlier_ends(folder, self.config, self.plan, self.first_row())
+                if ranks.is_main or self.state.is_in_shards:
                     self.finish(folder, tracker)
+                if ranks.is_main:
                     drop_checkpoints(folder, self.config)
                 ranks.barrier()
 
@@ -244,6 +248,7 @@ class Trainer(ABC):
         parts: list[SampleTerms] = []
         for batch in batches:
             loss, terms = self.losses(batch)
+            state.before_backward(is_last=len(parts) + 1 == len(batches))
             torch.autograd.backward(loss / len(batches))
             parts.append(terms)
             del batch, loss  # before the next one is made
@@ -262,15 +267,7 @@ class Trainer(ABC):
 
     def save(self, folder: RunFolder) -> Path:
         """Writes a checkpoint, of weights that all ranks agree on."""
-        state, ranks = self.state, self.ranks
-        if ranks.world_size > 1:
-            norm = float(get_total_norm(list(state.names)))
-            ranks.check_same("the norm of the trained weights", norm)
-        if ranks.is_main:
-            keep, log = self.config.checkpoint.keep, mark_log(folder.metrics)
-            checkpoint.save(state, folder.checkpoints, keep=keep, log=log)
-        ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-        path = step_path(folder.checkpoints, state.step)
+        path = save_checkpoint(self.state, folder, self.ranks, keep=self.config.checkpoint.keep)
         self._stopping.saved(path)
         return path
 
@@ -303,7 +300,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
-        """Evaluates and writes `result.json`, which marks the run as finished."""
+        """Evaluates; rank 0 writes `result.json`, which marks the run as finished."""
 
     def prepared(self, folder: RunFolder, tracker: Tracker) -> AbstractContextManager[None]:
         """What is in place while the training runs."""
@@ -438,7 +435,7 @@ class RunTrainer(Trainer):
     def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:
         """Reference branch and taps; logs the noise levels that the run will draw."""
         if self.state.step == 0:
-            flow = self.ranks.on_main(flow_of_first_clips, self.run)
+            flow = self.run.with_model(flow_of_first_clips, self.run)
             tracker.log(0, self.first_row() | {START_FLOW: flow})
         rows = self.ranks.on_main(read_rows, folder.metrics)
         self._aligned.count_on(rows)
@@ -475,13 +472,17 @@ class RunTrainer(Trainer):
             yield self.run.flow_weights(batch.sigma_B) * flow_B, aligned
 
     def finish(self, folder: RunFolder, tracker: Tracker) -> None:
-        metrics = evaluate(self.run, folder.samples) | logged_costs(folder)
+        metrics = evaluate(self.run, folder.samples)
+        flow = flow_of_first_clips(self.run)
+        if not self.ranks.is_main:
+            return
+        metrics |= logged_costs(folder)
         projectors = [p for p in self.run.alignment.parameters() if p.requires_grad]
         metrics["params/extra"] = float(sum(p.numel() for p in projectors))
         tracker.log(self.config.steps, metrics)
         digests = stage1_digests(self.config, self.run.alignment.objectives)
         rows, counts = read_rows(folder.metrics), self._aligned.counts()
-        diverged = divergence_warnings(rows, flow_of_first_clips(self.run))
+        diverged = divergence_warnings(rows, flow)
         notes = [*self.run.notes, *self.state.notes, *diverged, *alignment_warnings(counts)]
         notes += RankWarnings(rows).texts
         notes += sample_warnings(metrics, num_measured_clips(self.run))

@@ -19,6 +19,7 @@ KERNELS = Path(__file__).parent / "kernels"
 LONGEST = (
     "test_readme.py",
     "test_ranks.py",
+    "test_sharding.py",
     "test_sweep_workers.py",
     "test_gpu_builds_pull_push.py",
     "test_gpu_builds_relation.py",

@@ -22,6 +22,7 @@ from alignlab.errors import shown
 Init = Literal["trained", "random"]
 TextEncoderPlace = Literal["auto", "keep", "cpu"]
 Expert = Literal["high", "low"]
+Shard = Literal["none", "fsdp2"]
 
 _BOOL = TypeAdapter(bool)
 _EVERY = re.compile(r"every:(\d{1,4})")
@@ -90,6 +91,10 @@ class ModelConfig(Settings):
     """Recompute activations in the backward pass. `true` or `full`: of every block, least memory,
     about a third slower. `every:k`: of blocks 0, k, 2k, ... alone. `ops`: of every block all but
     the outputs of matmuls and attention, which are kept."""
+    shard: Shard = "none"
+    """What each of several ranks (torchrun) holds of the transformer. `none`: all of it. `fsdp2`: a
+    part of each weight, of its gradient and of the optimizer's state (torch's `fully_shard`); the
+    ranks gather a block while it computes. A single process holds all of it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Weights and optimizer state stay fp32 when all weights are trained, unless
     `weights` and `optim.name` say otherwise."""

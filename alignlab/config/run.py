@@ -24,6 +24,7 @@ from alignlab.errors import UserError
 from alignlab.losses import OBJECTIVES
 from alignlab.losses.attention_config import AttentionConfig
 from alignlab.losses.objective import ObjectiveConfig, SelfTeacherConfig
+from alignlab.losses.weight import GradientShare
 from alignlab.teachers import TEACHERS, attention_families, image_families
 
 if TYPE_CHECKING:
@@ -125,6 +126,30 @@ class RunConfig(TrainingConfig):
         for name in ("text_guidance_low", "reference_guidance_low"):
             if self.model.expert is None and getattr(self.eval, name) is not None:
                 raise ValueError(f"eval.{name}: nothing reads it without model.expert; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_are_exact(self) -> Self:
+        if self.model.shard == "none":
+            return self
+        refused = {
+            "tracking.diagnose_every": self.tracking.diagnose_every is not None,
+            f"optim.name ({self.optim.name})": self.optim.name != "adamw",
+            "optim.offload": self.optim.offload,
+        }
+        for alias, objective in self.objectives.items():
+            refused[f"objectives.{alias} ({objective.name}: a moving average of the student)"] = (
+                isinstance(objective, SelfTeacherConfig)
+            )
+            refused[f"objectives.{alias}.weight (gradient_share)"] = isinstance(
+                objective.weight, GradientShare
+            )
+        for what, is_set in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"{what}: takes whole weights and gradients on every rank, and "
+                    f"model.shard: {self.model.shard} gives each a part; set model.shard: none"
+                )
         return self
 
     @model_validator(mode="after")

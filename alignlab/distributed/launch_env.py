@@ -2,10 +2,11 @@
 
 import os
 
-from alignlab.errors import UserError
+from alignlab.errors import UserError, first_line
 
 # Set by srun and by MPI in each of several processes that they start.
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+GLOO = "gloo/transport"  # in what its collectives raise
 # Set by `accelerate launch` for what no run here uses.
 ACCELERATE_MODES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -88,6 +89,15 @@ def check_process_group() -> None:
             f"accelerate is configured for {modes[0]}, which nothing here does: use torchrun, or a "
             "configuration without it (docs/clusters.md)"
         )
+
+
+def lost_rank_line(error: BaseException) -> str | None:
+    """Says in one line that another rank is gone; None of an error that is none of a collective."""
+    text = str(error)
+    is_lost = type(error).__name__.startswith("Dist") or GLOO in text
+    if world_size() == 1 or not is_lost:
+        return None
+    return f"another rank has stopped, its own message says why ({first_line(error)})"
 
 
 def _is_set(name: str) -> bool:

@@ -3,7 +3,8 @@
 Each rank holds all weights and takes an equal share of every step's samples; gradients are averaged
 once per step, after all micro-batches. Nothing communicates inside a forward or backward pass, so
 taps, gradient checkpointing and samples with different numbers of references need no special case.
-Rank 0 alone writes the run folder and evaluates.
+Rank 0 alone writes the run folder and evaluates. What is otherwise where the transformer is in
+shards (`model.shard`) is in `alignlab.distributed.sharding`.
 """
 
 import zlib
@@ -16,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alignlab.distributed import launch_env
 from alignlab.environment import use_own_kernel_rows
@@ -46,6 +48,12 @@ class Ranks:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._group = _long_timeout_group() if self.world_size > 1 else None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, of which there are several, on the CPU, for what takes long."""
+        assert self._group is not None
+        return self._group
 
     @property
     def is_main(self) -> bool:
@@ -101,7 +109,11 @@ class Ranks:
                 dist.barrier(group=self._group)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Makes every rank step with the gradient of the whole batch."""
+        """Makes every rank step with the gradient of the whole batch.
+
+        Those in shards are averaged already (`alignlab.distributed.sharding`).
+        """
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
         gradients = [parameter.grad for parameter in parameters]
         self.average(gradients, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -209,11 +221,19 @@ class Ranks:
             )
 
 
-def mixed_precision(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Under `bf16` the transformer runs in autocast, under `fp32` as it is."""
+def mixed_precision(
+    device: torch.device, precision: str, *, cache: bool = True
+) -> AbstractContextManager[Any]:
+    """Under `bf16` the transformer runs in autocast, under `fp32` as it is.
+
+    Args:
+        device: that computes.
+        precision: of the run.
+        cache: keep bf16 copies of the weights until the end.
+    """
     if precision != "bf16":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)
 
 
 def join_ranks(precision: str) -> Ranks:

@@ -55,7 +55,8 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of the weights as they are now; of their moving average, if there is one.
 
-    Everything that a training changes is afterwards as it was.
+    Everything that a training changes is afterwards as it was. Of a model in shards all ranks call
+    it; rank 0 has all metrics and writes the clips.
 
     Args:
         run: whose state is measured.
@@ -73,14 +74,15 @@ def measure(
     clips = [run.val_clips[i] for i in range(min(config.clips, len(run.val_clips)))]
     blocks = run.alignment.blocks if config.blocks is None else config.blocks
     alias = run.config.measured_against
-    teacher = teacher_of(run, alias) if alias else None
+    is_main = run.ranks.is_main  # else it takes part in forward passes alone
+    teacher = teacher_of(run, alias) if alias and is_main else None
     metrics: dict[str, float] = {}
-    with evaluated_model(run, blocks if teacher else ()) as branch:
+    with evaluated_model(run, blocks if alias else ()) as branch:
         if validation:
             metrics |= validation_flow(run, branch, clips)
             if not math.isfinite(metrics["val/flow"]):
                 return metrics
-            if teacher is not None and blocks:
+            if alias and blocks:
                 metrics |= block_metrics(run, branch, clips, teacher)
         if generation:
             metrics |= generate(run, branch, samples, teacher)
@@ -138,9 +140,12 @@ def middle_of_bin(run: Run, number: int) -> float:
 
 
 def block_metrics(
-    run: Run, branch: ReferenceBranch, clips: list[Encoded], teacher: Teacher
+    run: Run, branch: ReferenceBranch, clips: list[Encoded], teacher: Teacher | None
 ) -> dict[str, float]:
-    """Reference and video tokens of the tapped blocks against a teacher, at three noise levels."""
+    """Reference and video tokens of the tapped blocks against a teacher, at three noise levels.
+
+    Without the teacher, which rank 0 has, nothing but the forward passes.
+    """
     references, videos = ReferenceCollector(), VideoCollector(len(clips))
     size = run.config.eval.batch_size
     levels = [run.window.at(share) for share in PROBE_SIGMAS]
@@ -151,10 +156,11 @@ def block_metrics(
             batch = eval_batch(run, clips, [i for i, _ in part], [sigma for _, sigma in part])
             taps = denoise(run, branch, batch, capture=True).taps
             numbers = [i for i, _ in part]
-            references.add(taps, batch, [clips[i] for i in numbers], numbers, teacher)
-            videos.add(taps, batch, teacher)
+            if teacher is not None:
+                references.add(taps, batch, [clips[i] for i in numbers], numbers, teacher)
+                videos.add(taps, batch, teacher)
             advance(start + len(part), "")
-    return references.metrics() | videos.metrics()
+    return {} if teacher is None else references.metrics() | videos.metrics()
 
 
 def eval_batch(run: Run, clips: list[Encoded], numbers: list[int], sigma: list[float]) -> Batch:

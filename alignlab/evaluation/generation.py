@@ -56,6 +56,9 @@ def generate(
     count = max(num_written, num_measured)
     if not count:
         return {}
+    if not run.ranks.is_main:
+        _take_part(run, branch, count)
+        return {}
     listing = []
     collector, of_samples = _collector(run, teacher), _of_samples(run, teacher)
     steps = config.sample_steps
@@ -80,6 +83,13 @@ def generate(
         if f"gen/{name}" not in generated:
             log.warning("gen/%s: no value of %d clips: it is left out", name, num_measured)
     return generated | {f"gen_real/{name}": value for name, value in real.items()}
+
+
+def _take_part(run: Run, branch: ReferenceBranch, count: int) -> None:
+    """The forward passes of `generate`, on a rank that holds a shard of the model."""
+    with other_expert(run.wan, run.config.model, keeps=True) as other:
+        for i in range(count):
+            _generated_latents(run, branch, i, other=other)
 
 
 def num_measured_clips(run: Run) -> int:
@@ -139,6 +149,18 @@ def generated_clip(
 
     Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
     """
+    latents = _generated_latents(run, branch, index, other=other, advance=advance)
+    return run.wan.decode(latents).cpu()
+
+
+def _generated_latents(
+    run: Run,
+    branch: ReferenceBranch,
+    index: int,
+    *,
+    other: OtherExpert | None = None,
+    advance: Advance | None = None,
+) -> Tensor:
     clip, device = run.val_clips[index], run.device
     negative = negative_text(run.config.eval.negative_prompt)
     warn_of_cut(run.wan.text, {"eval.negative_prompt": negative})
@@ -146,7 +168,7 @@ def generated_clip(
     noise = torch.randn(
         latent_shape(run.wan, run.config), generator=generator(NOISE_SEED, "sample-noise", index)
     )
-    latents = sample_latents(
+    return sample_latents(
         branch,
         noise.to(device),
         clip.text_LD.to(device),
@@ -156,7 +178,6 @@ def generated_clip(
         other=other,
         advance=advance,
     )
-    return run.wan.decode(latents).cpu()
 
 
 def _collector(run: Run, teacher: Teacher | None) -> GenerationCollector:

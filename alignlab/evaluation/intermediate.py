@@ -88,12 +88,12 @@ class IntermediateEvaluations:
         return due.validation or due.generation
 
     def evaluate(self) -> None:
-        """Evaluates what is due; the other ranks wait.
+        """Evaluates what is due; the other ranks wait, or have their part in the model.
 
         Raises:
             Exception: what `on_evaluation` raises.
         """
-        self._run.ranks.on_main(self._evaluate, self._due())
+        self._evaluate(self._due())
 
     def catch_up(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Tells of earlier evaluations, and makes up for one that the checkpoint's step lacks.
@@ -113,7 +113,7 @@ class IntermediateEvaluations:
             due.generation and not self._is_generated(found),
         )
         if missing.validation or missing.generation:
-            self._run.ranks.on_main(self._evaluate, missing)
+            self._evaluate(missing)
 
     def _is_generated(self, found: Mapping[str, float]) -> bool:
         """Whether clips of the present step were generated; some recipes measure none of them."""
@@ -134,14 +134,21 @@ class IntermediateEvaluations:
         )
 
     def _evaluate(self, parts: Parts) -> None:
-        step = self._run.state.step
-        tell(f"evaluation at step {step}")
-        metrics = measure(
+        metrics = self._run.with_model(self._measure, parts)
+        self._run.ranks.on_main(self._keep, metrics)
+
+    def _measure(self, parts: Parts) -> dict[str, float]:
+        if self._run.ranks.is_main:
+            tell(f"evaluation at step {self._run.state.step}")
+        return measure(
             self._run,
             self._samples(),
             validation=parts.validation,
             generation=parts.generation,
         )
+
+    def _keep(self, metrics: Mapping[str, float]) -> None:
+        step = self._run.state.step
         if not metrics:  # clips were generated, and none is measured
             return
         self._tracker.log(step, metrics)

@@ -17,17 +17,14 @@ from typing import Any, Literal, Self
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
-from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.config.model import ModelConfig
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention import SameDtypeAttention, VideoTextAttention
 from alignlab.models.taps import BlockTokens, Kind, Recorded, Taps, block_tokens
-
-COMMUNICATING = (DistributedDataParallel, FSDPModule, FullyShardedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class ReferenceBranch:
     size: torch.utils.checkpoint otherwise raises, because blocks run again with the newer size.
 
     Args:
-        transformer: a WanTransformer3DModel, with or without LoRA, DDP, FSDP2 or torch.compile.
+        transformer: a WanTransformer3DModel, with or without LoRA, FSDP2 or torch.compile.
         text_to_references: let reference tokens attend to the text. RefAlign's code does not.
         absent_references: what a sample without references has in their place: nothing (`none`), or
             one latent frame of zeros (`zero`, RefAlign's code). Its tokens are never among the
@@ -347,14 +344,14 @@ def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
 
 def _communicates(transformer: nn.Module) -> bool:
     """Whether a forward call waits for other ranks."""
-    return any(isinstance(module, COMMUNICATING) for module in transformer.modules())
+    return any(isinstance(module, FSDPModule) for module in transformer.modules())
 
 
 def _groups(num_frames: Sequence[int], *, alone: bool) -> list[list[int]]:
     """Sample indices that run together: those with equally many extra frames.
 
-    Under DDP and FSDP2, every sample runs `alone`. They communicate in each forward call, so all
-    ranks must make equally many, whatever references they happened to draw.
+    Under FSDP2, every sample runs `alone`. It communicates in each forward call, so all ranks must
+    make equally many, whatever references they happened to draw.
     """
     if alone:
         return [[i] for i in range(len(num_frames))]

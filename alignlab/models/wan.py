@@ -133,6 +133,7 @@ def load_wan(
     precision: Literal["fp32", "bf16"] = "fp32",
     weights: WeightsType = "fp32",
     device: torch.device | str = "cpu",
+    transformer_device: torch.device | str | None = None,
     seed: int = 0,
     init: Init = "trained",
     text_encoder: TextEncoderPlace = "auto",
@@ -146,18 +147,15 @@ def load_wan(
     Args:
         path: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id.
         expert: of a pipeline with two transformers (Wan 2.2 A14B), the one to load.
-        train: `full` trains every weight of the transformer, kept in `weights` (run it under
-            autocast for bf16); `lora` freezes it and trains an adapter.
+        train: `full` trains every weight, `lora` an adapter of the transformer, which it freezes.
         lora: the adapter; needed by `lora`, refused by `full`.
         attention: any diffusers attention backend that can train a Wan block on `device`.
-        gradient_checkpointing: what of the blocks the backward pass computes again; False, True
-            (each block whole), `ops` or `every:k` (`alignlab.models.gradient_checkpointing`).
+        gradient_checkpointing: what of the blocks the backward pass computes again.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
-        weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does
-            (norms, modulation, the timestep's embedding).
-        device: where everything goes.
-        seed: of the adapter's initial weights, and of random ones.
+        weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does.
+        device, transformer_device: where everything goes, and the transformer if elsewhere.
         init: `random` reads the transformer's config.json alone and draws its weights.
+        seed: of what is drawn, also the adapter.
         text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
@@ -171,16 +169,9 @@ def load_wan(
     folder, part = checked_pipeline(path, expert), transformer_part(expert)
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
-    check_blocks_apart(gradient_checkpointing, num_blocks(folder / part))
-    if clip is not None:
-        own.token_grid(patch_size(folder / part), *clip)
+    _check_architecture(folder / part, own, clip, gradient_checkpointing)
     kept_in = precision if train == "lora" else weights
-    dtype = torch.bfloat16 if kept_in == "bf16" else torch.float32
-    transformer = (
-        _drawn(folder, part, seed, dtype)
-        if init == "random"
-        else read_transformer(folder, part, dtype)
-    )
+    transformer = _initial(folder, part, init, kept_in, seed)
     how: dict[str, Any] = {"precision": precision, "train": train, "weights": weights}
     how |= {"gradient_checkpointing": gradient_checkpointing}
     check_backend(attention, device, head_dim=transformer.config["attention_head_dim"], **how)
@@ -189,7 +180,19 @@ def load_wan(
     if load_frozen:
         frozen.load()
     _prepare(transformer, lora, seed, attention, gradient_checkpointing)
-    return Wan(transformer.to(device).train(), frozen, part)
+    return Wan(transformer.to(transformer_device or device).train(), frozen, part)
+
+
+def _check_architecture(
+    transformer: Path,
+    frozen: FrozenParts,
+    clip: tuple[int, int, int] | None,
+    gradient_checkpointing: GradientCheckpointing,
+) -> None:
+    """Refuses by the settings of the models what their weights are not needed for."""
+    check_blocks_apart(gradient_checkpointing, num_blocks(transformer))
+    if clip is not None:
+        frozen.token_grid(patch_size(transformer), *clip)
 
 
 def _prepare(
@@ -222,6 +225,16 @@ def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransfor
     )
     check_part(folder, part, transformer)
     return transformer
+
+
+def _initial(
+    folder: Path, part: str, init: Init, kept_in: WeightsType, seed: int
+) -> WanTransformer3DModel:
+    """The weights that a training begins with, on the CPU."""
+    dtype = torch.bfloat16 if kept_in == "bf16" else torch.float32
+    if init == "random":
+        return _drawn(folder, part, seed, dtype)
+    return read_transformer(folder, part, dtype)
 
 
 def _drawn(folder: Path, part: str, seed: int, dtype: torch.dtype) -> WanTransformer3DModel:

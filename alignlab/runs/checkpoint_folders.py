@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER_SHARDS = "optimizer"  # a folder, of a run whose transformer is in shards
+OPTIMIZER_STATE = (OPTIMIZER, OPTIMIZER_SHARDS)
 LOG = "log.json"
 WEIGHTS_ONLY = (
     "holds weights only (checkpoint.keep_finished: weights): training cannot go on from it, "
@@ -104,6 +106,11 @@ def prune(checkpoints: Path, keep: int) -> None:
                 remove_folder(old)
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a training can go on from a checkpoint; else it holds weights only."""
+    return any((checkpoint / name).exists() for name in OPTIMIZER_STATE)
+
+
 def problem(checkpoint: Path, *, leave_out: Collection[str] = ()) -> str | None:
     """What is damaged of a checkpoint, in words; None if it is whole.
 
@@ -112,7 +119,7 @@ def problem(checkpoint: Path, *, leave_out: Collection[str] = ()) -> str | None:
 
     Args:
         checkpoint: its folder.
-        leave_out: files that are not read afterwards either.
+        leave_out: files, and folders of files, that are not read afterwards either.
     """
     try:
         expected = read_checksums(checkpoint)
@@ -120,7 +127,11 @@ def problem(checkpoint: Path, *, leave_out: Collection[str] = ()) -> str | None:
             return _visible_problem(checkpoint, leave_out)
     except DamagedError as error:
         return f"{error.path.name}: {error.problem}"
-    left = {name: digest for name, digest in expected.items() if name not in leave_out}
+    left = {
+        name: digest
+        for name, digest in expected.items()
+        if name not in leave_out and name.split("/")[0] not in leave_out
+    }
     broken = damaged_files(checkpoint, left)
     if not broken:
         return _log_problem(checkpoint) or _wrong_step(checkpoint)
@@ -218,7 +229,7 @@ def _held(checkpoints: Path, step: int | None, stack: ExitStack) -> Path | None:
         with ExitStack() as held:
             if not held.enter_context(hold(folder)):
                 return None
-            found = problem(folder, leave_out=(OPTIMIZER,))
+            found = problem(folder, leave_out=OPTIMIZER_STATE)
             if found is None:
                 for broken, what in damaged.items():
                     log.warning(

@@ -12,7 +12,13 @@ from pathlib import Path
 from alignlab.config.parts import TrainingConfig
 from alignlab.errors import UserError
 from alignlab.runs.atomic_files import remove_folder
-from alignlab.runs.checkpoint_folders import LOG, OPTIMIZER, step_folders, unread
+from alignlab.runs.checkpoint_folders import (
+    LOG,
+    OPTIMIZER_STATE,
+    has_optimizer,
+    step_folders,
+    unread,
+)
 from alignlab.runs.checksums import CHECKSUMS, files_below, write_checksums
 from alignlab.runs.run_folder import RunFolder, only_writer
 
@@ -77,9 +83,11 @@ def _drop_unread(checkpoint: Path, drop: Callable[[Path], None]) -> None:
 
 
 def _drop_optimizer(checkpoint: Path) -> None:
-    if not (checkpoint / OPTIMIZER).exists():
+    if not has_optimizer(checkpoint):
         return
+    dropped = (*OPTIMIZER_STATE, LOG)
     if (checkpoint / CHECKSUMS).exists():  # first: else a kill would leave one that looks damaged
-        names = [name for name in files_below(checkpoint) if name not in (OPTIMIZER, LOG)]
+        names = [name for name in files_below(checkpoint) if name.split("/")[0] not in dropped]
         write_checksums(checkpoint, names)
-    (checkpoint / OPTIMIZER).unlink()
+    for name in OPTIMIZER_STATE:
+        remove_folder(checkpoint / name)

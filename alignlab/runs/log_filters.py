@@ -16,6 +16,8 @@ NOISE = {
 }
 # bf16 autocast over fp32 weights: torch says once that it cannot fuse the norm.
 AUTOCAST_NORM = "Mismatch dtype between input and weight"
+# Of Wan's forward under fully_shard: nothing here changes its output in place.
+VIEW_OF_SHARDED = "FSDP2-wrapped module"
 
 
 @contextmanager
@@ -34,7 +36,8 @@ def quiet_libraries() -> Iterator[None]:
             logging.getLogger(name).addFilter(noise_filter)
             stack.callback(logging.getLogger(name).removeFilter, noise_filter)
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message=AUTOCAST_NORM, category=UserWarning)
+        for message in (AUTOCAST_NORM, VIEW_OF_SHARDED):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 

@@ -48,8 +48,8 @@ from alignlab.recipe import dump, holds_recipe, load_run, shown_difference
 from alignlab.runs import prolong
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.checkpoint_folders import (
-    OPTIMIZER,
     WEIGHTS_ONLY,
+    has_optimizer,
     latest,
     newest_step,
     no_checkpoint,
@@ -275,7 +275,7 @@ class RunFolder:
         checkpoints = step_folders(self.checkpoints)
         if not checkpoints:
             raise no_checkpoint(self.checkpoints)
-        if not (checkpoints[-1] / OPTIMIZER).exists():
+        if not has_optimizer(checkpoints[-1]):
             raise UserError(f"{checkpoints[-1]} {WEIGHTS_ONLY}")
 
     def config(self) -> RunConfig:
@@ -320,7 +320,7 @@ class RunFolder:
         if newest is None:
             then = f"{self.result}: the same command then trains the run again, from its first step"
             why = ", since its checkpoints are gone (checkpoint.keep_finished)"
-        elif (newest / OPTIMIZER).exists():
+        elif has_optimizer(newest):
             then = f"{self.result}: the same command then evaluates the run again"
             why = " from its last checkpoint"
         else:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from alignlab.config.optim import AdamWConfig
+from alignlab.distributed.sharding import alike
 from alignlab.errors import UserError
 from alignlab.training.kahan_adamw import KahanAdamW
 from alignlab.training.optimizer_step import AdamW, StepByTensor
@@ -50,7 +51,8 @@ def build_optimizer(
     trained = [p for p in parameters if p.requires_grad]
     lr, betas, weight_decay = config.lr, config.betas, config.weight_decay
     if config.name == "adamw" and not config.offload:
-        return torch.optim.AdamW(trained, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        groups = [{"params": group} for group in alike(trained)]
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     return _class_of(config)(
         trained, lr=lr, betas=betas, weight_decay=weight_decay, offload=config.offload
     )

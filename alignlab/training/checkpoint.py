@@ -4,7 +4,8 @@ checkpoints/step-000500/
     transformer/                         all weights (full fine-tuning), or
     pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
     objectives.safetensors               projectors, state of plateau stops and measured weights
-    optimizer.safetensors                AdamW's state, by parameter name
+    optimizer.safetensors                AdamW's state, by parameter name, or
+    optimizer/                           likewise, a file of each rank (`optimizer_shards.py`)
     ema.safetensors                      the moving average, if there is one
     self_teacher.safetensors             that which an objective has for a teacher, likewise
     state.json                           step, hash of frozen Stage 1 networks, how many samples
@@ -31,14 +32,17 @@ from torch import Tensor, nn
 
 from alignlab import interruption
 from alignlab.config.optim import OptimConfig
+from alignlab.distributed.sharding import copy_whole, has_shards, local_part, reduce_gradients
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
 from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.checkpoint_folders import (
     OPTIMIZER,
+    OPTIMIZER_SHARDS,
     STATE,
     WEIGHTS_ONLY,
+    has_optimizer,
     mark_checkpoint,
     no_checkpoint,
     prune,
@@ -51,12 +55,12 @@ from alignlab.runs.checkpoint_folders import (
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
 from alignlab.runs.metric_rows import LogMark
+from alignlab.training.optimizer_shards import SEPARATOR, placed, read_shards
 from alignlab.training.optimizer_step import StepByTensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
 EXTRA = ("aligned",)  # of `state.json`, see `TrainState.extra`
-SEPARATOR = "|"  # between the name of a parameter and that of its optimizer state
 DAMAGED = "remove that step's folder: the run then resumes from the checkpoint before it"
 
 
@@ -81,6 +85,15 @@ class TrainState(ABC):
 
     def __post_init__(self) -> None:
         self.names = {p: name for name, p in self.named_parameters() if p.requires_grad}
+
+    @property
+    def is_in_shards(self) -> bool:
+        """Whether each rank holds a part of what is trained."""
+        return False
+
+    def before_backward(self, *, is_last: bool) -> None:
+        """Called before each backward pass of a step, of which one is the last."""
+        return
 
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -127,6 +140,13 @@ class RunState(TrainState):
         """Whether an adapter is trained instead of all weights."""
         return bool(getattr(self.transformer, "peft_config", None))
 
+    @property
+    def is_in_shards(self) -> bool:
+        return has_shards(list(self.names))
+
+    def before_backward(self, *, is_last: bool) -> None:
+        reduce_gradients(self.transformer, is_last=is_last)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for part, module in (("transformer", self.transformer), ("objectives", self.objectives)):
             for name, parameter in module.named_parameters():
@@ -146,9 +166,13 @@ class RunState(TrainState):
             save_lora(self.transformer, folder)
         else:
             self.transformer.save_pretrained(folder / "transformer")
-        save_file(_trained(self.objectives), folder / "objectives.safetensors")
-        for file, average in self._averages().items():
+        self.write_objectives(folder)
+        for file, average in self.averages().items():
             save_file(average, folder / file)
+
+    def write_objectives(self, folder: Path) -> None:
+        """Writes what is trained of the objectives."""
+        save_file(_trained(self.objectives), folder / "objectives.safetensors")
 
     def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         if facts["frozen"] != frozen_digest(self.objectives):
@@ -158,13 +182,13 @@ class RunState(TrainState):
             )
         load_transformer(self.transformer, folder)
         _restore_trained(self.objectives, load_file(folder / "objectives.safetensors"))
-        for file, average in self._averages().items():
+        for file, average in self.averages().items():
             stored = load_file(folder / file)
             _check(folder / file, stored)
             for name, value in stored.items():
-                average[name].copy_(value)
+                copy_whole(average[name], value)
 
-    def _averages(self) -> dict[str, dict[str, Tensor]]:
+    def averages(self) -> dict[str, dict[str, Tensor]]:
         """Moving averages by their file."""
         kept = {"ema.safetensors": self.ema, "self_teacher.safetensors": self.self_teacher}
         return {file: average for file, average in kept.items() if average is not None}
@@ -247,13 +271,18 @@ def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None
     with whole_folder(target) as folder:
         state.write_weights(folder)
         save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
-        (folder / STATE).write_text(json.dumps(state.facts()))
-        write_checksums(folder)
-        # by itself: the log has times, and all else is the same whenever it is trained
-        mark_checkpoint(folder, log)
+        write_facts(state, folder, log)
     remove_replaced(checkpoints, state.step)
     prune(checkpoints, keep)
     return target
+
+
+def write_facts(state: TrainState, folder: Path, log: LogMark | None) -> None:
+    """Writes what of a checkpoint comes last: the facts, and checksums of all files."""
+    (folder / STATE).write_text(json.dumps(state.facts()))
+    write_checksums(folder)
+    # by itself: the log has times, and all else is the same whenever it is trained
+    mark_checkpoint(folder, log)
 
 
 def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ()) -> None:
@@ -269,9 +298,12 @@ def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ())
     """
     restore_weights(state, checkpoint)
     state.notes = tuple(dict.fromkeys([*state.notes, *notes]))
-    if not (checkpoint / OPTIMIZER).exists():
+    if not has_optimizer(checkpoint):
         raise UserError(f"{checkpoint} {WEIGHTS_ONLY}")
-    moments = load_file(checkpoint / OPTIMIZER)
+    if (checkpoint / OPTIMIZER).exists():
+        moments = load_file(checkpoint / OPTIMIZER)
+    else:
+        moments = read_shards(state.names, checkpoint / OPTIMIZER_SHARDS)
     _check(checkpoint / OPTIMIZER, moments)
     restore_state(state.optimizer, state.names, moments)
 
@@ -290,14 +322,23 @@ def restore_weights(state: TrainState, checkpoint: Path) -> None:
     state.extra = {key: facts[key] for key in EXTRA if key in facts}
 
 
-def save_lora(transformer: WanTransformer3DModel, folder: Path) -> None:
+def save_lora(
+    transformer: WanTransformer3DModel, folder: Path, layers: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes the adapter as diffusers' `load_lora_weights` expects it.
 
     Its settings go along: without them a loader would take alpha for the rank.
+
+    Args:
+        transformer: that has it.
+        folder: gets it.
+        layers: its weights; None: as they are in the transformer.
     """
+    if layers is None:
+        layers = get_peft_model_state_dict(transformer)
     WanPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_layers=layers,
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
     )
 
@@ -325,13 +366,17 @@ def load_transformer(
         _check(checkpoint / LORA_FILE, layers)
         layers = {name.removeprefix(LORA_PREFIX): value for name, value in layers.items()}
         # peft leaves what is missing as it was drawn
-        odd = sorted(layers.keys() ^ get_peft_model_state_dict(transformer).keys())
+        own = get_peft_model_state_dict(transformer)
+        odd = sorted(layers.keys() ^ own.keys())
         if odd:
             raise UserError(
                 f"{checkpoint}: its LoRA does not fit the transformer, e.g. {odd[0]}: take the "
                 "model that it was trained on"
             )
-        set_peft_model_state_dict(transformer, layers)
+        if has_shards(list(own.values())):
+            _load_whole(own, layers)
+        else:
+            set_peft_model_state_dict(transformer, layers)
     elif (checkpoint / "transformer").is_dir():
         loaded = load_pretrained(
             WanTransformer3DModel,
@@ -341,9 +386,19 @@ def load_transformer(
         )
         weights = loaded.state_dict()
         _check(checkpoint / "transformer", weights)
-        transformer.load_state_dict(weights)
+        own = transformer.state_dict()
+        if has_shards(list(own.values())):
+            _load_whole(own, weights)
+        else:
+            transformer.load_state_dict(weights)
     else:
         raise UserError(f"{checkpoint}: no transformer and no LoRA weights there")
+
+
+def _load_whole(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Copies whole weights of the same names into a state of which this rank holds a part."""
+    for name, target in own.items():
+        copy_whole(target, weights[name])
 
 
 @torch.no_grad()
@@ -351,12 +406,13 @@ def copy_weights(values: Mapping[str, Tensor], transformer: nn.Module) -> None:
     """Copies values into the parameters of these names."""
     parameters = dict(transformer.named_parameters())
     for name, value in values.items():
-        parameters[name].copy_(value)
+        copy_whole(parameters[name], value)
 
 
 def _check(where: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuses what is not finite; nothing that trains has to be other than zero."""
-    check_weights(str(where), tensors.items(), fix=DAMAGED, may_be_zero=True)
+    parts = ((name, local_part(tensor)) for name, tensor in tensors.items())
+    check_weights(str(where), parts, fix=DAMAGED, may_be_zero=True)
 
 
 def _frozen(module: nn.Module) -> set[str]:
@@ -406,8 +462,8 @@ def restore_state(
         optimizer.state[parameter][state_name] = _placed(optimizer, parameter, value)
 
 
-def _placed(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor:
+def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, value: Tensor) -> Tensor:
     """A copy where the optimizer has it: on a CPU what is loaded may be a view of the file."""
     if isinstance(optimizer, StepByTensor):
         return optimizer.placed(parameter, value)
-    return value.to(parameter.device, copy=True)
+    return placed(value, parameter)

@@ -17,7 +17,7 @@ from alignlab.config.model import ModelConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.models.wan import Wan
-from alignlab.runs.checkpoint_folders import hold, problem
+from alignlab.runs.checkpoint_folders import OPTIMIZER_STATE, hold, problem
 from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.training import checkpoint
 from alignlab.training.checkpoint import RunState
@@ -42,7 +42,7 @@ def checked_source(config: RunConfig, locks: ExitStack) -> InitSource | None:
     there = source.run.config()
     if not locks.enter_context(hold(source.checkpoint)):
         raise UserError(f"{SETTING}: {source.checkpoint} is gone: name another")
-    broken = problem(source.checkpoint, leave_out=("optimizer.safetensors", "ema.safetensors"))
+    broken = problem(source.checkpoint, leave_out=(*OPTIMIZER_STATE, "ema.safetensors"))
     if broken:
         raise UserError(f"{SETTING}: {source.checkpoint} is damaged ({broken}): name another")
     check_fits(config, there, source.run.path)

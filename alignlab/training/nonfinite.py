@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from alignlab.distributed.ranks import Ranks
+from alignlab.distributed.sharding import total_norm
 from alignlab.errors import UserError
 from alignlab.training.checkpoint import RunState, TrainState
 
@@ -97,11 +97,11 @@ def state_norms(state: TrainState) -> dict[str, Tensor]:
     Weights and their average: Euclidean. The optimizer's moments: their largest value, since the
     squares of sound second moments may be beyond fp32.
     """
-    norms = {STATE["weights"]: get_total_norm(list(state.names))}
+    norms = {STATE["weights"]: total_norm(list(state.names))}
     if isinstance(state, RunState) and state.ema is not None:
-        norms[STATE["ema"]] = get_total_norm(list(state.ema.values()))
+        norms[STATE["ema"]] = total_norm(list(state.ema.values()))
     for key in MOMENTS:
         moments = [s[key] for s in state.optimizer.state.values() if key in s]
         if moments:
-            norms[STATE[key]] = get_total_norm(moments, norm_type=torch.inf)
+            norms[STATE[key]] = total_norm(moments, norm_type=torch.inf)
     return norms

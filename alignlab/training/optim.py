@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
+from alignlab.distributed.sharding import local_part, scale_gradients, total_norm
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.training.checkpoint import RunState, copy_weights
 
@@ -53,14 +53,14 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float | None) ->
     """
     norm = _norm([p.grad for p in parameters if p.grad is not None])
     if largest is not None:
-        clip_grads_with_norm_(parameters, largest, norm)
+        scale_gradients(parameters, largest, norm)
     return norm
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Of all gradients, in fp32 whatever they are kept in."""
     if all(_is_fp32(gradient) for gradient in gradients):
-        return get_total_norm(gradients)
+        return total_norm(gradients)
     norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
@@ -85,10 +85,11 @@ def update_ema(state: RunState, decay: float | None) -> None:
 def move_average(average: dict[str, Tensor], transformer: nn.Module, decay: float) -> None:
     """Moves an average of parameters, by their names and in fp32, towards them, in place."""
     trained = dict(transformer.named_parameters())
-    fp32: dict[str, Tensor] = {n: trained[n] for n in average if _is_fp32(trained[n])}
+    fp32 = [name for name in average if _is_fp32(trained[name])]
+    parameters = [local_part(trained[name]) for name in fp32]
     if fp32:
-        torch._foreach_lerp_([average[name] for name in fp32], list(fp32.values()), 1 - decay)
-    for name in average.keys() - fp32.keys():  # one at a time: each is widened for it
+        torch._foreach_lerp_([local_part(average[name]) for name in fp32], parameters, 1 - decay)
+    for name in average.keys() - set(fp32):  # one at a time: each is widened for it
         average[name].lerp_(trained[name].float(), 1 - decay)
 
 

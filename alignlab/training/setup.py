@@ -2,18 +2,20 @@
 
 import hashlib
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig, check_blocks
 from alignlab.data.registry import build_splits, dataset_files
 from alignlab.dataset_cache.encoded_values import EncodedValues
-from alignlab.distributed.ranks import Ranks, single_rank
+from alignlab.distributed.ranks import Ranks, mixed_precision, single_rank
+from alignlab.distributed.sharding import is_in_shards, shard_transformer, weight_norm
 from alignlab.errors import UserError
 from alignlab.evaluation.own_metrics import described, try_metrics
 from alignlab.evaluation.token_metrics import MIN_TOKENS
@@ -44,6 +46,9 @@ from alignlab.training.run_alignment import check_data, check_teachers, run_alig
 from alignlab.training.self_teacher import SelfTeacher
 from alignlab.training.shuffle import shuffle_note
 from alignlab.training.teacher_check import check_noise
+
+Value = TypeVar("Value")
+Args = ParamSpec("Args")
 
 MADE_AHEAD: Any = {"data": {"workers", "prefetch"}}
 """Settings, as pydantic excludes them, that change neither what is encoded nor where it is kept."""
@@ -77,7 +82,21 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The run's mixed precision."""
+        if self.state.is_in_shards:  # a cache would keep each block whole, in bf16
+            return mixed_precision(self.device, self.config.model.precision, cache=False)
         return self.ranks.autocast()
+
+    def with_model(
+        self, work: Callable[Args, Value], *args: Args.args, **settings: Args.kwargs
+    ) -> Value:
+        """What `work`, which calls the transformer, gives: on rank 0, for all ranks.
+
+        Of a transformer in shards, on all of them, each of which gives its own: every forward pass
+        needs them all.
+        """
+        if self.state.is_in_shards:
+            return work(*args, **settings)
+        return self.ranks.on_main(work, *args, **settings)
 
     def own_metrics(self) -> dict[str, Any]:
         """What a result says of metrics of other packages; empty where none is measured."""
@@ -128,7 +147,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
     caches = caches or new_caches(config)
-    wan = _load_wan(config, caches, ranks.device)
+    wan = _load_wan(config, caches, ranks)
     caches.frozen = wan.frozen
     check_blocks(config, wan.num_blocks)
     grid = wan.latent_grid(config.data.frames, *config.data.size)
@@ -170,8 +189,9 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     )
 
 
-def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
-    return load_wan(
+def _load_wan(config: RunConfig, caches: Caches, ranks: Ranks) -> Wan:
+    in_shards = is_in_shards(config.model, ranks)
+    wan = load_wan(
         config.model.path,
         expert=config.model.expert,
         train=config.model.train,
@@ -180,7 +200,8 @@ def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
         gradient_checkpointing=config.model.gradient_checkpointing,
         precision=config.model.precision,
         weights=config.model.weights,
-        device=device,
+        device=ranks.device,
+        transformer_device="cpu" if in_shards else None,
         seed=config.seed,
         init=config.model.init,
         text_encoder=config.model.text_encoder,
@@ -189,6 +210,9 @@ def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
         load_frozen=config.data.cache.mode == "off",
         clip=(config.data.frames, *config.data.size),
     )
+    if in_shards:
+        shard_transformer(wan.transformer, ranks)
+    return wan
 
 
 def _check_data(config: RunConfig) -> None:
@@ -361,19 +385,11 @@ def check_ranks_agree(run: Run) -> None:
     for name, parts in (("autoencoder", frozen.vae_parts), ("text encoder", frozen.text.parts)):
         digests = {part: str(parts[part])[:12] for part in COMPONENTS if part in parts}
         ranks.check_same(f"the files of the {name}", digests)
-    networks: dict[str, nn.Module] = {
-        "the transformer": run.wan.transformer,
-        "the objectives": run.alignment,
-    }
+    networks: dict[str, nn.Module] = {"the objectives": run.alignment}
+    if not run.state.is_in_shards:  # else `shard_transformer` compared them while they were whole
+        networks = {"the transformer": run.wan.transformer, **networks}
     for name, network in networks.items():
-        ranks.check_same(f"the weights of {name}", float(_weight_norm(network)))
-
-
-@torch.no_grad()
-def _weight_norm(network: nn.Module) -> Tensor:
-    """Norm of all parameters, in fp32."""
-    norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in network.parameters()]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        ranks.check_same(f"the weights of {name}", float(weight_norm(network)))
 
 
 def shared_caches(config: RunConfig, caches: dict[str, Caches]) -> Caches:

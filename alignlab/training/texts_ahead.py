@@ -32,7 +32,7 @@ def encode_training_texts(run: Run, first: int) -> None:
     batches = ranks.micro_batches(config.optim.accumulate, config.optim.batch_size)
     samples = [sample for batch in batches for sample in batch]
     texts = run.clips.captions(_drawn(run, first, samples))
-    if ranks.is_main:
+    if ranks.is_main or run.state.is_in_shards:  # then all of them sample
         texts |= _measured_texts(run, generation=True)
     _encode(run, texts)
 

@@ -19,7 +19,6 @@ import importlib
 import os
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 
 from alignlab.cli import main as command
 from mlflow_tables import copying
+from rank_processes import forked_ranks
 
 train_module: Any = importlib.import_module("alignlab.train")
 alignment: Any = importlib.import_module("alignlab.training.run_alignment")
@@ -103,9 +103,7 @@ def other_teacher(*args: Any, **settings: Any) -> Any:
     return teacher
 
 
-def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def child(rank: int, recipe: str, moment: str, output: str) -> None:
     folder, name = os.path.split(output)
     said = os.open(f"{folder}/{moment}-{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
@@ -128,12 +126,6 @@ def child(rank: int, port: int, recipe: str, moment: str, output: str) -> None:
         os._exit(int(end.code or 0))  # taking the interpreter apart takes seconds
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def main() -> None:
     torch.set_num_threads(1)
     # else each pair does, for seconds
@@ -148,13 +140,7 @@ def main() -> None:
 
 
 def train_pair(moment: str, output: str) -> None:
-    port, pids = free_port(), []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            child(rank, port, sys.argv[1], moment, output)
-        pids.append(pid)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+    print(*forked_ranks(2, lambda rank: child(rank, sys.argv[1], moment, output)), flush=True)
     if moment == "killed":
         shutil.copytree(output, Path(output).with_name("as-killed"))
 

@@ -1,6 +1,6 @@
 """References beside the video: layout, text bypass, and samples that never touch each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from alignlab.errors import UserError
 from alignlab.models.reference_branch import Output, ReferenceBranch
@@ -175,10 +174,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("wrapper", [DistributedDataParallel, fully_shard])
-def test_every_sample_runs_alone_where_forward_calls_must_keep_step(
-    wan_folder: Path, wrapper: Callable[[nn.Module], nn.Module]
-) -> None:
+def test_every_sample_runs_alone_where_forward_calls_must_keep_step(wan_folder: Path) -> None:
     transformer = load_wan(str(wan_folder)).transformer
     batch = _batch(COUNTS)
     together = _run(transformer, batch).velocity_BCTHW
@@ -186,7 +182,7 @@ def test_every_sample_runs_alone_where_forward_calls_must_keep_step(
     handle = transformer.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    with ReferenceBranch(wrapper(transformer)) as branch:
+    with ReferenceBranch(fully_shard(transformer)) as branch:
         alone = branch(*batch).velocity_BCTHW
     handle.remove()
     assert calls == [1] * len(COUNTS)

@@ -1,0 +1,223 @@
+"""Two and three real processes with one model: as one process trains, and as if never killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from alignlab.cli import app
+from alignlab.export import export
+from run_contents import timeless_metrics, timeless_rows
+
+DRIVER = Path(__file__).parents[2] / "helpers" / "sharded_runs.py"
+RECIPE_CHANGES = {
+    "steps: 2": "steps: 4",
+    "references: [2, 3]": "references: [0, 3]",
+    "batch_size: 2}": "batch_size: 12, accumulate: 2, ema: 0.9, grad_clip: 0.05}",
+    "{clips: 2,": "{every: 3, clips: 2,",
+    "sample_clips: 0": "sample_clips: 1",
+    "optim:": "  repa: {name: repa, teacher: dino, blocks: [1], projector_dim: 8}\noptim:",
+}
+EXACT = ("loss", "grad", "val", "lr")
+SHARDS = "model.shard=fsdp2"
+TWO = f"{SHARDS} model.gradient_checkpointing=true"
+LORA = "model.train=lora model.lora.rank=4 model.lora.alpha=8 objectives.repa=null eval.every=null"
+STEPS_20 = "steps=20 optim.batch_size=2 optim.accumulate=1 optim.ema=null objectives.repa=null"
+STEPS_20 += " eval.every=null eval.clips=1 eval.sample_clips=0 eval.generated_clips=0"
+STEPS_20 += " tracking.log_every=20 checkpoint.every=20"
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    text = recipe_file.read_text()
+    for before, after in RECIPE_CHANGES.items():
+        assert before in text
+        text = text.replace(before, after)
+    path = tmp_path_factory.mktemp("shards") / "recipe.yaml"
+    path.write_text(text + "checkpoint: {every: 2}\n")
+    return path
+
+
+def drive(recipe: Path, *jobs: str) -> list[str]:
+    """Exit codes of the processes of each job; the runs lie beside the recipe."""
+    done = subprocess.run(
+        [sys.executable, DRIVER, recipe, recipe.parent, *jobs],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("\n")
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: Path) -> Path:
+    """The folder of all runs; what `killed` left was resumed by two, by three and by one."""
+    ends = drive(
+        recipe,
+        "one 1 whole",
+        f"two 2 whole {TWO}",
+        f"killed 2 killed {TWO}",
+        f"by-two 2 from-killed {TWO}",
+        f"by-three 3 from-killed {TWO}",
+        f"by-one 1 from-killed {TWO}",
+        f"writing 2 writing {TWO}",
+        f"lora-one 1 whole {LORA}",
+        f"lora-three 3 whole {LORA} {SHARDS}",
+        f"counted 2 counted {STEPS_20} {SHARDS}",
+    )
+    assert ends == ["0", "0 0", "-9 -9", "0 0", "0 0 0", "0", "1 -9", "0", "0 0 0", "0 0"]
+    return recipe.parent
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What the last checkpoint holds besides the optimizer's state."""
+    step = sorted((run / "checkpoints").iterdir())[-1]
+    return {
+        f"{path.name} {key}": value
+        for path in sorted(step.rglob("*.safetensors"))
+        if not path.relative_to(step).as_posix().startswith("optimizer")
+        for key, value in load_file(path).items()
+    }
+
+
+def moments(run: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's state, by file."""
+    step = sorted((run / "checkpoints").iterdir())[-1]
+    return {
+        f"{path.name} {key}": value
+        for path in sorted(step.glob("optimizer/*.safetensors"))
+        for key, value in load_file(path).items()
+    }
+
+
+def assert_as_one(one: Path, other: Path, rel: float = 1e-5) -> None:
+    """Losses and weights are equal to `rel`, other numbers as far as they can be."""
+    for row, twin in zip(timeless_rows(one), timeless_rows(other), strict=True):
+        # clips are rounded to 8 bits
+        assert twin == pytest.approx(row, rel=max(rel, 1e-2), abs=max(10 * rel, 1e-3))
+        exact = {key: value for key, value in row.items() if key.startswith(EXACT)}
+        assert {key: twin[key] for key in exact} == pytest.approx(exact, rel=rel)
+    expected, found = weights(one), weights(other)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=rel, atol=rel, msg=key)
+
+
+def test_two_processes_with_one_model_train_as_one_does(runs: Path) -> None:
+    assert_as_one(runs / "one", runs / "two")
+    assert any("val/flow" in row for row in timeless_rows(runs / "two")[:-1])
+    one, two = (timeless_metrics(runs / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-2, abs=1e-3)
+    assert any(name.startswith("gen/") for name in one)
+    files = [sorted(p.name for p in (runs / name / "samples").iterdir()) for name in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_each_process_holds_a_part_of_the_optimizers_state(runs: Path) -> None:
+    names = [
+        file.name for file in (runs / "two" / "checkpoints" / "step-000004/optimizer").iterdir()
+    ]
+    assert len(names) == 2
+    sizes = {key: value.shape for key, value in moments(runs / "two").items()}
+    halves = [size for key, size in sizes.items() if "patch_embedding.weight|exp_avg_sq" in key]
+    assert [size[0] for size in halves] == [24, 24]
+    only_first = [key for key in sizes if "objectives." in key]
+    assert only_first and all("shard-00001" in key for key in only_first)
+
+
+def test_three_processes_train_a_lora_as_one_does(runs: Path) -> None:
+    assert_as_one(runs / "lora-one", runs / "lora-three")
+
+
+def test_a_killed_pair_ends_with_the_bits_of_the_uninterrupted_one(runs: Path) -> None:
+    assert [p.name for p in (runs / "killed-left/checkpoints").iterdir()] == ["step-000002"]
+    assert timeless_rows(runs / "by-two") == timeless_rows(runs / "two")
+    for read in (weights, moments):
+        expected, found = read(runs / "two"), read(runs / "by-two")
+        assert found.keys() == expected.keys() and expected
+        assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
+
+
+@pytest.mark.parametrize("name", ["by-three", "by-one"])
+def test_another_number_of_processes_resumes_what_two_left(runs: Path, name: str) -> None:
+    assert_as_one(runs / "two", runs / name)
+    said = (runs / f"{name}.0").read_text()
+    assert ("this process is the only one" in said) == (name == "by-one")
+
+
+def test_a_kill_within_a_checkpoint_leaves_the_one_before(runs: Path) -> None:
+    left = [p.name for p in (runs / "writing/checkpoints").iterdir() if p.name.startswith("step")]
+    assert left == ["step-000002"]
+    assert "another rank has stopped" in (runs / "writing.0").read_text().strip().split("\n")[-1]
+
+
+def test_ranks_with_different_numbers_of_references_keep_step(runs: Path) -> None:
+    counts = [(runs / f"counted.references.{rank}").read_text().split("\n") for rank in range(2)]
+    assert [len(lines) for lines in counts] == [21, 21]
+    assert sum(first != second for first, second in zip(*counts, strict=True)) >= 10
+    assert json.loads((runs / "counted/result.json").read_text())["steps"] == 20
+
+
+def test_the_model_is_exported_and_loaded_by_diffusers(runs: Path, tmp_path: Path) -> None:
+    folder = export(runs / "two", tmp_path / "two")
+    pipeline = WanPipeline.from_pretrained(folder)
+    average = load_file(runs / "two/checkpoints/step-000004/ema.safetensors")
+    assert average
+    for name, value in pipeline.transformer.named_parameters():
+        assert torch.equal(value, average[name]), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["tracking.diagnose_every=2"], "tracking.diagnose_every: takes whole weights"),
+        (["optim.name=adamw_8bit"], "optim.name (adamw_8bit): "),
+        (["objectives.ra.weight.gradient_share=0.1"], "objectives.ra.weight (gradient_share): "),
+        (
+            ["objectives.sra={name: sra, blocks: [0], deep_blocks: [2]}"],
+            "objectives.sra (sra: a moving average of the student): takes",
+        ),
+    ],
+)
+def test_what_needs_whole_gradients_is_refused(
+    recipe: Path, tmp_path: Path, overrides: list[str], line: str
+) -> None:
+    arguments = ["train", str(recipe), f"output={tmp_path}", SHARDS, *overrides]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert line in result.stderr and "set model.shard: none" in result.stderr
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "rel"),
+    [
+        ("optim.grad_clip=null optim.ema=null", 1e-5),
+        ("model.gradient_checkpointing=true optim.accumulate=1 optim.grad_clip=1.0", 1e-5),
+        ("model.absent_references=zero objectives.ra=null", 1e-5),
+        (f"{LORA} model.gradient_checkpointing=every:2", 1e-5),
+        ("model.gradient_checkpointing=ops objectives.ra=null", 1e-5),
+        ("model.precision=bf16 eval.generated_clips=0", 5e-3),
+        (f"{LORA} model.precision=bf16 eval.generated_clips=0", 5e-3),
+    ],
+    ids=["no-clip", "one-micro-batch", "zeros", "lora-every", "ops", "bf16", "lora-bf16"],
+)
+def test_every_setting_trains_in_shards_as_in_one(
+    recipe: Path, tmp_path: Path, overrides: str, rel: float
+) -> None:
+    own = tmp_path / "recipe.yaml"
+    own.write_text(recipe.read_text())
+    jobs = [f"one 1 whole {overrides}"]
+    jobs += [f"of-{count} {count} whole {SHARDS} {overrides}" for count in (2, 3)]
+    assert drive(own, *jobs) == ["0", "0 0", "0 0 0"]
+    for count in (2, 3):
+        assert_as_one(tmp_path / "one", tmp_path / f"of-{count}", rel=rel)
