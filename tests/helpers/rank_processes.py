@@ -21,6 +21,8 @@ def forked_ranks(count: int, work: Callable[[int], object]) -> list[int]:
                     os.environ |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
                     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
                 work(rank)
+            except SystemExit:
+                raise  # through the caller, to the interpreter's end, as that of a command
             except BaseException:  # else a second process would go on with the caller's work
                 traceback.print_exc()
                 os._exit(1)
