@@ -104,7 +104,7 @@ class Computed(TorchDispatchMode):
     """Names of operations that are computed, and not found where they were kept."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.names: list[str] = []
 
     def __torch_dispatch__(
@@ -120,7 +120,8 @@ class Computed(TorchDispatchMode):
 def test_what_is_kept_is_not_computed_again(wan_folder: Path) -> None:
     def computed(mode: bool | str) -> Computed:
         model = load_wan(str(wan_folder), gradient_checkpointing=mode).transformer
-        with Computed() as found:
+        found = Computed()
+        with found:
             model(*batch()[:3])[0].square().mean().backward()
         return found
 
