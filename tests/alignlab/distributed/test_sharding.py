@@ -3,16 +3,26 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+import torch.distributed as dist
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from alignlab.cli import app
+from alignlab.distributed.ranks import Ranks
+from alignlab.distributed.sharding import (
+    local_part,
+    reduce_gradients,
+    shard_transformer,
+    total_norm,
+)
 from alignlab.export import export
+from alignlab.models.wan import load_wan
 from run_contents import timeless_metrics, timeless_rows
 
 DRIVER = Path(__file__).parents[2] / "helpers" / "sharded_runs.py"
@@ -195,6 +205,45 @@ def test_what_needs_whole_gradients_is_refused(
     assert result.exit_code == 2, result.output
     assert line in result.stderr and "set model.shard: none" in result.stderr
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def sharded(wan_folder: Path, tmp_path: Path) -> Iterator[WanTransformer3DModel]:
+    """A transformer in shards, all of which this process has."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    transformer = load_wan(str(wan_folder)).transformer
+    shard_transformer(transformer, Ranks(torch.device("cpu"), "fp32"))
+    yield transformer
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_gradients_are_exchanged_after_the_last_micro_batch_alone(
+    sharded: WanTransformer3DModel,
+) -> None:
+    latents, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 16, 32)
+    for is_last in (False, True):
+        velocity = sharded(latents, torch.tensor([500.0]), text, return_dict=False)[0]
+        reduce_gradients(sharded, is_last=is_last)
+        velocity.square().mean().backward()
+        gradients = [parameter.grad for parameter in sharded.parameters()]
+        assert all((gradient is None) != is_last for gradient in gradients)
+    both = total_norm([gradient for gradient in gradients if gradient is not None])
+    sharded.zero_grad()
+    sharded(latents, torch.tensor([500.0]), text, return_dict=False)[0].square().mean().backward()
+    first = total_norm([p.grad for p in sharded.parameters() if p.grad is not None])
+    torch.testing.assert_close(both, 2 * first)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, torch.inf])
+def test_norms_show_what_is_not_finite_in_a_shard(
+    sharded: WanTransformer3DModel, norm_type: float
+) -> None:
+    tensors = [*sharded.parameters(), torch.ones(3)]
+    assert total_norm(tensors, norm_type).isfinite()
+    with torch.no_grad():
+        local_part(sharded.blocks[1].scale_shift_table)[0, 0, 0] = torch.nan
+    assert not total_norm(tensors, norm_type).isfinite()
 
 
 @pytest.mark.slow
