@@ -90,6 +90,10 @@ class ModelConfig(Settings):
     """Recompute activations in the backward pass. `true` or `full`: of every block, least memory,
     about a third slower. `every:k`: of blocks 0, k, 2k, ... alone. `ops`: of every block all but
     the outputs of matmuls and attention, which are kept."""
+    compile: Literal["none", "blocks"] = "none"
+    """`blocks`: torch.compile of every transformer block, one code for all of them and for any
+    number of references. The first steps and the first evaluation take minutes more. Not with
+    `haste_attention`."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Weights and optimizer state stay fp32 when all weights are trained, unless
     `weights` and `optim.name` say otherwise."""

@@ -92,6 +92,11 @@ class RunConfig(TrainingConfig):
         layers = {alias: len(row.attention_layers) for alias, row in self.teachers.items()}
         for alias, objective in self.objectives.items():
             check_attention(alias, objective, layers)
+            if self.model.compile == "blocks" and isinstance(objective, AttentionConfig):
+                raise ValueError(
+                    f"objectives.{alias}: queries and keys of compiled blocks are not seen; set "
+                    "model.compile=none"
+                )
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from alignlab.config.optim import WeightsType
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
+from alignlab.models.compiled_blocks import check_compiler, compile_blocks
 from alignlab.models.experts import INDEX, check_index, transformer_part
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.gradient_checkpointing import check_blocks_apart, checkpoint_blocks
@@ -130,6 +131,7 @@ def load_wan(
     lora: LoraConfig | None = None,
     attention: str = "native",
     gradient_checkpointing: GradientCheckpointing = False,
+    compiled: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     weights: WeightsType = "fp32",
     device: torch.device | str = "cpu",
@@ -152,6 +154,7 @@ def load_wan(
         attention: any diffusers attention backend that can train a Wan block on `device`.
         gradient_checkpointing: what of the blocks the backward pass computes again; False, True
             (each block whole), `ops` or `every:k` (`alignlab.models.gradient_checkpointing`).
+        compiled: compile the blocks (`alignlab.models.compiled_blocks`).
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does
             (norms, modulation, the timestep's embedding).
@@ -164,7 +167,8 @@ def load_wan(
         clip: frames, height and width that are to be trained: refused before weights are loaded.
 
     Raises:
-        UserError: path, `clip`, a LoRA target, the backend or k of `every:k` cannot be used.
+        UserError: path, `clip`, a LoRA target, the backend or k of `every:k` cannot be used,
+            or blocks cannot be compiled for `device`.
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
@@ -172,6 +176,8 @@ def load_wan(
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
     check_blocks_apart(gradient_checkpointing, num_blocks(folder / part))
+    if compiled:
+        check_compiler(device)
     if clip is not None:
         own.token_grid(patch_size(folder / part), *clip)
     kept_in = precision if train == "lora" else weights
@@ -188,7 +194,7 @@ def load_wan(
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
-    _prepare(transformer, lora, seed, attention, gradient_checkpointing)
+    _prepare(transformer, lora, seed, attention, gradient_checkpointing, compiled)
     return Wan(transformer.to(device).train(), frozen, part)
 
 
@@ -198,12 +204,16 @@ def _prepare(
     seed: int,
     attention: str,
     gradient_checkpointing: GradientCheckpointing,
+    compiled: bool,
 ) -> None:
     """See `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
-    checkpoint_blocks(transformer, gradient_checkpointing)
+    keep_ops = compiled and gradient_checkpointing == "ops"
+    checkpoint_blocks(transformer, False if keep_ops else gradient_checkpointing)
     transformer.set_attention_backend(attention)
+    if compiled:
+        compile_blocks(transformer, keep_ops=keep_ops)
 
 
 def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransformer3DModel:

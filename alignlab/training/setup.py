@@ -178,6 +178,7 @@ def _load_wan(config: RunConfig, caches: Caches, device: torch.device) -> Wan:
         lora=config.model.lora,
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        compiled=config.model.compile == "blocks",
         precision=config.model.precision,
         weights=config.model.weights,
         device=device,
