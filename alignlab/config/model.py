@@ -91,6 +91,10 @@ class ModelConfig(Settings):
     """Recompute activations in the backward pass. `true` or `full`: of every block, least memory,
     about a third slower. `every:k`: of blocks 0, k, 2k, ... alone. `ops`: of every block all but
     the outputs of matmuls and attention, which are kept."""
+    compile: Literal["none", "blocks"] = "none"
+    """`blocks`: torch.compile of every transformer block, one code for all of them and for any
+    number of references. The first steps and the first evaluation take minutes more. Not with
+    `haste_attention`."""
     shard: Shard = "none"
     """What each of several ranks (torchrun) holds of the transformer. `none`: all of it. `fsdp2`: a
     part of each weight, of its gradient and of the optimizer's state (torch's `fully_shard`); the

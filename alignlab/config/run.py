@@ -93,6 +93,11 @@ class RunConfig(TrainingConfig):
         layers = {alias: len(row.attention_layers) for alias, row in self.teachers.items()}
         for alias, objective in self.objectives.items():
             check_attention(alias, objective, layers)
+            if self.model.compile == "blocks" and isinstance(objective, AttentionConfig):
+                raise ValueError(
+                    f"objectives.{alias}: queries and keys of compiled blocks are not seen; set "
+                    "model.compile=none"
+                )
         return self
 
     @model_validator(mode="after")
@@ -143,6 +148,10 @@ class RunConfig(TrainingConfig):
             )
             refused[f"objectives.{alias}.weight (gradient_share)"] = isinstance(
                 objective.weight, GradientShare
+            )
+        if self.model.compile == "blocks":
+            raise ValueError(
+                "model.compile: blocks was not tried in shards: set it or model.shard to none"
             )
         for what, is_set in refused.items():
             if is_set:

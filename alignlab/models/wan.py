@@ -26,6 +26,7 @@ from alignlab.config.optim import WeightsType
 from alignlab.errors import UserError
 from alignlab.losses.objective import Grid
 from alignlab.models.attention_backends import check_backend
+from alignlab.models.compiled_blocks import compile_blocks
 from alignlab.models.experts import INDEX, check_index, transformer_part
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.gradient_checkpointing import check_blocks_apart, checkpoint_blocks
@@ -130,6 +131,7 @@ def load_wan(
     lora: LoraConfig | None = None,
     attention: str = "native",
     gradient_checkpointing: GradientCheckpointing = False,
+    compiled: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     weights: WeightsType = "fp32",
     device: torch.device | str = "cpu",
@@ -145,24 +147,23 @@ def load_wan(
     """Loads a diffusers Wan pipeline for training.
 
     Args:
-        path: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id.
-        expert: of a pipeline with two transformers (Wan 2.2 A14B), the one to load.
-        train: `full` trains every weight, `lora` an adapter of the transformer, which it freezes.
-        lora: the adapter; needed by `lora`, refused by `full`.
+        path, expert: pipeline folder (laid out as `Wan-AI/Wan2.1-T2V-1.3B-Diffusers`) or hub id,
+            and of one with two transformers (Wan 2.2 A14B) the one to load.
+        train, lora: `full` trains every weight; `lora` an adapter, of weights that it freezes.
         attention: any diffusers attention backend that can train a Wan block on `device`.
-        gradient_checkpointing: what of the blocks the backward pass computes again.
+        gradient_checkpointing, compiled: of the blocks, as the modules of these names say.
         precision: of the frozen weights: the text encoder and, with `lora`, the transformer.
         weights: of the transformer that `full` trains; `bf16` leaves in fp32 what diffusers does.
         device, transformer_device: where everything goes, and the transformer if elsewhere.
-        init: `random` reads the transformer's config.json alone and draws its weights.
-        seed: of what is drawn, also the adapter.
+        init, seed: `random` draws the weights by config.json alone; of that, and of the adapter.
         text_encoder, parks_vae: see `FrozenParts`.
         frozen: autoencoder and text encoder of an earlier model: taken if they are the same.
         load_frozen: load both now; else when they are first needed.
         clip: frames, height and width that are to be trained: refused before weights are loaded.
 
     Raises:
-        UserError: path, `clip`, a LoRA target, the backend or k of `every:k` cannot be used.
+        UserError: path, `clip`, a LoRA target, the backend or k of `every:k` cannot be used,
+            or blocks cannot be compiled for `device`.
     """
     if (lora is None) != (train == "full"):
         raise ValueError(f"train={train!r} and lora={lora!r} do not go together")
@@ -179,7 +180,7 @@ def load_wan(
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
-    _prepare(transformer, lora, seed, attention, gradient_checkpointing)
+    _prepare(transformer, lora, seed, attention, gradient_checkpointing, compiled)
     return Wan(transformer.to(transformer_device or device).train(), frozen, part)
 
 
@@ -201,12 +202,16 @@ def _prepare(
     seed: int,
     attention: str,
     gradient_checkpointing: GradientCheckpointing,
+    compiled: bool,
 ) -> None:
     """See `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
-    checkpoint_blocks(transformer, gradient_checkpointing)
+    keep_ops = compiled and gradient_checkpointing == "ops"
+    checkpoint_blocks(transformer, False if keep_ops else gradient_checkpointing)
     transformer.set_attention_backend(attention)
+    if compiled:
+        compile_blocks(transformer, keep_ops=keep_ops)
 
 
 def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransformer3DModel:

@@ -22,6 +22,7 @@ from alignlab.evaluation.token_metrics import MIN_TOKENS
 from alignlab.kernels.plugins import ImplementationError
 from alignlab.losses.grids import Grid
 from alignlab.losses.objective import check_implementations
+from alignlab.models.compiled_blocks import check_compiler
 from alignlab.models.experts import WHOLE, Window, noise_window
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.other_expert import folder_with_other
@@ -142,7 +143,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
             group was joined.
     """
     ranks = ranks or single_rank(config.model.precision)
-    check_optimizer(config.optim, ranks.device)
+    _check_device(config, ranks.device)
     if ranks.world_size > 1:
         ranks.on_main(_check_data, config)  # the others find what it found, if they share `output`
     dataset, val_dataset = build_splits(config.data, memory=user_path(config.output))
@@ -189,6 +190,13 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     )
 
 
+def _check_device(config: RunConfig, device: torch.device) -> None:
+    """Refuses, before anything is loaded, settings that its device does not bear."""
+    check_optimizer(config.optim, device)
+    if config.model.compile == "blocks":
+        check_compiler(device)
+
+
 def _load_wan(config: RunConfig, caches: Caches, ranks: Ranks) -> Wan:
     in_shards = is_in_shards(config.model, ranks)
     wan = load_wan(
@@ -198,6 +206,7 @@ def _load_wan(config: RunConfig, caches: Caches, ranks: Ranks) -> Wan:
         lora=config.model.lora,
         attention=config.model.attention,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        compiled=config.model.compile == "blocks",
         precision=config.model.precision,
         weights=config.model.weights,
         device=ranks.device,
