@@ -171,18 +171,18 @@ def load_wan(
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
-    _prepare(transformer, lora, seed, attention, gradient_checkpointing)
+    prepare(transformer, lora, seed, attention, gradient_checkpointing)
     return Wan(transformer.to(device).train(), frozen, part)
 
 
-def _prepare(
+def prepare(
     transformer: WanTransformer3DModel,
     lora: LoraConfig | None,
     seed: int,
     attention: str,
     gradient_checkpointing: bool,
 ) -> None:
-    """See `load_wan`."""
+    """Adds to a transformer what a run trains it with; see `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     if gradient_checkpointing:

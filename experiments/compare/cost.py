@@ -24,7 +24,7 @@ from alignlab.config.identity import settings_hash
 from alignlab.config.run import RunConfig
 from alignlab.environment import describe_environment, processor_name
 from alignlab.experiments.compare.config import CompareConfig
-from alignlab.experiments.compare.flops import count_flops
+from alignlab.plan.flops import count_flops
 from alignlab.experiments.compare.measure import seconds_of
 from alignlab.experiments.compare.result import Cost, Ratio, VariantCost
 from alignlab.experiments.launchers.local import threads

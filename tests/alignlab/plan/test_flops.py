@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignlab.experiments.compare.flops import FORMULAS, FlopCount, count_flops
+from alignlab.plan.flops import FORMULAS, FlopCount, count_flops
 from alignlab.kernels import local_gram, pull_push, relation
 
 

@@ -1,0 +1,228 @@
+"""One optimizer step of a run on fake tensors, by the run's own `Trainer.step`.
+
+What it multiplies and what it holds at its peak, by part. Two micro-batches stand for all: the
+second finds the gradients of the first, and no later one finds more.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from alignlab.config.run import RunConfig
+from alignlab.models.experts import noise_window
+from alignlab.plan.architecture import Architectures
+from alignlab.plan.fake_clips import FakeEncoder
+from alignlab.plan.fake_models import cuda_autocast
+from alignlab.plan.fake_run import build_fake_run
+from alignlab.plan.fake_values import fake_values, on_host
+from alignlab.plan.flops import FlopCounter
+from alignlab.plan.live_memory import LiveMemory, Peak
+from alignlab.plan.parts import Parts
+from alignlab.train import RunTrainer
+from alignlab.training.encoded import FeatureRead
+from alignlab.training.flow_matching import FlowWeights
+from alignlab.training.setup import Run
+
+MICRO_BATCHES = 2
+WEIGHTS, GRADIENTS, OPTIMIZER, EMA = "weights", "gradients", "optimizer state", "moving averages"
+TEACHERS = "teachers"
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """What a teacher's features of a clip cost.
+
+    Args:
+        alias: the recipe's name of the teacher.
+        kind: of which tokens, `video` or `reference`.
+        weights: bytes of the teacher.
+        flops: of a clip.
+        peak: bytes while they are made, weights included.
+        shape: of the features.
+    """
+
+    alias: str
+    kind: str
+    weights: int
+    flops: int
+    peak: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    """What a step costs.
+
+    Args:
+        parameters: of the transformer.
+        trained: parameters that are trained, projectors included.
+        projectors: those of objectives among them.
+        flops: of a micro-batch, by part.
+        unknown: operations that no formula counts.
+        peak: of a step.
+        standing: bytes that are there between steps, by what they are.
+        teachers: what features of a clip cost.
+    """
+
+    parameters: int
+    trained: int
+    projectors: int
+    flops: dict[str, int]
+    unknown: frozenset[str]
+    peak: Peak
+    standing: dict[str, int]
+    teachers: list[TeacherCost]
+
+
+def fake_step(
+    config: RunConfig,
+    architectures: Architectures,
+    *,
+    samples: int | None = None,
+    is_cuda: bool = True,
+) -> FakeStep:
+    """Takes steps of a run on fake tensors.
+
+    Args:
+        config: of the run.
+        architectures: where settings of models are.
+        samples: of a micro-batch; None: as the recipe's on one GPU.
+        is_cuda: teachers in bf16, and autocast as on CUDA; else as on a CPU.
+
+    Raises:
+        UserError: the run could not be built either, or a model's settings are nowhere.
+    """
+    planned = planned_config(config, architectures, samples)
+    flow_weights, window = FlowWeights(planned.flow), noise_window(planned.model)
+    parts = Parts()
+    live, counter = LiveMemory(parts.now), FlopCounter(parts.now)
+    dtype = torch.bfloat16 if is_cuda else torch.float32
+    with fake_values(), ExitStack() as stack:
+        run = build_fake_run(
+            planned,
+            flow_weights,
+            window,
+            architectures,
+            parts,
+            dtype=dtype,
+        )
+        if is_cuda:
+            stack.enter_context(cuda_autocast(run.wan.transformer))
+        with on_host():
+            trainer = RunTrainer(run)
+        teachers = {read.name: _teacher_cost(run, read) for read in _reads(run)}
+        hold_run(live, run)
+        stack.enter_context(run.branch)
+        with live:
+            follow_step(live, run, parts)
+            take_step(trainer)
+            run.state.step = 0
+            live.start()
+            with counter:
+                take_step(trainer)
+        names = run.state.names
+        projectors = [p for p in run.alignment.parameters() if p.requires_grad]
+        micro_batches = planned.optim.accumulate
+        return FakeStep(
+            parameters=_count(p for n, p in run.wan.transformer.named_parameters() if "lora_" not in n),
+            trained=_count(names),
+            projectors=_count(projectors),
+            flops={part: count // micro_batches for part, count in counter.parts.items()},
+            unknown=frozenset(counter.unknown),
+            peak=live.peak(),
+            standing=live.standing(),
+            teachers=list(teachers.values()),
+        )
+
+
+def planned_config(
+    config: RunConfig, architectures: Architectures, samples: int | None
+) -> RunConfig:
+    """The run as it is planned: its model where its settings are, few micro-batches.
+
+    Args:
+        config: of the run.
+        architectures: where settings of models are.
+        samples: of a micro-batch; None: as the recipe's on one GPU.
+    """
+    samples = samples or config.optim.batch_size // config.optim.accumulate
+    count = min(config.optim.accumulate, MICRO_BATCHES)
+    optim = config.optim.model_copy(update={"accumulate": count, "batch_size": count * samples})
+    folder = str(architectures.pipeline(config.model.path))
+    model = config.model.model_copy(update={"path": folder})
+    return config.model_copy(update={"optim": optim, "model": model})
+
+
+def take_step(trainer: RunTrainer) -> None:
+    """One step, with the objectives as in the first."""
+    trainer.step(trainer.micro_batches())
+
+
+def _reads(run: Run) -> list[FeatureRead]:
+    grid = run.wan.latent_grid(run.config.data.frames, *run.config.data.size)
+    return run.alignment.reads_on(grid, run.alignment.objectives)
+
+
+def _teacher_cost(run: Run, read: FeatureRead) -> TeacherCost:
+    clips = run.clips
+    assert isinstance(clips, FakeEncoder)
+    clip, live, counter = clips[0], LiveMemory(), FlopCounter()
+    read.teacher.load()
+    model = read.teacher._late_model.loaded()
+    weights = list(tensors_of(model))
+    live.hold(TEACHERS, weights)
+    with live, counter:
+        features = clip.computed(read)
+    clips.shapes[read.name] = tuple(features.shape)
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    return TeacherCost(
+        read.teacher.identity,
+        read.kind,
+        size,
+        counter.total,
+        live.peak().total,
+        tuple(features.shape),
+    )
+
+
+def hold_run(live: LiveMemory, run: Run) -> None:
+    """Tells a tracker of what there is before the first step."""
+    live.hold(WEIGHTS, tensors_of(run.wan.transformer))
+    live.hold(WEIGHTS, tensors_of(run.alignment))
+    for average in (run.state.ema, run.state.self_teacher):
+        live.hold(EMA, () if average is None else average.values())
+    if not run.caches.values.keeps("teacher"):
+        for teacher in run.alignment.teachers.values():
+            live.hold(TEACHERS, tensors_of(teacher._late_model.loaded()))
+
+
+def follow_step(live: LiveMemory, run: Run, parts: Parts | None = None) -> None:
+    """Has gradients and the optimizer's state labelled as they are made."""
+    for parameter in run.state.names:
+        parameter.register_post_accumulate_grad_hook(lambda p: live.hold(GRADIENTS, [p.grad]))
+    optimizer = run.state.optimizer
+
+    def after(*_: object) -> None:
+        live.hold(OPTIMIZER, (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
+        if parts is not None:
+            parts.end()
+
+    def before(*_: object) -> None:
+        if parts is not None:
+            parts.begin("optimizer")
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
