@@ -17,7 +17,7 @@ from alignlab.dataset_cache.clip_keys import ClipOrigin
 from alignlab.dataset_cache.encoded_values import EncodedValues, Tensors
 from alignlab.dataset_cache.key import CacheKey, Kind
 from alignlab.models.frozen_parts import FrozenParts
-from alignlab.models.text_encoder import MAX_TEXT_TOKENS
+from alignlab.plan.fake_models import FakeParts
 from alignlab.training.batches import ClipEncoder
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels, Encoded, FeatureRead, ReadName
@@ -133,7 +133,7 @@ class FakeEncoder(ClipEncoder):
 
     def __init__(
         self,
-        frozen: FrozenParts,
+        frozen: FakeParts,
         config: RunConfig,
         values: EncodedValues,
         computing: Callable[[], AbstractContextManager[None]],
@@ -143,16 +143,18 @@ class FakeEncoder(ClipEncoder):
         self._clips = FakeClips(config)
         super().__init__(frozen, self._clips, values, ClipMemory(0))
         _, self._num_references = config.data.references
-        self._latents_shape = latents_shape(frozen, config)
+        channels, frames, height, width = latents_shape(frozen, config)
+        # of all clips, and on the host: what a step has of them on its device are copies
+        self._latents_CTHW = torch.zeros(channels, frames, height, width)
+        self._references_KCHW = torch.zeros(self._num_references, channels, height, width)
+        self._text_LD = torch.zeros(frozen.max_tokens, frozen.text.dim)
 
     def __getitem__(self, index: int) -> FakeEncoded:
-        channels, frames, height, width = self._latents_shape
-        references_KCHW = torch.zeros(self._num_references, channels, height, width)
         return FakeEncoded(
             ClipPixels(self._clips, index),
-            torch.zeros(channels, frames, height, width),
-            self.text("", where=""),
-            references_KCHW,
+            self._latents_CTHW,
+            self._text_LD,
+            self._references_KCHW,
             self._num_references > 0,
             self._values,
             clips=self,
@@ -166,7 +168,7 @@ class FakeEncoder(ClipEncoder):
             return clip.computed(read)
 
     def text(self, prompt: str, *, where: str) -> Tensor:
-        return torch.zeros(MAX_TEXT_TOKENS, self._frozen.text.dim)
+        return self._text_LD
 
     def centre_of(self, read: FeatureRead) -> Tensor:
         return torch.zeros(read.teacher.dim)

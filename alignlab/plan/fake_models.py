@@ -23,8 +23,8 @@ from alignlab.errors import UserError
 from alignlab.models.experts import transformer_part
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.models.late_model import LateModel
-from alignlab.models.model_files import construct, load_pretrained
-from alignlab.models.text_encoder import TextEncoder
+from alignlab.models.model_files import construct, load_pretrained, read_object
+from alignlab.models.text_encoder import MAX_TEXT_TOKENS, TextEncoder
 from alignlab.models.wan import Wan, prepare
 from alignlab.plan.architecture import Architectures
 from alignlab.teachers import DiffusionTeacher, Teacher
@@ -54,12 +54,24 @@ class FakeParts(FrozenParts):
         model: AutoencoderKLWan = vae.requires_grad_(False).eval()
         return model
 
+    @cached_property
+    def max_tokens(self) -> int:
+        """Length that captions are padded to (`TextEncoder.max_tokens`); Wan's without a tokenizer.
+
+        Raises:
+            UserError: the tokenizer's settings are damaged.
+        """
+        path = self.folder / "tokenizer" / "tokenizer_config.json"
+        settings = read_object(path, setting="model.path") if path.is_file() else {}
+        return min(int(settings.get("model_max_length", MAX_TEXT_TOKENS)), MAX_TEXT_TOKENS)
+
     def text_model(self) -> UMT5EncoderModel:
         """The text encoder."""
         folder = self.folder / "text_encoder"
         config = load_pretrained(AutoConfig, folder, setting="model.path")
         with no_init_weights():
             model: UMT5EncoderModel = _frozen(UMT5EncoderModel(config), self.text_dtype)
+        model.tie_weights()
         return model
 
 

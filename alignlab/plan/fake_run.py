@@ -12,7 +12,7 @@ from alignlab.models.experts import Window
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_clips import FakeEncodedValues, FakeEncoder
-from alignlab.plan.fake_models import CPU, fake_teacher, fake_wan
+from alignlab.plan.fake_models import CPU, FakeParts, fake_teacher, fake_wan
 from alignlab.plan.parts import Parts
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.teachers import DiffusionTeacher, Teacher
@@ -83,6 +83,7 @@ def build_fake_run(
         others=() if self_teacher is None else (self_teacher.taps,),
     )
     values = FakeEncodedValues(config.data.cache)
+    assert isinstance(wan.frozen, FakeParts)
     clips = FakeEncoder(wan.frozen, config, values, lambda: parts.within(TEACHER))
     run = Run(
         config,
@@ -105,9 +106,7 @@ def build_fake_run(
 
 def _follow(run: Run, parts: Parts) -> None:
     """Names what runs."""
-    parts.follow(
-        run.wan.transformer, lambda: TRANSFORMER if torch.is_grad_enabled() else AVERAGE
-    )
+    parts.follow(run.wan.transformer, lambda: TRANSFORMER if torch.is_grad_enabled() else AVERAGE)
     for objective in run.alignment.objectives.values():
         parts.follow(objective, lambda: LOSSES)
         for child in objective.children():

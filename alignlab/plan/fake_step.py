@@ -1,11 +1,11 @@
 """One optimizer step of a run on fake tensors, by the run's own `Trainer.step`.
 
-What it multiplies and what it holds at its peak, by part. Two micro-batches stand for all: the
-second finds the gradients of the first, and no later one finds more.
+What it multiplies and what it holds at its peak, by part. One micro-batch stands for all: where
+there are several it is not the first, and finds their gradients.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,9 @@ from alignlab.plan.parts import Parts
 from alignlab.train import RunTrainer
 from alignlab.training.encoded import FeatureRead
 from alignlab.training.flow_matching import FlowWeights
+from alignlab.training.optim import step_unless
 from alignlab.training.setup import Run
 
-MICRO_BATCHES = 2
 WEIGHTS, GRADIENTS, OPTIMIZER, EMA = "weights", "gradients", "optimizer state", "moving averages"
 TEACHERS = "teachers"
 
@@ -42,6 +42,7 @@ class TeacherCost:
         flops: of a clip.
         peak: bytes while they are made, weights included.
         shape: of the features.
+        is_half: they are bf16's numbers.
     """
 
     alias: str
@@ -50,6 +51,7 @@ class TeacherCost:
     flops: int
     peak: int
     shape: tuple[int, ...]
+    is_half: bool
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,10 @@ class FakeStep:
 
     Args:
         parameters: of the transformer.
+        blocks: of it.
         trained: parameters that are trained, projectors included.
         projectors: those of objectives among them.
+        saved: bytes of the weights that a checkpoint holds, without moving averages.
         flops: of a micro-batch, by part.
         unknown: operations that no formula counts.
         peak: of a step.
@@ -68,8 +72,10 @@ class FakeStep:
     """
 
     parameters: int
+    blocks: int
     trained: int
     projectors: int
+    saved: int
     flops: dict[str, int]
     unknown: frozenset[str]
     peak: Peak
@@ -118,19 +124,21 @@ def fake_step(
         stack.enter_context(run.branch)
         with live:
             follow_step(live, run, parts)
-            take_step(trainer)
-            run.state.step = 0
+            warm_optimizer(run)
+            if config.optim.accumulate > 1:
+                give_gradients(run)
             live.start()
             with counter:
                 take_step(trainer)
         names = run.state.names
         projectors = [p for p in run.alignment.parameters() if p.requires_grad]
-        micro_batches = planned.optim.accumulate
         return FakeStep(
-            parameters=_count(p for n, p in run.wan.transformer.named_parameters() if "lora_" not in n),
+            parameters=_count(_own_parameters(run)),
+            blocks=run.wan.num_blocks,
             trained=_count(names),
             projectors=_count(projectors),
-            flops={part: count // micro_batches for part, count in counter.parts.items()},
+            saved=_saved(run),
+            flops=dict(counter.parts),
             unknown=frozenset(counter.unknown),
             peak=live.peak(),
             standing=live.standing(),
@@ -141,7 +149,7 @@ def fake_step(
 def planned_config(
     config: RunConfig, architectures: Architectures, samples: int | None
 ) -> RunConfig:
-    """The run as it is planned: its model where its settings are, few micro-batches.
+    """The run as it is planned: its model where its settings are, one micro-batch.
 
     Args:
         config: of the run.
@@ -149,8 +157,7 @@ def planned_config(
         samples: of a micro-batch; None: as the recipe's on one GPU.
     """
     samples = samples or config.optim.batch_size // config.optim.accumulate
-    count = min(config.optim.accumulate, MICRO_BATCHES)
-    optim = config.optim.model_copy(update={"accumulate": count, "batch_size": count * samples})
+    optim = config.optim.model_copy(update={"accumulate": 1, "batch_size": samples})
     folder = str(architectures.pipeline(config.model.path))
     model = config.model.model_copy(update={"path": folder})
     return config.model_copy(update={"optim": optim, "model": model})
@@ -185,7 +192,21 @@ def _teacher_cost(run: Run, read: FeatureRead) -> TeacherCost:
         counter.total,
         live.peak().total,
         tuple(features.shape),
+        all(weight.dtype == torch.bfloat16 for weight in model.parameters()),
     )
+
+
+def warm_optimizer(run: Run) -> None:
+    """Has the optimizer make its state, as the first step of a run does."""
+    give_gradients(run)
+    step_unless(run.state.optimizer, torch.zeros((), dtype=torch.bool))
+    run.state.optimizer.zero_grad(set_to_none=True)
+
+
+def give_gradients(run: Run) -> None:
+    """Has a gradient on every trained parameter, as an earlier micro-batch leaves it."""
+    for parameter in run.state.names:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def hold_run(live: LiveMemory, run: Run) -> None:
@@ -206,7 +227,8 @@ def follow_step(live: LiveMemory, run: Run, parts: Parts | None = None) -> None:
     optimizer = run.state.optimizer
 
     def after(*_: object) -> None:
-        live.hold(OPTIMIZER, (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)))
+        states = (value for state in optimizer.state.values() for value in state.values())
+        live.hold(OPTIMIZER, (value for value in states if isinstance(value, Tensor)))
         if parts is not None:
             parts.end()
 
@@ -222,6 +244,21 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _own_parameters(run: Run) -> Iterator[Tensor]:
+    """The transformer's, without an adapter's."""
+    for name, parameter in run.wan.transformer.named_parameters():
+        if "lora_" not in name:
+            yield parameter
+
+
+def _saved(run: Run) -> int:
+    """Bytes of what a checkpoint keeps of the weights: all, or the adapter alone."""
+    kept = [*run.alignment.parameters(), *run.wan.transformer.parameters()]
+    if run.state.is_lora:
+        kept = list(run.state.names)
+    return sum(parameter.numel() * parameter.element_size() for parameter in kept)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

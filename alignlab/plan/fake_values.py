@@ -5,7 +5,7 @@ values here as well: integers, bools and single numbers, and what is made of not
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 _HOST_DTYPES = (torch.int64, torch.int32, torch.bool)
 _SERIES = (torch.ops.aten.arange, torch.ops.aten.linspace)  # such as a table of noise levels
@@ -30,6 +29,15 @@ def fake_values() -> Iterator[None]:
         yield
 
 
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors of what an operation is given or gives, in lists as well."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
 class _HostValues(TorchDispatchMode):
     """Computes what is of the host's."""
 
@@ -37,8 +45,7 @@ class _HostValues(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = tree_leaves((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs.values())]
         if tensors:
             is_host = not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
         else:
@@ -78,7 +85,9 @@ def _modules_convert() -> Iterator[None]:
         nn.Module._apply = own  # type: ignore[method-assign]
 
 
-def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _apply(
+    module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
     for child in module.children() if recurse else ():
         child._apply(change)
     for name, parameter in module._parameters.items():

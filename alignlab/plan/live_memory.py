@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from alignlab.plan.fake_values import tensors_in
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class LiveMemory(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        for tensor in tensors_in((out,)):
+            self._see(tensor)
         return out
 
     def hold(self, label: str, tensors: Iterable[Tensor | None]) -> None:

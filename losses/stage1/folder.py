@@ -237,7 +237,7 @@ def load_stage1(folder: str | Path, kind: Kind) -> tuple[Any, Stage1Info]:
     return network.requires_grad_(False).eval(), info
 
 
-_without_weights: ContextVar[Mapping[str, int] | None] = ContextVar("_without_weights", default=None)
+_widths: ContextVar[Mapping[str, int] | None] = ContextVar("_widths", default=None)
 
 
 @contextmanager
@@ -249,11 +249,11 @@ def without_weights(**widths: int) -> Iterator[None]:
     Args:
         widths: of what the network is given besides a teacher's tokens, by name in its config.
     """
-    token = _without_weights.set(widths)
+    token = _widths.set(widths)
     try:
         yield
     finally:
-        _without_weights.reset(token)
+        _widths.reset(token)
 
 
 def _network_without_weights(
@@ -280,7 +280,7 @@ def load_for_teacher(folder: str | Path, kind: Kind, teacher: str, teacher_dim: 
     Raises:
         ValueError: as `load_stage1`, or the network reads tokens of another width. One line.
     """
-    widths = _without_weights.get()
+    widths = _widths.get()
     if widths is not None:
         return _network_without_weights(folder, kind, teacher_dim, widths)
     network, info = load_stage1(folder, kind)
