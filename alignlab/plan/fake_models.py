@@ -157,10 +157,11 @@ def fake_teacher(
     if row.reads == "latents":
         folder = architectures.pipeline(source)
         planned = config.model_copy(update={"path": str(folder)})
-        found: Teacher | DiffusionTeacher = _FakeDiffusionTeacher(
+        diffusion = _FakeDiffusionTeacher(
             planned, alias=alias, encoders=encoders, clip=run.data, device=CPU, load=False
         )
-        found._dtype = dtype
+        diffusion._dtype = dtype
+        found: Teacher | DiffusionTeacher = diffusion
     elif is_checkpoint(source) or not row.classes:
         raise UserError(
             f"{setting}: {source} is the file of a checkpoint; a plan reads config.json files: "

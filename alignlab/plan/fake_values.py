@@ -25,7 +25,7 @@ on_host = _disable_current_modes
 @contextmanager
 def fake_values() -> Iterator[None]:
     """What is made inside of floating-point numbers has no values and takes no memory."""
-    with _modules_convert(), FakeTensorMode(allow_non_fake_inputs=True), _HostValues():
+    with _modules_convert(), FakeTensorMode(allow_non_fake_inputs=True), _HostValues():  # type: ignore[no-untyped-call]
         yield
 
 
@@ -78,7 +78,7 @@ def _modules_convert() -> Iterator[None]:
     """Modules of fake tensors can be cast and moved: torch would swap tensors, which fake ones,
     that others refer to weakly, refuse."""
     own = nn.Module._apply
-    nn.Module._apply = _apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = _apply  # type: ignore[method-assign]
     try:
         yield
     finally:

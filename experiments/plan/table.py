@@ -12,8 +12,10 @@ GIB = 2**30
 TERA = 1e12
 ACTIVATIONS = "activations"
 _STATE = ("weights", "gradients", "optimizer state", "moving averages")
-_OTHERS = ("teachers", "text encoder", "autoencoder", "CUDA context", "encoding a clip")
-_OTHERS += ("decoding a clip", "features", "captions", "averaging of gradients")
+_OTHERS = (
+    *("teachers", "text encoder", "autoencoder", "CUDA context", "encoding a clip"),
+    *("decoding a clip", "features", "captions", "averaging of gradients"),
+)
 
 Table = tuple[str, Sequence[str], list[list[str]]]
 """Title, header, rows."""

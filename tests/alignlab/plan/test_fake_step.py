@@ -1,7 +1,6 @@
 """A step on fake tensors against the same step of the real run: operations and live memory."""
 
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,13 @@ from torch.utils.flop_counter import (
 
 from alignlab.config.run import RunConfig
 from alignlab.plan.architecture import Architectures
-from alignlab.plan.fake_models import CPU, FakeParts, fake_wan
-from alignlab.plan.fake_step import FakeStep, fake_step, follow_step, hold_run
+from alignlab.plan.fake_models import fake_wan
+from alignlab.plan.fake_step import EMA, OPTIMIZER, TEACHERS, WEIGHTS, FakeStep, fake_step
 from alignlab.plan.fake_values import fake_values
-from alignlab.plan.live_memory import LiveMemory, Peak
-from alignlab.plan.parts import Parts
+from alignlab.plan.parts import RECOMPUTATION
 from alignlab.train import RunTrainer
 from alignlab.training.setup import build_run
+from measured_steps import measured_steps
 from tiny_runs import MakeConfig
 
 pytestmark = pytest.mark.usefixtures("shared_clips")
@@ -69,36 +68,42 @@ ON_CPU = {  # which torch has formulas for on CUDA alone
 }
 
 
-def measured(config: RunConfig) -> tuple[Peak, int, dict[str, int]]:
-    """Of the second step of the real run: the peak, torch's count of operations, what stays."""
-    run, parts = build_run(config), Parts()
-    trainer, live = RunTrainer(run), LiveMemory(parts.now)
+def counted(trainer: RunTrainer) -> int:
+    """torch's count of a step."""
     counter = FlopCounterMode(display=False, custom_mapping=ON_CPU)
-    hold_run(live, run)
-    with run.branch:
-        with live:
-            follow_step(live, run, parts)
-        trainer.step(list(trainer.micro_batches()))  # which encodes the clips
-        run.state.step = 0
-        live.hold(
-            "optimizer state", (v for s in run.state.optimizer.state.values() for v in s.values())
-        )
-        live.start()
-        with live:
-            trainer.step(trainer.micro_batches())
-        run.state.step = 0
-        with counter:
-            trainer.step(trainer.micro_batches())
-    return live.peak(), counter.get_total_flops(), live.standing()
+    with trainer.run.branch, counter:
+        trainer.step(trainer.micro_batches())
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_costs_what_the_real_one_does(name: str, make_config: MakeConfig) -> None:
     config = make_config(*ALIKE, *RUNS[name])
-    plan, (peak, flops, standing) = planned(config), measured(config)
-    assert sum(plan.flops.values()) * config.optim.accumulate == flops > 0
+    plan, (peak, standing, trainer) = planned(config), measured_steps(config)
+    assert sum(plan.flops.values()) * config.optim.accumulate == counted(trainer) > 0
     assert plan.unknown == frozenset()
-    print(name, plan.peak, peak, plan.standing, standing)
     assert plan.peak.total == pytest.approx(peak.total, rel=0.1)
-    for part in ("weights", "optimizer state", "moving averages", "teachers"):
+    for part in (WEIGHTS, OPTIMIZER, EMA, TEACHERS):
         assert plan.standing.get(part, 0) == standing.get(part, 0)
+    assert plan.trained == sum(p.numel() for p in trainer.state.names)
+
+
+def test_frozen_weights_have_the_dtypes_that_loading_gives_them(make_config: MakeConfig) -> None:
+    config = make_config(*LORA)
+    with fake_values():
+        fake = fake_wan(config, Path(config.model.path)).transformer
+        dtypes = {name: p.dtype for name, p in fake.named_parameters()}
+    real = build_run(config).wan.transformer
+    assert dtypes == {name: p.dtype for name, p in real.named_parameters()}
+
+
+def test_forward_backward_and_recomputation_are_told_apart(make_config: MakeConfig) -> None:
+    """Gradients of activations and of weights cost a forward pass each, checkpointing one more."""
+    plain, again = (
+        planned(make_config(*ALIKE, f"model.gradient_checkpointing={on}")).flops
+        for on in (False, True)
+    )
+    assert plain == {part: count for part, count in again.items() if part != RECOMPUTATION}
+    assert 0.9 * plain["transformer"] < again[RECOMPUTATION] <= plain["transformer"]
+    assert 1.8 < plain["transformer, backward"] / plain["transformer"] < 2.3
+    assert 1.8 < plain["projectors, backward"] / plain["projectors"] <= 2.0
