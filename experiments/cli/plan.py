@@ -32,6 +32,7 @@ def plan(
 
     No weights are read, and no data: models are built of their config.json files alone.
     """
+    import logging
     from contextlib import ExitStack
 
     from alignlab.experiments.plan.comparison import plan_recipe, recipe_runs
@@ -42,6 +43,7 @@ def plan(
     from alignlab.plan.architecture import Architectures
     from alignlab.runs.log_filters import quiet_libraries
 
+    logging.getLogger("alignlab").setLevel(logging.WARNING)  # no grids, no choice of kernels
     runs, most = recipe_runs(recipe, overrides), int(memory * GIB)
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
