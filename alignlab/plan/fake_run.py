@@ -3,6 +3,8 @@
 Call these within `fake_values`.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from alignlab.config.run import RunConfig, check_blocks
@@ -10,6 +12,7 @@ from alignlab.distributed.ranks import Ranks
 from alignlab.losses.stage1.folder import without_weights
 from alignlab.models.experts import Window
 from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.wan import Wan
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_clips import FakeEncodedValues, FakeEncoder
 from alignlab.plan.fake_models import CPU, FakeParts, fake_teacher, fake_wan
@@ -56,24 +59,13 @@ def build_fake_run(
     """
     wan = fake_wan(config, architectures.pipeline(config.model.path))
     check_blocks(config, wan.num_blocks)
-    grid = wan.latent_grid(config.data.frames, *config.data.size)
     used = {name for objective in config.objectives.values() for name in objective.teachers}
     teachers: dict[str, Teacher | DiffusionTeacher] = {
         alias: fake_teacher(alias, teacher, config, wan.frozen, architectures, dtype=dtype)
         for alias, teacher in config.teachers.items()
         if alias in used
     }
-    with without_weights(text_dim=wan.frozen.text.dim):
-        alignment = Alignment(
-            wan.transformer,
-            config.objectives,
-            teachers,
-            seed=config.seed,
-            total_steps=SchedulePlan.of(config).total_steps,
-            device=CPU,
-            grid=grid,
-            shuffled=[alias for alias in teachers if config.teachers[alias].shuffle],
-        )
+    alignment = _alignment(config, wan, teachers)
     self_teacher = SelfTeacher.of(config.objectives, wan.transformer, window.ends[0])
     branch = ReferenceBranch.of(
         wan.transformer,
@@ -102,6 +94,23 @@ def build_fake_run(
     )
     _follow(run, parts)
     return run
+
+
+def _alignment(
+    config: RunConfig, wan: Wan, teachers: Mapping[str, Teacher | DiffusionTeacher]
+) -> Alignment:
+    """As `alignlab.training.run_alignment` makes it; Stage 1 networks are not read."""
+    with without_weights(text_dim=wan.frozen.text.dim):
+        return Alignment(
+            wan.transformer,
+            config.objectives,
+            teachers,
+            seed=config.seed,
+            total_steps=SchedulePlan.of(config).total_steps,
+            device=CPU,
+            grid=wan.latent_grid(config.data.frames, *config.data.size),
+            shuffled=[alias for alias in teachers if config.teachers[alias].shuffle],
+        )
 
 
 def _follow(run: Run, parts: Parts) -> None:

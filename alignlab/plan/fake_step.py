@@ -130,20 +130,24 @@ def fake_step(
             live.start()
             with counter:
                 take_step(trainer)
-        names = run.state.names
-        projectors = [p for p in run.alignment.parameters() if p.requires_grad]
-        return FakeStep(
-            parameters=_count(_own_parameters(run)),
-            blocks=run.wan.num_blocks,
-            trained=_count(names),
-            projectors=_count(projectors),
-            saved=_saved(run),
-            flops=dict(counter.parts),
-            unknown=frozenset(counter.unknown),
-            peak=live.peak(),
-            standing=live.standing(),
-            teachers=list(teachers.values()),
-        )
+        return _found(run, live, counter, list(teachers.values()))
+
+
+def _found(
+    run: Run, live: LiveMemory, counter: FlopCounter, teachers: list[TeacherCost]
+) -> FakeStep:
+    return FakeStep(
+        parameters=_count(_own_parameters(run)),
+        blocks=run.wan.num_blocks,
+        trained=_count(run.state.names),
+        projectors=_count(p for p in run.alignment.parameters() if p.requires_grad),
+        saved=_saved(run),
+        flops=dict(counter.parts),
+        unknown=frozenset(counter.unknown),
+        peak=live.peak(),
+        standing=live.standing(),
+        teachers=teachers,
+    )
 
 
 def planned_config(

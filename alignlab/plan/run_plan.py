@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.plan.architecture import Architectures
-from alignlab.plan.budget import (
+from alignlab.plan.fake_encoders import EncoderCosts, encoder_costs
+from alignlab.plan.fake_run import AVERAGE, STAGE1, TEACHER, TRANSFORMER
+from alignlab.plan.fake_step import FakeStep, fake_step
+from alignlab.plan.parts import BACKWARD, RECOMPUTATION
+from alignlab.plan.sizes import (
     CheckpointSizes,
     ClipBytes,
     Phase,
@@ -13,10 +17,6 @@ from alignlab.plan.budget import (
     clip_bytes,
     phases,
 )
-from alignlab.plan.fake_encoders import EncoderCosts, encoder_costs
-from alignlab.plan.fake_run import AVERAGE, STAGE1, TEACHER, TRANSFORMER
-from alignlab.plan.fake_step import FakeStep, fake_step
-from alignlab.plan.parts import BACKWARD, RECOMPUTATION
 from alignlab.training.aligned_samples import check_recipe
 
 FORWARD, BACK, AGAIN = "transformer, forward", "transformer, backward", "recomputation"

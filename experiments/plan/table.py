@@ -6,7 +6,7 @@ from typing import Any
 from alignlab.dataset_cache.disk_room import size_text
 from alignlab.experiments.plan.comparison import RecipePlan, VariantPlan
 from alignlab.experiments.plan.fits import Change, cards_when_sharded
-from alignlab.plan.budget import Phase
+from alignlab.plan.sizes import Phase
 
 GIB = 2**30
 TERA = 1e12
