@@ -22,6 +22,7 @@ from alignlab.experiments.cli.findings import findings
 from alignlab.experiments.cli.init import init_app
 from alignlab.experiments.cli.listing import list_app
 from alignlab.experiments.cli.masks import masks
+from alignlab.experiments.cli.plan import plan
 from alignlab.experiments.cli.probe import preview, probe, teachers_app
 from alignlab.experiments.cli.references import references
 from alignlab.experiments.cli.report import report
@@ -129,6 +130,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     stage1,
     compare,
     demo,
+    plan,
     report,
     findings,
     sweep,

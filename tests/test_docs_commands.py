@@ -17,7 +17,10 @@ from followed_docs import blocks
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("start", "own-comparison", "sweeps", "gpus", "settings", "metric-table", "commands")
+PAGES = (
+    *("start", "own-comparison", "sweeps", "gpus", "scale", "settings", "metric-table"),
+    "commands",
+)
 # Followed by test_own_pages.py and test_own_kernel_docs.py, which install packages.
 WALKED = ("own-objective", "own-teacher")
 PROSE = ("index", "reading-a-report", "pitfalls", "faq")

@@ -171,8 +171,7 @@ def load_wan(
     places: dict[str, Any] = {"text_encoder": text_encoder, "parks_vae": parks_vae}
     own = frozen_parts(folder, precision=precision, device=device, **places)
     _check_architecture(folder / part, own, clip, gradient_checkpointing)
-    kept_in = precision if train == "lora" else weights
-    transformer = _initial(folder, part, init, kept_in, seed)
+    transformer = _initial(folder, part, init, kept_in(precision, train, weights), seed)
     how: dict[str, Any] = {"precision": precision, "train": train, "weights": weights}
     how |= {"gradient_checkpointing": gradient_checkpointing}
     check_backend(attention, device, head_dim=transformer.config["attention_head_dim"], **how)
@@ -180,7 +179,7 @@ def load_wan(
     _check_text_to_video(transformer, frozen, path)
     if load_frozen:
         frozen.load()
-    _prepare(transformer, lora, seed, attention, gradient_checkpointing, compiled)
+    prepare(transformer, lora, seed, attention, gradient_checkpointing, compiled)
     return Wan(transformer.to(transformer_device or device).train(), frozen, part)
 
 
@@ -196,7 +195,7 @@ def _check_architecture(
         frozen.token_grid(patch_size(transformer), *clip)
 
 
-def _prepare(
+def prepare(
     transformer: WanTransformer3DModel,
     lora: LoraConfig | None,
     seed: int,
@@ -204,7 +203,7 @@ def _prepare(
     gradient_checkpointing: GradientCheckpointing,
     compiled: bool,
 ) -> None:
-    """See `load_wan`."""
+    """Adds to a transformer what a run trains it with; see `load_wan`."""
     if lora is not None:
         add_lora(transformer, lora, seed=seed)
     keep_ops = compiled and gradient_checkpointing == "ops"
@@ -232,11 +231,18 @@ def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransfor
     return transformer
 
 
+def kept_in(
+    precision: WeightsType, train: Literal["full", "lora"], weights: WeightsType
+) -> WeightsType:
+    """What the transformer's weights are kept in: those that a LoRA freezes, or that are trained."""
+    return precision if train == "lora" else weights
+
+
 def _initial(
-    folder: Path, part: str, init: Init, kept_in: WeightsType, seed: int
+    folder: Path, part: str, init: Init, kept: WeightsType, seed: int
 ) -> WanTransformer3DModel:
     """The weights that a training begins with, on the CPU."""
-    dtype = torch.bfloat16 if kept_in == "bf16" else torch.float32
+    dtype = torch.bfloat16 if kept == "bf16" else torch.float32
     if init == "random":
         return _drawn(folder, part, seed, dtype)
     return read_transformer(folder, part, dtype)

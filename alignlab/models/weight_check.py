@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from alignlab.errors import UserError
 
@@ -35,6 +36,8 @@ def check_weights(
     matrices: list[int] = []
     for name, tensor in tensors:
         if not tensor.numel() or not tensor.is_floating_point():
+            continue
+        if isinstance(tensor, FakeTensor):  # of a plan: it has no values
             continue
         if tensor.ndim > 1:
             matrices.append(len(names))

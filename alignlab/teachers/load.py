@@ -236,6 +236,24 @@ def teacher_folder(family: str, path: str) -> Path:
     )
 
 
+def model_config_of(folder: Path, family: str) -> Any:
+    """The settings of the model that a family runs, of a folder whose weights are not read.
+
+    Raises:
+        UserError: the folder holds another model, or its settings are damaged.
+    """
+    return _model_config(folder, teacher_rows()[family], _model_type(folder, family))
+
+
+def model_class_of(folder: Path, family: str) -> Any:
+    """The class of transformers that runs the model of a folder.
+
+    Raises:
+        UserError: the folder holds another model, or transformers has no such class.
+    """
+    return _model_class(teacher_rows()[family], _model_type(folder, family))
+
+
 def _model_class(row: TeacherRow, model_type: str) -> Any:
     import transformers
 

@@ -178,7 +178,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         ranks,
         wan,
         alignment,
-        _initial_state(config, wan, alignment, self_teacher),
+        initial_state(config, wan, alignment, self_teacher),
         ClipEncoder(wan.frozen, dataset, caches.values, caches.train),
         ClipEncoder(wan.frozen, val_dataset, caches.values, caches.val),
         FlowWeights(config.flow),
@@ -281,9 +281,10 @@ def _check_grid(config: RunConfig, grid: Grid, wan: Wan) -> None:
         )
 
 
-def _initial_state(
+def initial_state(
     config: RunConfig, wan: Wan, alignment: Alignment, self_teacher: SelfTeacher | None
 ) -> RunState:
+    """Optimizer and averages of a run that has taken no step."""
     parameters = [*wan.transformer.parameters(), *alignment.parameters()]
     ema = None
     if config.optim.ema is not None:

@@ -24,11 +24,11 @@ from alignlab.config.identity import settings_hash
 from alignlab.config.run import RunConfig
 from alignlab.environment import describe_environment, processor_name
 from alignlab.experiments.compare.config import CompareConfig
-from alignlab.experiments.compare.flops import count_flops
 from alignlab.experiments.compare.measure import seconds_of
 from alignlab.experiments.compare.result import Cost, Ratio, VariantCost
 from alignlab.experiments.launchers.local import threads
 from alignlab.experiments.launchers.same_code import code_facts
+from alignlab.plan.flops import count_flops
 from alignlab.progress import step_progress
 from alignlab.recipe import NUMBERLESS
 from alignlab.runs.checksums import DamagedError, read_json, write_json

@@ -8,7 +8,9 @@ stage1.json         `Stage1Info`: which network, and what it was trained on
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -235,6 +237,37 @@ def load_stage1(folder: str | Path, kind: Kind) -> tuple[Any, Stage1Info]:
     return network.requires_grad_(False).eval(), info
 
 
+_widths: ContextVar[Mapping[str, int] | None] = ContextVar("_widths", default=None)
+
+
+@contextmanager
+def without_weights(**widths: int) -> Iterator[None]:
+    """`load_for_teacher` reads no weights inside: networks have those that their class draws.
+
+    One whose folder is not there yet has its class's default shape, for a plan of what a run costs.
+
+    Args:
+        widths: of what the network is given besides a teacher's tokens, by name in its config.
+    """
+    token = _widths.set(widths)
+    try:
+        yield
+    finally:
+        _widths.reset(token)
+
+
+def _network_without_weights(
+    folder: str | Path, kind: Kind, teacher_dim: int, widths: Mapping[str, int]
+) -> nn.Module:
+    row = stage1_rows()[kind]
+    if (_expanded(folder) / INFO).is_file():
+        config = read_stage1_info(folder, kind).module
+    else:
+        known = {"teacher_dim": teacher_dim, **widths}
+        config = row.config(**{k: v for k, v in known.items() if k in row.config.model_fields})
+    return row.network(config).requires_grad_(False).eval()
+
+
 def load_for_teacher(folder: str | Path, kind: Kind, teacher: str, teacher_dim: int) -> nn.Module:
     """Loads a trained network as `load_stage1` does, for the tokens of a run's teacher.
 
@@ -247,6 +280,9 @@ def load_for_teacher(folder: str | Path, kind: Kind, teacher: str, teacher_dim: 
     Raises:
         ValueError: as `load_stage1`, or the network reads tokens of another width. One line.
     """
+    widths = _widths.get()
+    if widths is not None:
+        return _network_without_weights(folder, kind, teacher_dim, widths)
     network, info = load_stage1(folder, kind)
     if info.teacher_dim != teacher_dim:
         raise ValueError(

@@ -47,6 +47,10 @@ SHORTER = {
     ("tune", "head_to_head.yaml"): [
         *("steps=1", "tune.steps=1", "tune.trials=1", "seeds=[0]", *SMALL, "eval.clips=2")
     ],
+    ("plan", "demo"): [
+        *SMALL,
+        *(f"variants.{name}=null" for name in ("repa", "align4gen", "videorepa", "sara-masks")),
+    ],
     ("sample", "runs/tiny"): ["--steps", "1"],
     ("evaluate", "runs/tiny"): ["eval.clips=2", "eval.sample_steps=1"],
     ("teachers", "score"): ["--clips", "2"],
@@ -64,6 +68,8 @@ ELSEWHERE = {
     ("tune", "tune_from_scratch"),  # tests/experiments/tune/test_tune.py
     ("cache", "build"),  # tests/alignlab/training/test_cache_build.py
     ("demo",),  # what it does is `compare demo`, with processes of its own
+    ("plan", "wan21_1.3b_1gpu"),  # a minute each, as those of the table in docs/scale.md
+    ("plan", "wan21_14b"),
     ("bench", "kernels"),
     ("bench", "share"),
 }

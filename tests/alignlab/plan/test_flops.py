@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from alignlab.experiments.compare.flops import FORMULAS, FlopCount, count_flops
 from alignlab.kernels import local_gram, pull_push, relation
+from alignlab.plan.flops import FORMULAS, FlopCount, count_flops
 
 
 def added(out: list[int], left: list[int], right: list[int], **_: object) -> int:

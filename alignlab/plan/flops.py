@@ -134,7 +134,7 @@ def count_flops(work: Callable[[], object]) -> FlopCount:
     Operations are looked up by what is registered when it begins: run `work` once before, so that
     modules which it imports when first used are there.
     """
-    counter = _Counter()
+    counter = FlopCounter()
     with counter:
         work()
     return FlopCount(counter.total, frozenset(counter.unknown))
@@ -150,17 +150,25 @@ class _Formula:
         return self.formula(*args, **kwargs)
 
 
-class _Counter(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Counts every operation by its formula, and notes those of other libraries that have none.
 
     It gives what torch's FlopCounterMode gives, which also counts by module, and so takes five
     times as long as the step itself: most operations of a step are the optimizer's.
+
+    Args:
+        part: names what an operation is part of, asked for each one that has a formula.
+
+    Attributes:
+        parts: what was counted, by part.
+        unknown: operations outside torch without a formula.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, part: Callable[[], str] = lambda: "all") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.parts: dict[str, int] = {}
         self.unknown: set[str] = set()
+        self._part = part
         self._formulas = flop_registry | _own_formulas()
         self._seen: dict[Any, tuple[bool, Callable[..., int] | None]] = {}
 
@@ -176,12 +184,19 @@ class _Counter(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
+            part = self._part()
+            found = formula(*args, **kwargs, out_val=out)
+            self.parts[part] = self.parts.get(part, 0) + found
         return out
+
+    @property
+    def total(self) -> int:
+        """What was counted in all."""
+        return sum(self.parts.values())
 
     def _look_up(self, func: Any) -> tuple[bool, Callable[..., int] | None]:
         """Whether an operation is made of others, which are counted in its place; its formula."""
-        if func._can_decompose() and func is not torch.ops.prim.device.default:
+        if func is not torch.ops.prim.device.default and func._can_decompose():
             return True, None
         formula = self._formulas.get(func.overloadpacket)
         if formula is None and func.namespace not in _PLAIN:

@@ -1,0 +1,126 @@
+"""A run of fake tensors: its own classes, built as `alignlab.training.setup.build_run` builds them.
+
+Call these within `fake_values`.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from alignlab.config.run import RunConfig, check_blocks
+from alignlab.distributed.ranks import Ranks
+from alignlab.losses.stage1.folder import without_weights
+from alignlab.models.experts import Window
+from alignlab.models.reference_branch import ReferenceBranch
+from alignlab.models.wan import Wan
+from alignlab.plan.architecture import Architectures
+from alignlab.plan.fake_clips import FakeEncodedValues, FakeEncoder
+from alignlab.plan.fake_models import CPU, FakeParts, fake_teacher, fake_wan
+from alignlab.plan.parts import Parts
+from alignlab.runs.prolong import SchedulePlan
+from alignlab.teachers import DiffusionTeacher, Teacher
+from alignlab.training.alignment import Alignment
+from alignlab.training.flow_matching import FlowWeights
+from alignlab.training.self_teacher import SelfTeacher
+from alignlab.training.setup import Caches, Run, initial_state
+
+TEACHER, TRANSFORMER, LOSSES, PROJECTORS = "teacher", "transformer", "losses", "projectors"
+AVERAGE, STAGE1 = "student's average", "Stage 1 network"
+
+
+class FakeRanks(Ranks):
+    """One rank, on no device that is there."""
+
+    def __init__(self, precision: str) -> None:
+        self.device, self.precision = CPU, precision
+        self.rank, self.world_size = 0, 1
+
+
+def build_fake_run(
+    config: RunConfig,
+    flow_weights: FlowWeights,
+    window: Window,
+    architectures: Architectures,
+    parts: Parts,
+    *,
+    dtype: torch.dtype,
+) -> Run:
+    """Everything that a run trains with, before its first step.
+
+    Args:
+        config: of the run.
+        flow_weights, window: of the run, which need values.
+        architectures: where settings of models are.
+        parts: is told which module is which part.
+        dtype: of teachers.
+
+    Raises:
+        UserError: the run could not be built either, or a model's settings are nowhere.
+    """
+    wan = fake_wan(config, architectures.pipeline(config.model.path))
+    check_blocks(config, wan.num_blocks)
+    used = {name for objective in config.objectives.values() for name in objective.teachers}
+    teachers: dict[str, Teacher | DiffusionTeacher] = {
+        alias: fake_teacher(alias, teacher, config, wan.frozen, architectures, dtype=dtype)
+        for alias, teacher in config.teachers.items()
+        if alias in used
+    }
+    alignment = _alignment(config, wan, teachers)
+    self_teacher = SelfTeacher.of(config.objectives, wan.transformer, window.ends[0])
+    branch = ReferenceBranch.of(
+        wan.transformer,
+        config.model,
+        taps=alignment.taps,
+        kinds=alignment.kinds,
+        others=() if self_teacher is None else (self_teacher.taps,),
+    )
+    values = FakeEncodedValues(config.data.cache)
+    assert isinstance(wan.frozen, FakeParts)
+    clips = FakeEncoder(wan.frozen, config, values, lambda: parts.within(TEACHER))
+    run = Run(
+        config,
+        FakeRanks(config.model.precision),
+        wan,
+        alignment,
+        initial_state(config, wan, alignment, self_teacher),
+        clips,
+        clips,
+        flow_weights,
+        branch,
+        Caches(values),
+        (),
+        self_teacher,
+        window,
+    )
+    _follow(run, parts)
+    return run
+
+
+def _alignment(
+    config: RunConfig, wan: Wan, teachers: Mapping[str, Teacher | DiffusionTeacher]
+) -> Alignment:
+    """As `alignlab.training.run_alignment` makes it; Stage 1 networks are not read."""
+    with without_weights(text_dim=wan.frozen.text.dim):
+        return Alignment(
+            wan.transformer,
+            config.objectives,
+            teachers,
+            seed=config.seed,
+            total_steps=SchedulePlan.of(config).total_steps,
+            device=CPU,
+            grid=wan.latent_grid(config.data.frames, *config.data.size),
+            shuffled=[alias for alias in teachers if config.teachers[alias].shuffle],
+        )
+
+
+def _follow(run: Run, parts: Parts) -> None:
+    """Names what runs."""
+    parts.follow(run.wan.transformer, lambda: TRANSFORMER if torch.is_grad_enabled() else AVERAGE)
+    for objective in run.alignment.objectives.values():
+        parts.follow(objective, lambda: LOSSES)
+        for child in objective.children():
+            is_trained = any(parameter.requires_grad for parameter in child.parameters())
+            part = PROJECTORS if is_trained else STAGE1
+            is_container = type(child).__name__ in ("ModuleDict", "ModuleList")
+            for module in child.children() if is_container else (child,):
+                parts.follow(module, lambda part=part: part)  # type: ignore[misc]

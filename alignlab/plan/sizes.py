@@ -1,0 +1,147 @@
+"""Bytes on disk and on the GPU of a run, of what `fake_step` and `encoder_costs` found."""
+
+from dataclasses import dataclass
+
+from alignlab.config.run import RunConfig
+from alignlab.distributed.ranks import BUCKET
+from alignlab.plan.fake_encoders import EncoderCosts
+from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, TEACHERS, WEIGHTS, FakeStep
+
+CUDA_CONTEXT = 2**30
+"""What a process takes of a GPU before it makes a tensor, about."""
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class CheckpointSizes:
+    """Bytes of the checkpoints of a run.
+
+    Args:
+        one: a checkpoint, its optimizer included.
+        optimizer: of it, the moments.
+        training: kept during the training, the one that is being written included.
+        finished: left of them afterwards.
+    """
+
+    one: int
+    optimizer: int
+    training: int
+    finished: int
+
+
+def checkpoint_sizes(config: RunConfig, step: FakeStep) -> CheckpointSizes:
+    """Sizes of the checkpoints that `checkpoint` has a run keep."""
+    optimizer = step.standing.get(OPTIMIZER, 0)
+    weights = step.saved + step.standing.get(EMA, 0)
+    one, keep = weights + optimizer, config.checkpoint.keep
+    count = min(keep, -(-config.steps // config.checkpoint.every))
+    finished = {"all": count * one, "weights": weights, "none": 0}
+    return CheckpointSizes(
+        one, optimizer, (count + 1) * one, finished[config.checkpoint.keep_finished]
+    )
+
+
+@dataclass(frozen=True)
+class ClipBytes:
+    """Bytes of a clip.
+
+    Args:
+        pixels: of its decoded frames and references.
+        cached: what the dataset cache keeps of it, by what it is; 0 where that is not kept.
+    """
+
+    pixels: int
+    cached: dict[str, int]
+
+
+def clip_bytes(config: RunConfig, encoders: EncoderCosts, step: FakeStep) -> ClipBytes:
+    """Sizes of a clip. What a model in bf16 gives is kept in half the bytes of fp32."""
+    cache, (height, width) = config.data.cache, config.data.size
+    is_on, half = cache.mode != "off", config.model.precision == "bf16"
+    frames = config.data.frames + config.data.references[1]
+    keeps_latents, keeps_teachers = is_on and cache.latents, is_on and cache.teachers
+    cached = {
+        "latents": keeps_latents * encoders.latents * FP32,
+        "references": keeps_latents * encoders.references * FP32,
+        "text": (is_on and cache.texts) * encoders.embedding * (FP32 // 2 if half else FP32),
+    }
+    for teacher in step.teachers:
+        numbers = 1
+        for side in teacher.shape:
+            numbers *= side
+        size = numbers * (2 if teacher.is_half or cache.dtype == "bf16" else FP32)
+        if cache.dtype in ("fp8", "int8"):
+            size = numbers + numbers // teacher.shape[-1] * FP32
+        name = f"teacher {teacher.alias}, {teacher.kind}"
+        cached[name] = keeps_teachers * size
+    return ClipBytes(frames * height * width * 3, cached)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A time at which memory has a peak.
+
+    Args:
+        name: of what runs then.
+        total: bytes.
+        parts: bytes by what they are.
+    """
+
+    name: str
+    total: int
+    parts: dict[str, int]
+
+
+def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int) -> list[Phase]:
+    """Peaks of one GPU's memory, by time, the highest first.
+
+    Args:
+        config: of the run.
+        encoders, step: what they cost.
+        gpus: that train the run together, each with all weights.
+    """
+    cache, is_on = config.data.cache, config.data.cache.mode != "off"
+    resident = {"CUDA context": CUDA_CONTEXT}
+    if not (is_on and cache.texts) or config.model.text_encoder == "keep":
+        if config.model.text_encoder != "cpu":
+            resident["text encoder"] = encoders.text_encoder
+    vae_stays = not (is_on and cache.latents)
+    if vae_stays:
+        resident["autoencoder"] = encoders.vae
+    standing = resident | {k: v for k, v in step.standing.items() if k in _STANDING}
+    if config.optim.accumulate > 1:  # batches are made between micro-batches
+        standing = standing | {GRADIENTS: step.trained * FP32}
+    making = {**standing, "autoencoder": encoders.vae, "encoding a clip": encoders.clip.memory}
+    found = [_phase("step", resident | step.peak.by_label)]
+    if gpus > 1:
+        flat = min(BUCKET * FP32, step.trained * FP32)
+        averaging = standing | {GRADIENTS: step.trained * FP32, "averaging of gradients": flat}
+        found.append(_phase("averaging", averaging))
+    if config.data.workers:
+        # threads encode while a step runs
+        both = resident | step.peak.by_label
+        both |= {k: making[k] for k in ("autoencoder", "encoding a clip")}
+        found.append(_phase("step, and encoding of the next clips", both))
+    found.append(_phase("encoding of clips", making))
+    for teacher in step.teachers:
+        others = {k: v for k, v in standing.items() if k != TEACHERS}
+        at_work = {TEACHERS: teacher.weights, "features": teacher.peak - teacher.weights}
+        found.append(_phase(f"features of teacher {teacher.alias}", others | at_work))
+    text = standing | {"text encoder": encoders.text_encoder, "captions": encoders.text.memory}
+    if config.model.text_encoder != "cpu":
+        if "text encoder" not in resident:  # captions are encoded before there is an optimizer
+            text = {k: v for k, v in text.items() if k not in (OPTIMIZER, GRADIENTS)}
+        found.append(_phase("encoding of captions", text))
+    if config.eval.generates:
+        samples = {k: v for k, v in standing.items() if k != GRADIENTS}
+        samples |= {"autoencoder": encoders.vae, "decoding a clip": encoders.decode.memory}
+        found.append(_phase("decoding of samples", samples))
+    return sorted(found, key=lambda phase: -phase.total)
+
+
+_STANDING = (WEIGHTS, OPTIMIZER, EMA, TEACHERS)
+
+
+def _phase(name: str, parts: dict[str, int]) -> Phase:
+    kept = {part: size for part, size in parts.items() if size}
+    return Phase(name, sum(kept.values()), kept)

@@ -1,0 +1,109 @@
+"""A step on fake tensors against the same step of the real run: operations and live memory."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from alignlab.config.run import RunConfig
+from alignlab.plan.architecture import Architectures
+from alignlab.plan.fake_models import fake_wan
+from alignlab.plan.fake_step import EMA, OPTIMIZER, TEACHERS, WEIGHTS, FakeStep, fake_step
+from alignlab.plan.fake_values import fake_values
+from alignlab.plan.parts import RECOMPUTATION
+from alignlab.train import RunTrainer
+from alignlab.training.setup import build_run
+from measured_steps import measured_steps
+from tiny_runs import MakeConfig
+
+pytestmark = pytest.mark.usefixtures("shared_clips")
+
+# All samples alike, as a plan takes them.
+ALIKE = (
+    "data.references=[2,2]",
+    *("flow.text_dropout=0", "flow.reference_dropout=0", "flow.both_dropout=0"),
+)
+LORA = ("model.train=lora", "model.lora.rank=4", "model.precision=bf16")
+RUNS = {
+    "full fp32": ("data.frames=9", "optim.ema=0.9"),
+    "lora bf16, checkpointing": (*LORA, "model.gradient_checkpointing=true", "data.frames=9"),
+    "references and teacher, accumulate": (
+        *("optim.accumulate=2", "optim.batch_size=4", "data.cache.mode=off"),
+        "objectives.repa={name: repa, teacher: dino, blocks: [1], projector_dim: 32}",
+    ),
+}
+
+
+def planned(config: RunConfig) -> FakeStep:
+    with ExitStack() as stack:
+        return fake_step(config, Architectures(stack), is_cuda=False)
+
+
+def attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
+) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def attention_backward(
+    grad: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *_: object,
+    **__: object,
+) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+ON_CPU = {  # which torch has formulas for on CUDA alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+}
+
+
+def counted(trainer: RunTrainer) -> int:
+    """torch's count of a step."""
+    counter = FlopCounterMode(display=False, custom_mapping=ON_CPU)
+    with trainer.run.branch, counter:
+        trainer.step(trainer.micro_batches())
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_costs_what_the_real_one_does(name: str, make_config: MakeConfig) -> None:
+    config = make_config(*ALIKE, *RUNS[name])
+    plan, (peak, standing, trainer) = planned(config), measured_steps(config)
+    assert sum(plan.flops.values()) * config.optim.accumulate == counted(trainer) > 0
+    assert plan.unknown == frozenset()
+    assert plan.peak.total == pytest.approx(peak.total, rel=0.1)
+    for part in (WEIGHTS, OPTIMIZER, EMA, TEACHERS):
+        assert plan.standing.get(part, 0) == standing.get(part, 0)
+    assert plan.trained == sum(p.numel() for p in trainer.state.names)
+
+
+def test_frozen_weights_have_the_dtypes_that_loading_gives_them(make_config: MakeConfig) -> None:
+    config = make_config(*LORA)
+    with fake_values():
+        fake = fake_wan(config, Path(config.model.path)).transformer
+        dtypes = {name: p.dtype for name, p in fake.named_parameters()}
+    real = build_run(config).wan.transformer
+    assert dtypes == {name: p.dtype for name, p in real.named_parameters()}
+
+
+def test_forward_backward_and_recomputation_are_told_apart(make_config: MakeConfig) -> None:
+    """Gradients of activations and of weights cost a forward pass each, checkpointing one more."""
+    plain, again = (
+        planned(make_config(*ALIKE, f"model.gradient_checkpointing={on}")).flops
+        for on in (False, True)
+    )
+    assert plain == {part: count for part, count in again.items() if part != RECOMPUTATION}
+    assert 0.9 * plain["transformer"] < again[RECOMPUTATION] <= plain["transformer"]
+    assert 1.8 < plain["transformer, backward"] / plain["transformer"] < 2.3
+    assert 1.8 < plain["projectors, backward"] / plain["projectors"] <= 2.0
