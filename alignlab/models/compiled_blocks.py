@@ -65,6 +65,8 @@ def compile_blocks(transformer: WanTransformer3DModel, *, keep_ops: bool = False
         keep_ops: gradient checkpointing that keeps the outputs of matmuls and attention, compiled
             with the block (`gradient_checkpointing: ops`).
     """
+    # of one code; torch 2.11 takes no limit with `compile`
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
     # a step may go backward twice through one graph, which inductor must not write into
     torch._functorch.config.donated_buffer = False
     # else each number of video tokens, which cross-attention is told, would be a variant
@@ -74,9 +76,7 @@ def compile_blocks(transformer: WanTransformer3DModel, *, keep_ops: bool = False
     forward = _own_code(type(transformer.blocks[0]).forward)
     function = _keeping_ops(forward) if keep_ops else forward
     # `fullgraph`: no break falls back to eager, and neither does a variant too many
-    run = torch.compile(
-        function, fullgraph=True, backend=BACKEND, recompile_limit=LIMIT, isolate_recompiles=True
-    )
+    run = torch.compile(function, fullgraph=True, backend=BACKEND)
     for block in transformer.blocks:
         block.forward = _Compiled(run, block)
 

@@ -234,7 +234,7 @@ def read_transformer(folder: Path, part: str, dtype: torch.dtype) -> WanTransfor
 def kept_in(
     precision: WeightsType, train: Literal["full", "lora"], weights: WeightsType
 ) -> WeightsType:
-    """What the transformer's weights are kept in: those that a LoRA freezes, or that are trained."""
+    """What the transformer keeps its weights in: those that a LoRA freezes, or that are trained."""
     return precision if train == "lora" else weights
 
 

@@ -39,6 +39,7 @@ class RunPlan:
         step_flops: of an optimizer step, all GPUs together, by part. What the dataset cache keeps
             is not among them.
         clip_flops: by part, of what is computed once for each clip and then kept.
+        is_sharded: whether each GPU holds a part of the weights.
     """
 
     samples: int
@@ -51,6 +52,7 @@ class RunPlan:
     phases: list[Phase]
     step_flops: dict[str, int]
     clip_flops: dict[str, int]
+    is_sharded: bool = False
 
     @property
     def blocks(self) -> int:
@@ -107,6 +109,7 @@ def plan_run(
         phases=phases(config, encoders, step, gpus),
         step_flops={part: count for part, count in per_step.items() if count},
         clip_flops=kept,
+        is_sharded=config.model.shard == "fsdp2" and gpus > 1,
     )
 
 

@@ -98,7 +98,7 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     Args:
         config: of the run.
         encoders, step: what they cost.
-        gpus: that train the run together, each with all weights.
+        gpus: that train the run together.
     """
     cache, is_on = config.data.cache, config.data.cache.mode != "off"
     resident = {"CUDA context": CUDA_CONTEXT}
@@ -136,7 +136,34 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
         samples = {k: v for k, v in standing.items() if k != GRADIENTS}
         samples |= {"autoencoder": encoders.vae, "decoding a clip": encoders.decode.memory}
         found.append(_phase("decoding of samples", samples))
+    if config.optim.offload:  # the state of one tensor at a time is on the GPU
+        found = [_phase(p.name, p.parts | {OPTIMIZER: 0}) for p in found]
+    if config.model.shard == "fsdp2" and gpus > 1:
+        found = [sharded(phase, step.blocks, gpus) for phase in found]
     return sorted(found, key=lambda phase: -phase.total)
+
+
+GATHERED_BLOCKS = 2
+"""Of weights in shards, so many blocks are whole at a time: one computes, one comes."""
+
+
+def sharded(phase: Phase, blocks: int, cards: int) -> Phase:
+    """What a phase takes of each of several GPUs that share a model (FSDP2).
+
+    Arithmetic, not a measurement: weights, gradients, state and average are divided, and two blocks
+    are whole at a time.
+
+    Args:
+        phase: of a GPU that holds all.
+        blocks: of the transformer, which hold all but a few percent of the weights.
+        cards: GPUs.
+    """
+    if cards == 1:
+        return phase
+    split = (WEIGHTS, GRADIENTS, OPTIMIZER, EMA)
+    parts = {k: v // cards if k in split else v for k, v in phase.parts.items()}
+    gathered = GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks
+    return _phase(phase.name, parts | {"gathered blocks": gathered})
 
 
 _STANDING = (WEIGHTS, OPTIMIZER, EMA, TEACHERS)

@@ -7,13 +7,11 @@ from typing import Any
 from alignlab.config.model import LoraConfig
 from alignlab.config.run import RunConfig
 from alignlab.plan.architecture import Architectures
-from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, WEIGHTS
 from alignlab.plan.run_plan import RunPlan, plan_run
+from alignlab.plan.sizes import sharded
 
 GIB = 2**30
 CARDS = (2, 4, 8, 16, 32, 64)
-GATHERED_BLOCKS = 2
-"""Of the weights that are sharded, so many blocks are whole at a time: one computes, one comes."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def changes_to_fit(
         if after.peak.total < plan.peak.total:
             plan = after
             found.append(Change(settings, plan.peak.total, plan.peak.total <= memory))
-    if plan.peak.total > memory:
-        found += _sharded(plan, config, memory)
+    if plan.peak.total > memory and config.model.shard == "none":
+        found += _sharded(plan, memory)
     return found
 
 
@@ -74,27 +72,20 @@ def cards_when_sharded(plan: RunPlan, blocks: int, memory: int) -> int | None:
     Returns:
         None: not even 64 are enough.
     """
+    if plan.is_sharded:
+        return plan.gpus if plan.peak.total <= memory else None
     return next((n for n in (1, *CARDS) if _on_cards(plan, blocks, n) <= memory), None)
 
 
 def _on_cards(plan: RunPlan, blocks: int, cards: int) -> int:
-    if cards == 1:
-        return plan.peak.total
-    split = (WEIGHTS, GRADIENTS, OPTIMIZER, EMA)
-    most = 0
-    for phase in plan.phases:
-        whole = sum(size for part, size in phase.parts.items() if part not in split)
-        sharded = sum(size for part, size in phase.parts.items() if part in split)
-        gathered = GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks
-        most = max(most, whole + sharded // cards + gathered)
-    return most
+    return max(sharded(phase, blocks, cards).total for phase in plan.phases)
 
 
-def _sharded(plan: RunPlan, config: RunConfig, memory: int) -> Iterator[Change]:
+def _sharded(plan: RunPlan, memory: int) -> Iterator[Change]:
     # blocks hold all but a few percent of the weights
     cards = cards_when_sharded(plan, plan.blocks, memory)
     if cards is not None and cards > 1:
-        settings = f"weights sharded over {cards} GPUs (FSDP2)"
+        settings = f"model.shard=fsdp2 on {cards} GPUs"
         yield Change(settings, _on_cards(plan, plan.blocks, cards), True)
 
 
@@ -124,7 +115,10 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[tuple[str, Changed]]:
         yield f"optim.accumulate={count}", _set("optim", accumulate=count)
     if config.model.precision == "fp32":
         yield "model.precision=bf16", _set("model", precision="bf16")
-    if config.model.train == "full" and config.model.init == "trained":
+    is_full = config.model.train == "full"
+    if is_full and config.optim.name == "adamw" and config.model.shard == "none":
+        yield "optim.name=adamw_8bit", _set("optim", name="adamw_8bit")
+    if is_full and config.model.init == "trained":
         yield "model.train=lora", _set("model", train="lora", lora=LoraConfig())
 
 
