@@ -18,7 +18,9 @@ from alignlab.models.compiled_blocks import check_compiler
 from alignlab.models.reference_branch import Output, ReferenceBranch
 from alignlab.models.wan import load_wan
 from alignlab.recipe import load_run
+from alignlab.train import train
 from random_tensors import draw
+from tiny_runs import MakeConfig
 
 COUNTS = (0, 2, 3, 1)
 BLOCKS = (1, 3)
@@ -92,9 +94,9 @@ def test_steps_are_those_of_eager_blocks_in_one_graph_however_many_are_tapped(
             out = branch(*given)
             seen.append(graphs())
             with ReferenceBranch(eager, blocks=BLOCKS) as plain_branch:
-                expected = plain_branch(*given)
+                eager_out = plain_branch(*given)
             torch.testing.assert_close(
-                out.velocity_BCTHW, expected.velocity_BCTHW, rtol=1e-4, atol=1e-5
+                out.velocity_BCTHW, eager_out.velocity_BCTHW, rtol=1e-4, atol=1e-5
             )
     assert seen == [2, 3, 3, 3]  # without a gradient, and once more for any size of video
 
@@ -161,12 +163,16 @@ def test_what_cannot_be_compiled_is_one_line_and_no_fall_back(wan_folder: Path) 
 
 
 def test_a_missing_compiler_is_told_before_weights_are_read(
-    wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unread(*args: object) -> None:
+        raise AssertionError("weights were read")
+
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("alignlab.models.wan.read_transformer", unread)
     expected = r"^model\.compile: needs a compiler \(no-such-compiler\): install"
     with pytest.raises(UserError, match=expected):
-        load(wan_folder, compiled=True)
+        train(make_config("model.compile=blocks"))
     with pytest.raises(UserError, match=r"^model\.compile: .* not mps; or set model\.compile=none"):
         check_compiler("mps")
 
