@@ -139,7 +139,8 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     if config.optim.offload:  # the state of one tensor at a time is on the GPU
         found = [_phase(p.name, p.parts | {OPTIMIZER: 0}) for p in found]
     if config.model.shard == "fsdp2" and gpus > 1:
-        found = [sharded(phase, step.blocks, gpus) for phase in found]
+        whole = config.optim.accumulate > 1
+        found = [sharded(p, step.blocks, gpus, whole_gradients=whole) for p in found]
     return sorted(found, key=lambda phase: -phase.total)
 
 
@@ -147,7 +148,7 @@ GATHERED_BLOCKS = 2
 """Of weights in shards, so many blocks are whole at a time: one computes, one comes."""
 
 
-def sharded(phase: Phase, blocks: int, cards: int) -> Phase:
+def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> Phase:
     """What a phase takes of each of several GPUs that share a model (FSDP2).
 
     Arithmetic, not a measurement: weights, gradients, state and average are divided, and two blocks
@@ -157,10 +158,11 @@ def sharded(phase: Phase, blocks: int, cards: int) -> Phase:
         phase: of a GPU that holds all.
         blocks: of the transformer, which hold all but a few percent of the weights.
         cards: GPUs.
+        whole_gradients: of micro-batches before the last, which exchange none.
     """
     if cards == 1:
         return phase
-    split = (WEIGHTS, GRADIENTS, OPTIMIZER, EMA)
+    split = {WEIGHTS, GRADIENTS, OPTIMIZER, EMA} - ({GRADIENTS} if whole_gradients else set())
     parts = {k: v // cards if k in split else v for k, v in phase.parts.items()}
     gathered = GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks
     return _phase(phase.name, parts | {"gathered blocks": gathered})

@@ -78,7 +78,9 @@ def cards_when_sharded(plan: RunPlan, blocks: int, memory: int) -> int | None:
 
 
 def _on_cards(plan: RunPlan, blocks: int, cards: int) -> int:
-    return max(sharded(phase, blocks, cards).total for phase in plan.phases)
+    whole = plan.micro_batches > 1
+    found = [sharded(phase, blocks, cards, whole_gradients=whole) for phase in plan.phases]
+    return max(phase.total for phase in found)
 
 
 def _sharded(plan: RunPlan, memory: int) -> Iterator[Change]:

@@ -17,7 +17,7 @@ from alignlab.experiments.plan.rates import Rates
 from alignlab.plan.architecture import Architectures, shipped
 from alignlab.plan.fake_models import fake_wan
 from alignlab.plan.fake_values import fake_values
-from alignlab.plan.run_plan import AGAIN, FORWARD, plan_run
+from alignlab.plan.run_plan import AGAIN, FORWARD, RunPlan, plan_run
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import step_folders
 
@@ -165,3 +165,22 @@ def test_architectures_that_alignlab_ships(source: str, recipe_file: Path) -> No
     assert architectures.notes == [
         f"{source}: architecture as shipped with alignlab, not read from the hub"
     ]
+
+
+def test_a_gpu_holds_its_shards_and_no_state_that_is_offloaded(recipe_file: Path) -> None:
+    with ExitStack() as stack:
+        architectures = Architectures(stack)
+        whole, shards, offloaded = (
+            plan_run(load_run(recipe_file, ["optim.batch_size=4", *more]), architectures, gpus=2)
+            for more in ([], ["model.shard=fsdp2"], ["optim.offload=true"])
+        )
+
+    def standing(plan: RunPlan, part: str) -> int:
+        return next(p.parts for p in plan.phases if p.name == "averaging").get(part, 0)
+
+    for part in ("weights", "gradients", "optimizer state"):
+        assert standing(shards, part) == standing(whole, part) // 2 > 0
+    assert standing(shards, "gathered blocks") > 0 == standing(whole, "gathered blocks")
+    assert cards_when_sharded(shards, shards.blocks, shards.peak.total) == 2
+    assert cards_when_sharded(shards, shards.blocks, shards.peak.total - 1) is None
+    assert standing(offloaded, "optimizer state") == 0 < standing(offloaded, "weights")
