@@ -32,6 +32,11 @@ OTHER = (
     ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu",
     "make gpu-report",
     "torchrun --nproc-per-node 8 --no-python alignlab train wan21_1.3b_8gpu data.path=FOLDER",
+    "torchrun --nproc-per-node 8 --no-python alignlab train wan21_1.3b_8gpu data.path=FOLDER "
+    "model.shard=fsdp2",
+    "torchrun --nproc-per-node 8 --no-python alignlab train RECIPE",
+    "srun torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+    "--no-python alignlab train RECIPE",
 )
 pytestmark = pytest.mark.usefixtures("shared_clips")
 

@@ -21,6 +21,7 @@ from alignlab.config.model import (
     Init,
     LoraConfig,
     TextEncoderPlace,
+    blocks_apart,
 )
 from alignlab.config.optim import WeightsType
 from alignlab.errors import UserError
@@ -190,7 +191,8 @@ def _check_architecture(
     gradient_checkpointing: GradientCheckpointing,
 ) -> None:
     """Refuses by the settings of the models what their weights are not needed for."""
-    check_blocks_apart(gradient_checkpointing, num_blocks(transformer))
+    if blocks_apart(gradient_checkpointing) is not None:
+        check_blocks_apart(gradient_checkpointing, num_blocks(transformer))
     if clip is not None:
         frozen.token_grid(patch_size(transformer), *clip)
 

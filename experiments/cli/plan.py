@@ -43,10 +43,12 @@ def plan(
     from alignlab.plan.architecture import Architectures
     from alignlab.runs.log_filters import quiet_libraries
 
-    logging.getLogger("alignlab").setLevel(logging.WARNING)  # no grids, no choice of kernels
     runs, most = recipe_runs(recipe, overrides), int(memory * GIB)
+    log = logging.getLogger("alignlab")
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
+        stack.callback(log.setLevel, log.level)
+        log.setLevel(logging.WARNING)  # no grids, no choice of kernels
         architectures = Architectures(stack, fetch=fetch)
         planned = plan_recipe(runs, architectures, gpus=gpus, rates=Rates(tflops), clips=clips)
         highest = planned.highest

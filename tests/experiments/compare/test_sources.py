@@ -148,7 +148,7 @@ def test_a_run_that_another_process_still_trains_is_waited_for_by_what_starts_fr
 ) -> None:
     trained = list[str]()
 
-    def train_one(run: RunConfig, caches: object, *, wait: bool) -> None:
+    def train_one(run: RunConfig, caches: object, needs: object, *, wait: bool) -> None:
         _, variant, _ = run.name.split("/")
         trained.append(variant)
         if trained.count("none") == 1:
@@ -164,7 +164,7 @@ def test_a_run_that_another_process_still_trains_is_waited_for_by_what_starts_fr
 class EndingTasks:
     """Stands for the tasks of a cluster: the one that was started last ends first."""
 
-    threads = 1
+    threads = ranks = 1
 
     def __init__(self) -> None:
         self.started: list[RunKey] = []
