@@ -8,7 +8,6 @@ device has found of the gradient.
 
 from typing import Any
 
-import bitsandbytes.functional as kernels
 import torch
 from torch import Tensor
 
@@ -25,7 +24,10 @@ class AdamW8bit(StepByTensor):
     """AdamW over fp32 weights, whose moments are `state1` and `state2` with scales `absmax*`."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
+        import bitsandbytes.functional  # an extra
+
         super().__init__(*args, **settings)
+        self._kernels = bitsandbytes.functional
         self._steps: dict[Tensor, int] = {}  # as the host counts them: the kernel asks it
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -48,7 +50,7 @@ class AdamW8bit(StepByTensor):
         before = [value.clone() for value in changed]
         beta1, beta2 = group["betas"]
         signed, unsigned = self._tables_on(weight.device)
-        kernels.optimizer_update_8bit_blockwise(
+        self._kernels.optimizer_update_8bit_blockwise(
             "adam",
             weight.grad.contiguous(),
             weight,
@@ -81,6 +83,6 @@ class AdamW8bit(StepByTensor):
     def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The numbers that 8 bits stand for, of the first and the second moment."""
         if device not in self._tables:
-            signed, unsigned = (kernels.create_dynamic_map(signed=s) for s in (True, False))
+            signed, unsigned = (self._kernels.create_dynamic_map(signed=s) for s in (True, False))
             self._tables[device] = (signed.to(device), unsigned.to(device))
         return self._tables[device]
