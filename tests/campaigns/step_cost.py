@@ -60,16 +60,21 @@ OBJECTIVES = {
     "dispersive": "{name: dispersive, blocks: [1]}",
     "local_gram_flow": "{name: local_gram_flow, teacher: dino, blocks: [6], projector_dim: 256}",
     "m2_repa": "{name: m2_repa, teacher: [dino, early], blocks: [3], projector_dim: 256}",
+    "haste_attention": "{name: haste_attention, teacher: maps, blocks: [1, 2]}",
 }
+# teachers beside the recipes' own, which some of them read
+TEACHERS = (
+    "teachers.early={family: dinov2, path: assets/tiny-dino, feature: 'layer:1'}",
+    "teachers.maps={family: dinov2, path: assets/tiny-dino, feature: 'attention:2-3'}",
+)
 QUIET = ("tracking.mlflow=none", "eval.clips=4", "eval.sample_clips=0", "eval.generated_clips=0")
 
 
 def config_of(name: str, folder: Path, *settings: str) -> RunConfig:
     """The recipe `tiny` with this objective in place of its own."""
-    early = "teachers.early={family: dinov2, path: assets/tiny-dino, feature: 'layer:1'}"
     chosen = OBJECTIVES[name].replace("{stage1}", str(folder / "stage1"))
     objective = f"objectives.ra={chosen}" if chosen else "objectives={}"
-    return load_run("tiny", [f"output={folder}", early, objective, *QUIET, *settings])
+    return load_run("tiny", [f"output={folder}", *TEACHERS, objective, *QUIET, *settings])
 
 
 def prepare(folder: Path) -> None:
@@ -193,8 +198,7 @@ def show_overhead(folder: Path, rounds: int, names: list[str]) -> None:
     for name in set(names) - {"none"}:
         chosen = OBJECTIVES[name].replace("{stage1}", str(folder / "stage1"))
         changes.append(f"variants.{name}={{objectives.{name}: {chosen}}}")
-    early = "teachers.early={family: dinov2, path: assets/tiny-dino, feature: 'layer:1'}"
-    config = load_compare("demo", [early, *QUIET, f"cost.rounds={rounds}", *changes])
+    config = load_compare("demo", [*TEACHERS, *QUIET, f"cost.rounds={rounds}", *changes])
     cost = measure_cost(config)
     print(f"no ratio nearer to 1 than {cost.beyond:.3f} is a difference ({rounds} rounds)")
     print("| objective | time of a step, against none | GFLOP | parameters |\n|---|---|---|---|")
