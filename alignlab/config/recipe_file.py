@@ -3,8 +3,11 @@
 A mistake raises `alignlab.errors.UserError` with one line.
 """
 
+import copy
 import importlib.util
+import io
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +129,7 @@ def recipe_folder() -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """What a recipe file holds, variants and all else in one form."""
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = copy.deepcopy(_loaded(str(path), path.read_text(encoding="utf-8")))
     except (*UNREADABLE, OSError) as error:
         raise UserError(f"{path}: not a readable YAML file: {one_line(error)}") from None
     if not isinstance(content, dict) or not content:
@@ -139,6 +142,20 @@ def _read(path: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return settings
+
+
+@lru_cache(maxsize=32)
+def _loaded(path: str, text: str) -> Any:
+    """What is written in a file. A command reads its recipe several times, for 20 ms each."""
+    return OmegaConf.to_container(OmegaConf.load(_Named(path, text)))
+
+
+class _Named(io.StringIO):
+    """A text that YAML's messages name by its file."""
+
+    def __init__(self, path: str, text: str) -> None:
+        super().__init__(text)
+        self.name = path
 
 
 def _canonical_members(members: Any) -> Any:

@@ -6,10 +6,10 @@ To import it takes seconds, which the process that only deals tests to workers d
 import pytest
 
 from alignlab.progress import tell_once, warn_once
+from few_charts import few_charts
 from loaded_models import loaded_models
 from mlflow_tables import copied_tables
 from shared_clips import shared_clips
-from short_pdfs import short_pdfs
 from tiny_runs import (
     full_run,
     lora_run,
@@ -23,13 +23,13 @@ from unsynced_files import unsynced_files
 
 __all__ = [
     "copied_tables",
+    "few_charts",
     "full_run",
     "loaded_models",
     "lora_run",
     "make_config",
     "recipe_file",
     "shared_clips",
-    "short_pdfs",
     "teacher_folder",
     "train_until",
     "unsynced_files",

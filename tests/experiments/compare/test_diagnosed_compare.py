@@ -22,6 +22,11 @@ variants:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_charts() -> None:
+    """Here a report has all its charts."""
+
+
 @pytest.fixture(scope="module")
 def report(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of runs that diagnosed and evaluated themselves."""

@@ -148,11 +148,6 @@ def test_nothing_is_loaded_from_outside(comparison: Comparison, tmp_path: Path) 
     assert "default-src 'none'" in html
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_pdfs() -> None:
-    """Here charts.pdf has all its pages."""
-
-
 def test_charts_are_inside_and_beside_the_page(comparison: Comparison, tmp_path: Path) -> None:
     page = page_of(comparison, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
