@@ -116,6 +116,8 @@ class _Until(NamedTuple):
         if self.step % every:  # it was written by the clock, or at a signal
             every = self.step
             settings["checkpoint.every"] = str(every)
+        if written.keep_every is not None:
+            settings["checkpoint.keep_every"] = "null"
         if written.every_minutes is not None:
             settings["checkpoint.every_minutes"] = "null"
         keep = steps // every - self.step // every + 2

@@ -267,7 +267,7 @@ class Trainer(ABC):
 
     def save(self, folder: RunFolder) -> Path:
         """Writes a checkpoint, of weights that all ranks agree on."""
-        path = save_checkpoint(self.state, folder, self.ranks, keep=self.config.checkpoint.keep)
+        path = save_checkpoint(self.state, folder, self.ranks, self.config.checkpoint)
         self._stopping.saved(path)
         return path
 

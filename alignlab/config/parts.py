@@ -193,9 +193,23 @@ class CheckpointConfig(Settings):
     Left out: steps alone count."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that are multiples of it are kept besides those of `keep`; a multiple of
+    `every`. Left out: none."""
     keep_finished: Literal["all", "weights", "none"] = "all"
-    """What is left of them once the run is finished: `weights`, the newest without its optimizer,
-    from which nothing trains on; `none`, which also cannot be sampled, exported or evaluated."""
+    """What is left of them once the run is finished: `weights`, the newest and those of
+    `keep_every` without their optimizer, from which nothing trains on; `none`, which also cannot be
+    sampled, exported or evaluated."""
+
+    @field_validator("keep_every")
+    @classmethod
+    def _is_written(cls, value: int | None, info: ValidationInfo) -> int | None:
+        every = info.data.get("every")  # missing if it is wrong
+        if value is not None and every is not None and value % every:
+            raise ValueError(
+                f"{value} is no multiple of every, {every}: of other steps there is no checkpoint"
+            )
+        return value
 
 
 class EvalConfig(Settings):

@@ -85,7 +85,9 @@ class Architectures:
         return self._written[source]
 
     def _write(self, source: str, table: str) -> Path:
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory("-alignlab-plan")))
+        made = self._stack.enter_context(tempfile.TemporaryDirectory("-alignlab-plan"))
+        folder = Path(made, source)  # messages end with its name
+        folder.mkdir(parents=True)
         if table == "teachers":
             (folder / "config.json").write_text(json.dumps(shipped()[table][source]))
         else:

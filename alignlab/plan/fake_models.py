@@ -31,9 +31,11 @@ from alignlab.plan.architecture import Architectures
 from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.teachers.files import is_checkpoint
 from alignlab.teachers.load import model_class_of, model_config_of
+from alignlab.teachers.original import WHEEL_SETTINGS, wheel_model
 from alignlab.teachers.preprocessing import row_preprocessing
 from alignlab.teachers.registry import teacher_rows
 from alignlab.teachers.teacher import LaterModel
+from alignlab.teachers.wheels import ENDING, WHEELS
 
 CPU = torch.device("cpu")
 
@@ -156,6 +158,10 @@ def fake_teacher(
         )
         diffusion._dtype = dtype
         found: Teacher | DiffusionTeacher = diffusion
+    elif config.family in WHEELS and source.endswith(ENDING):
+        settings = WHEEL_SETTINGS[config.family]()
+        later = LaterModel(settings, dtype, CPU, partial(_wheel_teacher, config.family, dtype))
+        found = _reader(later, config)
     elif is_checkpoint(source) or not row.classes:
         raise UserError(
             f"{setting}: {source} is the file of a checkpoint; a plan reads config.json files: "
@@ -167,23 +173,29 @@ def fake_teacher(
         later = LaterModel(
             settings, dtype, CPU, partial(_teacher_model, folder, config.family, settings, dtype)
         )
-        found = Teacher(
-            later,
-            config.family,
-            config.feature or row.feature,
-            grid=config.grid,
-            preprocessing=row_preprocessing(row),
-        )
+        found = _reader(later, config)
     # names of files that were not read
     vars(found)["parts"], vars(found)["identity"] = {"weights": alias}, alias
     return found
+
+
+def _reader(later: LaterModel, config: TeacherConfig) -> Teacher:
+    row = teacher_rows()[config.family]
+    return Teacher(
+        later,
+        config.family,
+        config.feature or row.feature,
+        grid=config.grid,
+        preprocessing=row_preprocessing(row),
+    )
 
 
 class _FakeDiffusionTeacher(DiffusionTeacher):
     def _loaded(self, class_name: str) -> Any:
         model = construct(WanTransformer3DModel, self._folder / "transformer", setting=self.name)
         model.blocks = model.blocks[: self._block + 1]
-        return _frozen(model, self._dtype)
+        keep_in(model, self._dtype)
+        return model.requires_grad_(False).eval()
 
 
 def _teacher_model(folder: Path, family: str, settings: Any, dtype: torch.dtype) -> Any:
@@ -194,6 +206,10 @@ def _teacher_model(folder: Path, family: str, settings: Any, dtype: torch.dtype)
 
         model = QwenVisionTower(model).eval()
     return model
+
+
+def _wheel_teacher(family: str, dtype: torch.dtype) -> Any:
+    return _frozen(wheel_model(family), dtype)
 
 
 def _frozen(model: Any, dtype: torch.dtype) -> Any:

@@ -196,7 +196,7 @@ def _teacher_cost(run: Run, read: FeatureRead) -> TeacherCost:
         counter.total,
         live.peak().total,
         tuple(features.shape),
-        all(weight.dtype == torch.bfloat16 for weight in model.parameters()),
+        any(weight.dtype == torch.bfloat16 for weight in model.parameters()),
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.models.experts import INDEX, check_index
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_encoders import EncoderCosts, encoder_costs
 from alignlab.plan.fake_run import AVERAGE, STAGE1, TEACHER, TRANSFORMER
@@ -83,7 +84,7 @@ def plan_run(
     Raises:
         UserError: the run could not be trained so, or a model's settings are nowhere.
     """
-    check_recipe(config)
+    _check(config, architectures)
     optim = config.optim
     samples, left = divmod(optim.batch_size, optim.accumulate * gpus)
     if left or not samples:
@@ -111,6 +112,15 @@ def plan_run(
         clip_flops=kept,
         is_sharded=config.model.shard == "fsdp2" and gpus > 1,
     )
+
+
+def _check(config: RunConfig, architectures: Architectures) -> None:
+    """Refuses what a training refuses before it reads weights."""
+    folder = architectures.pipeline(config.model.path)
+    if (folder / INDEX).is_file():
+        check_index(str(folder), config.model.expert)
+    model = config.model.model_copy(update={"path": str(folder)})
+    check_recipe(config.model_copy(update={"model": model}))
 
 
 def grouped(step: FakeStep) -> dict[str, int]:

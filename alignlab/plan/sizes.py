@@ -33,12 +33,20 @@ def checkpoint_sizes(config: RunConfig, step: FakeStep) -> CheckpointSizes:
     """Sizes of the checkpoints that `checkpoint` has a run keep."""
     optimizer = step.standing.get(OPTIMIZER, 0)
     weights = step.saved + step.standing.get(EMA, 0)
-    one, keep = weights + optimizer, config.checkpoint.keep
-    count = min(keep, -(-config.steps // config.checkpoint.every))
-    finished = {"all": count * one, "weights": weights, "none": 0}
+    one, count = weights + optimizer, num_kept(config, config.checkpoint.keep)
+    finished = {"all": count * one, "weights": num_kept(config, 1) * weights, "none": 0}
     return CheckpointSizes(
         one, optimizer, (count + 1) * one, finished[config.checkpoint.keep_finished]
     )
+
+
+def num_kept(config: RunConfig, newest: int) -> int:
+    """How many checkpoints stay: so many of the newest, and those of `checkpoint.keep_every`."""
+    settings = config.checkpoint
+    written = [*range(settings.every, config.steps, settings.every), config.steps]
+    multiple = settings.keep_every or config.steps + 1
+    older = [step for step in written[:-newest] if step % multiple == 0]
+    return len(written[-newest:]) + len(older)
 
 
 @dataclass(frozen=True)

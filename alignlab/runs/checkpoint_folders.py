@@ -98,9 +98,17 @@ def no_checkpoint(checkpoints: Path) -> UserError:
     return UserError(f"{run}: the run has no checkpoint yet")
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and those that nobody reads at the moment."""
+def prune(checkpoints: Path, keep: int, every: int | None = None) -> None:
+    """Removes checkpoints that nobody reads at the moment.
+
+    Args:
+        checkpoints: the folder of all.
+        keep: how many of the newest stay.
+        every: those of steps that are multiples of it stay as well.
+    """
     for old in step_folders(checkpoints)[:-keep]:
+        if every is not None and step_of(old) % every == 0:
+            continue
         with unread(old) as is_unread:
             if is_unread:
                 remove_folder(old)

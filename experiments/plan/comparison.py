@@ -10,7 +10,7 @@ from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.plan.rates import HOUR, Rates
 from alignlab.plan.architecture import Architectures
-from alignlab.plan.fake_encoders import EncoderCosts, encoder_costs
+from alignlab.plan.fake_encoders import EncoderCosts
 from alignlab.plan.run_plan import RunPlan, plan_run
 from alignlab.recipe import load_run
 
@@ -25,13 +25,17 @@ class RecipeRuns:
         name: of the recipe.
         variants: a run of each, by name; of a run its only one.
         seeds: runs of each.
-        is_comparison: each run has a GPU of its own; else the GPUs train one run together.
+        is_comparison: each run has GPUs of its own; else all train one run together.
+        ranks: GPUs that each run of a comparison has (`launch.gpus`).
+        has_trials: variants are tuned before they are compared (`tune`).
     """
 
     name: str
     variants: dict[str, RunConfig]
     seeds: int
     is_comparison: bool
+    ranks: int = 1
+    has_trials: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,14 @@ def recipe_runs(recipe: str | Path, overrides: list[str] | None) -> RecipeRuns:
     if "variants" in mapping:
         comparison = load_compare(recipe, overrides)
         runs = {name: comparison.run(name, comparison.seeds[0]) for name in comparison.trained}
-        return RecipeRuns(comparison.name, runs, len(comparison.seeds), True)
+        return RecipeRuns(
+            comparison.name,
+            runs,
+            len(comparison.seeds),
+            True,
+            comparison.launch.num_ranks,
+            comparison.tune is not None,
+        )
     run = load_run(recipe, overrides)
     return RecipeRuns(run.name, {run.name: run}, 1, False)
 
@@ -119,7 +130,7 @@ def plan_recipe(
     Args:
         runs: what it trains.
         architectures: where settings of models are.
-        gpus: that train: a run together, the runs of a comparison one each.
+        gpus: that train: a run together, the runs of a comparison as many each as it says.
         rates: of a GPU; None: the defaults.
         clips: of the data set; None: as the recipe says, if it does.
 
@@ -127,7 +138,9 @@ def plan_recipe(
         UserError: a run could not be trained so, or a model's settings are nowhere.
     """
     rates = rates or Rates()
-    planned = _planned(runs, architectures, gpus, rates)
+    if runs.is_comparison:
+        gpus = max(gpus, runs.ranks)
+    planned = _planned(runs, architectures, runs.ranks if runs.is_comparison else gpus, rates)
     one = next(iter(runs.variants.values()))
     known = clips or getattr(one.data, "train_clips", None)
     draws = one.steps * one.optim.batch_size * (runs.seeds if runs.is_comparison else 1)
@@ -145,8 +158,12 @@ def plan_recipe(
         known is not None,
         gpus,
         hours,
-        {number: _days(runs, planned, encoding, number) for number in sorted({*GPU_COUNTS, gpus})},
-        _notes(architectures, one),
+        {
+            number: _days(runs, planned, encoding, number)
+            for number in sorted({*GPU_COUNTS, gpus})
+            if number >= runs.ranks
+        },
+        _notes(architectures, one, runs),
         rates,
     )
 
@@ -168,10 +185,8 @@ def _planned(
             continue
         known[key] = name
         read = config.model_dump_json(include={"model": {"path", "precision"}, "data": True})
-        if read not in encoders:
-            encoders[read] = encoder_costs(config, architectures)
-        together = 1 if runs.is_comparison else gpus
-        plan = plan_run(config, architectures, gpus=together, encoders=encoders[read])
+        plan = plan_run(config, architectures, gpus=gpus, encoders=encoders.get(read))
+        encoders[read] = plan.encoders
         hours = config.steps * rates.seconds(config, plan.step_flops) / HOUR
         found[name] = VariantPlan(config, plan, hours)
     return found
@@ -189,16 +204,18 @@ def _days(
     hours = [variant.hours for variant in planned.values() for _ in range(runs.seeds)]
     if not runs.is_comparison:
         return (encoding + sum(hours)) / gpus / 24
-    # the longest run first, each where a GPU is free first
-    busy = [0.0] * min(gpus, len(hours))
+    # the longest run first, each where GPUs are free first
+    busy = [0.0] * min(gpus // runs.ranks, len(hours))
     for one in sorted(hours, reverse=True):
         place = busy.index(min(busy))
-        busy[place] += one
+        busy[place] += one / runs.ranks
     return (encoding / gpus + max(busy)) / 24
 
 
-def _notes(architectures: Architectures, config: RunConfig) -> list[str]:
+def _notes(architectures: Architectures, config: RunConfig, runs: RecipeRuns) -> list[str]:
     notes = [*architectures.notes]
+    if runs.has_trials:
+        notes.append("trials of `tune` are not counted: the comparison alone")
     most = config.data.references[1]
     if most:
         notes.append(f"every sample is taken to have {most} references, the most of the recipe")

@@ -1,18 +1,20 @@
 """The plans of the shipped recipes: `python -m alignlab.experiments.plan.page`.
 
 Run in a checkout. It plans every shipped run and comparison with the defaults of `alignlab plan`,
-writes `experiments/results/plans.json`, and the table of it in `docs/scale.md`.
+those that torchrun starts with as many GPUs as the command at their head says. It writes
+`experiments/results/plans.json`, and the table of it in `docs/scale.md`.
 """
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from alignlab.config.recipe_file import read_recipe, shipped_recipes
+from alignlab.config.recipe_file import read_recipe, recipe_folder, shipped_recipes
 from alignlab.errors import UserError
 from alignlab.experiments.plan.comparison import plan_recipe, recipe_runs
 from alignlab.experiments.plan.fits import GIB, changes_to_fit
@@ -23,9 +25,10 @@ from alignlab.runs.log_filters import quiet_libraries
 MEMORY = 80 * GIB
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 HEADER = (
-    *("recipe", "runs", "trained", "TF a step", "peak GiB"),
-    *("80 GB cards", "GPU-hours", "a checkpoint"),
+    *("recipe", "runs", "GPUs of a run", "trained", "TF a step", "peak GiB"),
+    *("fits into 80", "GPU-hours", "a checkpoint"),
 )
+_RANKS = re.compile(r"^# torchrun --nproc-per-node (\d+)", re.MULTILINE)
 
 
 def planned_recipes() -> list[str]:
@@ -38,14 +41,24 @@ def planned_recipes() -> list[str]:
     return found
 
 
+def gpus_of(name: str) -> int:
+    """GPUs that the command at the head of a shipped recipe trains it with."""
+    ranks = _RANKS.search((recipe_folder() / f"{name}.yaml").read_text("utf-8"))
+    return 1 if ranks is None else int(ranks[1])
+
+
 def plans(names: Iterable[str]) -> dict[str, Any]:
-    """The plans of shipped recipes as plain values, by name."""
+    """The plans of shipped recipes as plain values, by name; `refused` is why one has none."""
     found: dict[str, Any] = {}
     with ExitStack() as stack:
         stack.enter_context(quiet_libraries())
         for name in names:
             architectures = Architectures(stack)
-            plan = plan_recipe(recipe_runs(name, []), architectures)
+            try:
+                plan = plan_recipe(recipe_runs(name, []), architectures, gpus=gpus_of(name))
+            except UserError as error:
+                found[name] = {"recipe": name, "refused": str(error)}
+                continue
             highest = plan.highest
             changes = changes_to_fit(highest.config, highest.plan, architectures, MEMORY)
             found[name] = as_json(plan, MEMORY, changes)
@@ -53,29 +66,40 @@ def plans(names: Iterable[str]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The Markdown table of plans."""
+    """The Markdown table of plans, and below it what has none."""
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    refused = []
     for name, plan in found.items():
+        if "refused" in plan:
+            refused.append(f"\n`{name}` has no plan: {plan['refused']}.")
+            continue
         highest = max(plan["variants"].values(), key=lambda variant: variant["peak"])
         cells = [
             f"`{name}`",
             f"{len(plan['variants'])} x {plan['seeds']}",
-            f"{highest['trained'] / 1e6:,.4g} M",
-            f"{sum(highest['step_flops'].values()) / TERA:,.4g}",
+            f"{highest['gpus']}",
+            f"{_number(highest['trained'] / 1e6)} M",
+            _number(sum(highest["step_flops"].values()) / TERA),
             f"{highest['peak'] / GIB:.3g}",
-            _cards(plan, highest),
-            f"{plan['gpu_hours']:,.3g}",
-            f"{highest['checkpoint']['one'] / 1e9:.3g} GB",
+            _fits(plan, highest),
+            _number(plan["gpu_hours"]),
+            f"{_number(highest['checkpoint']['one'] / 1e9)} GB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join(lines + refused)
 
 
-def _cards(plan: Mapping[str, Any], highest: Mapping[str, Any]) -> str:
+def _number(value: float) -> str:
+    if value < 0.01:
+        return "< 0.01"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _fits(plan: Mapping[str, Any], highest: Mapping[str, Any]) -> str:
     if plan["fits"]:
-        return "1"
+        return "yes"
     sharded = highest["cards_when_sharded"]
-    return f"{sharded} (sharded)" if sharded else "more than 64"
+    return f"sharded over {sharded}" if sharded else "no"
 
 
 def main() -> None:

@@ -103,6 +103,7 @@ def _variant_json(variant: VariantPlan, memory: int) -> dict[str, Any]:
     plan = variant.plan
     return {
         "steps": variant.config.steps,
+        "gpus": plan.gpus,
         "parameters": plan.step.parameters,
         "trained": plan.step.trained,
         "projectors": plan.step.projectors,

@@ -249,8 +249,11 @@ def test_a_checkpoint_that_is_named_is_kept_until_it_is_read(two_runs: tuple[Pat
         update={"init_from": f"{src.path}/checkpoints/step-000003"}
     )
     dst.write_recipe(dst.config().model_copy(update={"model": named}))
+    kept = src.config().checkpoint.model_copy(update={"keep_every": 1000})
+    src.write_recipe(src.config().model_copy(update={"checkpoint": kept}))
     *_, first, second = made_again(repro_commands(dst.path))
     assert {"steps=5", "checkpoint.every=3", "checkpoint.keep=2"} <= {*first}
+    assert "checkpoint.keep_every=null" in first  # else no multiple of every
     assert "model.init_from=repro/src/checkpoints/step-000003" in second
 
 

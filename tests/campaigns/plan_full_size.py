@@ -3,10 +3,11 @@
     PYTHONPATH=CHECKOUT python tests/campaigns/plan_full_size.py [--work /tmp/plan_full_size]
 
 Writes a pipeline folder with a transformer of 30 layers and 1.4 billion random bf16 weights
-(2.8 GB) beside the tiny autoencoder, text encoder and teacher, takes two LoRA steps on the CPU, and
-prints the peak of live tensors in the second beside what `alignlab.plan` says without weights.
-Clips of 9 frames of 256x256 with two references make 1,280 tokens: activations are more than half
-of the peak.
+(2.8 GB) beside the tiny autoencoder, text encoder and teacher, takes LoRA steps on the CPU, and
+prints the peak of live tensors in the second beside what `alignlab.plan` says without weights, and
+what torch's own allocator counted in a third (with temporary buffers inside operations, which no
+live tensor shows). Clips of 9 frames of 256x256 with two references make 1,280 tokens: activations
+are more than half of the peak.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 import alignlab
@@ -27,6 +29,7 @@ from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_step import fake_step
 from alignlab.plan.live_memory import Peak
 from alignlab.recipe import load_run
+from alignlab.train import RunTrainer
 from measured_steps import measured_steps
 
 TINY = Path(alignlab.__file__).parent / "assets" / "tiny-wan"
@@ -76,6 +79,20 @@ def shown(name: str, peak: Peak, seconds: float) -> str:
     )
 
 
+def allocated(trainer: RunTrainer, trace: Path) -> int:
+    """Bytes that a step allocates at most at once, as the profiler hears of the allocator."""
+    with (
+        trainer.run.branch,
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        trainer.step(trainer.micro_batches())
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    return max(
+        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+    )
+
+
 def main() -> None:
     """Prints both peaks and their ratio."""
     parser = argparse.ArgumentParser()
@@ -90,9 +107,13 @@ def main() -> None:
     plan = planned(config)
     print(shown("planned", plan, time.monotonic() - begin), flush=True)
     begin = time.monotonic()
-    peak, _, _ = measured_steps(config)
+    peak, standing, trainer = measured_steps(config)
     print(shown("measured", peak, time.monotonic() - begin))
     print(f"planned / measured: {plan.total / peak.total:.4f}")
+    stays = sum(standing.values())
+    total = stays + allocated(trainer, work / "trace.json")
+    print(f"allocator: {total / GIB:.3f} GiB ({stays / GIB:.3f} of them from before the step)")
+    print(f"planned / allocator: {plan.total / total:.4f}")
 
 
 if __name__ == "__main__":

@@ -100,9 +100,14 @@ def moments(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_as_one(one: Path, other: Path, rel: float = 1e-5) -> None:
-    """Losses and weights are equal to `rel`, other numbers as far as they can be."""
+def assert_as_one(one: Path, other: Path, rel: float = 1e-5, apart: tuple[str, ...] = ()) -> None:
+    """Losses and weights are equal to `rel`, other numbers as far as they can be.
+
+    Those whose names begin with one of `apart` may differ.
+    """
     for row, twin in zip(timeless_rows(one), timeless_rows(other), strict=True):
+        assert row.keys() == twin.keys()
+        row, twin = ({k: v for k, v in r.items() if not k.startswith(apart)} for r in (row, twin))
         # clips are rounded to 8 bits
         assert twin == pytest.approx(row, rel=max(rel, 1e-2), abs=max(10 * rel, 1e-3))
         exact = {key: value for key, value in row.items() if key.startswith(EXACT)}
@@ -261,4 +266,6 @@ def test_every_setting_trains_in_shards_as_in_one(
     jobs += [f"of-{count} {count} whole {SHARDS} {overrides}" for count in (2, 3)]
     assert drive(own, *jobs) == ["0", "0 0", "0 0 0"]
     for count in (2, 3):
-        assert_as_one(tmp_path / "one", tmp_path / f"of-{count}", rel=rel)
+        # a retrieval counts nearest neighbours among nine tokens: of two as near, bf16 takes either
+        apart = ("teacher_retrieval/",) if "bf16" in overrides else ()
+        assert_as_one(tmp_path / "one", tmp_path / f"of-{count}", rel=rel, apart=apart)

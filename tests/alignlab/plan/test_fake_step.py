@@ -16,7 +16,13 @@ from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_models import fake_wan
 from alignlab.plan.fake_step import EMA, OPTIMIZER, TEACHERS, WEIGHTS, FakeStep, fake_step
 from alignlab.plan.fake_values import fake_values
+from alignlab.plan.flops import count_flops
 from alignlab.plan.parts import RECOMPUTATION
+from alignlab.teachers.original import ORIGINALS, WHEEL_SETTINGS
+from alignlab.teachers.preprocessing import row_preprocessing
+from alignlab.teachers.registry import teacher_rows
+from alignlab.teachers.teacher import LaterModel, Teacher
+from alignlab.teachers.wheels import WHEELS
 from alignlab.train import RunTrainer
 from alignlab.training.setup import build_run
 from measured_steps import measured_steps
@@ -107,3 +113,23 @@ def test_forward_backward_and_recomputation_are_told_apart(make_config: MakeConf
     assert 0.9 * plain["transformer"] < again[RECOMPUTATION] <= plain["transformer"]
     assert 1.8 < plain["transformer, backward"] / plain["transformer"] < 2.3
     assert 1.8 < plain["projectors, backward"] / plain["projectors"] <= 2.0
+
+
+@pytest.mark.parametrize("family", WHEELS)
+def test_teachers_in_wheels_are_planned_without_the_wheel(
+    family: str, make_config: MakeConfig
+) -> None:
+    config = make_config(
+        f"teachers.cnn={{family: {family}}}",
+        "objectives.repa={name: repa, teacher: cnn, blocks: [1], projector_dim: 32}",
+        "data.frames=9",
+    )
+    cost = next(teacher for teacher in planned(config).teachers if teacher.alias == "cnn")
+    model = ORIGINALS[family].build(WHEEL_SETTINGS[family]()).to_empty(device="cpu").eval()
+    row = teacher_rows()[family]
+    real = Teacher(LaterModel.of(model), family, row.feature, preprocessing=row_preprocessing(row))
+    height, width = config.data.size
+    frames_BTHWC = torch.zeros(1, 9, height, width, 3, dtype=torch.uint8)
+    flops = count_flops(lambda: real.encode(frames_BTHWC, (height // 16, width // 16))).total
+    assert cost.flops == flops > 0
+    assert cost.weights == sum(t.numel() * t.element_size() for t in model.state_dict().values())

@@ -10,10 +10,12 @@ import pytest
 import alignlab.train as train_module
 from alignlab.errors import UserError
 from alignlab.export import export
+from alignlab.plan.sizes import num_kept
 from alignlab.recipe import load_run
-from alignlab.runs.checkpoint_folders import problem, reading, step_folders
+from alignlab.runs.checkpoint_folders import has_optimizer, problem, reading, step_folders
 from alignlab.sampling import sample_to_file
 from alignlab.train import train
+from alignlab.training.checkpoint import ModelChoice
 from kills import Killed
 from run_contents import file_contents, timeless_metrics
 from tiny_runs import MakeConfig
@@ -46,6 +48,24 @@ def test_weights_are_kept_without_the_optimizer(make_config: MakeConfig, tmp_pat
     with pytest.raises(UserError, match="step-000002 holds weights only"):
         train(make_config(*SMALL, *slim, "steps=3"))
     assert json.loads((run / "result.json").read_text())["steps"] == 2
+
+
+def test_steps_that_are_named_are_kept_besides_the_newest(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """By `keep_every`, while the run trains and of the finished one."""
+    every = (*SMALL, "steps=5", "checkpoint.keep=1", "checkpoint.keep_every=2")
+    run = train(make_config(*every))
+    assert kept(run) == ["step-000002", "step-000004", "step-000005"]
+    config = make_config(*every, "checkpoint.keep_finished=weights")
+    assert [num_kept(config, newest) for newest in (1, 2)] == [3, 3]
+    train(config)
+    assert kept(run) == ["step-000002", "step-000004", "step-000005"]
+    assert not any(has_optimizer(folder) for folder in step_folders(run / "checkpoints"))
+    export(run, tmp_path / "out", ModelChoice(step=2))
+    line = "checkpoint.keep_every: 3 is no multiple of every, 2"
+    with pytest.raises(UserError, match=line):
+        make_config("checkpoint.every=2", "checkpoint.keep_every=3")
 
 
 def test_nothing_is_kept_and_that_is_said(

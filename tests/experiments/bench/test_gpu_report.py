@@ -148,7 +148,7 @@ def test_it_starts_without_any_package() -> None:
         text=True,
         check=False,
     )
-    assert done.stdout == "7\n", done.stderr
+    assert done.stdout == "8\n", done.stderr
 
 
 def test_every_phase_is_there() -> None:
@@ -202,6 +202,35 @@ def test_a_kernel_that_is_wrong_fails_its_phase_and_has_no_speed(
     table = (tmp_path / "kernels.csv").read_text()
     assert ",eager," in table and ",chunked," not in table
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_setting_that_does_not_train_as_the_default_fails_its_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alignlab.experiments.bench import settings_phase
+
+    tried = {
+        settings_phase.BASE: (),
+        "gradient_checkpointing ops": ("model.gradient_checkpointing=ops",),
+        "offload": ("optim.offload=true",),
+        "refused": ("model.attention=flash_varlen",),
+        "other": ("optim.lr=0.9", "optim.warmup=0"),
+    }
+    monkeypatch.setattr(settings_phase, "SETTINGS", tried)
+    cpu = torch.device("cpu")
+    found = gpu_phases.Findings(None, cpu, is_full=False, seconds=600.0, out=tmp_path)
+    settings_phase.measure_settings(found, list(tried))
+    default, alike, offload, refused, other = found.lines
+    loss = default.split()[4]
+    assert alike.startswith(f"gradient_checkpointing ops: loss {loss} 0.00e+00 off")
+    assert offload == "offload: left out, it is for a GPU"
+    assert refused.startswith("FAILED: refused: model.attention: ")
+    assert other.startswith("FAILED: other: loss ")
+    assert [row["what"] for row in found.rows][::2] == [
+        settings_phase.BASE,
+        "gradient_checkpointing ops",
+        "other",
+    ]
 
 
 @pytest.mark.slow
