@@ -54,9 +54,9 @@ def test_a_data_set_is_trained_on_as_written(here: Path) -> None:
         assert reference.getchannel("A").getextrema() == (0, 255), "its background is transparent"
     readme = (here / "clips/README.md").read_text()
     assert "alignlab data preview tiny data.name=folder data.path=clips" in readme
-    run("data", "preview", "tiny", "data.name=folder", "data.path=clips")
-    small = ["data.frames=5", "data.size=[48,48]", "optim.batch_size=2", "eval.clips=1"]
-    run("train", "tiny", "data.name=folder", "data.path=clips", *small, "steps=1", *NO_CLIPS)
+    data = ["data.name=folder", "data.path=clips", "data.frames=5", "data.size=[48,48]"]
+    run("data", "preview", "tiny", *data)
+    run("train", "tiny", *data, "optim.batch_size=2", "eval.clips=1", "steps=1", *NO_CLIPS)
 
 
 @pytest.mark.parametrize("kind", ["compare", "sweep"])

@@ -24,15 +24,15 @@ SHORTER = {
         *(f"variants.{name}=null" for name in ("repa", "align4gen", "videorepa", "sara-masks")),
     ],
     ("compare", "control"): [
-        *("steps=1", "seeds=[0]", "eval.every=null", *SMALL, "eval.clips=2"),
+        *("steps=1", "seeds=[0]", "eval.every=null", *SMALL, "eval.clips=2", *NO_CLIPS),
     ],
     ("compare", "all_objectives"): [  # the other variants are the demo's
         *("steps=1", "seeds=[0]", "cost=null", *SHORT, *NO_CLIPS),
         *(f"variants.{name}=null" for name in ("refalign", "refalign-no-push", "repa")),
         *(f"variants.{name}=null" for name in ("align4gen", "videorepa")),
     ],
-    ("compare", "tuned_refalign"): ["steps=1", "seeds=[1]", "cost=null", *SHORT],
-    ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT],
+    ("compare", "tuned_refalign"): ["steps=1", "seeds=[1]", "cost=null", *SHORT, *NO_CLIPS],
+    ("sweep", "sweep_refalign"): ["steps=1", "trials=2", *SHORT, *NO_CLIPS],
     ("stage1", "sara"): ["steps=2", *SMALL, "stage1.val_clips=2"],
     ("stage1", "moalign"): ["steps=2", *SMALL, "stage1.val_clips=2"],
     ("train", "tiny", "steps=2"): ["eval.clips=1", *NO_CLIPS],

@@ -2,14 +2,20 @@
 
 import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from typer.testing import CliRunner
 
 from alignlab.evaluation.own_metrics import installed_metrics
 from alignlab.kernels.registry import installed_kernels
@@ -24,14 +30,7 @@ FLAGS = (
     "--no-build-isolation",
     "--disable-pip-version-check",
 )
-# A process that imports alignlab takes seconds: one answers all that is asked of an installation.
-COMMANDS = """
-import json, sys
-from typer.testing import CliRunner
-from alignlab.cli import app
-done = [CliRunner().invoke(app, words) for words in json.loads(sys.argv[1])]
-print(json.dumps([(each.exit_code, each.stdout, each.stderr) for each in done]))
-"""
+UNSHOWN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 class Answer(NamedTuple):
@@ -124,6 +123,60 @@ def run_python(
 
 def answers(installed: Path, *commands: Sequence[str], cwd: Path | None = None) -> list[Answer]:
     """What `alignlab` says where the packages of a folder are installed, to each command."""
-    done = run_python(installed, "-c", COMMANDS, json.dumps(commands), cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return [Answer(*answer) for answer in json.loads(done.stdout.splitlines()[-1])]
+
+    def ask() -> list[tuple[int, str, str]]:
+        app = importlib.import_module("alignlab.cli").app
+        done = [CliRunner().invoke(app, words) for words in commands]
+        return [(each.exit_code, each.stdout, each.stderr) for each in done]
+
+    return [Answer(*answer) for answer in anew(installed, ask, cwd)]
+
+
+def anew(installed: Path, work: Callable[[], Any], cwd: Path | None = None) -> Any:
+    """What `work` gives, as JSON has it, in a process where nobody has imported alignlab yet.
+
+    It is forked, and imports torch and the like no second time, which would take seconds.
+
+    Args:
+        installed: folder of packages, which are installed in that process.
+        work: imports what it needs.
+        cwd: where it works; default: `installed`.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        done: dict[str, Any] = {}
+        try:
+            os.close(reading)
+            _begin_anew(installed, cwd or installed)
+            done["result"] = work()
+        except BaseException:
+            done["error"] = traceback.format_exc()
+        with os.fdopen(writing, "w") as pipe:
+            json.dump(done, pipe)
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    done = json.loads(text)
+    assert "error" not in done, done["error"]
+    return done["result"]
+
+
+def _begin_anew(installed: Path, folder: Path) -> None:
+    """Makes a forked process one in which nobody has imported alignlab, or any of its packages."""
+    os.chdir(folder)
+    sys.path.insert(0, str(installed))
+    os.environ["COLUMNS"] = "200"
+    torch.set_num_threads(1)
+    warnings.resetwarnings()  # in a test they are errors
+    for category in UNSHOWN:
+        warnings.simplefilter("ignore", category)
+    logging.getLogger("alignlab").handlers.clear()  # those of other commands
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        is_others = "site-packages" in file or file.startswith(sys.base_prefix)
+        if (file and not is_others) or name.split(".")[0] == "alignlab":
+            del sys.modules[name]
+    importlib.invalidate_caches()

@@ -1,9 +1,7 @@
 """Runs `alignlab train` in two processes that know each other, as torchrun starts them.
 
-    python ranks_run.py RECIPE MOMENT=OUTPUT...
-
-Each MOMENT=OUTPUT is a pair of processes, one pair after the other, forked: torch is imported
-once. What each says goes to MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, in order, to stdout.
+Each MOMENT=OUTPUT is a pair of processes, one pair after the other, forked. What each says goes to
+MOMENT-OUTPUT.0 and .1 beside OUTPUT; exit codes, in order, to stdout.
 What the pair `killed` leaves is copied to `as-killed` beside OUTPUT.
 
 Moments: `whole`, `killed` (both die of SIGKILL after step 5), `unreached` (the samples of the
@@ -14,20 +12,19 @@ teacher), `parts` (it names another part), `gone` (it dies at step 1), `odd` (a 
 `across` (negatives across the batch), `other` (another recipe than `whole`, in its folder).
 """
 
-import gc
 import importlib
 import os
 import shutil
 import signal
-import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignlab.cli import main as command
 from mlflow_tables import copying
-from rank_processes import forked_ranks
+from rank_processes import forked_ranks, run_command
 
 train_module: Any = importlib.import_module("alignlab.train")
 alignment: Any = importlib.import_module("alignlab.training.run_alignment")
@@ -103,48 +100,29 @@ def other_teacher(*args: Any, **settings: Any) -> Any:
     return teacher
 
 
-def child(rank: int, recipe: str, moment: str, output: str) -> None:
-    folder, name = os.path.split(output)
-    said = os.open(f"{folder}/{moment}-{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+def child(recipe: Path, moment: str, output: Path, rank: int) -> None:
     train_module.Trainer.step = STEPS.get(moment, take_step)
     if moment == "teacher" and rank:
         alignment.teacher_of_clips = other_teacher
     ranks.BUCKET = 1000  # many of them, and tensors larger than one
-    sys.argv = ["alignlab", "train", recipe, f"output={output}", *OVERRIDES.get(moment, [])]
+    arguments = ["train", str(recipe), f"output={output}", *OVERRIDES.get(moment, [])]
     if moment not in ("whole", "killed", "again", "other"):
-        sys.argv.append("tracking.mlflow=none")  # whose database takes seconds
-    if (moment, name) == ("whole", "whole"):  # ends as a command does, others at once
-        gc.unfreeze()  # else Triton's binding tells at the end what was never collected
-        command()
-    try:
-        command()
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(end.code or 0))  # taking the interpreter apart takes seconds
+        arguments.append("tracking.mlflow=none")  # whose database takes seconds
+    said = output.with_name(f"{moment}-{output.name}.{rank}")
+    run_command(arguments, said, whole=(moment, output.name) == ("whole", "whole"))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def train_pairs(recipe: Path, jobs: Sequence[str]) -> None:
+    """Trains them one after the other; all outputs are in one folder."""
     # else each pair does, for seconds
     importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
-    folder = Path(sys.argv[2].split("=")[1]).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    gc.collect()
-    gc.freeze()  # else each process searches all that is imported
-    with copying(folder / "first-mlflow.db"):
-        for job in sys.argv[2:]:
-            train_pair(*job.split("="))
+    with copying(Path(jobs[0].split("=")[1]).parent / "first-mlflow.db"):
+        for job in jobs:
+            moment, output = job.split("=")
+            train_pair(recipe, moment, Path(output))
 
 
-def train_pair(moment: str, output: str) -> None:
-    print(*forked_ranks(2, lambda rank: child(rank, sys.argv[1], moment, output)), flush=True)
+def train_pair(recipe: Path, moment: str, output: Path) -> None:
+    print(*forked_ranks(2, partial(child, recipe, moment, output)), flush=True)
     if moment == "killed":
-        shutil.copytree(output, Path(output).with_name("as-killed"))
-
-
-main()
-sys.stdout.flush()
-os._exit(0)  # as the children
+        shutil.copytree(output, output.with_name("as-killed"))

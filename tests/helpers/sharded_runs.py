@@ -1,10 +1,8 @@
 """Runs `alignlab train` in processes that share a model, or in one alone.
 
-    python sharded_runs.py RECIPE FOLDER JOB...
-
-A JOB is `NAME RANKS MOMENT OVERRIDE...`: it trains the run FOLDER/NAME in so many forked processes,
-which are told of each other; torch is imported once. What rank r says goes to FOLDER/NAME.r; exit
-codes, a line for each job, to stdout.
+A job is `NAME RANKS MOMENT OVERRIDE...`: it trains the run FOLDER/NAME in so many forked processes,
+which are told of each other. What rank r says goes to FOLDER/NAME.r; exit codes, a line for each
+job, to stdout.
 
 Moments: `whole`; `killed` (all die of SIGKILL after step 3, and what they leave is copied to
 killed-left); `from-killed` (goes on with a copy of that); `writing` (the last dies while it writes
@@ -12,20 +10,16 @@ the checkpoint of step 4); `counted` (rank r writes into FOLDER/NAME.references.
 references the samples of each micro-batch have).
 """
 
-import gc
 import importlib
 import os
 import shutil
 import signal
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from alignlab.cli import main as command
-from rank_processes import forked_ranks
+from rank_processes import forked_ranks, run_command
 
 train_module: Any = importlib.import_module("alignlab.train")
 optimizer_shards: Any = importlib.import_module("alignlab.training.optimizer_shards")
@@ -56,11 +50,8 @@ def counted(file: Path) -> Any:
     return counting
 
 
-def child(recipe: str, folder: Path, job: list[str], rank: int) -> None:
+def child(recipe: Path, folder: Path, job: list[str], rank: int) -> None:
     name, _, moment, *overrides = job
-    said = os.open(folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
     if moment == "killed":
         train_module.Trainer.step = killed
     elif moment == "writing":
@@ -68,30 +59,16 @@ def child(recipe: str, folder: Path, job: list[str], rank: int) -> None:
     elif moment == "counted":
         file = folder / f"{name}.references.{rank}"
         train_module.RunTrainer.losses = counted(file)
-    sys.argv = ["alignlab", "train", recipe, f"output={folder}", f"name={name}", *overrides]
-    try:
-        command()
-    except SystemExit as end:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(int(end.code or 0))  # taking the interpreter apart takes seconds
+    arguments = ["train", str(recipe), f"output={folder}", f"name={name}", *overrides]
+    run_command(arguments, folder / f"{name}.{rank}")
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    recipe, folder = sys.argv[1], Path(sys.argv[2])
-    folder.mkdir(parents=True, exist_ok=True)
-    gc.collect()
-    gc.freeze()  # else each process searches all that is imported
-    for job in (line.split() for line in sys.argv[3:]):
+def train_jobs(recipe: Path, folder: Path, jobs: Sequence[str]) -> None:
+    """Trains one after the other."""
+    for job in (line.split() for line in jobs):
         if job[2] == "from-killed":
             shutil.copytree(folder / "killed-left", folder / job[0])
         ends = forked_ranks(int(job[1]), partial(child, recipe, folder, job))
         print(*ends, flush=True)
         if job[2] == "killed":
             shutil.copytree(folder / job[0], folder / "killed-left")
-
-
-main()
-sys.stdout.flush()
-os._exit(0)  # as the children

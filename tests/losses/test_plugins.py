@@ -15,7 +15,7 @@ from alignlab.losses.testing.contract import CHECKS
 from alignlab.recipe import dump, load_run
 from alignlab.teachers.registry import BUILT_IN as BUILT_IN_TEACHERS
 from alignlab.teachers.registry import installed_teachers
-from made_packages import answers, pip_install, run_python, write_package
+from made_packages import anew, answers, pip_install, run_python, write_package
 
 PACKAGE = Path(__file__).with_name("external")
 
@@ -24,6 +24,7 @@ PRINTED = ("train", "tiny", "--print-config")
 OBJECTIVE = "objectives: {ra: {name: unit_distance, teacher: dino, blocks: [1]}}\n"
 UNTAUGHT = "objectives={l: {name: latent_error, blocks: [1]}, s: {name: spread}}"
 SMALL = ("steps=2", "data.train_clips=2", "data.val_clips=2", "eval.clips=2", "optim.batch_size=2")
+SMALL += ("data.frames=5", "data.size=[48,48]", "eval.sample_clips=0", "eval.generated_clips=0")
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,7 @@ def test_its_own_tests_pass(installed: Path, tmp_path: Path) -> None:
     assert f"{4 * len(CHECKS) + 2} passed" in done.stdout
 
 
-def test_an_installed_teacher_is_used(installed: Path, tmp_path: Path) -> None:
-    script = tmp_path / "use_teacher.py"
-    script.write_text(
-        """
+USE = """
 import tiny_teacher  # before alignlab looks for it
 
 import torch
@@ -121,9 +119,10 @@ ours, its = (
 )
 assert ours.shape == its.shape and not torch.allclose(ours, its, atol=0.01)
 """
-    )
-    done = run_python(installed, script)
-    assert done.returncode == 0, done.stderr
+
+
+def test_an_installed_teacher_is_used(installed: Path) -> None:
+    anew(installed, lambda: exec(USE, {}))
 
 
 def test_a_stage1_folder_of_a_package_that_is_not_installed_is_refused(tmp_path: Path) -> None:

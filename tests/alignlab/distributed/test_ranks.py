@@ -3,8 +3,6 @@
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ from typer.testing import CliRunner
 from alignlab.cli import app
 from alignlab.recipe import load_run
 from alignlab.train import train
+from rank_processes import driven
+from ranks_run import train_pairs
 from run_contents import timeless_rows
 
-DRIVER = Path(__file__).parents[2] / "helpers" / "ranks_run.py"
 # Clips have no, one, two or three references, so that a process may have none in a round.
 RECIPE_CHANGES = {
     "steps: 2": "steps: 6",
@@ -65,7 +64,8 @@ def pairs(recipe: Path) -> Path:
     folder = recipe.parent
     first = [f"{moment}={folder / moment}" for moment in ENDS]
     later = {"whole": folder / "killed", "again": folder / "whole", "other": folder / "whole"}
-    ends = drive(recipe, first + [f"{moment}={output}" for moment, output in later.items()])
+    jobs = first + [f"{moment}={output}" for moment, output in later.items()]
+    ends = driven(lambda: train_pairs(recipe, jobs), folder / "driver")
     assert dict(zip(ENDS, ends, strict=False)) == ENDS
     assert ends[len(ENDS) :] == ["0 0", "0 0", "2 2"]
     return folder
@@ -75,18 +75,6 @@ def said(pairs: Path, name: str) -> list[str]:
     """The last line of both processes."""
     texts = [(pairs / f"{name}.{rank}").read_text() for rank in range(2)]
     return [text.strip().split("\n")[-1] for text in texts]
-
-
-def drive(recipe: Path, jobs: list[str]) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, DRIVER, recipe, *jobs],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().split("\n")
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

@@ -1,8 +1,6 @@
 """Two and three real processes with one model: as one process trains, and as if never killed."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,9 +21,10 @@ from alignlab.distributed.sharding import (
 )
 from alignlab.export import export
 from alignlab.models.wan import load_wan
+from rank_processes import driven
 from run_contents import timeless_metrics, timeless_rows
+from sharded_runs import train_jobs
 
-DRIVER = Path(__file__).parents[2] / "helpers" / "sharded_runs.py"
 RECIPE_CHANGES = {
     "steps: 2": "steps: 4",
     "references: [2, 3]": "references: [0, 3]",
@@ -38,6 +37,7 @@ EXACT = ("loss", "grad", "val", "lr")
 SHARDS = "model.shard=fsdp2"
 TWO = f"{SHARDS} model.gradient_checkpointing=true"
 LORA = "model.train=lora model.lora.rank=4 model.lora.alpha=8 objectives.repa=null eval.every=null"
+LORA += " eval.sample_clips=0 eval.generated_clips=0"
 STEPS_20 = "steps=20 optim.batch_size=2 optim.accumulate=1 optim.ema=null objectives.repa=null"
 STEPS_20 += " eval.every=null eval.clips=1 eval.sample_clips=0 eval.generated_clips=0"
 STEPS_20 += " tracking.log_every=20 checkpoint.every=20"
@@ -56,15 +56,7 @@ def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drive(recipe: Path, *jobs: str) -> list[str]:
     """Exit codes of the processes of each job; the runs lie beside the recipe."""
-    done = subprocess.run(
-        [sys.executable, DRIVER, recipe, recipe.parent, *jobs],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().split("\n")
+    return driven(lambda: train_jobs(recipe, recipe.parent, jobs), recipe.parent / "driver")
 
 
 @pytest.fixture(scope="module")

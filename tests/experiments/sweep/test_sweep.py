@@ -43,6 +43,11 @@ trials: 3
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_charts() -> None:
+    """Here a page has all its charts."""
+
+
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return sweep_recipe(recipe_file, tmp_path_factory.mktemp("sweep") / "sweep.yaml", SWEEP)

@@ -38,6 +38,11 @@ const found = {
 """.replace("DRAWN", DRAWN)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_charts() -> None:
+    """Here a page has all its charts."""
+
+
 @pytest.fixture(scope="module")
 def study(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SweepStudy:
     folder = tmp_path_factory.mktemp("sweep")
