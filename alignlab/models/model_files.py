@@ -181,14 +181,19 @@ def _quiet_loading() -> Iterator[None]:
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
-    kept = [(library, library.get_verbosity()) for library in (of_diffusers, of_transformers)]
-    for library, _ in kept:
-        library.set_verbosity(logging.CRITICAL)
+    kept = []
+    for name, library in (("diffusers", of_diffusers), ("transformers", of_transformers)):
+        library.get_verbosity()  # its logger has its handler from here on
+        logger = logging.getLogger(name)
+        kept.append((logger, logger.handlers, logger.propagate))
+    # A logger's level would do as well, but to set one empties what all loggers remember of theirs.
+    for logger, _, _ in kept:
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
     try:
         yield
     finally:
-        for library, verbosity in kept:
-            library.set_verbosity(verbosity)
+        for logger, handlers, propagate in kept:
+            logger.handlers, logger.propagate = handlers, propagate
 
 
 def check_model_files(folder: Path, *, setting: str) -> None:
