@@ -59,7 +59,7 @@ from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
 from alignlab.training.prefetch import Prefetch
-from alignlab.training.save_checkpoint import save_due
+from alignlab.training.save_checkpoint import CheckpointWriter
 from alignlab.training.self_teacher import student_input
 from alignlab.training.setup import (
     Caches,
@@ -154,7 +154,8 @@ class Trainer(ABC):
         self.ranks = ranks
         self.state = state
         self.plan = plan or SchedulePlan.of(config)
-        self._stopping = Stopping(config, ranks, state)
+        self._writer = CheckpointWriter(state, ranks, config.checkpoint)
+        self._stopping = Stopping(config, ranks, state, self._writer)
         self._nonfinite = NonFiniteWatch(ranks)
 
     def fit(self, folder: RunFolder, newest: Path | None) -> None:
@@ -175,7 +176,8 @@ class Trainer(ABC):
         ):
             ranks.barrier()  # a tracking server may be slow
             with self.prepared(folder, tracker):
-                self.train_steps(folder, tracker, newest)
+                with self._writer:
+                    self.train_steps(folder, tracker, newest)
                 if ranks.is_main:
                     forget_earlier_ends(folder, self.config, self.plan, self.first_row())
                 if ranks.is_main or self.state.is_in_shards:
@@ -264,10 +266,7 @@ class Trainer(ABC):
 
     def save(self, folder: RunFolder, due: Due | None = None) -> Path | None:
         """Writes what is due, or a checkpoint; gives the newest checkpoint."""
-        path = save_due(self.state, folder, self.ranks, self.config.checkpoint, due)
-        if path is not None:
-            self._stopping.saved(path)
-        return self._stopping.newest
+        return self._stopping.save(folder, due)
 
     def first_row(self) -> dict[str, float]:
         """What the log says before the first step that depends on the number of steps."""

@@ -199,6 +199,8 @@ class CheckpointConfig(Settings):
     weights_every: int | None = Field(default=None, ge=1)
     """Steps between copies of the weights, their moving average and projectors without the
     optimizer's state, for samples, evaluations and exports; all are kept. Left out: none."""
+    asynchronous: bool = False
+    """Whether a step's state is copied to main memory and written while training goes on."""
     keep_finished: Literal["all", "weights", "none"] = "all"
     """What is left of them once the run is finished: `weights`, the newest and those of
     `keep_every` without their optimizer, from which nothing trains on; `none`, which also cannot be

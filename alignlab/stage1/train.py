@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from alignlab.config.data import SIZE_STEP
@@ -39,7 +39,7 @@ from alignlab.train import Trainer
 from alignlab.training import checkpoint
 from alignlab.training.batches import drawn_clip, drawn_clips
 from alignlab.training.build_optimizer import build_optimizer, check_optimizer
-from alignlab.training.checkpoint import TrainState
+from alignlab.training.checkpoint import TrainState, Weights
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.encoded import ClipPixels
 from alignlab.training.kept_text import encode_ahead
@@ -92,10 +92,10 @@ class Stage1State(TrainState):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.network.named_parameters()
 
-    def write_weights(self, folder: Path) -> None:
+    def weights(self) -> Weights:
         state = self.network.state_dict()
         weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(weights, folder / "network.safetensors")
+        return {"network.safetensors": weights}
 
     def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.network.load_state_dict(load_file(folder / "network.safetensors"))

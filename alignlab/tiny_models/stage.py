@@ -106,7 +106,8 @@ class StageOptimizers:
     def state(self, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
         """Both optimizers' state by parameter name."""
         views = {view: names[p] for p, view in self._views.items()}
-        return named_state(self._muon, views) | named_state(self._adamw, names)
+        state = named_state(self._muon, views) | named_state(self._adamw, names)
+        return {name: value.cpu().contiguous() for name, value in state.items()}
 
     def restore(self, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
         """Puts back what `state` gave."""

@@ -36,27 +36,27 @@ from alignlab.distributed.sharding import copy_whole, has_shards, local_part, re
 from alignlab.errors import UserError
 from alignlab.models.model_files import load_pretrained
 from alignlab.models.weight_check import check_weights
-from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.checkpoint_folders import (
     OPTIMIZER,
     OPTIMIZER_SHARDS,
     STATE,
     WEIGHTS_ONLY,
     has_optimizer,
-    mark_checkpoint,
     no_checkpoint,
     readable_folders,
     reading,
     step_of,
 )
-from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
-from alignlab.runs.metric_rows import LogMark
 from alignlab.training.optimizer_shards import SEPARATOR, placed, read_shards
 from alignlab.training.optimizer_step import StepByTensor
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
+TRANSFORMER = "transformer"
+OBJECTIVES = "objectives.safetensors"
+Weights = dict[str, dict[str, Tensor]]
+"""Tensors by name, by the file that they are written to; those of the transformer by its name."""
 EXTRA = ("aligned",)  # of `state.json`, see `TrainState.extra`
 DAMAGED = "remove that step's folder: the run then resumes from the checkpoint before it"
 
@@ -97,8 +97,13 @@ class TrainState(ABC):
         """All parameters by their name in a checkpoint."""
 
     @abstractmethod
-    def write_weights(self, folder: Path) -> None:
-        """Writes everything but the optimizer and the step."""
+    def weights(self) -> Weights:
+        """Everything but the optimizer's state and the step: the tensors that training changes."""
+
+    def write_weights(self, folder: Path, weights: Weights) -> None:
+        """Writes what `weights` gave, then or copied, and reads nothing that training changes."""
+        for file, tensors in weights.items():
+            save_file(tensors, folder / file)
 
     @abstractmethod
     def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -157,19 +162,22 @@ class RunState(TrainState):
             copy_weights(self.put_aside, self.transformer)
             self.put_aside = None
 
-    def write_weights(self, folder: Path) -> None:
+    def weights(self) -> Weights:
         self.put_back()  # a signal may have come before `averaged_weights` could
-        if self.is_lora:
-            save_lora(self.transformer, folder)
-        else:
-            self.transformer.save_pretrained(folder / "transformer")
-        self.write_objectives(folder)
-        for file, average in self.averages().items():
-            save_file(average, folder / file)
+        model = self.transformer
+        own = get_peft_model_state_dict(model) if self.is_lora else model.state_dict()
+        return {TRANSFORMER: own, OBJECTIVES: _trained(self.objectives), **self.averages()}
 
-    def write_objectives(self, folder: Path) -> None:
-        """Writes what is trained of the objectives."""
-        save_file(_trained(self.objectives), folder / "objectives.safetensors")
+    def write_weights(self, folder: Path, weights: Weights) -> None:
+        own = weights[TRANSFORMER]
+        if self.is_lora:
+            save_lora(self.transformer, folder, own)
+        else:
+            with torch.device("meta"):  # its own weights are not read
+                plain = WanTransformer3DModel.from_config(self.transformer.config)
+            plain.load_state_dict(own, assign=True)
+            plain.save_pretrained(folder / TRANSFORMER)
+        super().write_weights(folder, {k: v for k, v in weights.items() if k != TRANSFORMER})
 
     def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         if facts["frozen"] != frozen_digest(self.objectives):
@@ -178,7 +186,7 @@ class RunState(TrainState):
                 "bring it back, or start a new run under another name"
             )
         load_transformer(self.transformer, folder)
-        _restore_trained(self.objectives, load_file(folder / "objectives.safetensors"))
+        _restore_trained(self.objectives, load_file(folder / OBJECTIVES))
         for file, average in self.averages().items():
             stored = load_file(folder / file)
             _check(folder / file, stored)
@@ -250,32 +258,6 @@ class ModelChoice:
 
 
 NEWEST = ModelChoice()
-
-
-def write(
-    state: TrainState, target: Path, log: LogMark | None = None, *, weights_only: bool = False
-) -> None:
-    """Writes a checkpoint, or what it has without the optimizer's state.
-
-    Args:
-        state: what is written.
-        target: the folder.
-        log: what the run's log holds.
-        weights_only: without the optimizer's state.
-    """
-    with whole_folder(target) as folder:
-        state.write_weights(folder)
-        if not weights_only:
-            save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
-        write_facts(state, folder, log)
-
-
-def write_facts(state: TrainState, folder: Path, log: LogMark | None) -> None:
-    """Writes what of a checkpoint comes last: the facts, and checksums of all files."""
-    (folder / STATE).write_text(json.dumps(state.facts()))
-    write_checksums(folder)
-    # by itself: the log has times, and all else is the same whenever it is trained
-    mark_checkpoint(folder, log)
 
 
 def restore(state: TrainState, checkpoint: Path, *, notes: tuple[str, ...] = ()) -> None:
@@ -370,15 +352,15 @@ def load_transformer(
             _load_whole(own, layers)
         else:
             set_peft_model_state_dict(transformer, layers)
-    elif (checkpoint / "transformer").is_dir():
+    elif (checkpoint / TRANSFORMER).is_dir():
         loaded = load_pretrained(
             WanTransformer3DModel,
-            checkpoint / "transformer",
+            checkpoint / TRANSFORMER,
             setting="checkpoint",
             use_safetensors=True,
         )
         weights = loaded.state_dict()
-        _check(checkpoint / "transformer", weights)
+        _check(checkpoint / TRANSFORMER, weights)
         own = transformer.state_dict()
         if has_shards(list(own.values())):
             _load_whole(own, weights)
@@ -434,7 +416,7 @@ def named_state(optimizer: torch.optim.Optimizer, names: dict[Any, str]) -> dict
         names: the name of each parameter that it updates.
     """
     return {
-        f"{names[parameter]}{SEPARATOR}{key}": value.detach().cpu().contiguous()
+        f"{names[parameter]}{SEPARATOR}{key}": value.detach()
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }

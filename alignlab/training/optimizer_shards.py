@@ -6,7 +6,6 @@ hold; what all ranks have alike, rank 0 writes.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,17 +27,11 @@ from alignlab.errors import UserError, first_line
 SEPARATOR = "|"  # between the name of a parameter and that of its optimizer state
 
 
-def write_shards(
-    optimizer: torch.optim.Optimizer,
-    names: dict[Any, str],
-    folder: Path,
-    group: dist.ProcessGroup,
-) -> None:
+def write_shards(state: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup) -> None:
     """Writes this rank's part of every state tensor, and waits for the others.
 
     Args:
-        optimizer: whose state values are tensors.
-        names: the name of each parameter that it updates.
+        state: by name; what is not in shards is alike on all ranks.
         folder: that all ranks see.
         group: the ranks.
 
@@ -46,15 +39,10 @@ def write_shards(
         OSError: a file could not be written.
         UserError: by another rank.
     """
-    state: dict[str, Any] = {
-        f"{names[parameter]}{SEPARATOR}{key}": value
-        for parameter, of_parameter in optimizer.state.items()
-        for key, value in of_parameter.items()
-    }
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # else in any of the files
     try:
-        save(state, storage_writer=writer, planner=planner, process_group=group)
+        save(dict(state), storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as failure:
         own = failure.failures.get(dist.get_rank(group))
         if own is not None and isinstance(own[0], OSError):

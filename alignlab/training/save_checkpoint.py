@@ -1,21 +1,25 @@
-"""A checkpoint of weights that all ranks agree on, written by rank 0, or by all of them.
+"""Checkpoints of weights that all ranks agree on, written by rank 0, or by all of them.
 
 Of a transformer in shards, rank 0 gathers weights and their average, and writes them where and as a
 run of one process does: whatever reads a checkpoint reads these. Of the optimizer's state, which is
 twice as much, every rank writes its part.
+
+With `checkpoint.asynchronous` a thread writes a copy in main memory while training goes on.
 """
 
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-import torch
-from diffusers import WanTransformer3DModel
-from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
-
+from alignlab import interruption
 from alignlab.config.parts import CheckpointConfig
+from alignlab.dataset_cache.disk_room import size_text
 from alignlab.distributed.ranks import Ranks
 from alignlab.distributed.sharding import total_norm, whole_tensors
+from alignlab.errors import UserError, first_line
 from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.checkpoint_folders import (
     OPTIMIZER_SHARDS,
@@ -25,85 +29,144 @@ from alignlab.runs.checkpoint_folders import (
     step_path,
 )
 from alignlab.runs.kept_checkpoints import keep_weights_of
-from alignlab.runs.metric_rows import LogMark, mark_log
+from alignlab.runs.metric_rows import mark_log
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training import checkpoint
-from alignlab.training.checkpoint import RunState, TrainState, save_lora, write_facts
+from alignlab.training.checkpoint import TrainState
 from alignlab.training.optimizer_shards import write_shards
-from alignlab.training.stopping import Due
+from alignlab.training.snapshot import Snapshot
+
+log = logging.getLogger(__name__)
 
 
-def save_due(
-    state: TrainState,
-    folder: RunFolder,
-    ranks: Ranks,
-    settings: CheckpointConfig,
-    due: Due | None = None,
-) -> Path | None:
-    """Writes a checkpoint, or the weights of a step alone; all ranks wait until it is written.
+class CheckpointWriter:
+    """Writes the checkpoints of a training, one at a time. Its end waits for the last one.
 
     Args:
         state: what is written.
-        folder: of the run; where the state is in shards, all ranks see it.
         ranks: that train it.
-        settings: which older checkpoints are kept.
-        due: what is written; None: a checkpoint.
-
-    Returns:
-        The checkpoint, if one was due.
+        settings: which older checkpoints are kept, and whether training waits.
 
     Raises:
-        UserError: the ranks do not hold the same weights, or another one could not write.
+        UserError: with shards, training has to wait.
     """
-    if ranks.world_size > 1:
-        norm = float(total_norm(list(state.names)))
-        ranks.check_same("the norm of the trained weights", norm)
-    is_checkpoint = due is None or due.checkpoint
-    path = (step_path if is_checkpoint else copy_path)(folder.checkpoints, state.step)
-    log = mark_log(folder.metrics) if ranks.is_main and is_checkpoint else None
-    if isinstance(state, RunState) and state.is_in_shards:
-        _write_shards(state, path, ranks, log, weights_only=not is_checkpoint)
-    elif ranks.is_main:
-        checkpoint.write(state, path, log, weights_only=not is_checkpoint)
-    if ranks.is_main and is_checkpoint:
-        if due is not None and due.weights:
+
+    def __init__(self, state: TrainState, ranks: Ranks, settings: CheckpointConfig) -> None:
+        if settings.asynchronous and state.is_in_shards:
+            raise UserError(
+                "checkpoint.asynchronous: a transformer in shards (model.shard) is written while "
+                "training waits: set checkpoint.asynchronous=false"
+            )
+        self._state = state
+        self._ranks = ranks
+        self._settings = settings
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._writing is None:
+            return
+        with interruption.held():
+            wait([self._writing])
+        failure = self._writing.exception()
+        if failure is None or failure is error:
+            return
+        if error is None or isinstance(error, KeyboardInterrupt):
+            raise failure
+        log.warning("a checkpoint could not be written: %s", first_line(failure))
+
+    def save(
+        self, folder: RunFolder, *, is_checkpoint: bool = True, weights: bool = False
+    ) -> Path | None:
+        """Writes a checkpoint, or the weights of a step alone; first waits for the one before.
+
+        All ranks wait until it is written, or with `checkpoint.asynchronous` copied.
+
+        Args:
+            folder: of the run; where the state is in shards, all ranks see it.
+            is_checkpoint: whether the optimizer's state is among it.
+            weights: whether a copy of the weights stays when the checkpoint goes.
+
+        Returns:
+            The checkpoint, if it is one.
+
+        Raises:
+            UserError: the ranks do not hold the same weights, or another one could not write.
+        """
+        self.wait()
+        state, ranks = self._state, self._ranks
+        if ranks.world_size > 1:
+            norm = float(total_norm(list(state.names)))
+            ranks.check_same("the norm of the trained weights", norm)
+        path = (step_path if is_checkpoint else copy_path)(folder.checkpoints, state.step)
+        if ranks.is_main or state.is_in_shards:
+            mark = mark_log(folder.metrics) if ranks.is_main and is_checkpoint else None
+            snapshot = Snapshot.of(state, mark, weights_only=not is_checkpoint)
+            if self._settings.asynchronous:
+                self._begin(snapshot.in_main_memory(), path, keeps_weights=weights)
+            else:
+                self._write(snapshot, path, keeps_weights=weights)
+        ranks.barrier()  # here: the group that averages gradients has a shorter timeout
+        return path if is_checkpoint else None
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written; raises what went wrong."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def has_failed(self) -> bool:
+        """Whether one could not be written; nothing is waited for."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
+
+    def raise_failure(self) -> None:
+        """Raises what went wrong on this rank, or that something did on another one."""
+        if self.has_failed():
+            self.wait()
+        raise UserError("another rank could not write its checkpoint, its own message says why")
+
+    def _begin(self, snapshot: Snapshot, path: Path, *, keeps_weights: bool) -> None:
+        log.info(
+            "%s: %s copied to main memory, written while training goes on",
+            *(path.name, size_text(snapshot.num_bytes)),
+        )
+        executor = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = executor.submit(self._write, snapshot, path, keeps_weights=keeps_weights)
+        executor.shutdown(wait=False)
+
+    def _write(self, snapshot: Snapshot, path: Path, *, keeps_weights: bool) -> None:
+        if snapshot.state.is_in_shards:
+            _write_in_shards(snapshot, path, self._ranks)
+        else:
+            with whole_folder(path) as folder:
+                snapshot.write(folder)
+        if not self._ranks.is_main or snapshot.moments is None:
+            return
+        if keeps_weights:
             keep_weights_of(path)
-        remove_replaced(folder.checkpoints, state.step)
-        prune(folder.checkpoints, settings.keep, settings.keep_every)
-    ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-    return path if is_checkpoint else None
+        remove_replaced(path.parent, snapshot.step)
+        prune(path.parent, self._settings.keep, self._settings.keep_every)
 
 
-def _write_shards(
-    state: RunState, target: Path, ranks: Ranks, log: LogMark | None, *, weights_only: bool
-) -> None:
-    """`alignlab.training.checkpoint.write` by all ranks."""
+def _write_in_shards(snapshot: Snapshot, target: Path, ranks: Ranks) -> None:
+    """`Snapshot.write` by all ranks into one folder."""
     with ExitStack() as stack:
         folder = ranks.on_main(stack.enter_context, whole_folder(target))
-        _write_weights(state, folder, ranks)
-        if not weights_only:
-            write_shards(state.optimizer, state.names, folder / OPTIMIZER_SHARDS, ranks.group)
+        weights = {
+            file: whole_tensors(tensors, kept=ranks.is_main)
+            for file, tensors in snapshot.weights.items()
+        }
         if ranks.is_main:
-            write_facts(state, folder, log)
-
-
-def _write_weights(state: RunState, folder: Path, ranks: Ranks) -> None:
-    """`RunState.write_weights` by rank 0, of what all ranks hold."""
-    state.put_back()
-    transformer, is_main = state.transformer, ranks.is_main
-    own = get_peft_model_state_dict(transformer) if state.is_lora else transformer.state_dict()
-    weights = whole_tensors(own, kept=is_main)
-    if is_main and state.is_lora:
-        save_lora(transformer, folder, weights)
-    elif is_main:
-        with torch.device("meta"):  # `transformer` is of a class that fully_shard has made
-            plain = WanTransformer3DModel.from_config(transformer.config)
-        plain.load_state_dict(weights, assign=True)
-        plain.save_pretrained(folder / "transformer")
-    del weights
-    for file, average in state.averages().items():
-        whole = whole_tensors(average, kept=is_main)
-        if is_main:
-            save_file(whole, folder / file)
-    if is_main:
-        state.write_objectives(folder)
+            snapshot.state.write_weights(folder, weights)
+        del weights
+        if snapshot.moments is not None:
+            write_shards(snapshot.moments, folder / OPTIMIZER_SHARDS, ranks.group)
+        if ranks.is_main:
+            snapshot.write_facts(folder)

@@ -11,7 +11,9 @@ from alignlab import interruption
 from alignlab.config.parts import TrainingConfig
 from alignlab.distributed.ranks import Ranks
 from alignlab.runs.checkpoint_folders import step_of
+from alignlab.runs.run_folder import RunFolder
 from alignlab.training.checkpoint import TrainState
+from alignlab.training.save_checkpoint import CheckpointWriter
 
 
 class Due(NamedTuple):
@@ -42,12 +44,16 @@ class Stopping:
         config: of the training.
         ranks: of the training.
         state: of the training.
+        writer: of its checkpoints.
     """
 
-    def __init__(self, config: TrainingConfig, ranks: Ranks, state: TrainState) -> None:
+    def __init__(
+        self, config: TrainingConfig, ranks: Ranks, state: TrainState, writer: CheckpointWriter
+    ) -> None:
         self._config = config
         self._ranks = ranks
         self._state = state
+        self._writer = writer
         self.saved(None)
 
     def saved(self, newest: Path | None) -> None:
@@ -55,16 +61,30 @@ class Stopping:
         self.newest = newest
         self._since = time.monotonic()
 
+    def save(self, folder: RunFolder, due: Due | None) -> Path | None:
+        """Writes what is due, or a checkpoint; gives the newest checkpoint."""
+        kinds = {} if due is None else {"is_checkpoint": due.checkpoint, "weights": due.weights}
+        path = self._writer.save(folder, **kinds)
+        if path is not None:
+            self.saved(path)
+        return self.newest
+
     def due(self) -> Due:
         """The same on all ranks, also where a signal has reached one of them.
 
         The clock is that of rank 0.
+
+        Raises:
+            OSError, UserError: a checkpoint could not be written (`checkpoint.asynchronous`).
         """
         settings, step = self._config.checkpoint, self._state.step
         minutes = settings.every_minutes
         by_time = minutes is not None and time.monotonic() - self._since >= 60 * minutes
-        asks = (interruption.asked(), int(by_time and self._ranks.is_main))
-        number, due = self._ranks.largest(asks)
+        failed = int(self._writer.has_failed())
+        asks = (interruption.asked(), int(by_time and self._ranks.is_main), failed)
+        number, due, failed = self._ranks.largest(asks)
+        if failed:
+            self._writer.raise_failure()
         in_turn = step == self._config.steps or step % settings.every == 0
         weights = settings.weights_every is not None and step % settings.weights_every == 0
         return Due(number, in_turn, bool(number or due or in_turn), weights)

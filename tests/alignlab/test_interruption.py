@@ -212,7 +212,7 @@ def test_trained_weights_are_saved_whenever_a_signal_comes(
     assert state.ema is not None
     for average in state.ema.values():
         average.add_(1.0)
-    state.write_weights(tmp_path / "trained")
+    state.write_weights(tmp_path / "trained", state.weights())
 
     def too_early() -> None:
         raise interruption.Interrupted(signal.SIGTERM)
@@ -220,7 +220,7 @@ def test_trained_weights_are_saved_whenever_a_signal_comes(
     with pytest.raises(interruption.Interrupted), averaged_weights(state):
         monkeypatch.setattr(interruption, "held", too_early)
     monkeypatch.undo()
-    state.write_weights(tmp_path / "saved")
+    state.write_weights(tmp_path / "saved", state.weights())
     assert file_contents(tmp_path / "saved") == file_contents(tmp_path / "trained")
 
 

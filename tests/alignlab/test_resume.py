@@ -23,6 +23,7 @@ MOMENTS = [
     "between checkpoints",
     "right after a checkpoint",
     "while writing a checkpoint",
+    "while writing a checkpoint asynchronously",
     "while removing a checkpoint",
     "while evaluating",
 ]
@@ -55,6 +56,7 @@ def test_the_kills_hit_what_they_aim_at(outputs: Path) -> None:
         "between checkpoints": ["step-000003"],
         "right after a checkpoint": ["step-000003", "step-000006"],
         "while writing a checkpoint": [".step-000006.tmp", "step-000003"],
+        "while writing a checkpoint asynchronously": [".step-000006.tmp", "step-000003"],
         "while removing a checkpoint": [".step-000003.removed", "step-000006", "step-000008"],
         "while evaluating": ["step-000006", "step-000008"],
     }

@@ -49,7 +49,7 @@ PHASES: dict[str, dict[str, str]] = {
     "alignlab.runs.open_folder": {"open_folder": "folders of the runs, inputs"},
     "alignlab.runs.run_folder": {"RunFolder.write_result": "checkpoints, results"},
     "alignlab.runs.kept_checkpoints": {"drop_checkpoints": "checkpoints, results"},
-    "alignlab.training.checkpoint": {"save": "checkpoints, results"},
+    "alignlab.training.save_checkpoint": {"CheckpointWriter.save": "checkpoints, results"},
     "alignlab.training.setup": {
         "build_run": "setup of a run",
         "check_teachers_and_eval": "setup of a run",

@@ -3,6 +3,8 @@
 import importlib
 import os
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +18,14 @@ from alignlab.runs.checkpoint_folders import newest_step
 from kills import die, die_after, fork
 
 # Any, so that their names can be replaced
-checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
+snapshot: Any = importlib.import_module("alignlab.training.snapshot")
 save_checkpoint: Any = importlib.import_module("alignlab.training.save_checkpoint")
 atomic_files: Any = importlib.import_module("alignlab.runs.atomic_files")
 train_module: Any = importlib.import_module("alignlab.train")
 Trainer = train_module.Trainer
 rmtree = shutil.rmtree
+
+ASYNCHRONOUSLY = "while writing a checkpoint asynchronously"
 
 
 def half_written(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -46,7 +50,23 @@ def prepare(moment: str) -> None:
     elif moment == "right after a checkpoint":
         die_after(save_checkpoint, "prune", lambda checkpoints, *_: newest_step(checkpoints) == 6)
     elif moment == "while writing a checkpoint":
-        checkpoint.save_file = half_written
+        snapshot.save_file = half_written
+    elif moment == ASYNCHRONOUSLY:
+        is_later, step = threading.Event(), Trainer.step
+
+        def written_later(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            if path.parent.name == ".step-000006.tmp" and not is_later.wait(timeout=60):
+                raise AssertionError("training waits for its checkpoint")
+            half_written(tensors, path)
+
+        def stepping(trainer: Any, batches: Any) -> Any:
+            scalars = step(trainer, batches)
+            if trainer.state.step == 7:
+                is_later.set()
+                time.sleep(60)  # dies meanwhile
+            return scalars
+
+        snapshot.save_file, Trainer.step = written_later, stepping
     elif moment == "while removing a checkpoint":
         atomic_files.shutil.rmtree = half_removed
     elif moment == "while evaluating":
@@ -58,7 +78,8 @@ def prepare(moment: str) -> None:
 def train_until(recipe: Path, moment: str, output: Path) -> None:
     torch.set_num_threads(1)
     prepare(moment)
-    train_module.train(load_run(recipe, [f"output={output}"]))
+    asynchronous = ["checkpoint.asynchronous=true"] if moment == ASYNCHRONOUSLY else []
+    train_module.train(load_run(recipe, [f"output={output}", *asynchronous]))
 
 
 def run(recipe: Path, moment: str, output: Path) -> None:

@@ -8,7 +8,7 @@ from alignlab.config.parts import CheckpointConfig
 from alignlab.distributed.ranks import Ranks
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training.checkpoint import TrainState
-from alignlab.training.save_checkpoint import save_due
+from alignlab.training.save_checkpoint import CheckpointWriter
 
 
 def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
@@ -16,6 +16,6 @@ def save(state: TrainState, checkpoints: Path, *, keep: int) -> Path:
     folder = RunFolder(checkpoints.parent)
     folder.checkpoints = checkpoints
     ranks = Ranks(torch.device("cpu"), "fp32")
-    path = save_due(state, folder, ranks, CheckpointConfig(keep=keep))
+    path = CheckpointWriter(state, ranks, CheckpointConfig(keep=keep)).save(folder)
     assert path is not None
     return path

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from alignlab.errors import UserError
@@ -22,7 +22,7 @@ from alignlab.runs.checkpoint_folders import (
     resumable,
     step_of,
 )
-from alignlab.training.checkpoint import TrainState, restore
+from alignlab.training.checkpoint import TrainState, Weights, restore
 from damage import KINDS, delete, flip
 from saved_checkpoints import save
 
@@ -36,8 +36,8 @@ class SmallState(TrainState):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.network.named_parameters()
 
-    def write_weights(self, folder: Path) -> None:
-        save_file(self.network.state_dict(), folder / "network.safetensors")
+    def weights(self) -> Weights:
+        return {"network.safetensors": self.network.state_dict()}
 
     def read_weights(self, folder: Path, facts: Mapping[str, Any]) -> None:
         self.network.load_state_dict(load_file(folder / "network.safetensors"))

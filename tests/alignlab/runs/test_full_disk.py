@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from alignlab.cli import app
 from alignlab.recipe import load_run
 from alignlab.runs.atomic_files import whole_folder, write_text
-from alignlab.training import checkpoint
+from alignlab.training import checkpoint, snapshot
 from alignlab.training.setup import build_run
 
 # What safetensors raises on a full disk: no OSError, no errno, no file name.
@@ -51,7 +51,7 @@ def test_full_while_a_checkpoint_is_written(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full_at_step_2)
+        patch.setattr(snapshot, "save_file", full_at_step_2)
         refused(alignlab(recipe_file, tmp_path), run / "checkpoints" / "step-000002")
     assert os.listdir(run / "checkpoints") == ["step-000001"]
     assert not [p for p in run.rglob(".*") if not p.name.startswith((".writer", ".mlflow"))]
