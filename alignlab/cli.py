@@ -84,6 +84,7 @@ def train(recipe: Recipe, overrides: Overrides = None, print_config: PrintConfig
 
     launch_env.refuse_other_launchers()
     launch_env.check_process_group()
+    launch_env.end_with_launcher()
     if launch_env.rank() > 0:  # rank 0 speaks for all
         logging.getLogger("alignlab").setLevel(logging.ERROR)
     try:

@@ -59,7 +59,7 @@ from alignlab.training.micro_batches import MicroBatches
 from alignlab.training.nonfinite import NonFiniteWatch
 from alignlab.training.optim import clip_gradients, set_learning_rate, step_unless, update_ema
 from alignlab.training.prefetch import Prefetch
-from alignlab.training.save_checkpoint import save_checkpoint
+from alignlab.training.save_checkpoint import save_due
 from alignlab.training.self_teacher import student_input
 from alignlab.training.setup import (
     Caches,
@@ -69,7 +69,7 @@ from alignlab.training.setup import (
     check_teachers_and_eval,
 )
 from alignlab.training.step_terms import Aligned, SampleTerms, StepScalars
-from alignlab.training.stopping import Stopping
+from alignlab.training.stopping import Due, Stopping
 from alignlab.training.texts_ahead import encode_training_texts
 
 Batches = MicroBatches[Any] | Sequence[Any]
@@ -212,10 +212,7 @@ class Trainer(ABC):
                         tracker.log(state.step + 1, self.diagnose(batches))
                 scalars = self.step(batches)
                 due = self._stopping.due()
-                is_last = state.step == config.steps
-                is_in_turn = is_last or state.step % config.checkpoint.every == 0
-                is_saved = is_in_turn or due.checkpoint
-                if is_in_turn or state.step % config.tracking.log_every == 0:
+                if due.in_turn or state.step % config.tracking.log_every == 0:
                     row = {key: float(value) for key, value in scalars.items()}
                     row |= clock.lap() | {"memory/peak_mib": memory.peak_mib()}
                     nonfinite.check_state(state.step, state)
@@ -223,14 +220,14 @@ class Trainer(ABC):
                     row |= self.counts()
                     tracker.log(state.step, row)
                     note = f"loss {row['loss/total']:.4f}"
-                    if is_saved:
-                        newest = self.save(folder)
+                    if due.saves:
+                        newest = self.save(folder, due)
                     clock.restart()
-                elif is_saved:
+                elif due.saves:
                     nonfinite.check_state(state.step, state)
                     nonfinite.raise_if_broken(newest)
                     with clock.paused():
-                        newest = self.save(folder)
+                        newest = self.save(folder, due)
                 if due.signal:
                     raise self._stopping.interrupted(due)
                 if self.is_evaluation_due():
@@ -265,11 +262,12 @@ class Trainer(ABC):
         state.step += 1
         return StepScalars(terms, norm, settings, self.ranks)
 
-    def save(self, folder: RunFolder) -> Path:
-        """Writes a checkpoint, of weights that all ranks agree on."""
-        path = save_checkpoint(self.state, folder, self.ranks, self.config.checkpoint)
-        self._stopping.saved(path)
-        return path
+    def save(self, folder: RunFolder, due: Due | None = None) -> Path | None:
+        """Writes what is due, or a checkpoint; gives the newest checkpoint."""
+        path = save_due(self.state, folder, self.ranks, self.config.checkpoint, due)
+        if path is not None:
+            self._stopping.saved(path)
+        return self._stopping.newest
 
     def first_row(self) -> dict[str, float]:
         """What the log says before the first step that depends on the number of steps."""
@@ -425,11 +423,11 @@ class RunTrainer(Trainer):
         super().train_steps(folder, tracker, newest)
         self._aligned.check_end()
 
-    def save(self, folder: RunFolder) -> Path:
+    def save(self, folder: RunFolder, due: Due | None = None) -> Path | None:
         """As every training does; with what was counted since the last row of the log."""
         self.state.extra = {"aligned": self._aligned.totals()}
         self.run.caches.values.flush()
-        return super().save(folder)
+        return super().save(folder, due)
 
     @contextmanager
     def prepared(self, folder: RunFolder, tracker: Tracker) -> Iterator[None]:

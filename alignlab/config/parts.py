@@ -196,6 +196,9 @@ class CheckpointConfig(Settings):
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints of steps that are multiples of it are kept besides those of `keep`; a multiple of
     `every`. Left out: none."""
+    weights_every: int | None = Field(default=None, ge=1)
+    """Steps between copies of the weights, their moving average and projectors without the
+    optimizer's state, for samples, evaluations and exports; all are kept. Left out: none."""
     keep_finished: Literal["all", "weights", "none"] = "all"
     """What is left of them once the run is finished: `weights`, the newest and those of
     `keep_every` without their optimizer, from which nothing trains on; `none`, which also cannot be

@@ -1,11 +1,18 @@
 """The environment variables that torchrun or `accelerate launch` set. Imports no torch."""
 
 import os
+import signal
 
 from alignlab.errors import UserError, first_line
+from alignlab.parent_process import end_with_parent
 
 # Set by srun and by MPI in each of several processes that they start.
 OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+LAUNCHER = "ALIGNLAB_LAUNCHER"
+"""Process number of the alignlab command that starts ranks: they write a checkpoint and end when it
+is gone, or they would keep GPUs that nobody waits for."""
+SAME_GPU = "Duplicate GPU"  # in what NCCL raises
+LOST_RANK = "another rank has stopped"
 GLOO = "gloo/transport"  # in what its collectives raise
 # Set by `accelerate launch` for what no run here uses.
 ACCELERATE_MODES = {
@@ -91,13 +98,22 @@ def check_process_group() -> None:
         )
 
 
+def end_with_launcher() -> None:
+    """For a rank that an alignlab command has started: ends it when that command is gone."""
+    launcher = _number(LAUNCHER, 0)
+    if launcher:
+        end_with_parent(signal.SIGTERM, launcher)
+
+
 def lost_rank_line(error: BaseException) -> str | None:
     """Says in one line that another rank is gone; None of an error that is none of a collective."""
     text = str(error)
     is_lost = type(error).__name__.startswith("Dist") or GLOO in text
     if world_size() == 1 or not is_lost:
         return None
-    return f"another rank has stopped, its own message says why ({first_line(error)})"
+    if SAME_GPU in text:
+        return "two ranks have the same GPU: start as many ranks as there are GPUs"
+    return f"{LOST_RANK}, its own message says why ({first_line(error)})"
 
 
 def _is_set(name: str) -> bool:

@@ -249,7 +249,13 @@ def join_ranks(precision: str) -> Ranks:
         torch.cuda.set_device(device)
         use_own_kernel_rows()
     if launch_env.world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (dist.DistError, ValueError) as error:
+            raise UserError(
+                f"the ranks cannot form a process group ({first_line(error)}): see MASTER_ADDR and "
+                "MASTER_PORT, and whether all of them were started"
+            ) from error
     return Ranks(device, precision)
 
 
@@ -302,7 +308,7 @@ def _all_alive() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise UserError(
-            f"another rank has stopped, its own message says why ({first_line(error)})"
+            f"{launch_env.LOST_RANK}, its own message says why ({first_line(error)})"
         ) from error
 
 

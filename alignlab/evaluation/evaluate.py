@@ -76,6 +76,7 @@ def measure(
     alias = run.config.measured_against
     is_main = run.ranks.is_main  # else it takes part in forward passes alone
     teacher = teacher_of(run, alias) if alias and is_main else None
+    run.meet()
     metrics: dict[str, float] = {}
     with evaluated_model(run, blocks if alias else ()) as branch:
         if validation:

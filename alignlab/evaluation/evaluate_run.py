@@ -136,7 +136,8 @@ def evaluate_to_file(
         # the same one, though a run that trains has a newer one meanwhile
         choice = replace(choice, step=step_of(found))
         if out is None:
-            out = folder.path / "evaluations" / f"{found.name}{_mark(own, asked, choice)}.json"
+            name = f"step-{step_of(found):06d}{_mark(own, asked, choice)}.json"
+            out = folder.path / "evaluations" / name
         with out_file(out, ".json"):
             samples = out.with_name(f"{out.stem}-samples")
             result = evaluate_run(run_dir, choice=choice, evaluation=asked, samples=samples)

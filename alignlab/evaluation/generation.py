@@ -160,6 +160,7 @@ def _generated_latents(
     other: OtherExpert | None,
     advance: Advance | None,
 ) -> Tensor:
+    run.meet()  # rank 0 may have decoded and measured the clip before
     clip, device = run.val_clips[index], run.device
     negative = negative_text(run.config.eval.negative_prompt)
     warn_of_cut(run.wan.text, {"eval.negative_prompt": negative})

@@ -75,7 +75,7 @@ class ReferenceBranch:
     size: torch.utils.checkpoint otherwise raises, because blocks run again with the newer size.
 
     Args:
-        transformer: a WanTransformer3DModel, with or without LoRA, FSDP2 or torch.compile.
+        transformer: with or without LoRA, FSDP2 or compiled blocks.
         text_to_references: let reference tokens attend to the text. RefAlign's code does not.
         absent_references: what a sample without references has in their place: nothing (`none`), or
             one latent frame of zeros (`zero`, RefAlign's code). Its tokens are never among the
@@ -96,7 +96,7 @@ class ReferenceBranch:
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: WanTransformer3DModel,
         *,
         text_to_references: bool = False,
         absent_references: Literal["none", "zero"] = "none",
@@ -108,25 +108,24 @@ class ReferenceBranch:
     ) -> None:
         self._transformer = transformer
         self._others = tuple(others)
-        self._model = unwrap(transformer)
         self.absent_references = absent_references
         self._clean_references = reference_timestep == "zero"
         self._joint_attention = SameDtypeAttention()
         self._text_attention = SameDtypeAttention() if text_to_references else VideoTextAttention()
         self._originals: list[tuple[Any, Any]] = []
-        self._taps = Taps(self._model, blocks) if taps is None else taps
+        self._taps = Taps(transformer, blocks) if taps is None else taps
         self._kinds = kinds
         self._entered = False
-        patch = tuple(self._model.config["patch_size"])
+        patch = tuple(transformer.config["patch_size"])
         if patch[0] != 1:
             raise UserError(f"model.path: the transformer's patches {patch} span several frames")
-        if self._model.config["added_kv_proj_dim"] is not None:
+        if transformer.config["added_kv_proj_dim"] is not None:
             raise UserError("model.path: the transformer is image-to-video, not text-to-video")
 
     @classmethod
     def of(
         cls,
-        transformer: nn.Module,
+        transformer: WanTransformer3DModel,
         config: ModelConfig,
         *,
         blocks: Sequence[int] = (),
@@ -149,7 +148,7 @@ class ReferenceBranch:
     def __enter__(self) -> Self:
         for taps in (self._taps, *self._others):
             taps.__enter__()
-        for block in self._model.blocks:
+        for block in self._transformer.blocks:
             pairs = ((block.attn1, self._joint_attention), (block.attn2, self._text_attention))
             for attention, processor in pairs:
                 original = attention.processor
@@ -207,7 +206,7 @@ class ReferenceBranch:
             raise ValueError("latents, timesteps, text and references differ in batch size")
         if isinstance(self._text_attention, VideoTextAttention):
             self._text_attention.num_video_tokens = grid[0] * grid[1] * grid[2]
-        dtype = self._model.patch_embedding.weight.dtype
+        dtype = self._transformer.patch_embedding.weight.dtype
         (forward, taps, kinds), area = self._passed_through(other), grid[1] * grid[2]
         velocity: dict[int, Tensor] = {}
         passes: list[tuple[list[int], Recorded]] = []
@@ -275,7 +274,7 @@ class ReferenceBranch:
 
     def _token_grid(self, latents_BCTHW: Tensor, references: Sequence[Tensor]) -> Grid:
         _, channels, frames, height, width = latents_BCTHW.shape
-        _, patch_h, patch_w = self._model.config["patch_size"]
+        _, patch_h, patch_w = self._transformer.config["patch_size"]
         if height % patch_h or width % patch_w:
             raise ValueError(f"latents {height}x{width} do not divide into {patch_h}x{patch_w}")
         for reference in references:
@@ -286,9 +285,9 @@ class ReferenceBranch:
                 )
         grid = (frames, height // patch_h, width // patch_w)
         longest = max(frames + max(len(r) for r in references), grid[1], grid[2])
-        if longest > self._model.rope.max_seq_len:
+        if longest > self._transformer.rope.max_seq_len:
             raise ValueError(
-                f"{longest} positions exceed the transformer's {self._model.rope.max_seq_len}"
+                f"{longest} positions exceed the transformer's {self._transformer.rope.max_seq_len}"
             )
         return grid
 
@@ -330,19 +329,7 @@ def _without_zeros(
     }
 
 
-def unwrap(transformer: nn.Module) -> WanTransformer3DModel:
-    """The diffusers model inside DDP and torch.compile wrappers."""
-    module: nn.Module | None = transformer
-    while module is not None and not isinstance(module, WanTransformer3DModel):
-        # a compiled module raises when asked for its truth value
-        compiled: nn.Module | None = getattr(module, "_orig_mod", None)
-        module = getattr(module, "module", None) if compiled is None else compiled
-    if not isinstance(module, WanTransformer3DModel):
-        raise TypeError(f"expected a WanTransformer3DModel, got {type(transformer).__name__}")
-    return module
-
-
-def _communicates(transformer: nn.Module) -> bool:
+def _communicates(transformer: WanTransformer3DModel) -> bool:
     """Whether a forward call waits for other ranks."""
     return any(isinstance(module, FSDPModule) for module in transformer.modules())
 

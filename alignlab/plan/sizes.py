@@ -34,9 +34,14 @@ def checkpoint_sizes(config: RunConfig, step: FakeStep) -> CheckpointSizes:
     optimizer = step.standing.get(OPTIMIZER, 0)
     weights = step.saved + step.standing.get(EMA, 0)
     one, count = weights + optimizer, num_kept(config, config.checkpoint.keep)
-    finished = {"all": count * one, "weights": num_kept(config, 1) * weights, "none": 0}
+    copies = config.steps // (config.checkpoint.weights_every or config.steps + 1) * weights
+    finished = {
+        "all": count * one + copies,
+        "weights": num_kept(config, 1) * weights + copies,
+        "none": 0,
+    }
     return CheckpointSizes(
-        one, optimizer, (count + 1) * one, finished[config.checkpoint.keep_finished]
+        one, optimizer, (count + 1) * one + copies, finished[config.checkpoint.keep_finished]
     )
 
 

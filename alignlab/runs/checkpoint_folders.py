@@ -1,5 +1,7 @@
 """The folders `step-000500` of a run's checkpoints: which is whole, who reads it, which go.
 
+Beside them are the copies `weights-000500` of weights alone.
+
 Each has a `checksums.json` over its files. The newest that is whole is taken; of a newer one that
 is damaged a line is said. What a reader holds (a shared lock, flock, on its `state.json`) is not
 pruned meanwhile, so that a run can be looked at while it trains.
@@ -46,6 +48,7 @@ ASIDE = ".damaged"
 # folder meanwhile may see neither, although there always is one.
 LISTINGS = 3
 _NAME = re.compile(r"step-\d{6,}")
+_COPY = re.compile(r"weights-\d{6,}")
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -66,13 +69,42 @@ def is_step_name(name: str) -> bool:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
-    return int(checkpoint.name.removeprefix("step-"))
+    """The step in the name of a checkpoint's folder, or of that of a copy of weights."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def step_path(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return checkpoints / f"step-{step:06d}"
+
+
+def copy_path(checkpoints: Path, step: int) -> Path:
+    """Where the weights of a step lie that `checkpoint.weights_every` writes, beside checkpoints.
+
+    They are what a checkpoint has but for the optimizer's state, and no training resumes from them.
+    """
+    return checkpoints / f"weights-{step:06d}"
+
+
+def weight_copies(checkpoints: Path) -> list[Path]:
+    """The copies of `checkpoint.weights_every`, oldest first."""
+    found = [p for p in checkpoints.glob("weights-*") if _COPY.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def readable_folders(checkpoints: Path) -> list[Path]:
+    """What has the weights of a step, oldest first: its checkpoint, or else a copy of weights."""
+    found = {step_of(folder): folder for folder in weight_copies(checkpoints)}
+    found |= {step_of(folder): folder for folder in step_folders(checkpoints)}
+    return [found[step] for step in sorted(found)]
+
+
+def drop_later_copies(checkpoints: Path, newest: Path | None) -> None:
+    """Drops copies of weights of steps that a training takes again, which resumes from `newest`."""
+    done = 0 if newest is None else step_of(newest)
+    for copy in weight_copies(checkpoints):
+        if step_of(copy) > done:
+            remove_folder(copy)
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -227,9 +259,9 @@ def reading(checkpoints: Path, step: int | None = None) -> Iterator[Path]:
 
 def _held(checkpoints: Path, step: int | None, stack: ExitStack) -> Path | None:
     """None if a checkpoint went away meanwhile: there is a newer one then."""
-    folders = [f for f in step_folders(checkpoints) if step is None or step_of(f) == step]
+    folders = [f for f in readable_folders(checkpoints) if step is None or step_of(f) == step]
     if not folders:
-        if step is None or not step_folders(checkpoints):
+        if step is None or not readable_folders(checkpoints):
             raise no_checkpoint(checkpoints)
         raise UserError(f"{checkpoints.parent}: no checkpoint of step {step}")
     damaged: dict[Path, str] = {}

@@ -1,29 +1,63 @@
-"""What is left of the checkpoints of a finished run (`checkpoint.keep_finished`).
+"""What is left of checkpoints: weights alone, and of a finished run what `keep_finished` says.
 
-They are dropped once the result is there. What a kill in between left, or somebody was reading, is
-dropped by the next command that finds the run finished.
+Those of a finished run are dropped once the result is there. What a kill in between left, or
+somebody was reading, is dropped by the next command that finds the run finished.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.errors import UserError
-from alignlab.runs.atomic_files import remove_folder
+from alignlab.runs.atomic_files import remove_folder, whole_folder
 from alignlab.runs.checkpoint_folders import (
     LOG,
     OPTIMIZER_STATE,
+    STATE,
+    copy_path,
     has_optimizer,
+    mark_checkpoint,
+    readable_folders,
     step_folders,
     step_of,
     unread,
+    weight_copies,
 )
-from alignlab.runs.checksums import CHECKSUMS, files_below, write_checksums
+from alignlab.runs.checksums import (
+    CHECKSUMS,
+    files_below,
+    read_checksums,
+    write_checksums,
+    write_json,
+)
 from alignlab.runs.run_folder import RunFolder, only_writer
 
 log = logging.getLogger(__name__)
+
+
+def keep_weights_of(checkpoint: Path) -> None:
+    """Writes the copy of a checkpoint's weights, which stays when the checkpoint goes.
+
+    Files are linked where the filesystem can, and copied elsewhere.
+    """
+    digests = read_checksums(checkpoint) or {}
+    kept = {name: digests[name] for name in _without_optimizer(digests)}
+    with whole_folder(copy_path(checkpoint.parent, step_of(checkpoint))) as folder:
+        for name in kept:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == STATE:  # who reads one of the two locks its own
+                shutil.copyfile(checkpoint / name, folder / name)
+                continue
+            try:
+                os.link(checkpoint / name, folder / name)
+            except OSError:
+                shutil.copyfile(checkpoint / name, folder / name)
+        write_json(folder / CHECKSUMS, {"files": kept})
+        mark_checkpoint(folder, None)
 
 
 def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:
@@ -41,11 +75,13 @@ def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:
         is_kept = every is not None and step_of(checkpoint) % every == 0
         is_slimmed = keep == "weights" and (is_kept or checkpoint == checkpoints[-1])
         _drop_unread(checkpoint, _drop_optimizer if is_slimmed else remove_folder)
+    for copy in weight_copies(folder.checkpoints) if keep == "none" else ():
+        _drop_unread(copy, remove_folder)
 
 
 def drop_if_unread(folder: RunFolder, config: TrainingConfig) -> None:
     """Drops what a kill has left, unless another process works in the folder."""
-    if config.checkpoint.keep_finished == "all" or not step_folders(folder.checkpoints):
+    if config.checkpoint.keep_finished == "all" or not readable_folders(folder.checkpoints):
         return
     with _writer(folder) as is_writer:
         if is_writer:
@@ -60,8 +96,10 @@ def drop_pruned(folder: RunFolder, config: TrainingConfig) -> None:
     if config.checkpoint.keep_finished == "all":
         return
     with _writer(folder) as is_writer:
-        for checkpoint in step_folders(folder.checkpoints) if is_writer else ():
-            _drop_unread(checkpoint, remove_folder)
+        if not is_writer:
+            return
+        for kept in (*step_folders(folder.checkpoints), *weight_copies(folder.checkpoints)):
+            _drop_unread(kept, remove_folder)
 
 
 @contextmanager
@@ -88,9 +126,12 @@ def _drop_unread(checkpoint: Path, drop: Callable[[Path], None]) -> None:
 def _drop_optimizer(checkpoint: Path) -> None:
     if not has_optimizer(checkpoint):
         return
-    dropped = (*OPTIMIZER_STATE, LOG)
     if (checkpoint / CHECKSUMS).exists():  # first: else a kill would leave one that looks damaged
-        names = [name for name in files_below(checkpoint) if name.split("/")[0] not in dropped]
-        write_checksums(checkpoint, names)
+        write_checksums(checkpoint, _without_optimizer(files_below(checkpoint)))
     for name in OPTIMIZER_STATE:
         remove_folder(checkpoint / name)
+
+
+def _without_optimizer(names: Iterable[str]) -> list[str]:
+    """Those of a checkpoint's files that weights alone have, and that have a checksum."""
+    return [name for name in names if name.split("/")[0] not in (*OPTIMIZER_STATE, LOG)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.runs.atomic_files import clear_leftovers
-from alignlab.runs.checkpoint_folders import log_mark, resumable
+from alignlab.runs.checkpoint_folders import drop_later_copies, log_mark, resumable
 from alignlab.runs.input_record import hold_inputs
 from alignlab.runs.kept_checkpoints import drop_checkpoints, drop_if_unread
 from alignlab.runs.metric_rows import check_log
@@ -61,6 +61,7 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
         drop(folder, config)
         return OpenedFolder(folder, True, None, ())
     newest, notes = resumable(folder.checkpoints)
+    drop_later_copies(folder.checkpoints, newest)
     if newest is not None:
         notes += check_log(folder.metrics, log_mark(newest))
     return OpenedFolder(folder, False, newest, notes)

@@ -4,7 +4,7 @@ recipe.yaml        the resolved recipe
 inputs.json        digests of the files that it reads (`alignlab.runs.input_record`)
 environment.json   versions, commit, hardware
 metrics.jsonl      one row of scalars per logged step
-checkpoints/step-000500/
+checkpoints/step-000500/, and copies of weights, checkpoints/weights-000250/
 samples/           generated clips
 stage1/            the trained network, of a Stage 1 training
 history.json       the legs of a run that was prolonged (`alignlab.runs.prolong`)

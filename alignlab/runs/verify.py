@@ -7,7 +7,14 @@ from pathlib import Path
 from alignlab.environment import read_environment
 from alignlab.errors import UserError
 from alignlab.losses.stage1.folder import INFO, WEIGHTS
-from alignlab.runs.checkpoint_folders import ASIDE, log_mark, problem, step_folders, step_of
+from alignlab.runs.checkpoint_folders import (
+    ASIDE,
+    log_mark,
+    problem,
+    step_folders,
+    step_of,
+    weight_copies,
+)
 from alignlab.runs.checksums import (
     CHECKSUMS,
     DamagedError,
@@ -158,6 +165,12 @@ def _verify_checkpoints(folder: RunFolder, found: Findings) -> None:
             check_log(folder.metrics, log_mark(checkpoint))
         except DamagedError as error:
             found.say(folder.metrics, str(error))
+    for copy in weight_copies(folder.checkpoints):
+        found.files |= {copy / name for name in (*files_below(copy), CHECKSUMS)}
+        what = problem(copy)
+        if what is not None:
+            fix = "remove it, or copy it back from elsewhere"
+            found.say(copy, f"{copy} is damaged ({what}): {fix}")
     for aside in folder.checkpoints.glob(f"step-*{ASIDE}"):
         found.unknown.append(f"{aside}: a damaged checkpoint that was renamed; remove it")
 

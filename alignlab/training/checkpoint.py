@@ -45,12 +45,9 @@ from alignlab.runs.checkpoint_folders import (
     has_optimizer,
     mark_checkpoint,
     no_checkpoint,
-    prune,
+    readable_folders,
     reading,
-    remove_replaced,
-    step_folders,
     step_of,
-    step_path,
 )
 from alignlab.runs.checksums import write_checksums
 from alignlab.runs.digest import frozen_digest
@@ -226,19 +223,16 @@ class ModelChoice:
         Raises:
             UserError: it is not there; the message names those that are.
         """
-        folders = step_folders(checkpoints)
+        folders = {step_of(folder): folder for folder in readable_folders(checkpoints)}
         if not folders:
             raise no_checkpoint(checkpoints)
-        if self.step is None:
-            return folders[-1]
-        found = step_path(checkpoints, self.step)
-        if found not in folders:
-            steps = ", ".join(str(step_of(folder)) for folder in folders)
+        step = max(folders) if self.step is None else self.step
+        if step not in folders:
             raise UserError(
-                f"{checkpoints.parent}: no checkpoint of step {self.step}; "
-                f"there are those of steps {steps}"
+                f"{checkpoints.parent}: no checkpoint of step {step}; "
+                f"there are those of steps {', '.join(map(str, folders))}"
             )
-        return found
+        return folders[step]
 
     @contextmanager
     def reading(self, checkpoints: Path) -> Iterator[Path]:
@@ -258,31 +252,22 @@ class ModelChoice:
 NEWEST = ModelChoice()
 
 
-def save(
-    state: TrainState,
-    checkpoints: Path,
-    *,
-    keep: int,
-    keep_every: int | None = None,
-    log: LogMark | None = None,
-) -> Path:
-    """Writes `step-<step>` and removes older checkpoints.
+def write(
+    state: TrainState, target: Path, log: LogMark | None = None, *, weights_only: bool = False
+) -> None:
+    """Writes a checkpoint, or what it has without the optimizer's state.
 
     Args:
         state: what is written.
-        checkpoints: the folder of all checkpoints.
-        keep: how many of the newest stay.
-        keep_every: those of steps that are multiples of it stay as well.
+        target: the folder.
         log: what the run's log holds.
+        weights_only: without the optimizer's state.
     """
-    target = step_path(checkpoints, state.step)
     with whole_folder(target) as folder:
         state.write_weights(folder)
-        save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
+        if not weights_only:
+            save_file(named_state(state.optimizer, state.names), folder / OPTIMIZER)
         write_facts(state, folder, log)
-    remove_replaced(checkpoints, state.step)
-    prune(checkpoints, keep, keep_every)
-    return target
 
 
 def write_facts(state: TrainState, folder: Path, log: LogMark | None) -> None:

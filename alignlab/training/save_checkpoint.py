@@ -17,24 +17,40 @@ from alignlab.config.parts import CheckpointConfig
 from alignlab.distributed.ranks import Ranks
 from alignlab.distributed.sharding import total_norm, whole_tensors
 from alignlab.runs.atomic_files import whole_folder
-from alignlab.runs.checkpoint_folders import OPTIMIZER_SHARDS, prune, remove_replaced, step_path
+from alignlab.runs.checkpoint_folders import (
+    OPTIMIZER_SHARDS,
+    copy_path,
+    prune,
+    remove_replaced,
+    step_path,
+)
+from alignlab.runs.kept_checkpoints import keep_weights_of
 from alignlab.runs.metric_rows import LogMark, mark_log
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training import checkpoint
 from alignlab.training.checkpoint import RunState, TrainState, save_lora, write_facts
 from alignlab.training.optimizer_shards import write_shards
+from alignlab.training.stopping import Due
 
 
-def save_checkpoint(
-    state: TrainState, folder: RunFolder, ranks: Ranks, settings: CheckpointConfig
-) -> Path:
-    """`alignlab.training.checkpoint.save` for all ranks, which wait until it is written.
+def save_due(
+    state: TrainState,
+    folder: RunFolder,
+    ranks: Ranks,
+    settings: CheckpointConfig,
+    due: Due | None = None,
+) -> Path | None:
+    """Writes a checkpoint, or the weights of a step alone; all ranks wait until it is written.
 
     Args:
         state: what is written.
         folder: of the run; where the state is in shards, all ranks see it.
         ranks: that train it.
         settings: which older checkpoints are kept.
+        due: what is written; None: a checkpoint.
+
+    Returns:
+        The checkpoint, if one was due.
 
     Raises:
         UserError: the ranks do not hold the same weights, or another one could not write.
@@ -42,33 +58,33 @@ def save_checkpoint(
     if ranks.world_size > 1:
         norm = float(total_norm(list(state.names)))
         ranks.check_same("the norm of the trained weights", norm)
-    log = mark_log(folder.metrics) if ranks.is_main else None
+    is_checkpoint = due is None or due.checkpoint
+    path = (step_path if is_checkpoint else copy_path)(folder.checkpoints, state.step)
+    log = mark_log(folder.metrics) if ranks.is_main and is_checkpoint else None
     if isinstance(state, RunState) and state.is_in_shards:
-        _save_in_shards(state, folder.checkpoints, ranks, settings, log)
+        _write_shards(state, path, ranks, log, weights_only=not is_checkpoint)
     elif ranks.is_main:
-        keep, keep_every = settings.keep, settings.keep_every
-        checkpoint.save(state, folder.checkpoints, keep=keep, keep_every=keep_every, log=log)
+        checkpoint.write(state, path, log, weights_only=not is_checkpoint)
+    if ranks.is_main and is_checkpoint:
+        if due is not None and due.weights:
+            keep_weights_of(path)
+        remove_replaced(folder.checkpoints, state.step)
+        prune(folder.checkpoints, settings.keep, settings.keep_every)
     ranks.barrier()  # here: the group that averages gradients has a shorter timeout
-    return step_path(folder.checkpoints, state.step)
+    return path if is_checkpoint else None
 
 
-def _save_in_shards(
-    state: RunState,
-    checkpoints: Path,
-    ranks: Ranks,
-    settings: CheckpointConfig,
-    log: LogMark | None,
+def _write_shards(
+    state: RunState, target: Path, ranks: Ranks, log: LogMark | None, *, weights_only: bool
 ) -> None:
-    target = step_path(checkpoints, state.step)
+    """`alignlab.training.checkpoint.write` by all ranks."""
     with ExitStack() as stack:
         folder = ranks.on_main(stack.enter_context, whole_folder(target))
         _write_weights(state, folder, ranks)
-        write_shards(state.optimizer, state.names, folder / OPTIMIZER_SHARDS, ranks.group)
+        if not weights_only:
+            write_shards(state.optimizer, state.names, folder / OPTIMIZER_SHARDS, ranks.group)
         if ranks.is_main:
             write_facts(state, folder, log)
-    if ranks.is_main:
-        remove_replaced(checkpoints, state.step)
-        prune(checkpoints, settings.keep, settings.keep_every)
 
 
 def _write_weights(state: RunState, folder: Path, ranks: Ranks) -> None:

@@ -87,6 +87,15 @@ class Run:
             return mixed_precision(self.device, self.config.model.precision, cache=False)
         return self.ranks.autocast()
 
+    def meet(self) -> None:
+        """Waits for the others before forward passes of a model in shards, however long it takes.
+
+        Within a pass they wait as long as the device's collectives do, which give up after minutes:
+        rank 0 may load a teacher or decode a clip meanwhile.
+        """
+        if self.state.is_in_shards:
+            self.ranks.barrier()
+
     def with_model(
         self, work: Callable[Args, Value], *args: Args.args, **settings: Args.kwargs
     ) -> Value:

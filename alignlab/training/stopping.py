@@ -19,11 +19,20 @@ class Due(NamedTuple):
 
     Args:
         signal: that ends the training; 0 for none.
-        checkpoint: whether one is to be written, by the clock or before the end.
+        in_turn: whether a checkpoint is to be written because of the step's number.
+        checkpoint: whether one is to be written, for that, by the clock or before the end.
+        weights: whether a copy of the weights is.
     """
 
     signal: int
+    in_turn: bool
     checkpoint: bool
+    weights: bool
+
+    @property
+    def saves(self) -> bool:
+        """Whether something is to be written."""
+        return self.checkpoint or self.weights
 
 
 class Stopping:
@@ -43,7 +52,7 @@ class Stopping:
 
     def saved(self, newest: Path | None) -> None:
         """This checkpoint was written, or is the one that the training resumes from."""
-        self._newest = newest
+        self.newest = newest
         self._since = time.monotonic()
 
     def due(self) -> Due:
@@ -51,11 +60,14 @@ class Stopping:
 
         The clock is that of rank 0.
         """
-        minutes = self._config.checkpoint.every_minutes
+        settings, step = self._config.checkpoint, self._state.step
+        minutes = settings.every_minutes
         by_time = minutes is not None and time.monotonic() - self._since >= 60 * minutes
         asks = (interruption.asked(), int(by_time and self._ranks.is_main))
         number, due = self._ranks.largest(asks)
-        return Due(number, bool(number or due))
+        in_turn = step == self._config.steps or step % settings.every == 0
+        weights = settings.weights_every is not None and step % settings.weights_every == 0
+        return Due(number, in_turn, bool(number or due or in_turn), weights)
 
     def interrupted(self, due: Due) -> interruption.Interrupted:
         """What ends the training; rank 0 speaks for all."""
@@ -78,13 +90,13 @@ class Stopping:
                 interruption.check()
                 yield
         except interruption.Interrupted as stop:
-            is_saved = self._newest is not None and step_of(self._newest) == self._state.step
+            is_saved = self.newest is not None and step_of(self.newest) == self._state.step
             if stop.number != signal.SIGINT and not is_saved:
                 save()
             raise
 
     def progress(self) -> str:
         """How far the training came, for the line of an interruption."""
-        newest = self._newest
+        newest = self.newest
         kept = "no checkpoint yet" if newest is None else f"checkpoint at {step_of(newest)}"
         return f"after step {self._state.step} of {self._config.steps} ({kept})"

@@ -5,7 +5,6 @@ measured yet, and looks at the clock before it begins more. Packages are importe
 used: one that is missing costs the phases that need it.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -21,9 +20,9 @@ from typing import Any
 import torch
 
 from alignlab.experiments.bench.gpu_report import PASSED, ROOT
+from alignlab.parent_process import end_with_parent
 
 CLOSING_S = 4.0  # of a phase's time, kept for its end
-SIGNAL_OF_A_DEAD_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 
 class Findings:
@@ -363,8 +362,7 @@ PHASES: dict[str, Callable[[Findings], None]] = {
 def main(arguments: Sequence[str]) -> None:
     """Runs one phase: its name, device, size, seconds, folder of the report, file of findings."""
     name, device, size, seconds, out, path = arguments
-    if sys.platform == "linux":  # a killed report leaves no phase behind
-        ctypes.CDLL(None).prctl(SIGNAL_OF_A_DEAD_PARENT, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)  # a killed report leaves no phase behind
     found = Findings(
         Path(path),
         torch.device(device),

@@ -25,8 +25,9 @@ class SlurmConfig(Settings):
     """Quality of service."""
     constraint: str | None = None
     """Features of nodes, such as `h100`."""
-    hours: Annotated[float, Field(gt=0), at_most(8760, "no job runs for years")] = 24.0
-    """Time limit of a job. A run that takes longer is requeued and resumed."""
+    hours: Annotated[float, Field(ge=0.25), at_most(8760, "no job runs for years")] = 24.0
+    """Time limit of a job, at least a quarter: five minutes before its end the run writes a
+    checkpoint, and is requeued and resumed."""
     options: dict[str, str | int | bool] = Field(default_factory=dict)
     """Other options of sbatch by their long names, such as `{exclude: node7}`."""
 

@@ -99,6 +99,11 @@ def check_machine(needs: LaunchConfig, *, runs: int = 1) -> None:
     if needs.gpus and not _holds(gpus, needs.gpus, runs):
         share = f"{needs.gpus:g}" if runs == 1 else f"{needs.gpus:g} each"
         raise UserError(f"launch.gpus: {who} {share}, this machine has {gpus or 'none'}")
+    if needs.gpus is None and needs.num_ranks > 1 and 0 < gpus < runs * needs.num_ranks:
+        raise UserError(
+            f"launch.ranks: {who} {runs * needs.num_ranks} GPUs, a rank on each, this machine has "
+            f"{gpus}"
+        )
     if needs.gpus == 0 and gpus:
         raise UserError(
             "launch.gpus: 0, but a run in this process would use the machine's GPU: "

@@ -110,7 +110,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     environment = os.environ | devices_of(index - 1, visible, gpus)
-    if "OMP_NUM_THREADS" not in environment:
+    if gpus == 1 and "OMP_NUM_THREADS" not in environment:  # else each rank has its own
         environment["OMP_NUM_THREADS"] = str(max(1, num_cpus() // count))
     return started(
         [sys.executable, "-m", "alignlab", *command], environment, folder / f"worker-{index}.log"

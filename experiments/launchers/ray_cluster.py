@@ -14,6 +14,7 @@ from alignlab import interruption
 from alignlab.errors import UserError, first_line
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.node import Order
+from alignlab.experiments.launchers.several_ranks import LostRankError
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,9 @@ class RayTasks(Generic[Key]):
             except self._lost as loss:
                 yield Ended(key, None, type(loss).__name__)
             except self._ray.exceptions.RayTaskError as failure:
-                raise failure.cause from failure
+                if not isinstance(failure.cause, LostRankError):
+                    raise failure.cause from failure
+                yield Ended(key, None, str(failure.cause))
 
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""

@@ -7,6 +7,7 @@ they write into the run's folder; what a rank says goes to `rank-N.log` there.
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from alignlab import interruption
 from alignlab.config.run import RunConfig
+from alignlab.distributed.launch_env import LAUNCHER, LOST_RANK
 from alignlab.errors import USER_ERROR, UserError
 from alignlab.evaluation.intermediate import OnEvaluation, tell_earlier
 from alignlab.experiments.launchers.run_progress import steps_done
@@ -25,16 +27,21 @@ from alignlab.recipe import dump, holds_recipe
 from alignlab.runs.atomic_files import write_text
 from alignlab.runs.checksums import with_checksum_line
 from alignlab.runs.file_lock import WRITER, HeldError, file_lock, is_held
-from alignlab.runs.run_folder import RunFolder
+from alignlab.runs.run_folder import RunFolder, only_writer
 
 log = logging.getLogger(__name__)
 
 LOCK = ".launch.lock"
 LOOK_EVERY_S = 0.5
-_started: list[subprocess.Popen[bytes]] = []  # the ranks of the run that is being trained
-LAST_S = 30.0  # for a rank to see that another is gone, and to say so
+ERROR = re.compile(r"^error( \(rank \d+ of \d+\))?: ")
 # Exit codes of `alignlab.interruption`.
 INTERRUPTED = tuple(128 + number for number in interruption.SIGNALS)
+_started: list[subprocess.Popen[bytes]] = []  # the ranks of the run that is being trained
+LAST_S = 30.0  # for a rank to see that another is gone, and to say so
+
+
+class LostRankError(ChildProcessError):
+    """The machine killed a rank; the run resumes from its newest checkpoint."""
 
 
 def train_ranks(
@@ -59,7 +66,8 @@ def train_ranks(
 
     Raises:
         UserError: the run cannot be trained, or another command trains it and `wait` is false.
-        ChildProcessError: the machine ended a rank.
+        ChildProcessError: a rank ended with an error that is none of the user's;
+            `LostRankError` where a signal killed it.
     """
     folder = RunFolder.create(run)
 
@@ -73,6 +81,9 @@ def train_ranks(
     ):
         if not wait and is_held(folder.path / WRITER):  # by ranks whose launcher was killed
             raise HeldError(refused())
+        if wait:
+            with only_writer(folder.path, wait=True):
+                pass
         if not folder.is_finished_at(run.steps):
             _Ranks(run, folder, on_evaluation).train(ranks, cpus)
     return folder.path
@@ -159,22 +170,39 @@ class _Ranks:
         tell_earlier(self._folder.metrics, tell)
 
     def _why_ended(self, codes: list[int]) -> Exception:
-        """The line of the rank that was at fault; the others say that another has stopped."""
-        lost = [rank for rank, code in enumerate(codes) if code not in (0, USER_ERROR)]
-        rank = lost[0] if lost else self._first_at_fault(codes)
-        said = self._log(rank).read_text(errors="replace").strip().rsplit("\n", 1)[-1]
-        line, code = said.removeprefix("error: "), codes[rank]
+        """The line of the rank that was at fault, as far as exit codes and last lines tell."""
+        said = [_last_line(self._log(rank)) for rank in range(len(codes))]
+        rank = at_fault(codes, said)
+        line, code = ERROR.sub("", said[rank]), codes[rank]
         if code < 0:
             line = f"killed by {signal.Signals(-code).name}"
         line = f"rank {rank}: {line} (see {self._log(rank)})"
+        if code < 0:
+            return LostRankError(line)
         return UserError(line) if code == USER_ERROR else ChildProcessError(line)
 
-    def _first_at_fault(self, codes: list[int]) -> int:
-        failed = [rank for rank, code in enumerate(codes) if code]
-        for rank in failed:
-            if "another rank has stopped" not in self._log(rank).read_text(errors="replace"):
-                return rank
-        return failed[0]
+
+def at_fault(codes: Sequence[int], said: Sequence[str]) -> int:
+    """The rank whose end has ended the others, which say so or were told to end.
+
+    Args:
+        codes: exit codes of the ranks, of which one is not 0; negative of a signal.
+        said: the last line of each.
+    """
+
+    def order(rank: int) -> int:
+        code = codes[rank]
+        if LOST_RANK in said[rank]:
+            return 3
+        if code in (*INTERRUPTED, -signal.SIGTERM):  # before it handles signals they kill it
+            return 2
+        return 0 if code < 0 else 1
+
+    return min((rank for rank, code in enumerate(codes) if code), key=order)
+
+
+def _last_line(log: Path) -> str:
+    return log.read_text(errors="replace").strip().rsplit("\n", 1)[-1]
 
 
 def _environment(rank: int, ranks: int, port: int, cpus: int | None) -> dict[str, str]:
@@ -186,6 +214,7 @@ def _environment(rank: int, ranks: int, port: int, cpus: int | None) -> dict[str
         "LOCAL_WORLD_SIZE": str(ranks),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
+        LAUNCHER: str(os.getpid()),
     }
     if cpus is not None or "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, (cpus or ranks) // ranks))

@@ -19,7 +19,7 @@ from alignlab.experiments.launchers.local import shown
 from alignlab.experiments.launchers.node import LOG, Order, arrive, logged, order_for, seen
 from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS, Deaths
 from alignlab.experiments.launchers.run_progress import RunKey, RunsProgress
-from alignlab.experiments.launchers.several_ranks import end_ranks, train_ranks
+from alignlab.experiments.launchers.several_ranks import LostRankError, end_ranks, train_ranks
 from alignlab.experiments.launchers.sources import waits
 from alignlab.runs.checkpoint_folders import newest_step
 from alignlab.runs.run_folder import RunFolder
@@ -27,7 +27,7 @@ from alignlab.runs.run_folder import RunFolder
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
-MOST_TIMEOUTS = 10**6  # requeues after a time limit: a run is resumed until it is finished
+MOST_TIMEOUTS = 10**6  # requeues after a time limit; those that bring nothing are counted here
 FOLDER = "slurm"  # in the comparison's: submitit's scripts, logs and pickles
 SIGNAL_S = 300  # between the signal and the limit: for the step and the checkpoint
 
@@ -112,9 +112,14 @@ class RunJob:
 
     def __init__(self, order: Order) -> None:
         self._order = order
+        self._requeues = Deaths[str]()
 
-    def __call__(self) -> str | None:
-        """Trains the run in processes of its own; gives the line of a UserError."""
+    def __call__(self) -> tuple[str | None, str | None]:
+        """Trains the run in processes of its own.
+
+        Returns:
+            The line of a UserError, and that of a rank which the machine has killed.
+        """
         signal.signal(signal.SIGTERM, _cancelled)  # submitit would let it pass
         try:
             folder = RunFolder(arrive(self._order))
@@ -122,14 +127,23 @@ class RunJob:
                 ranks, cpus = self._order["ranks"], self._order["threads"]
                 train_ranks(folder.config(), ranks, wait=True, cpus=cpus)
         except UserError as error:
-            return str(error)
-        return None
+            return str(error), None
+        except LostRankError as loss:
+            return None, str(loss)
+        return None, None
 
     def checkpoint(self) -> Any:
-        """Ends the processes with a checkpoint; gives what the requeued job calls."""
+        """Ends the processes with a checkpoint; gives what the requeued job calls.
+
+        Nothing where it has been requeued again and again at the same step: the job is lost then.
+        """
         import submitit
 
         end_ranks()
+        step = newest_step(RunFolder(Path(self._order["folder"])).checkpoints)
+        if self._requeues.count("", step) == MOST_DEATHS:
+            log.error("requeued %d times without a checkpoint after step %d", MOST_DEATHS, step)
+            return None
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -192,18 +206,20 @@ class _SlurmRuns:
         from submitit.core.utils import FailedJobError, UncompletedJobError
 
         try:
-            error = job.result()
+            error, loss = job.result()
         except FailedJobError as failure:
             last = str(failure).strip().rsplit("\n", 1)[-1]
             raise ChildProcessError(
                 f"{shown(key)}: {last} (see {self._progress.folders[key].path / LOG})"
             ) from failure
         except UncompletedJobError:
-            self._count_death(key, job)
-            self._waiting.append(key)
-            return False
+            error, loss = None, str(job.state)
         if error is not None:
             raise UserError(f"{shown(key)}: {error}")
+        if loss is not None:
+            self._count_death(key, job, loss)
+            self._waiting.append(key)
+            return False
         result = self._progress.folders[key].result
         if not seen(result.exists):
             raise UserError(
@@ -213,13 +229,13 @@ class _SlurmRuns:
         self._progress.finished.add(key)
         return True
 
-    def _count_death(self, key: RunKey, job: Any) -> None:
+    def _count_death(self, key: RunKey, job: Any, loss: str) -> None:
         folder = self._progress.folders[key]
         step = newest_step(folder.checkpoints)
         deaths = self._deaths.count(key, step)
         if deaths == MOST_DEATHS:
             raise ChildProcessError(
                 f"{shown(key)}: its job was lost {deaths} times without a checkpoint after step "
-                f"{step} ({job.state}): see {job.paths.stderr}, or lower checkpoint.every"
+                f"{step} ({loss}): see {job.paths.stderr}, or lower checkpoint.every"
             )
-        log.info("%s: job %s was lost (%s); submitted again", shown(key), job.job_id, job.state)
+        log.info("%s: job %s was lost (%s); submitted again", shown(key), job.job_id, loss)

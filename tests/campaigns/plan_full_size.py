@@ -88,9 +88,8 @@ def allocated(trainer: RunTrainer, trace: Path) -> int:
         trainer.step(trainer.micro_batches())
     profiler.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
-    return max(
-        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
-    )
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    return max(int(event["args"]["Total Allocated"]) for event in memory)
 
 
 def main() -> None:

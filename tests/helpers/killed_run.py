@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 from alignlab.recipe import load_run
+from alignlab.runs.checkpoint_folders import newest_step
 from kills import die, die_after, fork
 
 # Any, so that their names can be replaced
 checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
+save_checkpoint: Any = importlib.import_module("alignlab.training.save_checkpoint")
 atomic_files: Any = importlib.import_module("alignlab.runs.atomic_files")
 train_module: Any = importlib.import_module("alignlab.train")
 Trainer = train_module.Trainer
@@ -42,7 +44,7 @@ def prepare(moment: str) -> None:
     elif moment == "between checkpoints":
         die_after(Trainer, "step", lambda trainer, batches: trainer.state.step == 5)
     elif moment == "right after a checkpoint":
-        die_after(checkpoint, "save", lambda state, checkpoints: state.step == 6)
+        die_after(save_checkpoint, "prune", lambda checkpoints, *_: newest_step(checkpoints) == 6)
     elif moment == "while writing a checkpoint":
         checkpoint.save_file = half_written
     elif moment == "while removing a checkpoint":

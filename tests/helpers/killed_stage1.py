@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alignlab.recipe import load_stage1_run
+from alignlab.runs.checkpoint_folders import newest_step
 from kills import die_after, fork
 
 MOMENTS = (
@@ -19,14 +20,14 @@ MOMENTS = (
 )
 # Any, so that names can be replaced
 train: Any = importlib.import_module("alignlab.stage1.train")
-checkpoint: Any = importlib.import_module("alignlab.training.checkpoint")
+save_checkpoint: Any = importlib.import_module("alignlab.training.save_checkpoint")
 
 
 def prepare(moment: str) -> None:
     if moment == "between checkpoints":
         die_after(train.Trainer, "step", lambda trainer, batches: trainer.state.step == 5)
     elif moment == "right after a checkpoint":
-        die_after(checkpoint, "save", lambda state, checkpoints: state.step == 6)
+        die_after(save_checkpoint, "prune", lambda checkpoints, *_: newest_step(checkpoints) == 6)
     elif moment == "while the result is written":
         die_after(train, "save_stage1", lambda folder, module, info: True)
     elif moment != "never":

@@ -43,3 +43,12 @@ def descendants(pid: int) -> set[int]:
         reached = {child for child, parent in parent_of.items() if parent in reached}
         below |= reached
     return below
+
+
+def is_running(process: int) -> bool:
+    """Whether it is there and no zombie, which whoever adopts orphans has not seen yet."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"

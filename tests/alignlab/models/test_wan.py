@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from alignlab.config.model import LoraConfig
 from alignlab.errors import UserError
 from alignlab.models.lora import add_lora
-from alignlab.models.reference_branch import unwrap
 from alignlab.models.wan import Wan, load_wan
 
 PROMPTS = ["a red  striped circle &amp; a square ", "a", ""]
@@ -162,14 +160,6 @@ def test_settings_reach_the_transformer(wan_folder: Path) -> None:
     wan = load_wan(str(wan_folder), gradient_checkpointing=True, attention="_native_math")
     assert wan.transformer.gradient_checkpointing
     assert wan.transformer.blocks[0].attn1.processor._attention_backend.value == "_native_math"
-
-
-def test_unwrap_finds_the_model_inside_wrappers(wan: Wan) -> None:
-    wrapped: Any = torch.nn.Module()
-    wrapped.module = torch.compile(wan.transformer, backend="eager")
-    assert unwrap(wrapped) is wan.transformer
-    with pytest.raises(TypeError, match="Linear"):
-        unwrap(torch.nn.Linear(1, 1))
 
 
 def _copy(folder: Path, target: Path) -> Path:

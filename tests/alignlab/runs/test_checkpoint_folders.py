@@ -22,8 +22,9 @@ from alignlab.runs.checkpoint_folders import (
     resumable,
     step_of,
 )
-from alignlab.training.checkpoint import TrainState, restore, save
+from alignlab.training.checkpoint import TrainState, restore
 from damage import KINDS, delete, flip
+from saved_checkpoints import save
 
 Damage = Callable[[Path], None]
 

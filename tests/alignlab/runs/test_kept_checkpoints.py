@@ -1,21 +1,33 @@
 """What is left of a finished run's checkpoints, and what can be done with it."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import alignlab.train as train_module
 from alignlab.errors import UserError
+from alignlab.evaluation.evaluate_run import evaluate_run
 from alignlab.export import export
 from alignlab.plan.sizes import num_kept
 from alignlab.recipe import load_run
-from alignlab.runs.checkpoint_folders import has_optimizer, problem, reading, step_folders
+from alignlab.runs.checkpoint_folders import (
+    has_optimizer,
+    problem,
+    reading,
+    step_folders,
+    weight_copies,
+)
+from alignlab.runs.open_folder import open_folder
+from alignlab.runs.verify import verify_run
 from alignlab.sampling import sample_to_file
 from alignlab.train import train
 from alignlab.training.checkpoint import ModelChoice
+from damage import flip
 from kills import Killed
 from run_contents import file_contents, timeless_metrics
 from tiny_runs import MakeConfig
@@ -66,6 +78,51 @@ def test_steps_that_are_named_are_kept_besides_the_newest(
     line = "checkpoint.keep_every: 3 is no multiple of every, 2"
     with pytest.raises(UserError, match=line):
         make_config("checkpoint.every=2", "checkpoint.keep_every=3")
+
+
+def test_copies_of_weights_stay_and_are_read(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Of steps with a checkpoint and of others; no optimizer is in them, and none is resumed."""
+    every = ("checkpoint.every=4", "checkpoint.keep=1", "checkpoint.weights_every=2")
+    run = train(make_config(*SMALL, "steps=5", *every))
+    checkpoints, out = run / "checkpoints", tmp_path / "out"
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["step-000005", "weights-000002", "weights-000004"]
+    for step in (2, 4):
+        copy = checkpoints / f"weights-{step:06d}"
+        assert problem(copy) is None and not has_optimizer(copy)
+        assert {"transformer", "ema.safetensors", "objectives.safetensors"} <= set(os.listdir(copy))
+        export(run, out / str(step), ModelChoice(step=step, ema=False))
+        (stored,) = (copy / "transformer").glob("*.safetensors")
+        (written,) = (out / str(step) / "transformer").glob("*.safetensors")
+        assert written.read_bytes() == stored.read_bytes()
+    assert evaluate_run(run, choice=ModelChoice(step=2), generation=False).step == 2
+    assert not verify_run(run).damaged
+    flip(checkpoints / "weights-000004" / "ema.safetensors")
+    (line,) = verify_run(run).damaged.values()
+    assert "weights-000004 is damaged (ema.safetensors: its checksum is another)" in line
+    with pytest.raises(UserError, match="weights-000004 is damaged"):
+        export(run, out / "damaged", ModelChoice(step=4))
+    train(make_config(*SMALL, *every, "steps=5", "checkpoint.keep_finished=none"))
+    assert not list(checkpoints.iterdir())
+
+
+def test_a_copy_of_the_weights_of_a_step_that_comes_again_goes(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(*SMALL, "steps=3", "checkpoint.every=9", "checkpoint.weights_every=1")
+
+    def dying(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_module.RunTrainer, "finish", dying)
+        train(config)
+    run = Path(config.output) / config.name
+    copies = [path.name for path in weight_copies(run / "checkpoints")]
+    assert copies == ["weights-000001", "weights-000002", "weights-000003"]
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    open_folder(config, ExitStack(), wait=False)
+    assert not weight_copies(run / "checkpoints")
 
 
 def test_nothing_is_kept_and_that_is_said(

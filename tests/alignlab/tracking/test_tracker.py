@@ -90,7 +90,7 @@ def test_rows_written_before_a_kill_are_not_written_twice(
         raise Killed
 
     # before the first checkpoint, after the last one, after the evaluation is logged
-    for name in ("checkpoint.save", "evaluate", "RunFolder.write_result"):
+    for name in ("save_due", "evaluate", "RunFolder.write_result"):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(f"alignlab.train.{name}", killed)
             train(config)

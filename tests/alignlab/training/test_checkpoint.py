@@ -5,8 +5,8 @@ from pathlib import Path
 
 from alignlab.config.run import RunConfig
 from alignlab.runs.checkpoint_folders import latest
-from alignlab.training.checkpoint import save
 from alignlab.training.setup import build_run
+from saved_checkpoints import save
 
 MakeConfig = Callable[..., RunConfig]
 

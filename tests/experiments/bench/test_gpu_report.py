@@ -11,6 +11,7 @@ import torch
 from alignlab.experiments.bench import gpu_phases, gpu_report
 from alignlab.experiments.bench.gpu_report import Outcome, Phase
 from alignlab.experiments.bench.gpu_report import main as report_of
+from processes import is_running
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,15 +35,6 @@ def run(out: Path, *phases: Phase, minutes: float = 9.0) -> dict[str, Outcome]:
         out, device="cpu", size="smoke", minutes=minutes, phases=phases
     )
     return {outcome.phase.name: outcome for outcome in outcomes}
-
-
-def is_running(process: int) -> bool:
-    """Whether it is there and no zombie, which whoever adopts orphans has not seen yet."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state not in "ZX"
 
 
 def shell(name: str, command: str, seconds: float = 60.0) -> Phase:

@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from pydantic import ValidationError
 
 from alignlab.config.run import RunConfig
@@ -19,12 +22,13 @@ from alignlab.experiments.launchers import several_ranks
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import check_machine, train_one
 from alignlab.experiments.launchers.local_workers import devices_of
-from alignlab.experiments.launchers.several_ranks import train_ranks
+from alignlab.experiments.launchers.several_ranks import LostRankError, at_fault, train_ranks
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import newest_step
-from alignlab.runs.file_lock import HeldError, file_lock
+from alignlab.runs.file_lock import WRITER, HeldError, file_lock
 from alignlab.runs.run_folder import RunFolder
 from forked_command import ForkedProcess
+from processes import is_running
 from small_recipes import comparison_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_clips")
@@ -109,15 +113,17 @@ def says(line: str, code: int) -> str:
     return f"import sys; sys.stderr.write({line!r} + chr(10)); sys.exit({code})"
 
 
-GONE = says("error: another rank has stopped, its own message says why (Connection)", 2)
+LOST = "another rank has stopped, its own message says why (Connection)"
+GONE = says(f"error: {LOST}", 2)
+NO = says("error (rank 1 of 2): optim.lr: no", 2)
 SIGNALLED = "import os, signal, time; os.kill(os.getpid(), signal.{}); time.sleep(60)"
 
 
 @pytest.mark.parametrize(
     ("programs", "error", "line"),
     [
-        ([GONE, says("error: optim.lr: no", 2)], UserError, r"^rank 1: optim\.lr: no \(see .*-1"),
-        ([GONE, SIGNALLED.format("SIGKILL")], ChildProcessError, "^rank 1: killed by SIGKILL"),
+        ([GONE, NO], UserError, r"^rank 1: optim\.lr: no \(see .*-1"),
+        ([GONE, SIGNALLED.format("SIGKILL")], LostRankError, "^rank 1: killed by SIGKILL"),
         ([says("Boom", 1), "import time; time.sleep(600)"], ChildProcessError, "^rank 0: Boom"),
     ],
 )
@@ -135,16 +141,55 @@ def test_the_rank_at_fault_is_named_and_no_other_is_left(
     assert time.monotonic() - begin < 500  # nobody waits for a rank that hangs
 
 
+@pytest.mark.parametrize(
+    ("ends", "rank"),
+    [
+        ([(1, f"error: {LOST}"), (-9, "")], 1),
+        ([(143, "interrupted (SIGTERM)"), (1, "error: CUDA out of memory")], 1),
+        ([(-15, ""), (1, "error: CUDA out of memory")], 1),
+        ([(143, "interrupted (SIGTERM)"), (2, "error: optim.lr: no")], 1),
+        ([(2, f"error: {LOST}"), (143, "interrupted (SIGTERM)")], 1),
+        ([(0, ""), (2, f"error: {LOST}"), (1, f"error: {LOST}")], 1),
+    ],
+)
+def test_who_lost_another_or_was_told_to_end_is_not_blamed(
+    ends: list[tuple[int, str]], rank: int
+) -> None:
+    assert at_fault([code for code, _ in ends], [line for _, line in ends]) == rank
+
+
+def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
+    rank = (
+        "import os, signal, time; from alignlab.parent_process import end_with_parent; "
+        "end_with_parent(signal.SIGTERM, os.getppid()); print(flush=True); time.sleep(600)"
+    )
+    launcher = (
+        "import subprocess, sys; "
+        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE); "
+        "rank.stdout.readline(); print(rank.pid, flush=True); rank.wait()"
+    )
+    command = [sys.executable, "-c", launcher]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert is_running(pid)
+        process.kill()
+    end = time.monotonic() + 60
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not is_running(pid)
+
+
 def test_ranks_get_what_torchrun_gives_them_and_share_the_cores(
     run: RunConfig, faked: Callable[[Rank], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS".split()
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR OMP_NUM_THREADS ALIGNLAB_LAUNCHER".split()
     faked(lambda rank: f"import os; print([os.environ[n] for n in {names}], os.getsid(0))")
     train_ranks(run, 2, wait=False, cpus=6)
     folder = RunFolder(Path(run.output) / run.name).path
     for rank in range(2):
         said = (folder / f"rank-{rank}.log").read_text()
-        assert said.startswith(f"['{rank}', '{rank}', '2', '127.0.0.1', '3']")
+        assert said.startswith(f"['{rank}', '{rank}', '2', '127.0.0.1', '3', '{os.getpid()}']")
         assert int(said.split()[-1]) != os.getsid(0)  # Ctrl-C reaches the command alone
 
 
@@ -157,6 +202,23 @@ def test_a_run_that_another_command_trains_is_not_started(
         with file_lock(folder / name, waiting=lambda: "waiting"):
             with pytest.raises(HeldError, match="is being trained by another command"):
                 train_ranks(run, 2, wait=False)
+
+
+def test_ranks_that_a_lost_launcher_has_left_are_waited_for(
+    run: RunConfig, faked: Callable[[Rank], None]
+) -> None:
+    folder = RunFolder.create(run).path
+    ended = threading.Event()
+    faked(lambda rank: "" if ended.is_set() else says("error: begun beside them", 2))
+
+    def end() -> None:
+        ended.set()
+        left.release()
+
+    left = FileLock(folder / WRITER, thread_local=False)
+    left.acquire()
+    threading.Timer(1.0, end).start()
+    train_ranks(run, 2, wait=True)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +260,17 @@ def test_a_machine_holds_so_many_runs_of_several_gpus(
         return
     with pytest.raises(UserError, match=rf"launch\.gpus: .* this machine has {gpus}"):
         check_machine(config, runs=runs)
+
+
+def test_ranks_without_a_word_of_gpus_each_need_one_where_there_are_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    check_machine(LaunchConfig(ranks=3))
+    with pytest.raises(UserError, match=r"launch\.ranks: 2 workers need 4 GPUs, .* machine has 3"):
+        check_machine(LaunchConfig(ranks=2), runs=2)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_machine(LaunchConfig(ranks=2))
 
 
 def test_workers_take_groups_of_gpus_in_turn() -> None:

@@ -1,6 +1,7 @@
 """Runs as SLURM jobs, through submitit: what is asked of SLURM, and a job that is preempted."""
 
 import os
+import pickle
 import signal
 import stat
 import sys
@@ -18,6 +19,8 @@ from alignlab.experiments.compare.config import CompareConfig, load_compare
 from alignlab.experiments.compare.run import compare
 from alignlab.experiments.launchers import make_launcher, slurm
 from alignlab.experiments.launchers.config import LaunchConfig
+from alignlab.experiments.launchers.node import order_for
+from alignlab.experiments.launchers.ray_cluster import MOST_DEATHS
 from alignlab.runs.checkpoint_folders import step_folders
 from processes import descendants
 from run_contents import timeless_metrics
@@ -103,6 +106,24 @@ def test_submitit_that_is_missing_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match=r"pip install 'alignlab\[slurm\]'"):
         compare(config, launcher=make_launcher("slurm", config.launch))
+
+
+def test_a_job_that_is_requeued_again_and_again_without_a_checkpoint_is_given_up(
+    tmp_path: Path,
+) -> None:
+    job = slurm.RunJob(order_for(tmp_path, 1))
+    for _ in range(MOST_DEATHS - 1):
+        assert job.checkpoint() is not None
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    again = pickle.loads(pickle.dumps(job))  # as submitit requeues it
+    for _ in range(MOST_DEATHS - 1):
+        assert again.checkpoint() is not None
+    assert again.checkpoint() is None
+
+
+def test_a_time_limit_leaves_time_for_a_step_before_the_signal() -> None:
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0\.25"):
+        LaunchConfig.model_validate({"slurm": {"hours": 0.1}})
 
 
 def test_a_share_of_a_gpu_is_not_asked_of_slurm() -> None:
