@@ -4,6 +4,7 @@ import logging
 import platform
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -49,7 +50,13 @@ def describe_environment() -> dict[str, str]:
     packages = [f"{name} {package_version(name)}" for name in packages_with_kernels()]
     if packages:
         facts["kernel_packages"] = ", ".join(packages)
-    return facts | {name: package_version(name) or "not installed" for name in PACKAGES}
+    return facts | _versions()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Those of `PACKAGES`, which this process has imported and no other can replace."""
+    return {name: package_version(name) or "not installed" for name in PACKAGES}
 
 
 def own_kernel_rows() -> Path:

@@ -179,11 +179,17 @@ def _parsed(override: str) -> tuple[str, Any]:
             "such as data.size=[64, 64]"
         )
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return key, copy.deepcopy(_value_of(text))
     except UNREADABLE as error:
         raise UserError(f"{override}: {one_line(error)}") from None
+
+
+@lru_cache(maxsize=512)
+def _value_of(text: str) -> Any:
+    """What a text on the command line stands for."""
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(value, dict)
-    return key, value["value"]
+    return value["value"]
 
 
 def _override_member(members: dict[str, Any], key: str, value: Any) -> None:

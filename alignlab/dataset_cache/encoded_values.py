@@ -44,14 +44,10 @@ class EncodedValues:
         Raises:
             UserError: the folder cannot be a cache, or a run or several lie there.
         """
-        kinds: set[Kind] = set()
-        kinds |= {"text"} if config.texts else set()
-        kinds |= {"video", "reference"} if config.latents else set()
-        kinds |= {"teacher"} if config.teachers else set()
         path = cache_path(config, output)
         if config.mode != "off":
             _refuse_of_runs(path)
-        return cls(DatasetCache(path, config.mode, config.dtype), frozenset(kinds))
+        return cls(DatasetCache(path, config.mode, config.dtype), kept_kinds(config))
 
     def keeps(self, kind: Kind) -> bool:
         """Whether values of this kind are read and kept."""
@@ -98,6 +94,17 @@ class EncodedValues:
     def flush(self) -> None:
         """Returns when all that was made is on the disk."""
         self.cache.flush()
+
+
+def kept_kinds(config: CacheConfig) -> frozenset[Kind]:
+    """The kinds of values that `data.cache` says are kept, where there is a cache."""
+    kept: dict[Kind, bool] = {
+        "text": config.texts,
+        "video": config.latents,
+        "reference": config.latents,
+        "teacher": config.teachers,
+    }
+    return frozenset(kind for kind in kept if kept[kind])
 
 
 def cache_path(config: CacheConfig, output: str) -> Path:

@@ -89,7 +89,7 @@ def _take_part(run: Run, branch: ReferenceBranch, count: int) -> None:
     """The forward passes of `generate`, on a rank that holds a shard of the model."""
     with other_expert(run.wan, run.config.model, keeps=True) as other:
         for i in range(count):
-            _generated_latents(run, branch, i, other=other)
+            _generated_latents(run, branch, i, other, None)
 
 
 def num_measured_clips(run: Run) -> int:
@@ -149,7 +149,7 @@ def generated_clip(
 
     Clips are sampled one at a time: in a batch, a clip's last bits would depend on its neighbours.
     """
-    latents = _generated_latents(run, branch, index, other=other, advance=advance)
+    latents = _generated_latents(run, branch, index, other, advance)
     return run.wan.decode(latents).cpu()
 
 
@@ -157,9 +157,8 @@ def _generated_latents(
     run: Run,
     branch: ReferenceBranch,
     index: int,
-    *,
-    other: OtherExpert | None = None,
-    advance: Advance | None = None,
+    other: OtherExpert | None,
+    advance: Advance | None,
 ) -> Tensor:
     run.meet()  # rank 0 may have decoded and measured the clip before
     clip, device = run.val_clips[index], run.device

@@ -14,8 +14,8 @@ from alignlab.config.data import CacheConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.sample import Reference, Sample
 from alignlab.dataset_cache.clip_keys import ClipOrigin
-from alignlab.dataset_cache.encoded_values import EncodedValues, Tensors
-from alignlab.dataset_cache.key import CacheKey, Kind
+from alignlab.dataset_cache.encoded_values import EncodedValues, Tensors, kept_kinds
+from alignlab.dataset_cache.key import Kind
 from alignlab.models.frozen_parts import FrozenParts
 from alignlab.plan.fake_models import FakeParts
 from alignlab.training.batches import ClipEncoder
@@ -87,21 +87,9 @@ class FakeEncodedValues(EncodedValues):
     """
 
     def __init__(self, cache: CacheConfig) -> None:
-        kept: dict[Kind, bool] = {
-            "text": cache.texts,
-            "video": cache.latents,
-            "reference": cache.latents,
-            "teacher": cache.teachers,
-        }
-        self._kinds = frozenset(kind for kind in kept if kept[kind] and cache.mode != "off")
+        self._kinds = kept_kinds(cache) if cache.mode != "off" else frozenset()
 
-    def get(
-        self,
-        kind: Kind,
-        key: Callable[[], CacheKey],
-        make: Callable[[], Tensors],
-        refusal: Callable[[], str],
-    ) -> Tensors:
+    def get(self, kind: Kind, key: object, make: Callable[[], Tensors], refusal: object) -> Tensors:
         return make()
 
 

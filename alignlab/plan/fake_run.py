@@ -11,18 +11,16 @@ from alignlab.config.run import RunConfig, check_blocks
 from alignlab.distributed.ranks import Ranks
 from alignlab.losses.stage1.folder import without_weights
 from alignlab.models.experts import Window
-from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_clips import FakeEncodedValues, FakeEncoder
 from alignlab.plan.fake_models import CPU, FakeParts, fake_teacher, fake_wan
 from alignlab.plan.parts import Parts
-from alignlab.runs.prolong import SchedulePlan
 from alignlab.teachers import DiffusionTeacher, Teacher
 from alignlab.training.alignment import Alignment
 from alignlab.training.flow_matching import FlowWeights
-from alignlab.training.self_teacher import SelfTeacher
-from alignlab.training.setup import Caches, Run, initial_state
+from alignlab.training.run_alignment import alignment_to
+from alignlab.training.setup import Caches, Run, hooked, initial_state
 
 TEACHER, TRANSFORMER, LOSSES, PROJECTORS = "teacher", "transformer", "losses", "projectors"
 AVERAGE, STAGE1 = "student's average", "Stage 1 network"
@@ -66,14 +64,7 @@ def build_fake_run(
         if alias in used
     }
     alignment = _alignment(config, wan, teachers)
-    self_teacher = SelfTeacher.of(config.objectives, wan.transformer, window.ends[0])
-    branch = ReferenceBranch.of(
-        wan.transformer,
-        config.model,
-        taps=alignment.taps,
-        kinds=alignment.kinds,
-        others=() if self_teacher is None else (self_teacher.taps,),
-    )
+    self_teacher, branch = hooked(config, wan, alignment, window)
     values = FakeEncodedValues(config.data.cache)
     assert isinstance(wan.frozen, FakeParts)
     clips = FakeEncoder(wan.frozen, config, values, lambda: parts.within(TEACHER))
@@ -100,17 +91,9 @@ def _alignment(
     config: RunConfig, wan: Wan, teachers: Mapping[str, Teacher | DiffusionTeacher]
 ) -> Alignment:
     """As `alignlab.training.run_alignment` makes it; Stage 1 networks are not read."""
+    grid = wan.latent_grid(config.data.frames, *config.data.size)
     with without_weights(text_dim=wan.frozen.text.dim):
-        return Alignment(
-            wan.transformer,
-            config.objectives,
-            teachers,
-            seed=config.seed,
-            total_steps=SchedulePlan.of(config).total_steps,
-            device=CPU,
-            grid=wan.latent_grid(config.data.frames, *config.data.size),
-            shuffled=[alias for alias in teachers if config.teachers[alias].shuffle],
-        )
+        return alignment_to(teachers, config, wan, grid, CPU)
 
 
 def _follow(run: Run, parts: Parts) -> None:

@@ -1,5 +1,7 @@
 """The alignment of a run: made from its recipe, checked against its data before the first step."""
 
+from collections.abc import Mapping
+
 import torch
 
 from alignlab.config.run import RunConfig
@@ -10,7 +12,7 @@ from alignlab.losses.objective import Grid
 from alignlab.models.wan import Wan
 from alignlab.runs.prolong import SchedulePlan
 from alignlab.stage1.compatibility import check_stage1
-from alignlab.teachers import teacher_of_clips
+from alignlab.teachers import DiffusionTeacher, Teacher, teacher_of_clips
 from alignlab.training.aligned_samples import trains
 from alignlab.training.alignment import Alignment
 from alignlab.training.encoded import FeatureRead
@@ -51,6 +53,17 @@ def run_alignment(config: RunConfig, wan: Wan, grid: Grid, device: torch.device)
             grid=grid,
             text=config.model.path,
         )
+    return alignment_to(teachers, config, wan, grid, device)
+
+
+def alignment_to(
+    teachers: Mapping[str, Teacher | DiffusionTeacher],
+    config: RunConfig,
+    wan: Wan,
+    grid: Grid,
+    device: torch.device,
+) -> Alignment:
+    """The objectives of a run, which read these teachers, by alias; see `run_alignment`."""
     return Alignment(
         wan.transformer,
         config.objectives,

@@ -174,14 +174,7 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
     for note in told:
         warn_once(note)
     window = noise_window(config.model)
-    self_teacher = SelfTeacher.of(config.objectives, wan.transformer, window.ends[0])
-    branch = ReferenceBranch.of(
-        wan.transformer,
-        config.model,
-        taps=alignment.taps,
-        kinds=alignment.kinds,
-        others=() if self_teacher is None else (self_teacher.taps,),
-    )
+    self_teacher, branch = hooked(config, wan, alignment, window)
     return Run(
         config,
         ranks,
@@ -197,6 +190,21 @@ def build_run(config: RunConfig, caches: Caches | None = None, ranks: Ranks | No
         self_teacher,
         window,
     )
+
+
+def hooked(
+    config: RunConfig, wan: Wan, alignment: Alignment, window: Window
+) -> tuple[SelfTeacher | None, ReferenceBranch]:
+    """What reads the transformer's blocks while it runs, for objectives and for itself."""
+    self_teacher = SelfTeacher.of(config.objectives, wan.transformer, window.ends[0])
+    branch = ReferenceBranch.of(
+        wan.transformer,
+        config.model,
+        taps=alignment.taps,
+        kinds=alignment.kinds,
+        others=() if self_teacher is None else (self_teacher.taps,),
+    )
+    return self_teacher, branch
 
 
 def _check_device(config: RunConfig, device: torch.device) -> None:

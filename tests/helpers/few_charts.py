@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from alignlab.experiments.charts import chart
 from alignlab.experiments.charts.chart import Chart, save_pdf
+from alignlab.experiments.charts.look import RC
 from alignlab.experiments.probe import page as probe_page
 from alignlab.experiments.report import write
+from alignlab.experiments.report.page import render
 from alignlab.experiments.sweep import page as sweep_page
 
 Sections = Mapping[str, Sequence[Chart]]
@@ -27,7 +28,7 @@ def few_charts(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name in ALL:
         yield
         return
-    all_sections, render = write._sections, probe_page.render
+    all_sections = write._sections
 
     def first_of_each(sections: Sections) -> Sections:
         return {section: charts[:1] for section, charts in sections.items()}
@@ -41,7 +42,7 @@ def few_charts(request: pytest.FixtureRequest) -> Iterator[None]:
     def first_page(figures: Sequence[Figure], path: Path) -> None:
         with pytest.MonkeyPatch.context() as fonts:
             # a font of outlines alone, which need not be searched for what the letters use
-            fonts.setitem(chart.RC, "pdf.fonttype", 3)
+            fonts.setitem(RC, "pdf.fonttype", 3)
             save_pdf(figures[:1], path)
 
     with pytest.MonkeyPatch.context() as patch:

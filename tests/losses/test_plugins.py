@@ -23,8 +23,10 @@ PACKAGE = Path(__file__).with_name("external")
 PRINTED = ("train", "tiny", "--print-config")
 OBJECTIVE = "objectives: {ra: {name: unit_distance, teacher: dino, blocks: [1]}}\n"
 UNTAUGHT = "objectives={l: {name: latent_error, blocks: [1]}, s: {name: spread}}"
-SMALL = ("steps=2", "data.train_clips=2", "data.val_clips=2", "eval.clips=2", "optim.batch_size=2")
-SMALL += ("data.frames=5", "data.size=[48,48]", "eval.sample_clips=0", "eval.generated_clips=0")
+SMALL = (
+    *("steps=2", "data.train_clips=2", "data.val_clips=2", "eval.clips=2", "optim.batch_size=2"),
+    *("data.frames=5", "data.size=[48,48]", "eval.sample_clips=0", "eval.generated_clips=0"),
+)
 
 
 @pytest.fixture(scope="module")
