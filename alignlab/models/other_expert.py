@@ -1,4 +1,8 @@
-"""The expert of a Wan 2.2 A14B pipeline that a run does not train: in memory only for its steps."""
+"""The expert of a Wan 2.2 A14B pipeline that a run does not train: on the device for its steps.
+
+While it denoises, the trained one waits in main memory: a device that trains one has no room for
+two. Of a trained one in shards each device has a part, which stays.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,10 +13,11 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from alignlab.config.model import ModelConfig
+from alignlab.distributed.sharding import has_shards
 from alignlab.errors import UserError
 from alignlab.models.compiled_blocks import compile_blocks
 from alignlab.models.experts import noise_window, other_part
-from alignlab.models.late_model import LateModel
+from alignlab.models.late_model import CPU, LateModel
 from alignlab.models.model_files import check_model_files
 from alignlab.models.reference_branch import ReferenceBranch
 from alignlab.models.wan import Wan, pipeline_folder, read_transformer
@@ -23,14 +28,13 @@ class OtherExpert:
 
     A context manager: it is loaded at the first noise level that is its own, from the pipeline that
     the run started from, and leaves memory at the exit. What a step of sampling asks is
-    `branch_at`.
+    `branch_at`; the trained expert is on the device before the first, and after the exit.
 
     Args:
         wan: the model with the trained expert.
         model: the recipe's settings of it, with an expert.
-        keeps: for several clips: it stays from its first step to the exit. Else it leaves where the
-            trained expert takes over.
-
+        keeps: for several clips: it waits in main memory where the trained expert takes over. Else
+            it is freed there.
     """
 
     def __init__(self, wan: Wan, model: ModelConfig, *, keeps: bool) -> None:
@@ -38,8 +42,9 @@ class OtherExpert:
         self._wan, self._model, self._keeps = wan, model, keeps
         self._window = noise_window(model)
         self._part = other_part(model.expert)
-        self._late = LateModel(self._load, wan.device)
+        self._late = LateModel(self._load, CPU)
         self._branch: ReferenceBranch | None = None
+        self._is_at_work = False
 
     @property
     def num_loads(self) -> int:
@@ -60,7 +65,9 @@ class OtherExpert:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._free()
+        self._trained_takes_over()
+        if self._branch is not None:
+            self._free()
 
     def is_low(self, sigma: float) -> bool:
         """Whether a noise level is the low-noise expert's."""
@@ -77,13 +84,33 @@ class OtherExpert:
             UserError: the other's files cannot be had.
         """
         if self._window.holds(sigma):
-            if not self._keeps:
-                self._free()
+            self._trained_takes_over()
             return trained
+        if not self._is_at_work:
+            self._takes_over()
+        assert self._branch is not None
+        return self._branch
+
+    def _takes_over(self) -> None:
+        trained, device = self._wan.transformer, self._wan.device
+        self._is_at_work = True
+        if not has_shards(tuple(trained.parameters())):
+            move(trained, CPU)
         if self._branch is None:
             self._branch = ReferenceBranch.of(self._late.loaded(), self._model)
             self._branch.__enter__()
-        return self._branch
+        move(self._late.loaded(), device)
+
+    def _trained_takes_over(self) -> None:
+        if not self._is_at_work:
+            return
+        self._is_at_work = False
+        if not self._keeps:
+            self._free()
+        elif self._branch is not None:
+            move(self._late.loaded(), CPU)
+        if not has_shards(tuple(self._wan.transformer.parameters())):
+            move(self._wan.transformer, self._wan.device)
 
     def _free(self) -> None:
         if self._branch is not None:
@@ -99,6 +126,11 @@ class OtherExpert:
         if self._model.compile == "blocks":
             compile_blocks(transformer)
         return transformer.requires_grad_(False).eval()
+
+
+def move(transformer: WanTransformer3DModel, device: torch.device) -> None:
+    """Moves weights and buffers; those that an optimizer knows stay the same parameters."""
+    transformer.to(device)
 
 
 def folder_with_other(model: ModelConfig) -> Path:

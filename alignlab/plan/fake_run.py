@@ -4,11 +4,13 @@ Call these within `fake_values`.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
 from alignlab.config.run import RunConfig, check_blocks
-from alignlab.distributed.ranks import Ranks
+from alignlab.distributed.ranks import Ranks, mixed_precision
 from alignlab.losses.stage1.folder import without_weights
 from alignlab.models.experts import Window
 from alignlab.models.wan import Wan
@@ -27,11 +29,20 @@ AVERAGE, STAGE1 = "student's average", "Stage 1 network"
 
 
 class FakeRanks(Ranks):
-    """One rank, on no device that is there."""
+    """One rank, on no device that is there.
 
-    def __init__(self, precision: str) -> None:
+    Args:
+        precision: of the run.
+        in_shards: as a rank computes that has a part of the weights.
+    """
+
+    def __init__(self, precision: str, in_shards: bool) -> None:
         self.device, self.precision = CPU, precision
         self.rank, self.world_size = 0, 1
+        self._in_shards = in_shards
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return mixed_precision(self.device, self.precision, cache=not self._in_shards)
 
 
 def build_fake_run(
@@ -42,6 +53,7 @@ def build_fake_run(
     parts: Parts,
     *,
     dtype: torch.dtype,
+    in_shards: bool = False,
 ) -> Run:
     """Everything that a run trains with, before its first step.
 
@@ -51,6 +63,7 @@ def build_fake_run(
         architectures: where settings of models are.
         parts: is told which module is which part.
         dtype: of teachers.
+        in_shards: as a rank computes that has a part of the weights.
 
     Raises:
         UserError: the run could not be built either, or a model's settings are nowhere.
@@ -70,7 +83,7 @@ def build_fake_run(
     clips = FakeEncoder(wan.frozen, config, values, lambda: parts.within(TEACHER))
     run = Run(
         config,
-        FakeRanks(config.model.precision),
+        FakeRanks(config.model.precision, in_shards),
         wan,
         alignment,
         initial_state(config, wan, alignment, self_teacher),

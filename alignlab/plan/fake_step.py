@@ -29,6 +29,8 @@ from alignlab.training.setup import Run
 
 WEIGHTS, GRADIENTS, OPTIMIZER, EMA = "weights", "gradients", "optimizer state", "moving averages"
 TEACHERS = "teachers"
+SHARED = frozenset({WEIGHTS, GRADIENTS, OPTIMIZER, EMA})
+"""What GPUs that share a model in shards have a part each of."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class FakeStep:
         saved: bytes of the weights that a checkpoint holds, without moving averages.
         flops: of a micro-batch, by part.
         unknown: operations that no formula counts.
-        peak: of a step.
+        peaks: of a step, the highest first, and what may be the highest if it is shared.
         standing: bytes that are there between steps, by what they are.
         teachers: what features of a clip cost.
     """
@@ -78,9 +80,14 @@ class FakeStep:
     saved: int
     flops: dict[str, int]
     unknown: frozenset[str]
-    peak: Peak
+    peaks: list[Peak]
     standing: dict[str, int]
     teachers: list[TeacherCost]
+
+    @property
+    def peak(self) -> Peak:
+        """The most that a step holds."""
+        return self.peaks[0]
 
 
 def fake_step(
@@ -89,6 +96,7 @@ def fake_step(
     *,
     samples: int | None = None,
     is_cuda: bool = True,
+    in_shards: bool = False,
 ) -> FakeStep:
     """Takes steps of a run on fake tensors.
 
@@ -97,6 +105,8 @@ def fake_step(
         architectures: where settings of models are.
         samples: of a micro-batch; None: as the recipe's on one GPU.
         is_cuda: teachers in bf16, and autocast as on CUDA; else as on a CPU.
+        in_shards: autocast keeps no bf16 copies of weights, as of a transformer in shards; what a
+            step holds is whole all the same.
 
     Raises:
         UserError: the run could not be built either, or a model's settings are nowhere.
@@ -114,6 +124,7 @@ def fake_step(
             architectures,
             parts,
             dtype=dtype,
+            in_shards=in_shards,
         )
         if is_cuda:
             stack.enter_context(cuda_autocast(run.wan.transformer))
@@ -144,7 +155,7 @@ def _found(
         saved=_saved(run),
         flops=dict(counter.parts),
         unknown=frozenset(counter.unknown),
-        peak=live.peak(),
+        peaks=live.peaks(SHARED),
         standing=live.standing(),
         teachers=teachers,
     )

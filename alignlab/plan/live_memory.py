@@ -80,12 +80,33 @@ class LiveMemory(TorchDispatchMode):
 
     def peak(self) -> Peak:
         """The most that was alive since `start`, or since the beginning."""
-        total = most = 0
-        place = -1
+        return self.peaks(frozenset())[0]
+
+    def peaks(self, divided: frozenset[str]) -> list[Peak]:
+        """The most that was alive, and what else may be the most where some of it is divided.
+
+        Args:
+            divided: labels of what several devices share.
+
+        Returns:
+            The highest first. However many devices share, one of them is the highest then.
+        """
+        whole = part = 0
+        times: list[tuple[int, int, int]] = []  # bytes that are whole, divided, and when
         for index, event in enumerate(self._events):
-            total += self._sizes[event] if event >= 0 else -self._sizes[~event]
-            if index >= self._start - 1 and total > most:
-                most, place = total, index
+            number = event if event >= 0 else ~event
+            size = self._sizes[number] if event >= 0 else -self._sizes[number]
+            if self._labels[number] in divided:
+                part += size
+            else:
+                whole += size
+            if index >= self._start - 1 and whole + part:
+                times.append((whole, part, index))
+        found = [self._at(place) for *_, place in _highest(times)]
+        return sorted(found, key=lambda peak: -peak.total) or [Peak()]
+
+    def _at(self, place: int) -> Peak:
+        """What is alive after an event."""
         alive: set[int] = set()
         for event in self._events[: place + 1]:
             if event >= 0:
@@ -96,8 +117,8 @@ class LiveMemory(TorchDispatchMode):
         for number in alive:
             label = self._labels[number]
             by_label[label] = by_label.get(label, 0) + self._sizes[number]
-        when = self._parts[max(0, self._events[place])] if place >= 0 else ""
-        return Peak(most, when, by_label)
+        when = self._parts[max(0, self._events[place])]
+        return Peak(sum(by_label.values()), when, by_label)
 
     def _see(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -116,3 +137,25 @@ class LiveMemory(TorchDispatchMode):
 
     def _forget(self, address: int) -> None:
         self._events.append(~self._numbers.pop(address))
+
+
+def _highest(times: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Those that have the highest `whole + part / n` for some n of at least 1: a convex hull."""
+    hull: list[tuple[int, int, int]] = []
+    most = -1
+    # by falling `whole`, the first of equals; only what has more in parts than all before
+    for time in sorted(times, key=lambda time: (-time[0], -time[1], time[2])):
+        if time[1] <= most:
+            continue
+        most = time[1]
+        while len(hull) > 1 and _gain(hull[-2], time) >= _gain(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(time)
+    while len(hull) > 1 and sum(hull[-1][:2]) <= sum(hull[-2][:2]):
+        hull.pop()  # lower than another one even if nothing is divided
+    return hull
+
+
+def _gain(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    """Bytes in parts that the other time has more, for each whole byte that it has less."""
+    return (other[1] - one[1]) / (one[0] - other[0])

@@ -94,7 +94,8 @@ def plan_run(
             f"{max(1, optim.batch_size // gpus)}"
         )
     encoders = encoders or encoder_costs(config, architectures)
-    step = fake_step(config, architectures, samples=samples)
+    is_sharded = config.model.shard == "fsdp2" and gpus > 1
+    step = fake_step(config, architectures, samples=samples, in_shards=is_sharded)
     live, kept = _encoding(config, encoders, step)
     per_step = {part: count * optim.accumulate * gpus for part, count in grouped(step).items()}
     for part, count in live.items():
@@ -110,7 +111,7 @@ def plan_run(
         phases=phases(config, encoders, step, gpus),
         step_flops={part: count for part, count in per_step.items() if count},
         clip_flops=kept,
-        is_sharded=config.model.shard == "fsdp2" and gpus > 1,
+        is_sharded=is_sharded,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import BUCKET
 from alignlab.plan.fake_encoders import EncoderCosts
-from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, TEACHERS, WEIGHTS, FakeStep
+from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, SHARED, TEACHERS, WEIGHTS, FakeStep
 
 CUDA_CONTEXT = 2**30
 """What a process takes of a GPU before it makes a tensor, about."""
@@ -98,11 +98,13 @@ class Phase:
         name: of what runs then.
         total: bytes.
         parts: bytes by what they are.
+        others: at other times of it, which may have the peak if GPUs share.
     """
 
     name: str
     total: int
     parts: dict[str, int]
+    others: tuple[dict[str, int], ...] = ()
 
 
 def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int) -> list[Phase]:
@@ -125,16 +127,17 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     if config.optim.accumulate > 1:  # batches are made between micro-batches
         standing = standing | {GRADIENTS: step.trained * FP32}
     making = {**standing, "autoencoder": encoders.vae, "encoding a clip": encoders.clip.memory}
-    found = [_phase("step", resident | step.peak.by_label)]
+    times = [resident | peak.by_label for peak in step.peaks]
+    found = [_phase("step", *times)]
     if gpus > 1:
         flat = min(BUCKET * FP32, step.trained * FP32)
         averaging = standing | {GRADIENTS: step.trained * FP32, "averaging of gradients": flat}
         found.append(_phase("averaging", averaging))
     if config.data.workers:
         # threads encode while a step runs
-        both = resident | step.peak.by_label
-        both |= {k: making[k] for k in ("autoencoder", "encoding a clip")}
-        found.append(_phase("step, and encoding of the next clips", both))
+        beside = {k: making[k] for k in ("autoencoder", "encoding a clip")}
+        both = [time | beside for time in times]
+        found.append(_phase("step, and encoding of the next clips", *both))
     found.append(_phase("encoding of clips", making))
     for teacher in step.teachers:
         others = {k: v for k, v in standing.items() if k != TEACHERS}
@@ -150,7 +153,7 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
         samples |= {"autoencoder": encoders.vae, "decoding a clip": encoders.decode.memory}
         found.append(_phase("decoding of samples", samples))
     if config.optim.offload:  # the state of one tensor at a time is on the GPU
-        found = [_phase(p.name, p.parts | {OPTIMIZER: 0}) for p in found]
+        found = [_without_state(phase) for phase in found]
     if config.model.shard == "fsdp2" and gpus > 1:
         whole = config.optim.accumulate > 1
         found = [sharded(p, step.blocks, gpus, whole_gradients=whole) for p in found]
@@ -175,15 +178,23 @@ def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> 
     """
     if cards == 1:
         return phase
-    split = {WEIGHTS, GRADIENTS, OPTIMIZER, EMA} - ({GRADIENTS} if whole_gradients else set())
-    parts = {k: v // cards if k in split else v for k, v in phase.parts.items()}
-    gathered = GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks
-    return _phase(phase.name, parts | {"gathered blocks": gathered})
+    split = SHARED - ({GRADIENTS} if whole_gradients else set())
+    gathered = {"gathered blocks": GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks}
+    times = (
+        {k: v // cards if k in split else v for k, v in parts.items()} | gathered
+        for parts in (phase.parts, *phase.others)
+    )
+    return max((_phase(phase.name, parts) for parts in times), key=lambda one: one.total)
 
 
 _STANDING = (WEIGHTS, OPTIMIZER, EMA, TEACHERS)
 
 
-def _phase(name: str, parts: dict[str, int]) -> Phase:
+def _without_state(phase: Phase) -> Phase:
+    times = (parts | {OPTIMIZER: 0} for parts in (phase.parts, *phase.others))
+    return _phase(phase.name, *times)
+
+
+def _phase(name: str, parts: dict[str, int], *others: dict[str, int]) -> Phase:
     kept = {part: size for part, size in parts.items() if size}
-    return Phase(name, sum(kept.values()), kept)
+    return Phase(name, sum(kept.values()), kept, others)

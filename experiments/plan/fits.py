@@ -7,8 +7,9 @@ from typing import Any
 from alignlab.config.model import LoraConfig
 from alignlab.config.run import RunConfig
 from alignlab.plan.architecture import Architectures
+from alignlab.plan.fake_step import fake_step
 from alignlab.plan.run_plan import RunPlan, plan_run
-from alignlab.plan.sizes import sharded
+from alignlab.plan.sizes import phases, sharded
 
 GIB = 2**30
 CARDS = (2, 4, 8, 16, 32, 64)
@@ -55,40 +56,38 @@ def changes_to_fit(
             plan = after
             found.append(Change(settings, plan.peak.total, plan.peak.total <= memory))
     if plan.peak.total > memory and config.model.shard == "none":
-        found += _sharded(plan, memory)
+        cards = cards_when_sharded(config, plan, architectures, memory)
+        if cards is not None:
+            found.append(Change(f"model.shard=fsdp2 on {cards[0]} GPUs", cards[1], True))
     return found
 
 
-def cards_when_sharded(plan: RunPlan, blocks: int, memory: int) -> int | None:
+def cards_when_sharded(
+    config: RunConfig, plan: RunPlan, architectures: Architectures, memory: int
+) -> tuple[int, int] | None:
     """GPUs that a run needs if its weights, gradients and moments are sharded over them (FSDP2).
 
-    Arithmetic, not a measurement: what is sharded is divided, two blocks are whole at a time.
+    Arithmetic, not a measurement: what is sharded is divided, two blocks are whole at a time. Each
+    GPU has as many samples at a time as in the plan.
 
     Args:
-        plan: of the run.
-        blocks: of the transformer.
+        config: of the run, which does not shard.
+        plan: of it.
+        architectures: where settings of models are.
         memory: bytes of a GPU.
 
     Returns:
-        None: not even 64 are enough.
+        Their number and the bytes that each then holds; None: not even 64 are enough.
     """
-    if plan.is_sharded:
-        return plan.gpus if plan.peak.total <= memory else None
-    return next((n for n in (1, *CARDS) if _on_cards(plan, blocks, n) <= memory), None)
-
-
-def _on_cards(plan: RunPlan, blocks: int, cards: int) -> int:
+    step = fake_step(config, architectures, samples=plan.samples, in_shards=True)
+    found = phases(config, plan.encoders, step, 1)
     whole = plan.micro_batches > 1
-    found = [sharded(phase, blocks, cards, whole_gradients=whole) for phase in plan.phases]
-    return max(phase.total for phase in found)
-
-
-def _sharded(plan: RunPlan, memory: int) -> Iterator[Change]:
-    # blocks hold all but a few percent of the weights
-    cards = cards_when_sharded(plan, plan.blocks, memory)
-    if cards is not None and cards > 1:
-        settings = f"model.shard=fsdp2 on {cards} GPUs"
-        yield Change(settings, _on_cards(plan, plan.blocks, cards), True)
+    for cards in CARDS:
+        shards = (sharded(phase, plan.blocks, cards, whole_gradients=whole) for phase in found)
+        peak = max(phase.total for phase in shards)
+        if peak <= memory:
+            return cards, peak
+    return None
 
 
 Changed = Callable[[RunConfig], RunConfig]

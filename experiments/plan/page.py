@@ -81,7 +81,7 @@ def table(found: Mapping[str, Any]) -> str:
             f"{_number(highest['trained'] / 1e6)} M",
             _number(sum(highest["step_flops"].values()) / TERA),
             f"{highest['peak'] / GIB:.3g}",
-            _fits(plan, highest),
+            _fits(plan),
             _number(plan["gpu_hours"]),
             f"{_number(highest['checkpoint']['one'] / 1e9)} GB",
         ]
@@ -95,11 +95,13 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _fits(plan: Mapping[str, Any], highest: Mapping[str, Any]) -> str:
+def _fits(plan: Mapping[str, Any]) -> str:
     if plan["fits"]:
         return "yes"
-    sharded = highest["cards_when_sharded"]
-    return f"sharded over {sharded}" if sharded else "no"
+    changes = plan["changes"]
+    if not changes or not changes[-1]["fits"]:
+        return "no"
+    return "with " + ", ".join(f"`{change['settings']}`" for change in changes)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from alignlab.dataset_cache.disk_room import size_text
 from alignlab.experiments.plan.comparison import RecipePlan, VariantPlan
-from alignlab.experiments.plan.fits import Change, cards_when_sharded
+from alignlab.experiments.plan.fits import Change
 from alignlab.plan.sizes import Phase
 
 GIB = 2**30
@@ -73,7 +73,7 @@ def as_json(plan: RecipePlan, memory: int, changes: Sequence[Change]) -> dict[st
             {"settings": change.settings, "peak": change.peak, "fits": change.fits}
             for change in changes
         ],
-        "variants": {name: _variant_json(one, memory) for name, one in plan.variants.items()},
+        "variants": {name: _variant_json(one) for name, one in plan.variants.items()},
         "clips": plan.clips,
         "clips_are_known": plan.clips_are_known,
         "encoding_hours": plan.encoding_hours,
@@ -99,7 +99,7 @@ def memory_parts(phase: Phase) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda row: -row[1]))
 
 
-def _variant_json(variant: VariantPlan, memory: int) -> dict[str, Any]:
+def _variant_json(variant: VariantPlan) -> dict[str, Any]:
     plan = variant.plan
     return {
         "steps": variant.config.steps,
@@ -114,7 +114,6 @@ def _variant_json(variant: VariantPlan, memory: int) -> dict[str, Any]:
         "memory": {phase.name: memory_parts(phase) for phase in plan.phases},
         "peak": plan.peak.total,
         "peak_when": plan.peak.name,
-        "cards_when_sharded": cards_when_sharded(plan, plan.blocks, memory),
         "clip_bytes": {"pixels": plan.clip.pixels, **plan.clip.cached},
         "checkpoint": {
             "one": plan.checkpoint.one,

@@ -19,7 +19,8 @@ from alignlab.recipe import dump, load_run, load_stage1_run
 from alignlab.runs.run_folder import RunFolder
 
 WAN = sorted(name for name in shipped_recipes() if name.startswith("wan2"))
-OF_14B = ["wan21_14b", "wan22_5b", "wan22_a14b_sara"]
+LARGE = ["wan21_14b", "wan22_5b", "wan22_a14b_sara"]
+IN_SHARDS = [f"{name}_8gpu" for name in LARGE]
 COUNTS = {"one": 1, "eight": 8}
 
 
@@ -53,7 +54,7 @@ def test_there_are_recipes_for_one_and_for_eight() -> None:
         ("wan21_1.3b_1gpu", 1),
         ("wan21_1.3b_8gpu", 8),
         ("wan21_1.3b_compare", 1),
-        *((name, 1) for name in OF_14B),
+        *((name + end, gpus) for name in LARGE for end, gpus in (("", 1), ("_8gpu", 8))),
     ]
 
 
@@ -75,6 +76,14 @@ def test_the_recipes_for_one_and_for_eight_train_alike() -> None:
     assert dump(load_run("wan21_1.3b_1gpu", alike)) == dump(load_run("wan21_1.3b_8gpu", alike))
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_all_weights_are_trained_in_shards_and_a_lora_on_one_gpu(name: str) -> None:
+    one, eight = load_run(name, []).model, load_run(f"{name}_8gpu", []).model
+    assert (one.train, one.shard, eight.train, eight.shard) == ("lora", "none", "full", "fsdp2")
+    alike = {"train": "full", "lora": None, "shard": "fsdp2"}
+    assert one.model_copy(update=alike) == eight
+
+
 def test_the_former_name_says_what_took_its_place() -> None:
     with pytest.raises(UserError, match=r"is now wan21_1.3b_8gpu .* or wan21_1.3b_1gpu"):
         load_run("wan21_1.3b", [])
@@ -87,7 +96,9 @@ def test_the_comparison_is_fair() -> None:
     assert len(config.seeds) >= 3 and config.baseline == "none"
 
 
-@pytest.mark.parametrize("name", ["wan21_1.3b_compare", "stage1_sara_wan21_1.3b", *OF_14B])
+@pytest.mark.parametrize(
+    "name", ["wan21_1.3b_compare", "stage1_sara_wan21_1.3b", *LARGE, *IN_SHARDS]
+)
 def test_every_setting_has_its_source(name: str) -> None:
     lines = (recipe_folder() / f"{name}.yaml").read_text().splitlines()
     settings = [line for line in lines if re.match(r"\s*\w+: \S", line)]
@@ -115,14 +126,15 @@ def test_the_comparison_reads_what_its_stage_1_leaves() -> None:
     assert stage1.data.frames <= run.data.frames
 
 
-def test_sara_trains_the_expert_of_its_paper() -> None:
-    run = load_run("wan22_a14b_sara", [])
+@pytest.mark.parametrize(("name", "batch"), [("wan22_a14b_sara", 40), ("wan22_a14b_sara_8gpu", 8)])
+def test_sara_trains_the_expert_of_its_paper(name: str, batch: int) -> None:
+    run = load_run(name, [])
     (objective,) = run.objectives.values()
     assert isinstance(objective, SaraConfig) and objective.blocks == (17,)
     assert (run.model.expert, run.flow.sampler, run.flow.shift) == ("high", "logit_normal", 12.0)
-    assert (run.optim.batch_size, run.steps, run.data.size) == (40, 3000, (480, 848))
+    assert (run.optim.batch_size, run.steps, run.data.size) == (batch, 3000, (480, 848))
     # the command in its head leaves the network that it names, trained for its teacher and text
-    head = (recipe_folder() / "wan22_a14b_sara.yaml").read_text().split("# Sources")[0]
+    head = (recipe_folder() / f"{name}.yaml").read_text().split("# Sources")[0]
     command = re.search(r"stage1 sara (\S+) data.path=FOLDER (.*)\n#\s+(.*)\n", head)
     assert command is not None
     stage1 = load_stage1_run("sara", command[1], [*command[2].split(), *command[3].split()])

@@ -119,10 +119,10 @@ def test_what_to_change_first_where_it_does_not_fit(recipe_file: Path) -> None:
             update={"model": config.model.model_copy(update={"gradient_checkpointing": True})}
         )
         after = plan_run(changed, architectures)
+        cards = cards_when_sharded(config, plan, architectures, plan.peak.total - 1)
     assert first.settings == "model.gradient_checkpointing=true" and first.fits
     assert first.peak == after.peak.total < plan.peak.total
-    assert cards_when_sharded(plan, plan.blocks, plan.peak.total) == 1
-    assert cards_when_sharded(plan, plan.blocks, plan.peak.total - 1) == 2
+    assert cards is not None and cards[0] == 2 and cards[1] < plan.peak.total
 
 
 def test_memory_too_small_is_said(recipe_file: Path) -> None:
@@ -196,6 +196,4 @@ def test_a_gpu_holds_its_shards_and_no_state_that_is_offloaded(recipe_file: Path
     for part in ("weights", "gradients", "optimizer state"):
         assert standing(shards, part) == standing(whole, part) // 2 > 0
     assert standing(shards, "gathered blocks") > 0 == standing(whole, "gathered blocks")
-    assert cards_when_sharded(shards, shards.blocks, shards.peak.total) == 2
-    assert cards_when_sharded(shards, shards.blocks, shards.peak.total - 1) is None
     assert standing(offloaded, "optimizer state") == 0 < standing(offloaded, "weights")

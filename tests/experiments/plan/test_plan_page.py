@@ -1,15 +1,18 @@
 """The committed plans of the shipped recipes, and the table of them in docs/scale.md."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignlab.config.recipe_file import recipe_folder
 from alignlab.errors import UserError
 from alignlab.experiments.plan.comparison import recipe_runs
 from alignlab.experiments.plan.page import BEGIN, END, gpus_of, planned_recipes, plans, table
 
+GIB = 2**30
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -39,6 +42,29 @@ def test_committed_plans_are_of_the_shipped_recipes(committed: dict[str, Any]) -
             assert (one["steps"], share) == (config.steps, config.optim.batch_size)
             assert one["micro_batches"] == config.optim.accumulate
             assert one["gpus"] == max(runs.ranks, gpus_of(name))
+
+
+WAN = [name for name in planned_recipes() if name.startswith("wan2")]
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_recipes_of_real_size_fit_the_cards_that_they_name(
+    name: str, committed: dict[str, Any]
+) -> None:
+    plan = committed[name]
+    assert plan["fits"] and plan["memory"] == 80 * GIB
+    head = (recipe_folder() / f"{name}.yaml").read_text().split("\nname:")[0]
+    assert plan["gpus"] == (8 if "eight 80 GB GPUs" in head else 1)
+    peak = max(one["peak"] for one in plan["variants"].values())
+    said = re.search(r"`alignlab plan`: (\d+) GiB", head)
+    assert said is None or int(said[1]) == round(peak / GIB)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAN)
+def test_committed_plans_are_found_again(name: str, committed: dict[str, Any]) -> None:
+    """Twenty seconds each, up to two minutes of the comparison."""
+    assert json.loads(json.dumps(plans([name])[name])) == committed[name]
 
 
 def test_the_documented_table_is_the_committed_one(committed: dict[str, Any]) -> None:
