@@ -94,7 +94,7 @@ class ModelConfig(Settings):
     compile: Literal["none", "blocks"] = "none"
     """`blocks`: torch.compile of every transformer block, one code for all of them and for any
     number of references. The first steps and the first evaluation take minutes more. Not with
-    `haste_attention`."""
+    `haste_attention`. The other of two experts, which clips are generated with, is not compiled."""
     shard: Shard = "none"
     """What each of several ranks (torchrun) holds of the transformer. `none`: all of it. `fsdp2`: a
     part of each weight, of its gradient and of the optimizer's state (torch's `fully_shard`); the
@@ -105,8 +105,9 @@ class ModelConfig(Settings):
     weights: WeightsType = "fp32"
     """What trained weights are kept in. `bf16`, with `train: full`, `precision: bf16` and
     `optim.name: adamw_bf16_kahan` only: weights and gradients take half as much; norms, modulation
-    and the timestep's embedding stay fp32, as diffusers keeps them. Adapters and projectors are
-    always fp32; weights that a LoRA freezes are in `precision`."""
+    and the timestep's embedding stay fp32, as diffusers keeps them. Gradients of micro-batches are
+    added up in bf16 as well, which puts that of `optim.accumulate: 128` about 1 % off. Adapters and
+    projectors are always fp32; weights that a LoRA freezes are in `precision`."""
     text_encoder: TextEncoderPlace = Field(
         default="auto", json_schema_extra={SAME_NUMBERS: ["keep"]}
     )

@@ -15,7 +15,6 @@ from diffusers import WanTransformer3DModel
 from alignlab.config.model import ModelConfig
 from alignlab.distributed.sharding import has_shards
 from alignlab.errors import UserError
-from alignlab.models.compiled_blocks import compile_blocks
 from alignlab.models.experts import noise_window, other_part
 from alignlab.models.late_model import CPU, LateModel
 from alignlab.models.model_files import check_model_files
@@ -123,8 +122,7 @@ class OtherExpert:
         dtype = torch.bfloat16 if self._model.precision == "bf16" else torch.float32
         transformer = read_transformer(folder, self._part, dtype)
         transformer.set_attention_backend(self._model.attention)
-        if self._model.compile == "blocks":
-            compile_blocks(transformer)
+        # not compiled: it would be anew for each evaluation, in minutes, for a few clips
         return transformer.requires_grad_(False).eval()
 
 

@@ -65,6 +65,7 @@ class FakeStep:
         blocks: of it.
         trained: parameters that are trained, projectors included.
         projectors: those of objectives among them.
+        gradients: bytes of a gradient of all that is trained.
         saved: bytes of the weights that a checkpoint holds, without moving averages.
         flops: of a micro-batch, by part.
         unknown: operations that no formula counts.
@@ -77,6 +78,7 @@ class FakeStep:
     blocks: int
     trained: int
     projectors: int
+    gradients: int
     saved: int
     flops: dict[str, int]
     unknown: frozenset[str]
@@ -152,6 +154,7 @@ def _found(
         blocks=run.wan.num_blocks,
         trained=_count(run.state.names),
         projectors=_count(p for p in run.alignment.parameters() if p.requires_grad),
+        gradients=_bytes(run.state.names),
         saved=_saved(run),
         flops=dict(counter.parts),
         unknown=frozenset(counter.unknown),
@@ -269,11 +272,15 @@ def _own_parameters(run: Run) -> Iterator[Tensor]:
 
 
 def _saved(run: Run) -> int:
-    """Bytes of what a checkpoint keeps of the weights: all, or the adapter alone."""
-    kept = [*run.alignment.parameters(), *run.wan.transformer.parameters()]
+    """Bytes of what a checkpoint keeps of the weights: all, or what is trained beside a LoRA."""
     if run.state.is_lora:
-        kept = list(run.state.names)
-    return sum(parameter.numel() * parameter.element_size() for parameter in kept)
+        return _bytes(run.state.names)
+    trained = (p for p in run.alignment.parameters() if p.requires_grad)
+    return _bytes(run.wan.transformer.parameters()) + _bytes(trained)
+
+
+def _bytes(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

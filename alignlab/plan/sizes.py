@@ -123,15 +123,18 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     vae_stays = not (is_on and cache.latents)
     if vae_stays:
         resident["autoencoder"] = encoders.vae
+    in_shards = config.model.shard == "fsdp2" and gpus > 1
     standing = resident | {k: v for k, v in step.standing.items() if k in _STANDING}
     if config.optim.accumulate > 1:  # batches are made between micro-batches
-        standing = standing | {GRADIENTS: step.trained * FP32}
+        standing = standing | {GRADIENTS: step.gradients}
     making = {**standing, "autoencoder": encoders.vae, "encoding a clip": encoders.clip.memory}
     times = [resident | peak.by_label for peak in step.peaks]
     found = [_phase("step", *times)]
     if gpus > 1:
-        flat = min(BUCKET * FP32, step.trained * FP32)
-        averaging = standing | {GRADIENTS: step.trained * FP32, "averaging of gradients": flat}
+        flat = min(BUCKET, step.trained) * step.gradients // max(1, step.trained)
+        if in_shards:  # those of the transformer are averaged as they come
+            flat = min(BUCKET, step.projectors) * FP32
+        averaging = standing | {GRADIENTS: step.gradients, "averaging of gradients": flat}
         found.append(_phase("averaging", averaging))
     if config.data.workers:
         # threads encode while a step runs
@@ -151,16 +154,19 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     if config.eval.generates:
         samples = {k: v for k, v in standing.items() if k != GRADIENTS}
         samples |= {"autoencoder": encoders.vae, "decoding a clip": encoders.decode.memory}
+        if config.optim.ema is not None:  # the average stands where they were
+            samples |= {ASIDE: step.gradients}
         found.append(_phase("decoding of samples", samples))
     if config.optim.offload:  # the state of one tensor at a time is on the GPU
         found = [_without_state(phase) for phase in found]
-    if config.model.shard == "fsdp2" and gpus > 1:
+    if in_shards:
         whole = config.optim.accumulate > 1
         found = [sharded(p, step.blocks, gpus, whole_gradients=whole) for p in found]
     return sorted(found, key=lambda phase: -phase.total)
 
 
-GATHERED_BLOCKS = 2
+ASIDE = "weights put aside"
+GATHERED, GATHERED_BLOCKS = "gathered blocks", 2
 """Of weights in shards, so many blocks are whole at a time: one computes, one comes."""
 
 
@@ -178,8 +184,8 @@ def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> 
     """
     if cards == 1:
         return phase
-    split = SHARED - ({GRADIENTS} if whole_gradients else set())
-    gathered = {"gathered blocks": GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks}
+    split = SHARED | {ASIDE} - ({GRADIENTS} if whole_gradients else set())
+    gathered = {GATHERED: GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks}
     times = (
         {k: v // cards if k in split else v for k, v in parts.items()} | gathered
         for parts in (phase.parts, *phase.others)

@@ -11,7 +11,7 @@ from alignlab.experiments.compare.config import load_compare
 from alignlab.experiments.plan.rates import HOUR, Rates
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_encoders import EncoderCosts
-from alignlab.plan.run_plan import RunPlan, plan_run
+from alignlab.plan.run_plan import TEACHERS, RunPlan, plan_run
 from alignlab.recipe import load_run
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -145,10 +145,7 @@ def plan_recipe(
     known = clips or getattr(one.data, "train_clips", None)
     draws = one.steps * one.optim.batch_size * (runs.seeds if runs.is_comparison else 1)
     count = min(known, draws) if known else draws
-    once: dict[str, int] = {}
-    for variant in planned.values():
-        once |= variant.plan.clip_flops
-    encoding = count * rates.seconds(one, once) / HOUR
+    encoding = count * rates.seconds(one, _encoding_flops(planned)) / HOUR
     hours = encoding + runs.seeds * sum(variant.hours for variant in planned.values())
     return RecipePlan(
         runs,
@@ -161,7 +158,7 @@ def plan_recipe(
         {
             number: _days(runs, planned, encoding, number)
             for number in sorted({*GPU_COUNTS, gpus})
-            if number >= runs.ranks
+            if _can_train(runs, one, number)
         },
         _notes(architectures, one, runs),
         rates,
@@ -190,6 +187,27 @@ def _planned(
         hours = config.steps * rates.seconds(config, plan.step_flops) / HOUR
         found[name] = VariantPlan(config, plan, hours)
     return found
+
+
+def _encoding_flops(planned: Mapping[str, VariantPlan]) -> dict[str, int]:
+    """Of a clip, by part: what the runs of all variants read of it, each thing once."""
+    once: dict[str, int] = {}
+    teachers: dict[object, int] = {}
+    for variant in planned.values():
+        once |= variant.plan.clip_flops
+        if TEACHERS in variant.plan.clip_flops:
+            read = variant.plan.step.teachers
+            teachers |= {(t.alias, t.kind, t.shape, t.flops): t.flops for t in read}
+    if teachers:
+        once[TEACHERS] = sum(teachers.values())
+    return once
+
+
+def _can_train(runs: RecipeRuns, run: RunConfig, gpus: int) -> bool:
+    """Whether so many GPUs can share a run, or train runs of a comparison."""
+    if runs.is_comparison:
+        return gpus >= runs.ranks
+    return run.optim.batch_size % (run.optim.accumulate * gpus) == 0
 
 
 def cost_key(config: RunConfig) -> str:

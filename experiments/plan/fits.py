@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from alignlab.config.model import LoraConfig
 from alignlab.config.run import RunConfig
+from alignlab.errors import UserError
 from alignlab.plan.architecture import Architectures
-from alignlab.plan.fake_step import fake_step
 from alignlab.plan.run_plan import RunPlan, plan_run
-from alignlab.plan.sizes import phases, sharded
 
 GIB = 2**30
-CARDS = (2, 4, 8, 16, 32, 64)
+GPUS = (2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def changes_to_fit(
 ) -> list[Change]:
     """Changes in the order in which they should be tried, until it fits; empty if it does already.
 
-    First those that change no number, then those that cost time, then what is trained.
+    First those that change no number, then those that cost time, then what is trained, last more
+    GPUs. What the run could not be trained with is left out.
 
     Args:
         config: of the run.
@@ -50,25 +52,22 @@ def changes_to_fit(
     for settings, changed in _candidates(config, plan.gpus):
         if plan.peak.total <= memory:
             break
-        config = changed(config)
-        after = plan_run(config, architectures, gpus=plan.gpus, encoders=plan.encoders)
-        if after.peak.total < plan.peak.total:
-            plan = after
+        tried = changed(config)
+        after = _plan(tried, architectures, plan.gpus, plan)
+        if after is not None and after.peak.total < plan.peak.total:
+            config, plan = tried, after
             found.append(Change(settings, plan.peak.total, plan.peak.total <= memory))
     if plan.peak.total > memory and config.model.shard == "none":
-        cards = cards_when_sharded(config, plan, architectures, memory)
-        if cards is not None:
-            found.append(Change(f"model.shard=fsdp2 on {cards[0]} GPUs", cards[1], True))
+        found += gpus_in_shards(config, plan, architectures, memory)
     return found
 
 
-def cards_when_sharded(
+def gpus_in_shards(
     config: RunConfig, plan: RunPlan, architectures: Architectures, memory: int
-) -> tuple[int, int] | None:
-    """GPUs that a run needs if its weights, gradients and moments are sharded over them (FSDP2).
+) -> list[Change]:
+    """The least number of GPUs on which a run fits in shards (FSDP2), with AdamW's own state.
 
-    Arithmetic, not a measurement: what is sharded is divided, two blocks are whole at a time. Each
-    GPU has as many samples at a time as in the plan.
+    Each GPU has as many samples at a time as in the plan, where there are so many.
 
     Args:
         config: of the run, which does not shard.
@@ -77,17 +76,35 @@ def cards_when_sharded(
         memory: bytes of a GPU.
 
     Returns:
-        Their number and the bytes that each then holds; None: not even 64 are enough.
+        One change; none where not even 64 GPUs are enough, or the batch has too few samples.
     """
-    step = fake_step(config, architectures, samples=plan.samples, in_shards=True)
-    found = phases(config, plan.encoders, step, 1)
-    whole = plan.micro_batches > 1
-    for cards in CARDS:
-        shards = (sharded(phase, plan.blocks, cards, whole_gradients=whole) for phase in found)
-        peak = max(phase.total for phase in shards)
-        if peak <= memory:
-            return cards, peak
-    return None
+    name, batch = config.optim.name, config.optim.batch_size
+    plain = _set("optim", name="adamw")(config) if name == "adamw_8bit" else config
+    for gpus in GPUS:
+        count = max(1, batch // (gpus * plan.samples))
+        if batch % (gpus * count):
+            continue
+        shared = _set("model", shard="fsdp2")(_set("optim", accumulate=count)(plain))
+        after = _plan(shared, architectures, gpus, plan)
+        if after is not None and after.peak.total <= memory:
+            settings = "model.shard=fsdp2"
+            if count != config.optim.accumulate:
+                settings += f" optim.accumulate={count}"
+            if plain is not config:
+                settings += " optim.name=adamw"
+            return [Change(f"{settings} on {gpus} GPUs", after.peak.total, True)]
+    return []
+
+
+def _plan(
+    config: RunConfig, architectures: Architectures, gpus: int, before: RunPlan
+) -> RunPlan | None:
+    """The plan of a changed run; None of one that is refused."""
+    try:
+        valid = RunConfig.model_validate(config.model_dump())
+        return plan_run(valid, architectures, gpus=gpus, encoders=before.encoders)
+    except (ValidationError, UserError):
+        return None
 
 
 Changed = Callable[[RunConfig], RunConfig]

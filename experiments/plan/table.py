@@ -6,7 +6,7 @@ from typing import Any
 from alignlab.dataset_cache.disk_room import size_text
 from alignlab.experiments.plan.comparison import RecipePlan, VariantPlan
 from alignlab.experiments.plan.fits import Change
-from alignlab.plan.sizes import Phase
+from alignlab.plan.sizes import ASIDE, GATHERED, Phase
 
 GIB = 2**30
 TERA = 1e12
@@ -15,6 +15,7 @@ _STATE = ("weights", "gradients", "optimizer state", "moving averages")
 _OTHERS = (
     *("teachers", "text encoder", "autoencoder", "CUDA context", "encoding a clip"),
     *("decoding a clip", "features", "captions", "averaging of gradients"),
+    *(ASIDE, GATHERED),
 )
 
 Table = tuple[str, Sequence[str], list[list[str]]]

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from alignlab.evaluation.own_metrics import installed_metrics
 from alignlab.kernels.registry import installed_kernels
 
+MOST_S = 600  # that `anew` may take
 TESTS = Path(__file__).parents[1]
 TINY_KERNEL = TESTS / "kernels" / "external" / "tiny_kernel.py"
 TINY_METRIC = TESTS / "alignlab" / "external" / "tiny_metric.py"
@@ -147,6 +149,7 @@ def anew(installed: Path, work: Callable[[], Any], cwd: Path | None = None) -> A
     if pid == 0:
         done: dict[str, Any] = {}
         try:
+            signal.alarm(MOST_S)  # which kills it: a hang fails the test
             os.close(reading)
             _begin_anew(installed, cwd or installed)
             done["result"] = work()
@@ -158,7 +161,8 @@ def anew(installed: Path, work: Callable[[], Any], cwd: Path | None = None) -> A
     os.close(writing)
     with os.fdopen(reading) as pipe:
         text = pipe.read()
-    os.waitpid(pid, 0)
+    status = os.waitpid(pid, 0)[1]
+    assert status == 0, f"ended with {os.waitstatus_to_exitcode(status)}"
     done = json.loads(text)
     assert "error" not in done, done["error"]
     return done["result"]

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -15,6 +16,8 @@ from typing import NoReturn
 import torch
 
 from alignlab.cli import main as command
+
+MOST_S = 900  # that ranks may take
 
 
 def driven(work: Callable[[], None], folder: Path) -> list[str]:
@@ -29,6 +32,7 @@ def driven(work: Callable[[], None], folder: Path) -> list[str]:
     if pid == 0:
         status = 70
         try:
+            signal.alarm(MOST_S)  # which kills it: a hang fails the test
             _write_to(folder / "printed", folder / "errors")
             warnings.resetwarnings()  # in a test they are errors
             logging.getLogger("alignlab").handlers.clear()  # those of other commands
@@ -55,6 +59,7 @@ def run_command(arguments: Sequence[str], said: Path, *, whole: bool = False) ->
         said: file that gets what it prints.
         whole: the interpreter is taken apart, as after any command. It takes seconds.
     """
+    signal.alarm(MOST_S)  # no rank outlives a driver that was killed
     _write_to(said, said)
     sys.argv = ["alignlab", *arguments]
     code = 1

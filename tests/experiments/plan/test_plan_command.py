@@ -9,10 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from alignlab.cli import app
+from alignlab.config.model import LoraConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
+from alignlab.experiments.plan import fits
 from alignlab.experiments.plan.comparison import RecipePlan, RecipeRuns, plan_recipe, recipe_runs
-from alignlab.experiments.plan.fits import cards_when_sharded, changes_to_fit
+from alignlab.experiments.plan.fits import changes_to_fit, gpus_in_shards
 from alignlab.experiments.plan.rates import Rates
 from alignlab.plan.architecture import Architectures, shipped
 from alignlab.plan.fake_models import fake_wan
@@ -21,6 +23,7 @@ from alignlab.plan.run_plan import AGAIN, FORWARD, RunPlan, plan_run
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import step_folders
 
+SHARDS = {"shard": "fsdp2"}
 COMPARISON = """
 baseline: none
 seeds: [0, 1]
@@ -119,10 +122,100 @@ def test_what_to_change_first_where_it_does_not_fit(recipe_file: Path) -> None:
             update={"model": config.model.model_copy(update={"gradient_checkpointing": True})}
         )
         after = plan_run(changed, architectures)
-        cards = cards_when_sharded(config, plan, architectures, plan.peak.total - 1)
+        (shards,) = gpus_in_shards(config, plan, architectures, after.peak.total + 2**20)
     assert first.settings == "model.gradient_checkpointing=true" and first.fits
     assert first.peak == after.peak.total < plan.peak.total
-    assert cards is not None and cards[0] == 2 and cards[1] < plan.peak.total
+    assert shards.settings == "model.shard=fsdp2 on 2 GPUs" and shards.fits
+
+
+@pytest.mark.parametrize(
+    ("settings", "section", "change"),
+    [
+        (["objectives={d: {name: dispersive, blocks: [1]}}"], "optim", {"accumulate": 4}),
+        (["objectives={s: {name: sra, blocks: [0], deep_blocks: [1]}}"], "model", SHARDS),
+        (["optim.name=adamw_8bit"], "model", SHARDS),
+        (["model.init=random"], "model", {"train": "lora", "lora": LoraConfig()}),
+        (["optim.batch_size=2"], "model", SHARDS),
+    ],
+)
+def test_what_a_run_is_not_trained_with_is_not_planned_as_a_change(
+    recipe_file: Path, settings: list[str], section: str, change: dict[str, Any]
+) -> None:
+    config = load_run(recipe_file, ["objectives={}", "optim.batch_size=4", *settings])
+    with ExitStack() as stack:
+        architectures = Architectures(stack)
+        plan = plan_run(config, architectures)
+        changed = fits._set(section, **change)(config)
+        gpus = 4 if change is SHARDS else 1
+        assert fits._plan(changed, architectures, gpus, plan) is None
+        assert fits._plan(config, architectures, 1, plan) is not None
+
+
+def test_a_run_that_8_bits_do_not_make_fit_is_shared_with_adamws_own_state(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_run(recipe_file, ["objectives={}", "optim.batch_size=4", "model.init=random"])
+    name = "optim.name=adamw_8bit"
+    change = (name, fits._set("optim", name="adamw_8bit"))
+    monkeypatch.setattr(fits, "_candidates", lambda config, gpus: iter([change]))
+    with ExitStack() as stack:
+        architectures = Architectures(stack)
+        plan = plan_run(config, architectures)
+        (alone,) = fits.changes_to_fit(config, plan, architectures, 1)
+        first, last = fits.changes_to_fit(config, plan, architectures, alone.peak - 1)
+    assert first == alone and first.settings == name and not first.fits
+    assert last.fits and last.peak < alone.peak
+    assert last.settings == "model.shard=fsdp2 optim.name=adamw on 2 GPUs"
+
+
+def test_gradients_take_the_bytes_of_their_weights(recipe_file: Path) -> None:
+    kahan = ["model.weights=bf16", "optim.name=adamw_bf16_kahan"]
+    found = []
+    for settings in ([], kahan):
+        config = load_run(recipe_file, ["optim.batch_size=4", "model.precision=bf16", *settings])
+        with ExitStack() as stack:
+            found.append(plan_run(config, Architectures(stack), gpus=2))
+    fp32, bf16 = found
+    assert fp32.step.gradients == 4 * fp32.step.trained
+    assert bf16.step.gradients < 0.7 * fp32.step.gradients
+    for plan in found:
+        (averaging,) = (phase for phase in plan.phases if phase.name == "averaging")
+        assert averaging.parts["gradients"] == plan.step.gradients
+        assert averaging.parts["averaging of gradients"] == plan.step.gradients  # one bucket
+
+
+def test_the_average_of_the_weights_stands_beside_them_while_samples_are_made(
+    recipe_file: Path,
+) -> None:
+    found = []
+    for settings in ([], ["optim.ema=0.9"]):
+        config = load_run(recipe_file, ["eval.sample_clips=1", *settings])
+        with ExitStack() as stack:
+            plan = plan_run(config, Architectures(stack))
+        (samples,) = (phase for phase in plan.phases if phase.name == "decoding of samples")
+        found.append((samples.total, plan.step))
+    (plain, _), (averaged, step) = found
+    assert averaged - plain == step.gradients + step.standing["moving averages"]
+
+
+def test_what_variants_read_of_a_clip_is_encoded_once(recipe_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "compare.yaml"
+    teachers = "teachers.early: {family: dinov2, path: assets/tiny-dino, feature: 'layer:1'}"
+    early = f"  early: {{{teachers}, objectives.ra.teacher: early}}\n"
+    path.write_text(recipe_file.read_text() + COMPARISON + early)
+    plan = plan_of(recipe_runs(path, []))
+    flops = {name: variant.plan.clip_flops for name, variant in plan.variants.items()}
+    parts = ("autoencoder", "text encoder")
+    both = sum(flops["ra"][part] for part in parts) + flops["ra"]["teachers"]
+    assert flops["again"] == flops["ra"]
+    both += flops["early"]["teachers"]
+    tera = both / 1e12
+    assert plan.encoding_hours == pytest.approx(plan.clips * tera / Rates().fp32 / 3600)
+
+
+def test_days_are_those_of_gpus_that_can_share_a_step(recipe_file: Path) -> None:
+    plan = plan_of(recipe_runs(recipe_file, ["optim.batch_size=12", "optim.accumulate=3"]))
+    assert list(plan.days) == [1, 2, 4]
 
 
 def test_memory_too_small_is_said(recipe_file: Path) -> None:
