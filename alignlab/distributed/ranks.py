@@ -10,6 +10,7 @@ shards (`model.shard`) is in `alignlab.distributed.sharding`.
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from datetime import timedelta
 from functools import cache
 from typing import Any, ParamSpec, TypeVar
@@ -54,6 +55,15 @@ class Ranks:
         """All ranks, of which there are several, on the CPU, for what takes long."""
         assert self._group is not None
         return self._group
+
+    def apart(self) -> "Ranks":
+        """The same ranks with a group of their own, for a thread beside the one that trains.
+
+        All ranks call it at once.
+        """
+        other = copy(self)
+        other._group = _new_group() if self.world_size > 1 else None
+        return other
 
     @property
     def is_main(self) -> bool:
@@ -290,6 +300,10 @@ def _device() -> torch.device:
 @cache
 def _long_timeout_group() -> dist.ProcessGroup:
     """A second group, on the CPU, for what takes long."""
+    return _new_group()
+
+
+def _new_group() -> dist.ProcessGroup:
     try:
         group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
     except RuntimeError as error:

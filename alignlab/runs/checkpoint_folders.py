@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER_SHARDS = "optimizer"  # a folder, of a run whose transformer is in shards
+SHARDS = "_shards"  # ends the name of a folder of likewise: transformer_shards, ema_shards
 OPTIMIZER_STATE = (OPTIMIZER, OPTIMIZER_SHARDS)
 LOG = "log.json"
 WEIGHTS_ONLY = (

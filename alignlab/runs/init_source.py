@@ -8,12 +8,17 @@ from alignlab.config.path_kinds import not_a_run
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.runs.checkpoint_folders import is_step_name, no_checkpoint, step_folders
+from alignlab.runs.checkpoint_folders import SHARDS, is_step_name, no_checkpoint, step_folders
 from alignlab.runs.run_folder import RunFolder
 
 SETTING = "model.init_from"
 # What a run reads that starts from it. The average of the weights and the optimizer are not.
-FILES = ("objectives.safetensors", "pytorch_lora_weights.safetensors", "transformer/*")
+FILES = (
+    "objectives.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "transformer/*",
+    f"transformer{SHARDS}/*",
+)
 
 
 class InitSource(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alignlab.progress import step_progress
 from alignlab.runs.atomic_files import whole_file
 from alignlab.training.checkpoint import named_state, restore_state
-from alignlab.training.optimizer_shards import SEPARATOR
+from alignlab.training.sharded_files import SEPARATOR
 
 EMA_DECAY = 0.999
 WARMUP = 50

@@ -4,8 +4,10 @@ checkpoints/step-000500/
     transformer/                         all weights (full fine-tuning), or
     pytorch_lora_weights.safetensors     the adapter, as diffusers' pipelines load it
     objectives.safetensors               projectors, state of plateau stops and measured weights
+    transformer_shards/, ema_shards/     in place of `transformer/` and `ema.safetensors` where
+                                         ranks share the transformer: a file of each
     optimizer.safetensors                AdamW's state, by parameter name, or
-    optimizer/                           likewise, a file of each rank (`optimizer_shards.py`)
+    optimizer/                           likewise, a file of each rank (`sharded_files.py`)
     ema.safetensors                      the moving average, if there is one
     self_teacher.safetensors             that which an objective has for a teacher, likewise
     state.json                           step, hash of frozen Stage 1 networks, how many samples
@@ -39,6 +41,7 @@ from alignlab.models.weight_check import check_weights
 from alignlab.runs.checkpoint_folders import (
     OPTIMIZER,
     OPTIMIZER_SHARDS,
+    SHARDS,
     STATE,
     WEIGHTS_ONLY,
     has_optimizer,
@@ -48,12 +51,13 @@ from alignlab.runs.checkpoint_folders import (
     step_of,
 )
 from alignlab.runs.digest import frozen_digest
-from alignlab.training.optimizer_shards import SEPARATOR, placed, read_shards
 from alignlab.training.optimizer_step import StepByTensor
+from alignlab.training.sharded_files import SEPARATOR, placed, read_into, read_shards
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer."
 TRANSFORMER = "transformer"
+AVERAGE = "ema.safetensors"
 OBJECTIVES = "objectives.safetensors"
 Weights = dict[str, dict[str, Tensor]]
 """Tensors by name, by the file that they are written to; those of the transformer by its name."""
@@ -169,10 +173,10 @@ class RunState(TrainState):
         return {TRANSFORMER: own, OBJECTIVES: _trained(self.objectives), **self.averages()}
 
     def write_weights(self, folder: Path, weights: Weights) -> None:
-        own = weights[TRANSFORMER]
-        if self.is_lora:
+        own = weights.get(TRANSFORMER)  # what is in shards, its ranks have written
+        if own is not None and self.is_lora:
             save_lora(self.transformer, folder, own)
-        else:
+        elif own is not None:
             with torch.device("meta"):  # its own weights are not read
                 plain = WanTransformer3DModel.from_config(self.transformer.config)
             plain.load_state_dict(own, assign=True)
@@ -188,6 +192,10 @@ class RunState(TrainState):
         load_transformer(self.transformer, folder)
         _restore_trained(self.objectives, load_file(folder / OBJECTIVES))
         for file, average in self.averages().items():
+            if (folder / shards_of(file)).is_dir():
+                read_into(average, folder / shards_of(file))
+                _check(folder / shards_of(file), average)
+                continue
             stored = load_file(folder / file)
             _check(folder / file, stored)
             for name, value in stored.items():
@@ -195,7 +203,7 @@ class RunState(TrainState):
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """Moving averages by their file."""
-        kept = {"ema.safetensors": self.ema, "self_teacher.safetensors": self.self_teacher}
+        kept = {AVERAGE: self.ema, "self_teacher.safetensors": self.self_teacher}
         return {file: average for file, average in kept.items() if average is not None}
 
     def facts(self) -> dict[str, Any]:
@@ -332,9 +340,15 @@ def load_transformer(
         UserError: there are no such weights, some are not finite, or the adapter is of another
             transformer.
     """
-    if ema:
-        average = load_file(checkpoint / "ema.safetensors")
-        _check(checkpoint / "ema.safetensors", average)
+    shards = checkpoint / shards_of(AVERAGE if ema else TRANSFORMER)
+    if shards.is_dir():
+        own = dict(transformer.named_parameters()) if ema else transformer.state_dict()
+        own = {name: tensor.detach() for name, tensor in own.items()}
+        read_into(own, shards)
+        _check(shards, own)
+    elif ema:
+        average = load_file(checkpoint / AVERAGE)
+        _check(checkpoint / AVERAGE, average)
         copy_weights(average, transformer)
     elif (checkpoint / LORA_FILE).exists():
         layers = load_file(checkpoint / LORA_FILE)
@@ -368,6 +382,11 @@ def load_transformer(
             transformer.load_state_dict(weights)
     else:
         raise UserError(f"{checkpoint}: no transformer and no LoRA weights there")
+
+
+def shards_of(file: str) -> str:
+    """The folder with the parts of what ranks that hold it whole write to a file."""
+    return Path(file).stem + SHARDS
 
 
 def _load_whole(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from alignlab.models.wan import Wan
 from alignlab.runs.checkpoint_folders import OPTIMIZER_STATE, hold, problem
 from alignlab.runs.init_source import SETTING, InitSource, init_source
 from alignlab.training import checkpoint
-from alignlab.training.checkpoint import RunState
+from alignlab.training.checkpoint import AVERAGE, RunState, shards_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def checked_source(config: RunConfig, locks: ExitStack) -> InitSource | None:
     there = source.run.config()
     if not locks.enter_context(hold(source.checkpoint)):
         raise UserError(f"{SETTING}: {source.checkpoint} is gone: name another")
-    broken = problem(source.checkpoint, leave_out=(*OPTIMIZER_STATE, "ema.safetensors"))
+    broken = problem(source.checkpoint, leave_out=(*OPTIMIZER_STATE, AVERAGE, shards_of(AVERAGE)))
     if broken:
         raise UserError(f"{SETTING}: {source.checkpoint} is damaged ({broken}): name another")
     check_fits(config, there, source.run.path)

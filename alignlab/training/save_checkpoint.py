@@ -1,8 +1,8 @@
 """Checkpoints of weights that all ranks agree on, written by rank 0, or by all of them.
 
-Of a transformer in shards, rank 0 gathers weights and their average, and writes them where and as a
-run of one process does: whatever reads a checkpoint reads these. Of the optimizer's state, which is
-twice as much, every rank writes its part.
+Of a transformer in shards every rank writes its part of the weights, their average and the
+optimizer's state, and none gathers them. An adapter, which is small, rank 0 gathers and writes as a
+run of one process does.
 
 With `checkpoint.asynchronous` a thread writes a copy in main memory while training goes on.
 """
@@ -10,6 +10,7 @@ With `checkpoint.asynchronous` a thread writes a copy in main memory while train
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,7 +19,7 @@ from alignlab import interruption
 from alignlab.config.parts import CheckpointConfig
 from alignlab.dataset_cache.disk_room import size_text
 from alignlab.distributed.ranks import Ranks
-from alignlab.distributed.sharding import total_norm, whole_tensors
+from alignlab.distributed.sharding import has_shards, total_norm, whole_tensors
 from alignlab.errors import UserError, first_line
 from alignlab.runs.atomic_files import whole_folder
 from alignlab.runs.checkpoint_folders import (
@@ -31,8 +32,8 @@ from alignlab.runs.checkpoint_folders import (
 from alignlab.runs.kept_checkpoints import keep_weights_of
 from alignlab.runs.metric_rows import mark_log
 from alignlab.runs.run_folder import RunFolder
-from alignlab.training.checkpoint import TrainState
-from alignlab.training.optimizer_shards import write_shards
+from alignlab.training.checkpoint import RunState, TrainState, shards_of
+from alignlab.training.sharded_files import write_shards
 from alignlab.training.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -45,17 +46,11 @@ class CheckpointWriter:
         state: what is written.
         ranks: that train it.
         settings: which older checkpoints are kept, and whether training waits.
-
-    Raises:
-        UserError: with shards, training has to wait.
     """
 
     def __init__(self, state: TrainState, ranks: Ranks, settings: CheckpointConfig) -> None:
-        if settings.asynchronous and state.is_in_shards:
-            raise UserError(
-                "checkpoint.asynchronous: a transformer in shards (model.shard) is written while "
-                "training waits: set checkpoint.asynchronous=false"
-            )
+        is_shared = settings.asynchronous and state.is_in_shards
+        self._writers = ranks.apart() if is_shared else ranks  # of the thread
         self._state = state
         self._ranks = ranks
         self._settings = settings
@@ -108,6 +103,8 @@ class CheckpointWriter:
         if ranks.is_main or state.is_in_shards:
             mark = mark_log(folder.metrics) if ranks.is_main and is_checkpoint else None
             snapshot = Snapshot.of(state, mark, weights_only=not is_checkpoint)
+            if isinstance(state, RunState) and state.is_lora and state.is_in_shards:
+                snapshot = _gathered(snapshot, ranks)
             if self._settings.asynchronous:
                 self._begin(snapshot.in_main_memory(), path, keeps_weights=weights)
             else:
@@ -133,17 +130,19 @@ class CheckpointWriter:
         raise UserError("another rank could not write its checkpoint, its own message says why")
 
     def _begin(self, snapshot: Snapshot, path: Path, *, keeps_weights: bool) -> None:
-        log.info(
-            "%s: %s copied to main memory, written while training goes on",
-            *(path.name, size_text(snapshot.num_bytes)),
-        )
+        if self._ranks.is_main:
+            whose = "" if self._ranks.world_size == 1 else " by this rank"
+            log.info(
+                "%s: %s copied to main memory%s, written while training goes on",
+                *(path.name, size_text(snapshot.num_bytes), whose),
+            )
         executor = ThreadPoolExecutor(1, "checkpoint")
         self._writing = executor.submit(self._write, snapshot, path, keeps_weights=keeps_weights)
         executor.shutdown(wait=False)
 
     def _write(self, snapshot: Snapshot, path: Path, *, keeps_weights: bool) -> None:
         if snapshot.state.is_in_shards:
-            _write_in_shards(snapshot, path, self._ranks)
+            _write_in_shards(snapshot, path, self._writers)
         else:
             with whole_folder(path) as folder:
                 snapshot.write(folder)
@@ -155,18 +154,22 @@ class CheckpointWriter:
         prune(path.parent, self._settings.keep, self._settings.keep_every)
 
 
+def _gathered(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
+    """Weights whole, on rank 0."""
+    whole = {f: whole_tensors(t, kept=ranks.is_main) for f, t in snapshot.weights.items()}
+    return replace(snapshot, weights=whole)
+
+
 def _write_in_shards(snapshot: Snapshot, target: Path, ranks: Ranks) -> None:
     """`Snapshot.write` by all ranks into one folder."""
+    parts = {f: t for f, t in snapshot.weights.items() if has_shards(list(t.values()))}
+    whole = {f: t for f, t in snapshot.weights.items() if f not in parts}
     with ExitStack() as stack:
         folder = ranks.on_main(stack.enter_context, whole_folder(target))
-        weights = {
-            file: whole_tensors(tensors, kept=ranks.is_main)
-            for file, tensors in snapshot.weights.items()
-        }
-        if ranks.is_main:
-            snapshot.state.write_weights(folder, weights)
-        del weights
+        for file, tensors in parts.items():
+            write_shards(tensors, folder / shards_of(file), ranks.group)
         if snapshot.moments is not None:
             write_shards(snapshot.moments, folder / OPTIMIZER_SHARDS, ranks.group)
         if ranks.is_main:
+            snapshot.state.write_weights(folder, whole)
             snapshot.write_facts(folder)

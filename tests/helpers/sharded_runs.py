@@ -5,7 +5,8 @@ which are told of each other. What rank r says goes to FOLDER/NAME.r; exit codes
 job, to stdout.
 
 Moments: `whole`; `killed` (all die of SIGKILL after step 3, and what they leave is copied to
-killed-left); `from-killed` (goes on with a copy of that); `writing` (the last dies while it writes
+killed-left); `from-killed` (goes on with a copy of that); `from-one` (with a copy of the run
+by-one, without what it wrote at step 4); `writing` (the last dies while it writes
 the checkpoint of step 4); `counted` (rank r writes into FOLDER/NAME.references.r how many
 references the samples of each micro-batch have).
 """
@@ -22,14 +23,15 @@ from typing import Any
 from rank_processes import forked_ranks, run_command
 
 train_module: Any = importlib.import_module("alignlab.train")
-optimizer_shards: Any = importlib.import_module("alignlab.training.optimizer_shards")
+sharded_files: Any = importlib.import_module("alignlab.training.sharded_files")
 take_step, losses = train_module.Trainer.step, train_module.RunTrainer.losses
-write = optimizer_shards.HuggingFaceStorageWriter.write_data
+write = sharded_files.ShardWriter.write_data
 
 
 def killed(trainer: Any, batches: Any) -> Any:
     scalars = take_step(trainer, batches)
     if trainer.state.step == 3:
+        trainer._writer.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     return scalars
 
@@ -55,7 +57,7 @@ def child(recipe: Path, folder: Path, job: list[str], rank: int) -> None:
     if moment == "killed":
         train_module.Trainer.step = killed
     elif moment == "writing":
-        optimizer_shards.HuggingFaceStorageWriter.write_data = half_written
+        sharded_files.ShardWriter.write_data = half_written
     elif moment == "counted":
         file = folder / f"{name}.references.{rank}"
         train_module.RunTrainer.losses = counted(file)
@@ -68,6 +70,10 @@ def train_jobs(recipe: Path, folder: Path, jobs: Sequence[str]) -> None:
     for job in (line.split() for line in jobs):
         if job[2] == "from-killed":
             shutil.copytree(folder / "killed-left", folder / job[0])
+        elif job[2] == "from-one":
+            shutil.copytree(folder / "by-one", folder / job[0])
+            (folder / job[0] / "result.json").unlink()
+            shutil.rmtree(folder / job[0] / "checkpoints/step-000004")
         ends = forked_ranks(int(job[1]), partial(child, recipe, folder, job))
         print(*ends, flush=True)
         if job[2] == "killed":

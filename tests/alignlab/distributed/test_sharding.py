@@ -21,6 +21,7 @@ from alignlab.distributed.sharding import (
 )
 from alignlab.export import export
 from alignlab.models.wan import load_wan
+from alignlab.training.checkpoint import ModelChoice
 from rank_processes import driven
 from run_contents import timeless_metrics, timeless_rows
 from sharded_runs import train_jobs
@@ -35,6 +36,7 @@ RECIPE_CHANGES = {
 }
 EXACT = ("loss", "grad", "val", "lr")
 SHARDS = "model.shard=fsdp2"
+LATER = "checkpoint.asynchronous=true"
 TWO = f"{SHARDS} model.gradient_checkpointing=true"
 LORA = "model.train=lora model.lora.rank=4 model.lora.alpha=8 objectives.repa=null eval.every=null"
 LORA += " eval.sample_clips=0 eval.generated_clips=0"
@@ -65,34 +67,38 @@ def runs(recipe: Path) -> Path:
     ends = drive(
         recipe,
         "one 1 whole",
-        f"two 2 whole {TWO}",
-        f"killed 2 killed {TWO}",
-        f"by-two 2 from-killed {TWO}",
+        f"two 2 whole {TWO} checkpoint.weights_every=1",
+        f"killed 2 killed {TWO} {LATER}",
+        f"by-two 2 from-killed {TWO} {LATER}",
         f"by-three 3 from-killed {TWO}",
-        f"by-one 1 from-killed {TWO}",
+        f"by-one 1 from-killed {TWO} checkpoint.every_minutes=1e-9",
+        f"of-one 2 from-one {TWO}",
         f"writing 2 writing {TWO}",
+        f"later 2 writing {TWO} {LATER}",
         f"lora-one 1 whole {LORA}",
         f"lora-three 3 whole {LORA} {SHARDS}",
         f"counted 2 counted {STEPS_20} {SHARDS}",
     )
-    assert ends == ["0", "0 0", "-9 -9", "0 0", "0 0 0", "0", "1 -9", "0", "0 0 0", "0 0"]
+    assert ends[:7] == ["0", "0 0", "-9 -9", "0 0", "0 0 0", "0", "0 0"]
+    assert ends[7:] == ["1 -9", "1 -9", "0", "0 0 0", "0 0"]
     return recipe.parent
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """What the last checkpoint holds besides the optimizer's state."""
-    step = sorted((run / "checkpoints").iterdir())[-1]
-    return {
-        f"{path.name} {key}": value
-        for path in sorted(step.rglob("*.safetensors"))
-        if not path.relative_to(step).as_posix().startswith("optimizer")
-        for key, value in load_file(path).items()
-    }
+    """What the last checkpoint holds besides the optimizer's state, parts put together."""
+    step = sorted((run / "checkpoints").glob("step-*"))[-1]
+    found: dict[str, list[torch.Tensor]] = {}
+    for path in sorted(step.rglob("*.safetensors")):
+        name = path.relative_to(step).parts[0].removesuffix(".safetensors").removesuffix("_shards")
+        if name != "optimizer":
+            for key, value in load_file(path).items():
+                found.setdefault(f"{name} {key}", []).append(value)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in found.items()}
 
 
 def moments(run: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state, by file."""
-    step = sorted((run / "checkpoints").iterdir())[-1]
+    step = sorted((run / "checkpoints").glob("step-*"))[-1]
     return {
         f"{path.name} {key}": value
         for path in sorted(step.glob("optimizer/*.safetensors"))
@@ -128,6 +134,18 @@ def test_two_processes_with_one_model_train_as_one_does(runs: Path) -> None:
     assert files[0] == files[1]
 
 
+def test_each_process_writes_a_part_of_the_weights_and_of_their_average(runs: Path) -> None:
+    for run in ("two", "by-two", "of-one"):
+        step = runs / run / "checkpoints" / "step-000004"
+        names = sorted(path.name for path in step.iterdir() if path.is_dir())
+        assert names == ["ema_shards", "optimizer", "transformer_shards"]
+        for folder in ("ema_shards", "transformer_shards"):
+            files = sorted((step / folder).iterdir())
+            rows = [len(load_file(file)["patch_embedding.weight"]) for file in files]
+            assert rows == [24, 24], [file.name for file in files]
+    assert "copied to main memory by this rank" in (runs / "by-two.0").read_text()
+
+
 def test_each_process_holds_a_part_of_the_optimizers_state(runs: Path) -> None:
     names = [
         file.name for file in (runs / "two" / "checkpoints" / "step-000004/optimizer").iterdir()
@@ -153,17 +171,18 @@ def test_a_killed_pair_ends_with_the_bits_of_the_uninterrupted_one(runs: Path) -
         assert [key for key in expected if not torch.equal(found[key], expected[key])] == []
 
 
-@pytest.mark.parametrize("name", ["by-three", "by-one"])
+@pytest.mark.parametrize("name", ["by-three", "by-one", "of-one"])
 def test_another_number_of_processes_resumes_what_two_left(runs: Path, name: str) -> None:
     assert_as_one(runs / "two", runs / name)
     said = (runs / f"{name}.0").read_text()
     assert ("this process is the only one" in said) == (name == "by-one")
 
 
-def test_a_kill_within_a_checkpoint_leaves_the_one_before(runs: Path) -> None:
-    left = [p.name for p in (runs / "writing/checkpoints").iterdir() if p.name.startswith("step")]
+@pytest.mark.parametrize("name", ["writing", "later"])
+def test_a_kill_within_a_checkpoint_leaves_the_one_before(runs: Path, name: str) -> None:
+    left = [p.name for p in (runs / name / "checkpoints").iterdir() if p.name.startswith("step")]
     assert left == ["step-000002"]
-    assert "another rank has stopped" in (runs / "writing.0").read_text().strip().split("\n")[-1]
+    assert "another rank has stopped" in (runs / f"{name}.0").read_text().strip().split("\n")[-1]
 
 
 def test_ranks_with_different_numbers_of_references_keep_step(runs: Path) -> None:
@@ -176,10 +195,16 @@ def test_ranks_with_different_numbers_of_references_keep_step(runs: Path) -> Non
 def test_the_model_is_exported_and_loaded_by_diffusers(runs: Path, tmp_path: Path) -> None:
     folder = export(runs / "two", tmp_path / "two")
     pipeline = WanPipeline.from_pretrained(folder)
-    average = load_file(runs / "two/checkpoints/step-000004/ema.safetensors")
-    assert average
+    stored = weights(runs / "two")
     for name, value in pipeline.transformer.named_parameters():
-        assert torch.equal(value, average[name]), name
+        assert torch.equal(value, stored[f"ema {name}"]), name
+    for step in (2, 3):  # copies of weights: of a checkpoint, and by themselves
+        export(runs / "two", tmp_path / f"{step}", ModelChoice(step=step))
+        names = {path.name for path in (runs / f"two/checkpoints/weights-00000{step}").iterdir()}
+        assert {"transformer_shards", "ema_shards"} < names and "optimizer" not in names
+    last = export(runs / "two", tmp_path / "last", ModelChoice(ema=False))
+    for name, value in WanPipeline.from_pretrained(last).transformer.named_parameters():
+        assert torch.equal(value, stored[f"transformer {name}"]), name
 
 
 @pytest.mark.parametrize(
