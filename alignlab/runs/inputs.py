@@ -71,8 +71,8 @@ def read_inputs(config: TrainingConfig, *, fetch: bool) -> list[Input]:
         inputs += _init_from(config)
         inputs += _data(config.data)
     elif isinstance(config, Stage1Config):
-        if config.model is not None:
-            inputs += _model(config.model.path, TEXT_PARTS, TEXT_PARTS, fetch=fetch)
+        if config.text_model is not None:
+            inputs += _model(config.text_model.path, TEXT_PARTS, TEXT_PARTS, fetch=fetch)
         for alias, teacher in config.teachers.items():
             inputs += _teacher(alias, teacher, fetch=fetch)
         inputs += _data(config.data)

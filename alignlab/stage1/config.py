@@ -26,10 +26,11 @@ else:
 
 
 class TextModelConfig(Settings):
-    """The model whose text encoder embeds the phrases."""
+    """The model of Stage 2: its token grid, and the text encoder that embeds the phrases."""
 
     path: str
-    """The Wan folder, asset or hub id of Stage 2; only its text encoder is loaded."""
+    """The Wan folder, asset or hub id of Stage 2. Without a `grid` of its own the teacher is asked
+    for this model's tokens. Only its text encoder is loaded, and that for `sara` alone."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the text encoder; Stage 2's `model.precision`."""
     text_encoder: TextEncoderPlace = Field(
@@ -42,7 +43,8 @@ class Stage1Config(TrainingConfig):
     """One Stage 1 training."""
 
     model: TextModelConfig | None = None
-    """Whose text encoder embeds the phrases, for a task that reads text (`sara`)."""
+    """The model of Stage 2. A task that reads text (`sara`) needs its text encoder; for another one
+    its `path` alone is read, for the size of its tokens: left out, 16 pixels, as Wan 2.1's."""
     data: DataConfig
     """The data set; `data.name` says which (`alignlab list data`)."""
     teachers: dict[str, TeacherConfig]
@@ -90,7 +92,16 @@ class Stage1Config(TrainingConfig):
                 f"model: missing; stage1.kind: {kind} reads the embeddings of its text encoder"
             )
         if not reads_text and self.model is not None:
-            raise ValueError(f"model: nothing reads it with stage1.kind: {kind}; remove it")
+            for name in ("precision", "text_encoder"):
+                if getattr(self.model, name) != TextModelConfig.model_fields[name].default:
+                    raise ValueError(
+                        f"model.{name}: nothing reads it with stage1.kind: {kind}; remove it"
+                    )
+            if self.teacher.grid is not None:
+                raise ValueError(
+                    f"model: nothing reads it with stage1.kind: {kind} and a teacher with a grid "
+                    "of its own; remove one of the two"
+                )
         return self
 
     @model_validator(mode="after")
@@ -99,6 +110,11 @@ class Stage1Config(TrainingConfig):
         if available is not None and count > available:
             raise ValueError(f"stage1.val_clips: {count} is more than data.val_clips, {available}")
         return self
+
+    @property
+    def text_model(self) -> TextModelConfig | None:
+        """The model whose text encoder the task reads; None: it reads no text."""
+        return self.model if STAGE1_TASKS[self.stage1.kind].reads_text else None
 
     @property
     def teacher(self) -> TeacherConfig:

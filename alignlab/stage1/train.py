@@ -143,7 +143,8 @@ class Stage1Trainer(Trainer):
             UserError: an embedding is not finite.
         """
         config, text = self.config, self.models.text
-        if config.model is None or text is None or config.model.text_encoder == "keep":
+        model = config.text_model
+        if model is None or text is None or model.text_encoder == "keep":
             return
         steps, samples = range(first, config.steps), range(config.optim.batch_size)
         drawn = drawn_clips(len(self.clips), config.seed, steps, samples)
@@ -250,7 +251,7 @@ def load_frozen_models(
         load=not values.keeps("teacher"),
         is_parked=parks_teacher,
     )
-    model = config.model
+    model = config.text_model
     if model is not None:
         text = load_text_encoder(
             model.path,
@@ -264,8 +265,8 @@ def load_frozen_models(
 def teacher_grid(config: Stage1Config) -> tuple[int, int]:
     """(height, width) in tokens that the teacher is asked for.
 
-    `teachers.<alias>.grid` as in Stage 2. Left out, the token grid of the recipe's model, and
-    without one that of Wan 2.1.
+    `teachers.<alias>.grid` as in Stage 2. Left out, the token grid of the recipe's model by its
+    own strides (of Wan 2.2 TI2V-5B 32 pixels), and without a model that of Wan 2.1.
 
     Raises:
         UserError: the model cannot be had, or the clips do not fit it.
@@ -300,6 +301,6 @@ def stage1_info(
         ),
         teacher_dim=teacher.dim,
         grid=teacher_grid(config),
-        text=None if config.model is None else config.model.path,
+        text=None if config.text_model is None else config.text_model.path,
         module=module,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from alignlab.recipe import load_run, recipe_hash
 from alignlab.runs.checkpoint_folders import latest
 from alignlab.sampling import sample_to_file
 from alignlab.stage1.config import Stage1Config
-from alignlab.stage1.train import teacher_grid
+from alignlab.stage1.train import teacher_grid, train_stage1
 from alignlab.train import train
 from alignlab.training.setup import build_run
 from run_contents import timeless_contents
@@ -124,8 +125,9 @@ def test_a_size_for_smaller_tokens_is_refused_before_weights_are_read(
         build_run(config)
 
 
+@pytest.mark.parametrize("kind", ["sara", "moalign"])
 def test_stage_1_asks_the_teacher_for_the_tokens_of_its_model(
-    ti2v: Path, wan_folder: Path, teacher_folder: Path
+    kind: str, ti2v: Path, wan_folder: Path, teacher_folder: Path
 ) -> None:
     def grid(model: Path, **teacher: Any) -> tuple[int, int]:
         family = {"family": "dinov2", "path": str(teacher_folder), **teacher}
@@ -135,12 +137,39 @@ def test_stage_1_asks_the_teacher_for_the_tokens_of_its_model(
             "model": {"path": str(model)},
             "data": {"name": "shapes", "size": [64, 96], "frames": 5},
             "teachers": {"dino": family},
-            "stage1": {"kind": "sara"},
+            "stage1": {"kind": kind},
         }
-        return teacher_grid(Stage1Config.model_validate(settings))
+        config = Stage1Config.model_validate(settings)
+        assert Stage1Config.model_validate(config.model_dump()) == config
+        return teacher_grid(config)
 
     assert (grid(ti2v), grid(wan_folder)) == ((2, 3), (4, 6))
-    assert grid(ti2v, grid=[5, 5]) == (5, 5)
+    if kind == "sara":
+        assert grid(ti2v, grid=[5, 5]) == (5, 5)
+    else:
+        with pytest.raises(ValidationError, match=r"nothing reads it .* a grid of its own"):
+            grid(ti2v, grid=[5, 5])
+
+
+def test_moaligns_stage_1_of_larger_tokens_is_read_by_its_stage_2(
+    ti2v: Path, recipe_file: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    settings = {
+        "name": "motion",
+        "output": str(tmp_path),
+        "steps": 1,
+        "model": {"path": str(ti2v)},
+        "data": {"name": "shapes", "size": [64, 96], "frames": 5, "train_clips": 4, "val_clips": 2},
+        "teachers": {"dino": {"family": "dinov2", "path": str(teacher_folder)}},
+        "stage1": {"kind": "moalign", "width": 8, "hidden": 8, "decoder": 8, "val_clips": 1},
+        "optim": {"batch_size": 1},
+        "tracking": {"mlflow": "none"},
+    }
+    network = train_stage1(Stage1Config.model_validate(settings))
+    info = json.loads((network / "stage1.json").read_text())
+    assert info["grid"] == [2, 3] and info["text"] is None
+    objective = f"{{name: moalign, teacher: dino, blocks: [1], head: {network}}}"
+    build_run(config_of(recipe_file, ti2v, tmp_path, f"objectives.motion={objective}"))
 
 
 def test_clean_references_have_timestep_zero(wan: Wan) -> None:

@@ -212,6 +212,10 @@ def test_the_model_is_exported_and_loaded_by_diffusers(runs: Path, tmp_path: Pat
     [
         (["tracking.diagnose_every=2"], "tracking.diagnose_every: takes whole weights"),
         (["optim.name=adamw_8bit"], "optim.name (adamw_8bit): "),
+        (
+            ["model.weights=bf16", "model.precision=bf16", "optim.name=adamw_bf16_kahan"],
+            "optim.name (adamw_bf16_kahan): ",
+        ),
         (["objectives.ra.weight.gradient_share=0.1"], "objectives.ra.weight (gradient_share): "),
         (
             ["objectives.sra={name: sra, blocks: [0], deep_blocks: [2]}"],
