@@ -390,7 +390,13 @@ def shards_of(file: str) -> str:
 
 
 def _load_whole(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Copies whole weights of the same names into a state of which this rank holds a part."""
+    """Copies whole weights into a state of which this rank holds a part.
+
+    Raises:
+        RuntimeError: names or shapes differ, as torch's `load_state_dict` raises it.
+    """
+    if odd := sorted(own.keys() ^ weights.keys()):
+        raise RuntimeError(f"only one of the two has {odd[0]}")
     for name, target in own.items():
         copy_whole(target, weights[name])
 
