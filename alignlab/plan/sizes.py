@@ -184,7 +184,7 @@ def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> 
     """
     if cards == 1:
         return phase
-    split = SHARED | {ASIDE} - ({GRADIENTS} if whole_gradients else set())
+    split = (SHARED | {ASIDE}) - ({GRADIENTS} if whole_gradients else set())
     gathered = {GATHERED: GATHERED_BLOCKS * phase.parts.get(WEIGHTS, 0) // blocks}
     times = (
         {k: v // cards if k in split else v for k, v in parts.items()} | gathered

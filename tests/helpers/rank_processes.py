@@ -47,7 +47,8 @@ def driven(work: Callable[[], None], folder: Path) -> list[str]:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0, (folder / "errors").read_text()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 0, f"ended with {code}: {(folder / 'errors').read_text()}"
     return (folder / "printed").read_text().strip().split("\n")
 
 

@@ -20,6 +20,7 @@ from alignlab.plan.architecture import Architectures, shipped
 from alignlab.plan.fake_models import fake_wan
 from alignlab.plan.fake_values import fake_values
 from alignlab.plan.run_plan import AGAIN, FORWARD, RunPlan, plan_run
+from alignlab.plan.sizes import ASIDE, GATHERED, Phase, sharded
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import step_folders
 
@@ -290,3 +291,10 @@ def test_a_gpu_holds_its_shards_and_no_state_that_is_offloaded(recipe_file: Path
         assert standing(shards, part) == standing(whole, part) // 2 > 0
     assert standing(shards, "gathered blocks") > 0 == standing(whole, "gathered blocks")
     assert standing(offloaded, "optimizer state") == 0 < standing(offloaded, "weights")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradients_are_whole_in_shards_while_micro_batches_are_added_up(whole: bool) -> None:
+    phase = Phase("step", 100, {"weights": 20, "gradients": 40, ASIDE: 40})
+    shares = sharded(phase, 10, 4, whole_gradients=whole).parts
+    assert shares == {"weights": 5, "gradients": 40 if whole else 10, ASIDE: 10, GATHERED: 4}
