@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from alignlab.config.run import RunConfig
+from alignlab.distributed.sharding import num_shards
 from alignlab.errors import UserError
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_encoders import EncoderCosts, encoder_costs
@@ -92,6 +93,7 @@ def plan_run(
             f"GPUs, {optim.accumulate} x {gpus}: set optim.accumulate, such as "
             f"{max(1, optim.batch_size // gpus)}"
         )
+    shards = num_shards(config.model, gpus)
     encoders = encoders or encoder_costs(config, architectures)
     step = fake_step(config, architectures, samples=samples)
     live, kept = _encoding(config, encoders, step)
@@ -109,7 +111,7 @@ def plan_run(
         phases=phases(config, encoders, step, gpus),
         step_flops={part: count for part, count in per_step.items() if count},
         clip_flops=kept,
-        is_sharded=config.model.shard == "fsdp2" and gpus > 1,
+        is_sharded=shards > 1,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import BUCKET
+from alignlab.distributed.sharding import num_shards
 from alignlab.plan.fake_encoders import EncoderCosts
 from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, TEACHERS, WEIGHTS, FakeStep
 
@@ -151,9 +152,10 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
         found.append(_phase("decoding of samples", samples))
     if config.optim.offload:  # the state of one tensor at a time is on the GPU
         found = [_phase(p.name, p.parts | {OPTIMIZER: 0}) for p in found]
-    if config.model.shard == "fsdp2" and gpus > 1:
+    cards = num_shards(config.model, gpus)
+    if cards > 1:
         whole = config.optim.accumulate > 1
-        found = [sharded(p, step.blocks, gpus, whole_gradients=whole) for p in found]
+        found = [sharded(p, step.blocks, cards, whole_gradients=whole) for p in found]
     return sorted(found, key=lambda phase: -phase.total)
 
 
@@ -170,7 +172,7 @@ def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> 
     Args:
         phase: of a GPU that holds all.
         blocks: of the transformer, which hold all but a few percent of the weights.
-        cards: GPUs.
+        cards: GPUs that share one.
         whole_gradients: of micro-batches before the last, which exchange none.
     """
     if cards == 1:

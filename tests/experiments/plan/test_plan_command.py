@@ -184,3 +184,18 @@ def test_a_gpu_holds_its_shards_and_no_state_that_is_offloaded(recipe_file: Path
     assert cards_when_sharded(shards, shards.blocks, shards.peak.total) == 2
     assert cards_when_sharded(shards, shards.blocks, shards.peak.total - 1) is None
     assert standing(offloaded, "optimizer state") == 0 < standing(offloaded, "weights")
+
+
+def test_replicas_divide_a_model_by_the_gpus_that_share_one(recipe_file: Path) -> None:
+    with ExitStack() as stack:
+        architectures = Architectures(stack)
+        two, four, replicas = (
+            plan_run(load_run(recipe_file, settings), architectures, gpus=gpus)
+            for gpus, settings in (
+                (2, ["model.shard=fsdp2", "optim.batch_size=4"]),
+                (4, ["model.shard=fsdp2", "optim.batch_size=8"]),
+                (4, ["model.shard=fsdp2", "model.replicate=2", "optim.batch_size=8"]),
+            )
+        )
+    assert replicas.phases == two.phases != four.phases
+    assert replicas.is_sharded
