@@ -13,12 +13,13 @@ from alignlab.errors import UserError
 from shard_checks import assert_as_one, drive, write_recipe
 
 FEW = "optim.batch_size=8 eval.every=null eval.sample_clips=0 eval.clips=1 eval.generated_clips=0"
-REPLICAS = f"{FEW} model.shard=fsdp2 model.replicate=2"
+SHARDS = f"{FEW} model.shard=fsdp2"
+REPLICAS = f"{SHARDS} model.replicate=2"
 
 
 @pytest.fixture(scope="module")
 def runs(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs; what four processes left was resumed by four and by one."""
+    """The folder of all runs; what four processes left was resumed by four, two and one."""
     recipe = write_recipe(recipe_file, tmp_path_factory.mktemp("replicas"))
     ends = drive(
         recipe,
@@ -26,10 +27,11 @@ def runs(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"one 1 whole {FEW}",
         f"killed 4 killed {REPLICAS}",
         f"by-four 4 from-killed {REPLICAS} checkpoint.asynchronous=true",
+        f"by-two 2 from-killed {SHARDS}",
         f"by-one 1 from-killed {REPLICAS}",
     )
     said = [(recipe.parent / f"parts.{rank}").read_text() for rank in range(4)]
-    assert ends == ["0 0 0 0", "0", "-9 -9 -9 -9", "0 0 0 0", "0"], said
+    assert ends == ["0 0 0 0", "0", "-9 -9 -9 -9", "0 0 0 0", "0 0", "0"], said
     return recipe.parent
 
 
@@ -38,7 +40,7 @@ def test_a_network_in_replicas_is_counted_gathered_and_written_once(runs: Path) 
     assert [len(load_file(file)["blocks.0.weight"]) for file in files] == [3, 2]
 
 
-@pytest.mark.parametrize("name", ["by-four", "by-one"])
+@pytest.mark.parametrize("name", ["by-four", "by-two", "by-one"])
 def test_two_replicas_of_two_shards_train_as_one_process_does(runs: Path, name: str) -> None:
     assert_as_one(runs / "one", runs / name)
 
