@@ -35,6 +35,7 @@ NUMBERLESS: dict[str, Any] = {
         "workers": True,
         "prefetch": True,
     },
+    "model": {"replicate": True},  # as the number of ranks, which no recipe has
     "optim": {"resume_schedule": True},  # what it did is in the run's history.json
     "eval": {"every": True, "sample_every": True},
 }
@@ -151,8 +152,8 @@ def recipe_hash(config: TrainingConfig) -> str:
     """A short name of comparable runs (`alignlab.config.identity`).
 
     Settings that change no number are left out: name, output, tracking, checkpoint, `data.cache`
-    but its dtype, `data.workers`, `data.prefetch`, `optim.resume_schedule`, and how often a run is
-    evaluated while it trains.
+    but its dtype, `data.workers`, `data.prefetch`, `model.replicate`, `optim.resume_schedule`, and
+    how often a run is evaluated while it trains.
     """
     return settings_hash(config, NUMBERLESS)
 
@@ -211,7 +212,7 @@ def numbered_settings(config: TrainingConfig) -> dict[str, Any]:
 def _without(settings: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if excluded.get(key) is not True}
     for key, inner in excluded.items():
-        if inner is not True and key in kept:  # Stage 1 has no `eval`
+        if inner is not True and isinstance(kept.get(key), Mapping):  # Stage 1 has no `eval`
             kept[key] = _without(kept[key], inner)
     return kept
 

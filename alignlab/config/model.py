@@ -99,6 +99,10 @@ class ModelConfig(Settings):
     """What each of several ranks (torchrun) holds of the transformer. `none`: all of it. `fsdp2`: a
     part of each weight, of its gradient and of the optimizer's state (torch's `fully_shard`); the
     ranks gather a block while it computes. A single process holds all of it."""
+    replicate: Annotated[int, Field(ge=1), at_most(65536, "no run has that many nodes")] = 1
+    """With `shard: fsdp2`, how many replicas of the transformer the ranks hold (HSDP): M replicas,
+    each shared by an Mth of the ranks, exchange gradients once a step. As many as there are nodes:
+    blocks are then gathered within a node. 1: all ranks share one. A single process holds all."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision. Weights and optimizer state stay fp32 when all weights are trained, unless
     `weights` and `optim.name` say otherwise."""
@@ -141,6 +145,15 @@ class ModelConfig(Settings):
         if self.init == "random" and self.init_from is not None:
             raise ValueError(
                 "init_from would replace the weights that init: random draws; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_are_in_shards(self) -> Self:
+        if self.replicate > 1 and self.shard == "none":
+            raise ValueError(
+                f"replicate: {self.replicate} needs shard: fsdp2, since with shard: none every "
+                "rank holds all of it; set it, or remove replicate"
             )
         return self
 

@@ -5,6 +5,9 @@ A block's weights are whole while it computes, forward or backward, and on all r
 them must make equally many forward calls. Gradients, optimizer state and moving average are shards
 as the weights are. Projectors are not sharded: their gradients are averaged
 (`Ranks.average_gradients`), and so every function here takes both kinds.
+
+With `model.replicate` (HSDP) there are several replicas of each shard: ranks that follow each other
+share a replica, and what a collective counts or gathers is that of one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +16,7 @@ import torch
 import torch.distributed as dist
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -29,14 +32,41 @@ def is_in_shards(config: ModelConfig, ranks: Ranks) -> bool:
     return config.shard == "fsdp2" and ranks.world_size > 1
 
 
+def num_shards(config: ModelConfig, world_size: int) -> int:
+    """Into how many parts the ranks divide the transformer; 1: each holds all of it.
+
+    Args:
+        config: of the model.
+        world_size: how many ranks there are.
+
+    Raises:
+        UserError: they do not divide into `model.replicate` replicas of several ranks each.
+    """
+    if config.shard == "none" or world_size == 1:
+        return 1
+    shards, left = divmod(world_size, config.replicate)
+    if left or not shards:
+        raise UserError(
+            f"model.replicate: {world_size} ranks are no multiple of {config.replicate} replicas: "
+            "set it to the number of nodes, or to 1"
+        )
+    if shards == 1:
+        raise UserError(
+            f"model.replicate: {config.replicate} replicas on as many ranks leave nothing to "
+            "shard: set model.shard=none model.replicate=1, or a smaller model.replicate"
+        )
+    return shards
+
+
 def check_shards(config: ModelConfig, ranks: Ranks) -> None:
     """Says that a single process shards nothing.
 
     Raises:
-        UserError: the ranks are on devices that have no collectives.
+        UserError: the ranks are on devices that have no collectives, or as `num_shards`.
     """
     if config.shard == "none":
         return
+    num_shards(config, ranks.world_size)
     if ranks.device.type not in ("cuda", "cpu"):
         raise UserError(
             f"model.shard: {config.shard} needs CUDA devices or CPUs, this one is "
@@ -49,7 +79,9 @@ def check_shards(config: ModelConfig, ranks: Ranks) -> None:
         )
 
 
-def shard_transformer(transformer: WanTransformer3DModel, ranks: Ranks) -> None:
+def shard_transformer(
+    transformer: WanTransformer3DModel, ranks: Ranks, *, replicas: int = 1
+) -> None:
     """Leaves this rank's shards of a transformer, on its device, in place of the whole weights.
 
     The weights stay in their dtype, and so does all that the transformer is given: the run's
@@ -58,16 +90,26 @@ def shard_transformer(transformer: WanTransformer3DModel, ranks: Ranks) -> None:
     Args:
         transformer: with its adapter, the same on all ranks; before there is an optimizer.
         ranks: that share it.
+        replicas: `model.replicate`, of which the number of ranks is a multiple.
 
     Raises:
         UserError: the ranks have read other weights.
     """
     # later, each knows its part alone
     ranks.check_same("the weights of the transformer", float(weight_norm(transformer)))
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    mesh = _mesh(ranks, replicas)
     # the root too: what stays whole after an evaluation would be stale in the next step
     for module in (*transformer.blocks, transformer):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _mesh(ranks: Ranks, replicas: int) -> DeviceMesh:
+    """All ranks as shards, or as a row of shards for each replica."""
+    kind, count = ranks.device.type, ranks.world_size
+    if replicas == 1:
+        return init_device_mesh(kind, (count,))
+    names = ("replicate", "shard")
+    return init_device_mesh(kind, (replicas, count // replicas), mesh_dim_names=names)
 
 
 def reduce_gradients(transformer: nn.Module, *, is_last: bool) -> None:
@@ -104,7 +146,8 @@ def total_norm(tensors: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     if not sharded:
         return get_total_norm(tensors, norm_type)
-    group, device = sharded[0].device_mesh.get_group(), local_part(sharded[0]).device
+    mesh, device = sharded[0].device_mesh, local_part(sharded[0]).device
+    group = mesh.get_group(mesh.ndim - 1)  # of one replica: the others hold the same shards
     parts = [part for tensor in sharded if (part := local_part(tensor).detach()).numel()]
     own = get_total_norm(parts, norm_type).to(device)
     norms = [torch.empty_like(own) for _ in range(group.size())]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from alignlab.config.run import RunConfig
+from alignlab.distributed.sharding import num_shards
 from alignlab.errors import UserError
 from alignlab.models.experts import INDEX, check_index
 from alignlab.plan.architecture import Architectures
@@ -93,8 +94,8 @@ def plan_run(
             f"GPUs, {optim.accumulate} x {gpus}: set optim.accumulate, such as "
             f"{max(1, optim.batch_size // gpus)}"
         )
+    is_sharded = num_shards(config.model, gpus) > 1
     encoders = encoders or encoder_costs(config, architectures)
-    is_sharded = config.model.shard == "fsdp2" and gpus > 1
     step = fake_step(config, architectures, samples=samples, in_shards=is_sharded)
     live, kept = _encoding(config, encoders, step)
     per_step = {part: count * optim.accumulate * gpus for part, count in grouped(step).items()}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import BUCKET
+from alignlab.distributed.sharding import num_shards
 from alignlab.plan.fake_encoders import EncoderCosts
 from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, SHARED, TEACHERS, WEIGHTS, FakeStep
 
@@ -123,7 +124,7 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     vae_stays = not (is_on and cache.latents)
     if vae_stays:
         resident["autoencoder"] = encoders.vae
-    in_shards = config.model.shard == "fsdp2" and gpus > 1
+    cards = num_shards(config.model, gpus)
     standing = resident | {k: v for k, v in step.standing.items() if k in _STANDING}
     if config.optim.accumulate > 1:  # batches are made between micro-batches
         standing = standing | {GRADIENTS: step.gradients}
@@ -132,7 +133,7 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     found = [_phase("step", *times)]
     if gpus > 1:
         flat = min(BUCKET, step.trained) * step.gradients // max(1, step.trained)
-        if in_shards:  # those of the transformer are averaged as they come
+        if cards > 1:  # those of the transformer are averaged as they come
             flat = min(BUCKET, step.projectors) * FP32
         averaging = standing | {GRADIENTS: step.gradients, "averaging of gradients": flat}
         found.append(_phase("averaging", averaging))
@@ -159,9 +160,9 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
         found.append(_phase("decoding of samples", samples))
     if config.optim.offload:  # the state of one tensor at a time is on the GPU
         found = [_without_state(phase) for phase in found]
-    if in_shards:
+    if cards > 1:
         whole = config.optim.accumulate > 1
-        found = [sharded(p, step.blocks, gpus, whole_gradients=whole) for p in found]
+        found = [sharded(p, step.blocks, cards, whole_gradients=whole) for p in found]
     return sorted(found, key=lambda phase: -phase.total)
 
 
@@ -179,7 +180,7 @@ def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> 
     Args:
         phase: of a GPU that holds all.
         blocks: of the transformer, which hold all but a few percent of the weights.
-        cards: GPUs.
+        cards: GPUs that share one.
         whole_gradients: of micro-batches before the last, which exchange none.
     """
     if cards == 1:

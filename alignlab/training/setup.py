@@ -237,7 +237,7 @@ def _load_wan(config: RunConfig, caches: Caches, ranks: Ranks) -> Wan:
         clip=(config.data.frames, *config.data.size),
     )
     if in_shards:
-        shard_transformer(wan.transformer, ranks)
+        shard_transformer(wan.transformer, ranks, replicas=config.model.replicate)
     return wan
 
 

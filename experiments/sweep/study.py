@@ -62,6 +62,7 @@ NUMBERLESS: dict[str, Any] = {
     "base": {
         **dict.fromkeys(("name", "output", "tracking", "checkpoint"), True),
         "data": RUN_NUMBERLESS["data"],
+        "model": RUN_NUMBERLESS["model"],
     },
     "trials": True,
     "storage": True,

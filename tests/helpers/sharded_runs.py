@@ -8,7 +8,8 @@ Moments: `whole`; `killed` (all die of SIGKILL after step 3, and what they leave
 killed-left); `from-killed` (goes on with a copy of that); `from-one` (with a copy of the run
 by-one, without what it wrote at step 4); `writing` (the last dies while it writes
 the checkpoint of step 4); `counted` (rank r writes into FOLDER/NAME.references.r how many
-references the samples of each micro-batch have).
+references the samples of each micro-batch have); `parts` (trains nothing: `replica_parts`, which
+writes to FOLDER/NAME).
 """
 
 import importlib
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rank_processes import forked_ranks, run_command
+from replica_parts import check_parts
 
 train_module: Any = importlib.import_module("alignlab.train")
 sharded_files: Any = importlib.import_module("alignlab.training.sharded_files")
@@ -61,6 +63,9 @@ def child(recipe: Path, folder: Path, job: list[str], rank: int) -> None:
     elif moment == "counted":
         file = folder / f"{name}.references.{rank}"
         train_module.RunTrainer.losses = counted(file)
+    elif moment == "parts":
+        check_parts(folder / name)
+        return
     arguments = ["train", str(recipe), f"output={folder}", f"name={name}", *overrides]
     run_command(arguments, folder / f"{name}.{rank}")
 

@@ -22,19 +22,9 @@ from alignlab.distributed.sharding import (
 from alignlab.export import export
 from alignlab.models.wan import load_wan
 from alignlab.training.checkpoint import ModelChoice, _load_whole
-from rank_processes import driven
 from run_contents import timeless_metrics, timeless_rows
-from sharded_runs import train_jobs
+from shard_checks import assert_as_one, drive, weights, write_recipe
 
-RECIPE_CHANGES = {
-    "steps: 2": "steps: 4",
-    "references: [2, 3]": "references: [0, 3]",
-    "batch_size: 2}": "batch_size: 12, accumulate: 2, ema: 0.9, grad_clip: 0.05}",
-    "{clips: 2,": "{every: 3, clips: 2,",
-    "sample_clips: 0": "sample_clips: 1",
-    "optim:": "  repa: {name: repa, teacher: dino, blocks: [1], projector_dim: 8}\noptim:",
-}
-EXACT = ("loss", "grad", "val", "lr")
 SHARDS = "model.shard=fsdp2"
 LATER = "checkpoint.asynchronous=true"
 TWO = f"{SHARDS} model.gradient_checkpointing=true"
@@ -47,18 +37,7 @@ STEPS_20 += " tracking.log_every=20 checkpoint.every=20"
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = recipe_file.read_text()
-    for before, after in RECIPE_CHANGES.items():
-        assert before in text
-        text = text.replace(before, after)
-    path = tmp_path_factory.mktemp("shards") / "recipe.yaml"
-    path.write_text(text + "checkpoint: {every: 2}\n")
-    return path
-
-
-def drive(recipe: Path, *jobs: str) -> list[str]:
-    """Exit codes of the processes of each job; the runs lie beside the recipe."""
-    return driven(lambda: train_jobs(recipe, recipe.parent, jobs), recipe.parent / "driver")
+    return write_recipe(recipe_file, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +63,6 @@ def runs(recipe: Path) -> Path:
     return recipe.parent
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    """What the last checkpoint holds besides the optimizer's state, parts put together."""
-    step = sorted((run / "checkpoints").glob("step-*"))[-1]
-    found: dict[str, list[torch.Tensor]] = {}
-    for path in sorted(step.rglob("*.safetensors")):
-        name = path.relative_to(step).parts[0].removesuffix(".safetensors").removesuffix("_shards")
-        if name != "optimizer":
-            for key, value in load_file(path).items():
-                found.setdefault(f"{name} {key}", []).append(value)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in found.items()}
-
-
 def moments(run: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state, by file."""
     step = sorted((run / "checkpoints").glob("step-*"))[-1]
@@ -104,24 +71,6 @@ def moments(run: Path) -> dict[str, torch.Tensor]:
         for path in sorted(step.glob("optimizer/*.safetensors"))
         for key, value in load_file(path).items()
     }
-
-
-def assert_as_one(one: Path, other: Path, rel: float = 1e-5, apart: tuple[str, ...] = ()) -> None:
-    """Losses and weights are equal to `rel`, other numbers as far as they can be.
-
-    Those whose names begin with one of `apart` may differ.
-    """
-    for row, twin in zip(timeless_rows(one), timeless_rows(other), strict=True):
-        assert row.keys() == twin.keys()
-        row, twin = ({k: v for k, v in r.items() if not k.startswith(apart)} for r in (row, twin))
-        # clips are rounded to 8 bits
-        assert twin == pytest.approx(row, rel=max(rel, 1e-2), abs=max(10 * rel, 1e-3))
-        exact = {key: value for key, value in row.items() if key.startswith(EXACT)}
-        assert {key: twin[key] for key in exact} == pytest.approx(exact, rel=rel)
-    expected, found = weights(one), weights(other)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=rel, atol=rel, msg=key)
 
 
 def test_two_processes_with_one_model_train_as_one_does(runs: Path) -> None:

@@ -298,3 +298,18 @@ def test_gradients_are_whole_in_shards_while_micro_batches_are_added_up(whole: b
     phase = Phase("step", 100, {"weights": 20, "gradients": 40, ASIDE: 40})
     shares = sharded(phase, 10, 4, whole_gradients=whole).parts
     assert shares == {"weights": 5, "gradients": 40 if whole else 10, ASIDE: 10, GATHERED: 4}
+
+
+def test_replicas_divide_a_model_by_the_gpus_that_share_one(recipe_file: Path) -> None:
+    with ExitStack() as stack:
+        architectures = Architectures(stack)
+        two, four, replicas = (
+            plan_run(load_run(recipe_file, settings), architectures, gpus=gpus)
+            for gpus, settings in (
+                (2, ["model.shard=fsdp2", "optim.batch_size=4"]),
+                (4, ["model.shard=fsdp2", "optim.batch_size=8"]),
+                (4, ["model.shard=fsdp2", "model.replicate=2", "optim.batch_size=8"]),
+            )
+        )
+    assert replicas.phases == two.phases != four.phases
+    assert replicas.is_sharded
