@@ -89,10 +89,12 @@ def plan_run(
     optim = config.optim
     samples, left = divmod(optim.batch_size, optim.accumulate * gpus)
     if left or not samples:
+        fix = f"set optim.accumulate, such as {optim.batch_size // gpus}"
+        if optim.batch_size % gpus:
+            fix = f"set optim.batch_size to a multiple of {gpus} GPUs"
         raise UserError(
             f"optim.batch_size: {optim.batch_size} is no multiple of optim.accumulate times "
-            f"GPUs, {optim.accumulate} x {gpus}: set optim.accumulate, such as "
-            f"{max(1, optim.batch_size // gpus)}"
+            f"GPUs, {optim.accumulate} x {gpus}: {fix}"
         )
     is_sharded = num_shards(config.model, gpus) > 1
     encoders = encoders or encoder_costs(config, architectures)

@@ -5,7 +5,6 @@ somebody was reading, is dropped by the next command that finds the run finished
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,6 @@ from alignlab.runs.atomic_files import remove_folder, whole_folder
 from alignlab.runs.checkpoint_folders import (
     LOG,
     OPTIMIZER_STATE,
-    STATE,
     copy_path,
     has_optimizer,
     mark_checkpoint,
@@ -42,22 +40,23 @@ log = logging.getLogger(__name__)
 def keep_weights_of(checkpoint: Path) -> None:
     """Writes the copy of a checkpoint's weights, which stays when the checkpoint goes.
 
-    Files are linked where the filesystem can, and copied elsewhere.
+    Nothing is shared with the checkpoint: what damages one of the two leaves the other.
     """
     digests = read_checksums(checkpoint) or {}
     kept = {name: digests[name] for name in _without_optimizer(digests)}
     with whole_folder(copy_path(checkpoint.parent, step_of(checkpoint))) as folder:
         for name in kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name == STATE:  # who reads one of the two locks its own
-                shutil.copyfile(checkpoint / name, folder / name)
-                continue
-            try:
-                os.link(checkpoint / name, folder / name)
-            except OSError:
-                shutil.copyfile(checkpoint / name, folder / name)
+            shutil.copyfile(checkpoint / name, folder / name)
         write_json(folder / CHECKSUMS, {"files": kept})
         mark_checkpoint(folder, None)
+
+
+def make_up_for_copy(newest: Path, config: TrainingConfig) -> None:
+    """Writes the copy of the weights that a kill has prevented, while their checkpoint is there."""
+    every, step = config.checkpoint.weights_every, step_of(newest)
+    if every is not None and step % every == 0 and not copy_path(newest.parent, step).exists():
+        keep_weights_of(newest)
 
 
 def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:

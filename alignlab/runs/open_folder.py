@@ -9,7 +9,7 @@ from alignlab.config.parts import TrainingConfig
 from alignlab.runs.atomic_files import clear_leftovers
 from alignlab.runs.checkpoint_folders import drop_later_copies, log_mark, resumable
 from alignlab.runs.input_record import hold_inputs
-from alignlab.runs.kept_checkpoints import drop_checkpoints, drop_if_unread
+from alignlab.runs.kept_checkpoints import drop_checkpoints, drop_if_unread, make_up_for_copy
 from alignlab.runs.metric_rows import check_log
 from alignlab.runs.prolong import take_back_result
 from alignlab.runs.run_folder import RunFolder, only_writer
@@ -63,5 +63,6 @@ def open_folder(config: TrainingConfig, locks: ExitStack, *, wait: bool) -> Open
     newest, notes = resumable(folder.checkpoints)
     drop_later_copies(folder.checkpoints, newest)
     if newest is not None:
+        make_up_for_copy(newest, config)
         notes += check_log(folder.metrics, log_mark(newest))
     return OpenedFolder(folder, False, newest, notes)

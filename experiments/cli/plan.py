@@ -14,10 +14,12 @@ def plan(
     gpus: Annotated[
         int, typer.Option(min=1, help="That train: one run together, a comparison's a run each.")
     ] = 1,
-    memory: Annotated[float, typer.Option(min=1, help="Of a GPU, in GiB.")] = 80.0,
+    memory: Annotated[float, typer.Option(min=1, max=1e6, help="Of a GPU, in GiB.")] = 80.0,
     tflops: Annotated[
         float,
-        typer.Option(min=0.001, help="Achieved by a GPU in bf16, in TF/s; in fp32 a fifth of it."),
+        typer.Option(
+            min=0.001, max=1e9, help="Achieved by a GPU in bf16, in TF/s; in fp32 a fifth of it."
+        ),
     ] = 400.0,
     clips: Annotated[
         int | None,

@@ -40,7 +40,7 @@ def changes_to_fit(
     """Changes in the order in which they should be tried, until it fits; empty if it does already.
 
     First those that change no number, then those that cost time, then what is trained, last more
-    GPUs. What the run could not be trained with is left out.
+    GPUs: alone where the recipe is for several. What the run could not be trained with is left out.
 
     Args:
         config: of the run.
@@ -48,6 +48,8 @@ def changes_to_fit(
         architectures: where settings of models are.
         memory: bytes of a GPU.
     """
+    if plan.peak.total > memory and config.model.shard != "none" and plan.gpus == 1:
+        return gpus_in_shards(config, plan, architectures, memory)
     found: list[Change] = []
     for settings, changed in _candidates(config, plan.gpus):
         if plan.peak.total <= memory:
@@ -70,7 +72,7 @@ def gpus_in_shards(
     Each GPU has as many samples at a time as in the plan, where there are so many.
 
     Args:
-        config: of the run, which does not shard.
+        config: of the run.
         plan: of it.
         architectures: where settings of models are.
         memory: bytes of a GPU.

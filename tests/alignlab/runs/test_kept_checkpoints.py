@@ -120,7 +120,14 @@ def test_a_copy_of_the_weights_of_a_step_that_comes_again_goes(
     run = Path(config.output) / config.name
     copies = [path.name for path in weight_copies(run / "checkpoints")]
     assert copies == ["weights-000001", "weights-000002", "weights-000003"]
-    shutil.rmtree(run / "checkpoints" / "step-000003")
+    # a kill between a checkpoint and its copy
+    copy, checkpoint = (run / "checkpoints" / name for name in (copies[-1], "step-000003"))
+    shutil.rmtree(copy)
+    open_folder(config, ExitStack(), wait=False)
+    assert problem(copy) is None
+    flip(copy / "ema.safetensors")
+    assert problem(checkpoint) is None
+    shutil.rmtree(checkpoint)
     open_folder(config, ExitStack(), wait=False)
     assert not weight_copies(run / "checkpoints")
 

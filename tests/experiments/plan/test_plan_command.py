@@ -169,6 +169,16 @@ def test_a_run_that_8_bits_do_not_make_fit_is_shared_with_adamws_own_state(
     assert last.settings == "model.shard=fsdp2 optim.name=adamw on 2 GPUs"
 
 
+def test_a_run_for_several_gpus_is_told_to_take_them(recipe_file: Path) -> None:
+    settings = ["optim.batch_size=4", "objectives={}", "model.shard=fsdp2"]
+    config = load_run(recipe_file, settings)
+    with ExitStack() as stack:
+        architectures = Architectures(stack)
+        plan = plan_run(config, architectures)
+        (change,) = changes_to_fit(config, plan, architectures, plan.peak.total - 1)
+    assert change.settings == "model.shard=fsdp2 on 2 GPUs" and change.fits
+
+
 def test_gradients_take_the_bytes_of_their_weights(recipe_file: Path) -> None:
     kahan = ["model.weights=bf16", "optim.name=adamw_bf16_kahan"]
     found = []
@@ -231,7 +241,8 @@ def test_more_gpus_share_a_step(recipe_file: Path) -> None:
     config = load_run(recipe_file, ["optim.batch_size=4"])
     with ExitStack() as stack:
         one, two = (plan_run(config, Architectures(stack), gpus=gpus) for gpus in (1, 2))
-        with pytest.raises(UserError, match=r"^optim.batch_size: 4 is no multiple of .* 1 x 3"):
+        line = r"^optim.batch_size: 4 is no multiple of .* 1 x 3: set .* to a multiple of 3 GPUs"
+        with pytest.raises(UserError, match=line):
             plan_run(config, Architectures(stack), gpus=3)
     assert (one.samples, two.samples) == (4, 2)
     assert two.step_flops[FORWARD] == one.step_flops[FORWARD]
