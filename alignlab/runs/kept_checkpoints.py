@@ -42,13 +42,16 @@ def keep_weights_of(checkpoint: Path) -> None:
 
     Nothing is shared with the checkpoint: what damages one of the two leaves the other.
     """
-    digests = read_checksums(checkpoint) or {}
-    kept = {name: digests[name] for name in _without_optimizer(digests)}
+    digests = read_checksums(checkpoint)  # None of what an older alignlab wrote
+    kept = _without_optimizer(files_below(checkpoint) if digests is None else digests)
     with whole_folder(copy_path(checkpoint.parent, step_of(checkpoint))) as folder:
         for name in kept:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint / name, folder / name)
-        write_json(folder / CHECKSUMS, {"files": kept})
+        if digests is None:
+            write_checksums(folder)
+        else:
+            write_json(folder / CHECKSUMS, {"files": {name: digests[name] for name in kept}})
         mark_checkpoint(folder, None)
 
 

@@ -22,6 +22,7 @@ from alignlab.runs.checkpoint_folders import (
     step_folders,
     weight_copies,
 )
+from alignlab.runs.kept_checkpoints import keep_weights_of
 from alignlab.runs.open_folder import open_folder
 from alignlab.runs.verify import verify_run
 from alignlab.sampling import sample_to_file
@@ -125,6 +126,14 @@ def test_a_copy_of_the_weights_of_a_step_that_comes_again_goes(
     shutil.rmtree(copy)
     open_folder(config, ExitStack(), wait=False)
     assert problem(copy) is None
+    # of a checkpoint without checksums, as an older alignlab wrote it, all the same
+    written = sorted(os.listdir(copy))
+    shutil.rmtree(copy)
+    shutil.copyfile(checkpoint / "checksums.json", run / "aside")
+    (checkpoint / "checksums.json").unlink()
+    keep_weights_of(checkpoint)
+    assert sorted(os.listdir(copy)) == written and problem(copy) is None
+    shutil.copyfile(run / "aside", checkpoint / "checksums.json")
     flip(copy / "ema.safetensors")
     assert problem(checkpoint) is None
     shutil.rmtree(checkpoint)
