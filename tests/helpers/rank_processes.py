@@ -28,6 +28,7 @@ def driven(work: Callable[[], None], folder: Path) -> list[str]:
         folder: made if need be; what is printed is left there, in `printed` and `errors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    gc.collect()  # here: a group of processes that is gone has threads, which a fork has not
     pid = os.fork()
     if pid == 0:
         status = 70
@@ -37,7 +38,6 @@ def driven(work: Callable[[], None], folder: Path) -> list[str]:
             warnings.resetwarnings()  # in a test they are errors
             logging.getLogger("alignlab").handlers.clear()  # those of other commands
             torch.set_num_threads(1)
-            gc.collect()
             gc.freeze()  # else each process searches all that is imported
             work()
             status = 0
