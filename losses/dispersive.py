@@ -91,6 +91,11 @@ class DispersiveConfig(NoTeacherConfig):
     diagonal: bool = True
 
     @property
+    def couples_samples(self) -> bool:
+        """The loss is of the pairs of a batch."""
+        return True
+
+    @property
     def search_space(self) -> dict[str, SearchRange]:
         """And the temperature."""
         return super().search_space | {"tau": tenfold(0.5)}
@@ -117,11 +122,6 @@ class Dispersive(Objective):
     ) -> None:
         super().__init__()
         self.config = config
-
-    @property
-    def couples_samples(self) -> bool:
-        """The loss is of the pairs of a batch."""
-        return True
 
     def forward(
         self,

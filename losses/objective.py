@@ -316,6 +316,12 @@ class ObjectiveConfig(BaseModel):
         return tuple(dict.fromkeys(block for blocks in self.taps.values() for block in blocks))
 
     @property
+    def couples_samples(self) -> bool:
+        """Whether the value of a sample depends on the others of its batch: ranks would see a share
+        of it each, and are refused."""
+        return False
+
+    @property
     def self_taps(self) -> dict[str, tuple[int, ...]]:
         """As `taps`, of the blocks of the student's own average (`SelfTeacherConfig`)."""
         return {}
@@ -463,8 +469,8 @@ class Objective(nn.Module, ABC):
 
     @property
     def couples_samples(self) -> bool:
-        """Whether the value of a sample depends on the others of its batch."""
-        return False
+        """Whether the value of a sample depends on the others of its batch, as the config says."""
+        return self.config.couples_samples
 
     @property
     def side(self) -> Side:

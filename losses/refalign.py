@@ -117,6 +117,10 @@ class RefAlignConfig(ObjectiveConfig):
     impl: Annotated[str, implementation_of(OPERATION)] = "auto"
 
     @property
+    def couples_samples(self) -> bool:
+        return self.negatives == "batch"
+
+    @property
     def search_space(self) -> dict[str, SearchRange]:
         """Neighbouring blocks, as the paper's first nine of 30, and the push."""
         return super().search_space | {
@@ -154,10 +158,6 @@ class RefAlign(Objective):
                 for block in config.blocks
             }
         )
-
-    @property
-    def couples_samples(self) -> bool:
-        return self.config.negatives == "batch"
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -267,6 +267,25 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
             check_block(key, block, num_blocks)
 
 
+def check_coupled(objectives: Mapping[str, bool], world_size: int) -> None:
+    """Refuses several ranks where an objective couples the samples of a batch.
+
+    Args:
+        objectives: whether each does, by alias.
+        world_size: ranks that train a run together.
+
+    Raises:
+        UserError: each rank would see its own share only.
+    """
+    for alias, couples_samples in objectives.items():
+        if couples_samples and world_size > 1:
+            raise UserError(
+                f"objectives.{alias}: it compares the samples of a batch, which {world_size} "
+                "ranks would share among them: use one process (or, for refalign, "
+                "negatives: sample)"
+            )
+
+
 def check_block(setting: str, block: int, num_blocks: int) -> None:
     """Refuses a block that the transformer does not have.
 

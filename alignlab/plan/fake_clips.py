@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignlab.config.data import CacheConfig
+from alignlab.config.data import CacheConfig, ClipsConfig
 from alignlab.config.run import RunConfig
 from alignlab.data.sample import Reference, Sample
 from alignlab.dataset_cache.clip_keys import ClipOrigin
@@ -30,14 +30,14 @@ class FakeClips:
     """A data set whose clips all have as many references as the recipe may take.
 
     Args:
-        config: of the run.
+        config: of the data set.
     """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, config: RunConfig) -> None:
-        self._frames, self._size = config.data.frames, config.data.size
-        _, self._references = config.data.references
+    def __init__(self, config: ClipsConfig) -> None:
+        self._frames, self._size = config.frames, config.size
+        _, self._references = config.references
 
     def __len__(self) -> int:
         return CLIPS
@@ -46,16 +46,21 @@ class FakeClips:
         height, width = self._size
         video_THWC = torch.zeros(self._frames, height, width, 3, dtype=torch.uint8)
         masks = torch.zeros(ENTITIES, self._frames, height, width).bool()
-        entities = tuple(f"subject {number}" for number in range(ENTITIES))
         return Sample(
-            self.key(index), video_THWC, "", self.references(index), entities, masks_ETHW=masks
+            self.key(index),
+            video_THWC,
+            self.caption(index),
+            self.references(index),
+            self.entities(index),
+            masks_ETHW=masks,
+            flow_THWC=torch.zeros(self._frames - 1, height, width, 2),
         )
 
     def caption(self, index: int) -> str:
         return f"clip {index}"
 
     def entities(self, index: int) -> tuple[str, ...]:
-        return tuple(f"subject {number}" for number in range(ENTITIES))
+        return tuple(f"subject {number} of clip {index}" for number in range(ENTITIES))
 
     def key(self, index: int) -> str:
         return f"clip-{index}"
@@ -128,7 +133,7 @@ class FakeEncoder(ClipEncoder):
     ) -> None:
         self.shapes: dict[ReadName, tuple[int, ...]] = {}
         self._computing = computing
-        self._clips = FakeClips(config)
+        self._clips = FakeClips(config.data)
         super().__init__(frozen, self._clips, values, ClipMemory(0))
         _, self._num_references = config.data.references
         channels, frames, height, width = latents_shape(frozen, config)

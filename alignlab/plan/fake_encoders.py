@@ -30,28 +30,40 @@ class Work:
 
 
 @dataclass(frozen=True)
+class TextCosts:
+    """What the text encoder costs.
+
+    Args:
+        weights: bytes of them.
+        caption: encodes one.
+        numbers: of an embedding.
+    """
+
+    weights: int
+    caption: Work
+    numbers: int
+
+
+@dataclass(frozen=True)
 class EncoderCosts:
     """What the frozen encoders cost.
 
     Args:
-        vae, text_encoder: bytes of their weights.
+        vae: bytes of its weights.
+        text: of captions.
         clip: encodes a clip.
         reference: encodes a reference.
         decode: makes a clip of latents.
-        text: encodes a caption.
-        latents, references, embedding: numbers of a clip that they give: latents of the clip, of
-            all its references, and of its caption.
+        latents, references: numbers of the latents of a clip, and of all its references.
     """
 
     vae: int
-    text_encoder: int
+    text: TextCosts
     clip: Work
     reference: Work
     decode: Work
-    text: Work
     latents: int
     references: int
-    embedding: int
 
 
 def encoder_costs(config: RunConfig, architectures: Architectures) -> EncoderCosts:
@@ -65,20 +77,32 @@ def encoder_costs(config: RunConfig, architectures: Architectures) -> EncoderCos
     parts, (height, width) = FakeParts(folder, dtype, CPU), config.data.size
     shape = latents_shape(parts, config)
     with fake_values(), torch.no_grad():
-        vae, text = parts.vae, parts.text_model()
-        ids_BL = torch.zeros(1, parts.max_tokens, dtype=torch.int64)
+        vae = parts.vae
         video_THWC = torch.zeros(config.data.frames, height, width, 3, dtype=torch.uint8)
         return EncoderCosts(
             vae=weights_bytes(vae),
-            text_encoder=weights_bytes(text),
+            text=text_costs(parts),
             clip=_work(vae, lambda: parts.encode_video(video_THWC)),
             reference=_work(vae, lambda: parts.encode_image(video_THWC[0])),
             decode=_work(vae, lambda: vae.decode(torch.zeros(1, *shape), return_dict=False)),
-            text=_work(text, lambda: text(ids_BL, torch.ones_like(ids_BL))),
             latents=shape[0] * shape[1] * shape[2] * shape[3],
             references=config.data.references[1] * shape[0] * shape[2] * shape[3],
-            embedding=parts.max_tokens * parts.text.dim,
         )
+
+
+def text_costs(parts: FakeParts) -> TextCosts:
+    """Encodes a caption. Call it within `fake_values`, without gradients.
+
+    Raises:
+        UserError: settings of the text encoder are nowhere, or damaged.
+    """
+    text = parts.text_model()
+    ids_BL = torch.zeros(1, parts.max_tokens, dtype=torch.int64)
+    return TextCosts(
+        weights_bytes(text),
+        _work(text, lambda: text(ids_BL, torch.ones_like(ids_BL))),
+        parts.max_tokens * parts.text.dim,
+    )
 
 
 def weights_bytes(module: nn.Module) -> int:

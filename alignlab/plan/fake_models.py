@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, UMT5EncoderModel
 from transformers.initialization import no_init_weights
 
+from alignlab.config.data import ClipsConfig
 from alignlab.config.model import ModelConfig
 from alignlab.config.parts import TeacherConfig
 from alignlab.config.run import RunConfig
@@ -129,8 +130,8 @@ def _in_fp32(norm: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 def fake_teacher(
     alias: str,
     config: TeacherConfig,
-    run: RunConfig,
-    encoders: FrozenParts,
+    clip: ClipsConfig,
+    encoders: FrozenParts | None,
     architectures: Architectures,
     *,
     dtype: torch.dtype,
@@ -140,8 +141,8 @@ def fake_teacher(
     Args:
         alias: the recipe's name of it.
         config: its settings.
-        run: whose clips it sees.
-        encoders: of the student.
+        clip: settings of the clips that it sees.
+        encoders: of the student, for a teacher that reads latents.
         architectures: where its settings are.
         dtype: that it runs in: bf16 on a GPU.
 
@@ -151,10 +152,11 @@ def fake_teacher(
     row, setting = teacher_rows()[config.family], f"teachers.{alias}.path"
     source = config.path or row.path
     if row.reads == "latents":
+        assert encoders is not None  # Stage 1 refuses such a teacher
         folder = architectures.pipeline(source)
         planned = config.model_copy(update={"path": str(folder)})
         diffusion = _FakeDiffusionTeacher(
-            planned, alias=alias, encoders=encoders, clip=run.data, device=CPU, load=False
+            planned, alias=alias, encoders=encoders, clip=clip, device=CPU, load=False
         )
         diffusion._dtype = dtype
         found: Teacher | DiffusionTeacher = diffusion

@@ -72,7 +72,7 @@ def build_fake_run(
     check_blocks(config, wan.num_blocks)
     used = {name for objective in config.objectives.values() for name in objective.teachers}
     teachers: dict[str, Teacher | DiffusionTeacher] = {
-        alias: fake_teacher(alias, teacher, config, wan.frozen, architectures, dtype=dtype)
+        alias: fake_teacher(alias, teacher, config.data, wan.frozen, architectures, dtype=dtype)
         for alias, teacher in config.teachers.items()
         if alias in used
     }

@@ -4,7 +4,7 @@ What it multiplies and what it holds at its peak, by part. One micro-batch stand
 there are several it is not the first, and finds their gradients.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,6 +22,7 @@ from alignlab.plan.flops import FlopCounter
 from alignlab.plan.live_memory import LiveMemory, Peak
 from alignlab.plan.parts import Parts
 from alignlab.train import RunTrainer
+from alignlab.training.checkpoint import TrainState
 from alignlab.training.encoded import FeatureRead
 from alignlab.training.flow_matching import FlowWeights
 from alignlab.training.optim import step_unless
@@ -132,17 +133,17 @@ def fake_step(
             stack.enter_context(cuda_autocast(run.wan.transformer))
         with on_host():
             trainer = RunTrainer(run)
-        teachers = {read.name: _teacher_cost(run, read) for read in _reads(run)}
+        teachers = {read.name: _teacher_cost_of(run, read) for read in _reads(run)}
         hold_run(live, run)
         stack.enter_context(run.branch)
         with live:
-            follow_step(live, run, parts)
-            warm_optimizer(run)
+            follow_step(live, run.state, parts)
+            warm_optimizer(run.state)
             if config.optim.accumulate > 1:
-                give_gradients(run)
+                give_gradients(run.state)
             live.start()
             with counter:
-                take_step(trainer)
+                trainer.step(trainer.micro_batches())
         return _found(run, live, counter, list(teachers.values()))
 
 
@@ -150,11 +151,11 @@ def _found(
     run: Run, live: LiveMemory, counter: FlopCounter, teachers: list[TeacherCost]
 ) -> FakeStep:
     return FakeStep(
-        parameters=_count(_own_parameters(run)),
+        parameters=num_parameters(_own_parameters(run)),
         blocks=run.wan.num_blocks,
-        trained=_count(run.state.names),
-        projectors=_count(p for p in run.alignment.parameters() if p.requires_grad),
-        gradients=_bytes(run.state.names),
+        trained=num_parameters(run.state.names),
+        projectors=num_parameters(p for p in run.alignment.parameters() if p.requires_grad),
+        gradients=num_bytes(run.state.names),
         saved=_saved(run),
         flops=dict(counter.parts),
         unknown=frozenset(counter.unknown),
@@ -181,27 +182,34 @@ def planned_config(
     return config.model_copy(update={"optim": optim, "model": model})
 
 
-def take_step(trainer: RunTrainer) -> None:
-    """One step, with the objectives as in the first."""
-    trainer.step(trainer.micro_batches())
-
-
 def _reads(run: Run) -> list[FeatureRead]:
     grid = run.wan.latent_grid(run.config.data.frames, *run.config.data.size)
     return run.alignment.reads_on(grid, run.alignment.objectives)
 
 
-def _teacher_cost(run: Run, read: FeatureRead) -> TeacherCost:
+def _teacher_cost_of(run: Run, read: FeatureRead) -> TeacherCost:
     clips = run.clips
     assert isinstance(clips, FakeEncoder)
-    clip, live, counter = clips[0], LiveMemory(), FlopCounter()
+    clip = clips[0]
+    cost = teacher_cost(read, lambda: clip.computed(read))
+    clips.shapes[read.name] = cost.shape
+    return cost
+
+
+def teacher_cost(read: FeatureRead, compute: Callable[[], Tensor]) -> TeacherCost:
+    """What a teacher's features of a clip cost.
+
+    Args:
+        read: of which teacher.
+        compute: has it make them.
+    """
+    live, counter = LiveMemory(), FlopCounter()
     read.teacher.load()
     model = read.teacher._late_model.loaded()
     weights = list(tensors_of(model))
     live.hold(TEACHERS, weights)
     with live, counter:
-        features = clip.computed(read)
-    clips.shapes[read.name] = tuple(features.shape)
+        features = compute()
     size = sum(weight.numel() * weight.element_size() for weight in weights)
     return TeacherCost(
         read.teacher.identity,
@@ -214,16 +222,16 @@ def _teacher_cost(run: Run, read: FeatureRead) -> TeacherCost:
     )
 
 
-def warm_optimizer(run: Run) -> None:
-    """Has the optimizer make its state, as the first step of a run does."""
-    give_gradients(run)
-    step_unless(run.state.optimizer, torch.zeros((), dtype=torch.bool))
-    run.state.optimizer.zero_grad(set_to_none=True)
+def warm_optimizer(state: TrainState) -> None:
+    """Has the optimizer make its state, as the first step of a training does."""
+    give_gradients(state)
+    step_unless(state.optimizer, torch.zeros((), dtype=torch.bool))
+    state.optimizer.zero_grad(set_to_none=True)
 
 
-def give_gradients(run: Run) -> None:
+def give_gradients(state: TrainState) -> None:
     """Has a gradient on every trained parameter, as an earlier micro-batch leaves it."""
-    for parameter in run.state.names:
+    for parameter in state.names:
         parameter.grad = torch.zeros_like(parameter)
 
 
@@ -238,11 +246,11 @@ def hold_run(live: LiveMemory, run: Run) -> None:
             live.hold(TEACHERS, tensors_of(teacher._late_model.loaded()))
 
 
-def follow_step(live: LiveMemory, run: Run, parts: Parts | None = None) -> None:
+def follow_step(live: LiveMemory, state: TrainState, parts: Parts | None = None) -> None:
     """Has gradients and the optimizer's state labelled as they are made."""
-    for parameter in run.state.names:
+    for parameter in state.names:
         parameter.register_post_accumulate_grad_hook(lambda p: live.hold(GRADIENTS, [p.grad]))
-    optimizer = run.state.optimizer
+    optimizer = state.optimizer
 
     def after(*_: object) -> None:
         states = (value for state in optimizer.state.values() for value in state.values())
@@ -274,14 +282,16 @@ def _own_parameters(run: Run) -> Iterator[Tensor]:
 def _saved(run: Run) -> int:
     """Bytes of what a checkpoint keeps of the weights: all, or what is trained beside a LoRA."""
     if run.state.is_lora:
-        return _bytes(run.state.names)
+        return num_bytes(run.state.names)
     trained = (p for p in run.alignment.parameters() if p.requires_grad)
-    return _bytes(run.wan.transformer.parameters()) + _bytes(trained)
+    return num_bytes(run.wan.transformer.parameters()) + num_bytes(trained)
 
 
-def _bytes(parameters: Iterable[Tensor]) -> int:
+def num_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
-def _count(parameters: Iterable[Tensor]) -> int:
+def num_parameters(parameters: Iterable[Tensor]) -> int:
+    """Numbers in parameters."""
     return sum(parameter.numel() for parameter in parameters)

@@ -62,6 +62,11 @@ class LiveMemory(TorchDispatchMode):
             if tensor is not None:
                 self._labels[self._see(tensor)] = label
 
+    def pass_over(self, tensors: Iterable[Tensor]) -> None:
+        """Counts storages as nothing: they are the host's, where a step has copies of them."""
+        for tensor in tensors:
+            self._sizes[self._see(tensor)] = 0
+
     def start(self) -> None:
         """The peak is that of what follows."""
         self._start = len(self._events)

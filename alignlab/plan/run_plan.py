@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from alignlab.config.run import RunConfig
+from alignlab.config.run import RunConfig, check_coupled
 from alignlab.distributed.sharding import num_shards
 from alignlab.errors import UserError
 from alignlab.models.experts import INDEX, check_index
@@ -27,14 +27,14 @@ TEACHERS, VAE, TEXT = "teachers", "autoencoder", "text encoder"
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run costs.
+    """What a training costs: a run, or a Stage 1 training.
 
     Args:
         samples: of a micro-batch, on each GPU.
         micro_batches: of a step, on each GPU.
         gpus: that train the run together.
         step: what a micro-batch multiplies and a step holds.
-        encoders: what the frozen encoders cost.
+        encoders: what the frozen encoders of a run cost.
         clip: bytes of a clip.
         checkpoint: bytes of checkpoints.
         phases: peaks of a GPU's memory, the highest first.
@@ -48,7 +48,7 @@ class RunPlan:
     micro_batches: int
     gpus: int
     step: FakeStep
-    encoders: EncoderCosts
+    encoders: EncoderCosts | None
     clip: ClipBytes
     checkpoint: CheckpointSizes
     phases: list[Phase]
@@ -85,7 +85,7 @@ def plan_run(
     Raises:
         UserError: the run could not be trained so, or a model's settings are nowhere.
     """
-    _check(config, architectures)
+    _check(config, architectures, gpus)
     optim = config.optim
     samples, left = divmod(optim.batch_size, optim.accumulate * gpus)
     if left or not samples:
@@ -118,8 +118,9 @@ def plan_run(
     )
 
 
-def _check(config: RunConfig, architectures: Architectures) -> None:
+def _check(config: RunConfig, architectures: Architectures, gpus: int) -> None:
     """Refuses what a training refuses before it reads weights."""
+    check_coupled({alias: one.couples_samples for alias, one in config.objectives.items()}, gpus)
     folder = architectures.pipeline(config.model.path)
     if (folder / INDEX).is_file():
         check_index(str(folder), config.model.expert)
@@ -158,7 +159,7 @@ def _encoding(
     every: dict[str, int] = {}
     once: dict[str, int] = {}
     (once if is_on and cache.latents else every)[VAE] = video
-    (once if is_on and cache.texts else every)[TEXT] = encoders.text.flops
+    (once if is_on and cache.texts else every)[TEXT] = encoders.text.caption.flops
     if is_on and cache.teachers:
         once[TEACHERS] = teachers  # at every step they are part of it
     return every, {part: count for part, count in once.items() if count}

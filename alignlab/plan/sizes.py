@@ -1,12 +1,24 @@
 """Bytes on disk and on the GPU of a run, of what `fake_step` and `encoder_costs` found."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from alignlab.config.data import CacheConfig
+from alignlab.config.parts import TrainingConfig
 from alignlab.config.run import RunConfig
 from alignlab.distributed.ranks import BUCKET
 from alignlab.distributed.sharding import num_shards
 from alignlab.plan.fake_encoders import EncoderCosts
-from alignlab.plan.fake_step import EMA, GRADIENTS, OPTIMIZER, SHARED, TEACHERS, WEIGHTS, FakeStep
+from alignlab.plan.fake_step import (
+    EMA,
+    GRADIENTS,
+    OPTIMIZER,
+    SHARED,
+    TEACHERS,
+    WEIGHTS,
+    FakeStep,
+    TeacherCost,
+)
 
 CUDA_CONTEXT = 2**30
 """What a process takes of a GPU before it makes a tensor, about."""
@@ -30,7 +42,7 @@ class CheckpointSizes:
     finished: int
 
 
-def checkpoint_sizes(config: RunConfig, step: FakeStep) -> CheckpointSizes:
+def checkpoint_sizes(config: TrainingConfig, step: FakeStep) -> CheckpointSizes:
     """Sizes of the checkpoints that `checkpoint` has a run keep."""
     optimizer = step.standing.get(OPTIMIZER, 0)
     weights = step.saved + step.standing.get(EMA, 0)
@@ -46,7 +58,7 @@ def checkpoint_sizes(config: RunConfig, step: FakeStep) -> CheckpointSizes:
     )
 
 
-def num_kept(config: RunConfig, newest: int) -> int:
+def num_kept(config: TrainingConfig, newest: int) -> int:
     """How many checkpoints stay: so many of the newest, and those of `checkpoint.keep_every`."""
     settings = config.checkpoint
     written = [*range(settings.every, config.steps, settings.every), config.steps]
@@ -73,13 +85,20 @@ def clip_bytes(config: RunConfig, encoders: EncoderCosts, step: FakeStep) -> Cli
     cache, (height, width) = config.data.cache, config.data.size
     is_on, half = cache.mode != "off", config.model.precision == "bf16"
     frames = config.data.frames + config.data.references[1]
-    keeps_latents, keeps_teachers = is_on and cache.latents, is_on and cache.teachers
+    keeps_latents = is_on and cache.latents
     cached = {
         "latents": keeps_latents * encoders.latents * FP32,
         "references": keeps_latents * encoders.references * FP32,
-        "text": (is_on and cache.texts) * encoders.embedding * (FP32 // 2 if half else FP32),
+        "text": (is_on and cache.texts) * encoders.text.numbers * (FP32 // 2 if half else FP32),
     }
-    for teacher in step.teachers:
+    cached |= features_bytes(cache, step.teachers)
+    return ClipBytes(frames * height * width * 3, cached)
+
+
+def features_bytes(cache: CacheConfig, teachers: Iterable[TeacherCost]) -> dict[str, int]:
+    """Bytes of a clip's features in the dataset cache by teacher; 0 where they are not kept."""
+    found = {}
+    for teacher in teachers:
         numbers = 1
         for side in teacher.shape:
             numbers *= side
@@ -87,8 +106,8 @@ def clip_bytes(config: RunConfig, encoders: EncoderCosts, step: FakeStep) -> Cli
         if cache.dtype in ("fp8", "int8"):
             size = numbers + numbers // teacher.shape[-1] * FP32
         name = f"teacher {teacher.alias}, {teacher.kind}"
-        cached[name] = keeps_teachers * size
-    return ClipBytes(frames * height * width * 3, cached)
+        found[name] = (cache.mode != "off" and cache.teachers) * size
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
     resident = {"CUDA context": CUDA_CONTEXT}
     if not (is_on and cache.texts) or config.model.text_encoder == "keep":
         if config.model.text_encoder != "cpu":
-            resident["text encoder"] = encoders.text_encoder
+            resident["text encoder"] = encoders.text.weights
     vae_stays = not (is_on and cache.latents)
     if vae_stays:
         resident["autoencoder"] = encoders.vae
@@ -130,34 +149,37 @@ def phases(config: RunConfig, encoders: EncoderCosts, step: FakeStep, gpus: int)
         standing = standing | {GRADIENTS: step.gradients}
     making = {**standing, "autoencoder": encoders.vae, "encoding a clip": encoders.clip.memory}
     times = [resident | peak.by_label for peak in step.peaks]
-    found = [_phase("step", *times)]
+    found = [phase_at("step", *times)]
     if gpus > 1:
         flat = min(BUCKET, step.trained) * step.gradients // max(1, step.trained)
         if cards > 1:  # those of the transformer are averaged as they come
             flat = min(BUCKET, step.projectors) * FP32
         averaging = standing | {GRADIENTS: step.gradients, "averaging of gradients": flat}
-        found.append(_phase("averaging", averaging))
+        found.append(phase_at("averaging", averaging))
     if config.data.workers:
         # threads encode while a step runs
         beside = {k: making[k] for k in ("autoencoder", "encoding a clip")}
         both = [time | beside for time in times]
-        found.append(_phase("step, and encoding of the next clips", *both))
-    found.append(_phase("encoding of clips", making))
+        found.append(phase_at("step, and encoding of the next clips", *both))
+    found.append(phase_at("encoding of clips", making))
     for teacher in step.teachers:
         others = {k: v for k, v in standing.items() if k != TEACHERS}
         at_work = {TEACHERS: teacher.weights, "features": teacher.peak - teacher.weights}
-        found.append(_phase(f"features of teacher {teacher.alias}", others | at_work))
-    text = standing | {"text encoder": encoders.text_encoder, "captions": encoders.text.memory}
+        found.append(phase_at(f"features of teacher {teacher.alias}", others | at_work))
+    text = standing | {
+        "text encoder": encoders.text.weights,
+        "captions": encoders.text.caption.memory,
+    }
     if config.model.text_encoder != "cpu":
         if "text encoder" not in resident:  # captions are encoded before there is an optimizer
             text = {k: v for k, v in text.items() if k not in (OPTIMIZER, GRADIENTS)}
-        found.append(_phase("encoding of captions", text))
+        found.append(phase_at("encoding of captions", text))
     if config.eval.generates:
         samples = {k: v for k, v in standing.items() if k != GRADIENTS}
         samples |= {"autoencoder": encoders.vae, "decoding a clip": encoders.decode.memory}
         if config.optim.ema is not None:  # the average stands where they were
             samples |= {ASIDE: step.gradients}
-        found.append(_phase("decoding of samples", samples))
+        found.append(phase_at("decoding of samples", samples))
     if config.optim.offload:  # the state of one tensor at a time is on the GPU
         found = [_without_state(phase) for phase in found]
     if cards > 1:
@@ -191,7 +213,7 @@ def sharded(phase: Phase, blocks: int, cards: int, *, whole_gradients: bool) -> 
         {k: v // cards if k in split else v for k, v in parts.items()} | gathered
         for parts in (phase.parts, *phase.others)
     )
-    return max((_phase(phase.name, parts) for parts in times), key=lambda one: one.total)
+    return max((phase_at(phase.name, parts) for parts in times), key=lambda one: one.total)
 
 
 _STANDING = (WEIGHTS, OPTIMIZER, EMA, TEACHERS)
@@ -199,9 +221,10 @@ _STANDING = (WEIGHTS, OPTIMIZER, EMA, TEACHERS)
 
 def _without_state(phase: Phase) -> Phase:
     times = (parts | {OPTIMIZER: 0} for parts in (phase.parts, *phase.others))
-    return _phase(phase.name, *times)
+    return phase_at(phase.name, *times)
 
 
-def _phase(name: str, parts: dict[str, int], *others: dict[str, int]) -> Phase:
+def phase_at(name: str, parts: dict[str, int], *others: dict[str, int]) -> Phase:
+    """A phase of these bytes by part; see `Phase`."""
     kept = {part: size for part, size in parts.items() if size}
     return Phase(name, sum(kept.values()), kept, others)

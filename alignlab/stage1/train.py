@@ -69,7 +69,7 @@ def train_stage1(config: Stage1Config) -> Path:
             return opened.folder.stage1
         clear_leftovers(opened.folder.path)
         ask(config)
-        trainer = Stage1Trainer(config, ranks)
+        trainer = stage1_trainer(config, ranks)
         locks.callback(trainer.models.values.flush)
         trainer.encode_texts(0 if opened.newest is None else step_of(opened.newest))
         if opened.newest is not None:
@@ -101,31 +101,51 @@ class Stage1State(TrainState):
         self.network.load_state_dict(load_file(folder / "network.safetensors"))
 
 
+def stage1_trainer(config: Stage1Config, ranks: Ranks) -> "Stage1Trainer":
+    """Loads frozen models and data of a recipe, and draws the network's weights.
+
+    Raises:
+        UserError: the recipe cannot run here.
+    """
+    check_optimizer(config.optim, ranks.device)
+    train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
+    STAGE1_TASKS[config.stage1.kind].check_data(train_clips, val_clips)
+    values = EncodedValues.of(config.data.cache, config.output)
+    models = load_frozen_models(config, ranks.device, values)
+    notes = (*train_clips.notes, *val_clips.notes)
+    if models.text is not None:
+        captions = [c.caption(i) for c in (train_clips, val_clips) for i in range(len(c))]
+        cut = cut_captions(models.text, captions)
+        notes += cut
+        for note in cut:
+            warn_once(note)
+    return Stage1Trainer(config, ranks, models, train_clips, val_clips, notes)
+
+
 class Stage1Trainer(Trainer):
     """Trains the network of a Stage 1 task.
 
     Args:
-        config: the recipe; its frozen models and data are loaded, the network's weights drawn.
+        config: the recipe; the network's weights are drawn by its seed.
         ranks: a single one.
+        models: frozen, that the task reads.
+        train_clips, val_clips: the data.
+        notes: what the result has to say of both.
     """
 
     config: Stage1Config
 
-    def __init__(self, config: Stage1Config, ranks: Ranks) -> None:
-        check_optimizer(config.optim, ranks.device)
-        train_clips, val_clips = build_splits(config.data, memory=user_path(config.output))
-        task_class = STAGE1_TASKS[config.stage1.kind]
-        task_class.check_data(train_clips, val_clips)
-        values = EncodedValues.of(config.data.cache, config.output)
-        self.models = load_frozen_models(config, ranks.device, values)
-        self.notes = (*train_clips.notes, *val_clips.notes)
-        if self.models.text is not None:
-            captions = [c.caption(i) for c in (train_clips, val_clips) for i in range(len(c))]
-            cut = cut_captions(self.models.text, captions)
-            self.notes += cut
-            for note in cut:
-                warn_once(note)
-        self.task = task_class(config.stage1, self.models, seed=config.seed)
+    def __init__(
+        self,
+        config: Stage1Config,
+        ranks: Ranks,
+        models: FrozenModels,
+        train_clips: ClipDataset,
+        val_clips: ClipDataset,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.models, self.notes = models, notes
+        self.task = STAGE1_TASKS[config.stage1.kind](config.stage1, models, seed=config.seed)
         self.clips = TaskClips(self.task, train_clips, ClipMemory(), config.stage1)
         self.val_clips = TaskClips(self.task, val_clips, ClipMemory(), config.stage1)
         optimizer = build_optimizer(list(self.task.network.parameters()), config.optim)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alignlab.config.run import check_coupled
 from alignlab.errors import UserError
 from alignlab.losses import build_objective
 from alignlab.losses.attention_config import AttentionConfig
@@ -265,13 +266,8 @@ class Alignment(nn.Module):
         Raises:
             UserError: each rank would see its own share only.
         """
-        for alias, objective in self.objectives.items():
-            if objective.couples_samples and world_size > 1:
-                raise UserError(
-                    f"objectives.{alias}: it compares the samples of a batch, which {world_size} "
-                    "ranks would share among them: use one process (or, for refalign, "
-                    "negatives: sample)"
-                )
+        coupled = {alias: one.couples_samples for alias, one in self.objectives.items()}
+        check_coupled(coupled, world_size)
 
     def reads(self, step: int) -> list[FeatureRead]:
         """What `losses` reads of teachers at a step, where all batches have the same grid."""

@@ -12,8 +12,13 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     gpus: Annotated[
-        int, typer.Option(min=1, help="That train: one run together, a comparison's a run each.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            help="That train: one run together, else a run each or as launch.gpus says "
+            "(default: one run's).",
+        ),
+    ] = None,
     memory: Annotated[float, typer.Option(min=1, max=1e6, help="Of a GPU, in GiB.")] = 80.0,
     tflops: Annotated[
         float,
@@ -30,16 +35,17 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run or a comparison costs before it is trained: operations, memory, bytes, days.
+    """Say what a recipe costs before it is trained: operations, memory, bytes, days.
 
     No weights are read, and no data: models are built of their config.json files alone.
     """
     import logging
     from contextlib import ExitStack
 
-    from alignlab.experiments.plan.comparison import plan_recipe, recipe_runs
+    from alignlab.experiments.plan.comparison import plan_recipe
     from alignlab.experiments.plan.fits import GIB, changes_to_fit
     from alignlab.experiments.plan.rates import Rates
+    from alignlab.experiments.plan.recipe_runs import recipe_runs
     from alignlab.experiments.plan.table import as_json as plain
     from alignlab.experiments.plan.table import plan_lines, plan_tables
     from alignlab.plan.architecture import Architectures

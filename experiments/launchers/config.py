@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from alignlab.config.data import Settings
 from alignlab.config.limits import at_most
-from alignlab.config.run import RunConfig
+from alignlab.config.run import RunConfig, check_coupled
 from alignlab.errors import UserError
 
 ONE_MACHINE = "a run is on one machine"
@@ -74,8 +74,11 @@ def check_batch(run: RunConfig, needs: LaunchConfig) -> None:
     """Refuses a batch that the ranks of a run cannot share, before anything is made.
 
     Raises:
-        UserError: `optim.batch_size` is no multiple of `optim.accumulate` times ranks.
+        UserError: `optim.batch_size` is no multiple of `optim.accumulate` times ranks, or an
+            objective compares the samples of a batch.
     """
+    coupled = {alias: one.couples_samples for alias, one in run.objectives.items()}
+    check_coupled(coupled, needs.num_ranks)
     batch_size, accumulate = run.optim.batch_size, run.optim.accumulate
     if batch_size % (accumulate * needs.num_ranks):
         raise UserError(

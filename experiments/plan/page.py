@@ -1,8 +1,9 @@
-"""The plans of the shipped recipes: `python -m alignlab.experiments.plan.page`.
+"""The plans of the shipped recipes: `python -m alignlab.experiments.plan.page [RECIPE...]`.
 
-Run in a checkout. It plans every shipped run and comparison with the defaults of `alignlab plan`,
-those that torchrun starts with as many GPUs as the command at their head says. It writes
-`experiments/results/plans.json`, and the table of it in `docs/scale.md`.
+Run in a checkout. It plans every shipped recipe with the defaults of `alignlab plan`, those that
+torchrun starts with as many GPUs as the command at their head says. It writes
+`experiments/results/plans.json`, and the tables of it in `docs/scale.md`. `NEED_OTHERS` are planned
+once what they read is in `runs/`.
 """
 
 import json
@@ -14,11 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from alignlab.config.recipe_file import read_recipe, recipe_folder, shipped_recipes
+from alignlab.config.recipe_file import recipe_folder, shipped_recipes
 from alignlab.errors import UserError
-from alignlab.experiments.plan.comparison import plan_recipe, recipe_runs
+from alignlab.experiments.plan.comparison import plan_recipe
 from alignlab.experiments.plan.fits import GIB, changes_to_fit
-from alignlab.experiments.plan.table import TERA, as_json
+from alignlab.experiments.plan.recipe_runs import recipe_runs
+from alignlab.experiments.plan.table import TERA, as_json, number
 from alignlab.plan.architecture import Architectures
 from alignlab.runs.log_filters import quiet_libraries
 
@@ -28,23 +30,19 @@ HEADER = (
     *("recipe", "runs", "GPUs of a run", "trained", "TF a step", "peak GiB"),
     *("fits into 80", "GPU-hours", "a checkpoint"),
 )
+NEED_OTHERS = {
+    "tuned_refalign": "alignlab sweep sweep_refalign",
+    "tiny_dino/label_free": "python -P tests/campaigns/label_free_teacher.py "
+    "runs/label_free_teacher",
+}
+"""Recipes that read what another training leaves, and how that is made."""
 _RANKS = re.compile(r"^# torchrun --nproc-per-node (\d+)", re.MULTILINE)
 
 
-def planned_recipes() -> list[str]:
-    """Shipped recipes that train a run or a comparison; those of single findings are left out."""
-    found = []
-    for name in shipped_recipes():
-        mapping = read_recipe(name, [])
-        if "/" not in name and "space" not in mapping and "stage1" not in mapping:
-            found.append(name)
-    return found
-
-
-def gpus_of(name: str) -> int:
-    """GPUs that the command at the head of a shipped recipe trains it with."""
+def gpus_of(name: str) -> int | None:
+    """GPUs that torchrun at the head of a shipped recipe trains it with; None: it is not there."""
     ranks = _RANKS.search((recipe_folder() / f"{name}.yaml").read_text("utf-8"))
-    return 1 if ranks is None else int(ranks[1])
+    return None if ranks is None else int(ranks[1])
 
 
 def plans(names: Iterable[str]) -> dict[str, Any]:
@@ -66,33 +64,36 @@ def plans(names: Iterable[str]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """The Markdown table of plans, and below it what has none."""
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
-    refused = []
+    """The Markdown tables of plans, those of single studies apart, and below them what has none."""
+    studies = {name: plan for name, plan in found.items() if "/" in name}
+    lines = _rows({name: plan for name, plan in found.items() if name not in studies})
+    if studies:
+        lines += ["", "Single findings, and what `tiny-dino` was asked:", "", *_rows(studies)]
     for name, plan in found.items():
         if "refused" in plan:
-            refused.append(f"\n`{name}` has no plan: {plan['refused']}.")
+            lines.append(f"\n`{name}` has no plan: {plan['refused']}.")
+    return "\n".join(lines)
+
+
+def _rows(found: Mapping[str, Any]) -> list[str]:
+    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    for name, plan in found.items():
+        if "refused" in plan:
             continue
         highest = max(plan["variants"].values(), key=lambda variant: variant["peak"])
         cells = [
             f"`{name}`",
-            f"{len(plan['variants'])} x {plan['seeds']}",
+            plan["sizes"],
             f"{highest['gpus']}",
-            f"{_number(highest['trained'] / 1e6)} M",
-            _number(sum(highest["step_flops"].values()) / TERA),
+            f"{number(highest['trained'] / 1e6)} M",
+            number(sum(highest["step_flops"].values()) / TERA),
             f"{highest['peak'] / GIB:.3g}",
             _fits(plan),
-            _number(plan["gpu_hours"]),
-            f"{_number(highest['checkpoint']['one'] / 1e9)} GB",
+            number(plan["gpu_hours"]),
+            f"{number(highest['checkpoint']['one'] / 1e9)} GB",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines + refused)
-
-
-def _number(value: float) -> str:
-    if value < 0.01:
-        return "< 0.01"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return lines
 
 
 def _fits(plan: Mapping[str, Any]) -> str:
@@ -110,10 +111,11 @@ def main() -> None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "pyproject.toml").is_file():
         raise UserError("the plans of the shipped recipes are written in a checkout")
-    found = plans(sys.argv[1:] or planned_recipes())
+    found = plans(sys.argv[1:] or shipped_recipes())
     path = root / "experiments" / "results" / "plans.json"
     if sys.argv[1:]:  # these take the place of theirs
         found = json.loads(path.read_text()) | found
+    found = {name: found[name] for name in shipped_recipes() if name in found}
     path.write_text(json.dumps(found, indent=1) + "\n")
     page = root / "docs" / "scale.md"
     before, rest = page.read_text().split(BEGIN)

@@ -34,8 +34,8 @@ def plan_tables(plan: RecipePlan, memory: int, changes: Sequence[Change]) -> Ite
     yield _operations(plan)
     yield _memory(plan.highest)
     yield _bytes(plan)
-    days = [[f"{gpus}", f"{count:.3g}"] for gpus, count in plan.days.items()]
-    yield f"Days ({plan.hours:.3g} GPU-hours in all)", ("GPUs", "days"), days
+    days = [[f"{gpus}", number(count)] for gpus, count in plan.days.items()]
+    yield f"Days ({number(plan.hours)} GPU-hours in all)", ("GPUs", "days"), days
     if changes:
         rows = [[change.settings, gib(change.peak), _yes(change.fits)] for change in changes]
         header = ("change, after those above", "peak GiB", "fits")
@@ -48,24 +48,28 @@ def plan_lines(plan: RecipePlan, memory: int, changes: Sequence[Change]) -> Iter
     if highest.peak.total <= memory:
         room = memory - highest.peak.total
         yield f"fits: {gib(highest.peak.total)} of {gib(memory)} GiB, {gib(room)} left"
-    elif changes:
+    elif changes and changes[-1].fits:
         yield f"does not fit into {gib(memory)} GiB: change first {changes[0].settings}"
+    elif changes:
+        yield f"does not fit into {gib(memory)} GiB, nor with all of these changes"
     else:
         yield f"does not fit into {gib(memory)} GiB, and no setting of a plan changes that"
     yield plan.rates.assumption
     yield from plan.notes
-    if not plan.clips_are_known:
-        yield (
-            f"the recipe does not say how many clips there are: {plan.clips:,} are counted, as "
-            "many as are drawn; --clips N says it"
-        )
+    for encoding in plan.encodings:
+        if not encoding.is_known:
+            yield (
+                f"the recipe does not say how many clips there are: {encoding.clips:,} are "
+                "counted, as many as are drawn; --clips N says it"
+            )
 
 
 def as_json(plan: RecipePlan, memory: int, changes: Sequence[Change]) -> dict[str, Any]:
     """The plan as plain values: bytes, operations, hours."""
     return {
         "recipe": plan.runs.name,
-        "seeds": plan.runs.seeds,
+        "kind": plan.runs.kind,
+        "sizes": plan.runs.sizes,
         "gpus": plan.gpus,
         "memory": memory,
         "tflops": {"bf16": plan.rates.bf16, "fp32": plan.rates.fp32},
@@ -75,12 +79,14 @@ def as_json(plan: RecipePlan, memory: int, changes: Sequence[Change]) -> dict[st
             for change in changes
         ],
         "variants": {name: _variant_json(one) for name, one in plan.variants.items()},
-        "clips": plan.clips,
-        "clips_are_known": plan.clips_are_known,
+        "clips": [
+            {"count": one.clips, "is_known": one.is_known, "cached": one.bytes_per_clip}
+            for one in plan.encodings
+        ],
         "encoding_hours": plan.encoding_hours,
         "gpu_hours": plan.hours,
         "days": {str(gpus): count for gpus, count in plan.days.items()},
-        "cache": _cached(plan) * plan.clips,
+        "cache": plan.cache_bytes,
         "checkpoints": _checkpoints(plan),
         "notes": [plan.rates.assumption, *plan.notes],
     }
@@ -89,6 +95,13 @@ def as_json(plan: RecipePlan, memory: int, changes: Sequence[Change]) -> dict[st
 def gib(size: float) -> str:
     """Bytes in GiB, three digits."""
     return f"{size / GIB:.3g}"
+
+
+def number(value: float) -> str:
+    """Three digits, nothing below a hundredth."""
+    if value < 0.01:
+        return "< 0.01"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def memory_parts(phase: Phase) -> dict[str, int]:
@@ -103,6 +116,8 @@ def memory_parts(phase: Phase) -> dict[str, int]:
 def _variant_json(variant: VariantPlan) -> dict[str, Any]:
     plan = variant.plan
     return {
+        "runs": variant.runs,
+        "trials": variant.trial_runs,
         "steps": variant.config.steps,
         "gpus": plan.gpus,
         "parameters": plan.step.parameters,
@@ -123,6 +138,7 @@ def _variant_json(variant: VariantPlan) -> dict[str, Any]:
             "finished": plan.checkpoint.finished,
         },
         "hours": variant.hours,
+        "trial_hours": variant.trial_hours,
         "uncounted": sorted(plan.step.unknown),
     }
 
@@ -139,14 +155,39 @@ def _variants(plan: RecipePlan, memory: int) -> Table:
                 gib(one.peak.total),
                 one.peak.name,
                 _yes(one.peak.total <= memory),
-                f"{variant.hours:.3g}",
+                _hours(variant),
             ]
         )
-    seeds = f", {plan.runs.seeds} seeds each" if plan.runs.is_comparison else ""
-    steps = ", ".join(sorted({f"{v.config.steps:,}" for v in plan.variants.values()}))
-    title = f"{plan.runs.name}: {len(rows)} runs{seeds}, {steps} steps"
+    counts = {f"{v.config.steps:,}" for v in plan.variants.values() if v.runs}
+    title = f"{_sizes(plan)}, {', '.join(sorted(counts))} steps"
     header = ("run", "trained", "TF a step", "peak GiB", "when", "fits", "GPU-hours")
     return title, header, rows
+
+
+def _sizes(plan: RecipePlan) -> str:
+    """What is trained, as a title begins."""
+    runs, count = plan.runs, len(plan.variants)
+    match runs.kind:
+        case "run":
+            return runs.name
+        case "stage1":
+            return f"{runs.name}, Stage 1"
+        case "sweep":
+            trials = plan.variants[next(iter(plan.variants))].runs // runs.seeds
+            return f"{runs.name}: {trials} trials, {_seeds(runs.seeds)} each"
+        case "comparison":
+            return f"{runs.name}: {count} variants, {_seeds(runs.seeds)} each"
+
+
+def _hours(variant: VariantPlan) -> str:
+    if not variant.runs:
+        return "memory alone"
+    trials = f", a trial {number(variant.trial_hours)}" if variant.trial_runs else ""
+    return f"{number(variant.hours)}{trials}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def _operations(plan: RecipePlan) -> Table:
@@ -172,16 +213,27 @@ def _memory(variant: VariantPlan) -> Table:
 
 
 def _bytes(plan: RecipePlan) -> Table:
-    one = plan.highest.plan
-    per_step = plan.highest.config.optim.batch_size * _cached(plan)
-    cached = [f"{part} {size_text(size)}" for part, size in one.clip.cached.items() if size]
-    keep = plan.highest.config.checkpoint
-    rows = [
-        ["a clip, decoded", size_text(one.clip.pixels), ""],
-        ["a clip in the dataset cache, of all runs", size_text(_cached(plan)), ", ".join(cached)],
-        ["the dataset cache", size_text(_cached(plan) * plan.clips), f"{plan.clips:,} clips"],
-        ["read of it in a step", size_text(per_step), ""],
+    highest, one = plan.highest, plan.highest.plan
+    own = sum(one.clip.cached.values())
+    keep = highest.config.checkpoint
+    rows = [["a clip, decoded", size_text(one.clip.pixels), ""]]
+    for encoding in plan.encodings:
+        kept = [f"{part} {size_text(size)}" for part, size in encoding.kept.items() if size]
+        size, clips = encoding.bytes_per_clip, encoding.clips
+        rows.append(["a clip in the dataset cache, for all runs", size_text(size), ", ".join(kept)])
+        rows.append(["all of them", size_text(size * clips), f"{clips:,} clips"])
+    rows += [
+        [
+            f"read of it in a step{_of(plan).split(',')[0]}",
+            size_text(highest.config.optim.batch_size * own),
+            "",
+        ],
         ["a checkpoint", size_text(one.checkpoint.one), _moments(one.checkpoint.optimizer)],
+    ]
+    if keep.asynchronous:
+        where = "in main memory while a checkpoint is written"
+        rows.append([where, size_text(one.checkpoint.one), "of all GPUs of a run together"])
+    rows += [
         [
             "checkpoints of a run, while it trains",
             size_text(one.checkpoint.training),
@@ -200,17 +252,11 @@ def _moments(size: int) -> str:
     return f"{size_text(size)} of it the optimizer's"
 
 
-def _cached(plan: RecipePlan) -> int:
-    """Bytes of a clip that all runs together have the cache keep."""
-    parts: dict[str, int] = {}
-    for variant in plan.variants.values():
-        parts |= variant.plan.clip.cached
-    return sum(parts.values())
-
-
 def _checkpoints(plan: RecipePlan) -> int:
-    each = (variant.plan.checkpoint.finished for variant in plan.variants.values())
-    return plan.runs.seeds * sum(each)
+    return sum(
+        (variant.runs + variant.trial_runs) * variant.plan.checkpoint.finished
+        for variant in plan.variants.values()
+    )
 
 
 def _of(plan: RecipePlan) -> str:

@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import FlopCounterMode
 
 from alignlab.config.run import RunConfig
 from alignlab.plan.architecture import Architectures
@@ -25,7 +21,7 @@ from alignlab.teachers.teacher import LaterModel, Teacher
 from alignlab.teachers.wheels import WHEELS
 from alignlab.train import RunTrainer
 from alignlab.training.setup import build_run
-from measured_steps import measured_steps
+from measured_steps import ON_CPU, measured_steps
 from tiny_runs import MakeConfig
 
 pytestmark = pytest.mark.usefixtures("shared_clips")
@@ -49,29 +45,6 @@ RUNS = {
 def planned(config: RunConfig) -> FakeStep:
     with ExitStack() as stack:
         return fake_step(config, Architectures(stack), is_cuda=False)
-
-
-def attention(
-    query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
-) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def attention_backward(
-    grad: torch.Size,
-    query: torch.Size,
-    key: torch.Size,
-    value: torch.Size,
-    *_: object,
-    **__: object,
-) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-ON_CPU = {  # which torch has formulas for on CUDA alone
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-}
 
 
 def counted(trainer: RunTrainer) -> int:

@@ -19,7 +19,7 @@ from alignlab.randomness import generator
 from alignlab.recipe import load_stage1_run
 from alignlab.runs.metric_rows import read_rows
 from alignlab.stage1.config import Stage1Config
-from alignlab.stage1.train import Stage1Trainer, train_stage1
+from alignlab.stage1.train import Stage1Trainer, stage1_trainer, train_stage1
 from alignlab.tracking.mlflow_run import read_state
 from alignlab.training.clip_memory import ClipMemory
 from alignlab.training.prefetch import THREAD_NAME
@@ -37,7 +37,7 @@ def config_of(recipes: Recipes, kind: Any, *overrides: str) -> Stage1Config:
 
 
 def trainer_of(config: Stage1Config) -> Stage1Trainer:
-    return Stage1Trainer(config, single_rank("fp32"))
+    return stage1_trainer(config, single_rank("fp32"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,7 +17,7 @@ from alignlab.recipe import load_stage1_run
 from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.moalign import MoAlignTask
 from alignlab.stage1.sara import SaraTask
-from alignlab.stage1.train import Stage1Trainer
+from alignlab.stage1.train import Stage1Trainer, stage1_trainer
 from made_clips import decoded_pixels
 
 KINDS = ["sara", "moalign"]
@@ -29,7 +29,7 @@ def config_of(recipes: Recipes, kind: Any, *overrides: str) -> Stage1Config:
 
 
 def trainer_of(config: Stage1Config) -> Stage1Trainer:
-    return Stage1Trainer(config, single_rank("fp32"))
+    return stage1_trainer(config, single_rank("fp32"))
 
 
 def test_sara_asks_for_entities_all_and_background(recipes: Recipes) -> None:

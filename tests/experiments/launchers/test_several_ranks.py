@@ -23,6 +23,8 @@ from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.local import check_machine, train_one
 from alignlab.experiments.launchers.local_workers import devices_of
 from alignlab.experiments.launchers.several_ranks import LostRankError, at_fault, train_ranks
+from alignlab.experiments.sweep.config import load_sweep
+from alignlab.experiments.sweep.worker import check as check_sweep
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import newest_step
 from alignlab.runs.file_lock import WRITER, HeldError, file_lock
@@ -243,6 +245,22 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_anything_is_made(
     )
     with pytest.raises(UserError, match=r"2 ranks, but optim\.batch_size 3 is no multiple"):
         compare(config)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_compares_samples_is_refused_before_anything_is_made(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    coupled = "variants.ra.objectives.ra.negatives=batch"
+    output = f"output={tmp_path / 'runs'}"
+    path = comparison_recipe(recipe_file, tmp_path / "pair.yaml", VARIANTS)
+    with pytest.raises(UserError, match=r"^objectives\.ra: .* which 2 ranks would share"):
+        compare(load_compare(path, [output, "optim.batch_size=2", coupled]))
+    space = "space.objectives.ra.weight={kind: float, low: 1, high: 2}"
+    search = (space, "metric=val/flow", "trials=1", "launch={gpus: 0, ranks: 2}")
+    sweep = load_sweep(recipe_file, [output, "objectives.ra.negatives=batch", *search])
+    with pytest.raises(UserError, match=r"^objectives\.ra: .* which 2 ranks would share"):
+        check_sweep(sweep)
     assert not (tmp_path / "runs").exists()
 
 

@@ -13,9 +13,10 @@ from alignlab.config.model import LoraConfig
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.plan import fits
-from alignlab.experiments.plan.comparison import RecipePlan, RecipeRuns, plan_recipe, recipe_runs
+from alignlab.experiments.plan.comparison import RecipePlan, plan_recipe
 from alignlab.experiments.plan.fits import changes_to_fit, gpus_in_shards
 from alignlab.experiments.plan.rates import Rates
+from alignlab.experiments.plan.recipe_runs import RecipeRuns, recipe_runs
 from alignlab.plan.architecture import Architectures, shipped
 from alignlab.plan.fake_models import fake_wan
 from alignlab.plan.fake_values import fake_values
@@ -69,8 +70,10 @@ def test_the_plan_of_a_run(one: dict[str, Any]) -> None:
     assert AGAIN not in run["step_flops"] and run["step_flops"][FORWARD] > 0
     # what is kept is computed once a clip, and read at every step
     assert {"autoencoder", "text encoder", "teachers"} <= run["clip_flops"].keys()
-    assert one["clips"] == 4 and one["clips_are_known"]  # of six, as many as are drawn
-    assert one["cache"] == 4 * (sum(run["clip_bytes"].values()) - run["clip_bytes"]["pixels"])
+    (clips,) = one["clips"]
+    assert clips["count"] == 4 and clips["is_known"]  # of six, as many as are drawn
+    assert clips["cached"] == sum(run["clip_bytes"].values()) - run["clip_bytes"]["pixels"]
+    assert one["cache"] == 4 * clips["cached"]
 
 
 def test_without_a_cache_encoders_are_part_of_every_step(recipe_file: Path) -> None:
@@ -221,7 +224,8 @@ def test_what_variants_read_of_a_clip_is_encoded_once(recipe_file: Path, tmp_pat
     assert flops["again"] == flops["ra"]
     both += flops["early"]["teachers"]
     tera = both / 1e12
-    assert plan.encoding_hours == pytest.approx(plan.clips * tera / Rates().fp32 / 3600)
+    clips = plan.encodings[0].clips
+    assert plan.encoding_hours == pytest.approx(clips * tera / Rates().fp32 / 3600)
 
 
 def test_days_are_those_of_gpus_that_can_share_a_step(recipe_file: Path) -> None:
@@ -252,8 +256,6 @@ def test_more_gpus_share_a_step(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep_refalign"], "sweep_refalign is a sweep: `alignlab plan` reads runs"),
-        (["stage1_sara"], "stage1_sara is a Stage 1 training: `alignlab plan` reads runs"),
         (["tiny", "model.path=nobody/nothing"], "model.path: nobody/nothing: a plan needs its"),
         (["tiny", "teachers.dino.path=nobody/nothing"], "teachers.dino.path: nobody/nothing: a"),
         (["tiny", "model.path=Wan-AI/Wan2.2-T2V-A14B-Diffusers"], ".*A14B-Diffusers holds two tr"),
