@@ -73,7 +73,10 @@ def test_the_documented_table_is_the_committed_one(committed: dict[str, Any]) ->
     assert page.split(BEGIN)[1].split(END)[0].strip() == table(committed)
 
 
-def test_one_recipe_without_a_plan_leaves_the_others_theirs() -> None:
+def test_one_recipe_without_a_plan_leaves_the_others_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     found = plans(["tuned_refalign", "overhead"])
     assert found["tuned_refalign"]["refused"].startswith("variants.refalign-tuned.from: ")
     shown = table(found)
