@@ -143,7 +143,7 @@ class RayTasks(Generic[Key]):
             except self._ray.exceptions.RayTaskError as failure:
                 if not isinstance(failure.cause, LostRankError):
                     raise failure.cause from failure
-                yield Ended(key, None, str(failure.cause))
+                yield Ended(key, None, failure.cause.loss)
 
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""

@@ -113,6 +113,7 @@ def says(line: str, code: int) -> str:
     return f"import sys; sys.stderr.write({line!r} + chr(10)); sys.exit({code})"
 
 
+KILLED = r"^rank 1: killed by SIGKILL \(see .*rank-1.log\): the same command resumes"
 LOST = "another rank has stopped, its own message says why (Connection)"
 GONE = says(f"error: {LOST}", 2)
 NO = says("error (rank 1 of 2): optim.lr: no", 2)
@@ -123,7 +124,7 @@ SIGNALLED = "import os, signal, time; os.kill(os.getpid(), signal.{}); time.slee
     ("programs", "error", "line"),
     [
         ([GONE, NO], UserError, r"^rank 1: optim\.lr: no \(see .*-1"),
-        ([GONE, SIGNALLED.format("SIGKILL")], LostRankError, "^rank 1: killed by SIGKILL"),
+        ([GONE, SIGNALLED.format("SIGKILL")], LostRankError, KILLED),
         ([says("Boom", 1), "import time; time.sleep(600)"], ChildProcessError, "^rank 0: Boom"),
     ],
 )
