@@ -24,6 +24,7 @@ from alignlab.models.attention_backends import BackendState, available_backends
 from alignlab.models.model_files import on_disk
 from alignlab.teachers import TEACHERS
 from alignlab.teachers.wheels import WHEELS
+from alignlab.units import GIB
 
 # Distribution -> the extra of alignlab that brings it, "" for what is always needed.
 PACKAGES = {
@@ -41,7 +42,6 @@ PACKAGES = {
     "sam2": "sam2",
 }
 WAN_MODELS = ("assets/tiny-wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-GIB = 2**30
 
 
 def print_diagnosis(console: Console | None = None) -> None:

@@ -57,13 +57,13 @@ def export(
             be written; or `kind` is another than `diffusers` and the run trained all weights.
     """
     own = run_dir / ("export" if kind == "diffusers" else f"export-{kind}")
-    out = out or own
+    is_default, out = out is None, out or own
     if kind != "diffusers" and RunFolder.open(run_dir).config().model.train != "lora":
         raise UserError(
             f"--format {kind} is for a LoRA, and this run trained all weights: leave it out for a "
             "diffusers pipeline folder"
         )
-    with out_folder(out):
+    with out_folder(out, is_default=is_default):
         if out.exists() and out != own and any(out.iterdir()):
             raise UserError(f"{out} is not empty: choose another --out, or remove it")
         _write(run_dir, out, choice, kind)

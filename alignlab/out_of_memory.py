@@ -8,8 +8,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from alignlab.errors import first_line
-
-GIB = 2**30
+from alignlab.units import GIB
 
 # What torch says on CUDA (also through cuBLAS and cuDNN), MPS and the CPU, whatever the exception.
 _SAID = re.compile(

@@ -13,7 +13,7 @@ from alignlab.config.run import RunConfig
 from alignlab.environment import PACKAGES, THEN, package_version, read_environment
 from alignlab.models.model_files import is_relative
 from alignlab.recipe import load_training
-from alignlab.runs.checkpoint_folders import is_step_name, step_of
+from alignlab.runs.checkpoint_folders import has_weights_name, is_copy_name, step_of
 from alignlab.runs.code_record import MOST_BYTES, Start, check_diffs, read_code
 from alignlab.runs.init_source import SETTING, named_run
 from alignlab.runs.input_record import InputRecord, started_from
@@ -94,11 +94,11 @@ class _Until(NamedTuple):
 
     Args:
         step: of the weights that are read; None: that is not known.
-        is_named: they are those of a checkpoint that is named, not the last ones.
+        named: the checkpoint or copy of weights that is named; None: the last weights are meant.
     """
 
     step: int | None
-    is_named: bool
+    named: str | None
 
     def legs(self, legs: tuple[Leg, ...]) -> tuple[Leg, ...]:
         """Those up to that step."""
@@ -107,10 +107,17 @@ class _Until(NamedTuple):
         return tuple(leg for leg in legs if leg.from_step < self.step)
 
     def settings(self, config: TrainingConfig, steps: int) -> dict[str, str]:
-        """What keeps the checkpoint there, of a run of so many steps; no number changes with it."""
+        """What keeps the weights there, of a run of so many steps; no number changes with it."""
         written = config.checkpoint
         settings = {} if written.keep_finished == "all" else {"checkpoint.keep_finished": "all"}
-        if not self.is_named or self.step is None or self.step == steps:
+        if self.named is None or self.step is None:
+            return settings
+        if is_copy_name(self.named):
+            copies = written.weights_every
+            if copies is None or self.step % copies:  # it was set otherwise then
+                settings["checkpoint.weights_every"] = str(self.step)
+            return settings
+        if self.step == steps:
             return settings
         every = written.every
         if self.step % every:  # it was written by the clock, or at a signal
@@ -136,9 +143,9 @@ def _source_commands(
     recorded = InputRecord(folder.path, config.output).inputs.get((SETTING, config.model.init_from))
     found = None if recorded is None else started_from(recorded)
     checkpoint = None if recorded is None else recorded.checkpoint
-    is_named = is_step_name(named.name)
-    if is_named:
-        checkpoint = named.name
+    own_name = named.name if has_weights_name(named.name) else None
+    if own_name is not None:
+        checkpoint = own_name
     elif found is not None:
         checkpoint = found.name
     step = None if checkpoint is None else step_of(Path(checkpoint))
@@ -148,7 +155,7 @@ def _source_commands(
         yield f"# {source.checkpoints / str(checkpoint)} holds other weights than it started from"
     if step is None and plan_of(source, there).was_prolonged:
         yield f"# after which of its parts it started from {named} is not known"
-    until = _Until(step, is_named)
+    until = _Until(step, own_name)
     yield from _commands(source, output, machine, (*seen, folder.path.resolve()), until)
     again = user_path(output) / there.name
     inner = named.relative_to(source.path)  # a checkpoint, or the run

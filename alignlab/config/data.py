@@ -42,12 +42,21 @@ class Settings(BaseModel):
         return value
 
 
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> str:
-    """ "unknown <kind> 'x', did you mean 'y'? valid: ..." for a name that is not in `valid`."""
+def unknown_name(kind: str, name: str, valid: Iterable[str], *, of_packages: bool = False) -> str:
+    """ "unknown <kind> 'x', did you mean 'y'? valid: ..." for a name that is not in `valid`.
+
+    Args:
+        kind: what it names.
+        name: as it was given.
+        valid: the names that there are.
+        of_packages: installed packages add to these; that none has this one is said.
+    """
     names = list(valid)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ","
-    return f"unknown {kind} {shown(name)}{hint} valid: {', '.join(names) or 'none defined'}"
+    none_has = f" (no installed package has {shown(name)})" if of_packages else ""
+    listed = ", ".join(names) or "none defined"
+    return f"unknown {kind} {shown(name)}{hint} valid: {listed}{none_has}"
 
 
 def _whole_latent_frames(frames: int) -> int:

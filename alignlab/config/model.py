@@ -77,9 +77,10 @@ class ModelConfig(Settings):
     initial weights in the architecture of `path`, whose own weights are not read; they depend on
     `seed` alone, so that the variants of a comparison start from equal ones."""
     init_from: str | None = None
-    """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`), whose last weights
-    this one starts from, with the projectors of objectives that fit, as RefAlign's second stage
-    does. Step, optimizer and moving average begin anew. Left out: `path` as it is."""
+    """A finished run, or a checkpoint of a run (`.../checkpoints/step-000500`, or the copy of
+    weights `weights-000500`), whose last weights this one starts from, with the projectors of
+    objectives that fit, as RefAlign's second stage does. Step, optimizer and moving average begin
+    anew. Left out: `path` as it is."""
     train: Literal["full", "lora"] = "full"
     """Train all weights (RefAlign) or low-rank adapters."""
     lora: LoraConfig | None = None

@@ -19,19 +19,9 @@ BYTES_PER_PARAMETER: dict[tuple[OptimizerName, WeightsType], float] = {
     ("adamw_bf16_kahan", "bf16"): 2 + 4 + 2,  # moments in bf16 and fp32, rest of the weight in bf16
 }
 """Bytes of optimizer state for each trained weight, by `optim.name` and `model.weights`; pairs that
-are not here are refused (`alignlab.config.run`)."""
-
-
-def optimizer_bytes(name: OptimizerName, weights: WeightsType = "fp32") -> float:
-    """Bytes of optimizer state for each trained weight that is kept in `weights`.
-
-    Weights that `model.weights: bf16` leaves in fp32 (norms and modulation, projectors) take as
-    much as with `adamw`, and so do tensors of fewer than 4096 numbers with `adamw_8bit`.
-
-    Raises:
-        KeyError: the two are not trained together.
-    """
-    return BYTES_PER_PARAMETER[name, weights]
+are not here are refused (`alignlab.config.run`). Weights that `model.weights: bf16` leaves in fp32
+(norms and modulation, projectors) take as much as with `adamw`, and so do tensors of fewer than
+4096 numbers with `adamw_8bit`."""
 
 
 def check_optimizer_weights(name: OptimizerName, weights: WeightsType) -> None:

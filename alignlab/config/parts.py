@@ -96,7 +96,7 @@ class TeacherConfig(Settings):
     @classmethod
     def _known_family(cls, family: str) -> str:
         if family not in TEACHERS:
-            raise ValueError(unknown_name("family", family, TEACHERS))
+            raise ValueError(unknown_name("family", family, TEACHERS, of_packages=True))
         return family
 
     @field_validator("feature")

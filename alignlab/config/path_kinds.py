@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_STEP = re.compile(r"step-(\d{6,})")
+_STEP = re.compile(r"(?:step|weights)-\d{6,}")  # and copies of weights
 _FILES = {
     "report.html": "the report of a comparison",
     "report.md": "the report of a comparison",
@@ -123,7 +123,7 @@ def not_a_run(path: Path) -> str | None:
         run = _a_run_below(folder)
         fix = f"name one of its runs, such as {run}" if run else "it holds no run"
     elif what == "a checkpoint":
-        step = int(folder.name.removeprefix("step-"))
+        step = int(folder.name.rpartition("-")[2])
         fix = f"name {folder.parents[1]}, with --checkpoint {step} where the command has it"
     elif what == "a Stage 1 network":
         fix = _stage1(folder)

@@ -1,5 +1,6 @@
 """One line for a validation error: the dotted key, what is wrong, what is valid there."""
 
+import re
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -10,6 +11,8 @@ from alignlab.config.data import unknown_name
 from alignlab.errors import shown
 
 Location = tuple[int | str, ...]
+# Names that installed packages register; teachers and metrics say theirs by themselves.
+_PACKAGES_ADD = re.compile(r"objectives\..+\.name|data\.name")
 
 EXPECTED = {
     "int": "a whole number",
@@ -57,7 +60,9 @@ def _describe(problem: ErrorDetails, key: str, parent: type[BaseModel] | None) -
         expected = str(context.get("expected", context.get("expected_tags"))).replace(" or ", ", ")
         valid = [choice.strip(" '") for choice in expected.split(",")]
         key += ".name" if context.get("discriminator") == "'name'" else ""
-        return f"{key}: {unknown_name('value', str(context.get('tag', given)), valid)}"
+        given = str(context.get("tag", given))
+        of_packages = kind == "union_tag_invalid" and _PACKAGES_ADD.fullmatch(key) is not None
+        return f"{key}: {unknown_name('value', given, valid, of_packages=of_packages)}"
     if kind == "union_tag_not_found":
         return (
             f"{key}: {problem['ctx']['discriminator']} is missing"

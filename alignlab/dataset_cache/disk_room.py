@@ -6,7 +6,8 @@ Sizes are told in powers of 1000, as disks are sold; what is left free counts in
 import shutil
 from pathlib import Path
 
-GIB = 2**30
+from alignlab.units import GIB
+
 SHARE, AT_MOST, AT_LEAST = 0.05, 50 * GIB, GIB
 
 

@@ -42,8 +42,9 @@ from alignlab.dataset_cache.storage_dtypes import (
 from alignlab.errors import UserError
 from alignlab.progress import tell_once, warn_once
 from alignlab.runs.disk_errors import FULL
+from alignlab.units import MIB
 
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 64 * MIB
 SHARD_ENTRIES = 4096
 SOONEST_S, LATEST_S, SHARE = 30.0, 600.0, 0.05
 """Entries wait at most this long, or this share of the time since the cache was opened: a kill

@@ -113,7 +113,15 @@ def lost_rank_line(error: BaseException) -> str | None:
         return None
     if SAME_GPU in text:
         return "two ranks have the same GPU: start as many ranks as there are GPUs"
-    return f"{LOST_RANK}, its own message says why ({first_line(error)})"
+    return lost_rank(error)
+
+
+def lost_rank(error: BaseException) -> str:
+    """The line of a rank that waits for one which is gone, by what the collective raised."""
+    return (
+        f"{LOST_RANK}, its own message says why ({first_line(error)}); where it has none it was "
+        "killed, and the same command resumes from the newest checkpoint"
+    )
 
 
 def _is_set(name: str) -> bool:

@@ -321,9 +321,7 @@ def _all_alive() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
-            f"{launch_env.LOST_RANK}, its own message says why ({first_line(error)})"
-        ) from error
+        raise UserError(launch_env.lost_rank(error)) from error
 
 
 def _reduce(

@@ -135,10 +135,11 @@ def evaluate_to_file(
     with choice.reading(folder.checkpoints) as found:
         # the same one, though a run that trains has a newer one meanwhile
         choice = replace(choice, step=step_of(found))
+        is_default = out is None
         if out is None:
             name = f"step-{step_of(found):06d}{_mark(own, asked, choice)}.json"
             out = folder.path / "evaluations" / name
-        with out_file(out, ".json"):
+        with out_file(out, ".json", is_default=is_default):
             samples = out.with_name(f"{out.stem}-samples")
             result = evaluate_run(run_dir, choice=choice, evaluation=asked, samples=samples)
             content = {

@@ -153,7 +153,8 @@ def _find(asked: str) -> InstalledMetric:
     except ImplementationError as error:
         raise UserError(f"eval.metrics: {error}") from None
     except KeyError:
-        raise UserError(f"eval.metrics: {unknown_name(WHAT, asked, names)}") from None
+        unknown = unknown_name(WHAT, asked, names, of_packages=True)
+        raise UserError(f"eval.metrics: {unknown}") from None
 
 
 def own_names(asked: Iterable[str]) -> list[str]:

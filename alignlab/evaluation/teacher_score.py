@@ -24,7 +24,8 @@ from alignlab.metrics.spatial import spatial_structure
 from alignlab.progress import step_progress, tell
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.teachers import TEACHERS, teacher_from
-from alignlab.training.measure import MIB, PeakMemory
+from alignlab.training.measure import PeakMemory
+from alignlab.units import MIB
 
 NEIGHBOURS = (8, 10, 12, 15)  # of Align4Gen's published curve
 

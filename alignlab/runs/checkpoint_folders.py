@@ -69,6 +69,16 @@ def is_step_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def has_weights_name(name: str) -> bool:
+    """Whether a folder of this name has the weights of a step: a checkpoint or a copy of these."""
+    return is_step_name(name) or is_copy_name(name)
+
+
+def is_copy_name(name: str) -> bool:
+    """Whether a folder of this name is a copy of weights."""
+    return _COPY.fullmatch(name) is not None
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint's folder, or of that of a copy of weights."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -89,7 +99,7 @@ def copy_path(checkpoints: Path, step: int) -> Path:
 
 def weight_copies(checkpoints: Path) -> list[Path]:
     """The copies of `checkpoint.weights_every`, oldest first."""
-    found = [p for p in checkpoints.glob("weights-*") if _COPY.fullmatch(p.name) and p.is_dir()]
+    found = [p for p in checkpoints.glob("weights-*") if is_copy_name(p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -98,14 +108,6 @@ def readable_folders(checkpoints: Path) -> list[Path]:
     found = {step_of(folder): folder for folder in weight_copies(checkpoints)}
     found |= {step_of(folder): folder for folder in step_folders(checkpoints)}
     return [found[step] for step in sorted(found)]
-
-
-def drop_later_copies(checkpoints: Path, newest: Path | None) -> None:
-    """Drops copies of weights of steps that a training takes again, which resumes from `newest`."""
-    done = 0 if newest is None else step_of(newest)
-    for copy in weight_copies(checkpoints):
-        if step_of(copy) > done:
-            remove_folder(copy)
 
 
 def latest(checkpoints: Path) -> Path | None:

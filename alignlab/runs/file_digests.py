@@ -24,11 +24,11 @@ from threading import Lock
 from alignlab.errors import UserError
 from alignlab.progress import Advance, step_progress, warn_once
 from alignlab.runs.atomic_files import write_text
+from alignlab.units import MIB
 
 THREADS = 8
 CHUNK = 2**22
 AT_ONCE = 256  # files that a thread is given: handing out each by itself would cost more
-MIB = 2**20
 SHOWN_FROM_MIB = 256  # less is done before anybody wonders
 SAVE_EVERY_S = 60.0
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a filesystem in use, FAT's

@@ -8,7 +8,12 @@ from alignlab.config.path_kinds import not_a_run
 from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
-from alignlab.runs.checkpoint_folders import SHARDS, is_step_name, no_checkpoint, step_folders
+from alignlab.runs.checkpoint_folders import (
+    SHARDS,
+    has_weights_name,
+    no_checkpoint,
+    step_folders,
+)
 from alignlab.runs.run_folder import RunFolder
 
 SETTING = "model.init_from"
@@ -22,7 +27,7 @@ FILES = (
 
 
 class InitSource(NamedTuple):
-    """Where a run's first weights come from: a run, and one of its checkpoints."""
+    """Where a run's first weights come from: a run, and a checkpoint or copy of weights."""
 
     run: RunFolder
     checkpoint: Path
@@ -34,9 +39,9 @@ class InitSource(NamedTuple):
 
 
 def named_run(named: str) -> RunFolder:
-    """The run that a setting names by its folder or one of its checkpoints; it may be missing."""
+    """The run that a setting names by its folder or by weights in it; it may be missing."""
     path = user_path(named)
-    if not is_step_name(path.name):
+    if not has_weights_name(path.name):
         return RunFolder(path)
     # from inside `checkpoints` its name alone is a path, too
     whole = path if len(path.parts) > 2 and ".." not in path.parts else Path(os.path.abspath(path))
@@ -46,7 +51,8 @@ def named_run(named: str) -> RunFolder:
 def init_source(config: RunConfig) -> InitSource | None:
     """What `model.init_from` names; None if the recipe does not say it.
 
-    A run folder stands for the last step of a finished run.
+    A run folder stands for the last step of a finished run. A copy of weights
+    (`checkpoint.weights_every`) is as good as a checkpoint: nothing else is read.
 
     Raises:
         UserError: there is no such run or checkpoint, the run is not finished, or it is this one.
@@ -55,7 +61,7 @@ def init_source(config: RunConfig) -> InitSource | None:
     if named is None:
         return None
     path, folder = user_path(named), named_run(named)
-    is_checkpoint = is_step_name(path.name)
+    is_checkpoint = has_weights_name(path.name)
     if not folder.recipe.is_file() or (is_checkpoint and not path.is_dir()):
         what = "checkpoint of a run" if is_checkpoint else "run folder (it has no recipe.yaml)"
         known = None if is_checkpoint else not_a_run(path)

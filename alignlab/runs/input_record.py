@@ -21,7 +21,12 @@ from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError, one_line
 from alignlab.runs.atomic_files import write_text
-from alignlab.runs.checkpoint_folders import newest_step, step_folders, step_of
+from alignlab.runs.checkpoint_folders import (
+    newest_step,
+    step_folders,
+    step_of,
+    weight_copies,
+)
 from alignlab.runs.checksums import DamagedError, read_json, write_json
 from alignlab.runs.init_source import SETTING, InitSource, named_run
 from alignlab.runs.inputs import Input, init_input, model_inputs, read_inputs
@@ -273,13 +278,14 @@ def _refuse_changes(record: InputRecord, inputs: Iterable[Input]) -> None:
 
 
 def started_from(recorded: RecordedInput) -> Path | None:
-    """The checkpoint that a run started from, if it is there as it was.
+    """The checkpoint or copy of weights that a run started from, if it is there as it was.
 
     Args:
         recorded: its `model.init_from`.
     """
     run = named_run(recorded.source)
-    for checkpoint in reversed(step_folders(run.checkpoints)):
+    copies = weight_copies(run.checkpoints)
+    for checkpoint in reversed([*copies, *step_folders(run.checkpoints)]):
         if recorded.checkpoint in (None, checkpoint.name):
             now = init_input(recorded.source, InitSource(run, checkpoint))
             if now.digest == recorded.digest:

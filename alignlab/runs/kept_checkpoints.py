@@ -6,6 +6,7 @@ somebody was reading, is dropped by the next command that finds the run finished
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,9 +33,12 @@ from alignlab.runs.checksums import (
     write_checksums,
     write_json,
 )
+from alignlab.runs.file_lock import NOTE_EVERY_S
 from alignlab.runs.run_folder import RunFolder, only_writer
 
 log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.2  # whether a copy is read
 
 
 def keep_weights_of(checkpoint: Path) -> None:
@@ -60,6 +64,17 @@ def make_up_for_copy(newest: Path, config: TrainingConfig) -> None:
     every, step = config.checkpoint.weights_every, step_of(newest)
     if every is not None and step % every == 0 and not copy_path(newest.parent, step).exists():
         keep_weights_of(newest)
+
+
+def drop_later_copies(checkpoints: Path, newest: Path | None) -> None:
+    """Drops copies of weights of steps that a training takes again, which resumes from `newest`.
+
+    Whoever reads one is waited for, and that is said: else it would find others in their place.
+    """
+    done = 0 if newest is None else step_of(newest)
+    for copy in weight_copies(checkpoints):
+        if step_of(copy) > done:
+            _drop_when_unread(copy)
 
 
 def drop_checkpoints(folder: RunFolder, config: TrainingConfig) -> None:
@@ -123,6 +138,19 @@ def _drop_unread(checkpoint: Path, drop: Callable[[Path], None]) -> None:
             drop(checkpoint)
         else:
             log.warning("%s is being read: it is kept for now", checkpoint)
+
+
+def _drop_when_unread(copy: Path) -> None:
+    told = -NOTE_EVERY_S
+    while True:
+        with unread(copy) as is_unread:
+            if is_unread:
+                remove_folder(copy)
+                return
+        if time.monotonic() - told >= NOTE_EVERY_S:
+            told = time.monotonic()
+            log.info("waiting for the command that reads %s, which is written again", copy)
+        time.sleep(LOOK_EVERY_S)
 
 
 def _drop_optimizer(checkpoint: Path) -> None:

@@ -7,9 +7,14 @@ from typing import NamedTuple
 
 from alignlab.config.parts import TrainingConfig
 from alignlab.runs.atomic_files import clear_leftovers
-from alignlab.runs.checkpoint_folders import drop_later_copies, log_mark, resumable
+from alignlab.runs.checkpoint_folders import log_mark, resumable
 from alignlab.runs.input_record import hold_inputs
-from alignlab.runs.kept_checkpoints import drop_checkpoints, drop_if_unread, make_up_for_copy
+from alignlab.runs.kept_checkpoints import (
+    drop_checkpoints,
+    drop_if_unread,
+    drop_later_copies,
+    make_up_for_copy,
+)
 from alignlab.runs.metric_rows import check_log
 from alignlab.runs.prolong import take_back_result
 from alignlab.runs.run_folder import RunFolder, only_writer

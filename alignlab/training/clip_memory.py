@@ -8,7 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-MEMORY_BYTES = 2**30
+from alignlab.units import GIB
+
+MEMORY_BYTES = GIB
 """Of the tensors that a run keeps of each split: ten clips of 81 frames of 480x832 with their
 pixels (97 MB each), or fifty without."""
 

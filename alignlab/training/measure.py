@@ -12,8 +12,7 @@ import torch
 
 from alignlab.runs.metric_rows import read_rows
 from alignlab.runs.run_folder import RunFolder
-
-MIB = 1024**2
+from alignlab.units import MIB
 
 
 class StepClock:

@@ -16,10 +16,11 @@ from alignlab.distributed.ranks import Ranks
 from alignlab.distributed.sharding import total_norm
 from alignlab.errors import UserError
 from alignlab.training.checkpoint import RunState, TrainState
+from alignlab.training.kahan_adamw import REST
 
 FEATURES = "features/"
 """Prefix of the log names of teachers' features."""
-MOMENTS = ("exp_avg", "exp_avg_sq", "absmax1", "absmax2", "rest")
+MOMENTS = ("exp_avg", "exp_avg_sq", "absmax1", "absmax2", REST)
 """Of the optimizer's state, what can stop being finite: 8 bits cannot, but their scales can."""
 STATE = {
     "weights": "weights",

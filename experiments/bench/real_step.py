@@ -20,10 +20,10 @@ from alignlab.experiments.bench.gpu_phases import Findings
 from alignlab.experiments.bench.wan_step import SIZES, TEXT_TOKENS, ModelSize, WanInputs, WanStep
 from alignlab.experiments.compare.measure import seconds_of
 from alignlab.losses.objective import Features
+from alignlab.units import GIB
 
 REFERENCES = 3
 ROUNDS = 3
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,7 @@ def probe(
     from alignlab.training.checkpoint import ModelChoice
 
     choice = ModelChoice(checkpoint, ema)
-    folder = out or run / "probe"
-    page = write(run, folder, teacher=teacher, block=block, choice=choice)
+    page = write(run, out, teacher=teacher, block=block, choice=choice)
     typer.echo(f"probe: {page}")
 
 

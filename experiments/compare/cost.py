@@ -35,8 +35,9 @@ from alignlab.runs.checksums import DamagedError, read_json, write_json
 from alignlab.runs.log_filters import quiet_libraries
 from alignlab.train import RunTrainer
 from alignlab.training.batches import Batch
-from alignlab.training.measure import MIB, PeakMemory
+from alignlab.training.measure import PeakMemory
 from alignlab.training.setup import Caches, build_run, shared_caches
+from alignlab.units import MIB
 
 DATA_STEPS = 4
 """The clips and noise levels of the run's first steps, over and over: all sides see the same."""

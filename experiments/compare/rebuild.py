@@ -79,7 +79,7 @@ def _in_place(path: Path) -> tuple[Comparison, Path]:
             f"--out: missing; {path} is not the {COMPARISON} of its folder, whose report would be "
             "written"
         )
-    check_out_folder(folder, "FOLDER")
+    check_out_folder(folder, None)
     lost = [run for run in comparison.results if not clips_are_there(run, folder)]
     if lost and (folder / "report.html").is_file():
         raise UserError(

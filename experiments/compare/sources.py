@@ -10,7 +10,7 @@ from alignlab.config.paths import user_path
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.launchers import RunKey
-from alignlab.runs.checkpoint_folders import is_step_name, step_path
+from alignlab.runs.checkpoint_folders import has_weights_name, step_path
 from alignlab.runs.init_source import SETTING, init_source, named_run
 from alignlab.runs.run_folder import RunFolder
 from alignlab.training.init_from import check_fits
@@ -59,7 +59,7 @@ def refuse_prolonged_sources(runs: Runs) -> None:
     folders = {_folder(run).path.resolve(): run for run in runs.values()}
     for key, run in runs.items():
         named = run.model.init_from
-        if named is None or is_step_name(user_path(named).name):
+        if named is None or has_weights_name(user_path(named).name):
             continue
         source = folders.get(named_run(named).path.resolve())
         if source is None or not _folder(source).result.exists():

@@ -19,8 +19,7 @@ from alignlab.experiments.launchers.several_ranks import train_ranks
 from alignlab.progress import tell
 from alignlab.train import train
 from alignlab.training.setup import Caches, shared_caches
-
-GIB = 2**30
+from alignlab.units import GIB
 
 
 def launch_local(

@@ -15,6 +15,7 @@ from alignlab.errors import UserError, first_line
 from alignlab.experiments.launchers.config import LaunchConfig
 from alignlab.experiments.launchers.node import Order
 from alignlab.experiments.launchers.several_ranks import LostRankError
+from alignlab.units import GIB, MIB
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,7 @@ MOST_DEATHS = 5  # of a task that gets no further
 NOTE_EVERY_S = 60.0
 CONNECT_S = 10.0
 STOP_S = 120.0  # a task that is told to end finishes its step and checkpoint, or its clip
-OBJECT_STORE = 128 * 2**20  # nothing but short messages goes through it
-GIB = 2**30
+OBJECT_STORE = 128 * MIB  # nothing but short messages goes through it
 RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
 
 Key = TypeVar("Key")
@@ -143,7 +143,7 @@ class RayTasks(Generic[Key]):
             except self._ray.exceptions.RayTaskError as failure:
                 if not isinstance(failure.cause, LostRankError):
                     raise failure.cause from failure
-                yield Ended(key, None, str(failure.cause))
+                yield Ended(key, None, failure.cause.loss)
 
     def cancel(self) -> None:
         """Interrupts what still runs, and ends it where that does not help."""

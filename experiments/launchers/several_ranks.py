@@ -41,7 +41,18 @@ LAST_S = 30.0  # for a rank to see that another is gone, and to say so
 
 
 class LostRankError(ChildProcessError):
-    """The machine killed a rank; the run resumes from its newest checkpoint."""
+    """The machine killed a rank; the run resumes from its newest checkpoint.
+
+    Args:
+        loss: which rank, and how. A launcher that resumes the run itself says no more.
+    """
+
+    def __init__(self, loss: str) -> None:
+        super().__init__(loss)
+        self.loss = loss
+
+    def __str__(self) -> str:
+        return f"{self.loss}: the same command resumes from its newest checkpoint"
 
 
 def train_ranks(

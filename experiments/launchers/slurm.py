@@ -128,8 +128,8 @@ class RunJob:
                 train_ranks(folder.config(), ranks, wait=True, cpus=cpus)
         except UserError as error:
             return str(error), None
-        except LostRankError as loss:
-            return None, str(loss)
+        except LostRankError as lost:
+            return None, lost.loss
         return None, None
 
     def checkpoint(self) -> Any:

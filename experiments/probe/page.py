@@ -52,7 +52,7 @@ MEASURES = {
 
 def probe(
     run_dir: Path,
-    out: Path,
+    out: Path | None = None,
     *,
     teacher: str | None = None,
     block: int | None = None,
@@ -62,7 +62,7 @@ def probe(
 
     Args:
         run_dir: see `probe_run`, as for all others.
-        out: folder; made if need be, its other files are left alone.
+        out: folder; made if need be, its other files are left alone. None: the run's own `probe`.
         teacher: alias of the recipe.
         block: whose tokens are shown one by one.
         choice: which model of the run.
@@ -70,7 +70,8 @@ def probe(
     Raises:
         UserError: as `probe_run`, or `out` cannot be written into.
     """
-    with out_folder(out):
+    is_default, out = out is None, out or run_dir / "probe"
+    with out_folder(out, is_default=is_default):
         result = probe_run(run_dir, teacher=teacher, block=block, choice=choice)
         out.mkdir(parents=True, exist_ok=True)
         return write_probe(result, out)

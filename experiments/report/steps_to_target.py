@@ -34,6 +34,7 @@ from alignlab.experiments.report.statistics import (
     MIN_PAIRS,
     Method,
     Paired,
+    detectable_difference,
     holm,
     holm_levels,
     without_rounding,
@@ -60,12 +61,17 @@ class StepsToTarget:
         paired: statistics of the natural logarithm of the ratios. Its interval is that of Student's
             t, for censored numbers where there are any ("censored t"). None for the baseline;
             without interval where fewer than `MIN_PAIRS` seeds reach it, or all in the same share.
+        detectable: smallest true mean of the log ratios that would be found, as
+            `Paired.detectable`: 0.1 is a ratio of 0.90, or of 1.11. None where a seed is in
+            `never`: how much a test finds of numbers of which some are only bounds depends on where
+            the bounds lie.
     """
 
     ratios: dict[int, float]
     never: tuple[int, ...] = ()
     at_first: tuple[int, ...] = ()
     paired: Paired | None = None
+    detectable: float | None = None
 
     @property
     def mean(self) -> float | None:
@@ -165,14 +171,16 @@ def steps_to_target(comparison: Comparison) -> dict[str, StepsToTarget]:
     corrected, levels = holm(p_values), holm_levels(p_values)
     decided = dict(zip(tested, zip(p_values, corrected, levels, strict=True), strict=True))
     for variant in others:
-        paired = _paired(found[variant], samples[variant])
+        paired, detectable = _paired(found[variant], samples[variant]), None
         if paired is not None and variant in decided:
             p_value, holm_p, level = decided[variant]
             low, high = tested[variant].interval(level)
             paired = dataclasses.replace(
                 paired, p_value=p_value, holm_p=holm_p, low=low, high=high, confidence=1.0 - level
             )
-        found[variant] = dataclasses.replace(found[variant], paired=paired)
+            if not found[variant].never and paired.std is not None:
+                detectable = detectable_difference(paired.std, paired.num_pairs, len(tested))
+        found[variant] = dataclasses.replace(found[variant], paired=paired, detectable=detectable)
     return found
 
 

@@ -200,8 +200,10 @@ def _paired_cells(row: SummaryRow) -> list[str | float | None]:
     if row.paired is None:
         return [None] * (1 + len(_PAIRED))
     cells = {column: getattr(row.paired, name) for column, name in _PAIRED.items()}
-    if row.target is not None and row.target.is_bound:
-        cells["diff_mean"] = None
+    if row.target is not None:
+        cells["detectable"] = row.target.detectable
+        if row.target.is_bound:
+            cells["diff_mean"] = None
     return ["difference" if row.target is None else "log ratio", *cells.values()]
 
 

@@ -242,9 +242,9 @@ _widths: ContextVar[Mapping[str, int] | None] = ContextVar("_widths", default=No
 
 @contextmanager
 def without_weights(**widths: int) -> Iterator[None]:
-    """`load_for_teacher` reads no weights inside: networks have those that their class draws.
+    """Inside, `load_for_teacher` reads no weights: networks keep those that their class draws.
 
-    One whose folder is not there yet has its class's default shape, for a plan of what a run costs.
+    One whose folder is not there has its class's default shape.
 
     Args:
         widths: of what the network is given besides a teacher's tokens, by name in its config.

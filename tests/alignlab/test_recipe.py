@@ -27,6 +27,7 @@ from alignlab.recipe import (
     shown_difference,
 )
 from alignlab.stage1.config import Stage1Config
+from command_line import refused
 
 Loader = Callable[[str, list[str]], RunConfig | CompareConfig | SweepConfig | Stage1Config]
 
@@ -106,6 +107,36 @@ def test_overrides() -> None:
     )
     assert (config.steps, config.objectives["ra"].weight) == (7, 0.3)
     assert (config.data.size, config.optim.lr) == ((32, 48), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "begins"),
+    [
+        ("objectives.ra.name=mine", "objectives.ra.name: unknown value 'mine', valid: refalign,"),
+        ("data.name=mine", "data.name: unknown value 'mine', valid: shapes, folder"),
+        ("teachers.dino.family=mine", "teachers.dino.family: unknown family 'mine', valid: dino"),
+        ("eval.metrics=[mine]", "eval.metrics: unknown metric 'mine', valid: none defined"),
+    ],
+)
+def test_a_name_that_a_package_had_is_said_to_be_of_none(override: str, begins: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_run("tiny", [override])
+    line = str(error.value)
+    assert line.startswith(begins) and line.endswith(" (no installed package has 'mine')")
+
+
+def test_a_run_whose_objective_is_not_installed_any_more_says_so(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """As whatever reads the run reads its recipe."""
+    run = tmp_path / "run"
+    run.mkdir()
+    text = recipe_file.read_text()
+    assert "name: refalign" in text
+    (run / "recipe.yaml").write_text(text.replace("name: refalign", "name: mine"))
+    line = refused("export", run)
+    assert "objectives.ra.name: unknown value 'mine', valid: refalign, repa," in line
+    assert "(no installed package has 'mine')" in line
 
 
 def test_an_override_may_add_an_objective() -> None:

@@ -257,6 +257,23 @@ def test_a_checkpoint_that_is_named_is_kept_until_it_is_read(two_runs: tuple[Pat
     assert "model.init_from=repro/src/checkpoints/step-000003" in second
 
 
+@pytest.mark.parametrize(("every", "said"), [(2, "checkpoint.weights_every=3"), (3, None)])
+def test_a_copy_of_weights_that_is_named_is_written_again(
+    two_runs: tuple[Path, Path], every: int, said: str | None
+) -> None:
+    """With the run's own setting where that writes it."""
+    src, dst = (RunFolder(path) for path in two_runs)
+    (dst.path / "inputs.json").unlink()
+    copy = f"{src.path}/checkpoints/weights-000003"
+    named = dst.config().model.model_copy(update={"init_from": copy})
+    dst.write_recipe(dst.config().model_copy(update={"model": named}))
+    kept = src.config().checkpoint.model_copy(update={"weights_every": every})
+    src.write_recipe(src.config().model_copy(update={"checkpoint": kept}))
+    *_, first, second = made_again(repro_commands(dst.path))
+    assert "steps=5" in first and "model.init_from=repro/src/checkpoints/weights-000003" in second
+    assert [word for word in first if word.startswith("checkpoint.")] == ([said] if said else [])
+
+
 def test_paths_that_depend_on_the_folder_are_named(full_run: Path, tmp_path: Path) -> None:
     for name in ("recipe.yaml", "environment.json"):
         shutil.copy(full_run / name, tmp_path)

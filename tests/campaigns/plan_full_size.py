@@ -30,6 +30,7 @@ from alignlab.plan.fake_step import fake_step
 from alignlab.plan.live_memory import Peak
 from alignlab.recipe import load_run
 from alignlab.train import RunTrainer
+from alignlab.units import GIB
 from measured_steps import measured_steps
 
 TINY = Path(alignlab.__file__).parent / "assets" / "tiny-wan"
@@ -47,7 +48,6 @@ eval: {{sample_clips: 0, generated_clips: 0}}
 tracking: {{mlflow: none}}
 output: {output}
 """
-GIB = 2**30
 
 
 def write_pipeline(folder: Path) -> None:

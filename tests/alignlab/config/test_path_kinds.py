@@ -20,6 +20,7 @@ def things(tmp_path: Path) -> Path:
         "one/recipe.yaml",
         "one/metrics.jsonl",
         "one/checkpoints/step-000500/log.json",
+        "one/checkpoints/weights-000250/log.json",
         "one/export/model_index.json",
         "one/stage1/stage1.json",
         "lora/pytorch_lora_weights.safetensors",
@@ -44,6 +45,9 @@ AS_A_RECIPE = {
     "one/checkpoints/step-000500": "a checkpoint, not a recipe: its run's recipe is "
     "{0}/one/recipe.yaml; another run starts from it by "
     "model.init_from={0}/one/checkpoints/step-000500",
+    "one/checkpoints/weights-000250": "a checkpoint, not a recipe: its run's recipe is "
+    "{0}/one/recipe.yaml; another run starts from it by "
+    "model.init_from={0}/one/checkpoints/weights-000250",
     "one/export": "an exported model or a diffusers pipeline, not a recipe: a recipe starts from "
     "it by model.path={0}/one/export",
     "one/stage1": "a Stage 1 network, not a recipe: a recipe reads it by an objective's setting, "
@@ -63,6 +67,8 @@ AS_A_RUN = {
     "one/metrics.jsonl": "the log of a run, not a run: name {0}/one",
     "one/checkpoints/step-000500": "a checkpoint, not a run: name {0}/one, with --checkpoint 500 "
     "where the command has it",
+    "one/checkpoints/weights-000250": "a checkpoint, not a run: name {0}/one, with --checkpoint "
+    "250 where the command has it",
     "one/export": "an exported model or a diffusers pipeline, not a run: a recipe starts from it "
     "by model.path={0}/one/export",
     "one/stage1": "a Stage 1 network, not a run: a recipe reads it by an objective's setting, such "

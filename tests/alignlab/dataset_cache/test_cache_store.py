@@ -16,11 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alignlab.dataset_cache import store
-from alignlab.dataset_cache.disk_room import GIB, size_text
+from alignlab.dataset_cache.disk_room import size_text
 from alignlab.dataset_cache.key import CacheKey
 from alignlab.dataset_cache.storage_dtypes import STORABLE
 from alignlab.dataset_cache.store import DatasetCache
 from alignlab.errors import UserError
+from alignlab.units import GIB
 from cache_entries import (
     entry_key,
     entry_tensors,

@@ -186,6 +186,7 @@ def test_nothing_is_saved_of_a_run_that_cannot_go_on(pairs: Path) -> None:
 def test_a_process_that_is_gone_is_told_of_in_one_line(pairs: Path) -> None:
     last = said(pairs, "gone-gone")[0]
     assert last.startswith("error: another rank has stopped, its own message says why (")
+    assert "where it has none it was killed, and the same command resumes" in last
 
 
 @pytest.mark.parametrize(

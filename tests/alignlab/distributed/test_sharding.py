@@ -34,6 +34,9 @@ STEPS_20 = "steps=20 optim.batch_size=2 optim.accumulate=1 optim.ema=null object
 STEPS_20 += " eval.every=null eval.clips=1 eval.sample_clips=0 eval.generated_clips=0"
 STEPS_20 += " tracking.log_every=20 checkpoint.every=20"
 
+ONE_STEP = "steps=1 optim.lr=1e-9 eval.every=null eval.clips=1 eval.sample_clips=0"
+ONE_STEP += " eval.generated_clips=0"
+
 
 @pytest.fixture(scope="module")
 def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,6 +46,7 @@ def recipe(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(recipe: Path) -> Path:
     """The folder of all runs; what `killed` left was resumed by two, by three and by one."""
+    copy = recipe.parent / "two" / "checkpoints" / "weights-000003"
     ends = drive(
         recipe,
         "one 1 whole",
@@ -57,9 +61,11 @@ def runs(recipe: Path) -> Path:
         f"lora-one 1 whole {LORA}",
         f"lora-three 3 whole {LORA} {SHARDS}",
         f"counted 2 counted {STEPS_20} {SHARDS}",
+        f"begun-one 1 whole {ONE_STEP} model.init_from={copy}",
+        f"begun-two 2 whole {ONE_STEP} {TWO} model.init_from={copy}",
     )
     assert ends[:7] == ["0", "0 0", "-9 -9", "0 0", "0 0 0", "0", "0 0"]
-    assert ends[7:] == ["1 -9", "1 -9", "0", "0 0 0", "0 0"]
+    assert ends[7:] == ["1 -9", "1 -9", "0", "0 0 0", "0 0", "0", "0 0"]
     return recipe.parent
 
 
@@ -125,6 +131,19 @@ def test_another_number_of_processes_resumes_what_two_left(runs: Path, name: str
     assert_as_one(runs / "two", runs / name)
     said = (runs / f"{name}.0").read_text()
     assert ("this process is the only one" in said) == (name == "by-one")
+
+
+def test_other_runs_start_from_weights_in_shards(runs: Path) -> None:
+    """One that has no shards, and one in shards; from a copy of weights too."""
+    assert_as_one(runs / "begun-one", runs / "begun-two")
+    copy = runs / "two" / "checkpoints" / "weights-000003"
+    parts = [load_file(file) for file in sorted((copy / "transformer_shards").iterdir())]
+    begun = weights(runs / "begun-one")
+    for name, value in parts[0].items():
+        whole = begun[f"transformer {name}"]
+        if value.shape != whole.shape:
+            value = torch.cat([part[name] for part in parts if name in part])
+        torch.testing.assert_close(whole, value, rtol=0, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("name", ["writing", "later"])

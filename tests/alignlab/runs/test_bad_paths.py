@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,20 @@ def test_an_out_that_cannot_be_written_is_refused(
     line = refused(*words, f"{odd / inner}{suffix}")
     assert line.startswith("error: --out: ") and BAD[name] in line
     assert places(odd) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "probe"])
+def test_a_run_that_cannot_be_written_is_named_with_what_helps(
+    command: str, full_run: Path, odd: Path
+) -> None:
+    """It is not blamed on an `--out` that nobody gave."""
+    run = odd / "readonly"
+    shutil.copytree(full_run, run, dirs_exist_ok=True)
+    line = refused(command, run)
+    assert line == (
+        f"error: {run} cannot be written to (Read-only file system): name another place with "
+        "--out\n"
+    )
 
 
 @pytest.mark.parametrize("output", ["", "  "])

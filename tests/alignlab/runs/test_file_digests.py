@@ -16,6 +16,7 @@ import pytest
 from alignlab.errors import UserError
 from alignlab.runs import file_digests
 from alignlab.runs.file_digests import MISSING, UNREADABLE, combined, digest_files, sizes_digest
+from alignlab.units import MIB
 
 
 class Reads(list[str]):
@@ -170,7 +171,7 @@ def test_long_work_shows_how_far_it_is(
     assert seen == []  # short
     monkeypatch.setattr(file_digests, "SHOWN_FROM_MIB", 1)
     for name in ("a", "b"):
-        (root / name).write_bytes(b"x" * 3 * file_digests.MIB)
+        (root / name).write_bytes(b"x" * 3 * MIB)
     digests(root)
     assert seen and seen == sorted(seen) and seen[-1] == 6
 
@@ -179,6 +180,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from alignlab.runs import file_digests
+from alignlab.units import MIB
 file_digests.SETTLED_NS = 0
 root = Path(sys.argv[1])
 found = file_digests.digest_files(root, {n: root / n for n in sys.argv[2:]})

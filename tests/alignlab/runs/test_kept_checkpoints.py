@@ -1,8 +1,10 @@
 """What is left of a finished run's checkpoints, and what can be done with it."""
 
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +19,7 @@ from alignlab.plan.sizes import num_kept
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import (
     has_optimizer,
+    hold,
     problem,
     reading,
     step_folders,
@@ -108,7 +111,7 @@ def test_copies_of_weights_stay_and_are_read(make_config: MakeConfig, tmp_path: 
 
 
 def test_a_copy_of_the_weights_of_a_step_that_comes_again_goes(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(*SMALL, "steps=3", "checkpoint.every=9", "checkpoint.weights_every=1")
 
@@ -137,8 +140,23 @@ def test_a_copy_of_the_weights_of_a_step_that_comes_again_goes(
     flip(copy / "ema.safetensors")
     assert problem(checkpoint) is None
     shutil.rmtree(checkpoint)
-    open_folder(config, ExitStack(), wait=False)
-    assert not weight_copies(run / "checkpoints")
+    # whoever reads it finds it whole to the end
+    waited: list[float] = []
+    with ExitStack() as reader, monkeypatch.context() as patch:
+        assert reader.enter_context(hold(copy))
+
+        def read(seconds: float) -> None:
+            assert copy.is_dir() and len(waited) < 2
+            waited.append(seconds)
+            if len(waited) == 2:
+                reader.close()
+
+        patch.setattr(time, "sleep", read)
+        with caplog.at_level(logging.INFO):
+            open_folder(config, ExitStack(), wait=False)
+    said = [r.getMessage() for r in caplog.records if "waiting for" in r.getMessage()]
+    assert said == [f"waiting for the command that reads {copy}, which is written again"]
+    assert len(waited) == 2 and not weight_copies(run / "checkpoints")
 
 
 def test_nothing_is_kept_and_that_is_said(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alignlab.config.optim import AdamWConfig, OptimizerName, WeightsType, optimizer_bytes
+from alignlab.config.optim import BYTES_PER_PARAMETER, AdamWConfig, OptimizerName, WeightsType
 from alignlab.errors import UserError
 from alignlab.training.build_optimizer import build_optimizer, check_optimizer
 from alignlab.training.checkpoint import named_state, restore_state
@@ -183,7 +183,7 @@ def test_its_bytes_are_those_of_the_table(name: OptimizerName, weights: WeightsT
     problem = trained(name, weights)
     state = problem.optimizer.state[problem.weight]
     held = sum(v.numel() * v.element_size() for v in state.values() if v.ndim)
-    assert held / problem.weight.numel() == optimizer_bytes(name, weights)
+    assert held / problem.weight.numel() == BYTES_PER_PARAMETER[name, weights]
 
 
 def test_the_table_has_every_optimizer() -> None:

@@ -13,7 +13,9 @@ from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import prune
-from alignlab.runs.init_source import init_source
+from alignlab.runs.init_source import SETTING, init_source
+from alignlab.runs.input_record import InputRecord, started_from
+from alignlab.runs.kept_checkpoints import keep_weights_of
 from alignlab.runs.metric_rows import read_rows
 from alignlab.train import RunTrainer, train
 from alignlab.training import checkpoint
@@ -63,6 +65,27 @@ def test_it_starts_where_the_other_run_ended(make_config: MakeConfig, source: Pa
     record = json.loads((run / "inputs.json").read_text())
     (entry,) = (one for one in record["inputs"] if one["name"] == "model.init_from")
     assert "objectives.safetensors" in entry["files"] and "ema.safetensors" not in entry["files"]
+
+
+def test_it_starts_from_a_copy_of_weights_as_from_its_checkpoint(
+    make_config: MakeConfig, source: Path, tmp_path: Path
+) -> None:
+    """Of a run that has kept no checkpoint of that step; the copy is known as such later."""
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    first = copy / "checkpoints" / "step-000001"
+    keep_weights_of(first)
+    shutil.rmtree(first)
+    named = first.with_name("weights-000001")
+    config = make_config(REPA, *SMALL, "steps=1", f"model.init_from={named}")
+    run = train(config)
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "lr" in row]
+    there = source / "checkpoints" / "step-000001"
+    assert rows[0]["loss/total"] == first_loss(make_config(REPA, *SMALL), there)
+    recorded = InputRecord(run, config.output).inputs[SETTING, str(named)]
+    assert recorded.checkpoint == named.name and started_from(recorded) == named
+    shutil.rmtree(named)
+    with pytest.raises(UserError, match=f"{named}: no checkpoint of a run"):
+        init_source(config)
 
 
 def test_a_source_that_trains_keeps_the_checkpoint_until_it_is_read(

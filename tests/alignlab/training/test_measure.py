@@ -7,8 +7,7 @@ import torch
 
 from alignlab.training.measure import PeakMemory, StepClock
 from alignlab.training.micro_batches import MicroBatches
-
-MIB = 2**20
+from alignlab.units import MIB
 
 
 def use(mib: int) -> None:

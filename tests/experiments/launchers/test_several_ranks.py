@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from filelock import FileLock
 from pydantic import ValidationError
 
+from alignlab import interruption
 from alignlab.config.run import RunConfig
 from alignlab.errors import UserError
 from alignlab.experiments.compare.config import load_compare
@@ -115,6 +117,7 @@ def says(line: str, code: int) -> str:
     return f"import sys; sys.stderr.write({line!r} + chr(10)); sys.exit({code})"
 
 
+KILLED = r"^rank 1: killed by SIGKILL \(see .*rank-1.log\): the same command resumes"
 LOST = "another rank has stopped, its own message says why (Connection)"
 GONE = says(f"error: {LOST}", 2)
 NO = says("error (rank 1 of 2): optim.lr: no", 2)
@@ -125,7 +128,7 @@ SIGNALLED = "import os, signal, time; os.kill(os.getpid(), signal.{}); time.slee
     ("programs", "error", "line"),
     [
         ([GONE, NO], UserError, r"^rank 1: optim\.lr: no \(see .*-1"),
-        ([GONE, SIGNALLED.format("SIGKILL")], LostRankError, "^rank 1: killed by SIGKILL"),
+        ([GONE, SIGNALLED.format("SIGKILL")], LostRankError, KILLED),
         ([says("Boom", 1), "import time; time.sleep(600)"], ChildProcessError, "^rank 0: Boom"),
     ],
 )
@@ -158,6 +161,41 @@ def test_who_lost_another_or_was_told_to_end_is_not_blamed(
     ends: list[tuple[int, str]], rank: int
 ) -> None:
     assert at_fault([code for code, _ in ends], [line for _, line in ends]) == rank
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_asks_its_ranks_to_end_and_waits_for_them(
+    number: signal.Signals, run: RunConfig, faked: Callable[[Rank], None], tmp_path: Path
+) -> None:
+    """Both get a SIGTERM, on which a training writes a checkpoint, whatever the command got."""
+    begun, ended = ([tmp_path / f"{what}-{rank}" for rank in range(2)] for what in ("pid", "end"))
+
+    def program(rank: int) -> str:
+        return (
+            "import os, signal, sys, time\n"
+            "def end(number, frame):\n"
+            f"    time.sleep({0.3 * rank}); open({str(ended[rank])!r}, 'w').write(str(number))\n"
+            "    sys.exit(143)\n"
+            "signal.signal(signal.SIGTERM, end)\n"
+            f"open({str(begun[rank])!r} + '.part', 'w').write(str(os.getpid()))\n"
+            f"os.rename({str(begun[rank])!r} + '.part', {str(begun[rank])!r})\n"
+            "time.sleep(60)"
+        )
+
+    def send() -> None:
+        while not all(path.exists() for path in begun):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    faked(program)
+    sender = threading.Thread(target=send)
+    sender.start()
+    with interruption.handled(), pytest.raises(interruption.Interrupted) as stop:
+        train_ranks(run, 2, wait=False)
+    sender.join()
+    assert stop.value.number == number
+    assert [path.read_text() for path in ended] == [str(int(signal.SIGTERM))] * 2
+    assert not any(is_running(int(path.read_text())) for path in begun)
 
 
 def test_a_rank_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:

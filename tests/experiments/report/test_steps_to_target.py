@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from alignlab.experiments.compare.result import Comparison, Curve, RunResult
 from alignlab.experiments.report.censored import CensoredSample
@@ -131,6 +132,25 @@ def test_the_planted_ratio_is_found_and_claimed() -> None:
     assert rows_of(found)["none"].value_text == "1.00"
     words = verdict(found, summary_rows(found)).variants["fast"]
     assert "gets to none's last validation flow loss in 60.0% [59.0%, 61.0%] of its steps" in words
+
+
+def test_the_table_says_what_could_have_been_seen_where_all_seeds_reach_it() -> None:
+    """By a t-test of the log ratios, at the level that one of the three must pass."""
+    ratios = {"fast": around(0.6, 5), "mixed": [0.9, 0.95, 0.97, 1.2, 1.3], "same": [1.0] * 5}
+    found = made({"none": [1.0] * 5, **ratios, "late": around(0.95, 5)})
+    rows = rows_of(found)
+    lines = {
+        line["variant"]: line["detectable"]
+        for line in csv.DictReader(table_csv(found, summary_rows(found)).splitlines())
+        if line["metric"] == "steps_to_target"
+    }
+    assert [name for name, value in lines.items() if value] == ["fast", "late"]
+    for name in ("fast", "late"):
+        logs = np.log(list(rows[name].values.values()))
+        size = float(lines[name]) / logs.std(ddof=1) * math.sqrt(5)
+        critical = stats.t.isf(ALPHA / 3 / 2, 4)
+        power = stats.nct.sf(critical, 4, size) + stats.nct.cdf(-critical, 4, size)
+        assert power == pytest.approx(0.8, abs=1e-3)
 
 
 def test_a_seed_that_never_reaches_it_is_kept_and_told() -> None:
