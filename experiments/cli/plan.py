@@ -43,13 +43,14 @@ def plan(
     from contextlib import ExitStack
 
     from alignlab.experiments.plan.comparison import plan_recipe
-    from alignlab.experiments.plan.fits import GIB, changes_to_fit
+    from alignlab.experiments.plan.fits import changes_to_fit
     from alignlab.experiments.plan.rates import Rates
     from alignlab.experiments.plan.recipe_runs import recipe_runs
     from alignlab.experiments.plan.table import as_json as plain
     from alignlab.experiments.plan.table import plan_lines, plan_tables
     from alignlab.plan.architecture import Architectures
     from alignlab.runs.log_filters import quiet_libraries
+    from alignlab.units import GIB
 
     runs, most = recipe_runs(recipe, overrides), int(memory * GIB)
     log = logging.getLogger("alignlab")

@@ -1,6 +1,6 @@
-"""`alignlab plan`: what a run or a comparison costs before GPU hours are spent (docs/scale.md).
+"""`alignlab plan`: what a recipe costs before GPU hours are spent (docs/scale.md).
 
-One run is planned by `alignlab.plan`; here are a comparison's sums (`comparison.py`), what to
-change where it does not fit (`fits.py`), and how it is shown (`table.py`; of all shipped recipes
-`page.py`).
+One training is planned by `alignlab.plan`; here are what a recipe trains (`recipe_runs.py`), the
+sums of it (`comparison.py`), what to change where it does not fit (`fits.py`), and how it is shown
+(`table.py`; of all shipped recipes `page.py`).
 """

@@ -15,7 +15,6 @@ from alignlab.plan.architecture import Architectures
 from alignlab.plan.run_plan import RunPlan
 from alignlab.stage1.config import Stage1Config
 
-GIB = 2**30
 AnyTraining = TypeVar("AnyTraining", RunConfig, Stage1Config)
 GPUS = (2, 4, 8, 16, 32, 64)
 

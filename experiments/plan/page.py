@@ -18,11 +18,13 @@ from typing import Any
 from alignlab.config.recipe_file import recipe_folder, shipped_recipes
 from alignlab.errors import UserError
 from alignlab.experiments.plan.comparison import plan_recipe
-from alignlab.experiments.plan.fits import GIB, changes_to_fit
+from alignlab.experiments.plan.fits import changes_to_fit
+from alignlab.experiments.plan.rates import TERA
 from alignlab.experiments.plan.recipe_runs import recipe_runs
-from alignlab.experiments.plan.table import TERA, as_json, number
+from alignlab.experiments.plan.table import as_json, number
 from alignlab.plan.architecture import Architectures
 from alignlab.runs.log_filters import quiet_libraries
+from alignlab.units import GIB
 
 MEMORY = 80 * GIB
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"

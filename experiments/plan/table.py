@@ -6,10 +6,10 @@ from typing import Any
 from alignlab.dataset_cache.disk_room import size_text
 from alignlab.experiments.plan.comparison import RecipePlan, VariantPlan
 from alignlab.experiments.plan.fits import Change
+from alignlab.experiments.plan.rates import TERA
 from alignlab.plan.sizes import ASIDE, GATHERED, Phase
+from alignlab.units import GIB
 
-GIB = 2**30
-TERA = 1e12
 ACTIVATIONS = "activations"
 _STATE = ("weights", "gradients", "optimizer state", "moving averages")
 _OTHERS = (

@@ -11,8 +11,8 @@ from alignlab.config.recipe_file import recipe_folder, shipped_recipes
 from alignlab.errors import UserError
 from alignlab.experiments.plan.page import BEGIN, END, NEED_OTHERS, gpus_of, plans, table
 from alignlab.experiments.plan.recipe_runs import recipe_runs
+from alignlab.units import GIB
 
-GIB = 2**30
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -16,9 +16,9 @@ from alignlab.experiments.plan.recipe_runs import RecipeRuns, recipe_runs
 from alignlab.experiments.plan.table import as_json, plan_lines, plan_tables
 from alignlab.plan.architecture import Architectures
 from alignlab.recipe import load_run
+from alignlab.units import GIB
 from remembered_plans import plan_run, remembered_plans  # noqa: F401
 
-GIB = 2**30
 SWEEP = """
 seeds: [0, 1]
 space:
@@ -173,6 +173,7 @@ def test_a_stage1_training_is_planned(kind: str) -> None:
     assert f"stage1_{kind}, Stage 1, 1,{5 if kind == 'moalign' else 0}00 steps" in result.output
     assert "Stage 1 network" in result.output and "2 entities" in result.output
     assert "optim.batch_size=1" in result.output  # which is tried where it does not fit
+    assert "does not fit into 1 GiB, nor with all of these changes" in result.output
 
 
 def test_a_stage1_training_has_no_more_gpus(capsys: pytest.CaptureFixture[str]) -> None:
