@@ -31,11 +31,13 @@ class FakeClips:
 
     Args:
         config: of the data set.
+        has_flow: clips know their optical flow, which a Stage 1 training may read.
     """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, config: ClipsConfig) -> None:
+    def __init__(self, config: ClipsConfig, *, has_flow: bool = False) -> None:
+        self._has_flow = has_flow
         self._frames, self._size = config.frames, config.size
         _, self._references = config.references
 
@@ -53,7 +55,7 @@ class FakeClips:
             self.references(index),
             self.entities(index),
             masks_ETHW=masks,
-            flow_THWC=torch.zeros(self._frames - 1, height, width, 2),
+            flow_THWC=torch.zeros(self._frames - 1, height, width, 2) if self._has_flow else None,
         )
 
     def caption(self, index: int) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignlab.dataset_cache.encoded_values import EncodedValues
 from alignlab.losses.objective import Features
 from alignlab.plan.architecture import Architectures
 from alignlab.plan.fake_clips import FakeClips, FakeEncodedValues
@@ -92,7 +91,7 @@ def fake_stage1(
         UserError: the training could not be built either, or a model's settings are nowhere.
     """
     planned, parts_of_model = _planned(config, architectures)
-    clips, parts = FakeClips(planned.data), Parts()
+    clips, parts = FakeClips(planned.data, has_flow=True), Parts()
     live, counter = LiveMemory(parts.now), FlopCounter(parts.now)
     dtype = torch.bfloat16 if is_cuda else torch.float32
     with fake_values():
@@ -102,11 +101,13 @@ def fake_stage1(
             alias, planned.teacher, planned.data, None, architectures, dtype=dtype
         )
         assert isinstance(teacher, Teacher)  # not one that reads latents, which is refused
-        cost = _cost_of(FeatureRead(teacher, "video", teacher_grid(planned)), values, clips)
+        read = FeatureRead(teacher, "video", teacher_grid(planned))
+        pixels = ClipPixels(FakeClips(planned.data), 0)
+        cost = teacher_cost(read, lambda: kept_features(values, read, pixels))
         text = None if parts_of_model is None else parts_of_model.text
         models = _FakeFrozenModels(
             teacher,
-            teacher_grid(planned),
+            read.grid_HW,
             text,
             CPU,
             values,
@@ -135,10 +136,6 @@ def _planned(
         return planned, None
     dtype = torch.bfloat16 if model.precision == "bf16" else torch.float32
     return planned, FakeParts(folder, dtype, CPU)
-
-
-def _cost_of(read: FeatureRead, values: EncodedValues, clips: FakeClips) -> TeacherCost:
-    return teacher_cost(read, lambda: kept_features(values, read, ClipPixels(clips, 0)))
 
 
 def _batch(trainer: Stage1Trainer) -> list[Any]:

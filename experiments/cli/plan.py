@@ -13,11 +13,7 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="That train: one run together, else a run each or as launch.gpus says "
-            "(default: one run's).",
-        ),
+        typer.Option(min=1, help="That train: one run together, others a run each (launch.gpus)."),
     ] = None,
     memory: Annotated[float, typer.Option(min=1, max=1e6, help="Of a GPU, in GiB.")] = 80.0,
     tflops: Annotated[

@@ -23,9 +23,11 @@ from alignlab.stage1.config import Stage1Config
 from alignlab.stage1.train import Stage1Trainer, stage1_trainer, train_stage1
 from measured_steps import ON_CPU
 
-SMALL = ("data.frames=5", "data.references=[2,2]", "data.train_clips=4", "data.val_clips=2")
-SMALL += ("stage1.val_clips=2", "optim.batch_size=2", "optim.warmup=0", "steps=1")
-SMALL += ("tracking.mlflow=none",)
+SMALL = (
+    *("data.frames=5", "data.references=[2,2]", "data.train_clips=4", "data.val_clips=2"),
+    *("stage1.val_clips=2", "optim.batch_size=2", "optim.warmup=0", "steps=1"),
+    "tracking.mlflow=none",
+)
 KINDS = ("sara", "moalign")
 
 

@@ -81,6 +81,7 @@ def test_without_a_cache_encoders_are_part_of_every_step(recipe_file: Path) -> N
     runs = recipe_runs(recipe_file, ["data.references=[3,3]", "data.cache.mode=off"])
     plan = plan_of(runs).highest.plan
     assert plan.clip_flops == {} and sum(plan.clip.cached.values()) == 0
+    assert plan.encoders is not None  # of a run
     assert plan.step_flops["autoencoder"] == 2 * (
         plan.encoders.clip.flops + 3 * plan.encoders.reference.flops
     )

@@ -54,9 +54,9 @@ def write(recipe_file: Path, tmp_path: Path) -> Write:
     return written
 
 
-def plan_of(runs: RecipeRuns, **settings: int) -> RecipePlan:
+def plan_of(runs: RecipeRuns, gpus: int | None = None) -> RecipePlan:
     with ExitStack() as stack:
-        return plan_recipe(runs, Architectures(stack), **settings)
+        return plan_recipe(runs, Architectures(stack), gpus=gpus)
 
 
 def shown(plan: RecipePlan, memory: int = 80 * GIB) -> list[list[str]]:
