@@ -4,7 +4,7 @@ Recipes (`alignlab.recipe`) are the usual way to make them; a program may also b
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Self, Union
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -267,18 +267,26 @@ def check_blocks(config: RunConfig, num_blocks: int) -> None:
             check_block(key, block, num_blocks)
 
 
-def check_coupled(objectives: Mapping[str, bool], world_size: int) -> None:
+class Coupling(Protocol):
+    """An objective, or its config."""
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether the value of a sample depends on the others of its batch."""
+
+
+def check_coupled(objectives: Mapping[str, Coupling], world_size: int) -> None:
     """Refuses several ranks where an objective couples the samples of a batch.
 
     Args:
-        objectives: whether each does, by alias.
+        objectives: by alias.
         world_size: ranks that train a run together.
 
     Raises:
         UserError: each rank would see its own share only.
     """
-    for alias, couples_samples in objectives.items():
-        if couples_samples and world_size > 1:
+    for alias, objective in objectives.items():
+        if objective.couples_samples and world_size > 1:
             raise UserError(
                 f"objectives.{alias}: it compares the samples of a batch, which {world_size} "
                 "ranks would share among them: use one process (or, for refalign, "

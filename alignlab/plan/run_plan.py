@@ -120,7 +120,7 @@ def plan_run(
 
 def _check(config: RunConfig, architectures: Architectures, gpus: int) -> None:
     """Refuses what a training refuses before it reads weights."""
-    check_coupled({alias: one.couples_samples for alias, one in config.objectives.items()}, gpus)
+    check_coupled(config.objectives, gpus)
     folder = architectures.pipeline(config.model.path)
     if (folder / INDEX).is_file():
         check_index(str(folder), config.model.expert)

@@ -19,8 +19,9 @@ from alignlab.plan.fake_step import (
     FakeStep,
     TeacherCost,
 )
+from alignlab.units import GIB
 
-CUDA_CONTEXT = 2**30
+CUDA_CONTEXT = GIB
 """What a process takes of a GPU before it makes a tensor, about."""
 FP32 = 4
 

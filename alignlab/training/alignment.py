@@ -266,8 +266,7 @@ class Alignment(nn.Module):
         Raises:
             UserError: each rank would see its own share only.
         """
-        coupled = {alias: one.couples_samples for alias, one in self.objectives.items()}
-        check_coupled(coupled, world_size)
+        check_coupled(self.objectives, world_size)
 
     def reads(self, step: int) -> list[FeatureRead]:
         """What `losses` reads of teachers at a step, where all batches have the same grid."""

@@ -21,6 +21,7 @@ import torch
 
 from alignlab.experiments.bench.gpu_report import PASSED, ROOT
 from alignlab.parent_process import end_with_parent
+from alignlab.units import GIB, MIB
 
 CLOSING_S = 4.0  # of a phase's time, kept for its end
 
@@ -115,9 +116,9 @@ def environment(found: Findings) -> None:
             "name": gpu.name,
             "capability": f"{gpu.major}.{gpu.minor}",
             "multiprocessors": gpu.multi_processor_count,
-            "l2_mib": gpu.L2_cache_size / 2**20,
-            "total_gib": total / 2**30,
-            "free_gib": free / 2**30,
+            "l2_mib": gpu.L2_cache_size / MIB,
+            "total_gib": total / GIB,
+            "free_gib": free / GIB,
         }
         query = "driver_version,name,memory.total,clocks.sm,clocks.mem,power.limit"
         try:

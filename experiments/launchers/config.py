@@ -77,8 +77,7 @@ def check_batch(run: RunConfig, needs: LaunchConfig) -> None:
         UserError: `optim.batch_size` is no multiple of `optim.accumulate` times ranks, or an
             objective compares the samples of a batch.
     """
-    coupled = {alias: one.couples_samples for alias, one in run.objectives.items()}
-    check_coupled(coupled, needs.num_ranks)
+    check_coupled(run.objectives, needs.num_ranks)
     batch_size, accumulate = run.optim.batch_size, run.optim.accumulate
     if batch_size % (accumulate * needs.num_ranks):
         raise UserError(

@@ -75,11 +75,15 @@ class RecipeRuns:
         return self.kind in ("run", "stage1")
 
     @property
+    def num_trials(self) -> int:
+        """Trials of a sweep."""
+        return sum(self.counts.values()) // self.seeds
+
+    @property
     def sizes(self) -> str:
         """How many runs there are, as text."""
         if self.kind == "sweep":
-            count = sum(self.counts.values()) // self.seeds
-            return f"{count} trials x {self.seeds}"
+            return f"{self.num_trials} trials x {self.seeds}"
         sizes = f"{len(self.variants)} x {self.seeds}"
         if self.trials:
             sizes += f" and {sum(trials.runs for trials in self.trials.values())} of trials"

@@ -173,8 +173,7 @@ def _sizes(plan: RecipePlan) -> str:
         case "stage1":
             return f"{runs.name}, Stage 1"
         case "sweep":
-            trials = plan.variants[next(iter(plan.variants))].runs // runs.seeds
-            return f"{runs.name}: {trials} trials, {_seeds(runs.seeds)} each"
+            return f"{runs.name}: {runs.num_trials} trials, {_seeds(runs.seeds)} each"
         case "comparison":
             return f"{runs.name}: {count} variants, {_seeds(runs.seeds)} each"
 

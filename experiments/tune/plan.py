@@ -175,7 +175,7 @@ def shown_spaces(plan: TunePlan) -> list[str]:
 
 def _check_tune(config: CompareConfig, tune: TuneConfig) -> None:
     if tune.trials is None:
-        raise UserError("tune.trials: missing; say how many with --trials N")
+        raise UserError("tune.trials: missing; say how many with --trials N or tune.trials=N")
     shared = sorted(set(tune.seeds) & set(config.seeds))
     if shared:
         raise UserError(

@@ -31,9 +31,9 @@ def plan_run(
     return _plans[key]
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="module")
 def remembered_plans() -> Iterator[None]:
-    """For files that import it: their plans of recipes and of changes are remembered as well."""
+    """Plans of recipes and of changes are remembered as well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "plan_run", plan_run)
         yield

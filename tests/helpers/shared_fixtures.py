@@ -9,6 +9,7 @@ from alignlab.progress import tell_once, warn_once
 from few_charts import few_charts
 from loaded_models import loaded_models
 from mlflow_tables import copied_tables
+from remembered_plans import remembered_plans
 from shared_clips import shared_clips
 from tiny_runs import (
     full_run,
@@ -29,6 +30,7 @@ __all__ = [
     "lora_run",
     "make_config",
     "recipe_file",
+    "remembered_plans",
     "shared_clips",
     "teacher_folder",
     "train_until",

@@ -24,7 +24,9 @@ from alignlab.plan.run_plan import AGAIN, FORWARD, RunPlan
 from alignlab.plan.sizes import ASIDE, GATHERED, Phase, sharded
 from alignlab.recipe import load_run
 from alignlab.runs.checkpoint_folders import step_folders
-from remembered_plans import plan_run, remembered_plans  # noqa: F401
+from remembered_plans import plan_run
+
+pytestmark = pytest.mark.usefixtures("remembered_plans")
 
 SHARDS = {"shard": "fsdp2"}
 COMPARISON = """

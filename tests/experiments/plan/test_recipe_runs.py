@@ -17,7 +17,9 @@ from alignlab.experiments.plan.table import as_json, plan_lines, plan_tables
 from alignlab.plan.architecture import Architectures
 from alignlab.recipe import load_run
 from alignlab.units import GIB
-from remembered_plans import plan_run, remembered_plans  # noqa: F401
+from remembered_plans import plan_run
+
+pytestmark = pytest.mark.usefixtures("remembered_plans")
 
 SWEEP = """
 seeds: [0, 1]
@@ -176,7 +178,7 @@ def test_a_stage1_training_is_planned(kind: str) -> None:
     assert "does not fit into 1 GiB, nor with all of these changes" in result.output
 
 
-def test_a_stage1_training_has_no_more_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage1_training_has_no_more_gpus() -> None:
     runs = recipe_runs("stage1_moalign", [])
     plan = plan_of(runs)
     assert list(plan.days) == [1] and as_json(plan, GIB, [])["kind"] == "stage1"

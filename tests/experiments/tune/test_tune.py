@@ -250,7 +250,10 @@ def test_the_printed_recipe_is_the_same_again(recipe: Path, tmp_path: Path) -> N
     ("overrides", "said"),
     [
         (["tune.seeds=[0, 7]"], "tune.seeds: 0 would be trained with in the comparison as well"),
-        (["tune.trials=null"], "tune.trials: missing; say how many with --trials N"),
+        (
+            ["tune.trials=null"],
+            "tune.trials: missing; say how many with --trials N or tune.trials=N",
+        ),
         (["tune.trials=0"], "tune.trials: "),
         (["tune.sampler=grid"], "tune.sampler: a grid has as many trials as points"),
         (["tune.metric=val/flaw"], "tune.metric: unknown metric 'val/flaw'"),
