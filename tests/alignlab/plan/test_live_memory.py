@@ -44,3 +44,12 @@ def test_peaks_hold_however_many_share(seed: int) -> None:
             peak.by_label.get(MADE, 0) + peak.by_label.get("shared", 0) / devices for peak in peaks
         )
         assert found == pytest.approx(max(whole + part / devices for whole, part in times))
+
+
+def test_what_the_host_holds_is_not_counted_and_copies_of_it_are() -> None:
+    host, live = torch.empty(100), LiveMemory()
+    live.pass_over([host])
+    with live:
+        view, copy = host[:50], host.clone()
+    assert live.live() == live.peak().total == copy.untyped_storage().nbytes()
+    assert view.untyped_storage().data_ptr() == host.untyped_storage().data_ptr()
